@@ -1,0 +1,3 @@
+"""Deployment compiler for diffusion models."""
+
+__version__ = "0.1.0"

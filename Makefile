@@ -1,0 +1,29 @@
+# make demo   compile the sample model and name its reports
+# make test   lint, type check and test
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test
+
+demo: .venv/.base
+	$(BIN)/intaglio run samples/emoji-dit.yaml --out build/emoji-dit
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# the dev install contains the base install
+.venv/.base: .venv/.python pyproject.toml constraints.txt
+	test -e .venv/.dev || $(INSTALL) -e .
+	touch $@
+
+.venv/.dev: .venv/.python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The core: artifacts, passes, recipes, targets, the store and the runner."""
