@@ -1,0 +1,91 @@
+"""ONNX graphs and what was built from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+STEP_INPUT = "step"
+"""Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: ONNX element type such as `float32`, and its shape, names for dynamic axes."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
+
+    `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer can
+    be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
+    """
+
+    path: Path
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    timesteps: tuple[float, ...] = ()
+    nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def save(self, root: Path) -> None:
+        """Copy the model's files and write graph.json."""
+        for name in ("model.onnx", "model.onnx.data"):
+            if (self.path.parent / name).exists():
+                shutil.copy(self.path.parent / name, root / name)
+        facts = asdict(self)
+        del facts["path"]
+        (root / "graph.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        facts = json.loads((root / "graph.json").read_text())
+        specs = {
+            end: {n: TensorSpec(s["dtype"], tuple(s["shape"])) for n, s in facts[end].items()}
+            for end in ("inputs", "outputs")
+        }
+        nodes = {name: (before, after) for name, (before, after) in facts["nodes"].items()}
+        return cls(root / "model.onnx", specs["inputs"], specs["outputs"], tuple(facts["timesteps"]), nodes)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the model's files."""
+        return sum(f.stat().st_size for f in self.path.parent.glob("model.onnx*"))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a runtime made of a graph: how many of its matrix products and convolutions it executes on integers.
+
+    `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` are the executed ones.
+    """
+
+    runtime: str
+    version: str
+    int8_gemm: int | None
+    fp_gemm: int | None
+    plan: bytes | None = None
+    command: str | None = None
+    layers: tuple[str, ...] = ()
+
+    def save(self, root: Path) -> None:
+        """Write engine.json, and engine.plan where there is one."""
+        facts = {k: v for k, v in self.__dict__.items() if k != "plan"}
+        (root / "engine.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if self.plan is not None:
+            (root / "engine.plan").write_bytes(self.plan)
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        facts = json.loads((root / "engine.json").read_text())
+        plan = root / "engine.plan"
+        return cls(**{**facts, "layers": tuple(facts["layers"])}, plan=plan.read_bytes() if plan.exists() else None)

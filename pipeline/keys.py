@@ -1,0 +1,24 @@
+"""The artifacts that passes exchange."""
+
+from intaglio.pipeline.artifact import Key
+from intaglio.pipeline.checkpoint import Checkpoint
+from intaglio.pipeline.graph import Engine, Graph
+from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quantized import Adapter, Quantized
+from intaglio.pipeline.sensitivity import Sensitivity
+from intaglio.pipeline.target import Target
+from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.verification import Report, Verification
+
+MODEL = Key("MODEL", Checkpoint)
+TARGET = Key("TARGET", Target)
+TRAJECTORY = Key("TRAJECTORY", Trajectory)
+SENSITIVITY = Key("SENSITIVITY", Sensitivity)
+PLAN = Key("PLAN", QuantPlan, published=True)
+ADAPTER = Key("ADAPTER", Adapter)
+QUANTIZED = Key("QUANTIZED", Quantized)
+FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
+GRAPH = Key("GRAPH", Graph, published=True)
+ENGINE = Key("ENGINE", Engine, published=True)
+VERIFICATION = Key("VERIFICATION", Verification)
+REPORT = Key("REPORT", Report, published=True)

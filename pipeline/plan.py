@@ -1,0 +1,134 @@
+"""The decision: one scheme for every quantizable layer.
+
+Shapes: N out features, K in features (of a convolution: input channels times kernel).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, IntWeight, LayerScheme, PerGroup, w4a16
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.target import Target
+
+SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
+
+
+class Layer(BaseModel):
+    """A layer that can be quantized, by its module path. `shape` is that of its weight in torch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    op: Literal["linear", "conv"]
+    shape: tuple[int, ...]
+    bias: bool
+
+    @property
+    def n(self) -> int:
+        """Out features."""
+        return self.shape[0]
+
+    @property
+    def k(self) -> int:
+        """In features."""
+        return math.prod(self.shape[1:])
+
+    def size_bytes(self, scheme: LayerScheme, float_bytes: int = 2) -> int:
+        """Bytes of weight, scales and bias as stored; floats at `float_bytes` each, scales and bias of integers in float32."""
+        match scheme.weight:
+            case IntWeight() as form:
+                return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)
+            case _:
+                return float_bytes * self.n * (self.k + self.bias)
+
+
+def structural_schemes(layer: Layer, groups: tuple[int, ...] = (64, 32, 128)) -> tuple[LayerScheme, ...]:
+    """Every scheme that the layer's shape admits, float first. The first of `groups` that divides K is its group size."""
+    group = next((g for g in groups if layer.k % g == 0 and layer.k != g), None)
+    inputs = (W8A8_TOKEN, W8A8_STEP) if layer.op == "linear" else (W8A8_STEP,)
+    return (FLOAT, *inputs, *((w4a16(group),) if group else ()))
+
+
+def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
+    """Why the target cannot execute this layer so, or None."""
+    allowed = target.formats[layer.op]
+    if scheme.name not in allowed:
+        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
+    if layer.op == "conv" and scheme.name.endswith("_token"):
+        return f"{layer.name}: a convolution has no tokens: use w8a8_step"
+    if isinstance(scheme.weight, IntWeight) and isinstance(scheme.weight.granularity, PerGroup):
+        size = scheme.weight.granularity.size
+        if size not in target.group_sizes:
+            return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
+        if layer.k % size or layer.k == size:
+            return f"{layer.name}: K = {layer.k} must be a multiple of the group size {size} and larger than it"
+    return None
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard."""
+
+    layers: tuple[Layer, ...]
+    schemes: Mapping[str, LayerScheme]
+
+    def __post_init__(self) -> None:
+        named, planned = {layer.name for layer in self.layers}, set(self.schemes)
+        if named != planned:
+            missing, unknown = sorted(named - planned), sorted(planned - named)
+            raise ContractError(f"a plan names every layer once: missing {missing}, unknown {unknown}")
+
+    def check(self, target: Target) -> None:
+        """Raise TargetError that lists every layer whose scheme the target cannot execute."""
+        reasons = [r for layer in self.layers if (r := illegal(layer, self.schemes[layer.name], target))]
+        if reasons:
+            raise TargetError("\n".join(reasons))
+
+    def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
+        """A plan with these layers changed."""
+        return QuantPlan(self.layers, {**self.schemes, **changes})
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all quantizable layers."""
+        return sum(layer.size_bytes(self.schemes[layer.name]) for layer in self.layers)
+
+    @property
+    def weight_bits_mean(self) -> float:
+        """Bits a weight, weighted by parameters; 16 for a layer in float."""
+        total = sum(layer.n * layer.k for layer in self.layers)
+        return sum(layer.n * layer.k * _weight_bits(self.schemes[layer.name]) for layer in self.layers) / total
+
+    def save(self, root: Path) -> None:
+        """Write plan.json."""
+        rows = [
+            {
+                **layer.model_dump(mode="json"),
+                "scheme": (scheme := self.schemes[layer.name]).name,
+                **scheme.model_dump(mode="json"),
+                "size_bytes": layer.size_bytes(scheme),
+            }
+            for layer in self.layers
+        ]
+        (root / "plan.json").write_text(json.dumps({"layers": rows}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read plan.json."""
+        rows = json.loads((root / "plan.json").read_text())["layers"]
+        layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias")}) for r in rows)
+        return cls(layers, {r["name"]: LayerScheme(weight=r["weight"], input=r["input"]) for r in rows})
+
+
+def _weight_bits(scheme: LayerScheme) -> int:
+    return scheme.weight.bits if isinstance(scheme.weight, IntWeight) else 16

@@ -1,0 +1,163 @@
+"""Layers that compute as the deployed graph does: the simulation, and what distillation trains.
+
+Shapes: N out features, K in features, G scales a row, T denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import assert_never
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.spec import Float, IntInput, IntWeight, LayerScheme, PerStep, PerToken
+
+
+class StepClock:
+    """The denoising step that a call belongs to, found from its timestep and shared by all layers of a model.
+
+    Indexed by timestep and never by counting calls: split guidance, second-order solvers and partial trajectories work.
+    """
+
+    def __init__(self, timesteps: tuple[float, ...]) -> None:
+        self.timesteps = timesteps
+        self.step = 0
+
+    def index(self, timestep: float) -> int:
+        """The step whose timestep is nearest."""
+        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
+
+    def set(self, timestep: float) -> None:
+        """Every layer that reads this clock computes at the step nearest to `timestep` from now on."""
+        self.step = self.index(timestep)
+
+
+class QuantizedLayer(nn.Module):
+    """A Linear or Conv2d whose weight and input are rounded as its scheme says.
+
+    Invariant: with the same input it makes the same integer codes as the exported node.
+    `adapter_a` (rank, K) and `adapter_b` (N, rank) are added to the weight before it is rounded (QALoRA, EfficientDM Eq. 5).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        scheme: LayerScheme,
+        clock: StepClock,
+        amax_T: torch.Tensor | None = None,
+        scale_NG: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.scheme, self.clock = layer, scheme, clock
+        self.adapter_a: nn.Parameter | None = None
+        self.adapter_b: nn.Parameter | None = None
+        self._rounded: torch.Tensor | None = None
+        if isinstance(scheme.weight, IntWeight):
+            scale = affine.fit_scale(layer.weight.flatten(1), scheme.weight) if scale_NG is None else scale_NG
+            self.weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
+        if isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep):
+            if amax_T is None:
+                raise ValueError("a scale for each step needs the calibrated input ranges")
+            self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
+
+    def add_adapter(self, rank: int, generator: torch.Generator) -> None:
+        """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021)."""
+        n, k = self.layer.weight.flatten(1).shape
+        bound = (3 / k) ** 0.5
+        self.adapter_a = nn.Parameter((torch.rand(rank, k, generator=generator) * 2 - 1) * bound)
+        self.adapter_b = nn.Parameter(torch.zeros(n, rank))
+
+    def float_weight(self) -> torch.Tensor:
+        """The weight that is rounded, W0 + B A: (N, K)."""
+        w_NK = self.layer.weight.flatten(1)
+        return w_NK if self.adapter_a is None or self.adapter_b is None else w_NK + self.adapter_b @ self.adapter_a
+
+    def weight_codes(self) -> torch.Tensor:
+        """Integer codes (N, K), int8. Raises ValueError for a float weight."""
+        if not isinstance(self.scheme.weight, IntWeight):
+            raise ValueError("a float weight has no codes")
+        return affine.quantize(self.float_weight(), self.weight_scale, self.scheme.weight)
+
+    def set_codes(self, q_NK: torch.Tensor, scale_NG: torch.Tensor) -> None:
+        """Compute with these codes from now on; the float weight and the adapter are not looked at any more."""
+        if not isinstance(self.scheme.weight, IntWeight):
+            raise ValueError("a float weight has no codes")
+        self.weight_scale = nn.Parameter(scale_NG.clone(), requires_grad=False)
+        self._rounded = affine.dequantize(q_NK, scale_NG, self.scheme.weight).reshape(self.layer.weight.shape)
+
+    def rounded_weight(self) -> torch.Tensor:
+        """The weight as the layer computes with it, in the layer's own shape; cached while nothing trains."""
+        match self.scheme.weight:
+            case Float():
+                return self.layer.weight
+            case IntWeight() as form:
+                if self._rounded is not None:
+                    return self._rounded
+                w = affine.fake_quantize(self.float_weight(), self.weight_scale, form).reshape(self.layer.weight.shape)
+                if not torch.is_grad_enabled():
+                    self._rounded = w
+                return w
+            case other:
+                assert_never(other)
+
+    def invalidate(self) -> None:
+        """Forget the cached weight, after an optimizer moved what it is made of."""
+        self._rounded = None
+
+    def _apply_layer(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product without its bias."""
+        if isinstance(self.layer, nn.Linear):
+            return functional.linear(x, weight)
+        return self.layer._conv_forward(x, weight, None)
+
+    def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of the input, as floats, and what its unit range is multiplied by: (..., K) -> (..., K), (..., 1) or ()."""
+        if not isinstance(self.scheme.input, IntInput):
+            raise ValueError("a float input has no codes")
+        match self.scheme.input.granularity:
+            case PerToken():
+                amax = affine.token_amax(x)
+                return affine.input_codes(x / amax), amax
+            case PerStep():
+                amax = self.amax_T[self.clock.step]
+                return affine.input_codes(x * (1 / amax)), amax
+            case other:
+                assert_never(other)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.rounded_weight()
+        if isinstance(self.scheme.input, IntInput):
+            q, amax = self.input_codes(x)
+            y = self._apply_layer(q * affine.INPUT_SCALE, weight) * amax
+        else:
+            y = self._apply_layer(x, weight)
+        bias = self.layer.bias
+        if bias is None:
+            return y
+        return y + (bias if isinstance(self.layer, nn.Linear) else bias.reshape(-1, 1, 1))
+
+
+def quantize_model(
+    model: nn.Module,
+    schemes: Mapping[str, LayerScheme],
+    clock: StepClock,
+    amax: Mapping[str, torch.Tensor],
+) -> dict[str, QuantizedLayer]:
+    """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
+
+    `amax` holds (T,) input ranges by layer name, for the layers with a scale a step. Returns the new layers by name.
+    """
+    replaced = {}
+    for name in sorted(schemes):
+        if schemes[name].name == "float":
+            continue
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
+        parent, _, child = name.rpartition(".")
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name)).train(layer.training)
+        setattr(model.get_submodule(parent), child, replaced[name])
+    return replaced

@@ -1,0 +1,27 @@
+"""Two 4-bit codes a byte, low nibble first: the layout of ONNX INT4."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Codes in [-8, 7] of any shape -> bytes ((size + 1) // 2,); an odd tail is padded with zero."""
+    flat = codes.reshape(-1)
+    if flat.size and (flat.min() < -8 or flat.max() > 7):
+        raise ValueError(f"4-bit codes are in [-8, 7], got [{flat.min()}, {flat.max()}]")
+    nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
+    nibbles[: flat.size] = flat.astype(np.uint8) & 0x0F
+    packed: NDArray[np.uint8] = nibbles[0::2] | (nibbles[1::2] << 4)
+    return packed
+
+
+def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Inverse of `pack_int4` for codes of `shape`."""
+    size = int(np.prod(shape))
+    if packed.size != (size + 1) // 2:
+        raise ValueError(f"{packed.size} bytes cannot hold {size} 4-bit codes of shape {shape}")
+    nibbles = np.empty(packed.size * 2, np.uint8)
+    nibbles[0::2], nibbles[1::2] = packed & 0x0F, packed >> 4
+    return ((nibbles[:size] ^ 8).astype(np.int8) - 8).reshape(shape)

@@ -1,0 +1,128 @@
+"""Trained adapters, and the integer model they are merged into.
+
+Shapes: N out features, K in features, G scales a row, T denoising steps, rank of the adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from intaglio.pipeline.quant.spec import IntWeight, LayerScheme
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G)."""
+
+    scale_NG: torch.Tensor
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What distillation learnt, for every layer with an integer weight, and the loss on the way."""
+
+    layers: Mapping[str, LayerAdapter]
+    loss: tuple[float, ...] = ()
+
+    def save(self, root: Path) -> None:
+        """Write adapter.safetensors and adapter.json."""
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, layer in self.layers.items():
+            named = {"scale": layer.scale_NG, "a": layer.a, "b": layer.b}
+            tensors |= {f"{name}:{part}": value.contiguous() for part, value in named.items() if value is not None}
+        save_file(tensors, root / "adapter.safetensors")
+        (root / "adapter.json").write_text(json.dumps({"layers": list(self.layers), "loss": self.loss}) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        content = json.loads((root / "adapter.json").read_text())
+        tensors = load_file(root / "adapter.safetensors")
+        layers = {
+            n: LayerAdapter(tensors[f"{n}:scale"], tensors.get(f"{n}:a"), tensors.get(f"{n}:b"))
+            for n in content["layers"]
+        }
+        return cls(layers, tuple(content["loss"]))
+
+
+@dataclass(frozen=True)
+class QuantizedLayerData:
+    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) where its input has a scale a step."""
+
+    scheme: LayerScheme
+    codes: torch.Tensor
+    scale_NG: torch.Tensor
+    amax_T: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The compiled model's integers, by layer name; layers that stay in float are not among them.
+
+    `timesteps` are those of the tables' steps. 4-bit codes are packed two a byte on disk.
+    """
+
+    timesteps: tuple[float, ...]
+    layers: Mapping[str, QuantizedLayerData]
+
+    @property
+    def stepped(self) -> bool:
+        """Whether some layer needs to know its denoising step."""
+        return any(layer.amax_T is not None for layer in self.layers.values())
+
+    def save(self, root: Path) -> None:
+        """Write quantized.safetensors and quantized.json."""
+        import torch
+        from safetensors.torch import save_file
+
+        from intaglio.pipeline.quant.packing import pack_int4
+
+        tensors = {}
+        for name, layer in self.layers.items():
+            four = isinstance(layer.scheme.weight, IntWeight) and layer.scheme.weight.bits == 4
+            tensors[f"{name}:codes"] = (
+                torch.from_numpy(pack_int4(layer.codes.numpy())) if four else layer.codes.contiguous()
+            )
+            tensors[f"{name}:scale"] = layer.scale_NG.contiguous()
+            if layer.amax_T is not None:
+                tensors[f"{name}:amax"] = layer.amax_T.contiguous()
+        save_file(tensors, root / "quantized.safetensors")
+        content = {
+            "timesteps": self.timesteps,
+            "layers": {
+                n: {"shape": list(v.codes.shape), "scheme": v.scheme.model_dump(mode="json")}
+                for n, v in self.layers.items()
+            },
+        }
+        (root / "quantized.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        import torch
+        from safetensors.torch import load_file
+
+        from intaglio.pipeline.quant.packing import unpack_int4
+
+        content = json.loads((root / "quantized.json").read_text())
+        tensors = load_file(root / "quantized.safetensors")
+        layers = {}
+        for name, facts in content["layers"].items():
+            scheme, codes = LayerScheme(**facts["scheme"]), tensors[f"{name}:codes"]
+            if isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4:
+                codes = torch.from_numpy(unpack_int4(codes.numpy(), tuple(facts["shape"])))
+            layers[name] = QuantizedLayerData(scheme, codes, tensors[f"{name}:scale"], tensors.get(f"{name}:amax"))
+        return cls(tuple(content["timesteps"]), layers)

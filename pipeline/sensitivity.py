@@ -1,0 +1,52 @@
+"""What each layer costs the output when it alone is quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.quant.spec import LayerScheme
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Relative squared error of the denoiser's output, one layer quantized: error[layer][scheme][bucket].
+
+    `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
+    """
+
+    layers: tuple[Layer, ...]
+    buckets: tuple[tuple[int, int], ...]
+    schemes: Mapping[str, Mapping[str, LayerScheme]]
+    """Measured schemes by layer name and scheme name."""
+    error: Mapping[str, Mapping[str, tuple[float, ...]]]
+
+    def total(self, layer: str, scheme: str) -> float:
+        """Error over the whole trajectory: the mean of the buckets, weighted by their steps."""
+        weights = [last - first for first, last in self.buckets]
+        return sum(w * e for w, e in zip(weights, self.error[layer][scheme], strict=True)) / sum(weights)
+
+    def save(self, root: Path) -> None:
+        """Write sensitivity.json."""
+        content = {
+            "buckets": self.buckets,
+            "layers": [layer.model_dump(mode="json") for layer in self.layers],
+            "schemes": {n: {s: v.model_dump(mode="json") for s, v in by.items()} for n, by in self.schemes.items()},
+            "error": self.error,
+        }
+        (root / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read sensitivity.json."""
+        content = json.loads((root / "sensitivity.json").read_text())
+        return cls(
+            tuple(Layer(**layer) for layer in content["layers"]),
+            tuple((first, last) for first, last in content["buckets"]),
+            {n: {s: LayerScheme(**v) for s, v in by.items()} for n, by in content["schemes"].items()},
+            {n: {s: tuple(e) for s, e in by.items()} for n, by in content["error"].items()},
+        )

@@ -1,0 +1,53 @@
+"""Recorded calls of the full-precision denoiser, and the input ranges that were seen on the way.
+
+Shapes: T denoising steps, R rows of a call, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Every call on the way from noise to sample, by step: inputs (T, R, ...) by name, outputs (T, R, ...).
+
+    `amax` is the largest input magnitude of each layer at each step, (T,) by layer name.
+    """
+
+    timesteps: tuple[float, ...]
+    inputs: Mapping[str, torch.Tensor]
+    outputs: torch.Tensor
+    amax: Mapping[str, torch.Tensor]
+
+    def call(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
+        """Inputs of the call at `step`."""
+        return {name: value[step, rows] for name, value in self.inputs.items()}
+
+    def save(self, root: Path) -> None:
+        """Write trajectory.safetensors and trajectory.json."""
+        from safetensors.torch import save_file
+
+        tensors = {f"input.{k}": v for k, v in self.inputs.items()} | {f"amax.{k}": v for k, v in self.amax.items()}
+        save_file(
+            {k: v.contiguous() for k, v in (tensors | {"outputs": self.outputs}).items()},
+            root / "trajectory.safetensors",
+        )
+        (root / "trajectory.json").write_text(json.dumps({"timesteps": self.timesteps}) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(root / "trajectory.safetensors")
+        part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("input.", "amax.")}
+        timesteps = json.loads((root / "trajectory.json").read_text())["timesteps"]
+        return cls(tuple(timesteps), part["input."], tensors["outputs"], part["amax."])

@@ -1,0 +1,66 @@
+"""Measured agreement: the deployed graph against its simulation, and both against full precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One layer on the same input in both: relative L2 error, and how many of its input codes differ, and by how much."""
+
+    rel_l2: float
+    codes: int
+    codes_differing: int
+    code_distance_max: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` measured. `samples` holds images (B, ...) of full precision, the simulation and the deployed graph."""
+
+    figures: Mapping[str, float]
+    layers: Mapping[str, LayerParity]
+    samples: Mapping[str, torch.Tensor]
+
+    def save(self, root: Path) -> None:
+        """Write verification.json and samples.safetensors."""
+        from safetensors.torch import save_file
+
+        content = {"figures": self.figures, "layers": {n: p.__dict__ for n, p in self.layers.items()}}
+        (root / "verification.json").write_text(json.dumps(content, indent=1) + "\n")
+        save_file({k: v.contiguous() for k, v in self.samples.items()}, root / "samples.safetensors")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        content = json.loads((root / "verification.json").read_text())
+        layers = {n: LayerParity(**p) for n, p in content["layers"].items()}
+        return cls(content["figures"], layers, load_file(root / "samples.safetensors"))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page that people read, and the figures that machines read."""
+
+    html: str
+    metrics: Mapping[str, object]
+
+    def save(self, root: Path) -> None:
+        """Write report.html and metrics.json."""
+        (root / "report.html").write_text(self.html)
+        (root / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls((root / "report.html").read_text(), json.loads((root / "metrics.json").read_text()))

@@ -1,0 +1,194 @@
+"""Train the sample models: class-conditional diffusion of 32x32 emoji, as diffusers folders.
+
+    npm pack emoji-datasource-google@16.0.0
+    python samples/train_emoji.py emoji-dit  --data emoji-datasource-google-16.0.0.tgz
+    python samples/train_emoji.py emoji-unet --data emoji-datasource-google-16.0.0.tgz
+
+A stopped run goes on from its last checkpoint when the same command is given again. The learning rate is constant and then falls
+linearly to zero over the last fifth of `--steps`, so a run may be lengthened by resuming it with more steps.
+
+Shapes: B batch, H W pixels.
+"""
+
+import io
+import json
+import os
+import tarfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SIZE = 32
+GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
+"""The Unicode emoji groups that are learnt; a class is a subgroup of these, such as `animal-bird`."""
+SHOWN = (
+    "face-smiling",
+    "cat-face",
+    "animal-mammal",
+    "animal-bird",
+    "food-fruit",
+    "food-vegetable",
+    "plant-flower",
+    "heart",
+)
+"""Classes in the sample grid, one a row."""
+
+
+def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images (M, 3, H, W) uint8 on white, labels (M,), and the sorted class names."""
+    with tarfile.open(archive) as tar:
+        files = {m.name: m for m in tar.getmembers()}
+        read = lambda name: tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # a regular file by construction
+        entries = [e for e in json.loads(read("package/emoji.json")) if e["has_img_google"] and e["category"] in GROUPS]
+        names = sorted({e["subcategory"] for e in entries})
+        images, labels = [], []
+        for entry in sorted(entries, key=lambda e: e["sort_order"]):
+            rgba = Image.open(io.BytesIO(read(f"package/img/google/64/{entry['image']}"))).convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            rgb = Image.alpha_composite(white, rgba).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+            images.append(torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
+            labels.append(names.index(entry["subcategory"]))
+    return torch.stack(images), torch.tensor(labels), names
+
+
+def build(model: str, classes: int) -> torch.nn.Module:
+    """The untrained denoiser. Class number `classes` is the null class of classifier-free guidance."""
+    if model == "emoji-dit":
+        return DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=5,
+                                     sample_size=SIZE, patch_size=4, num_embeds_ada_norm=classes)  # fmt: skip
+    if model == "emoji-unet":
+        return UNet2DModel(sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64, 128),
+                           down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+                           up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+                           attention_head_dim=32, norm_num_groups=32, num_class_embeds=classes + 1)  # fmt: skip
+    raise typer.BadParameter(f"unknown model {model}: use emoji-dit or emoji-unet")
+
+
+def predict(net: torch.nn.Module, x_B3HW: torch.Tensor, t_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
+    """Predicted noise (B, 3, H, W)."""
+    return net(x_B3HW, timestep=t_B, class_labels=label_B, return_dict=False)[0]
+
+
+@torch.no_grad()
+def sample(
+    net: torch.nn.Module,
+    scheduler: DDIMScheduler,
+    labels: torch.Tensor,
+    null: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> torch.Tensor:
+    """DDIM samples (B, 3, H, W) in [-1, 1]."""
+    scheduler.set_timesteps(steps)
+    x = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        both = predict(
+            net, torch.cat([x, x]), t.expand(2 * len(labels)), torch.cat([labels, torch.full_like(labels, null)])
+        )
+        cond, free = both.float().chunk(2)
+        x = scheduler.step(free + guidance * (cond - free), t, x).prev_sample
+    return x
+
+
+def save_grid(x_B3HW: torch.Tensor, path: Path, columns: int) -> None:
+    """Write the images row by row, enlarged three times."""
+    x = ((x_B3HW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    rows = [np.concatenate(list(x[i : i + columns]), axis=1) for i in range(0, len(x), columns)]
+    grid = Image.fromarray(np.concatenate(rows, axis=0))
+    grid.resize((grid.width * 3, grid.height * 3), Image.Resampling.NEAREST).save(path)
+
+
+def write_atomically(value: dict[str, object], path: Path) -> None:
+    torch.save(value, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="emoji-dit or emoji-unet")],
+    data: Annotated[Path, typer.Option(help="the npm archive of emoji-datasource-google 16.0.0")],
+    steps: Annotated[int, typer.Option(help="optimizer updates")] = 12_000,
+    batch: Annotated[int, typer.Option(help="images an update")] = 32,
+    rate: Annotated[float, typer.Option(help="learning rate of AdamW")] = 4e-4,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="where the diffusers folder goes")] = Path(__file__).parent / "models",
+    work: Annotated[Path, typer.Option(help="where the checkpoint and the preview grids go")] = Path(".train"),
+    threads: int = 2,
+) -> None:
+    """Train one sample model and save it in fp16 with its scheduler, its classes and a sample grid."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    work.mkdir(parents=True, exist_ok=True)
+    images, labels, names = load_emoji(data)
+    null = len(names)
+    net = build(model, null).eval()  # eval: labels are dropped below, once for all blocks
+    ema = build(model, null).eval()
+    ema.load_state_dict(net.state_dict())
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", timestep_spacing="trailing", clip_sample=True
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    checkpoint, done, loss_mean, spent = work / f"{model}.pt", 0, 1.0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        net.load_state_dict(saved["net"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, loss_mean, spent = saved["step"], saved["loss"], saved["seconds"]
+    shown = torch.tensor([names.index(n) for n in SHOWN]).repeat_interleave(8)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns) as progress:
+        task = progress.add_task(model, total=steps, completed=done)
+        for step in range(done, steps):
+            rng = torch.Generator().manual_seed(
+                seed * 1_000_003 + step
+            )  # a function of the step, so that a resumed run draws the same
+            pick = torch.randint(len(images), (batch,), generator=rng)
+            x0 = images[pick].float() / 127.5 - 1
+            label = torch.where(torch.rand(batch, generator=rng) < 0.1, null, labels[pick])
+            t = torch.randint(1000, (batch,), generator=rng)
+            noise = torch.randn(x0.shape, generator=rng)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 200, (steps - step) / (0.2 * steps))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                predicted = predict(net, scheduler.add_noise(x0, noise, t), t, label)
+            error_B = (predicted.float() - noise).square().mean((1, 2, 3))
+            loss = (
+                error_B * (snr[t].clamp(max=5) / snr[t])
+            ).mean()  # min-SNR weighting, Hang et al. 2023, Eq. 7, gamma = 5
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            decay = min(0.999, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+            loss_mean += 0.01 * (error_B.mean().item() - loss_mean)
+            progress.update(task, advance=1, description=f"{model} mse {loss_mean:.4f}")
+            if (step + 1) % 500 == 0 or step + 1 == steps:
+                save_grid(
+                    sample(ema, scheduler, shown, null, 20, 2.0, 1), work / f"{model}-{step + 1:06d}.png", columns=8
+                )
+                seconds = spent + time.monotonic() - began
+                write_atomically({"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                                  "step": step + 1, "loss": loss_mean, "seconds": seconds}, checkpoint)  # fmt: skip
+    folder = out / model
+    ema.half().save_pretrained(folder / ("transformer" if model == "emoji-dit" else "unet"))
+    scheduler.save_pretrained(folder / "scheduler")
+    facts = {"labels": names, "null_label": null, "guidance": 2.0, "images": len(images), "steps": steps, "batch": batch, "seed": seed,
+             "mse": round(loss_mean, 5), "minutes": round((spent + time.monotonic() - began) / 60)}  # fmt: skip
+    (folder / "classes.json").write_text(json.dumps(facts, indent=1) + "\n")
+    save_grid(sample(ema.float(), scheduler, shown, null, 20, 2.0, 1), out.parent / f"{model}.png", columns=8)
+
+
+if __name__ == "__main__":
+    typer.run(main)
