@@ -1,0 +1,63 @@
+"""Artifacts are what passes exchange; keys name them; a state holds the ones a step may read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, Self, TypeAlias, TypeVar
+
+from intaglio.pipeline.errors import ContractError
+
+
+class Artifact(Protocol):
+    """Its whole content is the files `save` writes: equal content means equal bytes, so nothing may depend on a set."""
+
+    def save(self, root: Path) -> None: ...
+
+    @classmethod
+    def load(cls, root: Path) -> Self: ...
+
+
+A = TypeVar("A", bound=Artifact)
+A_co = TypeVar("A_co", bound=Artifact, covariant=True)
+
+
+@dataclass(frozen=True)
+class Key(Generic[A_co]):
+    """The name of one artifact in a chain. The files of a published one are delivered to the user."""
+
+    name: str
+    type: type[A_co]
+    published: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+AnyKey: TypeAlias = Key[Artifact]
+Outputs: TypeAlias = Mapping[AnyKey, Artifact]
+
+
+class State(Mapping[AnyKey, Artifact]):
+    """What one step may read: exactly what it requires, each its own copy."""
+
+    def __init__(self, artifacts: Mapping[AnyKey, Artifact], *, reader: str) -> None:
+        self._artifacts = dict(artifacts)
+        self._reader = reader
+
+    def __getitem__(self, key: Key[A]) -> A:
+        try:
+            artifact = self._artifacts[key]
+        except KeyError:
+            readable = ", ".join(sorted(map(str, self._artifacts))) or "nothing"
+            raise ContractError(f"{self._reader}: reads {key}, but requires {readable}: add {key} to requires") from None
+        assert isinstance(artifact, key.type)  # the store loaded it with key.type.load
+        return artifact
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._artifacts
+
+    def __iter__(self) -> Iterator[AnyKey]:
+        return iter(self._artifacts)
+
+    def __len__(self) -> int:
+        return len(self._artifacts)

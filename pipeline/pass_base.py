@@ -1,0 +1,40 @@
+"""What a pass is: its own options, what it reads, what it returns."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.context import Context
+    from intaglio.pipeline.target import Target
+
+
+class Pass(BaseModel, ABC):
+    """An instance is its own configuration. Equal options, equal inputs and an equal seed give equal outputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Same input, other output: raise it."""
+    requires: ClassVar[frozenset[AnyKey]]
+    provides: ClassVar[frozenset[AnyKey]]
+    random: ClassVar[bool] = False
+    """May use ctx.rng and ctx.torch_rng; then the seed is part of the cache key."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose version is part of the cache key."""
+
+    @classmethod
+    def applies(cls, target: "Target") -> bool:
+        """Whether the step belongs to the chain of this target."""
+        return True
+
+    def check(self, target: "Target") -> None:  # noqa: B027 - most passes have nothing to check
+        """Holds the options against the target, before anything runs. Raises RecipeError or TargetError."""
+
+    @abstractmethod
+    def run(self, state: State, ctx: "Context") -> Outputs:
+        """Returns exactly what the pass provides."""

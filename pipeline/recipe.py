@@ -1,0 +1,136 @@
+"""What the user wrote: a model, targets, a seed and the steps in order."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+
+from intaglio.pipeline.checkpoint import ModelRef
+from intaglio.pipeline.errors import RecipeError, did_you_mean
+
+
+class Step(BaseModel):
+    """One use of a pass. Written `calibrate`, `{assign: {budget: 6}}`, or with all three fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """The pass name unless given: `assign`; `keep-first` for `./my.py:KeepFirst`."""
+    uses: str
+    options: Mapping[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, written: object) -> object:
+        match written:
+            case str(uses):
+                spelled: dict[str, object] = {"uses": uses}
+            case {"uses": _, **_rest}:
+                spelled = dict(written)
+            case dict() if len(written) == 1:
+                ((uses, options),) = written.items()
+                spelled = {"uses": uses, "options": options or {}}
+            case _:
+                raise ValueError("write a step as `name`, `name: {options}`, or with the fields uses, name and options")
+        spelled.setdefault("name", default_step_name(str(spelled["uses"])))
+        return spelled
+
+    def written(self) -> object:
+        """The shortest spelling that reads back as this step."""
+        if self.name != default_step_name(self.uses):
+            return self.model_dump(mode="json")
+        return {self.uses: dict(self.options)} if self.options else self.uses
+
+
+class Recipe(BaseModel):
+    """Syntax only: whether the passes exist, fit together and fit the targets is found by `bind`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelRef
+    targets: tuple[str, ...] = Field(min_length=1)
+    seed: int = 0
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path_alone(cls, written: object) -> object:
+        return {"path": written} if isinstance(written, str) else written
+
+    @classmethod
+    def parse(cls, text: str, *, source: str = "recipe") -> Self:
+        """Reads YAML. Raises RecipeError with every problem of the text."""
+        try:
+            return cls.model_validate(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{source}: not YAML: {error}") from error
+        except ValidationError as error:
+            raise RecipeError(*(f"{source}: {problem}" for problem in validation_problems(error, cls))) from error
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+        return cls.parse(text, source=str(path))
+
+    def insert(self, step: Step, *, after: str) -> Self:
+        """A recipe with one more step."""
+        position = self._position(after) + 1
+        return self.model_copy(update={"steps": (*self.steps[:position], step, *self.steps[position:])})
+
+    def with_option(self, step: str, path: tuple[str, ...], option: JsonValue) -> Self:
+        """A recipe where one option of one step, at any depth, is another."""
+        position = self._position(step)
+        found = self.steps[position]
+        changed = found.model_copy(update={"options": _replaced(found.options, path, option)})
+        return self.model_copy(update={"steps": (*self.steps[:position], changed, *self.steps[position + 1 :])})
+
+    def to_yaml(self) -> str:
+        """`Recipe.parse(recipe.to_yaml()) == recipe`"""
+        fields = self.model_dump(mode="json", exclude={"steps"})
+        return yaml.safe_dump({**fields, "steps": [step.written() for step in self.steps]}, sort_keys=False, width=120)
+
+    def _position(self, name: str) -> int:
+        names = [step.name for step in self.steps]
+        if name not in names:
+            raise RecipeError(f"no step {name!r} in the recipe{did_you_mean(name, names)}")
+        return names.index(name)
+
+
+def default_step_name(uses: str) -> str:
+    """`assign` -> `assign`; `./my.py:KeepFirst` -> `keep-first`"""
+    _, colon, class_name = uses.rpartition(":")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name).lower() if colon else uses
+
+
+def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple[str, ...]:
+    """One line for each problem: `budget.size: Input should be a valid number (got 'much')`."""
+    problems = []
+    for detail in error.errors(include_url=False):
+        place = ".".join(map(str, detail["loc"])) or "the whole"
+        if detail["type"] == "extra_forbidden":
+            hint = did_you_mean(place, model.model_fields) if len(detail["loc"]) == 1 else ""
+            problems.append(f"{place}: no such option{hint}")
+        elif detail["type"] == "missing":
+            problems.append(f"{place}: is missing")
+        else:
+            problems.append(f"{place}: {detail['msg']} (got {_shortened(detail['input'])})")
+    return tuple(problems)
+
+
+def _shortened(written: object) -> str:
+    text = repr(written)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _replaced(options: Mapping[str, JsonValue], path: tuple[str, ...], option: JsonValue) -> dict[str, JsonValue]:
+    head, *rest = path
+    if not rest:
+        return {**options, head: option}
+    inner = options.get(head)
+    return {**options, head: _replaced(inner if isinstance(inner, dict) else {}, tuple(rest), option)}
