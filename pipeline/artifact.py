@@ -49,7 +49,9 @@ class State(Mapping[AnyKey, Artifact]):
             artifact = self._artifacts[key]
         except KeyError:
             readable = ", ".join(sorted(map(str, self._artifacts))) or "nothing"
-            raise ContractError(f"{self._reader}: reads {key}, but requires {readable}: add {key} to requires") from None
+            raise ContractError(
+                f"{self._reader}: reads {key}, but requires {readable}: add {key} to requires"
+            ) from None
         assert isinstance(artifact, key.type)  # the store loaded it with key.type.load
         return artifact
 

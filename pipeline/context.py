@@ -1,4 +1,4 @@
-"""What a running step gets from its surroundings: a scratch folder, seeded generators, a device, a log, a progress bar."""
+"""What a running step gets from its surroundings: scratch space, seeded generators, a device, a log, a progress bar."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class Context:
 
     @cached_property
     def device(self) -> str:
-        """"cuda" where torch finds a GPU, else "cpu"."""
+        """ "cuda" where torch finds a GPU, else "cpu"."""
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class IntaglioError(Exception):
@@ -13,6 +13,13 @@ class IntaglioError(Exception):
     def __init__(self, *problems: str) -> None:
         self.problems: tuple[str, ...] = problems
         super().__init__(problems[0] if len(problems) == 1 else numbered(problems))
+
+    @classmethod
+    def together(cls, problems: Iterable[str]) -> Self:
+        """One error of this kind with all the problems of several."""
+        error = cls.__new__(cls)
+        IntaglioError.__init__(error, *problems)
+        return error
 
 
 class RecipeError(IntaglioError):
@@ -46,12 +53,11 @@ class StoreError(IntaglioError):
 
 
 class MissingExtra(IntaglioError):
-    """A step needs an optional dependency."""
+    """A step needs an optional dependency: names the extra to install."""
 
     exit_code = 7
 
     def __init__(self, extra: str, purpose: str) -> None:
-        self.extra = extra
         super().__init__(f"{purpose} needs the extra {extra!r}: pip install 'intaglio[{extra}]'")
 
 

@@ -32,7 +32,7 @@ class Pass(BaseModel, ABC):
         """Whether the step belongs to the chain of this target."""
         return True
 
-    def check(self, target: "Target") -> None:  # noqa: B027 - most passes have nothing to check
+    def check(self, target: "Target") -> None:
         """Holds the options against the target, before anything runs. Raises RecipeError or TargetError."""
 
     @abstractmethod

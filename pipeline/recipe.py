@@ -25,18 +25,17 @@ class Step(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, written: object) -> object:
-        match written:
-            case str(uses):
-                spelled: dict[str, object] = {"uses": uses}
-            case {"uses": _, **_rest}:
-                spelled = dict(written)
-            case dict() if len(written) == 1:
-                ((uses, options),) = written.items()
-                spelled = {"uses": uses, "options": options or {}}
-            case _:
-                raise ValueError("write a step as `name`, `name: {options}`, or with the fields uses, name and options")
-        spelled.setdefault("name", default_step_name(str(spelled["uses"])))
-        return spelled
+        spelled: dict[object, object]
+        if isinstance(written, str):
+            spelled = {"uses": written}
+        elif isinstance(written, dict) and "uses" in written:
+            spelled = dict(written)
+        elif isinstance(written, dict) and len(written) == 1:
+            ((uses, options),) = written.items()
+            spelled = {"uses": uses, "options": options or {}}
+        else:
+            raise ValueError("write a step as `name`, as `name: {options}`, or with the fields uses, name and options")
+        return {"name": default_step_name(str(spelled["uses"])), **spelled}
 
     def written(self) -> object:
         """The shortest spelling that reads back as this step."""

@@ -1,10 +1,10 @@
 """A folder of artifacts addressed by content, and of records that say which step made which.
 
-    objects/<sha256 of the sorted file tree>/   immutable
-    runs/<key>.json                             written last, by rename: exists if and only if the step succeeded
-    scratch/<key>/                              checkpoints of an unfinished step; removed on success
-    staging/<key>/                              outputs on their way to objects/
-    locks/<key>                                 held while a step runs
+objects/<sha256 of the sorted file tree>/   immutable
+runs/<key>.json                             written last, by rename: exists if and only if the step succeeded
+scratch/<key>/                              checkpoints of an unfinished step; removed on success
+staging/<key>/                              outputs on their way to objects/
+locks/<key>                                 held while a step runs
 """
 
 import hashlib
@@ -134,7 +134,9 @@ class Store:
 
 def tree_digest(root: Path) -> str:
     """sha256 over one line a file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count."""
-    lines = [f"{file_digest(file)} {file.stat().st_size} {file.relative_to(root).as_posix()}\n" for file in _files(root)]
+    lines = [
+        f"{file_digest(file)} {file.stat().st_size} {file.relative_to(root).as_posix()}\n" for file in _files(root)
+    ]
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])).encode()).hexdigest()
 
 

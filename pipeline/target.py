@@ -31,7 +31,9 @@ class Target(BaseModel):
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     description: str
     opset_max: int = Field(ge=20, description="highest ONNX opset the runtime reads")
-    formats: Mapping[OpKind, tuple[str, ...]] = Field(description="schemes the runtime executes, for each kind of layer")
+    formats: Mapping[OpKind, tuple[str, ...]] = Field(
+        description="schemes the runtime executes, for each kind of layer"
+    )
     group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
     activation_dtype: Literal["uint8", "int8"] = Field(description="how 8-bit activation codes are written")
     facts: tuple[Fact, ...] = ()

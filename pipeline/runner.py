@@ -1,0 +1,235 @@
+"""Runs, for each target of a recipe, the steps that the store does not have yet."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from intaglio.pipeline.artifact import A, AnyKey, Key, Outputs, State
+from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
+from intaglio.pipeline.publish import Provenance, publish
+from intaglio.pipeline.recipe import Recipe
+from intaglio.pipeline.store import RunRecord, Store
+
+Digests: TypeAlias = Mapping[AnyKey, str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which step of which chain."""
+
+    target: str
+    step: str
+    position: int
+    """From 1."""
+    count: int
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What `on_step` is told: before a step runs, when it has run, or when the store has it."""
+
+    place: Place
+    status: Literal["runs", "done", "hit"]
+    seconds: float | None = None
+    """What it took when it ran; None before it runs."""
+
+
+@dataclass(frozen=True)
+class CompiledTarget:
+    """A finished chain. `compiled[PLAN]` loads a fresh copy of an artifact."""
+
+    store: Store
+    outputs: Digests
+    """The last artifact of each key."""
+    runs: tuple[RunRecord, ...]
+    folder: Path | None
+    """Where the published files are; None when `compile` was given no `out`."""
+
+    def __getitem__(self, key: Key[A]) -> A:
+        return self.store.load(key, self.outputs[key])
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What a step would do now.
+
+    `depends`: the step runs, unless the new output of an earlier step turns out equal to its old one.
+    """
+
+    step: str
+    status: Literal["hit", "runs", "depends"]
+    seconds: float | None
+    """What the pass took when it last ran; None when it never did."""
+
+
+def compile(
+    recipe: Recipe,
+    store: Store,
+    *,
+    out: Path | None = None,
+    start: Outputs | None = None,
+    on_step: Callable[[StepEvent], None] = lambda event: None,
+    base: Path = Path(),
+) -> Mapping[str, CompiledTarget]:
+    """Runs the recipe for each of its targets and publishes to `out / target`. What the store has is not run again.
+
+    `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
+    `base`: the folder that paths in the recipe are relative to.
+    """
+    chains = bind(recipe, start=start, base=base)
+    whole = resolved(recipe, chains)
+    artifacts = start_artifacts(recipe, base) if start is None else start
+    compiled = {}
+    for chain in chains:
+        given = _put_start(chain, artifacts, store)
+        outputs = dict(given)
+        runs = []
+        for position, step in enumerate(chain.steps, start=1):
+            place = Place(chain.target.name, step.name, position, len(chain.steps))
+            record = _run_step(step, outputs, recipe.seed, store, on_step, place)
+            outputs |= {key: record.outputs[key.name] for key in step.provides}
+            runs.append(record)
+        folder = None if out is None else out / chain.target.name
+        if folder is not None:
+            publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
+        compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
+    return compiled
+
+
+def plan(
+    recipe: Recipe, store: Store, *, start: Outputs | None = None, base: Path = Path()
+) -> Mapping[str, tuple[PlannedStep, ...]]:
+    """What `compile` would do now, for each target. Runs nothing."""
+    chains = bind(recipe, start=start, base=base)
+    artifacts = start_artifacts(recipe, base) if start is None else start
+    measured = {record.origin: record.seconds for record in store.records()}
+    return {
+        chain.target.name: tuple(_plan_chain(chain, _put_start(chain, artifacts, store), recipe.seed, store, measured))
+        for chain in chains
+    }
+
+
+def start_artifacts(recipe: Recipe, base: Path) -> Outputs:
+    """What a chain begins with, its target aside."""
+    from intaglio.pipeline.checkpoint import Checkpoint
+    from intaglio.pipeline.keys import MODEL
+
+    return {MODEL: Checkpoint.resolve(recipe.model, base)}
+
+
+def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
+    """The key of a run, and the JSON text of all that its outputs depend on."""
+    configured = step.configured
+    ingredients: dict[str, object] = {
+        "pass": f"{step.origin}@{configured.version}",
+        "options": configured.model_dump(mode="json"),
+        "inputs": _by_name({key: inputs[key] for key in step.requires}),
+        "needs": {name: installed_version(name) for name in configured.needs},
+    }
+    if configured.random:
+        ingredients["seed"] = seed
+    if step.source_sha256 is not None:
+        ingredients["source"] = step.source_sha256
+    text = json.dumps(ingredients, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def installed_version(distribution: str) -> str:
+    """`none` for what is not installed, which is one more version."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _run_step(
+    step: BoundStep, inputs: Digests, seed: int, store: Store, tell: Callable[[StepEvent], None], place: Place
+) -> RunRecord:
+    key, ingredients = run_key(step, inputs, seed)
+    with store.lock(key):
+        if (record := store.find(key)) is not None:
+            tell(StepEvent(place, "hit", record.seconds))
+            return record
+        tell(StepEvent(place, "runs"))
+        began = time.perf_counter()
+        state = State({each: store.load(each, inputs[each]) for each in step.requires}, reader=step.name)
+        context = Context(
+            scratch=store.scratch(key),
+            seed=seed if step.configured.random else None,
+            log=logging.getLogger(f"intaglio.{step.name}"),
+        )
+        outputs = _outputs(step, state, context)
+        digests = {each.name: store.put(outputs[each], staging=key) for each in sorted(outputs, key=str)}
+        record = RunRecord(
+            step=step.name,
+            origin=step.origin,
+            key=key,
+            ingredients=ingredients,
+            outputs=digests,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        store.finish(record)
+    tell(StepEvent(place, "done", record.seconds))
+    return record
+
+
+def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
+    """What the pass returned, held against what it declares."""
+    try:
+        outputs = step.configured.run(state, context)
+    except IntaglioError:
+        raise
+    except Exception as error:
+        raise StepFailed(
+            f"{step.name}: {type(error).__name__}: {error}: what it had done so far is in {context.scratch}, "
+            "the same command goes on from there"
+        ) from error
+    if missing := _names(step.provides - outputs.keys()):
+        raise ContractError(f"{step.name}: provides {missing}, but did not return it")
+    if undeclared := _names(outputs.keys() - step.provides):
+        raise ContractError(f"{step.name}: returned {undeclared}, but does not provide it: add it to provides")
+    for key, artifact in outputs.items():
+        if not isinstance(artifact, key.type):
+            raise ContractError(
+                f"{step.name}: returned {type(artifact).__name__} as {key}, which is {key.type.__name__}"
+            )
+    return outputs
+
+
+def _plan_chain(
+    chain: Chain, given: Digests, seed: int, store: Store, measured: Mapping[str, float]
+) -> Iterator[PlannedStep]:
+    known = dict(given)
+    for step in chain.steps:
+        decidable = step.requires <= known.keys()
+        record = store.find(run_key(step, known, seed)[0]) if decidable else None
+        for key in step.provides:
+            known.pop(key, None)
+        if record is not None:
+            known |= {key: record.outputs[key.name] for key in step.provides}
+            yield PlannedStep(step.name, "hit", record.seconds)
+        else:
+            yield PlannedStep(step.name, "runs" if decidable else "depends", measured.get(step.origin))
+
+
+def _put_start(chain: Chain, artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
+    from intaglio.pipeline.keys import TARGET
+
+    with store.lock("start"):
+        return {key: store.put(each, staging="start") for key, each in {**artifacts, TARGET: chain.target}.items()}
+
+
+def _by_name(digests: Digests) -> dict[str, str]:
+    return {key.name: digests[key] for key in sorted(digests, key=str)}
+
+
+def _names(keys: frozenset[AnyKey] | set[AnyKey]) -> str:
+    return ", ".join(sorted(map(str, keys)))
