@@ -1,0 +1,260 @@
+"""The command `intaglio`: every option of a pass is set in the recipe or with --set, none exists here alone."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import JsonValue
+
+from intaglio.pipeline.context import terminal
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.recipe import Recipe, Step
+from intaglio.pipeline.registry import find_pass, named_passes
+from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
+from intaglio.pipeline.store import Store
+from intaglio.pipeline.target import load_target, target_names
+
+INTERRUPTED = 130
+REPORT_FILE = "report.html"
+METRICS_FILE = "metrics.json"
+
+app = typer.Typer(
+    help="Compiles a diffusion model into quantized ONNX graphs and TensorRT engines.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.FIELD=V", help="Another value for an option.")]
+InsertOption = Annotated[list[str], typer.Option("--insert", metavar="after:STEP=PASS", help="One more step.")]
+StoreOption = Annotated[
+    Path, typer.Option("--store", metavar="DIR", envvar="INTAGLIO_STORE", help="Where finished steps are kept.")
+]
+DEFAULT_STORE = Path(".intaglio/store")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipePath,
+    set_: SetOption = [],  # noqa: B006 - typer reads it, nothing changes it
+    insert: InsertOption = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results, one folder a target.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Run a recipe. Run again after an interruption, it goes on where it was."""
+    with _reported():
+        _log_to_terminal()
+        changed = _changed(recipe, set_, insert)
+        folder = Path("build") / recipe.stem if out is None else out
+        compiled = compile(changed, Store(store), out=folder, on_step=_log_step, base=recipe.parent)
+        for target, result in compiled.items():
+            assert result.folder is not None  # `out` was given
+            report = result.folder / REPORT_FILE
+            print(f"{target}: {report if report.is_file() else result.folder}")
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RecipePath,
+    set_: SetOption = [],  # noqa: B006
+    insert: InsertOption = [],  # noqa: B006
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Say what a run would take from the store, what it would do, and how long that took before."""
+    with _reported():
+        planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
+        for target, steps in planned.items():
+            _print_table(target, ("step", "", "took"), [_plan_row(step) for step in steps])
+
+
+@app.command("passes")
+def passes_command() -> None:
+    """List the passes, with their options."""
+    with _reported():
+        for name in named_passes():
+            print(name)
+            for line in _described(name):
+                print(f"    {line}")
+
+
+@app.command("targets")
+def targets_command() -> None:
+    """List the targets a recipe can name."""
+    with _reported():
+        targets = [load_target(name) for name in target_names()]
+        rows = [(target.name, target.runtime, target.description) for target in targets]
+        _print_table("", ("target", "runtime", "what it is"), rows)
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print {target: metrics} as JSON.")] = False,
+) -> None:
+    """Print the metrics of every target in a folder of results."""
+    with _reported():
+        metrics = _read_metrics(folder)
+        if as_json:
+            print(json.dumps(metrics, indent=1))
+            return
+        flat = {target: dict(_flattened(found)) for target, found in metrics.items()}
+        names = list(dict.fromkeys(name for found in flat.values() for name in found))
+        rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
+        _print_table(str(folder), ("metric", *flat), rows)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Ends the command with one message and its exit code, without a traceback, where the user can act on it."""
+    try:
+        yield
+    except IntaglioError as error:
+        print(f"intaglio: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("intaglio: interrupted: the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _log_to_terminal() -> None:
+    handler: logging.Handler = logging.StreamHandler()
+    if terminal().is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=terminal(), show_path=False, show_level=False, markup=False)
+    logger = logging.getLogger("intaglio")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def _log_step(event: StepEvent) -> None:
+    place = event.place
+    match event.status:
+        case "runs":
+            what = "runs"
+        case "done":
+            what = f"done in {_duration(event.seconds)}"
+        case "hit":
+            what = f"is in the store (took {_duration(event.seconds)})"
+    logging.getLogger(__name__).info("%s %d/%d %s %s", place.target, place.position, place.count, place.step, what)
+
+
+def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
+    """The recipe with what the command line says otherwise."""
+    recipe = Recipe.read(path)
+    for text in inserts:
+        place, equals, uses = text.partition("=")
+        if not (place.startswith("after:") and equals and uses):
+            raise RecipeError(f"--insert {text}: write it as after:STEP=PASS")
+        step = Step.model_validate(_beside_recipe(uses, path))
+        recipe = recipe.insert(step, after=place.removeprefix("after:"))
+    for text in sets:
+        place, equals, value = text.partition("=")
+        step_name, *option_path = place.split(".")
+        if not (equals and option_path and all(option_path)):
+            raise RecipeError(f"--set {text}: write it as STEP.FIELD=VALUE")
+        recipe = recipe.with_option(step_name, tuple(option_path), _parsed(value, text))
+    return recipe
+
+
+def _beside_recipe(uses: str, recipe: Path) -> str:
+    """A file is given relative to where the command runs; in the recipe it is relative to the recipe."""
+    file, _, class_name = uses.rpartition(":")
+    if not file.endswith(".py"):
+        return uses
+    return f"./{Path(os.path.relpath(file, recipe.parent)).as_posix()}:{class_name}"
+
+
+def _parsed(value: str, text: str) -> JsonValue:
+    try:
+        parsed: JsonValue = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text}: the value is not YAML") from error
+    return parsed
+
+
+def _plan_row(step: PlannedStep) -> tuple[str, str, str]:
+    status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
+    return step.step, status, "not measured yet" if step.seconds is None else _duration(step.seconds)
+
+
+def _described(name: str) -> Iterator[str]:
+    """The first line of its docstring, then one line an option; or why it cannot be imported."""
+    try:
+        pass_class = find_pass(name, Path()).pass_class
+    except IntaglioError as error:
+        yield str(error)
+        return
+    yield (pass_class.__doc__ or "").strip().partition("\n")[0]
+    for option, info in pass_class.model_fields.items():
+        default = "required" if info.is_required() else f"= {info.get_default(call_default_factory=True)!r}"
+        yield f"{option}: {_type_name(info.annotation)} {default}  {info.description or ''}".rstrip()
+
+
+def _type_name(annotation: object) -> str:
+    """`tuple[int, ...]`, `Budget`, `'device' | 'host'`"""
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case None:
+            return "..." if annotation is Ellipsis else getattr(annotation, "__name__", str(annotation))
+        case origin if origin is Annotated:
+            return _type_name(inner[0])
+        case origin if origin is Literal:
+            return " | ".join(map(repr, inner))
+        case origin if origin in (Union, UnionType):
+            return " | ".join(map(_type_name, inner))
+        case origin:
+            return f"{origin.__name__}[{', '.join(map(_type_name, inner))}]"
+
+
+def _read_metrics(folder: Path) -> dict[str, JsonValue]:
+    """target -> metrics"""
+    files = sorted(folder.glob(f"*/{METRICS_FILE}"))
+    if not files:
+        raise RecipeError(f"{folder}: no */{METRICS_FILE} in it: give the folder that `intaglio run --out` wrote")
+    return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def _flattened(metrics: JsonValue, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> `("a.b", "1")`"""
+    match metrics:
+        case dict():
+            for name, inner in metrics.items():
+                yield from _flattened(inner, f"{prefix}.{name}" if prefix else name)
+        case float():
+            yield prefix, f"{metrics:.4g}"
+        case str():
+            yield prefix, metrics
+        case _:
+            yield prefix, json.dumps(metrics)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)

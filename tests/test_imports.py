@@ -1,0 +1,62 @@
+"""Who may import whom, read from the source."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("pipeline", "passes", "exporters")
+HEAVY = frozenset(
+    {"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "plotly", "scipy", "tensorrt", "tensorrt_rtx"}
+)
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _imports_at_import_time(body: list[ast.stmt]) -> Iterator[str]:
+    for statement in body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            yield from _imports(statement)
+        elif isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            continue
+        elif isinstance(statement, ast.If | ast.Try | ast.With | ast.ClassDef):
+            yield from _imports_at_import_time(statement.body)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_passes_and_exporters_meet_only_in_the_core(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    others = {f"intaglio.{folder}" for folder in ("passes", "exporters") if folder != own}
+    found = {name for name in _imports(ast.parse(path.read_text())) if any(_inside(name, other) for other in others)}
+    assert not found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_heavy_modules_are_imported_where_they_are_used(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in _imports_at_import_time(tree.body)} & HEAVY
+
+
+def test_the_command_line_loads_no_tensor_library() -> None:
+    heavy = sorted(HEAVY | {"torch", "numpy"})
+    code = f"import sys, intaglio.pipeline.cli, intaglio.pipeline.keys; print([m for m in {heavy} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def _inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")

@@ -1,0 +1,180 @@
+"""An artifact, keys and passes small enough to test the core with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field
+
+from intaglio.pipeline import Context, Key, Outputs, Pass, Recipe, State, Target
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.keys import TARGET
+
+
+@dataclass
+class Numbers:
+    """Mutable, to show that mutation does not leak."""
+
+    values: list[int]
+    file: ClassVar[str] = "numbers.json"
+
+    def save(self, root: Path) -> None:
+        (root / self.file).write_text(json.dumps(self.values))
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        return cls(json.loads((root / cls.file).read_text()))
+
+
+class Text(Numbers):
+    file = "text.json"
+
+
+NUMBERS = Key("NUMBERS", Numbers, published=True)
+SUM = Key("SUM", Text, published=True)
+NOISE = Key("NOISE", Numbers)
+SAME_FILE = Key("SAME_FILE", Numbers, published=True)
+
+
+class Append(Pass):
+    """Refines NUMBERS."""
+
+    name = "append"
+    requires = frozenset({NUMBERS})
+    provides = frozenset({NUMBERS})
+    number: int = Field(1, ge=0, description="what is appended")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: Numbers([*state[NUMBERS].values, self.number])}
+
+
+class Add(Pass):
+    """Reads the target."""
+
+    name = "add"
+    requires = frozenset({NUMBERS, TARGET})
+    provides = frozenset({SUM})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {SUM: Text([sum(state[NUMBERS].values), state[TARGET].opset_max])}
+
+
+class Roll(Pass):
+    name = "roll"
+    requires = frozenset({NUMBERS})
+    provides = frozenset({NOISE})
+    random = True
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NOISE: Numbers(ctx.rng("roll", 1).integers(0, 1000, 4).tolist())}
+
+
+class RollUndeclared(Roll):
+    name = "roll-undeclared"
+    random = False
+
+
+class Peek(Append):
+    """Reads what it does not require."""
+
+    name = "peek"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: Numbers([state[TARGET].opset_max])}
+
+
+class Forget(Append):
+    name = "forget"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {}
+
+
+class Surplus(Append):
+    name = "surplus"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: Numbers([1]), SUM: Text([1])}
+
+
+class WrongType(Append):
+    name = "wrong-type"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: state[NUMBERS].values[0]}  # type: ignore[dict-item]  # the mistake that is tested
+
+
+class Mutate(Pass):
+    """Changes its own copy of NUMBERS."""
+
+    name = "mutate"
+    requires = frozenset({NUMBERS})
+    provides = frozenset({NOISE})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        state[NUMBERS].values.append(99)
+        return {NOISE: Numbers([0])}
+
+
+class Fail(Append):
+    """Leaves a checkpoint, then raises."""
+
+    name = "fail"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        (ctx.scratch / "half").write_text("half")
+        raise ZeroDivisionError("no way")
+
+
+class Clash(Append):
+    """Publishes a file whose name is taken."""
+
+    name = "clash"
+    provides = frozenset({SAME_FILE})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {SAME_FILE: Numbers([1])}
+
+
+class OnlyTensorRT(Append):
+    name = "only-tensorrt"
+
+    @classmethod
+    def applies(cls, target: Target) -> bool:
+        return target.runtime != "onnxruntime"
+
+
+class Refuse(Append):
+    """No target is good enough."""
+
+    name = "refuse"
+
+    def check(self, target: Target) -> None:
+        raise TargetError(f"layer a: not on {target.name}", "layer b: not either")
+
+
+class Abstract(Pass):
+    name = "abstract"
+
+
+class NotAPass:
+    pass
+
+
+START: Outputs = {NUMBERS: Numbers([1])}
+
+
+def toy_recipe(*steps: object, targets: tuple[str, ...] = ("onnxruntime-cpu",), seed: int = 0) -> Recipe:
+    """Steps as in YAML; a class of this file by its name alone."""
+    spelled = [_spelled(step) for step in steps]
+    return Recipe.model_validate({"model": "toy", "targets": targets, "seed": seed, "steps": spelled})
+
+
+def _spelled(step: object) -> object:
+    match step:
+        case str():
+            return f"toys:{step}"
+        case (name, dict(options)):
+            return {f"toys:{name}": options}
+    return step
