@@ -1,6 +1,9 @@
 """An artifact, keys and passes small enough to test the core with."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -58,6 +61,12 @@ class Add(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         return {SUM: Text([sum(state[NUMBERS].values), state[TARGET].opset_max])}
+
+
+class Same(Append):
+    """Another pass, the same numbers."""
+
+    name = "same"
 
 
 class Roll(Pass):
@@ -125,6 +134,38 @@ class Fail(Append):
     def run(self, state: State, ctx: Context) -> Outputs:
         (ctx.scratch / "half").write_text("half")
         raise ZeroDivisionError("no way")
+
+
+class Checkpointed(Append):
+    """Killed inside its first run, it goes on from its checkpoint."""
+
+    name = "checkpointed"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        checkpoint = ctx.scratch / "count"
+        for count in range(int(checkpoint.read_text()) if checkpoint.exists() else 0, 4):
+            checkpoint.write_text(str(count + 1))
+            if Path("kill-inside").exists() and count == 2:
+                Path("kill-inside").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return {NUMBERS: Numbers([*state[NUMBERS].values, int(checkpoint.read_text())])}
+
+
+class Slow(Append):
+    """Writes a line each time it runs."""
+
+    name = "slow"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        time.sleep(0.5)
+        with Path("slow.log").open("a") as log:
+            log.write("ran\n")
+        return {NUMBERS: state[NUMBERS]}
+
+
+class ReadSum(Append):
+    name = "read-sum"
+    requires = frozenset({SUM, NUMBERS})
 
 
 class Clash(Append):

@@ -1,0 +1,76 @@
+"""The YAML of a recipe, and what the command line changes in it."""
+
+from pathlib import Path
+
+import pytest
+
+from intaglio.pipeline import Recipe, Step
+from intaglio.pipeline.errors import RecipeError
+
+TEXT = """
+model: {path: models/dit, sampling_steps: 8}
+targets: [onnxruntime-cpu]
+seed: 3
+steps:
+  - calibrate
+  - assign: {budget: {size: 0.5}}
+  - ./my.py:KeepFirst
+  - {uses: verify, name: verify-again, options: {samples: 4}}
+"""
+
+
+def test_the_three_spellings_of_a_step() -> None:
+    recipe = Recipe.parse(TEXT)
+    assert recipe.steps == (
+        Step(name="calibrate", uses="calibrate"),
+        Step(name="assign", uses="assign", options={"budget": {"size": 0.5}}),
+        Step(name="keep-first", uses="./my.py:KeepFirst"),
+        Step(name="verify-again", uses="verify", options={"samples": 4}),
+    )
+    assert (recipe.model.path, recipe.model.sampling_steps, recipe.seed) == ("models/dit", 8, 3)
+
+
+def test_a_string_is_the_path_of_the_model() -> None:
+    assert Recipe.parse("{model: models/dit, targets: [a], steps: [b]}").model.path == "models/dit"
+
+
+def test_yaml_reads_back() -> None:
+    recipe = Recipe.parse(TEXT)
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+
+
+def test_every_problem_of_the_text_is_listed() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse("{model: m, target: [a], seed: many, steps: [[], calibrate]}", source="r.yaml")
+    assert [problem.split(":")[1].strip() for problem in caught.value.problems] == [
+        "targets",
+        "seed",
+        "steps.0",
+        "target",
+    ]
+    assert "r.yaml: target: no such option: did you mean 'targets'?" in caught.value.problems
+
+
+@pytest.mark.parametrize("text", ["", "just words", "{a: ["])
+def test_what_is_no_recipe_is_a_recipe_error(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"recipe: "):
+        Recipe.parse(text)
+
+
+def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file"):
+        Recipe.read(tmp_path / "none.yaml")
+
+
+def test_insert_and_options_give_new_recipes() -> None:
+    recipe = Recipe.parse(TEXT)
+    longer = recipe.insert(Step.model_validate("report"), after="assign")
+    assert [step.name for step in longer.steps] == ["calibrate", "assign", "report", "keep-first", "verify-again"]
+    changed = recipe.with_option("assign", ("budget", "size"), 0.3).with_option("assign", ("keep",), ["a"])
+    assert changed.steps[1].options == {"budget": {"size": 0.3}, "keep": ["a"]}
+    assert recipe == Recipe.parse(TEXT)
+
+
+def test_an_unknown_step_is_named() -> None:
+    with pytest.raises(RecipeError, match="no step 'asign' in the recipe: did you mean 'assign'"):
+        Recipe.parse(TEXT).insert(Step.model_validate("report"), after="asign")
