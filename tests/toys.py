@@ -11,8 +11,8 @@ from typing import ClassVar, Self
 from pydantic import Field
 
 from intaglio.pipeline import Context, Key, Outputs, Pass, Recipe, State, Target
-from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.keys import TARGET
+from intaglio.pipeline.errors import MissingExtra, TargetError
+from intaglio.pipeline.keys import MODEL, TARGET
 
 
 @dataclass
@@ -34,8 +34,16 @@ class Text(Numbers):
     file = "text.json"
 
 
+class Metrics(Numbers):
+    file = "metrics.json"
+
+    def save(self, root: Path) -> None:
+        (root / self.file).write_text(json.dumps({"quality": {"psnr_db": sum(self.values) / 2}, "layers": self.values}))
+
+
 NUMBERS = Key("NUMBERS", Numbers, published=True)
 SUM = Key("SUM", Text, published=True)
+METRICS = Key("METRICS", Metrics, published=True)
 NOISE = Key("NOISE", Numbers)
 SAME_FILE = Key("SAME_FILE", Numbers, published=True)
 
@@ -61,6 +69,36 @@ class Add(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         return {SUM: Text([sum(state[NUMBERS].values), state[TARGET].opset_max])}
+
+
+class Begin(Pass):
+    """The first numbers, for recipes that begin with a model."""
+
+    name = "begin"
+    requires = frozenset({MODEL})
+    provides = frozenset({NUMBERS})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: Numbers([1])}
+
+
+class Score(Append):
+    """Publishes metrics."""
+
+    name = "score"
+    provides = frozenset({METRICS})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {METRICS: Metrics(state[NUMBERS].values)}
+
+
+class Interrupt(Append):
+    """The user presses Ctrl-C."""
+
+    name = "interrupt"
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        raise KeyboardInterrupt
 
 
 class Same(Append):
@@ -193,6 +231,13 @@ class Refuse(Append):
 
     def check(self, target: Target) -> None:
         raise TargetError(f"layer a: not on {target.name}", "layer b: not either")
+
+
+class NeedsExtra(Append):
+    name = "needs-extra"
+
+    def check(self, target: Target) -> None:
+        raise MissingExtra("rtx", f"building for {target.name}")
 
 
 class Abstract(Pass):

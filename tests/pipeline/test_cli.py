@@ -1,0 +1,138 @@
+"""The command as a user meets it: output, messages, exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from intaglio.pipeline import Recipe
+from intaglio.pipeline.cli import app
+
+RECIPE = """
+model: ./model.py:make
+targets: [onnxruntime-cpu, tensorrt-rtx]
+steps: ['toys:Begin', {'toys:Append': {number: 2}}, 'toys:Add', 'toys:Score']
+"""
+
+
+@pytest.fixture(autouse=True)
+def _recipe(tmp_path: Path) -> None:
+    """recipes/toy.yaml, with a model beside it."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/model.py").write_text("def make():\n    raise NotImplementedError\n")
+    (tmp_path / "recipes/toy.yaml").write_text(RECIPE)
+
+
+def intaglio(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def run(*arguments: str) -> Result:
+    return intaglio("run", "recipes/toy.yaml", "--out", "out", *arguments)
+
+
+def test_run_publishes_and_names_each_target(tmp_path: Path) -> None:
+    result = run()
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == ["onnxruntime-cpu: out/onnxruntime-cpu", "tensorrt-rtx: out/tensorrt-rtx"]
+    assert (tmp_path / ".intaglio/store/runs").is_dir()
+    assert "onnxruntime-cpu 2/4 append done in" in result.stderr
+    assert "tensorrt-rtx 2/4 append is in the store" in result.stderr
+
+
+def test_set_and_insert_change_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from toys import Append\n\n\nclass Mine(Append):\n    name = 'mine'\n")
+    result = run("--insert", "after:append=./mine.py:Mine", "--set", "mine.number=7", "--set", "append.number=3")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out/tensorrt-rtx/numbers.json").read_text() == "[1, 3, 7]"
+    written = Recipe.read(tmp_path / "out/tensorrt-rtx/recipe.yaml")
+    assert written.model.path == "./model.py:make"
+    assert written.steps[2].uses == "./../mine.py:Mine"
+
+
+def test_the_store_can_be_named_by_the_environment(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", "recipes/toy.yaml"], env={"INTAGLIO_STORE": "elsewhere"})
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "elsewhere/objects").is_dir()
+    assert (tmp_path / "build/toy/onnxruntime-cpu/manifest.json").is_file()
+
+
+def test_plan_says_what_would_run() -> None:
+    assert intaglio("plan", "recipes/toy.yaml").stdout.count("not measured yet") == 8
+    run()
+    planned = intaglio("plan", "recipes/toy.yaml", "--set", "append.number=3").stdout
+    rows = [line.split() for line in planned.splitlines() if line.split()[:1] == ["begin"] or "append " in line]
+    assert [row[1:4] for row in rows] == [["in", "the", "store"], ["runs", "0.0", "s"]] * 2
+    assert planned.count("runs if an earlier output changes") == 4
+
+
+def test_show_prints_the_metrics_of_every_target() -> None:
+    run()
+    metrics = {"quality": {"psnr_db": 1.5}, "layers": [1, 2]}
+    shown = intaglio("show", "out", "--json").stdout
+    assert json.loads(shown) == {"onnxruntime-cpu": metrics, "tensorrt-rtx": metrics}
+    table = [line.split() for line in intaglio("show", "out").stdout.splitlines()]
+    assert ["quality.psnr_db", "1.5", "1.5"] in table
+
+
+def test_passes_lists_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    points = {name: EntryPoint(name, f"toys:{name}", "intaglio.passes") for name in ("Append", "Missing")}
+    monkeypatch.setattr("intaglio.pipeline.registry.named_passes", lambda: points)
+    monkeypatch.setattr("intaglio.pipeline.cli.named_passes", lambda: points)
+    listed = intaglio("passes").stdout
+    assert "Append\n    Refines NUMBERS.\n    number: int = 1  what is appended\n" in listed
+    assert "Missing: no class 'Missing'" in listed
+
+
+def test_targets_lists_all() -> None:
+    listed = intaglio("targets").stdout
+    assert all(name in listed for name in ("onnxruntime-cpu", "tensorrt-rtx", "tensorrt-jetson"))
+
+
+@pytest.mark.parametrize(
+    ("step", "exit_code", "message"),
+    [
+        ("toys:Apend", 2, "did you mean 'Append'"),
+        ("toys:Forget", 3, "forget: provides NUMBERS, but did not return it"),
+        ("toys:Refuse", 4, "layer b: not either"),
+        ("toys:Fail", 5, "fail: ZeroDivisionError: no way"),
+        ("toys:NeedsExtra", 7, "pip install 'intaglio[rtx]'"),
+        ("toys:Interrupt", 130, "interrupted: the same command goes on from here"),
+    ],
+)
+def test_an_error_is_one_message_and_an_exit_code(step: str, exit_code: int, message: str) -> None:
+    result = run("--insert", f"after:append={step}")
+    assert result.exit_code == exit_code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_store_that_cannot_be_used_exits_with_6(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("--store", "file/store").exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "append=1"), "write it as STEP.FIELD=VALUE"),
+        (("--set", "append.number"), "write it as STEP.FIELD=VALUE"),
+        (("--set", "append.number=["), "the value is not YAML"),
+        (("--set", "apend.number=1"), "no step 'apend' in the recipe: did you mean 'append'"),
+        (("--insert", "append=toys:Add"), "write it as after:STEP=PASS"),
+    ],
+)
+def test_a_bad_option_says_how_to_write_it(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_show_without_results_says_what_to_give() -> None:
+    result = intaglio("show", ".")
+    assert result.exit_code == 2
+    assert "give the folder that `intaglio run --out` wrote" in result.stderr
