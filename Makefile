@@ -19,9 +19,8 @@ test: .venv/.dev
 	$(PYTHON) -m venv .venv
 	touch $@
 
-# the dev install contains the base install
 .venv/.base: .venv/.python pyproject.toml constraints.txt
-	test -e .venv/.dev || $(INSTALL) -e .
+	$(INSTALL) -e .
 	touch $@
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
