@@ -76,7 +76,8 @@ class Checkpoint:
         folder = base / ref.path
         if not folder.is_dir():
             raise RecipeError(
-                f"model: no folder {ref.path} beside the recipe: give a diffusers folder, `./file.py:factory` or `hub:owner/name`"
+                f"model: no folder {ref.path} beside the recipe: "
+                "give a diffusers folder, `./file.py:factory` or `hub:owner/name`"
             )
         return cls._of_folder(folder.resolve(), ref)
 
@@ -193,7 +194,7 @@ def _class_count(config: Any) -> int | None:  # a diffusers FrozenDict
 
 
 def input_names(module: nn.Module) -> tuple[str, str, str | None]:
-    """Names of the noisy sample, the timestep and, if there is one, the class labels among the arguments of `forward`."""
+    """Names of the noisy sample, the timestep and the class labels, if any, among the arguments of `forward`."""
     names = list(inspect.signature(module.forward).parameters)
     labels = "class_labels" if "class_labels" in names else None
     return names[0], "timestep" if "timestep" in names else names[1], labels

@@ -25,8 +25,8 @@ class TensorSpec:
 class Graph:
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
 
-    `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer can
-    be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
+    `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
+    can be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Graph:
 class Engine:
     """What a runtime made of a graph: how many of its matrix products and convolutions it executes on integers.
 
-    `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` are the executed ones.
+    `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` are those executed.
     """
 
     runtime: str

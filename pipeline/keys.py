@@ -8,7 +8,7 @@ from intaglio.pipeline.quantized import Adapter, Quantized
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import Target
 from intaglio.pipeline.trajectory import Trajectory
-from intaglio.pipeline.verification import Report, Verification
+from intaglio.pipeline.verification import Latency, Report, Verification
 
 MODEL = Key("MODEL", Checkpoint)
 TARGET = Key("TARGET", Target)
@@ -21,4 +21,5 @@ FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
 GRAPH = Key("GRAPH", Graph, published=True)
 ENGINE = Key("ENGINE", Engine, published=True)
 VERIFICATION = Key("VERIFICATION", Verification)
+LATENCY = Key("LATENCY", Latency)
 REPORT = Key("REPORT", Report, published=True)

@@ -44,7 +44,7 @@ class Layer(BaseModel):
         return math.prod(self.shape[1:])
 
     def size_bytes(self, scheme: LayerScheme, float_bytes: int = 2) -> int:
-        """Bytes of weight, scales and bias as stored; floats at `float_bytes` each, scales and bias of integers in float32."""
+        """Bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32."""
         match scheme.weight:
             case IntWeight() as form:
                 return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)
@@ -53,7 +53,7 @@ class Layer(BaseModel):
 
 
 def structural_schemes(layer: Layer, groups: tuple[int, ...] = (64, 32, 128)) -> tuple[LayerScheme, ...]:
-    """Every scheme that the layer's shape admits, float first. The first of `groups` that divides K is its group size."""
+    """Schemes that the layer's shape admits, float first; the group size is the first of `groups` that divides K."""
     group = next((g for g in groups if layer.k % g == 0 and layer.k != g), None)
     inputs = (W8A8_TOKEN, W8A8_STEP) if layer.op == "linear" else (W8A8_STEP,)
     return (FLOAT, *inputs, *((w4a16(group),) if group else ()))

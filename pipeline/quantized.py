@@ -37,7 +37,7 @@ class Adapter:
         """Write adapter.safetensors and adapter.json."""
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             named = {"scale": layer.scale_NG, "a": layer.a, "b": layer.b}
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in named.items() if value is not None}
@@ -60,7 +60,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class QuantizedLayerData:
-    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) where its input has a scale a step."""
+    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step."""
 
     scheme: LayerScheme
     codes: torch.Tensor

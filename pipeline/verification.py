@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerParity:
-    """One layer on the same input in both: relative L2 error, and how many of its input codes differ, and by how much."""
+    """One layer on the same input in both: relative L2 error, and how many of its input codes differ, by how much."""
 
     rel_l2: float
     codes: int
@@ -24,7 +24,7 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` measured. `samples` holds images (B, ...) of full precision, the simulation and the deployed graph."""
+    """What `verify` measured. `samples`: (B, ...) of full precision, the simulation and the deployed graph."""
 
     figures: Mapping[str, float]
     layers: Mapping[str, LayerParity]
@@ -46,6 +46,24 @@ class Verification:
         content = json.loads((root / "verification.json").read_text())
         layers = {n: LayerParity(**p) for n, p in content["layers"].items()}
         return cls(content["figures"], layers, load_file(root / "samples.safetensors"))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median time of one call in ONNX Runtime, of full precision and of the compiled graph."""
+
+    rows: int
+    float32_ms: float
+    compiled_ms: float
+
+    def save(self, root: Path) -> None:
+        """Write latency.json."""
+        (root / "latency.json").write_text(json.dumps(self.__dict__) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read latency.json."""
+        return cls(**json.loads((root / "latency.json").read_text()))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     python samples/train_emoji.py emoji-dit  --data emoji-datasource-google-16.0.0.tgz
     python samples/train_emoji.py emoji-unet --data emoji-datasource-google-16.0.0.tgz
 
-A stopped run goes on from its last checkpoint when the same command is given again. The learning rate is constant and then falls
-linearly to zero over the last fifth of `--steps`, so a run may be lengthened by resuming it with more steps.
+A stopped run goes on from its last checkpoint when the same command is given again. The learning rate is constant and
+then falls linearly to zero over the last fifth of `--steps`, so a run may be lengthened by resuming it with more steps.
 
 Shapes: B batch, H W pixels.
 """
@@ -45,7 +45,10 @@ def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images (M, 3, H, W) uint8 on white, labels (M,), and the sorted class names."""
     with tarfile.open(archive) as tar:
         files = {m.name: m for m in tar.getmembers()}
-        read = lambda name: tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # a regular file by construction
+
+        def read(name: str) -> bytes:
+            return tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # a regular file by construction
+
         entries = [e for e in json.loads(read("package/emoji.json")) if e["has_img_google"] and e["category"] in GROUPS]
         names = sorted({e["subcategory"] for e in entries})
         images, labels = [], []
@@ -61,13 +64,29 @@ def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 def build(model: str, classes: int) -> torch.nn.Module:
     """The untrained denoiser. Class number `classes` is the null class of classifier-free guidance."""
     if model == "emoji-dit":
-        return DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=5,
-                                     sample_size=SIZE, patch_size=4, num_embeds_ada_norm=classes)  # fmt: skip
+        return DiTTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=64,
+            in_channels=3,
+            out_channels=3,
+            num_layers=5,
+            sample_size=SIZE,
+            patch_size=4,
+            num_embeds_ada_norm=classes,
+        )
     if model == "emoji-unet":
-        return UNet2DModel(sample_size=SIZE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64, 128),
-                           down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-                           up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-                           attention_head_dim=32, norm_num_groups=32, num_class_embeds=classes + 1)  # fmt: skip
+        return UNet2DModel(
+            sample_size=SIZE,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(32, 64, 128),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=32,
+            norm_num_groups=32,
+            num_class_embeds=classes + 1,
+        )
     raise typer.BadParameter(f"unknown model {model}: use emoji-dit or emoji-unet")
 
 
@@ -178,14 +197,29 @@ def main(
                 save_grid(
                     sample(ema, scheduler, shown, null, 20, 2.0, 1), work / f"{model}-{step + 1:06d}.png", columns=8
                 )
-                seconds = spent + time.monotonic() - began
-                write_atomically({"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-                                  "step": step + 1, "loss": loss_mean, "seconds": seconds}, checkpoint)  # fmt: skip
+                progress_so_far = {
+                    "net": net.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                    "loss": loss_mean,
+                    "seconds": spent + time.monotonic() - began,
+                }
+                write_atomically(progress_so_far, checkpoint)
     folder = out / model
     ema.half().save_pretrained(folder / ("transformer" if model == "emoji-dit" else "unet"))
     scheduler.save_pretrained(folder / "scheduler")
-    facts = {"labels": names, "null_label": null, "guidance": 2.0, "images": len(images), "steps": steps, "batch": batch, "seed": seed,
-             "mse": round(loss_mean, 5), "minutes": round((spent + time.monotonic() - began) / 60)}  # fmt: skip
+    facts = {
+        "labels": names,
+        "null_label": null,
+        "guidance": 2.0,
+        "images": len(images),
+        "steps": steps,
+        "batch": batch,
+        "seed": seed,
+        "mse": round(loss_mean, 5),
+        "minutes": round((spent + time.monotonic() - began) / 60),
+    }
     (folder / "classes.json").write_text(json.dumps(facts, indent=1) + "\n")
     save_grid(sample(ema.float(), scheduler, shown, null, 20, 2.0, 1), out.parent / f"{model}.png", columns=8)
 

@@ -95,5 +95,5 @@ def input_codes(x_unit: torch.Tensor) -> torch.Tensor:
 
 
 def token_amax(x: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each token: x (..., K) -> (..., 1), at least `TOKEN_EPS`. Every row of a batch has its own."""
+    """Largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
     return x.abs().amax(-1, keepdim=True).clamp_min(TOKEN_EPS)

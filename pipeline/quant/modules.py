@@ -6,7 +6,7 @@ Shapes: N out features, K in features, G scales a row, T denoising steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch.nn import functional
 
 from intaglio.pipeline.quant import affine
 from intaglio.pipeline.quant.spec import Float, IntInput, IntWeight, LayerScheme, PerStep, PerToken
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.quantized import Quantized
 
 
 class StepClock:
@@ -39,7 +42,8 @@ class QuantizedLayer(nn.Module):
     """A Linear or Conv2d whose weight and input are rounded as its scheme says.
 
     Invariant: with the same input it makes the same integer codes as the exported node.
-    `adapter_a` (rank, K) and `adapter_b` (N, rank) are added to the weight before it is rounded (QALoRA, EfficientDM Eq. 5).
+    The product of `adapter_b` (N, rank) and `adapter_a` (rank, K) is added to the weight before it is rounded
+    (QALoRA, EfficientDM Eq. 5).
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class QuantizedLayer(nn.Module):
         scale_NG: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.amax_T: torch.Tensor
         self.layer, self.scheme, self.clock = layer, scheme, clock
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
@@ -111,10 +116,11 @@ class QuantizedLayer(nn.Module):
         """The product without its bias."""
         if isinstance(self.layer, nn.Linear):
             return functional.linear(x, weight)
-        return self.layer._conv_forward(x, weight, None)
+        y: torch.Tensor = self.layer._conv_forward(x, weight, None)
+        return y
 
     def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of the input, as floats, and what its unit range is multiplied by: (..., K) -> (..., K), (..., 1) or ()."""
+        """Codes of the input, as floats, and the magnitude that its unit range stands for, (..., 1) or ()."""
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
         match self.scheme.input.granularity:
@@ -158,6 +164,20 @@ def quantize_model(
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name)).train(layer.training)
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name))
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
+
+
+def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
+    """Turn `model` into what the deployed graph computes, from integer codes and scales alone. Changes `model`.
+
+    Returns the clock that is set to a call's timestep before the call.
+    """
+    clock = StepClock(quantized.timesteps)
+    amax = {name: data.amax_T for name, data in quantized.layers.items() if data.amax_T is not None}
+    layers = quantize_model(model, {name: data.scheme for name, data in quantized.layers.items()}, clock, amax)
+    for name, layer in layers.items():
+        if isinstance(layer.scheme.weight, IntWeight):
+            layer.set_codes(quantized.layers[name].codes, quantized.layers[name].scale_NG)
+    return clock

@@ -12,9 +12,8 @@ def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     if flat.size and (flat.min() < -8 or flat.max() > 7):
         raise ValueError(f"4-bit codes are in [-8, 7], got [{flat.min()}, {flat.max()}]")
     nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
-    nibbles[: flat.size] = flat.astype(np.uint8) & 0x0F
-    packed: NDArray[np.uint8] = nibbles[0::2] | (nibbles[1::2] << 4)
-    return packed
+    nibbles[: flat.size] = flat.astype(np.uint8) & np.uint8(0x0F)
+    return nibbles[0::2] | (nibbles[1::2] << np.uint8(4))
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:

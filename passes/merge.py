@@ -1,0 +1,46 @@
+"""Merge the adapters into the weights and round once: integer codes and scales are all that is left."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.quant.spec import IntInput, IntWeight, PerStep
+
+
+class MergeAdapters(Pass):
+    """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding."""
+
+    name: ClassVar[str] = "merge"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, ADAPTER, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({QUANTIZED})
+    needs: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.pipeline.quant import affine
+        from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
+
+        module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
+        merged = {}
+        for layer in state[PLAN].layers:
+            scheme = state[PLAN].schemes[layer.name]
+            if not isinstance(scheme.weight, IntWeight):
+                continue
+            learnt = adapter.layers[layer.name]
+            w_NK = module.get_submodule(layer.name).get_parameter("weight").detach().flatten(1)
+            if learnt.a is not None and learnt.b is not None:
+                w_NK = w_NK + learnt.b @ learnt.a
+            if not w_NK.isfinite().all() or not (learnt.scale_NG > 0).all():
+                raise StepFailed(f"{layer.name}: the merged weight has NaN or Inf, or a scale that is not positive")
+            stepped = isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep)
+            merged[layer.name] = QuantizedLayerData(
+                scheme,
+                affine.quantize(w_NK, learnt.scale_NG, scheme.weight),
+                learnt.scale_NG,
+                trajectory.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
+            )
+        return {QUANTIZED: Quantized(trajectory.timesteps, merged)}

@@ -1,0 +1,105 @@
+"""Measure what each layer costs the denoiser's output when it alone is quantized."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.plan import structural_schemes
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.pipeline.checkpoint import Factory
+    from intaglio.pipeline.quant.spec import LayerScheme
+    from intaglio.pipeline.trajectory import Trajectory
+
+
+class MeasureSensitivity(Pass):
+    """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs."""
+
+    name: ClassVar[str] = "sensitivity"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+
+    buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
+    rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
+    groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.pipeline.checkpoint import layer_table
+        from intaglio.pipeline.sensitivity import Sensitivity
+
+        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        layers = tuple(layer for layer in layer_table(model.module) if layer.name in trajectory.amax)
+        schemes = {layer.name: {s.name: s for s in structural_schemes(layer, self.groups)} for layer in layers}
+        count = len(trajectory.timesteps)
+        edges = [round(i * count / self.buckets) for i in range(self.buckets + 1)]
+        buckets = tuple((a, b) for a, b in itertools.pairwise(edges) if b > a)
+        progress_file = ctx.scratch / "measured.json"
+        error: dict[str, dict[str, tuple[float, ...]]] = (
+            json.loads(progress_file.read_text()) if progress_file.exists() else {}
+        )
+        with ctx.progress("sensitivity", len(layers)) as advance:
+            advance(len(error))
+            for layer in layers:
+                if layer.name in error:
+                    continue
+                error[layer.name] = self._measure(model, layer.name, schemes[layer.name], trajectory, buckets)
+                part = progress_file.with_suffix(".part")
+                part.write_text(json.dumps(error))
+                os.replace(part, progress_file)
+                advance()
+        error = {layer.name: {s: tuple(e) for s, e in error[layer.name].items()} for layer in layers}
+        return {SENSITIVITY: Sensitivity(layers, buckets, schemes, error)}
+
+    def _measure(
+        self,
+        model: Factory,
+        name: str,
+        schemes: Mapping[str, LayerScheme],
+        trajectory: Trajectory,
+        buckets: tuple[tuple[int, int], ...],
+    ) -> dict[str, tuple[float, ...]]:
+        """Errors of every scheme of one layer, in each bucket. Leaves the model as it was."""
+        import torch
+
+        from intaglio.pipeline.denoiser import denoise_with
+        from intaglio.pipeline.quant.modules import StepClock, quantize_model
+
+        clock = StepClock(trajectory.timesteps)
+        denoise = denoise_with(model.module, model)
+        parent, _, child = name.rpartition(".")
+        original = model.module.get_submodule(name)
+        rows = slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows))
+        measured: dict[str, tuple[float, ...]] = {}
+        for scheme_name, scheme in schemes.items():
+            if scheme_name == "float":
+                measured[scheme_name] = (0.0,) * len(buckets)
+                continue
+            quantize_model(model.module, {name: scheme}, clock, trajectory.amax)
+            errors = []
+            with torch.no_grad():
+                for first, past in buckets:
+                    step = (first + past) // 2
+                    clock.step = step
+                    reference = trajectory.outputs[step, rows]
+                    errors.append(_relative_error(denoise(trajectory.call(step, rows)), reference))
+            setattr(model.module.get_submodule(parent), child, original)
+            measured[scheme_name] = tuple(errors)
+        return measured
+
+
+def _relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """sum (y - y_ref)^2 / sum y_ref^2"""
+    return float((output - reference).square().sum() / reference.square().sum())

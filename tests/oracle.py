@@ -1,0 +1,30 @@
+"""An independent quantizer in numpy, written from the formulas; shares no code with the package."""
+
+import numpy as np
+
+
+def round_half_even(x):
+    return np.rint(x)
+
+
+def weight_codes(w, scale, low, high, group):
+    """w (N, K), scale (N, K // group): one loop a weight, as slow and plain as it gets."""
+    codes = np.zeros(w.shape, np.int64)
+    for n in range(w.shape[0]):
+        for k in range(w.shape[1]):
+            q = round_half_even(np.float32(w[n, k]) / np.float32(scale[n, k // group]))
+            codes[n, k] = min(max(int(q), low), high)
+    return codes
+
+
+def token_linear(x, codes, scale, bias):
+    """One dynamic scale a token: x (M, K), codes (N, K), scale (N,). Returns the codes of x and y in float64."""
+    s = np.float32(1) / np.float32(127)
+    x_codes, y = [], []
+    for row in x.astype(np.float32):
+        amax = max(np.abs(row).max(), np.float32(1e-7))
+        q = np.clip(round_half_even((row / amax) / s), -128, 127).astype(np.int64)
+        total = codes.astype(np.int64) @ q
+        y.append(total * float(s) * scale.astype(np.float64) * float(amax) + bias)
+        x_codes.append(q)
+    return np.array(x_codes), np.array(y)

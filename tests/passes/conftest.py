@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+from harness import Artifacts, run_pass
+from tiny import save_folder, tiny_dit
+
+from intaglio.passes.calibrate import Calibrate
+from intaglio.passes.sensitivity import MeasureSensitivity
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.keys import MODEL, TARGET
+from intaglio.pipeline.target import load_target
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """A tiny DiT with its trajectories (4 steps, 8 samples) and a target."""
+    folder = save_folder(tiny_dit(), tmp_path_factory.mktemp("model"))
+    checkpoint = Checkpoint.resolve(ModelRef(path=str(folder), sampling_steps=4, guidance=2.0), Path())
+    start: Artifacts = {MODEL: checkpoint, TARGET: load_target("onnxruntime-cpu")}
+    return start | run_pass(Calibrate(samples=8), start, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(scope="session")
+def measured(calibrated: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    step = MeasureSensitivity(buckets=2, rows=4)
+    return calibrated | run_pass(step, calibrated, tmp_path_factory.mktemp("scratch"))

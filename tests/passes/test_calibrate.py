@@ -1,0 +1,44 @@
+import torch
+from harness import run_pass
+
+from intaglio.passes.calibrate import Calibrate
+from intaglio.pipeline.keys import MODEL, TRAJECTORY
+
+
+def test_every_step_is_recorded_with_guidance_rows(calibrated):
+    trajectory = calibrated[TRAJECTORY]
+    assert trajectory.outputs.shape == (4, 16, 3, 8, 8)
+    labels = trajectory.inputs["class_labels"]
+    assert (labels[:, 8:] == 4).all()  # the null class
+    assert (labels[:, :8] < 4).all()
+    assert trajectory.inputs["timestep"][:, 0].tolist() == list(trajectory.timesteps)
+
+
+def test_outputs_are_those_of_the_model(calibrated):
+    trajectory = calibrated[TRAJECTORY]
+    module = calibrated[MODEL].open().module
+    with torch.no_grad():
+        again = module(**trajectory.call(2)).sample
+    assert torch.equal(again, trajectory.outputs[2])
+
+
+def test_ranges_are_the_largest_input_of_each_step(calibrated):
+    trajectory = calibrated[TRAJECTORY]
+    seen = trajectory.amax["pos_embed.proj"]
+    expected = trajectory.inputs["hidden_states"].abs().amax((1, 2, 3, 4))
+    assert torch.equal(seen, expected)
+
+
+def test_same_seed_same_trajectory(calibrated, tmp_path):
+    again = run_pass(Calibrate(samples=8), calibrated, tmp_path)[TRAJECTORY]
+    assert torch.equal(again.outputs, calibrated[TRAJECTORY].outputs)
+
+
+def test_trajectory_survives_the_store(calibrated, tmp_path):
+    trajectory = calibrated[TRAJECTORY]
+    trajectory.save(tmp_path)
+    loaded = type(trajectory).load(tmp_path)
+    assert loaded.timesteps == trajectory.timesteps
+    assert torch.equal(loaded.outputs, trajectory.outputs)
+    assert loaded.inputs.keys() == trajectory.inputs.keys()
+    assert loaded.amax.keys() == trajectory.amax.keys()

@@ -1,0 +1,116 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import run_pass
+
+from intaglio.passes.assign import AssignPrecision, Budget
+from intaglio.passes.distill import CHECKPOINT_EVERY, Distill
+from intaglio.passes.merge import MergeAdapters
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
+
+
+@pytest.fixture(scope="module")
+def planned(measured, tmp_path_factory):
+    step = AssignPrecision(budget=Budget(size=0.42))
+    return measured | run_pass(step, measured, tmp_path_factory.mktemp("scratch"))
+
+
+@pytest.fixture(scope="module")
+def distilled(planned, tmp_path_factory):
+    return planned | run_pass(Distill(updates=40, samples=4, rank=4), planned, tmp_path_factory.mktemp("scratch"))
+
+
+def output_error(artifacts) -> float:
+    """Relative squared error of the merged model on the recorded calls."""
+    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
+    clock = simulate(model.module, artifacts[QUANTIZED])
+    total = 0.0
+    with torch.no_grad():
+        for step, t in enumerate(trajectory.timesteps):
+            clock.set(t)
+            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
+            total += float(error.square().sum() / trajectory.outputs[step].square().sum())
+    return total
+
+
+def test_distilling_heals_the_loss(planned, distilled, tmp_path):
+    assert "w4a16" in {s.name for s in planned[PLAN].schemes.values()}
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    before = output_error(rounded | run_pass(MergeAdapters(), rounded, tmp_path / "b"))
+    after = output_error(distilled | run_pass(MergeAdapters(), distilled, tmp_path / "c"))
+    assert after < 0.9 * before
+
+
+def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_path, monkeypatch):
+    step = Distill(updates=40, samples=4, rank=4)
+    real_replace, saves = __import__("os").replace, []
+
+    def dies_after_the_first_save(source, target):
+        real_replace(source, target)
+        saves.append(target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", dies_after_the_first_save)
+    with pytest.raises(KeyboardInterrupt):
+        run_pass(step, planned, tmp_path)
+    monkeypatch.setattr("os.replace", real_replace)
+    assert len(torch.load(tmp_path / "distill.pt", weights_only=True)["loss"]) == CHECKPOINT_EVERY
+    resumed = run_pass(step, planned, tmp_path)[ADAPTER]
+    expected = distilled[ADAPTER]
+    assert resumed.loss == expected.loss
+    for name, layer in expected.layers.items():
+        assert torch.equal(resumed.layers[name].scale_NG, layer.scale_NG)
+        assert layer.b is not None
+        assert torch.equal(resumed.layers[name].b, layer.b)
+
+
+def test_merged_model_equals_the_trained_one(distilled, tmp_path):
+    model, trajectory, adapter = distilled[MODEL].open(), distilled[TRAJECTORY], distilled[ADAPTER]
+    clock = StepClock(trajectory.timesteps)
+    layers = quantize_model(model.module, distilled[PLAN].schemes, clock, trajectory.amax)
+    for name, learnt in adapter.layers.items():
+        layers[name].weight_scale.data.copy_(learnt.scale_NG)
+        layers[name].adapter_a = torch.nn.Parameter(learnt.a)
+        layers[name].adapter_b = torch.nn.Parameter(learnt.b)
+    merged = distilled[MODEL].open()
+    merged_clock = simulate(merged.module, run_pass(MergeAdapters(), distilled, tmp_path)[QUANTIZED])
+    clock.step = merged_clock.step = 1
+    with torch.no_grad():
+        trained = denoise_with(model.module, model)(trajectory.call(1))
+        deployed = denoise_with(merged.module, merged)(trajectory.call(1))
+    assert torch.equal(trained, deployed)
+
+
+def test_quantized_and_adapter_survive_the_store(distilled, tmp_path):
+    quantized = run_pass(MergeAdapters(), distilled, tmp_path / "merge")[QUANTIZED]
+    for artifact in (quantized, distilled[ADAPTER]):
+        artifact.save(tmp_path)
+    loaded = type(quantized).load(tmp_path)
+    assert loaded.layers.keys() == quantized.layers.keys()
+    assert all(torch.equal(loaded.layers[n].codes, layer.codes) for n, layer in quantized.layers.items())
+    assert type(distilled[ADAPTER]).load(tmp_path).loss == distilled[ADAPTER].loss
+
+
+def test_every_scale_stays_positive(distilled):
+    assert all((layer.scale_NG > 0).all() for layer in distilled[ADAPTER].layers.values())
+
+
+def test_eight_bits_never_get_worse(measured, tmp_path):
+    planned = measured | run_pass(AssignPrecision(budget=Budget(size=0.7)), measured, tmp_path / "p")
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    trained = planned | run_pass(Distill(updates=20, samples=4, rank=4), planned, tmp_path / "b")
+    errors = [output_error(s | run_pass(MergeAdapters(), s, tmp_path / "m")) for s in (rounded, trained)]
+    assert errors[1] <= 1.02 * errors[0]  # the held-out sample decides; the others may move by noise
+
+
+def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):
+    from intaglio.pipeline.errors import StepFailed
+
+    adapter = distilled[ADAPTER]
+    name, layer = next(iter(adapter.layers.items()))
+    spoilt = replace(adapter, layers={**adapter.layers, name: replace(layer, scale_NG=-layer.scale_NG)})
+    with pytest.raises(StepFailed, match="a scale that is not positive"):
+        run_pass(MergeAdapters(), {**distilled, ADAPTER: spoilt}, tmp_path)

@@ -1,0 +1,38 @@
+import json
+
+import pytest
+from harness import run_pass
+
+from intaglio.passes.sensitivity import MeasureSensitivity
+from intaglio.pipeline.keys import SENSITIVITY
+
+
+def test_every_layer_has_every_scheme_its_shape_admits(measured):
+    table = measured[SENSITIVITY]
+    assert len(table.layers) == 2 * 9 + 3
+    assert set(table.error["transformer_blocks.0.attn1.to_q"]) == {"float", "w8a8_token", "w8a8_step", "w4a16"}
+    assert set(table.error["pos_embed.proj"]) == {"float", "w8a8_step"}  # K = 12 admits no group
+
+
+def test_fewer_bits_cost_more_and_float_nothing(measured):
+    table = measured[SENSITIVITY]
+    name = "transformer_blocks.1.ff.net.2"
+    assert table.total(name, "float") == 0
+    assert 0 < table.total(name, "w8a8_token") < table.total(name, "w4a16")
+
+
+def test_stopped_measurement_goes_on_where_it_was(measured, tmp_path):
+    table = measured[SENSITIVITY]
+    done = {name: {s: [42.0] * 2 for s in schemes} for name, schemes in list(table.error.items())[:20]}
+    (tmp_path / "measured.json").write_text(json.dumps(done))
+    resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
+    names = [layer.name for layer in table.layers]
+    assert resumed.total(names[0], "w4a16" if "w4a16" in table.error[names[0]] else "w8a8_step") == 42.0
+    assert resumed.error[names[20]] == table.error[names[20]]
+
+
+def test_total_weighs_buckets_by_their_steps(measured):
+    from dataclasses import replace
+
+    table = replace(measured[SENSITIVITY], buckets=((0, 3), (3, 4)), error={"a": {"w4a16": (1.0, 5.0)}})
+    assert table.total("a", "w4a16") == pytest.approx(2.0)

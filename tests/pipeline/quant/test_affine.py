@@ -1,0 +1,104 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup
+
+INT8 = IntWeight(bits=8, granularity=PerChannel())
+INT4 = IntWeight(bits=4, granularity=PerGroup(size=16))
+
+
+def random_weight(n: int = 5, k: int = 48) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(3))
+
+
+def test_int8_codes_and_scale_of_a_literal_row():
+    w = torch.tensor([[1.27, -0.635, 0.005, 0.0]])
+    scale = affine.fit_scale(w, INT8)
+    assert scale.item() == pytest.approx(0.01, rel=1e-6)
+    assert affine.quantize(w, torch.tensor([[0.01]]), INT8).tolist() == [
+        [127, -64, 0, 0]
+    ]  # -63.5 and 0.5: half to even
+
+
+def test_int4_codes_use_each_groups_own_scale():
+    w = torch.zeros(1, 32)
+    w[0, 0], w[0, 1], w[0, 16], w[0, 17] = 0.7, -0.8, 70.0, -80.0
+    codes = affine.quantize(w, torch.tensor([[0.1, 10.0]]), INT4)
+    assert codes[0, [0, 1, 16, 17]].tolist() == [7, -8, 7, -8]
+    assert affine.dequantize(codes, torch.tensor([[0.1, 10.0]]), INT4)[0, [0, 17]].tolist() == pytest.approx(
+        [0.7, -80.0]
+    )
+
+
+@pytest.mark.parametrize(("form", "group"), [(INT8, 48), (INT4, 16)])
+def test_codes_equal_the_oracle(form: IntWeight, group: int):
+    w = random_weight()
+    scale = affine.fit_scale(w, form)
+    expected = oracle.weight_codes(w.numpy(), scale.numpy(), form.low, form.high, group)
+    assert np.array_equal(affine.quantize(w, scale, form).numpy(), expected)
+
+
+@pytest.mark.parametrize("form", [INT8, INT4])
+def test_fake_quantize_is_dequantized_codes_and_idempotent(form: IntWeight):
+    w = random_weight()
+    scale = affine.fit_scale(w, form)
+    once = affine.fake_quantize(w, scale, form)
+    assert torch.equal(once, affine.dequantize(affine.quantize(w, scale, form), scale, form))
+    assert torch.equal(affine.fake_quantize(once, scale, form), once)
+
+
+def test_error_is_at_most_half_a_scale_inside_the_range():
+    w = random_weight()
+    scale = affine.fit_scale(w, INT8)
+    assert (
+        (affine.fake_quantize(w, scale, INT8) - w).abs() <= scale * 0.5 * (1 + 1e-5)
+    ).all()  # 1e-5: float32 rounding
+
+
+def test_clipping_search_beats_the_largest_magnitude():
+    w = random_weight(64, 64)
+    largest = affine.groups(w, INT4).abs().amax(-1) / 7
+    error = [(affine.fake_quantize(w, s, INT4) - w).square().sum() for s in (affine.fit_scale(w, INT4), largest)]
+    assert error[0] < 0.95 * error[1]
+
+
+def test_zero_channel_stays_zero_and_spoils_no_other():
+    w = random_weight(2, 32)
+    w[0] = 0
+    scale = affine.fit_scale(w, INT8)
+    rounded = affine.fake_quantize(w, scale, INT8)
+    assert rounded[0].abs().max() == 0
+    assert (rounded[1] - w[1]).abs().max() <= scale[1] * 0.5 * (1 + 1e-5)
+
+
+def test_gradients_are_straight_through_inside_and_cut_outside():
+    w = torch.tensor([[0.24, 9.0]], requires_grad=True)
+    scale = torch.tensor([[0.1]], requires_grad=True)
+    form = IntWeight(bits=4, granularity=PerChannel())
+    affine.fake_quantize(w, scale, form).sum().backward()
+    assert w.grad is not None
+    assert scale.grad is not None
+    assert w.grad.tolist() == [[1.0, 0.0]]
+    assert scale.grad.item() == pytest.approx((2 - 2.4) + 7)  # LSQ Eq. 3: round(w/s) - w/s, and the upper bound
+
+
+def test_group_that_does_not_divide_is_an_error_with_numbers():
+    with pytest.raises(ValueError, match="in features 40 is not a multiple of the group size 16"):
+        affine.groups(torch.zeros(2, 40), INT4)
+
+
+def test_samples_of_a_batch_have_scales_of_their_own():
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    together = affine.token_amax(torch.cat([x, 20 * x]))
+    assert torch.equal(together[:1], affine.token_amax(x))
+
+
+def test_all_zero_token_stays_zero():
+    x = torch.zeros(1, 2, 8)
+    x[0, 1] = 3.0
+    codes = affine.input_codes(x / affine.token_amax(x))
+    assert codes[0, 0].abs().max() == 0
+    assert codes[0, 1].tolist() == [127.0] * 8

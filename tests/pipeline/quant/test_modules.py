@@ -1,0 +1,101 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+
+CLOCK = StepClock((900.0, 500.0, 100.0))
+
+
+def linear(k: int = 32, n: int = 6) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(k, n).requires_grad_(False)
+
+
+def test_token_layer_equals_the_integer_oracle():
+    layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    x[2] = 0
+    codes, scale = layer.weight_codes().numpy(), layer.weight_scale.detach().numpy()[:, 0]
+    x_codes, y = oracle.token_linear(x.numpy(), codes, scale, layer.layer.bias.numpy())
+    assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
+    assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 32 products
+
+
+def test_step_layer_uses_the_range_of_the_timestep_it_is_called_with():
+    amax = torch.tensor([1.0, 2.0, 4.0])
+    layer = QuantizedLayer(linear(), W8A8_STEP, CLOCK, amax)
+    x = torch.full((1, 32), 1.0)
+    for timestep, code in ((900.0, 127), (480.0, 64), (0.0, 32)):  # 127 / 2 = 63.5 and 127 / 4 = 31.75
+        CLOCK.set(timestep)
+        assert layer.input_codes(x)[0].unique().tolist() == [code]
+
+
+def test_clock_looks_up_and_never_counts():
+    CLOCK.set(100.0)
+    CLOCK.set(900.0)
+    CLOCK.set(900.0)
+    assert CLOCK.step == 0
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2), nn.Conv2d(4, 6, 1, bias=False)]
+)
+def test_convolution_at_8_bit_is_near_the_float_one(conv: nn.Conv2d):
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conv.requires_grad_(False)
+    layer = QuantizedLayer(conv, W8A8_STEP, CLOCK, x.abs().max().expand(3))
+    assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.02
+
+
+def test_weight_only_layer_leaves_its_input_alone():
+    base = linear(64)
+    layer = QuantizedLayer(base, w4a16(16), CLOCK)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = x @ layer.rounded_weight().detach().T + base.bias
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_adapter_starts_as_nothing_and_is_rounded_with_the_weight():
+    layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
+    before = layer.weight_codes()
+    layer.add_adapter(4, torch.Generator().manual_seed(0))
+    assert torch.equal(layer.weight_codes(), before)
+    assert layer.adapter_a is not None
+    assert layer.adapter_b is not None
+    layer.adapter_b.data.fill_(0.05)
+    expected = layer.layer.weight + layer.adapter_b @ layer.adapter_a
+    moved = layer.weight_codes()
+    assert not torch.equal(moved, before)
+    assert torch.equal(moved, torch.round((expected / layer.weight_scale).clamp(-127, 127)).to(torch.int8))
+
+
+def test_set_codes_needs_no_float_weight():
+    layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
+    codes, scale = layer.weight_codes(), layer.weight_scale.detach()
+    x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    y = layer(x)
+    layer.set_codes(codes, scale)
+    layer.layer.weight.data.fill_(torch.nan)
+    assert torch.equal(layer(x), y)
+
+
+def test_quantize_model_replaces_what_the_schemes_say():
+    model = nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 4))
+    replaced = quantize_model(model, {"0": FLOAT, "2": W8A8_TOKEN}, CLOCK, {})
+    assert list(replaced) == ["2"]
+    assert isinstance(model[0], nn.Linear)
+    assert model[2] is replaced["2"]
+
+
+def test_other_modules_cannot_be_quantized():
+    with pytest.raises(ValueError, match="0 is a SiLU: only Linear and Conv2d"):
+        quantize_model(nn.Sequential(nn.SiLU()), {"0": W8A8_TOKEN}, CLOCK, {})
+
+
+def test_step_scheme_needs_ranges():
+    with pytest.raises(ValueError, match="needs the calibrated input ranges"):
+        QuantizedLayer(linear(), W8A8_STEP, CLOCK)

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_folder, tiny_dit, tiny_unet
+
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.pipeline.errors import RecipeError
+
+FACTORY = """
+import torch
+from diffusers import DDIMScheduler
+from intaglio.pipeline.checkpoint import Factory
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        return self.body(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+
+
+def make():
+    torch.manual_seed(0)
+    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+"""
+
+
+@pytest.mark.parametrize(("build", "layers"), [(tiny_dit, 21), (tiny_unet, 51)])
+def test_folder_is_found_copied_and_opened(build, layers, tmp_path):
+    module = build()
+    folder = save_folder(module, tmp_path / "given")
+    checkpoint = Checkpoint.resolve(ModelRef(path="given", sampling_steps=3), tmp_path)
+    (tmp_path / "stored").mkdir()
+    checkpoint.save(tmp_path / "stored")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()  # the copy stands alone
+    loaded = Checkpoint.load(tmp_path / "stored")
+    made = loaded.open()
+    assert loaded.ref.sampling_steps == 3
+    assert made.sample_shape == (3, 8, 8)
+    assert made.classes == 4
+    assert len(layer_table(made.module)) == layers
+    assert all(torch.equal(a, b) for a, b in zip(made.module.parameters(), module.parameters(), strict=True))
+
+
+def test_equal_content_has_equal_bytes_wherever_it_lies(tmp_path):
+    for place in ("a", "b/c"):
+        save_folder(tiny_dit(), tmp_path / place)
+        (tmp_path / place / "out").mkdir()
+        Checkpoint.resolve(ModelRef(path=place), tmp_path).save(tmp_path / place / "out")
+    texts = [(tmp_path / place / "out" / "checkpoint.json").read_bytes() for place in ("a", "b/c")]
+    assert texts[0] == texts[1]
+
+
+def test_plain_module_from_a_factory_draws_samples(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    checkpoint = Checkpoint.resolve(ModelRef(path="./net.py:make", sampling_steps=2), tmp_path)
+    (tmp_path / "stored").mkdir()
+    checkpoint.save(tmp_path / "stored")
+    model = Checkpoint.load(tmp_path / "stored").open()
+    sampler = Sampler(model, 2, 1.0)
+    samples = sampler.sample(denoise_with(model.module, model), sampler.start(2, torch.Generator().manual_seed(0)))
+    assert samples.shape == (2, 3, 8, 8)
+    assert samples.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "no folder nowhere beside the recipe"),
+        ("empty", "empty holds no denoiser"),
+        ("./gone.py:make", "no file ./gone.py beside the recipe"),
+    ],
+)
+def test_what_is_no_model_is_one_clear_error(path: str, message: str, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(path=path), tmp_path)
+
+
+def test_factory_that_is_not_there_is_one_clear_error(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    with pytest.raises(RecipeError, match=r"net.py has no function mak"):
+        Checkpoint.resolve(ModelRef(path="./net.py:mak"), tmp_path).open()

@@ -1,0 +1,43 @@
+import pytest
+
+from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.plan import Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.target import load_target
+
+LINEAR = Layer(name="to_q", op="linear", shape=(8, 128), bias=True)
+CONV = Layer(name="conv", op="conv", shape=(8, 32, 3, 3), bias=False)
+
+
+def test_sizes_in_bytes():
+    assert LINEAR.size_bytes(FLOAT) == 2 * (8 * 128 + 8)
+    assert LINEAR.size_bytes(W8A8_TOKEN) == 8 * 128 + 4 * 8 + 4 * 8
+    assert LINEAR.size_bytes(w4a16(64)) == 8 * 128 // 2 + 4 * 8 * 2 + 4 * 8 * 2
+
+
+def test_schemes_follow_the_shape():
+    assert [s.name for s in structural_schemes(LINEAR)] == ["float", "w8a8_token", "w8a8_step", "w4a16"]
+    assert [s.name for s in structural_schemes(CONV)] == ["float", "w8a8_step", "w4a16"]
+    assert structural_schemes(CONV)[-1] == w4a16(32)  # 288 is no multiple of 64
+    narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
+    assert structural_schemes(narrow)[-1] == W8A8_STEP
+
+
+def test_a_plan_names_every_layer_once():
+    with pytest.raises(ContractError, match=r"missing \['conv'\], unknown \['cnov'\]"):
+        QuantPlan((LINEAR, CONV), {"to_q": FLOAT, "cnov": FLOAT})
+
+
+def test_every_illegal_layer_is_listed():
+    plan = QuantPlan((LINEAR, CONV), {"to_q": w4a16(16), "conv": W8A8_TOKEN})
+    with pytest.raises(TargetError, match=r"(?s)to_q: group size 16.*conv: tensorrt-rtx runs .* not w8a8_token"):
+        plan.check(load_target("tensorrt-rtx"))
+
+
+def test_legal_plan_passes():
+    QuantPlan((LINEAR, CONV), {"to_q": w4a16(64), "conv": W8A8_STEP}).check(load_target("tensorrt-rtx"))
+
+
+def test_mean_bits_are_weighted_by_parameters():
+    plan = QuantPlan((LINEAR, CONV), {"to_q": w4a16(64), "conv": FLOAT})
+    assert plan.weight_bits_mean == pytest.approx((1024 * 4 + 2304 * 16) / 3328)
