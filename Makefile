@@ -20,7 +20,7 @@ test: .venv/.dev
 	touch $@
 
 .venv/.base: .venv/.python pyproject.toml constraints.txt
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[rtx]'
 	touch $@
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt

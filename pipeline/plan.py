@@ -92,7 +92,7 @@ class QuantPlan:
         """Raise TargetError that lists every layer whose scheme the target cannot execute."""
         reasons = [r for layer in self.layers if (r := illegal(layer, self.schemes[layer.name], target))]
         if reasons:
-            raise TargetError("\n".join(reasons))
+            raise TargetError(*reasons)
 
     def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
         """A plan with these layers changed."""

@@ -64,7 +64,7 @@ def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 def build(model: str, classes: int) -> torch.nn.Module:
     """The untrained denoiser. Class number `classes` is the null class of classifier-free guidance."""
     if model == "emoji-dit":
-        return DiTTransformer2DModel(
+        net = DiTTransformer2DModel(
             num_attention_heads=4,
             attention_head_dim=64,
             in_channels=3,
@@ -74,6 +74,12 @@ def build(model: str, classes: int) -> torch.nn.Module:
             patch_size=4,
             num_embeds_ada_norm=classes,
         )
+        for layer in (*(block.norm1.linear for block in net.transformer_blocks), net.proj_out_1, net.proj_out_2):
+            torch.nn.init.zeros_(
+                layer.weight
+            )  # adaLN-zero, Peebles and Xie 2023, section 3.2: blocks start as identity
+            torch.nn.init.zeros_(layer.bias)
+        return net
     if model == "emoji-unet":
         return UNet2DModel(
             sample_size=SIZE,

@@ -22,7 +22,7 @@ from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.target import Target, load_target
 
 RTX = load_target("tensorrt-rtx")
-JETSON = load_target("tensorrt-jetson")
+JETSON = load_target("tensorrt-10.3-orin")
 
 TOKEN_LINEARS = """
 <ir_version: 10, opset_import: ["": 21]>

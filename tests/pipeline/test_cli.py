@@ -89,7 +89,7 @@ def test_passes_lists_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_targets_lists_all() -> None:
     listed = intaglio("targets").stdout
-    assert all(name in listed for name in ("onnxruntime-cpu", "tensorrt-rtx", "tensorrt-jetson"))
+    assert all(name in listed for name in ("onnxruntime-cpu", "tensorrt-rtx", "tensorrt-10.3-orin"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Is the plan that was found better than chance? Mixed W8A8 / W4A16 at 0.65 of W8A8's bytes, against random plans.
+
+    python samples/benchmarks/mixed_plan.py samples/emoji-dit.yaml [--json]
+
+Every plan is rounded to nearest without distillation and draws the same samples from the same noise in the simulation;
+PSNR is to full precision. A random plan turns layers to 4 bits in random order while it has more bytes than the plan
+that was found, so it never has more than the found plan could have used.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+
+from intaglio.pipeline import Recipe, Step, Store, compile
+from intaglio.pipeline.checkpoint import Checkpoint
+from intaglio.pipeline.denoiser import Inputs, Sampler, Start, denoise_with
+from intaglio.pipeline.keys import PLAN, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.sensitivity import Sensitivity
+from intaglio.pipeline.trajectory import Trajectory
+
+
+def main(
+    recipe_file: Path,
+    share: Annotated[float, typer.Option(help="bytes of the mixed plans, relative to W8A8")] = 0.65,
+    random_plans: int = 10,
+    samples: int = 16,
+    store: Path = Path(".intaglio/store"),
+    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+) -> None:
+    recipe = Recipe.read(recipe_file)
+    analysis = tuple(step for step in recipe.steps if step.name in ("calibrate", "sensitivity"))
+    base = recipe_file.parent
+
+    def assigned(size: float) -> tuple[QuantPlan, Sensitivity, Trajectory]:
+        step = Step(uses="assign", options={"budget": {"size": size}})
+        short = recipe.model_copy(update={"steps": (*analysis, step), "targets": recipe.targets[:1]})
+        done = compile(short, Store(store), base=base)[recipe.targets[0]]
+        return done[PLAN], done[SENSITIVITY], done[TRAJECTORY]
+
+    eight, table, trajectory = assigned(1.0)
+    whole = eight.size_bytes / share_of_fp16(eight)
+    mixed, *_ = assigned(share * eight.size_bytes / whole)
+    limit = mixed.size_bytes
+    checkpoint = Checkpoint.resolve(recipe.model, base)
+    sampler = Sampler(checkpoint.open(), checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    start = sampler.start(samples, torch.Generator().manual_seed(2))
+    reference = draw(checkpoint, None, trajectory, start)
+
+    def psnr_db(plan: QuantPlan) -> float:
+        mse = (draw(checkpoint, plan, trajectory, start) - reference).square().mean().item()
+        return 10 * math.log10(4 / mse)
+
+    found_db = psnr_db(mixed)
+    rng = np.random.default_rng(0)
+    chance_db = [
+        psnr_db(random_plan(eight, table, limit, rng))
+        for _ in track(range(random_plans), "random plans", disable=as_json)
+    ]
+    figures = {
+        "w8a8_psnr_db": psnr_db(eight),
+        "bytes_of_w8a8": limit / eight.size_bytes,
+        "mixed_psnr_db": found_db,
+        "random_psnr_db_mean": statistics.mean(chance_db),
+        "random_psnr_db_best": max(chance_db),
+        "gain_db": found_db - statistics.mean(chance_db),
+    }
+    print(json.dumps(figures) if as_json else "\n".join(f"{name:20} {value:8.3f}" for name, value in figures.items()))
+
+
+def share_of_fp16(plan: QuantPlan) -> float:
+    """Bytes of the plan relative to fp16."""
+    from intaglio.pipeline.quant.spec import FLOAT
+
+    return plan.size_bytes / sum(layer.size_bytes(FLOAT) for layer in plan.layers)
+
+
+def random_plan(eight: QuantPlan, table: Sensitivity, limit_bytes: int, rng: np.random.Generator) -> QuantPlan:
+    """Layers at 4 bits in random order until the plan is as small as `limit_bytes`, then back to 8 where that fits."""
+    plan = eight
+    four = [layer for layer in eight.layers if "w4a16" in table.schemes[layer.name]]
+    order = [four[i] for i in rng.permutation(len(four))]
+    for layer in order:
+        if plan.size_bytes <= limit_bytes:
+            break
+        plan = plan.replace({layer.name: table.schemes[layer.name]["w4a16"]})
+    for layer in order:
+        larger = plan.replace({layer.name: eight.schemes[layer.name]})
+        if larger.size_bytes <= limit_bytes:
+            plan = larger
+    return plan
+
+
+def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory, start: Start) -> torch.Tensor:
+    """Samples in [-1, 1] of the model rounded as the plan says, or in full precision."""
+    model = checkpoint.open()
+    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    clock = StepClock(trajectory.timesteps)
+    if plan is not None:
+        quantize_model(model.module, plan.schemes, clock, trajectory.amax)
+    plain = denoise_with(model.module, model)
+
+    def denoise(inputs: Inputs) -> torch.Tensor:
+        clock.set(float(inputs[sampler.timestep_name][0]))
+        return plain(inputs)
+
+    return sampler.sample(denoise, start).clamp(-1, 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

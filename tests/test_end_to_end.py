@@ -1,0 +1,99 @@
+"""The whole product on a tiny model: from the command to a folder of checked files, and through kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_folder, tiny_dit, tiny_unet
+
+STEPS = """
+  - calibrate: {samples: 8}
+  - sensitivity: {buckets: 2, rows: 4}
+  - assign: {budget: {size: %s}}
+  - distill: {updates: 40, samples: 4, rank: 4}
+  - merge
+  - export-float
+  - export-qdq
+  - onnxruntime
+  - tensorrt
+  - verify: {samples: 4, rows: 4, gap_db_tolerance: 3.0}
+  - benchmark: {rounds: 2}
+  - report
+"""
+FIGURES = (
+    "layers_total layers_quantized weight_bits_mean size_bytes size_ratio_fp16 latency_ratio_fp32 psnr_db sqnr_db "
+    "parity_layer_rel_l2_max parity_rel_l2 fidelity_gap_db engine"
+).split()
+
+
+def write_recipe(folder: Path, model: object, targets: str, budget: float) -> Path:
+    save_folder(model, folder / "model")  # type: ignore[arg-type]  # tests only
+    recipe = folder / "recipe.yaml"
+    head = "model: {path: model, sampling_steps: 4, guidance: 2.0}\n"
+    recipe.write_text(head + f"targets: [{targets}]\nsteps:{STEPS % budget}")
+    return recipe
+
+
+def intaglio(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "intaglio", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]  # tests only
+
+
+def digests(out: Path) -> dict[str, dict[str, str]]:
+    """Step -> digest of what it made, for all that does not hold a measured time."""
+    steps = json.loads((out / "manifest.json").read_text())["steps"]
+    return {s["step"]: s["outputs"] for s in steps if s["step"] not in ("benchmark", "report")}
+
+
+@pytest.mark.parametrize(("model", "budget"), [(tiny_dit, 0.45), (tiny_unet, 0.6)])
+def test_a_model_compiles_for_both_runtimes(model, budget, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    recipe = write_recipe(tmp_path, model(), "onnxruntime-cpu, tensorrt-rtx", budget)
+    done = intaglio("run", str(recipe), "--out", "out")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(intaglio("show", "out", "--json").stdout)
+    assert set(shown) == {"onnxruntime-cpu", "tensorrt-rtx"}
+    for target, figures in shown.items():
+        assert set(FIGURES) <= set(figures)
+        assert figures["parity_layer_rel_l2_max"] <= 1e-4
+        assert figures["layers_quantized"] == figures["layers_total"]
+        assert (tmp_path / "out" / target / figures["engine"]["path"]).is_file()
+        assert figures["engine"]["int8_gemm"] > 0
+        assert (tmp_path / "out" / target / "report.html").stat().st_size < 5_000_000
+    plan = json.loads((tmp_path / "out/tensorrt-rtx/plan.json").read_text())["layers"]
+    integer = sum(layer["scheme"].startswith("w8a8") for layer in plan)
+    assert shown["tensorrt-rtx"]["engine"]["int8_gemm"] == integer
+    again = intaglio("run", str(recipe), "--out", "out")
+    assert again.returncode == 0, again.stderr
+
+
+def test_killed_runs_end_as_an_undisturbed_one(tmp_path):
+    recipe = write_recipe(tmp_path, tiny_dit(), "onnxruntime-cpu", 0.45)
+    done = intaglio("run", str(recipe), "--out", "whole", "--store", "store-a")
+    assert done.returncode == 0, done.stderr
+    killed = 0
+    command = [sys.executable, "-m", "intaglio", "run", str(recipe), "--out", "broken", "--store", "store-b"]
+    for step in ("calibrate", "sensitivity", "distill", "export-float", "verify"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not scratch_of(step, Path("store-b")):
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.wait()
+        assert not Path("broken").exists()
+    assert killed == 5
+    resumed = intaglio("run", str(recipe), "--out", "broken", "--store", "store-b")
+    assert resumed.returncode == 0, resumed.stderr
+    assert digests(Path("broken/onnxruntime-cpu")) == digests(Path("whole/onnxruntime-cpu"))
+
+
+def scratch_of(step: str, store: Path) -> bool:
+    """Whether the run is inside this step: as many steps as come before it are on record."""
+    order = "calibrate sensitivity assign distill merge export-float export-qdq onnxruntime verify".split()
+    return len(list((store / "runs").glob("*.json"))) == order.index(step)
