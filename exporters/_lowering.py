@@ -1,0 +1,278 @@
+"""How each scheme is written in ONNX for each runtime, so that it executes on integers where the runtime can.
+
+Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from intaglio.exporters._layer import LAYER_KEY, Site
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.quant.affine import INPUT_SCALE, TOKEN_EPS
+from intaglio.pipeline.quant.packing import pack_int4
+from intaglio.pipeline.quant.spec import IntInput, IntWeight, PerGroup
+from intaglio.pipeline.quantized import QuantizedLayerData
+from intaglio.pipeline.target import OpKind
+
+Attributes: TypeAlias = Mapping[str, int | ir.Attr]
+InputKey: TypeAlias = tuple[str, bytes]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, and its integers. `prefix` begins the names of what it becomes."""
+
+    site: Site
+    data: QuantizedLayerData
+    prefix: str
+
+    @property
+    def op(self) -> OpKind:
+        """What kind of layer it is."""
+        return "conv" if self.site.product.op_type == "Conv" else "linear"
+
+    @property
+    def input_key(self) -> InputKey | None:
+        """Equal for calls that can share their rounded input; None where the input stays in float."""
+        if not isinstance(self.data.scheme.input, IntInput):
+            return None
+        return str(self.site.x.name), b"" if self.data.amax_T is None else self.data.amax_T.numpy().tobytes()
+
+    @property
+    def codes_NK(self) -> NDArray[np.int8]:
+        codes: NDArray[np.int8] = self.data.codes.numpy()
+        return codes
+
+    @property
+    def scale_NG(self) -> NDArray[np.float32]:
+        scale: NDArray[np.float32] = self.data.scale_NG.numpy()
+        return scale
+
+
+def carrier_scale(calls: Sequence[Call]) -> np.float32:
+    """One scale for the weights of layers that read the same input: the power of two nearest their geometric mean.
+
+    A power of two, so that dividing the channels' scales by it is exact.
+    """
+    logs = np.log2(np.concatenate([call.scale_NG.ravel() for call in calls]).astype(np.float64))
+    return np.float32(2.0 ** np.rint(logs.mean()))
+
+
+@dataclass
+class Writer:
+    """Adds the nodes of one call after the other, each in front of the product it replaces."""
+
+    graph: ir.Graph
+    step: ir.Value
+    input_zero: np.uint8 | np.int8
+    """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
+    carriers: Mapping[InputKey, np.float32]
+    """By input, the scale that the weights of all layers on it are relative to."""
+    _inputs: dict[InputKey, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+
+    def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
+        """The node `prefix/role`, whose operator is the last part of its role; its only output."""
+        name = f"{call.prefix}/{role}"
+        node = ir.node(
+            role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
+        )
+        node.outputs[0].name = f"{name}:0"
+        self.graph.insert_before(call.site.product, node)
+        return node.outputs[0]
+
+    def constant(
+        self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
+    ) -> ir.Value:
+        """The constant of this name, which tells what it holds."""
+        if name not in self.graph.initializers:
+            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.ascontiguousarray(array))
+            tensor.name = name
+            self.graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+    def write(self, call: Call, product: Product) -> ir.Value:
+        """y = product(x) * amax + b, in this order; without amax where the input stays in float."""
+        x, amax = self._rounded_input(call)
+        y = product(self, call, x)
+        if amax is not None:
+            y = self.op(call, "amax/Mul", [y, amax])
+        if call.site.bias is not None:
+            y = self.op(call, "bias/Add", [y, self._bias(call, call.site.bias)])
+        return y
+
+    def _rounded_input(self, call: Call) -> tuple[ir.Value, ir.Value | None]:
+        """x_hat = DQ(Q(x / amax)) with the constant scale S = 1/127, and amax."""
+        key = call.input_key
+        if key is None:
+            return call.site.x, None
+        if key not in self._inputs:
+            unit, amax = (
+                self._by_token(call) if call.data.amax_T is None else self._by_step(call, call.data.amax_T.numpy())
+            )
+            constants = [
+                self.constant("input/scale", np.float32(INPUT_SCALE)),
+                self.constant("input/zero", self.input_zero),
+            ]
+            codes = self.op(call, "QuantizeLinear", [unit, *constants])
+            codes.type, codes.shape = constants[1].type, call.site.x.shape
+            self._inputs[key] = self.op(call, "DequantizeLinear", [codes, *constants]), amax
+        return self._inputs[key]
+
+    def _by_token(self, call: Call) -> tuple[ir.Value, ir.Value]:
+        """x / a, a = max(max|x| over the last axis, 1e-7)"""
+        largest = self.op(
+            call,
+            "ReduceMax",
+            [self.op(call, "Abs", [call.site.x]), self.constant("token/axes", np.array([-1]))],
+            {"keepdims": 1},
+        )
+        # Max and not an addition: optimizers take an addition of 1e-8 or less for none
+        amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
+        return self.op(call, "Div", [call.site.x, amax]), amax
+
+    def _by_step(self, call: Call, amax_T: NDArray[np.float32]) -> tuple[ir.Value, ir.Value]:
+        """x * r_t and a_t, r_t = float32(1 / a_t)"""
+        amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
+        inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
+        table = self.constant(f"{call.site.layer}/amax", amax_T)
+        r = self.op(call, "inverse/Gather", [inverse, self.step])
+        return self.op(call, "Mul", [call.site.x, r]), self.op(call, "amax/Gather", [table, self.step])
+
+    def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
+        """(N,), or (1, N, 1, 1) for a convolution, which cannot take it before the multiplication by amax."""
+        if call.op == "linear" or bias.const_value is None:
+            return bias
+        return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
+
+
+Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
+
+
+def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Wq, s_w), s_w (N,)"""
+    layer, n = call.site.layer, len(call.codes_NK)
+    codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
+    weight = w.op(
+        call,
+        "weight/DequantizeLinear",
+        [
+            w.constant(f"{layer}/weight", codes),
+            w.constant(f"{layer}/scale", call.scale_NG.reshape(n)),
+            w.constant(f"weight/zero/{n}", np.zeros(n, np.int8)),
+        ],
+        {"axis": 1 if call.op == "linear" else 0},
+    )
+    return _product(w, call, x, weight)
+
+
+def carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """(x @ DQ(Wq, s_0)) * (s_w / s_0), s_0 one power of two for all layers that read x"""
+    layer, key = call.site.layer, call.input_key
+    assert key is not None  # a carrier is for integer inputs only
+    scale = w.carriers[key]
+    weight = w.op(
+        call,
+        "weight/DequantizeLinear",
+        [w.constant(f"{layer}/weight", call.codes_NK.T), w.constant(f"weight/scale/{scale:.9g}", scale)],
+    )
+    relative = w.constant(f"{layer}/scale", call.scale_NG.reshape(-1) / scale)
+    return w.op(call, "scale/Mul", [_product(w, call, x, weight), relative])
+
+
+def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Wq, s_w) with 4-bit codes and one scale for a group of neighbours along K"""
+    form, layer, k = call.data.scheme.weight, call.site.layer, call.codes_NK.shape[1]
+    assert isinstance(form, IntWeight)  # the table calls this for such a scheme
+    assert isinstance(form.granularity, PerGroup)
+    size = form.granularity.size
+    if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
+        raise TargetError(f"{layer}: K = {k} is not a multiple of the group size {size}")
+    linear = call.op == "linear"
+    codes, scale = (call.codes_NK.T, call.scale_NG.T) if linear else (call.codes_NK, call.scale_NG)
+    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    weight = w.op(
+        call,
+        "weight/DequantizeLinear",
+        [w.constant(f"{layer}/weight", packed), w.constant(f"{layer}/scale", scale)],
+        {"axis": 0 if linear else 1, "block_size": size},
+    )
+    if not linear:
+        shape = w.constant(f"{layer}/shape", np.array(call.site.weight().shape))
+        weight = w.op(call, "weight/Reshape", [weight, shape])
+    return _product(w, call, x, weight)
+
+
+def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """x @ w, or the convolution, without a bias."""
+    if call.op == "linear":
+        return w.op(call, "MatMul", [x, weight])
+    return w.op(call, "Conv", [x, weight], dict(call.site.product.attributes))
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A row of the table: how the product of a scheme is written for some runtimes, and why so."""
+
+    op: OpKind
+    scheme: str
+    runtimes: tuple[str, ...]
+    product: Product
+    why: str
+
+
+_ORT = ("onnxruntime",)
+_TRT = ("tensorrt", "tensorrt-rtx")
+
+LOWERINGS = (
+    Lowering(
+        "linear", "w8a8_token", _ORT, per_channel, "becomes MatMulIntegerToFloat; the token's magnitude is behind it"
+    ),
+    Lowering(
+        "linear",
+        "w8a8_step",
+        _ORT,
+        per_channel,
+        "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
+    ),
+    Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: QLinearConv needs a rounded output"),
+    Lowering("linear", "w4a16", _ORT, blocks, "becomes MatMulNBits: stays 4 bit in memory"),
+    Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
+    Lowering(
+        "linear",
+        "w8a8_token",
+        _TRT,
+        carrier,
+        "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
+    ),
+    Lowering(
+        "linear", "w8a8_step", _TRT, carrier, "as by token; both table look-ups join the kernels beside the product"
+    ),
+    Lowering(
+        "conv", "w8a8_step", _TRT, per_channel, "becomes an INT8 convolution; scales for each channel are safe there"
+    ),
+    Lowering("linear", "w4a16", _TRT, blocks, "one kernel that reads 4 bit; only with a group smaller than K"),
+    Lowering(
+        "conv",
+        "w4a16",
+        _TRT,
+        blocks,
+        "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
+    ),
+)
+
+
+def lowering(op: OpKind, scheme: str, runtime: str) -> Lowering:
+    """The row for a scheme on a runtime. Raises TargetError where there is none."""
+    for row in LOWERINGS:
+        if row.op == op and row.scheme == scheme and runtime in row.runtimes:
+            return row
+    raise TargetError(f"no way to write {scheme} of a {op} for {runtime}")

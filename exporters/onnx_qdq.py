@@ -1,0 +1,114 @@
+"""Write the plan into the float graph: integer weights and rounded inputs, in the form the target executes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.graph import STEP_INPUT, Graph
+from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
+from intaglio.pipeline.pass_base import Pass
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from intaglio.exporters._lowering import Call
+    from intaglio.pipeline.plan import QuantPlan
+    from intaglio.pipeline.quantized import Quantized
+    from intaglio.pipeline.target import Target
+
+
+class ExportQdq(Pass):
+    """Standard operators only, and with the same input the same integer codes as the simulation."""
+
+    name: ClassVar[str] = "export-qdq"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
+    needs: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises TargetError with every layer that the target cannot execute or the graph does not have."""
+        import onnx
+        import onnx_ir as ir
+
+        from intaglio.exporters.onnx_float import tensor_specs
+
+        quantized, target = state[QUANTIZED], state[TARGET]
+        state[PLAN].check(target)
+        _check_same(state[PLAN], quantized)
+        model = ir.load(state[FLOAT_GRAPH].path)
+        if (opset := model.opset_imports[""]) > target.opset_max:
+            raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
+        calls = _find_calls(model.graph, quantized)
+        nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
+        _rewrite(model.graph, calls, target)
+        path = ctx.scratch / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data")
+        onnx.checker.check_model(path, full_check=True)
+        ctx.log.info("wrote %d of %d layers for %s", len(nodes), len(state[PLAN].layers), target.name)
+        return {
+            GRAPH: Graph(
+                path,
+                tensor_specs(model.graph.inputs),
+                tensor_specs(model.graph.outputs),
+                quantized.timesteps if quantized.stepped else (),
+                {name: nodes[name] for name in sorted(nodes)},
+            )
+        }
+
+
+def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
+    """Raise ContractError where the integers are not those of the plan."""
+    planned = {name: scheme for name, scheme in plan.schemes.items() if scheme.name != "float"}
+    made = {name: data.scheme for name, data in quantized.layers.items()}
+    if wrong := sorted(name for name in planned.keys() | made.keys() if planned.get(name) != made.get(name)):
+        raise ContractError(f"planned otherwise than quantized: {', '.join(wrong)}")
+
+
+def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
+    """Every call of every quantized layer, in the graph's order. Raises TargetError with all that are not there."""
+    from intaglio.exporters._layer import find_sites
+    from intaglio.exporters._lowering import Call
+
+    sites = find_sites(graph)
+    absent = [
+        f"{name}: the graph has no product of it (never called, or equal to another layer): keep it in float"
+        for name in sorted(quantized.layers)
+        if name not in sites
+    ]
+    if absent:
+        raise TargetError(*absent)
+    calls = {
+        site.product: Call(site, data, f"{name}@{i}" if i else name)
+        for name, data in quantized.layers.items()
+        for i, site in enumerate(sites[name])
+    }
+    return [calls[node] for node in graph if node in calls]
+
+
+def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> None:
+    """Replace every call by its scheme's form on the target. Changes `graph`; values between layers keep their names."""
+    import numpy as np
+    import onnx_ir as ir
+
+    from intaglio.exporters._lowering import Writer, carrier_scale, lowering
+
+    step = ir.Value(name=STEP_INPUT, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    if any(call.data.amax_T is not None for call in calls):
+        graph.inputs.append(step)
+    # all rows and scales before the first change: values are replaced as the graph is rewritten
+    rows = [lowering(call.op, call.data.scheme.name, target.runtime) for call in calls]
+    keys = {call.input_key for call in calls}
+    carriers = {key: carrier_scale([c for c in calls if c.input_key == key]) for key in keys if key is not None}
+    writer = Writer(graph, step, np.uint8(128) if target.activation_dtype == "uint8" else np.int8(0), carriers)
+    for call, row in zip(calls, rows, strict=True):
+        old, new = call.site.y, writer.write(call, row.product)
+        new.type, new.shape = old.type, old.shape
+        name = old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove([n for n in (call.site.add, call.site.product) if n is not None], safe=True)
+        new.name = name
+    for initializer in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del graph.initializers[str(initializer.name)]
