@@ -89,7 +89,7 @@ def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
 
 
 def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> None:
-    """Replace every call by its scheme's form on the target. Changes `graph`; values between layers keep their names."""
+    """Replace every call by its form on the target. Changes `graph`; values between layers keep their names."""
     import numpy as np
     import onnx_ir as ir
 
