@@ -1,0 +1,473 @@
+"""Turns plans, errors, losses and samples into figures: plain values that the report's template only has to lay out.
+
+Shapes: B samples, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan
+from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntWeight, LayerScheme, PerToken
+from intaglio.pipeline.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+HEAT_LEVELS = 10
+HEAT_DECADES_MAX = 8
+HEAT_LABELS_MAX = 6
+CURVE_POINTS_MAX = 1000
+OUTSIDE = "Outside the blocks"
+
+GRID_PIXELS_MAX = 384 * 384
+"""Of one sample grid: four of them stay below 2.4 MB as text even if they are noise, which PNG cannot compress."""
+
+MAGMA = ("000004", "180f3d", "440f76", "721f81", "9e2f7f", "cd4071", "f1605d", "fd9668", "feca8d", "fcfdbf")
+"""Ten equally spaced colours of matplotlib's magma: dark is small; also without colour vision."""
+
+
+# numbers
+
+DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+
+
+def number(quantity: float | None, digits: int = 3) -> str:
+    """Rounded to significant digits: `0.0312`, `3.1×10⁻⁷`; a dash for what was not measured."""
+    if quantity is None:
+        return DASH
+    if math.isnan(quantity):
+        return "not a number"
+    if math.isinf(quantity):
+        return "∞" if quantity > 0 else f"{MINUS}∞"
+    if quantity == 0:
+        return "0"
+    mantissa, exponent = f"{quantity:.{digits - 1}e}".split("e")
+    power = int(exponent)
+    if -4 < power < 6:
+        text = f"{float(f'{mantissa}e{power}'):,.{max(digits - 1 - power, 0)}f}"
+    else:
+        text = f"{mantissa}{TIMES}10{str(power).translate(_SUPERSCRIPT)}"
+    return text.replace("-", MINUS)
+
+
+def size(size_bytes: float | None) -> str:
+    """In decimal units: `3.31 MB`."""
+    if size_bytes is None:
+        return DASH
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= factor:
+            return f"{number(size_bytes / factor)} {unit}"
+    return f"{size_bytes:.0f} bytes"
+
+
+def percent(share: float) -> str:
+    """`0.256` -> `25.6%`"""
+    return f"{100 * share:.1f}%"
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+# schemes
+
+
+@dataclass(frozen=True)
+class SchemeRow:
+    """What of the model has one scheme. `css` names its colour, `code` stands in a cell."""
+
+    name: str
+    css: str
+    code: str
+    meaning: str
+    layers: int
+    weight_share: float
+    size_bytes: int
+
+
+def scheme_css(scheme: LayerScheme) -> str:
+    """CSS class of a scheme; those that a later version may add share one."""
+    return f"s-{scheme.name}" if scheme.name in SCHEME_NAMES else "s-other"
+
+
+def scheme_code(scheme: LayerScheme) -> str:
+    """At most two characters: weight bits, then t or s for a scale a token or a step; f for float."""
+    match scheme.weight, scheme.input:
+        case IntWeight(bits=bits), IntInput(granularity=granularity):
+            return f"{bits}{'t' if isinstance(granularity, PerToken) else 's'}"
+        case IntWeight(bits=bits), _:
+            return str(bits)
+        case _:
+            return "f"
+
+
+def scheme_meaning(scheme: LayerScheme) -> str:
+    """One phrase for the legend."""
+    match scheme.weight, scheme.input:
+        case IntWeight(bits=bits), IntInput(granularity=granularity):
+            unit = "token" if isinstance(granularity, PerToken) else "denoising step"
+            return f"{bits}-bit weight, 8-bit input with one scale per {unit}"
+        case IntWeight(bits=bits), _:
+            return f"{bits}-bit weight, float input"
+        case _:
+            return "not quantized"
+
+
+def scheme_rows(plan: QuantPlan) -> tuple[SchemeRow, ...]:
+    """The schemes in use, in the order of their names' list."""
+    parameters = sum(layer.n * layer.k for layer in plan.layers)
+    rows = []
+    for name in _in_order(scheme.name for scheme in plan.schemes.values()):
+        layers = [layer for layer in plan.layers if plan.schemes[layer.name].name == name]
+        one = plan.schemes[layers[0].name]
+        rows.append(
+            SchemeRow(
+                name,
+                scheme_css(one),
+                scheme_code(one),
+                scheme_meaning(one),
+                len(layers),
+                sum(layer.n * layer.k for layer in layers) / parameters,
+                sum(layer.size_bytes(plan.schemes[layer.name]) for layer in layers),
+            )
+        )
+    return tuple(rows)
+
+
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+    known = {name: place for place, name in enumerate(SCHEME_NAMES)}
+    return tuple(sorted(set(names), key=lambda name: (known.get(name, len(known)), name)))
+
+
+# bit map
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One coloured square: CSS class, the characters in it, and what it says when asked."""
+
+    css: str
+    text: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class BitMap:
+    """Roles x blocks of one stack of blocks; None where a block has no such layer."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Stack, block and role: `transformer_blocks.3.attn1.to_q` -> `transformer_blocks`, `3`, `attn1.to_q`.
+
+    A layer outside a numbered stack has an empty stack and block.
+    """
+    match name.split(".", 2):
+        case [stack, block, role] if block.isdecimal():
+            return stack, block, role
+        case _:
+            return "", "", name
+
+
+def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
+    """One map for every stack of blocks, and a last one for the layers outside."""
+    stacks: dict[str, dict[str, dict[str, Cell]]] = {}
+    for layer in plan.layers:
+        stack, block, role = split_name(layer.name)
+        stacks.setdefault(stack, {}).setdefault(role, {})[block] = _plan_cell(layer, plan.schemes[layer.name])
+    maps = []
+    for stack, roles in sorted(stacks.items(), key=lambda item: not item[0]):
+        columns = sorted({block for cells in roles.values() for block in cells}, key=lambda block: int(block or 0))
+        rows = tuple((role, tuple(cells.get(block) for block in columns)) for role, cells in roles.items())
+        maps.append(BitMap(stack or OUTSIDE, tuple(columns), rows))
+    return tuple(maps)
+
+
+def _plan_cell(layer: Layer, scheme: LayerScheme) -> Cell:
+    tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{layer.size_bytes(scheme):,} bytes"
+    return Cell(scheme_css(scheme), scheme_code(scheme), tip)
+
+
+# heat map
+
+
+@dataclass(frozen=True)
+class HeatRow:
+    """One layer: its scheme in the plan, and for every column group one cell a bucket."""
+
+    role: str
+    name: str
+    scheme: Cell
+    groups: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Layers x buckets, once as planned and once for every scheme.
+
+    `buckets` are their ranges of steps; `labels` are (first step, buckets it stands over); `ticks` are (place in
+    [0, 1], label) of the legend.
+    """
+
+    buckets: tuple[str, ...]
+    labels: tuple[tuple[int, int], ...]
+    groups: tuple[str, ...]
+    blocks: tuple[tuple[str, tuple[HeatRow, ...]], ...]
+    ticks: tuple[tuple[float, str], ...]
+
+
+def heat_map(sensitivity: Sensitivity, plan: QuantPlan) -> HeatMap:
+    """Colours on a logarithmic scale, the same for all schemes; an error of zero (float) stays blank."""
+    schemes = _in_order(name for by in sensitivity.error.values() for name in by if name != FLOAT.name)
+    errors = [e for by in sensitivity.error.values() for row in by.values() for e in row if 0 < e < math.inf]
+    high = math.ceil(math.log10(max(errors, default=1.0)))
+    low = max(min(math.floor(math.log10(min(errors, default=0.1))), high - 1), high - HEAT_DECADES_MAX)
+    stride = math.ceil(len(sensitivity.buckets) / HEAT_LABELS_MAX)
+    starts = range(0, len(sensitivity.buckets), stride)
+    labels = tuple((sensitivity.buckets[i][0], min(stride, len(sensitivity.buckets) - i)) for i in starts)
+    buckets = tuple(str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in sensitivity.buckets)
+
+    def cells(layer: Layer, scheme: str) -> tuple[Cell, ...]:
+        row = sensitivity.error[layer.name].get(scheme)
+        if row is None:
+            return tuple(Cell("h-none", "", "not measured") for _ in buckets)
+        # the page adds layer, scheme and steps from the cell's row and column: there can be ten thousands of cells
+        return tuple(Cell(_heat_css(e, low, high), "", number(e)) for e in row)
+
+    def row(layer: Layer) -> HeatRow:
+        planned = plan.schemes[layer.name]
+        *_, role = split_name(layer.name)
+        groups = tuple(cells(layer, name) for name in (planned.name, *schemes))
+        return HeatRow(role, layer.name, _plan_cell(layer, planned), groups)
+
+    planned = [layer for layer in sensitivity.layers if layer.name in plan.schemes]
+    blocks = tuple(
+        (f"{stack}.{block}" if stack else OUTSIDE, tuple(map(row, layers)))
+        for (stack, block), layers in groupby(planned, lambda layer: split_name(layer.name)[:2])
+    )
+    ticks = tuple(((d - low) / (high - low), f"10{str(d).translate(_SUPERSCRIPT)}") for d in range(low, high + 1))
+    return HeatMap(buckets, labels, ("as planned", *schemes), blocks, ticks)
+
+
+def _heat_css(error: float, low: int, high: int) -> str:
+    if error == 0:
+        return "h-zero"
+    level = HEAT_LEVELS * (math.log10(error) - low) / (high - low) if error < math.inf else HEAT_LEVELS
+    return f"h{min(max(int(level), 0), HEAT_LEVELS - 1)}"
+
+
+def heat_colours() -> tuple[str, ...]:
+    """One for each level, from small to large; none so dark that it drowns in a dark page."""
+    palette = _magma_palette()
+    places = [3 * (30 + 225 * level // (HEAT_LEVELS - 1)) for level in range(HEAT_LEVELS)]
+    return tuple("#" + bytes(palette[place : place + 3]).hex() for place in places)
+
+
+# curve
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points in [0, 1] of the plot, y downwards, as an SVG polyline takes them. Ticks are (place, label)."""
+
+    points: str
+    mean: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    logarithmic: bool
+    first: float
+    last: float
+
+
+def curve(loss: Sequence[float]) -> Curve | None:
+    """The loss and its mean over a twentieth of the training around each point; None where nothing was trained."""
+    drawn = [(step, y) for step, y in enumerate(loss, start=1) if math.isfinite(y)]
+    if len(drawn) < 2:
+        return None
+    kept = sorted({*range(0, len(drawn), math.ceil(len(drawn) / CURVE_POINTS_MAX)), len(drawn) - 1})
+    half = len(drawn) // 40
+    mean = [fmean(y for _, y in drawn[max(i - half, 0) : i + half + 1]) for i in kept]
+    smallest, largest = min(y for _, y in drawn), max(y for _, y in drawn)
+    logarithmic = smallest > 0 and largest / smallest > 10
+    scale = math.log10 if logarithmic else float
+    pad = 0.06 * (scale(largest) - scale(smallest)) or 0.5
+    low, high = scale(smallest) - pad, scale(largest) + pad
+
+    def height(y: float) -> float:
+        return (high - scale(y)) / (high - low)
+
+    def polyline(ys: Iterable[float]) -> str:
+        return " ".join(f"{drawn[i][0] / len(loss):.4f},{height(y):.4f}" for i, y in zip(kept, ys, strict=True))
+
+    return Curve(
+        points=polyline(drawn[i][1] for i in kept),
+        mean=polyline(mean) if half else "",
+        x_ticks=tuple((v / len(loss), f"{v:,.0f}") for v in _ticks(0, len(loss)) if v == int(v)),
+        y_ticks=tuple((height(v), _tick_label(v)) for v in (_log_ticks if logarithmic else _ticks)(low, high)),
+        logarithmic=logarithmic,
+        first=mean[0],
+        last=mean[-1],
+    )
+
+
+def _tick_label(v: float) -> str:
+    """Without trailing zeros: `0.005`."""
+    return (
+        f"{v:,.10g}".replace("-", MINUS)
+        if v == 0 or 1e-4 <= abs(v) < 1e6
+        else number(v, 2).replace(f".0{TIMES}", TIMES)
+    )
+
+
+def _ticks(low: float, high: float) -> tuple[float, ...]:
+    """Four to eight round numbers between low and high."""
+    rough = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.99)
+    return tuple(i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1))
+
+
+def _log_ticks(low: float, high: float) -> tuple[float, ...]:
+    """Powers of ten between 10^low and 10^high, with 2 and 5 times them where there are fewer than three."""
+    for parts in ((1,), (1, 2, 5)):
+        every = [m * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for m in parts]
+        ticks = tuple(v for v in every if low <= math.log10(v) <= high)
+        if len(ticks) >= 3:
+            break
+    return ticks
+
+
+# samples
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The same seeds from one implementation: PNG images as data URIs."""
+
+    title: str
+    note: str
+    images: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleFigure:
+    """Grids side by side, and the difference of deployed and full precision, `gain` times, as the last."""
+
+    grids: tuple[Grid, ...]
+    columns: int
+    shown: int
+    total: int
+    pixels: tuple[int, int]
+    """Width and height of a sample."""
+    channels: int
+    reduced: int
+    """How many pixels of a sample, along each axis, became one of the page."""
+    deployed_simulated_max: float | None
+
+    @property
+    def latent(self) -> bool:
+        """Whether the samples are no images, but what a decoder makes images from."""
+        return self.channels not in (1, 3)
+
+
+_GRIDS = (
+    ("full_precision", "Full precision", "the model as it was given"),
+    ("simulated", "Simulated", "its quantization, in PyTorch"),
+    ("deployed", "Deployed", "the ONNX graph, in ONNX Runtime"),
+)
+
+
+def sample_figure(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | None:
+    """The first `count` samples (B, C, H, W), fewer or smaller if the page would get too large; None if no images."""
+    found = [(samples[key].float(), title, note) for key, title, note in _GRIDS if key in samples]
+    if not found or any(x.ndim != 4 for x, *_ in found):
+        return None
+    total, channels, height, width = found[0][0].shape
+    reduced = math.ceil(math.sqrt(height * width / GRID_PIXELS_MAX))
+    fit = max(GRID_PIXELS_MAX * reduced**2 // (height * width), 1)
+    shown = min(total, count, fit)
+    colour = _Colours(found[0][0])
+    grids = [Grid(title, note, tuple(map(_png, _pooled(colour(x[:shown]), reduced)))) for x, title, note in found]
+    if "full_precision" in samples and "deployed" in samples:
+        full, deployed = (colour(samples[key][:shown].float()) for key in ("full_precision", "deployed"))
+        grids.append(_error_grid((deployed - full).abs().mean(1, keepdim=True), reduced))
+    distance = None
+    if "simulated" in samples and "deployed" in samples:
+        distance = float((samples["deployed"].float() - samples["simulated"].float()).abs().max())
+    columns = math.ceil(math.sqrt(shown))
+    return SampleFigure(tuple(grids), columns, shown, total, (width, height), channels, reduced, distance)
+
+
+class _Colours:
+    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1]; one map for all, so that grids compare."""
+
+    def __init__(self, reference_BCHW: torch.Tensor) -> None:
+        channels = reference_BCHW.shape[1]
+        self.kept = 3 if channels >= 3 else 1
+        self.low: torch.Tensor | float = -1.0
+        self.span: torch.Tensor | float = 2.0
+        if channels not in (1, 3):
+            kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
+            self.low = kept.amin((0, 2, 3), keepdim=True)
+            self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
+
+    def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return ((x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span).clamp(0, 1)
+
+
+def _error_grid(error_B1HW: torch.Tensor, reduced: int) -> Grid:
+    """Amplified by the power of two that brings the largest error nearest to white, 4096 at most."""
+    largest = float(error_B1HW.max())
+    gain = 2 ** min(max(math.floor(math.log2(1 / largest)), 0), 12) if largest > 0 else 1
+    images = tuple(map(_magma_png, _pooled(error_B1HW * gain, reduced, keep_peaks=True)))
+    return Grid("Difference", f"|deployed {MINUS} full precision|, {TIMES} {gain}", images)
+
+
+def _pooled(x_BCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> torch.Tensor:
+    from torch.nn.functional import avg_pool2d, max_pool2d
+
+    if reduced == 1:
+        return x_BCHW
+    return max_pool2d(x_BCHW, reduced) if keep_peaks else avg_pool2d(x_BCHW, reduced)
+
+
+def _png(x_CHW: torch.Tensor) -> str:
+    from PIL.Image import fromarray
+
+    levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
+    return _data_uri(fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels))
+
+
+def _magma_png(x_1HW: torch.Tensor) -> str:
+    from PIL.Image import fromarray
+
+    image = fromarray((x_1HW[0].clamp(0, 1) * 255).round().byte().numpy())
+    image.putpalette(_magma_palette())
+    return _data_uri(image)
+
+
+def _magma_palette() -> list[int]:
+    anchors = [tuple(bytes.fromhex(colour)) for colour in MAGMA]
+    palette = []
+    for level in range(256):
+        place, within = divmod(level * (len(anchors) - 1), 255)
+        near, far = anchors[place], anchors[min(place + 1, len(anchors) - 1)]
+        palette += [round(a + (b - a) * within / 255) for a, b in zip(near, far, strict=True)]
+    return palette
+
+
+def _data_uri(image: Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,200 @@
+"""Writes the page that people read, and the figures that machines read, from what the other passes measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.exporters import _figures as figures
+from intaglio.pipeline.artifact import Outputs, State
+from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.graph import Engine, Graph
+from intaglio.pipeline.keys import (
+    ADAPTER,
+    ENGINE,
+    GRAPH,
+    LATENCY,
+    MODEL,
+    PLAN,
+    REPORT,
+    SENSITIVITY,
+    TARGET,
+    VERIFICATION,
+)
+from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.verification import Latency, Report, Verification
+
+if TYPE_CHECKING:
+    import jinja2
+
+MEASURED = (
+    "psnr_db",
+    "psnr_simulated_db",
+    "fidelity_gap_db",
+    "sqnr_db",
+    "parity_layer_rel_l2_max",
+    "parity_rel_l2",
+)
+"""What the metrics take over from the verification, under the same names."""
+
+
+class WriteReport(Pass):
+    """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
+
+    name: ClassVar[str] = "report"
+    requires = frozenset({MODEL, TARGET, SENSITIVITY, PLAN, ADAPTER, GRAPH, ENGINE, VERIFICATION, LATENCY})
+    provides = frozenset({REPORT})
+    needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
+
+    samples: int = Field(16, ge=1, le=64, description="samples shown, at most")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Measures nothing: what the verification does not hold is a dash on the page and null in the metrics."""
+        model, target, plan = state[MODEL], state[TARGET], state[PLAN]
+        verification, latency = state[VERIFICATION], state[LATENCY]
+        metrics = {"model": model_name(model), "target": target.name} | collect_metrics(
+            plan, state[GRAPH], state[ENGINE], verification, latency
+        )
+        html = _template().render(
+            model=metrics["model"],
+            sampling=model.ref,
+            target=target,
+            graph=state[GRAPH],
+            engine=state[ENGINE],
+            verification=verification,
+            metrics=metrics,
+            flat_metrics=_flat(metrics),
+            plan=plan,
+            schemes=figures.scheme_rows(plan),
+            bit_maps=figures.bit_maps(plan),
+            heat=figures.heat_map(state[SENSITIVITY], plan),
+            curve=figures.curve(state[ADAPTER].loss),
+            samples=figures.sample_figure(verification.samples, self.samples),
+            sizes=_sizes(state[GRAPH], state[ENGINE], verification),
+            latency=latency,
+            latencies=_latencies(latency),
+            dash=figures.DASH,
+            heat_colours=figures.heat_colours(),
+            versions={name: _version(name) for name in self.needs},
+        )
+        ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
+        return {REPORT: Report(html, metrics)}
+
+
+def model_name(model: Checkpoint) -> str:
+    """The diffusers class of the denoiser, or `file.py:factory`."""
+    if model.entry:
+        return model.entry
+    for folder in DENOISER_FOLDERS:
+        config = model.root / folder / "config.json"
+        if config.is_file() and "_class_name" in (facts := json.loads(config.read_text(encoding="utf-8"))):
+            return str(facts["_class_name"])
+    return model.root.name
+
+
+def collect_metrics(
+    plan: QuantPlan, graph: Graph, engine: Engine, verification: Verification, latency: Latency
+) -> dict[str, object]:
+    """The figures of one target. Null: not measured, or not finite (JSON has no infinity).
+
+    Both ratios are full precision over compiled: above one, the compiled graph is smaller, or faster.
+    """
+    measured = verification.figures
+    fp16_bytes = measured.get("fp16_bytes")
+    return {
+        "layers_total": len(plan.layers),
+        "layers_quantized": sum(isinstance(scheme.weight, IntWeight) for scheme in plan.schemes.values()),
+        "weight_bits_mean": plan.weight_bits_mean,
+        "size_bytes": graph.size_bytes,
+        "size_ratio_fp16": _finite(fp16_bytes / graph.size_bytes if fp16_bytes and graph.size_bytes else None),
+        "latency_ms": latency.compiled_ms,
+        "latency_fp32_ms": latency.float32_ms,
+        "latency_ratio_fp32": latency.float32_ms / latency.compiled_ms,
+        **{name: _finite(measured.get(name)) for name in MEASURED},
+        "engine": {
+            "path": "model.onnx" if engine.plan is None else "engine.plan",
+            "runtime": engine.runtime,
+            "version": engine.version,
+            "bytes": graph.size_bytes if engine.plan is None else len(engine.plan),
+            "int8_gemm": engine.int8_gemm,
+            "fp_gemm": engine.fp_gemm,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A labelled amount, and its share of the largest beside it."""
+
+    label: str
+    amount: str
+    share: float
+    ratio: str
+
+
+def _sizes(graph: Graph, engine: Engine, verification: Verification) -> tuple[Bar, ...]:
+    amounts = {"weights in float16": verification.figures.get("fp16_bytes"), "model.onnx": float(graph.size_bytes)}
+    if engine.plan is not None:
+        amounts["engine.plan"] = float(len(engine.plan))
+    return _bars(amounts, figures.size)
+
+
+def _latencies(latency: Latency) -> tuple[Bar, ...]:
+    amounts = {"float32 graph": latency.float32_ms, "deployed graph": latency.compiled_ms}
+    return _bars(amounts, lambda latency_ms: f"{figures.number(latency_ms)} ms")
+
+
+def _bars(amounts: Mapping[str, float | None], text: Callable[[float], str]) -> tuple[Bar, ...]:
+    """Ratios are to the first amount."""
+    known = {label: amount for label, amount in amounts.items() if amount is not None}
+    largest, first = max(known.values(), default=0.0), next(iter(amounts.values()))
+    return tuple(
+        Bar(label, text(amount), amount / largest, figures.number(amount / first if first else None))
+        for label, amount in known.items()
+    )
+
+
+def _flat(metrics: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+    """Dotted names, and what metrics.json says of them."""
+    rows: dict[str, str] = {}
+    for name, entry in metrics.items():
+        rows |= _flat(entry, f"{prefix}{name}.") if isinstance(entry, dict) else {f"{prefix}{name}": json.dumps(entry)}
+    return rows
+
+
+def _finite(quantity: float | None) -> float | None:
+    return quantity if quantity is not None and math.isfinite(quantity) else None
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _template() -> jinja2.Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "code": figures.scheme_code,
+        "css": figures.scheme_css,
+        "number": figures.number,
+        "percent": figures.percent,
+        "size": figures.size,
+    }
+    text = (files("intaglio.exporters") / "_report_template.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text)
