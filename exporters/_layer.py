@@ -6,6 +6,8 @@ Shapes: N out features, K in features, C input channels, kh kw kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
@@ -82,7 +84,7 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     The codes of its input, where it has any, are a second output. Raises KeyError for a layer not in `graph.nodes`.
     """
     before, after = graph.nodes[layer]
-    model = ir.load(graph.path)
+    model = _loaded(graph.path, graph.path.stat().st_mtime_ns)
     inputs = [before, *(v.name for v in model.graph.inputs if v.name == STEP_INPUT != before)]
     alone = ir.convenience.extract(model.graph, [n for n in inputs if n is not None], [after])
     for value in list(alone.inputs):
@@ -91,6 +93,12 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     alone.outputs.extend(node.outputs[0] for node in alone if node.op_type == "QuantizeLinear")
     proto: onnx.ModelProto = ir.to_proto(ir.external_data.load_to_model(ir.Model(alone, ir_version=model.ir_version)))
     return proto
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, _: int) -> ir.Model:
+    """Parsed once for all layers of a graph; its weights stay on disk."""
+    return ir.load(path)
 
 
 def run_layer(

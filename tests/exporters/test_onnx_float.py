@@ -1,0 +1,156 @@
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from harness import Artifacts, run_pass
+from quantizing import rel_l2
+
+from intaglio.exporters._layer import LAYER_KEY, layer_model
+from intaglio.exporters._session import graph_denoise
+from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef, layer_table
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.errors import StepFailed, TargetError
+from intaglio.pipeline.graph import Graph, TensorSpec
+from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
+from intaglio.pipeline.target import load_target
+from intaglio.pipeline.trajectory import Trajectory
+
+
+class Opened(Checkpoint):
+    """A checkpoint whose model is already there."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(Path(), ModelRef(path="toy"))
+        object.__setattr__(self, "factory", Factory(module.eval(), None, (2, 4, 4)))
+
+    def open(self) -> Factory:
+        return self.factory
+
+
+class Odd(torch.nn.Module):
+    """A layer called twice, two layers with one weight, one that is never called, and a division by almost zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.left, self.right, self.never = (torch.nn.Linear(4, 4) for _ in range(4))
+        self.right.weight = self.left.weight
+
+    def forward(self, sample, timestep):
+        x = self.twice(torch.nn.functional.gelu(self.twice(sample)))
+        zero = sample - sample
+        return self.left(x) + self.right(sample) + zero / (zero.abs() + 1e-12) + timestep.reshape(-1, 1, 1, 1)
+
+
+class Broken(torch.nn.Module):
+    """ONNX has no NaN-free way to compute it."""
+
+    def forward(self, sample, timestep):
+        return sample / (sample - sample) + timestep.reshape(-1, 1, 1, 1)
+
+
+def trajectory(rows: int) -> Trajectory:
+    inputs = {"timestep": torch.full((1, rows), 7.0), "sample": torch.ones(1, rows, 2, 4, 4).cumsum(-1)}
+    return Trajectory((7.0,), inputs, torch.zeros(1, rows, 2, 4, 4), {})
+
+
+def export_odd(folder: Path) -> Graph:
+    return run_pass(ExportFloat(), {MODEL: Opened(Odd()), TRAJECTORY: trajectory(1)}, folder)[FLOAT_GRAPH]
+
+
+def digests(folder: Path) -> str:
+    return " ".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("model.onnx*")))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    return export_odd(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_every_layer_is_found_with_its_weight(name, request):
+    artifacts: Artifacts = request.getfixturevalue(name)
+    model, graph = artifacts[MODEL].open(), artifacts[FLOAT_GRAPH]
+    layers = layer_table(model.module)
+    assert set(graph.nodes) == {layer.name for layer in layers}
+    proto = onnx.load(graph.path)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    products = {n.name: n for n in proto.graph.node if n.op_type in ("MatMul", "Gemm", "Conv")}
+    for layer in layers:
+        node = next(
+            products[f"{layer.name}/{op}"] for op in ("MatMul", "Gemm", "Conv") if f"{layer.name}/{op}" in products
+        )
+        weight = weights[node.input[1]]
+        expected = model.module.get_parameter(f"{layer.name}.weight").detach().numpy()
+        np.testing.assert_array_equal(weight.T if node.op_type == "MatMul" else weight, expected)
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_the_graph_computes_what_torch_does_at_any_number_of_rows(name, rows, request):
+    artifacts: Artifacts = request.getfixturevalue(name)
+    model, call = artifacts[MODEL].open(), artifacts[TRAJECTORY].call(1, slice(rows))
+    with torch.no_grad():
+        expected = denoise_with(model.module, model)(call)
+    # rtol: the order of float32 sums in another implementation
+    assert rel_l2(graph_denoise(artifacts[FLOAT_GRAPH])(call), expected) < 1e-5
+
+
+def test_inputs_have_the_names_of_the_forward(dit):
+    graph = dit[FLOAT_GRAPH]
+    assert graph.inputs == {
+        "hidden_states": TensorSpec("float32", ("batch", 3, 8, 8)),
+        "timestep": TensorSpec("int64", ("batch",)),
+        "class_labels": TensorSpec("int64", ("batch",)),
+    }
+    assert graph.outputs == {"output": TensorSpec("float32", ("batch", 3, 8, 8))}
+
+
+def test_nothing_in_the_graph_tells_where_it_was_made(unet):
+    proto = onnx.load(unet[FLOAT_GRAPH].path)
+    assert {prop.key for node in proto.graph.node for prop in node.metadata_props} == {LAYER_KEY}
+    assert not proto.metadata_props
+    assert not proto.graph.metadata_props
+    assert not any(value.metadata_props for value in (*proto.graph.value_info, *proto.graph.initializer))
+    assert b".py" not in unet[FLOAT_GRAPH].path.read_bytes()
+
+
+def test_another_process_writes_the_same_bytes(odd):
+    code = "import sys, test_onnx_float as t; from pathlib import Path; t.export_odd(Path(sys.argv[1]))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "17"}
+    subprocess.run([sys.executable, "-c", code, "again"], env=environment, check=True, capture_output=True)
+    assert digests(Path("again")) == digests(odd.path.parent)
+
+
+def test_a_layer_called_twice_is_one_layer_and_one_never_called_none(odd):
+    assert set(odd.nodes) == {"twice", "left", "right"}
+    layers = [p.value for n in onnx.load(odd.path).graph.node if n.op_type == "MatMul" for p in n.metadata_props]
+    assert sorted(layers) == ["left", "right", "twice", "twice"]
+
+
+def test_a_tiny_epsilon_is_kept(odd):
+    call = trajectory(2).call(0)
+    assert graph_denoise(odd)(call).isfinite().all()
+
+
+def test_a_float_layer_runs_alone(dit):
+    model = layer_model(dit[FLOAT_GRAPH], "proj_out_2")
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Add"]
+
+
+def test_a_graph_that_leaves_torch_is_refused(tmp_path):
+    with pytest.raises(StepFailed, match="at 2 rows the exported graph is nan from torch"):
+        run_pass(ExportFloat(), {MODEL: Opened(Broken()), TRAJECTORY: trajectory(2)}, tmp_path)
+
+
+def test_an_opset_beyond_the_target_is_refused():
+    with pytest.raises(TargetError, match="opset 22, but onnxruntime-cpu reads up to 21"):
+        ExportFloat(opset=22).check(load_target("onnxruntime-cpu"))

@@ -1,0 +1,67 @@
+from dataclasses import replace
+
+import pytest
+from harness import run_pass
+from quantizing import with_plan
+
+from intaglio.exporters._session import has_vnni, open_session
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.onnxruntime import BuildOnnxRuntime
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.graph import Engine
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, TARGET
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.target import load_target
+
+
+def build(artifacts, folder) -> Engine:
+    start = artifacts | {TARGET: load_target("onnxruntime-cpu")}
+    start |= run_pass(ExportQdq(), start, folder / "qdq")
+    return run_pass(BuildOnnxRuntime(), start, folder / "engine")[ENGINE]
+
+
+@pytest.mark.parametrize("scheme", [W8A8_TOKEN, W8A8_STEP])
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_every_integer_linear_is_executed_on_integers(name, scheme, request, tmp_path):
+    engine = build(
+        with_plan(request.getfixturevalue(name), lambda layer: scheme if layer.op == "linear" else FLOAT), tmp_path
+    )
+    linear, convolutions, attentions = {"dit": (20, 1, 2), "unet": (26, 25, 4)}[name]
+    assert engine.int8_gemm == linear
+    assert engine.fp_gemm == convolutions + 2 * attentions
+    fused = [line for line in engine.layers if line.startswith("com.microsoft.MatMulIntegerToFloat ")]
+    assert len(fused) == linear
+    assert engine.plan is None
+
+
+def test_four_bit_weights_stay_packed(dit, tmp_path):
+    engine = build(with_plan(dit, lambda x: w4a16(32) if x.op == "linear" and x.k > 32 else FLOAT), tmp_path)
+    assert sum(line.startswith("com.microsoft.MatMulNBits ") for line in engine.layers) == 20
+    assert engine.int8_gemm == 0
+
+
+def test_a_graph_that_does_not_load_is_the_targets_fault(dit, tmp_path):
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"no graph")
+    artifacts = {GRAPH: replace(dit[FLOAT_GRAPH], path=broken), TARGET: load_target("onnxruntime-cpu")}
+    with pytest.raises(TargetError, match=r"ONNX Runtime .* does not load the graph"):
+        run_pass(BuildOnnxRuntime(), artifacts, tmp_path / "engine")
+
+
+def test_it_is_for_onnx_runtime_alone():
+    assert BuildOnnxRuntime.applies(load_target("onnxruntime-cpu"))
+    assert not BuildOnnxRuntime.applies(load_target("tensorrt-rtx"))
+
+
+def test_vnni_is_read_from_the_cpu(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not has_vnni(cpuinfo)
+    cpuinfo.write_text("model name : x\nflags\t\t: fpu avx2 fma\n")
+    assert not has_vnni(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu avx2 avx_vnni\n")
+    assert has_vnni(cpuinfo)
+
+
+def test_a_provider_that_is_not_there_is_not_asked_for(dit):
+    session = open_session(dit[FLOAT_GRAPH].path, providers=["NoSuchExecutionProvider"], threads=1)
+    assert session.get_providers() == ["CPUExecutionProvider"]
