@@ -409,6 +409,21 @@ def sample_figure(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigu
     return SampleFigure(tuple(grids), columns, shown, total, (width, height), channels, reduced, distance)
 
 
+def sample_picture(samples: Mapping[str, torch.Tensor], count: int, enlarged: int = 3) -> bytes | None:
+    """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
+    import torch
+    from PIL.Image import Resampling
+
+    found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
+    if not found or any(x.ndim != 4 for x in found):
+        return None
+    colour = _Colours(found[0])
+    image = _image(torch.cat([torch.cat(list(colour(x)), dim=2) for x in found], dim=1))
+    file = io.BytesIO()
+    image.resize((image.width * enlarged, image.height * enlarged), Resampling.NEAREST).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
 class _Colours:
     """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1]; one map for all, so that grids compare."""
 
@@ -443,10 +458,14 @@ def _pooled(x_BCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> 
 
 
 def _png(x_CHW: torch.Tensor) -> str:
+    return _data_uri(_image(x_CHW))
+
+
+def _image(x_CHW: torch.Tensor) -> Image:
     from PIL.Image import fromarray
 
     levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
-    return _data_uri(fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels))
+    return fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
 
 
 def _magma_png(x_1HW: torch.Tensor) -> str:

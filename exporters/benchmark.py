@@ -36,7 +36,7 @@ class MeasureLatency(Pass):
         trajectory = state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
         times: dict[str, list[float]] = {name: [] for name in both}
-        with ctx.progress("latency", self.rounds) as advance:
+        with ctx.progress("latency", self.rounds + 1) as advance:
             for _ in range(self.rounds + 1):
                 for name, denoise in both.items():
                     began = time.perf_counter()

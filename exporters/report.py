@@ -88,7 +88,7 @@ class WriteReport(Pass):
             versions={name: _version(name) for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
-        return {REPORT: Report(html, metrics)}
+        return {REPORT: Report(html, metrics, figures.sample_picture(verification.samples, 8))}
 
 
 def model_name(model: Checkpoint) -> str:

@@ -164,6 +164,7 @@ def _compare_layer(
 
 def _rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
     """|y - y_ref| / |y_ref|"""
+    y, reference = y.detach(), reference.detach()
     return float((y - reference).norm() / reference.norm().clamp_min(1e-12))
 
 

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     import torch
 
     from intaglio.pipeline.checkpoint import Factory
+    from intaglio.pipeline.denoiser import Inputs, Sampler
     from intaglio.pipeline.quant.spec import LayerScheme
     from intaglio.pipeline.trajectory import Trajectory
+
+NOISE = 0.02
+"""Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
 
 
 class MeasureSensitivity(Pass):
@@ -30,6 +34,7 @@ class MeasureSensitivity(Pass):
     name: ClassVar[str] = "sensitivity"
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
+    random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
@@ -38,9 +43,11 @@ class MeasureSensitivity(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.checkpoint import layer_table
+        from intaglio.pipeline.denoiser import Sampler
         from intaglio.pipeline.sensitivity import Sensitivity
 
-        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
+        model = checkpoint.open()
         layers = tuple(layer for layer in layer_table(model.module) if layer.name in trajectory.amax)
         schemes = {layer.name: {s.name: s for s in structural_schemes(layer, self.groups)} for layer in layers}
         count = len(trajectory.timesteps)
@@ -61,7 +68,40 @@ class MeasureSensitivity(Pass):
                 os.replace(part, progress_file)
                 advance()
         error = {layer.name: {s: tuple(e) for s, e in error[layer.name].items()} for layer in layers}
-        return {SENSITIVITY: Sensitivity(layers, buckets, schemes, error)}
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        weights = self._bucket_weights(sampler, buckets, ctx)
+        return {SENSITIVITY: Sensitivity(layers, buckets, weights, schemes, error)}
+
+    def _bucket_weights(
+        self, sampler: Sampler, buckets: tuple[tuple[int, int], ...], ctx: Context
+    ) -> tuple[float, ...]:
+        """Squared error of final samples per relative squared error of outputs, from noise put into each bucket."""
+        import torch
+
+        from intaglio.pipeline.denoiser import denoise_with
+
+        denoise = denoise_with(sampler.model.module, sampler.model)
+        start = sampler.start(max(1, self.rows // 2), ctx.torch_rng("start"))
+
+        def draw(first: int, past: int) -> torch.Tensor:
+            noise = ctx.torch_rng("noise")
+            calls = itertools.count()
+
+            def noisy(inputs: Inputs) -> torch.Tensor:
+                output = denoise(inputs)
+                spoilt = output + NOISE * output.square().mean().sqrt() * torch.randn(output.shape, generator=noise)
+                return spoilt if first <= next(calls) < past else output
+
+            return sampler.sample(noisy, start)
+
+        with ctx.progress("bucket weights", 1 + len(buckets)) as advance:
+            reference = draw(0, 0)
+            advance()
+            weights = []
+            for first, past in buckets:
+                weights.append(float((draw(first, past) - reference).square().mean()) / NOISE**2)
+                advance()
+        return tuple(weights)
 
     def _measure(
         self,

@@ -17,23 +17,26 @@ class Sensitivity:
     """Relative squared error of the denoiser's output, one layer quantized: error[layer][scheme][bucket].
 
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
+    `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
+    the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
     """
 
     layers: tuple[Layer, ...]
     buckets: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
     schemes: Mapping[str, Mapping[str, LayerScheme]]
     """Measured schemes by layer name and scheme name."""
     error: Mapping[str, Mapping[str, tuple[float, ...]]]
 
     def total(self, layer: str, scheme: str) -> float:
-        """Error over the whole trajectory: the mean of the buckets, weighted by their steps."""
-        weights = [last - first for first, last in self.buckets]
-        return sum(w * e for w, e in zip(weights, self.error[layer][scheme], strict=True)) / sum(weights)
+        """Predicted mean squared error of the final samples."""
+        return sum(w * e for w, e in zip(self.weights, self.error[layer][scheme], strict=True))
 
     def save(self, root: Path) -> None:
         """Write sensitivity.json."""
         content = {
             "buckets": self.buckets,
+            "weights": self.weights,
             "layers": [layer.model_dump(mode="json") for layer in self.layers],
             "schemes": {n: {s: v.model_dump(mode="json") for s, v in by.items()} for n, by in self.schemes.items()},
             "error": self.error,
@@ -47,6 +50,7 @@ class Sensitivity:
         return cls(
             tuple(Layer(**layer) for layer in content["layers"]),
             tuple((first, last) for first, last in content["buckets"]),
+            tuple(content["weights"]),
             {n: {s: LayerScheme(**v) for s, v in by.items()} for n, by in content["schemes"].items()},
             {n: {s: tuple(e) for s, e in by.items()} for n, by in content["error"].items()},
         )

@@ -68,17 +68,25 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """The page that people read, and the figures that machines read."""
+    """The page that people read, the figures that machines read, and a picture of samples (PNG)."""
 
     html: str
     metrics: Mapping[str, object]
+    picture: bytes | None = None
 
     def save(self, root: Path) -> None:
-        """Write report.html and metrics.json."""
-        (root / "report.html").write_text(self.html)
+        """Write report.html, metrics.json and, if there is a picture, samples.png."""
+        if self.picture is not None:
+            (root / "samples.png").write_bytes(self.picture)
+        (root / "report.html").write_text(self.html, encoding="utf-8")
         (root / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        return cls((root / "report.html").read_text(), json.loads((root / "metrics.json").read_text()))
+        picture = root / "samples.png"
+        return cls(
+            (root / "report.html").read_text(encoding="utf-8"),
+            json.loads((root / "metrics.json").read_text()),
+            picture.read_bytes() if picture.exists() else None,
+        )

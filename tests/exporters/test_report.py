@@ -10,6 +10,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -114,6 +115,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     sensitivity = Sensitivity(
         LAYERS,
         ((0, 4), (4, 8)),
+        (1.0, 3.0),
         {name: {s.name: s for s in schemes} for name, schemes in measured.items()},
         {n: {s.name: (0.0, 0.0) if s == FLOAT else (2e-3, 3e-5) for s in schemes} for n, schemes in measured.items()},
     )
@@ -380,6 +382,15 @@ def test_a_report_comes_back_from_its_folder(made, tmp_path):
     assert Report.load(tmp_path) == report
 
 
+def test_the_picture_has_full_precision_above_deployed(made):
+    report = write(made)
+    assert report.picture is not None
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(report.picture))))
+    assert image.shape == (2 * 8 * 3, 4 * 8 * 3, 3)
+    assert (image[:24] == 0).all()
+    assert (image[24:] == 16).all()  # 0.125 of a range of 2 in 255 levels
+
+
 def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
     names = (f"transformer_blocks.{i // 10}.attn1.to_{i % 10}" for i in range(1000))
     layers = tuple(LAYERS[1].model_copy(update={"name": name}) for name in names)
@@ -388,6 +399,7 @@ def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
     made[SENSITIVITY] = Sensitivity(
         layers,
         tuple((i, i + 1) for i in range(8)),
+        (1.0,) * 8,
         {layer.name: {s.name: s for s in schemes} for layer in layers},
         {layer.name: {s.name: (1.234e-5,) * 8 for s in schemes} for layer in layers},
     )

@@ -20,7 +20,7 @@ def table(*errors: tuple[float, float]) -> Sensitivity:
         layer.name: {"float": (0.0,), "w8a8_token": (e8,), "w4a16": (e4,)}
         for layer, (e8, e4) in zip(layers, errors, strict=True)
     }
-    return Sensitivity(layers, ((0, 1),), {layer.name: SCHEMES for layer in layers}, error)
+    return Sensitivity(layers, ((0, 1),), (1.0,), {layer.name: SCHEMES for layer in layers}, error)
 
 
 def test_solution_is_the_best_of_all_plans():

@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
 from harness import run_pass
 
 from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline.keys import SENSITIVITY
+from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.quant.modules import StepClock, quantize_model
 
 
 def test_every_layer_has_every_scheme_its_shape_admits(measured):
@@ -27,12 +30,26 @@ def test_stopped_measurement_goes_on_where_it_was(measured, tmp_path):
     (tmp_path / "measured.json").write_text(json.dumps(done))
     resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
     names = [layer.name for layer in table.layers]
-    assert resumed.total(names[0], "w4a16" if "w4a16" in table.error[names[0]] else "w8a8_step") == 42.0
+    assert resumed.error[names[0]]["w8a8_step"] == (42.0, 42.0)
     assert resumed.error[names[20]] == table.error[names[20]]
 
 
-def test_total_weighs_buckets_by_their_steps(measured):
+def test_total_weighs_buckets(measured):
     from dataclasses import replace
 
-    table = replace(measured[SENSITIVITY], buckets=((0, 3), (3, 4)), error={"a": {"w4a16": (1.0, 5.0)}})
-    assert table.total("a", "w4a16") == pytest.approx(2.0)
+    table = replace(measured[SENSITIVITY], weights=(0.5, 2.0), error={"a": {"w4a16": (1.0, 5.0)}})
+    assert table.total("a", "w4a16") == pytest.approx(10.5)
+
+
+def test_bucket_weights_predict_the_error_of_the_samples(measured):
+    """One layer at 4 bits: predicted and measured squared error of the samples agree within a factor of four."""
+    table, trajectory = measured[SENSITIVITY], measured[TRAJECTORY]
+    name = "transformer_blocks.1.norm1.linear"
+    model = measured[MODEL].open()
+    sampler = Sampler(model, 4, 2.0)
+    start = sampler.start(8, torch.Generator().manual_seed(0))
+    reference = sampler.sample(denoise_with(model.module, model), start)
+    quantize_model(model.module, {name: table.schemes[name]["w4a16"]}, StepClock(trajectory.timesteps), {})
+    moved = sampler.sample(denoise_with(model.module, model), start)
+    measured_error = float((moved - reference).square().mean())
+    assert 0.25 < table.total(name, "w4a16") / measured_error < 4

@@ -1,5 +1,7 @@
 """The three kinds of pass reference, and what is wrong with a bad one."""
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -45,16 +47,15 @@ def test_a_file_beside_the_recipe(plan: QuantPlan, tmp_path: Path) -> None:
 
 
 def test_a_plugin_distribution(plan: QuantPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed as pip does it: a folder on the path with metadata that names the entry point."""
-    metadata = tmp_path / "intaglio_keep-0.1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: intaglio-keep\nVersion: 0.1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[{GROUP}]\nkeep = intaglio_keep:Keep\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.syspath_prepend(str(SAMPLES / "plugin/src"))
-    source = find_pass("keep", Path())
-    assert source.origin == "intaglio_keep:Keep"
-    configured = source.pass_class.model_validate({"patterns": ["*.1.*"]})
+    """Installed by pip, into a folder of its own that is then on the path."""
+    source = shutil.copytree(SAMPLES / "plugin", tmp_path / "plugin")
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, capture_output=True)
+    monkeypatch.syspath_prepend(str(site))
+    found = find_pass("keep", Path())
+    assert found.origin == "intaglio_keep:Keep"
+    configured = found.pass_class.model_validate({"patterns": ["*.1.*"]})
     kept = configured.run(State({PLAN: plan}, reader="test"), Context(scratch=tmp_path))[PLAN]
     assert isinstance(kept, QuantPlan)
     assert floats(kept) == ["block.1.fc"]
