@@ -14,7 +14,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan
+from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
 
@@ -94,8 +94,8 @@ class SchemeRow:
 
 
 def scheme_css(scheme: LayerScheme) -> str:
-    """CSS class of a scheme; those that a later version may add share one."""
-    return f"s-{scheme.name}" if scheme.name in SCHEME_NAMES else "s-other"
+    """CSS class of a scheme; the unusual ones share one."""
+    return f"s-{scheme.name}" if scheme.name in USUAL_SCHEMES else "s-other"
 
 
 def scheme_code(scheme: LayerScheme) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LAYER_KEY = "intaglio.layer"
 """Node metadata: the name of the layer that the node belongs to."""
+INPUT_CODES = "/input/QuantizeLinear"
+"""How the name of a node ends that makes the codes of a layer's input."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     for value in list(alone.inputs):
         if value.name == STEP_INPUT and not value.uses():
             alone.inputs.remove(value)
-    alone.outputs.extend(node.outputs[0] for node in alone if node.op_type == "QuantizeLinear")
+    alone.outputs.extend(node.outputs[0] for node in alone if str(node.name).endswith(INPUT_CODES))
     proto: onnx.ModelProto = ir.to_proto(ir.external_data.load_to_model(ir.Model(alone, ir_version=model.ir_version)))
     return proto
 

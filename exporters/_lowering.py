@@ -17,7 +17,7 @@ from intaglio.exporters._layer import LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.quant.affine import INPUT_SCALE, TOKEN_EPS
 from intaglio.pipeline.quant.packing import pack_int4
-from intaglio.pipeline.quant.spec import IntInput, IntWeight, PerGroup
+from intaglio.pipeline.quant.spec import IntInput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
 from intaglio.pipeline.target import OpKind
 
@@ -54,6 +54,24 @@ class Call:
     def scale_NG(self) -> NDArray[np.float32]:
         scale: NDArray[np.float32] = self.data.scale_NG.numpy()
         return scale
+
+    @property
+    def group_NG(self) -> NDArray[np.int8]:
+        """Integers of the groups of a weight of two levels."""
+        assert self.data.group_NG is not None  # the table asks only for such weights
+        group: NDArray[np.int8] = self.data.group_NG.numpy()
+        return group
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a scale. Raises TargetError where it does not divide them."""
+        form, k = self.data.scheme.weight, self.codes_NK.shape[1]
+        assert isinstance(form, IntWeight)  # the table asks only for such weights
+        size = form.group_size
+        assert size is not None
+        if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
+            raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")
+        return size
 
 
 def carrier_scale(calls: Sequence[Call]) -> np.float32:
@@ -123,9 +141,9 @@ class Writer:
                 self.constant("input/scale", np.float32(INPUT_SCALE)),
                 self.constant("input/zero", self.input_zero),
             ]
-            codes = self.op(call, "QuantizeLinear", [unit, *constants])
+            codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
             codes.type, codes.shape = constants[1].type, call.site.x.shape
-            self._inputs[key] = self.op(call, "DequantizeLinear", [codes, *constants]), amax
+            self._inputs[key] = self.op(call, "input/DequantizeLinear", [codes, *constants]), amax
         return self._inputs[key]
 
     def _by_token(self, call: Call) -> tuple[ir.Value, ir.Value]:
@@ -160,56 +178,86 @@ Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
 
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """x @ DQ(Wq, s_w), s_w (N,)"""
-    layer, n = call.site.layer, len(call.codes_NK)
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
-    weight = w.op(
-        call,
-        "weight/DequantizeLinear",
-        [
-            w.constant(f"{layer}/weight", codes),
-            w.constant(f"{layer}/scale", call.scale_NG.reshape(n)),
-            w.constant(f"weight/zero/{n}", np.zeros(n, np.int8)),
-        ],
-        {"axis": 1 if call.op == "linear" else 0},
-    )
+    weight = _dequantize_channels(w, call, w.constant(f"{call.site.layer}/weight", codes))
     return _product(w, call, x, weight)
+
+
+def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Reshape(Cast(Wq) * g), s_w): 4-bit codes that become 8-bit ones when the graph is loaded"""
+    layer, size = call.site.layer, call.group_size
+    n, k = call.codes_NK.shape
+    linear = call.op == "linear"
+    codes_NGS, group_NG1 = call.codes_NK.reshape(n, k // size, size), call.group_NG[..., None]
+    codes, group = (v.transpose(1, 2, 0) if linear else v for v in (codes_NGS, group_NG1))
+    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    # not DQ and Q: ONNX Runtime leaves a chain of those as it is, and computes it anew in every run
+    cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
+    product = w.op(call, "weight/Mul", [cast, w.constant(f"{layer}/group", group)])
+    shape = np.array((k, n) if linear else call.site.weight().shape)
+    weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", shape)])
+    return _product(w, call, x, _dequantize_channels(w, call, weight))
+
+
+def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
+    """Of 8-bit codes (K, N), or (N, C, kh, kw)."""
+    n = len(call.codes_NK)
+    scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
+    zero = w.constant(f"weight/zero/{n}", np.zeros(n, np.int8))
+    return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
 
 def carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """(x @ DQ(Wq, s_0)) * (s_w / s_0), s_0 one power of two for all layers that read x"""
-    layer, key = call.site.layer, call.input_key
+    return _carried(w, call, x, w.constant(f"{call.site.layer}/weight", call.codes_NK.T))
+
+
+def two_level_carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """(x @ DQ(Q(DQ(Wq, g), 1), s_0)) * (s_w / s_0), g the integers of the groups, s_0 as for `carrier`"""
+    return _carried(w, call, x, _unpacked(w, call))
+
+
+def two_level_channels(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """conv(x, DQ(Q(Reshape(DQ(Wq, g)), 1), s_w)), g the integers of the groups, s_w (N,)"""
+    return _product(w, call, x, _dequantize_channels(w, call, _unpacked(w, call)))
+
+
+def _carried(w: Writer, call: Call, x: ir.Value, codes_KN: ir.Value) -> ir.Value:
+    key = call.input_key
     assert key is not None  # a carrier is for integer inputs only
     scale = w.carriers[key]
-    weight = w.op(
-        call,
-        "weight/DequantizeLinear",
-        [w.constant(f"{layer}/weight", call.codes_NK.T), w.constant(f"weight/scale/{scale:.9g}", scale)],
-    )
-    relative = w.constant(f"{layer}/scale", call.scale_NG.reshape(-1) / scale)
+    weight = w.op(call, "weight/DequantizeLinear", [codes_KN, w.constant(f"weight/scale/{scale:.9g}", scale)])
+    relative = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(-1) / scale)
     return w.op(call, "scale/Mul", [_product(w, call, x, weight), relative])
+
+
+def _unpacked(w: Writer, call: Call) -> ir.Value:
+    """8-bit codes (K, N), or (N, C, kh, kw), from 4-bit ones: their products with the groups' integers are exact."""
+    codes = _dequantize_blocks(w, call, call.group_NG.astype(np.float32), "group")
+    unit = [w.constant("weight/unit", np.float32(1)), w.constant("weight/zero", np.int8(0))]
+    return w.op(call, "weight/QuantizeLinear", [codes, *unit])
 
 
 def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """x @ DQ(Wq, s_w) with 4-bit codes and one scale for a group of neighbours along K"""
-    form, layer, k = call.data.scheme.weight, call.site.layer, call.codes_NK.shape[1]
-    assert isinstance(form, IntWeight)  # the table calls this for such a scheme
-    assert isinstance(form.granularity, PerGroup)
-    size = form.granularity.size
-    if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
-        raise TargetError(f"{layer}: K = {k} is not a multiple of the group size {size}")
-    linear = call.op == "linear"
-    codes, scale = (call.codes_NK.T, call.scale_NG.T) if linear else (call.codes_NK, call.scale_NG)
+    return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
+
+
+def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], called: str) -> ir.Value:
+    """4-bit codes times the scales of their groups, which are `called` so, (K, N), or (N, C, kh, kw)."""
+    layer, linear = call.site.layer, call.op == "linear"
+    codes, scale = (call.codes_NK.T, scale_NG.T) if linear else (call.codes_NK, scale_NG)
     packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
     weight = w.op(
         call,
-        "weight/DequantizeLinear",
-        [w.constant(f"{layer}/weight", packed), w.constant(f"{layer}/scale", scale)],
-        {"axis": 0 if linear else 1, "block_size": size},
+        "weight/DequantizeLinear" if called == "scale" else f"weight/{called}/DequantizeLinear",
+        [w.constant(f"{layer}/weight", packed), w.constant(f"{layer}/{called}", scale)],
+        {"axis": 0 if linear else 1, "block_size": call.group_size},
     )
-    if not linear:
-        shape = w.constant(f"{layer}/shape", np.array(call.site.weight().shape))
-        weight = w.op(call, "weight/Reshape", [weight, shape])
-    return _product(w, call, x, weight)
+    if linear:
+        return weight
+    shape = w.constant(f"{layer}/shape", np.array(call.site.weight().shape))
+    return w.op(call, "weight/Reshape", [weight, shape])
 
 
 def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
@@ -247,6 +295,16 @@ LOWERINGS = (
     Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: QLinearConv needs a rounded output"),
     Lowering("linear", "w4a16", _ORT, blocks, "becomes MatMulNBits: stays 4 bit in memory"),
     Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
+    *(
+        Lowering("linear", scheme, _ORT, two_level_cast, "folded when it loads: executed as w8a8")
+        for scheme in ("w4a8_token", "w4a8_step")
+    ),
+    Lowering("conv", "w4a8_step", _ORT, two_level_cast, "exact, but in float, as w8a8_step"),
+    *(
+        Lowering("linear", scheme, _TRT, two_level_carrier, "an INT8 product; a kernel unpacks the weight in each run")
+        for scheme in ("w4a8_token", "w4a8_step")
+    ),
+    Lowering("conv", "w4a8_step", _TRT, two_level_channels, "an INT8 convolution; the weight is unpacked in each run"),
     Lowering(
         "linear",
         "w8a8_token",

@@ -24,6 +24,7 @@ class ExportQdq(Pass):
     """Standard operators only, and with the same input the same integer codes as the simulation."""
 
     name: ClassVar[str] = "export-qdq"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("onnx-ir",)

@@ -12,7 +12,7 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, illegal
+from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan, illegal
 from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import OpKind, Target
@@ -64,6 +64,11 @@ class AssignPrecision(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         table, target = state[SENSITIVITY], state[TARGET]
+        measured = {name for schemes in table.schemes.values() for name in schemes}
+        if absent := sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES)):
+            raise RecipeError(
+                *(f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent)
+            )
         unknown = sorted(set(self.keep) - {layer.name for layer in table.layers})
         if unknown:
             raise RecipeError(*(f"assign.keep: the model has no quantizable layer {name!r}" for name in unknown))

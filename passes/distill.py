@@ -67,11 +67,12 @@ class Distill(Pass):
         learnt = {}
         with torch.no_grad():
             for name, layer in layers.items():
-                a, b = layer.adapter_a, layer.adapter_b
+                a, b, group = layer.adapter_a, layer.adapter_b, layer.weight_group
                 learnt[name] = LayerAdapter(
                     layer.weight_scale.detach(),
                     a.detach() if a is not None else None,
                     b.detach() if b is not None else None,
+                    group.detach() if group is not None else None,
                 )
         return {ADAPTER: Adapter(learnt, loss)}
 
@@ -99,10 +100,12 @@ class _Trainer:
         self.rows_offset = count
         groups = []
         for layer in layers.values():
-            layer.weight_scale.requires_grad_(True)
-            scale = layer.weight_scale.detach().mean().item()
-            groups.append({"params": [layer.adapter_a, layer.adapter_b], "lr": options.rate * scale})
-            groups.append({"params": [layer.weight_scale], "lr": options.scale_rate * scale})
+            code_scale = layer.code_scale().detach().mean().item()
+            groups.append({"params": [layer.adapter_a, layer.adapter_b], "lr": options.rate * code_scale})
+            for scale in (layer.weight_scale, layer.weight_group):
+                if scale is not None:
+                    scale.requires_grad_(True)
+                    groups.append({"params": [scale], "lr": options.scale_rate * scale.detach().mean().item()})
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.checkpoint = ctx.scratch / "distill.pt"

@@ -39,8 +39,9 @@ class MergeAdapters(Pass):
             stepped = isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep)
             merged[layer.name] = QuantizedLayerData(
                 scheme,
-                affine.quantize(w_NK, learnt.scale_NG, scheme.weight),
+                affine.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG), scheme.weight),
                 learnt.scale_NG,
                 trajectory.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
+                None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
             )
         return {QUANTIZED: Quantized(trajectory.timesteps, merged)}

@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import structural_schemes
+from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, structural_schemes
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,17 @@ class MeasureSensitivity(Pass):
 
     buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
     rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
+    schemes: tuple[str, ...] = Field(
+        USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; every one costs as much time"
+    )
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+
+    @field_validator("schemes")
+    @classmethod
+    def _known(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(schemes) - set(SCHEME_NAMES)):
+            raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
+        return schemes
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.checkpoint import layer_table
@@ -49,7 +59,9 @@ class MeasureSensitivity(Pass):
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()
         layers = tuple(layer for layer in layer_table(model.module) if layer.name in trajectory.amax)
-        schemes = {layer.name: {s.name: s for s in structural_schemes(layer, self.groups)} for layer in layers}
+        schemes = {
+            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self.schemes)} for layer in layers
+        }
         count = len(trajectory.timesteps)
         edges = [round(i * count / self.buckets) for i in range(self.buckets + 1)]
         buckets = tuple((a, b) for a, b in itertools.pairwise(edges) if b > a)

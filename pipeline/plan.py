@@ -15,12 +15,23 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, IntWeight, LayerScheme, PerGroup, w4a16
+from intaglio.pipeline.quant.spec import (
+    FLOAT,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    IntWeight,
+    LayerScheme,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+)
 
 if TYPE_CHECKING:
     from intaglio.pipeline.target import Target
 
-SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
+SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16", "w4a8_token", "w4a8_step")
+USUAL_SCHEMES = SCHEME_NAMES[:4]
+"""Those that are measured where a recipe names none."""
 
 
 class Layer(BaseModel):
@@ -52,11 +63,18 @@ class Layer(BaseModel):
                 return float_bytes * self.n * (self.k + self.bias)
 
 
-def structural_schemes(layer: Layer, groups: tuple[int, ...] = (64, 32, 128)) -> tuple[LayerScheme, ...]:
-    """Schemes that the layer's shape admits, float first; the group size is the first of `groups` that divides K."""
-    group = next((g for g in groups if layer.k % g == 0 and layer.k != g), None)
-    inputs = (W8A8_TOKEN, W8A8_STEP) if layer.op == "linear" else (W8A8_STEP,)
-    return (FLOAT, *inputs, *((w4a16(group),) if group else ()))
+def structural_schemes(
+    layer: Layer, groups: tuple[int, ...] = (64, 32, 128), names: tuple[str, ...] = USUAL_SCHEMES
+) -> tuple[LayerScheme, ...]:
+    """Schemes of `names` that the layer's shape admits, float first, which is always there.
+
+    The group size is the first of `groups` that divides K.
+    """
+    schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP]
+    if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
+        schemes += [w4a16(group), w4a8_token(group), w4a8_step(group)]
+    possible = [s for s in schemes if layer.op == "linear" or not s.name.endswith("_token")]
+    return tuple(s for s in possible if s.name in names or s == FLOAT)
 
 
 def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
@@ -65,9 +83,8 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     if scheme.name not in allowed:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
     if layer.op == "conv" and scheme.name.endswith("_token"):
-        return f"{layer.name}: a convolution has no tokens: use w8a8_step"
-    if isinstance(scheme.weight, IntWeight) and isinstance(scheme.weight.granularity, PerGroup):
-        size = scheme.weight.granularity.size
+        return f"{layer.name}: a convolution has no tokens: use {scheme.name.removesuffix('_token')}_step"
+    if isinstance(scheme.weight, IntWeight) and (size := scheme.weight.group_size) is not None:
         if size not in target.group_sizes:
             return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
         if layer.k % size or layer.k == size:

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """What distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G)."""
+    """What distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G).
+
+    A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
+    """
 
     scale_NG: torch.Tensor
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
+    group_NG: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Adapter:
 
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
-            named = {"scale": layer.scale_NG, "a": layer.a, "b": layer.b}
+            named = {"scale": layer.scale_NG, "a": layer.a, "b": layer.b, "group": layer.group_NG}
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in named.items() if value is not None}
         save_file(tensors, root / "adapter.safetensors")
         (root / "adapter.json").write_text(json.dumps({"layers": list(self.layers), "loss": self.loss}) + "\n")
@@ -52,7 +56,9 @@ class Adapter:
         content = json.loads((root / "adapter.json").read_text())
         tensors = load_file(root / "adapter.safetensors")
         layers = {
-            n: LayerAdapter(tensors[f"{n}:scale"], tensors.get(f"{n}:a"), tensors.get(f"{n}:b"))
+            n: LayerAdapter(
+                tensors[f"{n}:scale"], tensors.get(f"{n}:a"), tensors.get(f"{n}:b"), tensors.get(f"{n}:group")
+            )
             for n in content["layers"]
         }
         return cls(layers, tuple(content["loss"]))
@@ -60,12 +66,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class QuantizedLayerData:
-    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step."""
+    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step.
+
+    A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15.
+    """
 
     scheme: LayerScheme
     codes: torch.Tensor
     scale_NG: torch.Tensor
     amax_T: torch.Tensor | None
+    group_NG: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,8 @@ class Quantized:
                 torch.from_numpy(pack_int4(layer.codes.numpy())) if four else layer.codes.contiguous()
             )
             tensors[f"{name}:scale"] = layer.scale_NG.contiguous()
+            if layer.group_NG is not None:
+                tensors[f"{name}:group"] = layer.group_NG.contiguous()
             if layer.amax_T is not None:
                 tensors[f"{name}:amax"] = layer.amax_T.contiguous()
         save_file(tensors, root / "quantized.safetensors")
@@ -124,5 +136,7 @@ class Quantized:
             scheme, codes = LayerScheme(**facts["scheme"]), tensors[f"{name}:codes"]
             if isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4:
                 codes = torch.from_numpy(unpack_int4(codes.numpy(), tuple(facts["shape"])))
-            layers[name] = QuantizedLayerData(scheme, codes, tensors[f"{name}:scale"], tensors.get(f"{name}:amax"))
+            layers[name] = QuantizedLayerData(
+                scheme, codes, tensors[f"{name}:scale"], tensors.get(f"{name}:amax"), tensors.get(f"{name}:group")
+            )
         return cls(tuple(content["timesteps"]), layers)

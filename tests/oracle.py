@@ -17,6 +17,18 @@ def weight_codes(w, scale, low, high, group):
     return codes
 
 
+def two_level_codes(w, scale, group, size):
+    """w (N, K), scale (N,), group (N, K // size) of integers: the 4-bit codes, and the 8-bit ones they stand for."""
+    four, eight = np.zeros(w.shape, np.int64), np.zeros(w.shape, np.int64)
+    for n in range(w.shape[0]):
+        for k in range(w.shape[1]):
+            g = int(group[n, k // size])
+            q = int(round_half_even(np.float32(w[n, k]) / (np.float32(scale[n]) * np.float32(g))))
+            four[n, k] = min(max(q, -8), 7)
+            eight[n, k] = four[n, k] * g
+    return four, eight
+
+
 def token_linear(x, codes, scale, bias):
     """One dynamic scale a token: x (M, K), codes (N, K), scale (N,). Returns the codes of x and y in float64."""
     s = np.float32(1) / np.float32(127)

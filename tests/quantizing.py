@@ -12,6 +12,7 @@ from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.plan import Layer, QuantPlan
+from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model, simulate
 from intaglio.pipeline.quant.spec import LayerScheme
 from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
@@ -32,7 +33,13 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
     return Quantized(
         timesteps,
         {
-            name: QuantizedLayerData(m.scheme, m.weight_codes(), m.weight_scale.detach(), getattr(m, "amax_T", None))
+            name: QuantizedLayerData(
+                m.scheme,
+                m.weight_codes(),
+                m.weight_scale.detach(),
+                getattr(m, "amax_T", None),
+                None if m.weight_group is None else group_integers(m.weight_group),
+            )
             for name, m in layers.items()
         },
     )

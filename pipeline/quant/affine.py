@@ -1,6 +1,7 @@
 """Scales, rounding and its inverse, in float32: x ~= scale * q.
 
 Shapes: N out features, K in features (of a convolution: channels times kernel), G scales a row (1, or K // group size).
+A weight of two levels has one scale a row and an integer for each group; their product takes the place of the scale.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup
+from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup, TwoLevel
 
 INPUT_SCALE = float(np.float32(1 / 127))
 """Scale of an input that was divided by its largest magnitude: a constant, so that the integer GEMM stays one."""
@@ -17,6 +18,8 @@ TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 SCALE_EPS = 1e-9
 """Smallest weight scale: an all-zero channel gets zero codes."""
+GROUP_LOW, GROUP_HIGH = 1, 15
+"""Integers of the groups of two levels: with codes in [-8, 7] every 8-bit code is in [-120, 105]."""
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -43,10 +46,30 @@ def groups(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
     match form.granularity:
         case PerChannel():
             return w_NK.reshape(n, 1, k)
-        case PerGroup(size=size):
+        case PerGroup(size=size) | TwoLevel(size=size):
             if k % size:
                 raise ValueError(f"in features {k} is not a multiple of the group size {size}")
             return w_NK.reshape(n, k // size, size)
+
+
+def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
+    """The scale of a 4- or 8-bit code, (N, G): s, or s * clip(round(g), 1, 15) where the groups have integers g.
+
+    Differentiable in both, straight through the rounding of g.
+    """
+    if group_NG is None:
+        return scale_NG
+    return scale_NG * round_ste(torch.clamp(group_NG, GROUP_LOW, GROUP_HIGH))
+
+
+def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
+    """clip(round(g), 1, 15), int8 (N, G)."""
+    return torch.clamp(group_NG.detach(), GROUP_LOW, GROUP_HIGH).round().to(torch.int8)
+
+
+def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q)."""
+    return (groups(q_NK, form) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
 
 
 def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
@@ -73,6 +96,15 @@ def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -
     return (codes_float(w_NK, scale_NG, form) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
 
 
+def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight scales, and for two levels the integers of the groups."""
+    match form.granularity:
+        case TwoLevel():
+            return fit_two_level(w_NK, form)
+        case _:
+            return fit_scale(w_NK, form), None
+
+
 def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
     """Weight scales (N, G): the largest magnitude at 8 bit, the clipping of least squared error at 4 bit."""
     w = groups(w_NK.detach().float(), form)
@@ -82,11 +114,40 @@ def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
     best_error = torch.full_like(largest, torch.inf)
     for ratio in ratios:
         scale = (ratio * largest / form.high).clamp_min(SCALE_EPS)
-        q = torch.clamp(torch.round(w / scale.unsqueeze(-1)), form.low, form.high)
-        error = (q * scale.unsqueeze(-1) - w).square().sum(-1)
+        error = _squared_error(w, scale, form)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     return best_scale
+
+
+def fit_two_level(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales (N, 1), and float integers (N, G) that no others beat in squared error with these scales.
+
+    The scale is the best of a few at which the largest scale that a group would have alone is near 15.
+    """
+    w = groups(w_NK.detach().float(), form)
+    alone = fit_scale(w_NK, form)
+    best_scale = torch.full_like(alone[:, :1], SCALE_EPS)
+    best_error = torch.full_like(best_scale, torch.inf)
+    for ratio in (1.0, 0.96, 0.92, 1.04, 1.08):
+        scale = (ratio * alone.amax(-1, keepdim=True) / GROUP_HIGH).clamp_min(SCALE_EPS)
+        group = torch.clamp(torch.round(alone / scale), GROUP_LOW, GROUP_HIGH)
+        error = _squared_error(w, scale * group, form).sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    best_group = torch.ones_like(alone)
+    best_error = torch.full_like(alone, torch.inf)
+    for integer in range(GROUP_LOW, GROUP_HIGH + 1):
+        error = _squared_error(w, (best_scale * integer).expand_as(alone), form)
+        better = error < best_error
+        best_group, best_error = torch.where(better, float(integer), best_group), torch.where(better, error, best_error)
+    return best_scale, best_group
+
+
+def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Of each group when rounded with its scale, (N, G)."""
+    q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), form.low, form.high)
+    return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
 
 
 def input_codes(x_unit: torch.Tensor) -> torch.Tensor:

@@ -52,21 +52,28 @@ class QuantizedLayer(nn.Module):
         scheme: LayerScheme,
         clock: StepClock,
         amax_T: torch.Tensor | None = None,
-        scale_NG: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.amax_T: torch.Tensor
         self.layer, self.scheme, self.clock = layer, scheme, clock
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
+        self.weight_group: nn.Parameter | None = None
         self._rounded: torch.Tensor | None = None
         if isinstance(scheme.weight, IntWeight):
-            scale = affine.fit_scale(layer.weight.flatten(1), scheme.weight) if scale_NG is None else scale_NG
-            self.weight_scale = nn.Parameter(scale.clone(), requires_grad=False)
+            self._set_scales(*affine.fit(layer.weight.flatten(1), scheme.weight))
         if isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep):
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
             self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
+
+    def _set_scales(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> None:
+        self.weight_scale = nn.Parameter(scale_NG.clone(), requires_grad=False)
+        self.weight_group = None if group_NG is None else nn.Parameter(group_NG.float(), requires_grad=False)
+
+    def code_scale(self) -> torch.Tensor:
+        """What one code of the weight stands for, (N, G)."""
+        return affine.product_scale(self.weight_scale, self.weight_group)
 
     def add_adapter(self, rank: int, generator: torch.Generator) -> None:
         """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021)."""
@@ -84,14 +91,15 @@ class QuantizedLayer(nn.Module):
         """Integer codes (N, K), int8. Raises ValueError for a float weight."""
         if not isinstance(self.scheme.weight, IntWeight):
             raise ValueError("a float weight has no codes")
-        return affine.quantize(self.float_weight(), self.weight_scale, self.scheme.weight)
+        return affine.quantize(self.float_weight(), self.code_scale(), self.scheme.weight)
 
-    def set_codes(self, q_NK: torch.Tensor, scale_NG: torch.Tensor) -> None:
+    def set_codes(self, q_NK: torch.Tensor, scale_NG: torch.Tensor, group_NG: torch.Tensor | None = None) -> None:
         """Compute with these codes from now on; the float weight and the adapter are not looked at any more."""
         if not isinstance(self.scheme.weight, IntWeight):
             raise ValueError("a float weight has no codes")
-        self.weight_scale = nn.Parameter(scale_NG.clone(), requires_grad=False)
-        self._rounded = affine.dequantize(q_NK, scale_NG, self.scheme.weight).reshape(self.layer.weight.shape)
+        self._set_scales(scale_NG, group_NG)
+        rounded_NK = affine.dequantize(q_NK, self.code_scale().detach(), self.scheme.weight)
+        self._rounded = rounded_NK.reshape(self.layer.weight.shape)
 
     def rounded_weight(self) -> torch.Tensor:
         """The weight as the layer computes with it, in the layer's own shape; cached while nothing trains."""
@@ -101,7 +109,7 @@ class QuantizedLayer(nn.Module):
             case IntWeight() as form:
                 if self._rounded is not None:
                     return self._rounded
-                w = affine.fake_quantize(self.float_weight(), self.weight_scale, form).reshape(self.layer.weight.shape)
+                w = affine.fake_quantize(self.float_weight(), self.code_scale(), form).reshape(self.layer.weight.shape)
                 if not torch.is_grad_enabled():
                     self._rounded = w
                 return w
@@ -179,5 +187,6 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     layers = quantize_model(model, {name: data.scheme for name, data in quantized.layers.items()}, clock, amax)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
-            layer.set_codes(quantized.layers[name].codes, quantized.layers[name].scale_NG)
+            data = quantized.layers[name]
+            layer.set_codes(data.codes, data.scale_NG, data.group_NG)
     return clock

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Value(BaseModel):
@@ -30,6 +30,17 @@ class PerGroup(_Value):
     size: int = Field(ge=16, description="neighbouring input features that share a scale")
 
 
+class TwoLevel(_Value):
+    """w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1)
+
+    A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
+    (progressive group quantization: QServe, Lin et al. 2024, section 4.1).
+    """
+
+    kind: Literal["two_level"] = "two_level"
+    size: int = Field(ge=16, description="neighbouring input features that share an integer scale")
+
+
 class PerToken(_Value):
     """x: (..., K) -> scale: (..., 1), measured when it runs"""
 
@@ -47,7 +58,13 @@ class IntWeight(_Value):
 
     kind: Literal["int"] = "int"
     bits: Literal[4, 8]
-    granularity: Annotated[PerChannel | PerGroup, Field(discriminator="kind")]
+    granularity: Annotated[PerChannel | PerGroup | TwoLevel, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _two_levels_have_4_bits(self) -> Self:
+        if self.bits != 4 and isinstance(self.granularity, TwoLevel):
+            raise ValueError(f"two levels are for 4-bit codes, not {self.bits}")
+        return self
 
     @property
     def low(self) -> int:
@@ -61,12 +78,19 @@ class IntWeight(_Value):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, group scales (float32) included; a channel's one scale is counted with the layer."""
+        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not."""
         match self.granularity:
             case PerChannel():
                 return float(self.bits)
             case PerGroup(size=size):
                 return self.bits + 32 / size
+            case TwoLevel(size=size):
+                return self.bits + 8 / size
+
+    @property
+    def group_size(self) -> int | None:
+        """Neighbouring input features that share a scale; None where all of a channel do."""
+        return None if isinstance(self.granularity, PerChannel) else self.granularity.size
 
 
 class IntInput(_Value):
@@ -93,8 +117,12 @@ class LayerScheme(_Value):
         match self.weight, self.input:
             case Float(), Float():
                 return "float"
+            case IntWeight(granularity=TwoLevel()), Float():
+                raise ValueError(f"two levels are for products with a quantized input: {self}")
             case IntWeight(bits=bits), Float():
                 return f"w{bits}a16"
+            case IntWeight(bits=4, granularity=PerChannel() | PerGroup()), IntInput():
+                raise ValueError(f"4-bit weights multiply a quantized input in two levels only: {self}")
             case IntWeight(bits=bits), IntInput(granularity=PerToken()):
                 return f"w{bits}a8_token"
             case IntWeight(bits=bits), IntInput(granularity=PerStep()):
@@ -111,3 +139,17 @@ W8A8_STEP = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), inpu
 def w4a16(group: int) -> LayerScheme:
     """Weight-only 4 bit with one scale for every `group` input features."""
     return LayerScheme(weight=IntWeight(bits=4, granularity=PerGroup(size=group)), input=Float())
+
+
+def w4a8_token(group: int) -> LayerScheme:
+    """4-bit weight in two levels, input with a scale a token: a product of 8-bit codes."""
+    return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerToken()))
+
+
+def w4a8_step(group: int) -> LayerScheme:
+    """4-bit weight in two levels, input with a scale a denoising step: a product of 8-bit codes."""
+    return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerStep()))
+
+
+def _two_level(group: int) -> IntWeight:
+    return IntWeight(bits=4, granularity=TwoLevel(size=group))

@@ -13,15 +13,22 @@ from intaglio.exporters._layer import LAYER_KEY, layer_model
 from intaglio.exporters._lowering import LOWERINGS, lowering
 from intaglio.exporters._session import open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN, w4a8_step, w4a8_token, w4a16
 from intaglio.pipeline.target import load_target, target_names
 
-SCHEMES = {"w8a8_token": W8A8_TOKEN, "w8a8_step": W8A8_STEP, "w4a16": w4a16(32)}
+SCHEMES = {
+    "w8a8_token": W8A8_TOKEN,
+    "w8a8_step": W8A8_STEP,
+    "w4a16": w4a16(32),
+    "w4a8_token": w4a8_token(32),
+    "w4a8_step": w4a8_step(32),
+}
 SHAPES = {"tokens": (2, 5, 64), "rows": (3, 64), "image": (2, 64, 6, 6)}
 TIMESTEPS = (900.0, 500.0, 100.0)
 
@@ -169,6 +176,25 @@ def test_the_input_is_rounded_with_a_scalar(runtime, zero, tmp_path):
     assert constants["input/zero"].dtype == zero.dtype
 
 
+@pytest.mark.parametrize("scheme", [W8A8_TOKEN, w4a8_token(32), w4a8_step(32)])
+@pytest.mark.parametrize("shape", [SHAPES["tokens"], SHAPES["rows"]])
+def test_onnxruntime_multiplies_integers_and_folds_what_makes_them(scheme, shape, tmp_path):
+    graph, _ = make(tmp_path, {"a": layer_for(shape)}, shape, {"a": scheme}, "onnxruntime")
+    open_session(graph.path, optimized=tmp_path / "optimized.onnx")
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert ops["MatMulIntegerToFloat"] == 1
+    assert not {"MatMul", "Gemm", "Cast", "Reshape", "DequantizeLinear"} & set(ops)
+
+
+def test_integers_of_groups_take_a_byte_each(tmp_path):
+    graph, _ = make(tmp_path, {"a": torch.nn.Linear(64, 96)}, (3, 64), {"a": w4a8_token(32)}, "onnxruntime")
+    tensors = {t.name: t for t in onnx.load(graph.path).graph.initializer}
+    assert tensors["a/weight"].data_type == onnx.TensorProto.INT4
+    assert len(tensors["a/weight"].raw_data) == 64 * 96 // 2
+    assert tensors["a/group"].data_type == onnx.TensorProto.INT8
+    assert list(tensors["a/group"].dims) == [2, 1, 96]
+
+
 def test_four_bit_codes_take_half_a_byte(tmp_path):
     graph, _ = make(tmp_path, {"a": torch.nn.Linear(64, 96)}, (3, 64), {"a": w4a16(32)}, "tensorrt-rtx")
     (weight,) = [t for t in onnx.load(graph.path).graph.initializer if t.name == "a/weight"]
@@ -190,3 +216,12 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
     data = QuantizedLayerData(w4a16(64), torch.zeros(32, 80, dtype=torch.int8), torch.ones(32, 2), None)
     with pytest.raises(TargetError, match="a: K = 80 is not a multiple of the group size 64"):
         blocks(Writer(graph, ir.Value(name="step"), np.int8(0), {}), Call(site, data, "a"), site.x)
+
+
+@pytest.mark.parametrize(("row", "runtime", "shape"), [c for c in CASES if "tensorrt-rtx" in c.id])
+def test_every_integer_row_executes_on_integers_in_tensorrt_rtx(row, runtime, shape, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    graph, _ = make(tmp_path, {"a": layer_for(shape)}, shape, {"a": SCHEMES[row.scheme]}, runtime)
+    engine = run_pass(BuildTensorRT(), {GRAPH: graph, TARGET: target_of(runtime)}, tmp_path / "engine")[ENGINE]
+    assert (engine.int8_gemm, engine.fp_gemm) == ((0, 1) if row.scheme == "w4a16" else (1, 0))
+    assert any("Int4" in layer for layer in engine.layers) == row.scheme.startswith("w4")

@@ -16,7 +16,16 @@ from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import TensorSpec
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a16
+from intaglio.pipeline.quant.spec import (
+    FLOAT,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    IntInput,
+    LayerScheme,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+)
 from intaglio.pipeline.quantized import Quantized
 from intaglio.pipeline.target import load_target
 
@@ -26,7 +35,11 @@ RUNTIMES = ("onnxruntime-cpu", "tensorrt-rtx")
 def mixed(layer: Layer) -> LayerScheme:
     """Every scheme somewhere, siblings alike."""
     if layer.op == "conv":
-        return FLOAT if layer.name in ("conv_in", "conv_out") else W8A8_STEP
+        if layer.name in ("conv_in", "conv_out"):
+            return FLOAT
+        return w4a8_step(32) if layer.name.startswith("mid_block") else W8A8_STEP
+    if "to_k" in layer.name or "to_out" in layer.name:
+        return w4a8_token(32)
     if "attn" in layer.name or "attention" in layer.name:
         return W8A8_TOKEN
     if layer.k >= 128 and "time_embedding" not in layer.name:
@@ -81,7 +94,7 @@ def test_the_whole_graph_runs_and_finds_its_step(written, simulation):
 def test_tensorrt_rtx_executes_every_integer_layer_on_integers(planned, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     engine = run_pass(BuildTensorRT(), write(planned, "tensorrt-rtx", tmp_path), tmp_path / "engine")[ENGINE]
-    assert engine.int8_gemm == sum(s.name in ("w8a8_token", "w8a8_step") for s in planned[PLAN].schemes.values())
+    assert engine.int8_gemm == sum(isinstance(s.input, IntInput) for s in planned[PLAN].schemes.values())
 
 
 def test_values_and_nodes_are_named_once_and_know_their_layer(written):
@@ -126,7 +139,7 @@ def test_a_layer_alone_has_its_codes_as_second_output(written):
         model = layer_model(written[GRAPH], name)
         onnx.checker.check_model(model, full_check=True)
         assert len(model.graph.output) == (1 if scheme[name].name == "w4a16" else 2)
-        assert [i.name for i in model.graph.input][1:] == (["step"] if scheme[name] == W8A8_STEP else [])
+        assert [i.name for i in model.graph.input][1:] == (["step"] if scheme[name].name.endswith("_step") else [])
 
 
 def test_the_plan_is_held_against_the_target_first(unet, tmp_path):

@@ -55,6 +55,12 @@ def test_kept_layers_stay_in_float(measured, tmp_path):
     assert [n for n, s in plan.schemes.items() if s == FLOAT] == ["proj_out_2"]
 
 
+def test_a_scheme_that_was_not_measured_is_an_error(measured, tmp_path):
+    step = AssignPrecision(schemes={"linear": ("w4a8_token",), "conv": ("w8a8_step",)})
+    with pytest.raises(RecipeError, match=r"no layer was measured with w4a8_token: list it in sensitivity\.schemes"):
+        run_pass(step, measured, tmp_path)
+
+
 def test_unknown_kept_layer_is_an_error(measured, tmp_path):
     with pytest.raises(RecipeError, match="no quantizable layer 'proj_out_9'"):
         run_pass(AssignPrecision(keep=("proj_out_9",)), measured, tmp_path)

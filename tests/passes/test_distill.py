@@ -8,8 +8,11 @@ from intaglio.passes.assign import AssignPrecision, Budget
 from intaglio.passes.distill import CHECKPOINT_EVERY, Distill
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.denoiser import denoise_with
-from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.plan import QuantPlan, structural_schemes
 from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
+from intaglio.pipeline.quant.spec import FLOAT
+from intaglio.pipeline.quantized import Adapter, Quantized
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,32 @@ def test_eight_bits_never_get_worse(measured, tmp_path):
     trained = planned | run_pass(Distill(updates=20, samples=4, rank=4), planned, tmp_path / "b")
     errors = [output_error(s | run_pass(MergeAdapters(), s, tmp_path / "m")) for s in (rounded, trained)]
     assert errors[1] <= 1.02 * errors[0]  # the held-out sample decides; the others may move by noise
+
+
+def test_two_levels_are_trained_and_survive_the_store(measured, tmp_path):
+    def choose(layer):
+        admitted = structural_schemes(layer, (32,), ("w4a8_token", "w4a8_step"))
+        return admitted[-1] if "blocks.1" in layer.name else FLOAT
+
+    layers = measured[SENSITIVITY].layers
+    planned = measured | {PLAN: QuantPlan(layers, {layer.name: choose(layer) for layer in layers})}
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    trained = planned | run_pass(Distill(updates=40, samples=4, rank=4), planned, tmp_path / "b")
+    merged = [s | run_pass(MergeAdapters(), s, tmp_path / "m") for s in (rounded, trained)]
+    errors = [output_error(s) for s in merged]
+    assert errors[1] < 0.9 * errors[0]
+    name = "transformer_blocks.1.ff.net.2"
+    data = merged[1][QUANTIZED].layers[name]
+    assert not torch.equal(trained[ADAPTER].layers[name].group_NG, rounded[ADAPTER].layers[name].group_NG)
+    assert data.group_NG.dtype == torch.int8
+    assert 1 <= data.group_NG.min() <= data.group_NG.max() <= 15
+    merged[1][QUANTIZED].save(tmp_path)
+    trained[ADAPTER].save(tmp_path)
+    loaded = Quantized.load(tmp_path).layers[name]
+    assert torch.equal(loaded.codes, data.codes)
+    assert torch.equal(loaded.group_NG, data.group_NG)
+    again = Adapter.load(tmp_path).layers[name]
+    assert torch.equal(again.group_NG, trained[ADAPTER].layers[name].group_NG)
 
 
 def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):

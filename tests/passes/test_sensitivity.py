@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from harness import run_pass
+from pydantic import ValidationError
 
 from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline.denoiser import Sampler, denoise_with
@@ -15,6 +16,22 @@ def test_every_layer_has_every_scheme_its_shape_admits(measured):
     assert len(table.layers) == 2 * 9 + 3
     assert set(table.error["transformer_blocks.0.attn1.to_q"]) == {"float", "w8a8_token", "w8a8_step", "w4a16"}
     assert set(table.error["pos_embed.proj"]) == {"float", "w8a8_step"}  # K = 12 admits no group
+
+
+def test_named_schemes_alone_are_measured(measured, tmp_path):
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_token", "w4a8_token"))
+    done = {layer.name: {} for layer in measured[SENSITIVITY].layers}
+    name = "transformer_blocks.0.attn1.to_q"
+    del done[name]
+    (tmp_path / "measured.json").write_text(json.dumps(done))  # as if the others were done
+    error = run_pass(step, measured, tmp_path)[SENSITIVITY].error[name]
+    assert set(error) == {"float", "w8a8_token", "w4a8_token"}
+    assert 0 < error["w8a8_token"][0] < error["w4a8_token"][0]
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(ValidationError, match="unknown schemes w4a9: there is float, w8a8_token"):
+        MeasureSensitivity(schemes=("w4a9",))
 
 
 def test_fewer_bits_cost_more_and_float_nothing(measured):

@@ -1,8 +1,8 @@
 import pytest
 
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.plan import Layer, QuantPlan, structural_schemes
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a8_step, w4a8_token, w4a16
 from intaglio.pipeline.target import load_target
 
 LINEAR = Layer(name="to_q", op="linear", shape=(8, 128), bias=True)
@@ -12,6 +12,7 @@ CONV = Layer(name="conv", op="conv", shape=(8, 32, 3, 3), bias=False)
 def test_sizes_in_bytes():
     assert LINEAR.size_bytes(FLOAT) == 2 * (8 * 128 + 8)
     assert LINEAR.size_bytes(W8A8_TOKEN) == 8 * 128 + 4 * 8 + 4 * 8
+    assert LINEAR.size_bytes(w4a8_token(64)) == 8 * 128 // 2 + 8 * 2 + 4 * 8 + 4 * 8
     assert LINEAR.size_bytes(w4a16(64)) == 8 * 128 // 2 + 4 * 8 * 2 + 4 * 8 * 2
 
 
@@ -21,6 +22,27 @@ def test_schemes_follow_the_shape():
     assert structural_schemes(CONV)[-1] == w4a16(32)  # 288 is no multiple of 64
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
     assert structural_schemes(narrow)[-1] == W8A8_STEP
+
+
+def test_other_schemes_are_there_when_named():
+    assert structural_schemes(LINEAR, (64,), ("w4a8_token", "w4a8_step")) == (FLOAT, w4a8_token(64), w4a8_step(64))
+    assert [s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)][3:] == ["w4a8_step"]
+    narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
+    assert structural_schemes(narrow, names=("w4a8_token",)) == (FLOAT,)
+
+
+def test_two_levels_obey_the_groups_of_the_target():
+    plan = QuantPlan((LINEAR,), {"to_q": w4a8_token(16)})
+    with pytest.raises(TargetError, match="to_q: group size 16, but tensorrt-rtx takes 32, 64, 128"):
+        plan.check(load_target("tensorrt-rtx"))
+    with pytest.raises(TargetError, match=r"tensorrt-10.3-orin runs .* for a linear, not w4a8_token"):
+        plan.check(load_target("tensorrt-10.3-orin"))
+
+
+def test_a_plan_of_two_levels_is_read_as_it_was_written(tmp_path):
+    plan = QuantPlan((LINEAR, CONV), {"to_q": w4a8_token(64), "conv": w4a8_step(32)})
+    plan.save(tmp_path)
+    assert QuantPlan.load(tmp_path) == plan
 
 
 def test_a_plan_names_every_layer_once():

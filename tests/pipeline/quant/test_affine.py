@@ -4,10 +4,20 @@ import pytest
 import torch
 
 from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup
+from intaglio.pipeline.quant.spec import (
+    W8A8_STEP,
+    Float,
+    IntWeight,
+    LayerScheme,
+    PerChannel,
+    PerGroup,
+    TwoLevel,
+    w4a8_step,
+)
 
 INT8 = IntWeight(bits=8, granularity=PerChannel())
 INT4 = IntWeight(bits=4, granularity=PerGroup(size=16))
+TWO_LEVEL = IntWeight(bits=4, granularity=TwoLevel(size=16))
 
 
 def random_weight(n: int = 5, k: int = 48) -> torch.Tensor:
@@ -102,3 +112,89 @@ def test_all_zero_token_stays_zero():
     codes = affine.input_codes(x / affine.token_amax(x))
     assert codes[0, 0].abs().max() == 0
     assert codes[0, 1].tolist() == [127.0] * 8
+
+
+def test_two_level_codes_of_a_literal_row():
+    w = torch.zeros(1, 32)
+    w[0, 0], w[0, 1], w[0, 16], w[0, 17] = 0.875, -1.05, 2.625, -2.8125
+    scale, group = torch.tensor([[0.125]]), torch.tensor([[1.0, 3.0]])
+    codes = affine.quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    assert codes[0, [0, 1, 16, 17]].tolist() == [7, -8, 7, -8]  # -2.8125 / 0.375 = -7.5: half to even
+    assert affine.eight_bit_codes(codes, group, TWO_LEVEL)[0, [0, 1, 16, 17]].tolist() == [7, -8, 21, -24]
+    rounded = affine.dequantize(codes, affine.product_scale(scale, group), TWO_LEVEL)
+    assert rounded[0, [0, 1, 16, 17]].tolist() == [0.875, -1.0, 2.625, -3.0]
+
+
+def test_two_level_codes_equal_the_oracle_and_fit_8_bit():
+    w = random_weight(7, 64) * torch.linspace(0.1, 20, 64)
+    scale, group = affine.fit(w, TWO_LEVEL)
+    assert group is not None
+    four, eight = oracle.two_level_codes(w.numpy(), scale.numpy()[:, 0], group.numpy(), 16)
+    codes = affine.quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    assert np.array_equal(codes.numpy(), four)
+    assert np.array_equal(affine.eight_bit_codes(codes, group, TWO_LEVEL).numpy(), eight)
+    assert np.abs(eight).max() <= 127
+    assert eight.max() > 63  # most of the 8 bits are used
+
+
+def test_no_other_group_integer_is_better():
+    w = random_weight(6, 64) * torch.linspace(0.3, 3, 64)
+    scale, group = affine.fit_two_level(w, TWO_LEVEL)
+
+    def error(integers: torch.Tensor) -> torch.Tensor:
+        rounded = affine.fake_quantize(w, affine.product_scale(scale, integers), TWO_LEVEL)
+        return affine.groups((rounded - w).square(), TWO_LEVEL).sum(-1)
+
+    every = torch.stack([error(torch.full_like(group, g)) for g in range(1, 16)])
+    assert torch.equal(error(group), every.amin(0))
+
+
+def test_two_levels_cost_little_more_than_a_float_scale_a_group_and_far_less_than_one_a_channel():
+    w = random_weight(64, 128)
+    scale, group = affine.fit(w, TWO_LEVEL)
+    channel = IntWeight(bits=4, granularity=PerChannel())
+    errors = [
+        (affine.fake_quantize(w, s, form) - w).square().mean()
+        for s, form in (
+            (affine.product_scale(scale, group), TWO_LEVEL),
+            (affine.fit_scale(w, INT4), INT4),
+            (affine.fit_scale(w, channel), channel),
+        )
+    ]
+    assert errors[0] < 1.05 * errors[1]
+    assert errors[0] < 0.75 * errors[2]
+
+
+def test_gradients_pass_straight_through_both_levels():
+    w = torch.zeros(1, 16)
+    w[0, 0], w[0, 1] = 0.72, 9.0
+    scale, group = torch.tensor([[0.1]], requires_grad=True), torch.tensor([[3.2]], requires_grad=True)
+    w.requires_grad_()
+    affine.fake_quantize(w, affine.product_scale(scale, group), TWO_LEVEL).sum().backward()
+    to_code_scale = (2 - 2.4) + 7  # of a code's scale 0.1 * 3, as with one level
+    assert w.grad is not None
+    assert w.grad[0, :2].tolist() == [1.0, 0.0]
+    assert scale.grad is not None
+    assert scale.grad.item() == pytest.approx(to_code_scale * 3)
+    assert group.grad is not None
+    assert group.grad.item() == pytest.approx(to_code_scale * 0.1)
+
+
+def test_a_zero_channel_of_two_levels_stays_zero():
+    w = random_weight(2, 32)
+    w[0] = 0
+    scale, group = affine.fit(w, TWO_LEVEL)
+    rounded = affine.fake_quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    assert rounded[0].abs().max() == 0
+    assert rounded[1].abs().max() > 0
+
+
+def test_two_levels_take_their_size_and_belong_to_integer_products():
+    assert TWO_LEVEL.bits_per_weight == 4.5
+    assert w4a8_step(128).weight.bits_per_weight == 4.0625
+    with pytest.raises(ValueError, match="two levels are for 4-bit codes, not 8"):
+        IntWeight(bits=8, granularity=TwoLevel(size=16))
+    with pytest.raises(ValueError, match="two levels are for products with a quantized input"):
+        _ = LayerScheme(weight=TWO_LEVEL, input=Float()).name
+    with pytest.raises(ValueError, match="4-bit weights multiply a quantized input in two levels only"):
+        _ = LayerScheme(weight=INT4, input=W8A8_STEP.input).name

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 
@@ -23,6 +24,17 @@ def test_token_layer_equals_the_integer_oracle():
     x_codes, y = oracle.token_linear(x.numpy(), codes, scale, layer.layer.bias.numpy())
     assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 32 products
+
+
+def test_two_level_layer_equals_the_integer_oracle():
+    layer = QuantizedLayer(linear(64), w4a8_token(16), CLOCK)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    scale, group = layer.weight_scale.detach().numpy()[:, 0], layer.weight_group.detach().numpy()
+    four, eight = oracle.two_level_codes(layer.layer.weight.numpy(), scale, group, 16)
+    x_codes, y = oracle.token_linear(x.numpy(), eight, scale, layer.layer.bias.numpy())
+    assert np.array_equal(layer.weight_codes().numpy(), four)
+    assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
+    assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 64 products
 
 
 def test_step_layer_uses_the_range_of_the_timestep_it_is_called_with():
@@ -73,12 +85,14 @@ def test_adapter_starts_as_nothing_and_is_rounded_with_the_weight():
     assert torch.equal(moved, torch.round((expected / layer.weight_scale).clamp(-127, 127)).to(torch.int8))
 
 
-def test_set_codes_needs_no_float_weight():
-    layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
+@pytest.mark.parametrize("scheme", [W8A8_TOKEN, w4a8_token(16)])
+def test_set_codes_needs_no_float_weight(scheme: LayerScheme):
+    layer = QuantizedLayer(linear(), scheme, CLOCK)
     codes, scale = layer.weight_codes(), layer.weight_scale.detach()
+    group = None if layer.weight_group is None else group_integers(layer.weight_group)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     y = layer(x)
-    layer.set_codes(codes, scale)
+    layer.set_codes(codes, scale, group)
     layer.layer.weight.data.fill_(torch.nan)
     assert torch.equal(layer(x), y)
 
