@@ -99,10 +99,11 @@ def scheme_css(scheme: LayerScheme) -> str:
 
 
 def scheme_code(scheme: LayerScheme) -> str:
-    """At most two characters: weight bits, then t or s for a scale a token or a step; f for float."""
+    """At most two characters: weight bits, then t or s for a scale a token or a step, T or S at 4 bits; f for float."""
     match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(granularity=granularity):
-            return f"{bits}{'t' if isinstance(granularity, PerToken) else 's'}"
+        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
+            unit = "t" if isinstance(granularity, PerToken) else "s"
+            return f"{bits}{unit if input_bits == 8 else unit.upper()}"
         case IntWeight(bits=bits), _:
             return str(bits)
         case _:
@@ -112,9 +113,9 @@ def scheme_code(scheme: LayerScheme) -> str:
 def scheme_meaning(scheme: LayerScheme) -> str:
     """One phrase for the legend."""
     match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(granularity=granularity):
+        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
             unit = "token" if isinstance(granularity, PerToken) else "denoising step"
-            return f"{bits}-bit weight, 8-bit input with one scale per {unit}"
+            return f"{bits}-bit weight, {input_bits}-bit input with one scale per {unit}"
         case IntWeight(bits=bits), _:
             return f"{bits}-bit weight, float input"
         case _:

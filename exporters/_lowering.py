@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from intaglio.exporters._layer import LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.quant.affine import INPUT_SCALE, TOKEN_EPS
+from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, input_scale
 from intaglio.pipeline.quant.packing import pack_int4
 from intaglio.pipeline.quant.spec import IntInput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
 from intaglio.pipeline.target import OpKind
 
 Attributes: TypeAlias = Mapping[str, int | ir.Attr]
-InputKey: TypeAlias = tuple[str, bytes]
+InputKey: TypeAlias = tuple[str, IntInput, bytes]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Call:
     @property
     def input_key(self) -> InputKey | None:
         """Equal for calls that can share their rounded input; None where the input stays in float."""
-        if not isinstance(self.data.scheme.input, IntInput):
+        form = self.data.scheme.input
+        if not isinstance(form, IntInput):
             return None
-        return str(self.site.x.name), b"" if self.data.amax_T is None else self.data.amax_T.numpy().tobytes()
+        return str(self.site.x.name), form, b"" if self.data.amax_T is None else self.data.amax_T.numpy().tobytes()
 
     @property
     def codes_NK(self) -> NDArray[np.int8]:
@@ -129,7 +130,7 @@ class Writer:
         return y
 
     def _rounded_input(self, call: Call) -> tuple[ir.Value, ir.Value | None]:
-        """x_hat = DQ(Q(x / amax)) with the constant scale S = 1/127, and amax."""
+        """x_hat = DQ(Q(x / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes, and amax."""
         key = call.input_key
         if key is None:
             return call.site.x, None
@@ -137,10 +138,16 @@ class Writer:
             unit, amax = (
                 self._by_token(call) if call.data.amax_T is None else self._by_step(call, call.data.amax_T.numpy())
             )
+            bits = key[1].bits
+            scale = np.float32(input_scale(bits))
             constants = [
-                self.constant("input/scale", np.float32(INPUT_SCALE)),
+                self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
                 self.constant("input/zero", self.input_zero),
             ]
+            if bits < 8 and call.data.amax_T is not None:  # a token's codes are within the range without it
+                low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
+                bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
+                unit = self.op(call, "input/Clip", [unit, *bounds])
             codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
             codes.type, codes.shape = constants[1].type, call.site.x.shape
             self._inputs[key] = self.op(call, "input/DequantizeLinear", [codes, *constants]), amax
@@ -280,6 +287,7 @@ class Lowering:
 
 _ORT = ("onnxruntime",)
 _TRT = ("tensorrt", "tensorrt-rtx")
+_TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 
 LOWERINGS = (
     Lowering(
@@ -297,14 +305,20 @@ LOWERINGS = (
     Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
     *(
         Lowering("linear", scheme, _ORT, two_level_cast, "folded when it loads: executed as w8a8")
-        for scheme in ("w4a8_token", "w4a8_step")
+        for scheme in _TWO_LEVEL
     ),
-    Lowering("conv", "w4a8_step", _ORT, two_level_cast, "exact, but in float, as w8a8_step"),
+    *(
+        Lowering("conv", scheme, _ORT, two_level_cast, "exact, but in float, as w8a8_step")
+        for scheme in ("w4a8_step", "w4a4_step")
+    ),
     *(
         Lowering("linear", scheme, _TRT, two_level_carrier, "an INT8 product; a kernel unpacks the weight in each run")
-        for scheme in ("w4a8_token", "w4a8_step")
+        for scheme in _TWO_LEVEL
     ),
-    Lowering("conv", "w4a8_step", _TRT, two_level_channels, "an INT8 convolution; the weight is unpacked in each run"),
+    *(
+        Lowering("conv", scheme, _TRT, two_level_channels, "an INT8 convolution; the weight is unpacked in each run")
+        for scheme in ("w4a8_step", "w4a4_step")
+    ),
     Lowering(
         "linear",
         "w8a8_token",

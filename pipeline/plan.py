@@ -21,6 +21,8 @@ from intaglio.pipeline.quant.spec import (
     W8A8_TOKEN,
     IntWeight,
     LayerScheme,
+    w4a4_step,
+    w4a4_token,
     w4a8_step,
     w4a8_token,
     w4a16,
@@ -29,7 +31,7 @@ from intaglio.pipeline.quant.spec import (
 if TYPE_CHECKING:
     from intaglio.pipeline.target import Target
 
-SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16", "w4a8_token", "w4a8_step")
+SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16", "w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 USUAL_SCHEMES = SCHEME_NAMES[:4]
 """Those that are measured where a recipe names none."""
 
@@ -72,7 +74,7 @@ def structural_schemes(
     """
     schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP]
     if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
-        schemes += [w4a16(group), w4a8_token(group), w4a8_step(group)]
+        schemes += [w4a16(group), w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group)]
     possible = [s for s in schemes if layer.op == "linear" or not s.name.endswith("_token")]
     return tuple(s for s in possible if s.name in names or s == FLOAT)
 

@@ -29,13 +29,13 @@ def two_level_codes(w, scale, group, size):
     return four, eight
 
 
-def token_linear(x, codes, scale, bias):
+def token_linear(x, codes, scale, bias, high=127):
     """One dynamic scale a token: x (M, K), codes (N, K), scale (N,). Returns the codes of x and y in float64."""
-    s = np.float32(1) / np.float32(127)
+    s = np.float32(1) / np.float32(high)
     x_codes, y = [], []
     for row in x.astype(np.float32):
         amax = max(np.abs(row).max(), np.float32(1e-7))
-        q = np.clip(round_half_even((row / amax) / s), -128, 127).astype(np.int64)
+        q = np.clip(round_half_even((row / amax) / s), -high - 1, high).astype(np.int64)
         total = codes.astype(np.int64) @ q
         y.append(total * float(s) * scale.astype(np.float64) * float(amax) + bias)
         x_codes.append(q)

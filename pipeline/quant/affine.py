@@ -11,9 +11,8 @@ import torch
 
 from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup, TwoLevel
 
-INPUT_SCALE = float(np.float32(1 / 127))
-"""Scale of an input that was divided by its largest magnitude: a constant, so that the integer GEMM stays one."""
-INPUT_LOW, INPUT_HIGH = -128, 127
+INPUT_HIGH = {8: 127, 4: 7}
+"""By bits, the code of an input's largest magnitude. The smallest code is one further from zero."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 SCALE_EPS = 1e-9
@@ -150,9 +149,18 @@ def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight)
     return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
 
 
-def input_codes(x_unit: torch.Tensor) -> torch.Tensor:
-    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(x / S), -128, 127), S = 1/127."""
-    return round_ste(torch.clamp(x_unit / INPUT_SCALE, INPUT_LOW, INPUT_HIGH))
+def input_scale(bits: int = 8) -> float:
+    """float32(1 / 127) or float32(1 / 7): the scale of an input that was divided by its largest magnitude.
+
+    A constant, so that the integer GEMM stays one.
+    """
+    return float(np.float32(1 / INPUT_HIGH[bits]))
+
+
+def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7)."""
+    high = INPUT_HIGH[bits]
+    return round_ste(torch.clamp(x_unit / input_scale(bits), -high - 1, high))
 
 
 def token_amax(x: torch.Tensor) -> torch.Tensor:

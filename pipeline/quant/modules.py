@@ -131,13 +131,14 @@ class QuantizedLayer(nn.Module):
         """Codes of the input, as floats, and the magnitude that its unit range stands for, (..., 1) or ()."""
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
+        bits = self.scheme.input.bits
         match self.scheme.input.granularity:
             case PerToken():
                 amax = affine.token_amax(x)
-                return affine.input_codes(x / amax), amax
+                return affine.input_codes(x / amax, bits), amax
             case PerStep():
                 amax = self.amax_T[self.clock.step]
-                return affine.input_codes(x * (1 / amax)), amax
+                return affine.input_codes(x * (1 / amax), bits), amax
             case other:
                 assert_never(other)
 
@@ -145,7 +146,7 @@ class QuantizedLayer(nn.Module):
         weight = self.rounded_weight()
         if isinstance(self.scheme.input, IntInput):
             q, amax = self.input_codes(x)
-            y = self._apply_layer(q * affine.INPUT_SCALE, weight) * amax
+            y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
         else:
             y = self._apply_layer(x, weight)
         bias = self.layer.bias

@@ -94,10 +94,10 @@ class IntWeight(_Value):
 
 
 class IntInput(_Value):
-    """Symmetric 8-bit input, x ~= scale * q with q in [-128, 127]."""
+    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes multiply as 8-bit ones do."""
 
     kind: Literal["int"] = "int"
-    bits: Literal[8] = 8
+    bits: Literal[4, 8] = 8
     granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
 
 
@@ -123,10 +123,10 @@ class LayerScheme(_Value):
                 return f"w{bits}a16"
             case IntWeight(bits=4, granularity=PerChannel() | PerGroup()), IntInput():
                 raise ValueError(f"4-bit weights multiply a quantized input in two levels only: {self}")
-            case IntWeight(bits=bits), IntInput(granularity=PerToken()):
-                return f"w{bits}a8_token"
-            case IntWeight(bits=bits), IntInput(granularity=PerStep()):
-                return f"w{bits}a8_step"
+            case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerToken()):
+                return f"w{bits}a{input_bits}_token"
+            case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerStep()):
+                return f"w{bits}a{input_bits}_step"
             case other:
                 raise ValueError(f"a float weight with a quantized input is no scheme: {other}")
 
@@ -149,6 +149,16 @@ def w4a8_token(group: int) -> LayerScheme:
 def w4a8_step(group: int) -> LayerScheme:
     """4-bit weight in two levels, input with a scale a denoising step: a product of 8-bit codes."""
     return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerStep()))
+
+
+def w4a4_token(group: int) -> LayerScheme:
+    """4-bit weight in two levels, 4-bit input with a scale a token: a product of 8-bit codes."""
+    return LayerScheme(weight=_two_level(group), input=IntInput(bits=4, granularity=PerToken()))
+
+
+def w4a4_step(group: int) -> LayerScheme:
+    """4-bit weight in two levels, 4-bit input with a scale a denoising step: a product of 8-bit codes."""
+    return LayerScheme(weight=_two_level(group), input=IntInput(bits=4, granularity=PerStep()))
 
 
 def _two_level(group: int) -> IntWeight:

@@ -9,7 +9,7 @@ from harness import run_pass
 from onnx import helper, numpy_helper
 from quantizing import integers, parity
 
-from intaglio.exporters._layer import LAYER_KEY, layer_model
+from intaglio.exporters._layer import LAYER_KEY, layer_model, run_layer
 from intaglio.exporters._lowering import LOWERINGS, lowering
 from intaglio.exporters._session import open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
@@ -19,7 +19,7 @@ from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN, w4a8_step, w4a8_token, w4a16
+from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN, w4a4_step, w4a4_token, w4a8_step, w4a8_token, w4a16
 from intaglio.pipeline.target import load_target, target_names
 
 SCHEMES = {
@@ -28,6 +28,8 @@ SCHEMES = {
     "w4a16": w4a16(32),
     "w4a8_token": w4a8_token(32),
     "w4a8_step": w4a8_step(32),
+    "w4a4_token": w4a4_token(32),
+    "w4a4_step": w4a4_step(32),
 }
 SHAPES = {"tokens": (2, 5, 64), "rows": (3, 64), "image": (2, 64, 6, 6)}
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -176,7 +178,7 @@ def test_the_input_is_rounded_with_a_scalar(runtime, zero, tmp_path):
     assert constants["input/zero"].dtype == zero.dtype
 
 
-@pytest.mark.parametrize("scheme", [W8A8_TOKEN, w4a8_token(32), w4a8_step(32)])
+@pytest.mark.parametrize("scheme", [W8A8_TOKEN, w4a8_token(32), w4a8_step(32), w4a4_step(32)])
 @pytest.mark.parametrize("shape", [SHAPES["tokens"], SHAPES["rows"]])
 def test_onnxruntime_multiplies_integers_and_folds_what_makes_them(scheme, shape, tmp_path):
     graph, _ = make(tmp_path, {"a": layer_for(shape)}, shape, {"a": scheme}, "onnxruntime")
@@ -184,6 +186,26 @@ def test_onnxruntime_multiplies_integers_and_folds_what_makes_them(scheme, shape
     ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert ops["MatMulIntegerToFloat"] == 1
     assert not {"MatMul", "Gemm", "Cast", "Reshape", "DequantizeLinear"} & set(ops)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize("scheme", [w4a4_token(32), w4a4_step(32)])
+def test_four_bit_inputs_never_leave_their_sixteen_codes(scheme, runtime, tmp_path):
+    graph, _ = make(tmp_path, {"a": layer_for((3, 64))}, (3, 64), {"a": scheme}, runtime)
+    x = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)  # four times the calibrated range
+    for optimize in (False, True):
+        _, codes = run_layer(graph, "a", x, 2, optimize=optimize)
+        found = codes.astype(int) - (128 if codes.dtype == np.uint8 else 0)
+        assert -8 <= found.min() <= -7
+        assert found.max() == 7
+        assert len(np.unique(found)) >= 15
+
+
+def test_inputs_of_other_bits_do_not_share(tmp_path):
+    layers = {name: torch.nn.Linear(64, 32) for name in ("q", "k")}
+    schemes = {"q": w4a4_token(32), "k": w4a8_token(32)}
+    graph, _ = make(tmp_path, layers, (2, 5, 64), schemes, "onnxruntime")
+    assert sum(n.op_type == "QuantizeLinear" for n in onnx.load(graph.path).graph.node) == 2
 
 
 def test_integers_of_groups_take_a_byte_each(tmp_path):

@@ -26,7 +26,7 @@ def test_schemes_follow_the_shape():
 
 def test_other_schemes_are_there_when_named():
     assert structural_schemes(LINEAR, (64,), ("w4a8_token", "w4a8_step")) == (FLOAT, w4a8_token(64), w4a8_step(64))
-    assert [s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)][3:] == ["w4a8_step"]
+    assert [s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)][3:] == ["w4a8_step", "w4a4_step"]
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
     assert structural_schemes(narrow, names=("w4a8_token",)) == (FLOAT,)
 

@@ -198,3 +198,10 @@ def test_two_levels_take_their_size_and_belong_to_integer_products():
         _ = LayerScheme(weight=TWO_LEVEL, input=Float()).name
     with pytest.raises(ValueError, match="4-bit weights multiply a quantized input in two levels only"):
         _ = LayerScheme(weight=INT4, input=W8A8_STEP.input).name
+
+
+def test_four_bit_codes_of_a_literal_input():
+    x = torch.tensor([-2.0, -1.0, -0.4, 0.0, 0.07, 0.08, 0.4, 1.0, 2.0])
+    assert affine.input_codes(x, 4).tolist() == [-8, -7, -3, 0, 0, 1, 3, 7, 7]
+    assert affine.input_scale(4) == np.float32(1 / 7)
+    assert affine.input_codes(x).tolist()[:2] == [-128, -127]

@@ -6,7 +6,7 @@ from torch import nn
 
 from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a4_token, w4a8_token, w4a16
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 
@@ -26,12 +26,13 @@ def test_token_layer_equals_the_integer_oracle():
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 32 products
 
 
-def test_two_level_layer_equals_the_integer_oracle():
-    layer = QuantizedLayer(linear(64), w4a8_token(16), CLOCK)
+@pytest.mark.parametrize(("scheme", "high"), [(w4a8_token(16), 127), (w4a4_token(16), 7)])
+def test_two_level_layer_equals_the_integer_oracle(scheme: LayerScheme, high: int):
+    layer = QuantizedLayer(linear(64), scheme, CLOCK)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     scale, group = layer.weight_scale.detach().numpy()[:, 0], layer.weight_group.detach().numpy()
     four, eight = oracle.two_level_codes(layer.layer.weight.numpy(), scale, group, 16)
-    x_codes, y = oracle.token_linear(x.numpy(), eight, scale, layer.layer.bias.numpy())
+    x_codes, y = oracle.token_linear(x.numpy(), eight, scale, layer.layer.bias.numpy(), high)
     assert np.array_equal(layer.weight_codes().numpy(), four)
     assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 64 products
