@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from intaglio.exporters._layer import LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, input_scale
+from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, input_scale, output_scale
 from intaglio.pipeline.quant.packing import pack_int4
-from intaglio.pipeline.quant.spec import IntInput, IntWeight
+from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
 from intaglio.pipeline.target import OpKind
 
@@ -123,6 +123,8 @@ class Writer:
         """y = product(x) * amax + b, in this order; without amax where the input stays in float."""
         x, amax = self._rounded_input(call)
         y = product(self, call, x)
+        if isinstance(call.data.scheme.output, IntOutput):
+            y = self._rounded_output(call, y)
         if amax is not None:
             y = self.op(call, "amax/Mul", [y, amax])
         if call.site.bias is not None:
@@ -172,6 +174,17 @@ class Writer:
         table = self.constant(f"{call.site.layer}/amax", amax_T)
         r = self.op(call, "inverse/Gather", [inverse, self.step])
         return self.op(call, "Mul", [call.site.x, r]), self.op(call, "amax/Gather", [table, self.step])
+
+    def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
+        """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
+        amax_T, output_amax_T = call.data.amax_T, call.data.output_amax_T
+        assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
+        assert output_amax_T is not None
+        table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
+        scale = self.op(call, "output/Gather", [table, self.step])
+        parameters = [scale, self.constant("input/zero", self.input_zero)]
+        codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
+        return self.op(call, "output/DequantizeLinear", [codes, *parameters])
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """(N,), or (1, N, 1, 1) for a convolution, which cannot take it before the multiplication by amax."""
@@ -300,7 +313,12 @@ LOWERINGS = (
         per_channel,
         "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
     ),
-    Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: QLinearConv needs a rounded output"),
+    Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: see w8a8o8_step"),
+    Lowering("conv", "w8a8o8_step", _ORT, per_channel, "becomes QLinearConv"),
+    *(
+        Lowering("conv", scheme, _ORT, two_level_cast, "folded when it loads; becomes QLinearConv")
+        for scheme in ("w4a8o8_step", "w4a4o8_step")
+    ),
     Lowering("linear", "w4a16", _ORT, blocks, "becomes MatMulNBits: stays 4 bit in memory"),
     Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
     *(

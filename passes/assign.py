@@ -32,6 +32,7 @@ class AssignPrecision(Pass):
     """A multiple-choice knapsack, solved by HiGHS: one legal scheme a layer, least summed error, size within budget."""
 
     name: ClassVar[str] = "assign"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     needs: ClassVar[tuple[str, ...]] = ("scipy",)

@@ -14,9 +14,10 @@ from intaglio.pipeline.pass_base import Pass
 
 
 class Calibrate(Pass):
-    """The denoiser drives its own sampler from noise; every call and every layer's input range are kept, by step."""
+    """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step."""
 
     name: ClassVar[str] = "calibrate"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY})
     random: ClassVar[bool] = True
@@ -35,15 +36,27 @@ class Calibrate(Pass):
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         seen: dict[str, float] = {}
+        left: dict[str, float] = {}
         hooks = []
         for layer in layer_table(model.module):
 
-            def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = layer.name) -> None:
+            def note(
+                module: torch.nn.Module,
+                args: tuple[torch.Tensor, ...],
+                output: torch.Tensor,
+                name: str = layer.name,
+            ) -> None:
                 seen[name] = max(seen.get(name, 0.0), args[0].detach().abs().amax().item())
+                if isinstance(module, torch.nn.Conv2d):
+                    product = output.detach()
+                    if module.bias is not None:
+                        product = product - module.bias.detach().reshape(-1, 1, 1)
+                    left[name] = max(left.get(name, 0.0), product.abs().amax().item())
 
-            hooks.append(model.module.get_submodule(layer.name).register_forward_pre_hook(note))
+            hooks.append(model.module.get_submodule(layer.name).register_forward_hook(note))
         calls: list[Call] = []
         ranges: list[dict[str, float]] = []
+        output_ranges: list[dict[str, float]] = []
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
             start = sampler.start(self.samples, ctx.torch_rng("calibrate"))
             for call in sampler.drive(denoise_with(model.module, model), start):
@@ -52,12 +65,17 @@ class Calibrate(Pass):
                         raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
                     calls.append(call)
                     ranges.append(dict(seen))
+                    output_ranges.append(dict(left))
                     seen.clear()
+                    left.clear()
                     advance()
         for hook in hooks:
             hook.remove()
         inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in calls[0].inputs}
-        amax = {name: torch.tensor([r.get(name, 0.0) for r in ranges]) for name in sorted(ranges[0])}
+        amax, output_amax = (
+            {name: torch.tensor([r.get(name, 0.0) for r in found]) for name in sorted(found[0])}
+            for found in (ranges, output_ranges)
+        )
         outputs = torch.stack([c.output for c in calls])
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
-        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax)}
+        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax)}

@@ -56,7 +56,8 @@ class Distill(Pass):
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         model.module.requires_grad_(False)
         clock = StepClock(trajectory.timesteps)
-        replaced = quantize_model(model.module, state[PLAN].schemes, clock, trajectory.amax)
+        schemes = state[PLAN].schemes
+        replaced = quantize_model(model.module, schemes, clock, trajectory.amax, trajectory.output_amax)
         layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
         loss: tuple[float, ...] = ()
         if self.updates and layers:

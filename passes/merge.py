@@ -9,13 +9,14 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import IntInput, IntWeight, PerStep
+from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight, PerStep
 
 
 class MergeAdapters(Pass):
     """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding."""
 
     name: ClassVar[str] = "merge"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, ADAPTER, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({QUANTIZED})
     needs: ClassVar[tuple[str, ...]] = ("torch",)
@@ -43,5 +44,6 @@ class MergeAdapters(Pass):
                 learnt.scale_NG,
                 trajectory.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
                 None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
+                trajectory.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
             )
         return {QUANTIZED: Quantized(trajectory.timesteps, merged)}

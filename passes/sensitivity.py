@@ -32,6 +32,7 @@ class MeasureSensitivity(Pass):
     """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs."""
 
     name: ClassVar[str] = "sensitivity"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
     random: ClassVar[bool] = True
@@ -139,7 +140,7 @@ class MeasureSensitivity(Pass):
             if scheme_name == "float":
                 measured[scheme_name] = (0.0,) * len(buckets)
                 continue
-            quantize_model(model.module, {name: scheme}, clock, trajectory.amax)
+            quantize_model(model.module, {name: scheme}, clock, trajectory.amax, trajectory.output_amax)
             errors = []
             with torch.no_grad():
                 for first, past in buckets:

@@ -26,14 +26,24 @@ from intaglio.pipeline.quant.spec import (
     w4a8_step,
     w4a8_token,
     w4a16,
+    with_output,
 )
 
 if TYPE_CHECKING:
     from intaglio.pipeline.target import Target
 
-SCHEME_NAMES = ("float", "w8a8_token", "w8a8_step", "w4a16", "w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
-USUAL_SCHEMES = SCHEME_NAMES[:4]
+USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
 """Those that are measured where a recipe names none."""
+SCHEME_NAMES = (
+    *USUAL_SCHEMES,
+    "w4a8_token",
+    "w4a8_step",
+    "w4a4_token",
+    "w4a4_step",
+    "w8a8o8_step",
+    "w4a8o8_step",
+    "w4a4o8_step",
+)
 
 
 class Layer(BaseModel):
@@ -75,7 +85,11 @@ def structural_schemes(
     schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP]
     if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
         schemes += [w4a16(group), w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group)]
-    possible = [s for s in schemes if layer.op == "linear" or not s.name.endswith("_token")]
+    if layer.op == "linear":
+        possible = schemes
+    else:
+        stepped = [s for s in schemes if s.name.endswith("_step")]
+        possible = [s for s in schemes if not s.name.endswith("_token")] + [with_output(s) for s in stepped]
     return tuple(s for s in possible if s.name in names or s == FLOAT)
 
 
@@ -146,7 +160,8 @@ class QuantPlan:
         """Read plan.json."""
         rows = json.loads((root / "plan.json").read_text())["layers"]
         layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias")}) for r in rows)
-        return cls(layers, {r["name"]: LayerScheme(weight=r["weight"], input=r["input"]) for r in rows})
+        schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
+        return cls(layers, schemes)
 
 
 def _weight_bits(scheme: LayerScheme) -> int:

@@ -68,7 +68,8 @@ class Adapter:
 class QuantizedLayerData:
     """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step.
 
-    A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15.
+    A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
+    largest output without bias at each step (T,), where the output is rounded.
     """
 
     scheme: LayerScheme
@@ -76,6 +77,7 @@ class QuantizedLayerData:
     scale_NG: torch.Tensor
     amax_T: torch.Tensor | None
     group_NG: torch.Tensor | None = None
+    output_amax_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Quantized:
                 tensors[f"{name}:group"] = layer.group_NG.contiguous()
             if layer.amax_T is not None:
                 tensors[f"{name}:amax"] = layer.amax_T.contiguous()
+            if layer.output_amax_T is not None:
+                tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
         save_file(tensors, root / "quantized.safetensors")
         content = {
             "timesteps": self.timesteps,
@@ -137,6 +141,11 @@ class Quantized:
             if isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4:
                 codes = torch.from_numpy(unpack_int4(codes.numpy(), tuple(facts["shape"])))
             layers[name] = QuantizedLayerData(
-                scheme, codes, tensors[f"{name}:scale"], tensors.get(f"{name}:amax"), tensors.get(f"{name}:group")
+                scheme,
+                codes,
+                tensors[f"{name}:scale"],
+                tensors.get(f"{name}:amax"),
+                tensors.get(f"{name}:group"),
+                tensors.get(f"{name}:output-amax"),
             )
         return cls(tuple(content["timesteps"]), layers)

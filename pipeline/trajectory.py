@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 class Trajectory:
     """Every call on the way from noise to sample, by step: inputs (T, R, ...) by name, outputs (T, R, ...).
 
-    `amax` is the largest input magnitude of each layer at each step, (T,) by layer name.
+    `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
+    output magnitude, without the bias, of each convolution.
     """
 
     timesteps: tuple[float, ...]
     inputs: Mapping[str, torch.Tensor]
     outputs: torch.Tensor
     amax: Mapping[str, torch.Tensor]
+    output_amax: Mapping[str, torch.Tensor]
 
     def call(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """Inputs of the call at `step`."""
@@ -35,11 +37,9 @@ class Trajectory:
         """Write trajectory.safetensors and trajectory.json."""
         from safetensors.torch import save_file
 
-        tensors = {f"input.{k}": v for k, v in self.inputs.items()} | {f"amax.{k}": v for k, v in self.amax.items()}
-        save_file(
-            {k: v.contiguous() for k, v in (tensors | {"outputs": self.outputs}).items()},
-            root / "trajectory.safetensors",
-        )
+        parts = {"input.": self.inputs, "amax.": self.amax, "output_amax.": self.output_amax}
+        tensors = {f"{part}{k}": v.contiguous() for part, values in parts.items() for k, v in values.items()}
+        save_file(tensors | {"outputs": self.outputs.contiguous()}, root / "trajectory.safetensors")
         (root / "trajectory.json").write_text(json.dumps({"timesteps": self.timesteps}) + "\n")
 
     @classmethod
@@ -48,6 +48,7 @@ class Trajectory:
         from safetensors.torch import load_file
 
         tensors = load_file(root / "trajectory.safetensors")
-        part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("input.", "amax.")}
+        names = ("input.", "amax.", "output_amax.")
+        part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in names}
         timesteps = json.loads((root / "trajectory.json").read_text())["timesteps"]
-        return cls(tuple(timesteps), part["input."], tensors["outputs"], part["amax."])
+        return cls(tuple(timesteps), part["input."], tensors["outputs"], part["amax."], part["output_amax."])

@@ -40,3 +40,22 @@ def token_linear(x, codes, scale, bias, high=127):
         y.append(total * float(s) * scale.astype(np.float64) * float(amax) + bias)
         x_codes.append(q)
     return np.array(x_codes), np.array(y)
+
+
+def step_convolution(x, codes, scale, bias, amax, output_amax, stride, pad):
+    """One scale for all of x and one for the output before the bias: the codes of the output, and y in float64."""
+    f = np.float32
+    s = f(1) / f(127)
+    q = np.clip(round_half_even((x * (f(1) / f(amax))) / s), -128, 127).astype(np.int64)
+    q = np.pad(q, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    size = codes.shape[-1]
+    height, width = ((edge - size) // stride + 1 for edge in q.shape[2:])
+    total = np.zeros((x.shape[0], codes.shape[0], height, width), np.int64)
+    for i in range(size):
+        for j in range(size):
+            window = q[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
+            total += np.einsum("bchw,nc->bnhw", window, codes[:, :, i, j].astype(np.int64))
+    out_scale = f(f(output_amax) / f(amax)) / f(127)
+    factor = (s * scale.astype(f)) / out_scale
+    y_codes = np.clip(round_half_even(total.astype(f) * factor.reshape(-1, 1, 1)), -128, 127)
+    return y_codes.astype(np.int64), y_codes * float(out_scale) * amax + bias.reshape(-1, 1, 1)

@@ -163,6 +163,19 @@ def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
     return round_ste(torch.clamp(x_unit / input_scale(bits), -high - 1, high))
 
 
+def output_scale(output_amax_T: torch.Tensor, amax_T: torch.Tensor) -> torch.Tensor:
+    """(T,) scales of the codes of a product whose input was divided by `amax_T`: the largest is 127."""
+    return (output_amax_T / amax_T / 127).clamp_min(SCALE_EPS)
+
+
+def output_codes(acc: torch.Tensor, weight_scale: torch.Tensor, scale: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Codes, as floats, of a sum of products of codes: clip(round(sum * ((S * s_w) / s)), -128, 127), S the input's.
+
+    In this order, which is that of ONNX Runtime; `acc` is exact below 2^24.
+    """
+    return round_ste(torch.clamp(acc * ((input_scale(bits) * weight_scale) / scale), -128, 127))
+
+
 def token_amax(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
     return x.abs().amax(-1, keepdim=True).clamp_min(TOKEN_EPS)

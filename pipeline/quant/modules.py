@@ -6,6 +6,7 @@ Shapes: N out features, K in features, G scales a row, T denoising steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, assert_never
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.spec import Float, IntInput, IntWeight, LayerScheme, PerStep, PerToken
+from intaglio.pipeline.quant.spec import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
 
 if TYPE_CHECKING:
     from intaglio.pipeline.quantized import Quantized
@@ -39,7 +40,7 @@ class StepClock:
 
 
 class QuantizedLayer(nn.Module):
-    """A Linear or Conv2d whose weight and input are rounded as its scheme says.
+    """A Linear or Conv2d whose weight, input and output are rounded as its scheme says.
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     The product of `adapter_b` (N, rank) and `adapter_a` (rank, K) is added to the weight before it is rounded
@@ -52,9 +53,11 @@ class QuantizedLayer(nn.Module):
         scheme: LayerScheme,
         clock: StepClock,
         amax_T: torch.Tensor | None = None,
+        output_amax_T: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.amax_T: torch.Tensor
+        self.output_amax_T: torch.Tensor
         self.layer, self.scheme, self.clock = layer, scheme, clock
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
@@ -66,6 +69,10 @@ class QuantizedLayer(nn.Module):
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
             self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
+        if isinstance(scheme.output, IntOutput):
+            if output_amax_T is None or not isinstance(layer, nn.Conv2d):
+                raise ValueError("a rounded output needs the calibrated output ranges, and a convolution")
+            self.register_buffer("output_amax_T", output_amax_T.clone())
 
     def _set_scales(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> None:
         self.weight_scale = nn.Parameter(scale_NG.clone(), requires_grad=False)
@@ -142,11 +149,21 @@ class QuantizedLayer(nn.Module):
             case other:
                 assert_never(other)
 
+    def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, bits: int) -> torch.Tensor:
+        """The product of the input's codes and the weight, rounded as it leaves the layer before amax and bias."""
+        weight_scale = self.weight_scale.reshape(-1, 1, 1)
+        acc = self._apply_layer(q, affine.round_ste(weight / weight_scale.unsqueeze(1)))
+        scale = affine.output_scale(self.output_amax_T, self.amax_T)[self.clock.step]
+        return affine.output_codes(acc, weight_scale, scale, bits) * scale
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.rounded_weight()
         if isinstance(self.scheme.input, IntInput):
             q, amax = self.input_codes(x)
-            y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
+            if isinstance(self.scheme.output, IntOutput):
+                y = self._rounded_product(q, weight, self.scheme.input.bits) * amax
+            else:
+                y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
         else:
             y = self._apply_layer(x, weight)
         bias = self.layer.bias
@@ -160,10 +177,12 @@ def quantize_model(
     schemes: Mapping[str, LayerScheme],
     clock: StepClock,
     amax: Mapping[str, torch.Tensor],
+    output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
-    `amax` holds (T,) input ranges by layer name, for the layers with a scale a step. Returns the new layers by name.
+    `amax` and `output_amax` hold (T,) ranges by layer name, for the layers with a scale a step and those whose output
+    is rounded. Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -173,7 +192,7 @@ def quantize_model(
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name))
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name), output_amax.get(name))
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
 
@@ -185,7 +204,9 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     """
     clock = StepClock(quantized.timesteps)
     amax = {name: data.amax_T for name, data in quantized.layers.items() if data.amax_T is not None}
-    layers = quantize_model(model, {name: data.scheme for name, data in quantized.layers.items()}, clock, amax)
+    output_amax = {n: data.output_amax_T for n, data in quantized.layers.items() if data.output_amax_T is not None}
+    schemes = {name: data.scheme for name, data in quantized.layers.items()}
+    layers = quantize_model(model, schemes, clock, amax, output_amax)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]

@@ -101,19 +101,30 @@ class IntInput(_Value):
     granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
 
 
+class IntOutput(_Value):
+    """Symmetric 8-bit product, without its bias, y ~= scale * q with q in [-128, 127]; one scale a denoising step."""
+
+    kind: Literal["int"] = "int"
+
+
 WeightFormat = Annotated[Float | IntWeight, Field(discriminator="kind")]
 InputFormat = Annotated[Float | IntInput, Field(discriminator="kind")]
+OutputFormat = Annotated[Float | IntOutput, Field(discriminator="kind")]
 
 
 class LayerScheme(_Value):
-    """How one layer computes: the format of its weight and of its input."""
+    """How one layer computes: the format of its weight, of its input, and of the product without its bias."""
 
     weight: WeightFormat
     input: InputFormat
+    output: OutputFormat = Float()
 
     @property
     def name(self) -> str:
         """The scheme's short name, as targets and tables use it."""
+        rounded = "o8" if isinstance(self.output, IntOutput) else ""
+        if rounded and not (isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)):
+            raise ValueError(f"an output is rounded only behind an input with a scale a step: {self}")
         match self.weight, self.input:
             case Float(), Float():
                 return "float"
@@ -126,7 +137,7 @@ class LayerScheme(_Value):
             case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerToken()):
                 return f"w{bits}a{input_bits}_token"
             case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerStep()):
-                return f"w{bits}a{input_bits}_step"
+                return f"w{bits}a{input_bits}{rounded}_step"
             case other:
                 raise ValueError(f"a float weight with a quantized input is no scheme: {other}")
 
@@ -134,6 +145,11 @@ class LayerScheme(_Value):
 FLOAT = LayerScheme(weight=Float(), input=Float())
 W8A8_TOKEN = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerToken()))
 W8A8_STEP = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerStep()))
+
+
+def with_output(scheme: LayerScheme) -> LayerScheme:
+    """The scheme with an 8-bit output: its product takes and gives 8-bit codes."""
+    return scheme.model_copy(update={"output": IntOutput()})
 
 
 def w4a16(group: int) -> LayerScheme:

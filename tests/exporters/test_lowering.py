@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import oracle
 import pytest
 import torch
 from harness import run_pass
@@ -19,7 +20,16 @@ from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN, w4a4_step, w4a4_token, w4a8_step, w4a8_token, w4a16
+from intaglio.pipeline.quant.spec import (
+    W8A8_STEP,
+    W8A8_TOKEN,
+    w4a4_step,
+    w4a4_token,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+    with_output,
+)
 from intaglio.pipeline.target import load_target, target_names
 
 SCHEMES = {
@@ -30,6 +40,9 @@ SCHEMES = {
     "w4a8_step": w4a8_step(32),
     "w4a4_token": w4a4_token(32),
     "w4a4_step": w4a4_step(32),
+    "w8a8o8_step": with_output(W8A8_STEP),
+    "w4a8o8_step": with_output(w4a8_step(32)),
+    "w4a4o8_step": with_output(w4a4_step(32)),
 }
 SHAPES = {"tokens": (2, 5, 64), "rows": (3, 64), "image": (2, 64, 6, 6)}
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -80,7 +93,8 @@ def make(folder: Path, layers: dict[str, torch.nn.Module], shape, schemes, runti
     table = tuple(Layer(name=n, op=op, shape=tuple(m.weight.shape), bias=True) for n, m in layers.items())
     model = torch.nn.ModuleDict(layers).eval()
     amax = amax or {name: torch.tensor([3.0, 2.0, 0.5]) for name in layers}
-    made = quantize_model(model, schemes, StepClock(TIMESTEPS), amax)
+    output_amax = {name: torch.tensor([4.0, 2.5, 1.5]) for name in layers}
+    made = quantize_model(model, schemes, StepClock(TIMESTEPS), amax, output_amax)
     quantized = integers(made, TIMESTEPS)
     artifacts = {FLOAT_GRAPH: graph, QUANTIZED: quantized, PLAN: QuantPlan(table, schemes), TARGET: target_of(runtime)}
     return run_pass(ExportQdq(), artifacts, folder / "qdq")[GRAPH], made
@@ -206,6 +220,50 @@ def test_inputs_of_other_bits_do_not_share(tmp_path):
     schemes = {"q": w4a4_token(32), "k": w4a8_token(32)}
     graph, _ = make(tmp_path, layers, (2, 5, 64), schemes, "onnxruntime")
     assert sum(n.op_type == "QuantizeLinear" for n in onnx.load(graph.path).graph.node) == 2
+
+
+def convolution(**options: int) -> torch.nn.Conv2d:
+    torch.manual_seed(1)
+    return torch.nn.Conv2d(64, 32, 3, 2, 1, **options)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("scheme", [with_output(W8A8_STEP), with_output(w4a8_step(32)), with_output(w4a4_step(32))])
+def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simulated_codes(
+    scheme, vnni, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("intaglio.exporters._session.has_vnni", lambda: vnni)
+    shape = (4, 64, 16, 16)
+    graph, made = make(tmp_path, {"a": convolution()}, shape, {"a": scheme}, "onnxruntime")
+    open_session(graph.path, optimized=tmp_path / "optimized.onnx")
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert ops["QLinearConv"] == 1
+    assert not {"Conv", "Cast"} & set(ops)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    for step in range(3):
+        made["a"].clock.step = step
+        with torch.no_grad():
+            y = made["a"](x)
+        found, _ = run_layer(graph, "a", x.numpy(), step)
+        scale = 1.5 / 127 if step == 2 else (2.5 if step == 1 else 4.0) / 127
+        assert np.abs(found - y.numpy()).max() < 1e-3 * scale  # float32 after the codes: not one code differs
+
+
+def test_a_rounded_output_equals_the_integer_oracle(tmp_path):
+    graph, made = make(tmp_path, {"a": convolution()}, SHAPES["image"], {"a": with_output(W8A8_STEP)}, "onnxruntime")
+    x = torch.randn(SHAPES["image"], generator=torch.Generator().manual_seed(2))
+    layer = made["a"]
+    codes, scale = layer.weight_codes().numpy().reshape(32, 64, 3, 3), layer.weight_scale.detach().numpy()[:, 0]
+    y_codes, y = oracle.step_convolution(
+        x.numpy(), codes, scale, layer.layer.bias.detach().numpy(), amax=2.0, output_amax=2.5, stride=2, pad=1
+    )
+    layer.clock.step = 1
+    with torch.no_grad():
+        simulated = layer(x).numpy()
+    np.testing.assert_allclose(simulated, y, rtol=1e-5, atol=1e-6)
+    assert len(np.unique(y_codes)) > 100
+    for optimize in (False, True):
+        np.testing.assert_allclose(run_layer(graph, "a", x.numpy(), 1, optimize=optimize)[0], y, rtol=1e-5, atol=1e-6)
 
 
 def test_integers_of_groups_take_a_byte_each(tmp_path):

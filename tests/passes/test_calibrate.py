@@ -42,3 +42,14 @@ def test_trajectory_survives_the_store(calibrated, tmp_path):
     assert torch.equal(loaded.outputs, trajectory.outputs)
     assert loaded.inputs.keys() == trajectory.inputs.keys()
     assert loaded.amax.keys() == trajectory.amax.keys()
+    assert loaded.output_amax.keys() == trajectory.output_amax.keys()
+
+
+def test_output_ranges_of_convolutions_leave_the_bias_out(calibrated):
+    trajectory, name = calibrated[TRAJECTORY], "pos_embed.proj"
+    assert set(trajectory.output_amax) == {name}
+    conv = calibrated[MODEL].open().module.get_submodule(name)
+    with torch.no_grad():
+        products = conv._conv_forward(trajectory.inputs["hidden_states"].flatten(0, 1), conv.weight, None)
+    expected = products.unflatten(0, trajectory.outputs.shape[:2]).abs().amax((1, 2, 3, 4))
+    torch.testing.assert_close(trajectory.output_amax[name], expected)

@@ -6,7 +6,16 @@ from torch import nn
 
 from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a4_token, w4a8_token, w4a16
+from intaglio.pipeline.quant.spec import (
+    FLOAT,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    LayerScheme,
+    w4a4_token,
+    w4a8_token,
+    w4a16,
+    with_output,
+)
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 
@@ -114,3 +123,25 @@ def test_other_modules_cannot_be_quantized():
 def test_step_scheme_needs_ranges():
     with pytest.raises(ValueError, match="needs the calibrated input ranges"):
         QuantizedLayer(linear(), W8A8_STEP, CLOCK)
+
+
+def test_rounded_output_needs_ranges_and_a_convolution():
+    with pytest.raises(ValueError, match="needs the calibrated output ranges, and a convolution"):
+        QuantizedLayer(linear(), with_output(W8A8_STEP), CLOCK, torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError, match="only behind an input with a scale a step"):
+        _ = with_output(W8A8_TOKEN).name
+
+
+def test_gradients_pass_through_a_rounded_output():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    layer = QuantizedLayer(conv, with_output(W8A8_STEP), CLOCK, torch.full((3,), 4.0), torch.full((3,), 9.0))
+    plain = QuantizedLayer(conv, W8A8_STEP, CLOCK, torch.full((3,), 4.0))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for one in (layer, plain):
+        conv.weight.grad = None
+        one.weight_scale.requires_grad_().grad = None
+        one(x).square().sum().backward()
+        grads.append((conv.weight.grad.clone(), one.weight_scale.grad.clone()))
+    for rounded, exact in zip(*grads, strict=True):
+        assert (rounded - exact).norm() < 0.05 * exact.norm()  # the outputs differ by their rounding
