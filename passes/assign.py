@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -13,7 +13,7 @@ from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan, illegal
-from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
+from intaglio.pipeline.quant.spec import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import OpKind, Target
 
@@ -41,6 +41,9 @@ class AssignPrecision(Pass):
     schemes: Mapping[OpKind, tuple[str, ...]] = Field(
         {"linear": ("w8a8_token", "w4a16"), "conv": ("w8a8_step", "w4a16")},
         description="schemes to choose from, for each kind of layer",
+    )
+    conv_output: Literal["float", "target"] = Field(
+        "float", description="target: round outputs of convolutions where the target runs them on integers only then"
     )
     keep: tuple[str, ...] = Field((), description="layers that stay in float, by name")
 
@@ -86,11 +89,19 @@ class AssignPrecision(Pass):
         return {PLAN: plan}
 
     def _choices(self, layer: Layer, table: Sensitivity, target: Target) -> dict[str, LayerScheme]:
-        """The layer's measured, allowed and legal schemes; float if there is none."""
+        """The layer's measured, allowed and legal schemes, as the target executes them; float if there is none.
+
+        By the name they were measured under: without its rounded output where it was not measured with it.
+        """
         measured = table.schemes[layer.name]
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
-        legal = {n: measured[n] for n in allowed if n in measured and illegal(layer, measured[n], target) is None}
+        executed = [(n, self._executed(layer, measured[n], target)) for n in allowed if n in measured]
+        legal = {s.name if s.name in measured else n: s for n, s in executed if illegal(layer, s, target) is None}
         return legal or {"float": FLOAT}
+
+    def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
+        rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
+        return with_output(scheme) if rounds and isinstance(scheme.input, IntInput) else scheme
 
 
 def solve(table: Sensitivity, choices: Choices, limit_bytes: float) -> dict[str, LayerScheme]:

@@ -36,6 +36,9 @@ class Target(BaseModel):
     )
     group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
     activation_dtype: Literal["uint8", "int8"] = Field(description="how 8-bit activation codes are written")
+    conv_output: Literal["float", "int8"] = Field(
+        "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
+    )
     facts: tuple[Fact, ...] = ()
 
     def save(self, root: Path) -> None:

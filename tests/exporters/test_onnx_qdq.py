@@ -11,6 +11,7 @@ from quantizing import Simulation, parity, rel_l2, with_plan
 from intaglio.exporters._layer import LAYER_KEY, layer_model
 from intaglio.exporters._session import graph_denoise
 from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.onnxruntime import BuildOnnxRuntime
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import TensorSpec
@@ -25,6 +26,7 @@ from intaglio.pipeline.quant.spec import (
     w4a8_step,
     w4a8_token,
     w4a16,
+    with_output,
 )
 from intaglio.pipeline.quantized import Quantized
 from intaglio.pipeline.target import load_target
@@ -177,3 +179,17 @@ def test_a_call_beside_the_recorded_ones_takes_the_nearest_step(dit, tmp_path):
         call["timestep"] = torch.full_like(call["timestep"], int(timestep))
         predictions.append(graph_denoise(graph)(call))
     assert rel_l2(*predictions) < 0.1  # another timestep embedding, the same scales
+
+
+def test_onnxruntime_executes_every_convolution_with_a_rounded_output_on_integers(unet, tmp_path):
+    def choose(layer: Layer) -> LayerScheme:
+        return with_output(W8A8_STEP) if layer.op == "conv" else FLOAT
+
+    artifacts = write(with_plan(unet, choose), "onnxruntime-cpu", tmp_path)
+    engine = run_pass(BuildOnnxRuntime(), artifacts, tmp_path / "engine")[ENGINE]
+    assert engine.int8_gemm == sum(s != FLOAT for s in artifacts[PLAN].schemes.values())
+    simulation = Simulation(artifacts)
+    seen, _ = simulation.at(1)
+    for name, layer in simulation.layers.items():
+        error, off, distance = parity(artifacts[GRAPH], name, layer, *seen[name], 1, optimize=True)
+        assert (error < 1e-5, off, distance) == (True, 0, 0), name  # codes in, codes out: only float32 scaling is left

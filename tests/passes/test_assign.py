@@ -7,7 +7,7 @@ from intaglio.passes.assign import AssignPrecision, Budget, solve
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
 from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN, w4a16
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import load_target
 
@@ -82,3 +82,25 @@ def test_illegal_groups_are_not_chosen(measured, tmp_path):
     narrow = measured[TARGET].model_copy(update={"group_sizes": (128,)})
     plan = run_pass(AssignPrecision(budget=Budget(size=0.6)), {**measured, TARGET: narrow}, tmp_path)[PLAN]
     assert "w4a16" not in {s.name for s in plan.schemes.values()}  # every measured group is 64 or 32
+
+
+def test_outputs_of_convolutions_are_rounded_where_the_recipe_and_the_target_ask_for_it(measured, tmp_path):
+    found = {}
+    for asked in ("float", "target"):
+        for target in ("onnxruntime-cpu", "tensorrt-rtx"):
+            step = AssignPrecision(budget=Budget(size=0.7), conv_output=asked)
+            plan = run_pass(step, {**measured, TARGET: load_target(target)}, tmp_path)[PLAN]
+            found[asked, target] = plan.schemes["pos_embed.proj"].name
+            assert plan.schemes["proj_out_2"].name in ("w8a8_token", "w8a8_step")
+    assert found.pop(("target", "onnxruntime-cpu")) == "w8a8o8_step"
+    assert set(found.values()) == {"w8a8_step"}
+
+
+def test_a_rounded_output_counts_with_its_own_error_if_that_was_measured(measured):
+    layer = Layer(name="c", op="conv", shape=(8, 4, 3, 3), bias=True)
+    schemes = {"w8a8_step": W8A8_STEP, "w8a8o8_step": with_output(W8A8_STEP)}
+    step = AssignPrecision(conv_output="target")
+    for known in (schemes, {"w8a8_step": W8A8_STEP}):
+        t = Sensitivity((layer,), ((0, 1),), (1.0,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))})
+        choices = step._choices(layer, t, load_target("onnxruntime-cpu"))
+        assert choices == {list(known)[-1]: with_output(W8A8_STEP)}
