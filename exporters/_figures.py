@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan
-from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntWeight, LayerScheme, PerToken
+from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -115,7 +115,9 @@ def scheme_meaning(scheme: LayerScheme) -> str:
     match scheme.weight, scheme.input:
         case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
             unit = "token" if isinstance(granularity, PerToken) else "denoising step"
-            return f"{bits}-bit weight, {input_bits}-bit input with one scale per {unit}"
+            shifted = " around the middle of its range" if scheme.input.shifted else ""
+            output = ", 8-bit output" if isinstance(scheme.output, IntOutput) else ""
+            return f"{bits}-bit weight, {input_bits}-bit input with one scale per {unit}{shifted}{output}"
         case IntWeight(bits=bits), _:
             return f"{bits}-bit weight, float input"
         case _:

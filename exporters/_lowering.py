@@ -6,7 +6,7 @@ Shapes: N out features, K in features, G = K // size groups, T denoising steps, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from intaglio.exporters._layer import LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, input_scale, output_scale
+from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
 from intaglio.pipeline.quant.packing import pack_int4
 from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
@@ -44,7 +44,8 @@ class Call:
         form = self.data.scheme.input
         if not isinstance(form, IntInput):
             return None
-        return str(self.site.x.name), form, b"" if self.data.amax_T is None else self.data.amax_T.numpy().tobytes()
+        tables = [table for table in (self.data.amax_T, self.data.shift_T) if table is not None]
+        return str(self.site.x.name), form, b"".join(table.numpy().tobytes() for table in tables)
 
     @property
     def codes_NK(self) -> NDArray[np.int8]:
@@ -62,6 +63,16 @@ class Call:
         assert self.data.group_NG is not None  # the table asks only for such weights
         group: NDArray[np.int8] = self.data.group_NG.numpy()
         return group
+
+    @property
+    def eight_bit_codes_NK(self) -> NDArray[np.int8]:
+        """What the product takes: the codes, times the integers of their groups where there are two levels."""
+        form = self.data.scheme.weight
+        assert isinstance(form, IntWeight)  # only integer weights have calls
+        if self.data.group_NG is None:
+            return self.codes_NK
+        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form).numpy()
+        return codes
 
     @property
     def group_size(self) -> int:
@@ -84,6 +95,15 @@ def carrier_scale(calls: Sequence[Call]) -> np.float32:
     return np.float32(2.0 ** np.rint(logs.mean()))
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """An input on its way into a product: the value that enters, its magnitude and its shift, or None for either."""
+
+    x: ir.Value
+    amax: ir.Value | None = None
+    shift: ir.Value | None = None
+
+
 @dataclass
 class Writer:
     """Adds the nodes of one call after the other, each in front of the product it replaces."""
@@ -94,7 +114,7 @@ class Writer:
     """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
     carriers: Mapping[InputKey, np.float32]
     """By input, the scale that the weights of all layers on it are relative to."""
-    _inputs: dict[InputKey, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
 
     def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
         """The node `prefix/role`, whose operator is the last part of its role; its only output."""
@@ -120,25 +140,28 @@ class Writer:
         return self.graph.initializers[name]
 
     def write(self, call: Call, product: Product) -> ir.Value:
-        """y = product(x) * amax + b, in this order; without amax where the input stays in float."""
-        x, amax = self._rounded_input(call)
-        y = product(self, call, x)
+        """y = product(x) * amax + (shift * rowsum(w) + b), in this order; without amax where the input is float."""
+        rounded = self._rounded_input(call)
+        y = product(self, call, rounded.x)
         if isinstance(call.data.scheme.output, IntOutput):
             y = self._rounded_output(call, y)
-        if amax is not None:
-            y = self.op(call, "amax/Mul", [y, amax])
-        if call.site.bias is not None:
-            y = self.op(call, "bias/Add", [y, self._bias(call, call.site.bias)])
-        return y
+        if rounded.amax is not None:
+            y = self.op(call, "amax/Mul", [y, rounded.amax])
+        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
+        if rounded.shift is not None:
+            bias = self._shifted_bias(call, rounded.shift, bias)
+        return y if bias is None else self.op(call, "bias/Add", [y, bias])
 
-    def _rounded_input(self, call: Call) -> tuple[ir.Value, ir.Value | None]:
-        """x_hat = DQ(Q(x / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes, and amax."""
+    def _rounded_input(self, call: Call) -> Rounded:
+        """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
         key = call.input_key
         if key is None:
-            return call.site.x, None
+            return Rounded(call.site.x)
         if key not in self._inputs:
-            unit, amax = (
-                self._by_token(call) if call.data.amax_T is None else self._by_step(call, call.data.amax_T.numpy())
+            unit, amax, shift = (
+                self._by_token(call, key[1].shifted)
+                if call.data.amax_T is None
+                else self._by_step(call, call.data.amax_T.numpy())
             )
             bits = key[1].bits
             scale = np.float32(input_scale(bits))
@@ -152,28 +175,40 @@ class Writer:
                 unit = self.op(call, "input/Clip", [unit, *bounds])
             codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
             codes.type, codes.shape = constants[1].type, call.site.x.shape
-            self._inputs[key] = self.op(call, "input/DequantizeLinear", [codes, *constants]), amax
+            self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
         return self._inputs[key]
 
-    def _by_token(self, call: Call) -> tuple[ir.Value, ir.Value]:
-        """x / a, a = max(max|x| over the last axis, 1e-7)"""
-        largest = self.op(
-            call,
-            "ReduceMax",
-            [self.op(call, "Abs", [call.site.x]), self.constant("token/axes", np.array([-1]))],
-            {"keepdims": 1},
-        )
+    def _by_token(self, call: Call, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(x - c) / a, a and c: half the width, at least 1e-7, and the middle of the range over the last axis
+
+        Without a shift: x / a, a = max(max|x|, 1e-7).
+        """
+        x, shift = call.site.x, None
+        axes, keep = self.constant("token/axes", np.array([-1])), {"keepdims": 1}
+        if shifted:
+            high, low = (self.op(call, reduction, [x, axes], keep) for reduction in ("ReduceMax", "ReduceMin"))
+            half = self.constant("token/half", np.float32(0.5))
+            shift = self.op(call, "middle/Mul", [self.op(call, "middle/Add", [high, low]), half])
+            largest = self.op(call, "width/Mul", [self.op(call, "width/Sub", [high, low]), half])
+            x = self.op(call, "shift/Sub", [x, shift])
+        else:
+            largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
         # Max and not an addition: optimizers take an addition of 1e-8 or less for none
         amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
-        return self.op(call, "Div", [call.site.x, amax]), amax
+        return self.op(call, "Div", [x, amax]), amax, shift
 
-    def _by_step(self, call: Call, amax_T: NDArray[np.float32]) -> tuple[ir.Value, ir.Value]:
-        """x * r_t and a_t, r_t = float32(1 / a_t)"""
+    def _by_step(self, call: Call, amax_T: NDArray[np.float32]) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(x - c_t) * r_t, a_t and c_t, r_t = float32(1 / a_t)"""
+        x, shift = call.site.x, None
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
         table = self.constant(f"{call.site.layer}/amax", amax_T)
+        if call.data.shift_T is not None:
+            middle = self.constant(f"{call.site.layer}/shift", call.data.shift_T.numpy())
+            shift = self.op(call, "shift/Gather", [middle, self.step])
+            x = self.op(call, "shift/Sub", [x, shift])
         r = self.op(call, "inverse/Gather", [inverse, self.step])
-        return self.op(call, "Mul", [call.site.x, r]), self.op(call, "amax/Gather", [table, self.step])
+        return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
 
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
         """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
@@ -191,6 +226,18 @@ class Writer:
         if call.op == "linear" or bias.const_value is None:
             return bias
         return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
+
+    def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """c * rowsum(w_hat) + b: what the shift took from the product."""
+        pads = call.site.product.attributes.get("pads")
+        if call.op == "conv" and pads is not None and any(pads.as_ints()):
+            raise TargetError(f"{call.site.layer}: zeros around a shifted input do not shift")
+        rowsum = (call.eight_bit_codes_NK.sum(1, dtype=np.int64) * call.scale_NG[:, 0]).astype(np.float32)
+        table = self.constant(
+            f"{call.site.layer}/rowsum", rowsum if call.op == "linear" else rowsum.reshape(1, -1, 1, 1)
+        )
+        taken = self.op(call, "shift/Mul", [shift, table])
+        return taken if bias is None else self.op(call, "shift/Add", [taken, bias])
 
 
 Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
@@ -302,7 +349,7 @@ _ORT = ("onnxruntime",)
 _TRT = ("tensorrt", "tensorrt-rtx")
 _TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 
-LOWERINGS = (
+_SYMMETRIC = (
     Lowering(
         "linear", "w8a8_token", _ORT, per_channel, "becomes MatMulIntegerToFloat; the token's magnitude is behind it"
     ),
@@ -358,6 +405,13 @@ LOWERINGS = (
         blocks,
         "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
     ),
+)
+
+
+LOWERINGS = _SYMMETRIC + tuple(
+    replace(row, scheme=row.scheme.replace("_", "s_"), why=f"{row.why}; the shift is behind it, in the bias")
+    for row in _SYMMETRIC
+    if "_" in row.scheme and "o8" not in row.scheme
 )
 
 

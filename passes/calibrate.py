@@ -35,8 +35,7 @@ class Calibrate(Pass):
         checkpoint = state[MODEL]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-        seen: dict[str, float] = {}
-        left: dict[str, float] = {}
+        seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
         hooks = []
         for layer in layer_table(model.module):
 
@@ -46,17 +45,18 @@ class Calibrate(Pass):
                 output: torch.Tensor,
                 name: str = layer.name,
             ) -> None:
-                seen[name] = max(seen.get(name, 0.0), args[0].detach().abs().amax().item())
+                low, high = (end.item() for end in args[0].detach().aminmax())
+                seen["low"][name] = min(seen["low"].get(name, low), low)
+                seen["high"][name] = max(seen["high"].get(name, high), high)
                 if isinstance(module, torch.nn.Conv2d):
                     product = output.detach()
                     if module.bias is not None:
                         product = product - module.bias.detach().reshape(-1, 1, 1)
-                    left[name] = max(left.get(name, 0.0), product.abs().amax().item())
+                    seen["output"][name] = max(seen["output"].get(name, 0.0), product.abs().amax().item())
 
             hooks.append(model.module.get_submodule(layer.name).register_forward_hook(note))
         calls: list[Call] = []
-        ranges: list[dict[str, float]] = []
-        output_ranges: list[dict[str, float]] = []
+        ranges: list[dict[str, dict[str, float]]] = []
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
             start = sampler.start(self.samples, ctx.torch_rng("calibrate"))
             for call in sampler.drive(denoise_with(model.module, model), start):
@@ -64,18 +64,18 @@ class Calibrate(Pass):
                     if not call.output.isfinite().all():
                         raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
                     calls.append(call)
-                    ranges.append(dict(seen))
-                    output_ranges.append(dict(left))
-                    seen.clear()
-                    left.clear()
+                    ranges.append({end: dict(found) for end, found in seen.items()})
+                    for found in seen.values():
+                        found.clear()
                     advance()
         for hook in hooks:
             hook.remove()
         inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in calls[0].inputs}
-        amax, output_amax = (
-            {name: torch.tensor([r.get(name, 0.0) for r in found]) for name in sorted(found[0])}
-            for found in (ranges, output_ranges)
+        low, high, output_amax = (
+            {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
+            for end in ("low", "high", "output")
         )
+        amax = {name: torch.maximum(-low[name], high[name]) for name in low}
         outputs = torch.stack([c.output for c in calls])
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
-        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax)}
+        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high)}

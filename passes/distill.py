@@ -57,7 +57,7 @@ class Distill(Pass):
         model.module.requires_grad_(False)
         clock = StepClock(trajectory.timesteps)
         schemes = state[PLAN].schemes
-        replaced = quantize_model(model.module, schemes, clock, trajectory.amax, trajectory.output_amax)
+        replaced = quantize_model(model.module, schemes, clock, *trajectory.ranges(schemes))
         layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
         loss: tuple[float, ...] = ()
         if self.updates and layers:

@@ -26,6 +26,7 @@ class MergeAdapters(Pass):
         from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
         module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
+        ranges = trajectory.ranges(state[PLAN].schemes)
         merged = {}
         for layer in state[PLAN].layers:
             scheme = state[PLAN].schemes[layer.name]
@@ -42,8 +43,9 @@ class MergeAdapters(Pass):
                 scheme,
                 affine.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG), scheme.weight),
                 learnt.scale_NG,
-                trajectory.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
+                ranges.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
                 None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
-                trajectory.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
+                ranges.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
+                ranges.shift.get(layer.name) if stepped else None,
             )
         return {QUANTIZED: Quantized(trajectory.timesteps, merged)}

@@ -140,7 +140,7 @@ class MeasureSensitivity(Pass):
             if scheme_name == "float":
                 measured[scheme_name] = (0.0,) * len(buckets)
                 continue
-            quantize_model(model.module, {name: scheme}, clock, trajectory.amax, trajectory.output_amax)
+            quantize_model(model.module, {name: scheme}, clock, *trajectory.ranges({name: scheme}))
             errors = []
             with torch.no_grad():
                 for first, past in buckets:

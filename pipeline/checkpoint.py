@@ -174,7 +174,9 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
                     Layer(name=name, op="linear", shape=tuple(child.weight.shape), bias=child.bias is not None)
                 )
             case nn.Conv2d(groups=1, padding_mode="zeros"):
-                layers.append(Layer(name=name, op="conv", shape=tuple(child.weight.shape), bias=child.bias is not None))
+                padded = any(child._reversed_padding_repeated_twice)
+                shape, bias = tuple(child.weight.shape), child.bias is not None
+                layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded))
     return tuple(layers)
 
 

@@ -19,6 +19,7 @@ from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
+    IntInput,
     IntWeight,
     LayerScheme,
     w4a4_step,
@@ -27,6 +28,7 @@ from intaglio.pipeline.quant.spec import (
     w4a8_token,
     w4a16,
     with_output,
+    with_shift,
 )
 
 if TYPE_CHECKING:
@@ -43,11 +45,20 @@ SCHEME_NAMES = (
     "w8a8o8_step",
     "w4a8o8_step",
     "w4a4o8_step",
+    "w8a8s_token",
+    "w8a8s_step",
+    "w4a8s_token",
+    "w4a8s_step",
+    "w4a4s_token",
+    "w4a4s_step",
 )
 
 
 class Layer(BaseModel):
-    """A layer that can be quantized, by its module path. `shape` is that of its weight in torch."""
+    """A layer that can be quantized, by its module path. `shape` is that of its weight in torch.
+
+    `padded`: a convolution that adds zeros around its input.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,6 +66,7 @@ class Layer(BaseModel):
     op: Literal["linear", "conv"]
     shape: tuple[int, ...]
     bias: bool
+    padded: bool = False
 
     @property
     def n(self) -> int:
@@ -85,12 +97,14 @@ def structural_schemes(
     schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP]
     if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
         schemes += [w4a16(group), w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group)]
-    if layer.op == "linear":
-        possible = schemes
-    else:
-        stepped = [s for s in schemes if s.name.endswith("_step")]
-        possible = [s for s in schemes if not s.name.endswith("_token")] + [with_output(s) for s in stepped]
-    return tuple(s for s in possible if s.name in names or s == FLOAT)
+    if layer.op == "conv":
+        schemes = [s for s in schemes if not s.name.endswith("_token")]
+    integer = [s for s in schemes if isinstance(s.input, IntInput)]
+    if layer.op == "conv":
+        schemes += [with_output(s) for s in integer]
+    if not layer.padded:
+        schemes += [with_shift(s) for s in integer]
+    return tuple(s for s in schemes if s.name in names or s == FLOAT)
 
 
 def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
@@ -100,6 +114,8 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
     if layer.op == "conv" and scheme.name.endswith("_token"):
         return f"{layer.name}: a convolution has no tokens: use {scheme.name.removesuffix('_token')}_step"
+    if isinstance(scheme.input, IntInput) and scheme.input.shifted and layer.padded:
+        return f"{layer.name}: zeros around a shifted input do not shift: use {scheme.name.replace('s_', '_')}"
     if isinstance(scheme.weight, IntWeight) and (size := scheme.weight.group_size) is not None:
         if size not in target.group_sizes:
             return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
@@ -159,7 +175,7 @@ class QuantPlan:
     def load(cls, root: Path) -> Self:
         """Read plan.json."""
         rows = json.loads((root / "plan.json").read_text())["layers"]
-        layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias")}) for r in rows)
+        layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias", "padded")}) for r in rows)
         schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
         return cls(layers, schemes)
 

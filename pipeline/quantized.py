@@ -69,7 +69,8 @@ class QuantizedLayerData:
     """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step.
 
     A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
-    largest output without bias at each step (T,), where the output is rounded.
+    largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
+    `shift_T` is the middle of its range and `amax_T` half the width.
     """
 
     scheme: LayerScheme
@@ -78,6 +79,7 @@ class QuantizedLayerData:
     amax_T: torch.Tensor | None
     group_NG: torch.Tensor | None = None
     output_amax_T: torch.Tensor | None = None
+    shift_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Quantized:
                 tensors[f"{name}:group"] = layer.group_NG.contiguous()
             if layer.amax_T is not None:
                 tensors[f"{name}:amax"] = layer.amax_T.contiguous()
+            if layer.shift_T is not None:
+                tensors[f"{name}:shift"] = layer.shift_T.contiguous()
             if layer.output_amax_T is not None:
                 tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
         save_file(tensors, root / "quantized.safetensors")
@@ -147,5 +151,6 @@ class Quantized:
                 tensors.get(f"{name}:amax"),
                 tensors.get(f"{name}:group"),
                 tensors.get(f"{name}:output-amax"),
+                tensors.get(f"{name}:shift"),
             )
         return cls(tuple(content["timesteps"]), layers)

@@ -42,6 +42,22 @@ def token_linear(x, codes, scale, bias, high=127):
     return np.array(x_codes), np.array(y)
 
 
+def shifted_linear(x, codes, scale, bias, high, ranges):
+    """Each token around its own middle, or all around that of `ranges`, (half the width, middle)."""
+    f = np.float32
+    s = f(1) / f(high)
+    x_codes, y = [], []
+    for row in x.astype(f):
+        half, middle = ranges or ((row.max() - row.min()) * f(0.5), (row.max() + row.min()) * f(0.5))
+        unit = (row - f(middle)) * (f(1) / f(half)) if ranges else (row - middle) / half
+        q = np.clip(round_half_even(unit / s), -high - 1, high).astype(np.int64)
+        total = codes.astype(np.int64) @ q
+        rowsum = codes.astype(np.int64).sum(1) * scale.astype(np.float64)
+        y.append(total * float(s) * scale.astype(np.float64) * float(half) + float(middle) * rowsum + bias)
+        x_codes.append(q)
+    return np.array(x_codes), np.array(y)
+
+
 def step_convolution(x, codes, scale, bias, amax, output_amax, stride, pad):
     """One scale for all of x and one for the output before the bias: the codes of the output, and y in float64."""
     f = np.float32

@@ -25,9 +25,7 @@ def with_plan(start: Artifacts, choose: Callable[[Layer], LayerScheme]) -> Artif
     module, trajectory = start[MODEL].open().module, start[TRAJECTORY]
     layers = layer_table(module)
     plan = QuantPlan(layers, {layer.name: choose(layer) for layer in layers})
-    made = quantize_model(
-        module, plan.schemes, StepClock(trajectory.timesteps), trajectory.amax, trajectory.output_amax
-    )
+    made = quantize_model(module, plan.schemes, StepClock(trajectory.timesteps), *trajectory.ranges(plan.schemes))
     return start | {PLAN: plan, QUANTIZED: integers(made, trajectory.timesteps)}
 
 
@@ -42,6 +40,7 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
                 getattr(m, "amax_T", None),
                 None if m.weight_group is None else group_integers(m.weight_group),
                 getattr(m, "output_amax_T", None),
+                getattr(m, "shift_T", None),
             )
             for name, m in layers.items()
         },

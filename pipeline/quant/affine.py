@@ -179,3 +179,13 @@ def output_codes(acc: torch.Tensor, weight_scale: torch.Tensor, scale: torch.Ten
 def token_amax(x: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
     return x.abs().amax(-1, keepdim=True).clamp_min(TOKEN_EPS)
+
+
+def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice."""
+    return half_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+
+
+def half_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the width of a range, at least `TOKEN_EPS`, and its middle."""
+    return ((high - low) * 0.5).clamp_min(TOKEN_EPS), (high + low) * 0.5

@@ -54,9 +54,11 @@ class QuantizedLayer(nn.Module):
         clock: StepClock,
         amax_T: torch.Tensor | None = None,
         output_amax_T: torch.Tensor | None = None,
+        shift_T: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.amax_T: torch.Tensor
+        self.shift_T: torch.Tensor
         self.output_amax_T: torch.Tensor
         self.layer, self.scheme, self.clock = layer, scheme, clock
         self.adapter_a: nn.Parameter | None = None
@@ -69,6 +71,13 @@ class QuantizedLayer(nn.Module):
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
             self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
+        if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+            if isinstance(layer, nn.Conv2d) and any(layer._reversed_padding_repeated_twice):
+                raise ValueError("zeros around a shifted input do not shift: it needs a convolution without padding")
+            if isinstance(scheme.input.granularity, PerStep):
+                if shift_T is None:
+                    raise ValueError("a shifted input needs the middle of its range at each step")
+                self.register_buffer("shift_T", shift_T.clone())
         if isinstance(scheme.output, IntOutput):
             if output_amax_T is None or not isinstance(layer, nn.Conv2d):
                 raise ValueError("a rounded output needs the calibrated output ranges, and a convolution")
@@ -134,18 +143,22 @@ class QuantizedLayer(nn.Module):
         y: torch.Tensor = self.layer._conv_forward(x, weight, None)
         return y
 
-    def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of the input, as floats, and the magnitude that its unit range stands for, (..., 1) or ()."""
+    def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes of the input, as floats, the magnitude that its unit range stands for, (..., 1) or (), and the shift.
+
+        The shift is that of the unit range's middle, like the magnitude; None where the range is symmetric.
+        """
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
-        bits = self.scheme.input.bits
+        bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
         match self.scheme.input.granularity:
             case PerToken():
-                amax = affine.token_amax(x)
-                return affine.input_codes(x / amax, bits), amax
+                amax, shift = affine.token_range(x) if shifted else (affine.token_amax(x), None)
+                return affine.input_codes((x if shift is None else x - shift) / amax, bits), amax, shift
             case PerStep():
                 amax = self.amax_T[self.clock.step]
-                return affine.input_codes(x * (1 / amax), bits), amax
+                shift = self.shift_T[self.clock.step] if shifted else None
+                return affine.input_codes((x if shift is None else x - shift) * (1 / amax), bits), amax, shift
             case other:
                 assert_never(other)
 
@@ -159,17 +172,20 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.rounded_weight()
         if isinstance(self.scheme.input, IntInput):
-            q, amax = self.input_codes(x)
+            q, amax, shift = self.input_codes(x)
             if isinstance(self.scheme.output, IntOutput):
                 y = self._rounded_product(q, weight, self.scheme.input.bits) * amax
             else:
                 y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
+            if shift is not None:
+                y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         else:
             y = self._apply_layer(x, weight)
-        bias = self.layer.bias
-        if bias is None:
-            return y
-        return y + (bias if isinstance(self.layer, nn.Linear) else bias.reshape(-1, 1, 1))
+        return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
+
+    def _of_channels(self, values_N: torch.Tensor) -> torch.Tensor:
+        """In the shape in which the output takes them."""
+        return values_N if isinstance(self.layer, nn.Linear) else values_N.reshape(-1, 1, 1)
 
 
 def quantize_model(
@@ -178,11 +194,12 @@ def quantize_model(
     clock: StepClock,
     amax: Mapping[str, torch.Tensor],
     output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
-    `amax` and `output_amax` hold (T,) ranges by layer name, for the layers with a scale a step and those whose output
-    is rounded. Returns the new layers by name.
+    `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
+    output is rounded and those whose input is shifted: `Trajectory.ranges`. Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -192,7 +209,9 @@ def quantize_model(
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, amax.get(name), output_amax.get(name))
+        replaced[name] = QuantizedLayer(
+            layer, schemes[name], clock, amax.get(name), output_amax.get(name), shift.get(name)
+        )
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
 
@@ -205,8 +224,9 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     clock = StepClock(quantized.timesteps)
     amax = {name: data.amax_T for name, data in quantized.layers.items() if data.amax_T is not None}
     output_amax = {n: data.output_amax_T for n, data in quantized.layers.items() if data.output_amax_T is not None}
+    shift = {name: data.shift_T for name, data in quantized.layers.items() if data.shift_T is not None}
     schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax)
+    layers = quantize_model(model, schemes, clock, amax, output_amax, shift)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]

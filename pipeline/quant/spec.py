@@ -99,6 +99,9 @@ class IntInput(_Value):
     kind: Literal["int"] = "int"
     bits: Literal[4, 8] = 8
     granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
+    shifted: bool = Field(
+        False, description="the middle of the range is taken off before rounding and put back behind the product"
+    )
 
 
 class IntOutput(_Value):
@@ -125,6 +128,9 @@ class LayerScheme(_Value):
         rounded = "o8" if isinstance(self.output, IntOutput) else ""
         if rounded and not (isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)):
             raise ValueError(f"an output is rounded only behind an input with a scale a step: {self}")
+        shifted = "s" if isinstance(self.input, IntInput) and self.input.shifted else ""
+        if rounded and shifted:
+            raise ValueError(f"an output is rounded only behind an input that is not shifted: {self}")
         match self.weight, self.input:
             case Float(), Float():
                 return "float"
@@ -135,9 +141,9 @@ class LayerScheme(_Value):
             case IntWeight(bits=4, granularity=PerChannel() | PerGroup()), IntInput():
                 raise ValueError(f"4-bit weights multiply a quantized input in two levels only: {self}")
             case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerToken()):
-                return f"w{bits}a{input_bits}_token"
+                return f"w{bits}a{input_bits}{shifted}_token"
             case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerStep()):
-                return f"w{bits}a{input_bits}{rounded}_step"
+                return f"w{bits}a{input_bits}{shifted}{rounded}_step"
             case other:
                 raise ValueError(f"a float weight with a quantized input is no scheme: {other}")
 
@@ -150,6 +156,13 @@ W8A8_STEP = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), inpu
 def with_output(scheme: LayerScheme) -> LayerScheme:
     """The scheme with an 8-bit output: its product takes and gives 8-bit codes."""
     return scheme.model_copy(update={"output": IntOutput()})
+
+
+def with_shift(scheme: LayerScheme) -> LayerScheme:
+    """The scheme with a shifted input: all codes are used where the range is not symmetric."""
+    if not isinstance(scheme.input, IntInput):
+        raise ValueError(f"a float input has no shift: {scheme}")
+    return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": True})})
 
 
 def w4a16(group: int) -> LayerScheme:

@@ -105,7 +105,7 @@ def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory,
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     clock = StepClock(trajectory.timesteps)
     if plan is not None:
-        quantize_model(model.module, plan.schemes, clock, trajectory.amax, trajectory.output_amax)
+        quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes))
     plain = denoise_with(model.module, model)
 
     def denoise(inputs: Inputs) -> torch.Tensor:

@@ -19,6 +19,7 @@ from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.plan import Layer, QuantPlan
+from intaglio.pipeline.quant.affine import eight_bit_codes
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
 from intaglio.pipeline.quant.spec import (
     W8A8_STEP,
@@ -29,6 +30,7 @@ from intaglio.pipeline.quant.spec import (
     w4a8_token,
     w4a16,
     with_output,
+    with_shift,
 )
 from intaglio.pipeline.target import load_target, target_names
 
@@ -43,6 +45,12 @@ SCHEMES = {
     "w8a8o8_step": with_output(W8A8_STEP),
     "w4a8o8_step": with_output(w4a8_step(32)),
     "w4a4o8_step": with_output(w4a4_step(32)),
+    "w8a8s_token": with_shift(W8A8_TOKEN),
+    "w8a8s_step": with_shift(W8A8_STEP),
+    "w4a8s_token": with_shift(w4a8_token(32)),
+    "w4a8s_step": with_shift(w4a8_step(32)),
+    "w4a4s_token": with_shift(w4a4_token(32)),
+    "w4a4s_step": with_shift(w4a4_step(32)),
 }
 SHAPES = {"tokens": (2, 5, 64), "rows": (3, 64), "image": (2, 64, 6, 6)}
 TIMESTEPS = (900.0, 500.0, 100.0)
@@ -66,7 +74,8 @@ def float_graph(folder: Path, layers: dict[str, torch.nn.Module], shape: tuple[i
         constants += [numpy_helper.from_array(bias, f"{name}.bias")]
         ends = ["x", f"{name}.weight"], [f"{name}.y"]
         if convolution:
-            nodes += [helper.make_node("Conv", [*ends[0], f"{name}.bias"], ends[1], strides=[2, 2], pads=[1, 1, 1, 1])]
+            pads = [*layer.padding, *layer.padding]
+            nodes += [helper.make_node("Conv", [*ends[0], f"{name}.bias"], ends[1], strides=layer.stride, pads=pads)]
         elif apart:
             nodes += [helper.make_node("MatMul", ends[0], [f"{name}.product"])]
             nodes += [helper.make_node("Add", [f"{name}.product", f"{name}.bias"], ends[1])]
@@ -94,15 +103,17 @@ def make(folder: Path, layers: dict[str, torch.nn.Module], shape, schemes, runti
     model = torch.nn.ModuleDict(layers).eval()
     amax = amax or {name: torch.tensor([3.0, 2.0, 0.5]) for name in layers}
     output_amax = {name: torch.tensor([4.0, 2.5, 1.5]) for name in layers}
-    made = quantize_model(model, schemes, StepClock(TIMESTEPS), amax, output_amax)
+    shift = {name: torch.tensor([0.6, -0.4, 0.2]) for name in layers}
+    made = quantize_model(model, schemes, StepClock(TIMESTEPS), amax, output_amax, shift)
     quantized = integers(made, TIMESTEPS)
     artifacts = {FLOAT_GRAPH: graph, QUANTIZED: quantized, PLAN: QuantPlan(table, schemes), TARGET: target_of(runtime)}
     return run_pass(ExportQdq(), artifacts, folder / "qdq")[GRAPH], made
 
 
-def layer_for(shape) -> torch.nn.Module:
+def layer_for(shape, scheme: str = "") -> torch.nn.Module:
     torch.manual_seed(1)
-    return torch.nn.Conv2d(64, 32, 3, 2, 1) if len(shape) == 4 else torch.nn.Linear(64, 96)
+    padding = 0 if "s_" in scheme else 1
+    return torch.nn.Conv2d(64, 32, 3, 2, padding) if len(shape) == 4 else torch.nn.Linear(64, 96)
 
 
 CASES = [
@@ -116,7 +127,8 @@ CASES = [
 
 @pytest.mark.parametrize(("row", "runtime", "shape"), CASES)
 def test_every_row_computes_what_is_simulated(row, runtime, shape, tmp_path):
-    graph, made = make(tmp_path, {"a": layer_for(shape)}, shape, {"a": SCHEMES[row.scheme]}, runtime)
+    layer = layer_for(shape, row.scheme)
+    graph, made = make(tmp_path, {"a": layer}, shape, {"a": SCHEMES[row.scheme]}, runtime)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     step = 2
     made["a"].clock.step = step
@@ -222,6 +234,52 @@ def test_inputs_of_other_bits_do_not_share(tmp_path):
     assert sum(n.op_type == "QuantizeLinear" for n in onnx.load(graph.path).graph.node) == 2
 
 
+@pytest.mark.parametrize("scheme", [with_shift(W8A8_TOKEN), with_shift(W8A8_STEP), with_shift(w4a4_token(32))])
+def test_a_shifted_input_equals_the_integer_oracle(scheme, tmp_path):
+    high = 7 if scheme.name == "w4a4s_token" else 127
+    graph, made = make(tmp_path, {"a": layer_for((3, 64))}, (3, 64), {"a": scheme}, "onnxruntime")
+    layer = made["a"]
+    x = torch.nn.functional.gelu(torch.randn(3, 64, generator=torch.Generator().manual_seed(2)))
+    codes, scale = layer.weight_codes(), layer.weight_scale.detach().numpy()[:, 0]
+    eight = codes if layer.weight_group is None else eight_bit_codes(codes, layer.weight_group, scheme.weight)
+    ranges = None if scheme.name.endswith("_token") else (2.0, -0.4)
+    bias = layer.layer.bias.detach().numpy()
+    x_codes, y = oracle.shifted_linear(x.numpy(), eight.numpy(), scale, bias, high, ranges)
+    layer.clock.step = 1
+    with torch.no_grad():
+        assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
+        np.testing.assert_allclose(layer(x).numpy(), y, rtol=1e-5, atol=2e-6)
+    for optimize in (False, True):
+        found, found_codes = run_layer(graph, "a", x.numpy(), 1, optimize=optimize)
+        assert np.array_equal(found_codes.astype(int) - 128, x_codes)
+        np.testing.assert_allclose(found, y, rtol=1e-5, atol=2e-6)
+
+
+def test_a_shift_is_refused_where_zeros_are_added(tmp_path):
+    import onnx_ir as ir
+
+    from intaglio.exporters._layer import find_sites
+    from intaglio.exporters._lowering import Call, Writer
+    from intaglio.pipeline.quantized import QuantizedLayerData
+
+    graph = ir.load(float_graph(tmp_path, {"a": convolution()}, SHAPES["image"]).path).graph
+    step = ir.Value(name="step", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    codes, ones = torch.ones(32, 576, dtype=torch.int8), torch.ones(3)
+    data = QuantizedLayerData(with_shift(W8A8_STEP), codes, torch.ones(32, 1), ones, shift_T=ones)
+    row = lowering("conv", "w8a8s_step", "onnxruntime")
+    with pytest.raises(TargetError, match="a: zeros around a shifted input do not shift"):
+        Writer(graph, step, np.uint8(128), {}).write(Call(find_sites(graph)["a"][0], data, "a"), row.product)
+
+
+@pytest.mark.parametrize("scheme", [with_shift(W8A8_TOKEN), with_shift(w4a8_step(32))])
+def test_a_shift_leaves_the_product_on_integers_in_onnxruntime(scheme, tmp_path):
+    graph, _ = make(tmp_path, {"a": layer_for((2, 5, 64))}, (2, 5, 64), {"a": scheme}, "onnxruntime")
+    open_session(graph.path, optimized=tmp_path / "optimized.onnx")
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert ops["MatMulIntegerToFloat"] == 1
+    assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(ops)
+
+
 def convolution(**options: int) -> torch.nn.Conv2d:
     torch.manual_seed(1)
     return torch.nn.Conv2d(64, 32, 3, 2, 1, **options)
@@ -301,7 +359,8 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
 @pytest.mark.parametrize(("row", "runtime", "shape"), [c for c in CASES if "tensorrt-rtx" in c.id])
 def test_every_integer_row_executes_on_integers_in_tensorrt_rtx(row, runtime, shape, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    graph, _ = make(tmp_path, {"a": layer_for(shape)}, shape, {"a": SCHEMES[row.scheme]}, runtime)
+    layer = layer_for(shape, row.scheme)
+    graph, _ = make(tmp_path, {"a": layer}, shape, {"a": SCHEMES[row.scheme]}, runtime)
     engine = run_pass(BuildTensorRT(), {GRAPH: graph, TARGET: target_of(runtime)}, tmp_path / "engine")[ENGINE]
     assert (engine.int8_gemm, engine.fp_gemm) == ((0, 1) if row.scheme == "w4a16" else (1, 0))
     assert any("Int4" in layer for layer in engine.layers) == row.scheme.startswith("w4")

@@ -3,6 +3,7 @@ from harness import run_pass
 
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
 
 
 def test_every_step_is_recorded_with_guidance_rows(calibrated):
@@ -42,6 +43,8 @@ def test_trajectory_survives_the_store(calibrated, tmp_path):
     assert torch.equal(loaded.outputs, trajectory.outputs)
     assert loaded.inputs.keys() == trajectory.inputs.keys()
     assert loaded.amax.keys() == trajectory.amax.keys()
+    assert all(torch.equal(loaded.low[n], low) for n, low in trajectory.low.items())
+    assert all(torch.equal(loaded.high[n], high) for n, high in trajectory.high.items())
     assert loaded.output_amax.keys() == trajectory.output_amax.keys()
 
 
@@ -53,3 +56,22 @@ def test_output_ranges_of_convolutions_leave_the_bias_out(calibrated):
         products = conv._conv_forward(trajectory.inputs["hidden_states"].flatten(0, 1), conv.weight, None)
     expected = products.unflatten(0, trajectory.outputs.shape[:2]).abs().amax((1, 2, 3, 4))
     torch.testing.assert_close(trajectory.output_amax[name], expected)
+
+
+def test_both_ends_of_every_input_are_recorded(calibrated):
+    trajectory, name = calibrated[TRAJECTORY], "pos_embed.proj"
+    inputs = trajectory.inputs["hidden_states"]
+    assert torch.equal(trajectory.low[name], inputs.amin((1, 2, 3, 4)))
+    assert torch.equal(trajectory.high[name], inputs.amax((1, 2, 3, 4)))
+    assert set(trajectory.low) == set(trajectory.high) == set(trajectory.amax)
+
+
+def test_ranges_are_around_the_middle_where_a_scheme_shifts(calibrated):
+    trajectory = calibrated[TRAJECTORY]
+    name, other = "transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"  # behind a GELU: mostly positive
+    ranges = trajectory.ranges({name: with_shift(W8A8_STEP), other: W8A8_STEP})
+    low, high = trajectory.low[name], trajectory.high[name]
+    torch.testing.assert_close(ranges.amax[name], (high - low) / 2)
+    torch.testing.assert_close(ranges.shift[name], (high + low) / 2)
+    assert torch.equal(ranges.amax[other], trajectory.amax[other])
+    assert set(ranges.shift) == {name}

@@ -11,7 +11,7 @@ from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.plan import QuantPlan, structural_schemes
 from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, with_output
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, with_output, with_shift
 from intaglio.pipeline.quantized import Adapter, Quantized
 
 
@@ -147,6 +147,22 @@ def test_rounded_outputs_are_trained_through_and_survive_the_store(measured, tmp
     again = Quantized.load(tmp_path)
     assert again.layers[name].scheme == schemes[name]
     assert torch.equal(again.layers[name].output_amax_T, quantized.layers[name].output_amax_T)
+
+
+def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
+    layers, name = measured[SENSITIVITY].layers, "transformer_blocks.0.ff.net.2"
+    schemes = {layer.name: with_shift(W8A8_STEP) if layer.op == "linear" else FLOAT for layer in layers}
+    planned = measured | {PLAN: QuantPlan(layers, schemes)}
+    trained = planned | run_pass(Distill(updates=2, samples=2, rank=2), planned, tmp_path / "a")
+    quantized = run_pass(MergeAdapters(), trained, tmp_path / "m")[QUANTIZED]
+    ranges = measured[TRAJECTORY].ranges(schemes)
+    assert torch.equal(quantized.layers[name].shift_T, ranges.shift[name])
+    assert torch.equal(quantized.layers[name].amax_T, ranges.amax[name])
+    assert output_error(trained | {QUANTIZED: quantized}) < 0.01
+    quantized.save(tmp_path)
+    again = Quantized.load(tmp_path).layers[name]
+    assert torch.equal(again.shift_T, ranges.shift[name])
+    assert again.scheme == schemes[name]
 
 
 def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):

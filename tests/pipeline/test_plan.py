@@ -2,7 +2,16 @@ import pytest
 
 from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a8_step, w4a8_token, w4a16, with_output
+from intaglio.pipeline.quant.spec import (
+    FLOAT,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+    with_output,
+    with_shift,
+)
 from intaglio.pipeline.target import load_target
 
 LINEAR = Layer(name="to_q", op="linear", shape=(8, 128), bias=True)
@@ -28,8 +37,12 @@ def test_other_schemes_are_there_when_named():
     assert structural_schemes(LINEAR, (64,), ("w4a8_token", "w4a8_step")) == (FLOAT, w4a8_token(64), w4a8_step(64))
     stepped = ("w8a8_step", "w4a8_step", "w4a4_step")
     rounded = tuple(name.replace("_", "o8_") for name in stepped)
-    assert {s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)} == {"float", "w4a16", *stepped, *rounded}
-    assert not {s.name for s in structural_schemes(LINEAR, names=SCHEME_NAMES)} & set(rounded)
+    shifted = tuple(name.replace("_", "s_") for name in stepped)
+    known = {s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)}
+    assert known == {"float", "w4a16", *stepped, *rounded, *shifted}
+    padded = CONV.model_copy(update={"padded": True})
+    assert known - {s.name for s in structural_schemes(padded, names=SCHEME_NAMES)} == set(shifted)
+    assert set(SCHEME_NAMES) - {s.name for s in structural_schemes(LINEAR, names=SCHEME_NAMES)} == set(rounded)
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
     assert structural_schemes(narrow, names=("w4a8_token",)) == (FLOAT,)
 
@@ -42,8 +55,16 @@ def test_two_levels_obey_the_groups_of_the_target():
         plan.check(load_target("tensorrt-10.3-orin"))
 
 
+def test_a_shift_and_padding_do_not_go_together():
+    padded = CONV.model_copy(update={"padded": True})
+    plan = QuantPlan((padded,), {"conv": with_shift(W8A8_STEP)})
+    with pytest.raises(TargetError, match="conv: zeros around a shifted input do not shift: use w8a8_step"):
+        plan.check(load_target("tensorrt-rtx"))
+    QuantPlan((CONV,), {"conv": with_shift(W8A8_STEP)}).check(load_target("tensorrt-rtx"))
+
+
 def test_a_plan_of_two_levels_is_read_as_it_was_written(tmp_path):
-    plan = QuantPlan((LINEAR, CONV), {"to_q": w4a8_token(64), "conv": with_output(w4a8_step(32))})
+    plan = QuantPlan((LINEAR, CONV), {"to_q": with_shift(w4a8_token(64)), "conv": with_output(w4a8_step(32))})
     plan.save(tmp_path)
     assert QuantPlan.load(tmp_path) == plan
 

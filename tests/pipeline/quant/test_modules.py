@@ -15,6 +15,7 @@ from intaglio.pipeline.quant.spec import (
     w4a8_token,
     w4a16,
     with_output,
+    with_shift,
 )
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
@@ -145,3 +146,36 @@ def test_gradients_pass_through_a_rounded_output():
         grads.append((conv.weight.grad.clone(), one.weight_scale.grad.clone()))
     for rounded, exact in zip(*grads, strict=True):
         assert (rounded - exact).norm() < 0.05 * exact.norm()  # the outputs differ by their rounding
+
+
+def test_a_shift_uses_codes_that_a_symmetric_range_leaves_idle():
+    """All-positive inputs: the error of 4-bit codes is halved."""
+    x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    exact = None
+    errors = []
+    for scheme in (w4a4_token(16), with_shift(w4a4_token(16))):
+        layer = QuantizedLayer(linear(64), scheme, CLOCK)
+        exact = layer._apply_layer(x, layer.rounded_weight()) + layer.layer.bias
+        errors.append((layer(x) - exact).norm().item())
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_shift_of_a_step_layer_is_exact():
+    """Codes of x - c, and c times the row sums: a constant input equal to c loses nothing."""
+    shift = torch.tensor([3.0, 2.0, 1.0])
+    layer = QuantizedLayer(linear(64), with_shift(W8A8_STEP), CLOCK, torch.ones(3), None, shift)
+    CLOCK.step = 1
+    x = torch.full((1, 64), 2.0)
+    assert layer.input_codes(x)[0].abs().max() == 0
+    torch.testing.assert_close(layer(x), x @ layer.rounded_weight().T + layer.layer.bias)
+
+
+def test_a_shift_needs_its_middle_and_no_padding():
+    with pytest.raises(ValueError, match="the middle of its range at each step"):
+        QuantizedLayer(linear(), with_shift(W8A8_STEP), CLOCK, torch.ones(3))
+    with pytest.raises(ValueError, match="zeros around a shifted input do not shift"):
+        QuantizedLayer(nn.Conv2d(4, 4, 3, padding=1), with_shift(W8A8_STEP), CLOCK, torch.ones(3), None, torch.ones(3))
+    with pytest.raises(ValueError, match="a float input has no shift"):
+        with_shift(FLOAT)
+    with pytest.raises(ValueError, match="only behind an input that is not shifted"):
+        _ = with_output(with_shift(W8A8_STEP)).name
