@@ -27,6 +27,7 @@ from intaglio.pipeline.quant.spec import (
     w4a8_token,
     w4a16,
     with_output,
+    with_shift,
 )
 from intaglio.pipeline.quantized import Quantized
 from intaglio.pipeline.target import load_target
@@ -39,7 +40,11 @@ def mixed(layer: Layer) -> LayerScheme:
     if layer.op == "conv":
         if layer.name in ("conv_in", "conv_out"):
             return FLOAT
+        if layer.name.endswith("conv_shortcut"):
+            return with_shift(W8A8_STEP)  # 1 x 1: nothing is added around its input
         return w4a8_step(32) if layer.name.startswith("mid_block") else W8A8_STEP
+    if "ff.net.0" in layer.name:
+        return with_shift(w4a8_token(32))
     if "to_k" in layer.name or "to_out" in layer.name:
         return w4a8_token(32)
     if "attn" in layer.name or "attention" in layer.name:

@@ -86,3 +86,11 @@ def test_factory_that_is_not_there_is_one_clear_error(tmp_path):
     (tmp_path / "net.py").write_text(FACTORY)
     with pytest.raises(RecipeError, match=r"net.py has no function mak"):
         Checkpoint.resolve(ModelRef(path="./net.py:mak"), tmp_path).open()
+
+
+def test_convolutions_that_add_zeros_are_known():
+    padded = {layer.name: layer.padded for layer in layer_table(tiny_unet()) if layer.op == "conv"}
+    assert padded["conv_in"]
+    assert not padded["up_blocks.0.resnets.0.conv_shortcut"]
+    same = torch.nn.ModuleDict({"c": torch.nn.Conv2d(3, 3, 3, padding="same")})
+    assert layer_table(same)[0].padded
