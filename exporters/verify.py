@@ -10,6 +10,7 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput
@@ -41,6 +42,10 @@ class Verify(Pass):
     layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way, in dB")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Three times every sample at every step."""
+        return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters._session import graph_denoise

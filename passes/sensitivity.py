@@ -12,6 +12,7 @@ from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import structural_schemes
@@ -40,6 +41,11 @@ class MeasureSensitivity(Pass):
     buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
     rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Every layer in some three schemes, and whole trajectories for the buckets' weights."""
+        whole = (1 + self.buckets) * model.steps * max(1, self.rows // 2) * model.rows_per_sample
+        return 3 * model.layers * self.buckets * self.rows + whole
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.checkpoint import layer_table

@@ -78,7 +78,7 @@ def plan_command(
     with _reported():
         planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
         for target, steps in planned.items():
-            _print_table(target, ("step", "", "took"), [_plan_row(step) for step in steps])
+            _print_table(target, ("step", "", "took, or will take"), [_plan_row(step) for step in steps])
 
 
 @app.command("passes")
@@ -189,7 +189,9 @@ def _parsed(value: str, text: str) -> JsonValue:
 
 def _plan_row(step: PlannedStep) -> tuple[str, str, str]:
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
-    return step.step, status, "not measured yet" if step.seconds is None else _duration(step.seconds)
+    if step.seconds is not None:
+        return step.step, status, _duration(step.seconds)
+    return step.step, "runs", "seconds" if step.estimate_s is None else f"about {_duration(step.estimate_s)}"
 
 
 def _described(name: str) -> Iterator[str]:
