@@ -10,6 +10,7 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput
@@ -42,6 +43,10 @@ class Verify(Pass):
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way, in dB")
 
+    def forward_rows(self, model: ModelCost) -> int:
+        """Three times every sample at every step."""
+        return 3 * model.steps * self.samples * model.rows_per_sample
+
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters._session import graph_denoise
         from intaglio.pipeline.denoiser import Sampler, denoise_with
@@ -71,7 +76,7 @@ class Verify(Pass):
         step = len(trajectory.timesteps) // 2
         call = trajectory.call(step, slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows)))
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-        parity = _compare_layers(layers, graph, simulated, call, step, ctx)
+        parity = _compare_layers(layers, graph, simulated, call, step, optimized, ctx)
         figures = _distances(samples)
         figures["parity_rel_l2"] = _rel_l2(deployed(call), simulated(call))
         figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
@@ -118,7 +123,13 @@ def _clocked(denoise: Denoise, clock: StepClock, timestep_name: str) -> Denoise:
 
 
 def _compare_layers(
-    layers: dict[str, QuantizedLayer], graph: Graph, simulated: Denoise, call: Inputs, step: int, ctx: Context
+    layers: dict[str, QuantizedLayer],
+    graph: Graph,
+    simulated: Denoise,
+    call: Inputs,
+    step: int,
+    optimize: bool,
+    ctx: Context,
 ) -> dict[str, LayerParity]:
     """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`."""
     import torch
@@ -139,13 +150,13 @@ def _compare_layers(
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
         for name in graph.nodes:
             x, y = seen[name]
-            parity[name] = _compare_layer(layers[name], graph, name, x, y, step)
+            parity[name] = _compare_layer(layers[name], graph, name, x, y, step, optimize)
             advance()
     return parity
 
 
 def _compare_layer(
-    layer: QuantizedLayer, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int
+    layer: QuantizedLayer, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
 ) -> LayerParity:
     import numpy as np
     import torch
@@ -153,7 +164,7 @@ def _compare_layer(
     from intaglio.exporters._layer import run_layer
     from intaglio.pipeline.verification import LayerParity
 
-    deployed, codes = run_layer(graph, name, x.numpy(), step)
+    deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
     rel_l2 = _rel_l2(torch.from_numpy(deployed), y)
     if not isinstance(layer.scheme.input, IntInput) or codes is None:
         return LayerParity(rel_l2, 0, 0, 0)

@@ -9,6 +9,7 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 
@@ -24,6 +25,10 @@ class Calibrate(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     samples: int = Field(32, ge=1, description="trajectories from noise")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Every sample at every step."""
+        return model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntWeight
@@ -43,6 +44,10 @@ class Distill(Pass):
     rank: int = Field(16, ge=1, description="rank of the adapters")
     rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales an update")
     scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """A forward and a backward pass, which costs two more, for every sample of an update."""
+        return 3 * self.updates * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, structural_schemes
@@ -51,6 +52,12 @@ class MeasureSensitivity(Pass):
         if unknown := sorted(set(schemes) - set(SCHEME_NAMES)):
             raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
         return schemes
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Every layer in each scheme but float, and whole trajectories for the buckets' weights."""
+        whole = (1 + self.buckets) * model.steps * max(1, self.rows // 2) * model.rows_per_sample
+        schemes = len(set(self.schemes) - {"float"})
+        return schemes * model.layers * self.buckets * self.rows + whole
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.checkpoint import layer_table

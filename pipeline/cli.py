@@ -14,8 +14,11 @@ import typer
 import yaml
 from pydantic import JsonValue
 
-from intaglio.pipeline.context import terminal
+from intaglio.pipeline.artifact import Outputs, State
+from intaglio.pipeline.context import Context, terminal
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.keys import GRAPH, LINT, TARGET
 from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
 from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
@@ -78,7 +81,7 @@ def plan_command(
     with _reported():
         planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
         for target, steps in planned.items():
-            _print_table(target, ("step", "", "took"), [_plan_row(step) for step in steps])
+            _print_table(target, ("step", "", "took, or will take"), [_plan_row(step) for step in steps])
 
 
 @app.command("passes")
@@ -115,6 +118,26 @@ def show_command(
         names = list(dict.fromkeys(name for found in flat.values() for name in found))
         rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
         _print_table(str(folder), ("metric", *flat), rows)
+
+
+@app.command("lint")
+def lint_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model, by whomever.")],
+    target: Annotated[str, typer.Option(metavar="T", help="What it is to run on; see `intaglio targets`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what the target would refuse, compute wrongly or not on integers. Exits with 1 where there are errors."""
+    with _reported():
+        artifacts: Outputs = {GRAPH: Graph(model, {}, {}), TARGET: load_target(target)}
+        step = find_pass("lint", Path()).pass_class.model_validate({"refuse": "nothing"})
+        found = State(step.run(State(artifacts, reader="lint"), Context(scratch=Path())), reader="lint")[LINT]
+        if as_json:
+            print(found.to_json())
+        else:
+            rows = [(f.level, f.rule, f.node, f"{f.message}: {f.fix}") for f in found.findings]
+            _print_table(f"{model}: {len(rows)} findings", ("", "rule", "node", "what to do"), rows)
+        if found.at("error"):
+            raise typer.Exit(1)
 
 
 @contextmanager
@@ -189,7 +212,9 @@ def _parsed(value: str, text: str) -> JsonValue:
 
 def _plan_row(step: PlannedStep) -> tuple[str, str, str]:
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
-    return step.step, status, "not measured yet" if step.seconds is None else _duration(step.seconds)
+    if step.seconds is not None:
+        return step.step, status, _duration(step.seconds)
+    return step.step, "runs", "seconds" if step.estimate_s is None else f"about {_duration(step.estimate_s)}"
 
 
 def _described(name: str) -> Iterator[str]:

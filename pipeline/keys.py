@@ -2,6 +2,7 @@
 
 from intaglio.pipeline.artifact import Key
 from intaglio.pipeline.checkpoint import Checkpoint
+from intaglio.pipeline.findings import Findings
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.quantized import Adapter, Quantized
@@ -19,6 +20,7 @@ ADAPTER = Key("ADAPTER", Adapter)
 QUANTIZED = Key("QUANTIZED", Quantized)
 FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
 GRAPH = Key("GRAPH", Graph, published=True)
+LINT = Key("LINT", Findings)
 ENGINE = Key("ENGINE", Engine, published=True)
 VERIFICATION = Key("VERIFICATION", Verification)
 LATENCY = Key("LATENCY", Latency)

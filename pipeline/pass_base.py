@@ -9,6 +9,7 @@ from intaglio.pipeline.artifact import AnyKey, Outputs, State
 
 if TYPE_CHECKING:
     from intaglio.pipeline.context import Context
+    from intaglio.pipeline.estimate import ModelCost
     from intaglio.pipeline.target import Target
 
 
@@ -34,6 +35,10 @@ class Pass(BaseModel, ABC):
 
     def check(self, target: "Target") -> None:
         """Holds the options against the target, before anything runs. Raises RecipeError or TargetError."""
+
+    def forward_rows(self, model: "ModelCost") -> int | None:
+        """Forward rows of the denoiser that it computes, to estimate its time; None: its time does not go by rows."""
+        return None
 
     @abstractmethod
     def run(self, state: State, ctx: "Context") -> Outputs:

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,6 +14,7 @@ from intaglio.pipeline.artifact import A, AnyKey, Key, Outputs, State
 from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
+from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.publish import Provenance, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
@@ -68,6 +69,8 @@ class PlannedStep:
     status: Literal["hit", "runs", "depends"]
     seconds: float | None
     """What the pass took when it last ran; None when it never did."""
+    estimate_s: float | None = None
+    """What it should take, by the number of rows it computes; only where it never ran and says how many."""
 
 
 def compile(
@@ -111,10 +114,11 @@ def plan(
     chains = bind(recipe, start=start, base=base)
     artifacts = start_artifacts(recipe, base) if start is None else start
     measured = {record.origin: record.seconds for record in store.records()}
-    return {
+    planned = {
         chain.target.name: tuple(_plan_chain(chain, _put_start(chain, artifacts, store), recipe.seed, store, measured))
         for chain in chains
     }
+    return _estimated(planned, chains, artifacts)
 
 
 def start_artifacts(recipe: Recipe, base: Path) -> Outputs:
@@ -218,6 +222,34 @@ def _plan_chain(
             yield PlannedStep(step.name, "hit", record.seconds)
         else:
             yield PlannedStep(step.name, "runs" if decidable else "depends", measured.get(step.origin))
+
+
+def _estimated(
+    planned: Mapping[str, tuple[PlannedStep, ...]], chains: tuple[Chain, ...], artifacts: Outputs
+) -> Mapping[str, tuple[PlannedStep, ...]]:
+    """Estimates for the steps that never ran and whose time goes by rows of the denoiser, which is timed for them."""
+    from intaglio.pipeline.estimate import measure_cost
+    from intaglio.pipeline.keys import MODEL
+
+    by_rows = {
+        step.name: step.configured
+        for chain in chains
+        for step in chain.steps
+        if type(step.configured).forward_rows is not Pass.forward_rows
+    }
+
+    def unknown(step: PlannedStep) -> bool:
+        return step.status != "hit" and step.seconds is None and step.step in by_rows
+
+    if not any(unknown(step) for steps in planned.values() for step in steps):
+        return planned
+    cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+
+    def estimated(step: PlannedStep) -> PlannedStep:
+        rows = by_rows[step.step].forward_rows(cost) if unknown(step) else None
+        return step if rows is None else replace(step, estimate_s=rows * cost.seconds_per_row)
+
+    return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
 
 
 def _put_start(chain: Chain, artifacts: Outputs, store: Store) -> dict[AnyKey, str]:

@@ -13,6 +13,7 @@ from quantizing import integers, parity
 from intaglio.exporters._layer import LAYER_KEY, layer_model, run_layer
 from intaglio.exporters._lowering import LOWERINGS, lowering
 from intaglio.exporters._session import open_session
+from intaglio.exporters.lint import lint
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import TargetError
@@ -139,6 +140,14 @@ def test_every_row_computes_what_is_simulated(row, runtime, shape, tmp_path):
     assert plain < 1e-5  # the order of float32 sums
     assert fused < 1e-4  # integer kernels round nothing else
     assert (codes_off, fused_off) == (0, 0)
+
+
+@pytest.mark.parametrize(("row", "runtime", "shape"), CASES)
+def test_no_row_is_what_lint_refuses(row, runtime, shape, tmp_path):
+    layer = layer_for(shape, row.scheme)
+    graph, _ = make(tmp_path, {"a": layer}, shape, {"a": SCHEMES[row.scheme]}, runtime)
+    errors = [finding for finding in lint(graph.path, target_of(runtime)) if finding.level == "error"]
+    assert not errors
 
 
 def test_the_table_has_each_scheme_and_runtime_once():

@@ -1,0 +1,209 @@
+"""A graph as products of quantized operands: what of it is meant to run on integers, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from intaglio.pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+Granularity: TypeAlias = Literal["tensor", "channel", "group"]
+
+MOVES = frozenset(
+    {"Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""Operators that select or move values: a product behind them still runs on integers (TensorRT-RTX 1.7.1)."""
+
+PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What a product reads, as DequantizeLinear made it, and the nodes between, from the product back."""
+
+    dequantize: ir.Node
+    between: tuple[ir.Node, ...]
+
+    @property
+    def code_type(self) -> str:
+        """`INT8`, `UINT4`"""
+        return code_type(self.dequantize)
+
+    @cached_property
+    def is_weight(self) -> bool:
+        """Whether its codes are constant."""
+        return is_constant(self.dequantize.inputs[0])
+
+    @property
+    def quantize(self) -> ir.Node | None:
+        """What made its codes, if it is in the graph."""
+        maker = producer(self.dequantize.inputs[0])
+        return maker if maker is not None and maker.op_type == "QuantizeLinear" else None
+
+    @property
+    def granularity(self) -> Granularity | None:
+        """Of its scale; None where the shape is not known."""
+        return granularity(self.dequantize)
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of the operand that has a scale for each of its places; None where it cannot be told."""
+        codes_shape, scale_shape = shape(self.dequantize.inputs[0]), shape(self.dequantize.inputs[1])
+        if codes_shape is None or scale_shape is None:
+            return None
+        if len(scale_shape) == 1:
+            axis = self.dequantize.attributes.get_int("axis", 1) % len(codes_shape)
+        else:  # one group along the other axis
+            axis = next((axis for axis, size in enumerate(scale_shape) if size > 1), 0)
+        for node in reversed(self.between):
+            match node.op_type:
+                case "Transpose":
+                    order = node.attributes.get_ints("perm", None) or tuple(reversed(range(len(codes_shape))))
+                    axis = order.index(axis)
+                case "Cast" | "Identity":
+                    pass
+                case "Reshape" if axis == 0:  # (N, K) -> (N, C, kh, kw), the one that weights are stored for
+                    pass
+                case _:
+                    return None
+        return axis
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution of two quantized operands: `x` is computed, `w` is a weight, or computed too."""
+
+    node: ir.Node
+    x: Operand
+    w: Operand
+    left: bool
+    """Whether the weight is the first operand."""
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.node.op_type.startswith("Conv")
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the weight that becomes the output's channels."""
+        match self.node.op_type:
+            case "Conv":
+                return 0
+            case "ConvTranspose":
+                return 1
+            case "Gemm":
+                transposed = self.node.attributes.get_int("transA" if self.left else "transB", 0)
+                return int(self.left) ^ int(not transposed)
+            case _:
+                rank = len(shape(self.w.dequantize.inputs[0]) or ())
+                return rank - 2 if self.left else rank - 1
+
+
+def products(nodes: list[ir.Node]) -> Iterator[Product]:
+    """Those whose operands both come from integer codes."""
+    for node in nodes:
+        if node.op_type not in PRODUCTS or len(node.inputs) < 2:
+            continue
+        first, second = dequantized(node.inputs[0]), dequantized(node.inputs[1])
+        if first is None or second is None or not {first.code_type, second.code_type} <= CODES:
+            continue
+        if first.is_weight and second.is_weight:
+            continue
+        yield Product(node, second, first, True) if first.is_weight else Product(node, first, second, False)
+
+
+def dequantized(value: ir.Value | None) -> Operand | None:
+    """The operand that `value` is, through what only moves or casts it."""
+    between: list[ir.Node] = []
+    node = producer(value)
+    while node is not None and node.op_type in MOVES | {"Cast"} and node not in between:
+        between.append(node)
+        node = producer(node.inputs[0])
+    return Operand(node, tuple(between)) if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
+def code_type(node: ir.Node) -> str:
+    """Of the codes of a QuantizeLinear or DequantizeLinear. QuantizeLinear without a word makes UINT8."""
+    import onnx_ir as ir
+
+    if node.op_type == "QuantizeLinear":
+        if declared := node.attributes.get_int("output_dtype", 0):
+            return ir.DataType(declared).name
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        return "UINT8" if zero is None or zero.dtype is None else zero.dtype.name
+    maker = producer(node.inputs[0])
+    if maker is not None and maker.op_type == "QuantizeLinear":
+        return code_type(maker)
+    codes = node.inputs[0]
+    return "unknown" if codes is None or codes.dtype is None else codes.dtype.name
+
+
+def granularity(node: ir.Node) -> Granularity | None:
+    """Of the scale of a QuantizeLinear or DequantizeLinear; a single group along an axis is no group."""
+    scale = shape(node.inputs[1])
+    if scale is None:
+        return None
+    if prod(scale) == 1:
+        return "tensor"
+    return "channel" if sum(size > 1 for size in scale) == 1 and not _has_groups(node, scale) else "group"
+
+
+def _has_groups(node: ir.Node, scale: tuple[int, ...]) -> bool:
+    """Whether there is more than one scale along the axis of the groups."""
+    return len(scale) > 1 and scale[node.attributes.get_int("axis", 1) % len(scale)] > 1
+
+
+def shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """None where it is not known, or not the same in every run."""
+    if value is None:
+        return None
+    tensor = constant(value)
+    found = value.shape if tensor is None else tensor.shape
+    if found is None:
+        return None
+    known = tuple(size for size in found if isinstance(size, int))
+    return known if len(known) == len(found) else None
+
+
+def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """What the value holds, where it is an initializer or comes from Constant."""
+    import onnx_ir as ir
+
+    return None if value is None else ir.convenience.get_const_tensor(value)
+
+
+def array(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """As `constant`, in memory. Raises RecipeError where the file holds less or more than its shape says."""
+    tensor = constant(value)
+    try:
+        return None if tensor is None else tensor.numpy()
+    except (ValueError, TypeError) as e:
+        raise RecipeError(f"constant {value.name if value else ''}: {e}") from e
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether the graph's inputs have no part in it."""
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen or constant(current) is not None:
+            continue
+        seen.add(current)
+        node = current.producer()
+        if node is None:
+            return False
+        pending += node.inputs
+    return True

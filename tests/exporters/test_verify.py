@@ -1,0 +1,78 @@
+"""What is deployed is held against what is simulated, and a difference is found and named."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import Artifacts, run_pass
+from quantizing import with_plan
+
+from intaglio.exporters.benchmark import MeasureLatency
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.verify import Verify
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
+from intaglio.pipeline.plan import structural_schemes
+from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.target import load_target
+
+OPTIONS = {"samples": 2, "rows": 4, "gap_db_tolerance": 6.0}  # random weights and 3 steps: one flipped tie moves much
+
+
+@pytest.fixture(scope="module", params=["onnxruntime-cpu", "tensorrt-rtx"])
+def compiled(unet: Artifacts, request, tmp_path_factory) -> Artifacts:
+    """A tiny UNet with linears per token, convolutions per step, and 4 bits for every fourth layer."""
+
+    def choose(layer):
+        four = structural_schemes(layer)[-1]
+        if four.name == "w4a16" and len(layer.name) % 4 == 0:
+            return four
+        return W8A8_TOKEN if layer.op == "linear" else W8A8_STEP
+
+    made = with_plan(unet, choose) | {TARGET: load_target(request.param)}
+    return made | run_pass(ExportQdq(), made, tmp_path_factory.mktemp("qdq"))
+
+
+def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
+    verified = run_pass(Verify(**OPTIONS), compiled, tmp_path)[VERIFICATION]
+    assert set(verified.layers) == set(compiled[QUANTIZED].layers)
+    assert verified.figures["parity_layer_rel_l2_max"] <= 1e-5  # float32 sums of some hundred products
+    assert all(layer.code_distance_max <= 1 for layer in verified.layers.values())
+    assert sum(layer.codes for layer in verified.layers.values()) > 10_000
+    assert verified.figures["psnr_db"] > 15  # random weights, and 4 bits in every fourth layer
+    assert verified.figures["fp16_bytes"] > 0
+    verified.save(tmp_path)
+    loaded = type(verified).load(tmp_path)
+    assert loaded.layers == verified.layers
+    assert torch.equal(loaded.samples["deployed"], verified.samples["deployed"])
+
+
+def test_one_changed_weight_scale_is_found_and_named(compiled, tmp_path):
+    name = "mid_block.resnets.0.conv1"
+    layer = compiled[QUANTIZED].layers[name]
+    spoilt = replace(layer, scale_NG=layer.scale_NG * 1.001)
+    quantized = replace(compiled[QUANTIZED], layers={**compiled[QUANTIZED].layers, name: spoilt})
+    with pytest.raises(StepFailed, match=rf"^{name}: relative L2 error 9\.9\de-04 on the same input, tolerance 1e-04"):
+        run_pass(Verify(**OPTIONS), {**compiled, QUANTIZED: quantized}, tmp_path)
+
+
+def test_a_wrong_input_range_is_found_in_the_codes(compiled, tmp_path):
+    name = "conv_in"
+    layer = compiled[QUANTIZED].layers[name]
+    spoilt = replace(layer, amax_T=layer.amax_T * 1.01)
+    quantized = replace(compiled[QUANTIZED], layers={**compiled[QUANTIZED].layers, name: spoilt})
+    with pytest.raises(StepFailed, match=r"conv_in: \d+ of \d+ input codes differ"):
+        run_pass(Verify(**OPTIONS), {**compiled, QUANTIZED: quantized}, tmp_path)
+
+
+def test_samples_that_part_are_an_error_with_numbers(compiled, tmp_path):
+    with pytest.raises(StepFailed, match=r"simulated and deployed PSNR differ by -?\d+\.\d+ dB \(1e-09 allowed\)"):
+        run_pass(Verify(**{**OPTIONS, "gap_db_tolerance": 1e-9}), compiled, tmp_path)
+
+
+def test_latency_is_measured_for_both(compiled, tmp_path):
+    latency = run_pass(MeasureLatency(rows=2, rounds=3), compiled, tmp_path)[LATENCY]
+    assert latency.rows == 2
+    assert latency.float32_ms > 0
+    assert latency.compiled_ms > 0
+    assert GRAPH in compiled

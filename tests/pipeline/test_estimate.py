@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+from tiny import save_folder, tiny_dit
+
+from intaglio.pipeline import Recipe, Store
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.estimate import measure_cost
+from intaglio.pipeline.runner import plan
+
+RECIPE = """
+model: {path: model, sampling_steps: 4, guidance: 2.0}
+targets: [onnxruntime-cpu]
+steps: [{calibrate: {samples: 8}}, {sensitivity: {buckets: 2, rows: 4}}, assign, {distill: {updates: 10, samples: 4}}]
+"""
+
+
+def test_a_call_is_timed_and_the_model_counted(tmp_path):
+    save_folder(tiny_dit(), tmp_path)
+    cost = measure_cost(Checkpoint.resolve(ModelRef(path=str(tmp_path), sampling_steps=4, guidance=2.0), Path()))
+    assert (cost.layers, cost.steps, cost.rows_per_sample) == (21, 4, 2)
+    assert cost.seconds_per_row > 0
+
+
+def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
+    save_folder(tiny_dit(), tmp_path / "model")
+    steps = plan(Recipe.parse(RECIPE), store, base=tmp_path)["onnxruntime-cpu"]
+    estimate = {step.step: step.estimate_s for step in steps}
+    assert estimate["assign"] is None
+    per_row = estimate["calibrate"] / (4 * 8 * 2)
+    assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2)
+    assert estimate["sensitivity"] / per_row == pytest.approx(3 * 21 * 2 * 4 + (1 + 2) * 4 * 2 * 2)
