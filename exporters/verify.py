@@ -32,6 +32,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
@@ -55,6 +56,7 @@ class Verify(Pass):
 
         checkpoint, trajectory, graph = state[MODEL], state[TRAJECTORY], state[GRAPH]
         model = checkpoint.open()
+        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
         optimized = state[TARGET].runtime == "onnxruntime"
@@ -80,7 +82,7 @@ class Verify(Pass):
         figures = _distances(samples)
         figures["parity_rel_l2"] = _rel_l2(deployed(call), simulated(call))
         figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
-        figures["fp16_bytes"] = float(2 * sum(p.numel() for p in model.module.parameters()))
+        figures["fp16_bytes"] = fp16_bytes
         result = Verification(figures, parity, samples)
         self._judge(result)
         ctx.log.info(
