@@ -34,6 +34,7 @@ class ExportQdq(Pass):
         import onnx
         import onnx_ir as ir
 
+        from intaglio.exporters._group_norm import NAME, spell_out_group_norm
         from intaglio.exporters.onnx_float import tensor_specs
 
         quantized, target = state[QUANTIZED], state[TARGET]
@@ -42,6 +43,8 @@ class ExportQdq(Pass):
         model = ir.load(state[FLOAT_GRAPH].path)
         if (opset := model.opset_imports[""]) > target.opset_max:
             raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
+        if NAME in target.limits.unsupported:
+            spell_out_group_norm(model.graph)
         calls = _find_calls(model.graph, quantized)
         nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
         _rewrite(model.graph, calls, target)

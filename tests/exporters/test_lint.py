@@ -630,19 +630,8 @@ def planned(layer):
     return w4a16(64) if layer.k >= 128 and "time_embedding" not in layer.name else W8A8_STEP
 
 
-NO_GROUP_NORMALIZATION = pytest.mark.xfail(
-    raises=TargetError, reason="export-float writes GroupNormalization of opset 21, which came with TensorRT 10.9"
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        pytest.param(name, target, marks=[NO_GROUP_NORMALIZATION] if (name, target) == ("unet", JETSON.name) else [])
-        for name in ("dit", "unet")
-        for target in target_names()
-    ],
-)
+@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("name", ["dit", "unet"])
 def test_our_own_graphs_pass(name, target, request, tmp_path):
     artifacts: Artifacts = with_plan(request.getfixturevalue(name), planned) | {TARGET: load_target(target)}
     artifacts |= run_pass(ExportQdq(), artifacts, tmp_path / "qdq")
