@@ -58,7 +58,7 @@ class Broken(torch.nn.Module):
 
 def trajectory(rows: int) -> Trajectory:
     inputs = {"timestep": torch.full((1, rows), 7.0), "sample": torch.ones(1, rows, 2, 4, 4).cumsum(-1)}
-    return Trajectory((7.0,), inputs, torch.zeros(1, rows, 2, 4, 4), {})
+    return Trajectory((7.0,), inputs, torch.zeros(1, rows, 2, 4, 4), {}, {}, {}, {})
 
 
 def export_odd(folder: Path) -> Graph:
