@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SIZE = 32
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
 """The Unicode emoji groups that are learnt; a class is a subgroup of these, such as `animal-bird`."""
+FIRST_BETA, LAST_BETA = 1e-4, 0.02
 SHOWN = (
     "face-smiling",
     "cat-face",
@@ -55,7 +56,7 @@ artists: it is small, it was trained on few images, and much of what it draws it
 - **Training**: epsilon prediction, linear schedule of 1000 steps, min-SNR weights, AdamW at {rate:g}, {steps} steps of
   {batch} images, seed {seed}, {hours:.1f} hours on busy CPU cores; the average of the weights is what is kept, in fp16.
 - **Loss**: mean squared error {mse:.4f} over the last steps.
-- **Sampling**: DDIM, 20 steps, guidance 2.
+- **Sampling**: DDIM, 20 steps from timestep 646 down to 0, guidance 2.
 
     python samples/train_emoji.py {model} --steps {steps} --rate {rate:g} --data emoji-datasource-google-16.0.0.tgz
 """
@@ -114,6 +115,24 @@ def build(model: str, classes: int) -> torch.nn.Module:
             num_class_embeds=classes + 1,
         )
     raise typer.BadParameter(f"unknown model {model}: use emoji-dit or emoji-unet")
+
+
+def sampling_scheduler() -> DDIMScheduler:
+    """The first 680 of the 1000 steps that are learnt: 20 DDIM steps start at timestep 646, with 0.12 of a signal left.
+
+    At timestep 999 an error of the predicted noise is 157 times as large in the predicted image: from there two models
+    that agree to one in a hundred draw different pictures, and a model this small draws none better.
+    """
+    last = 680
+    beta_end = FIRST_BETA + (LAST_BETA - FIRST_BETA) * (last - 1) / 999
+    return DDIMScheduler(
+        num_train_timesteps=last,
+        beta_start=FIRST_BETA,
+        beta_end=beta_end,
+        beta_schedule="linear",
+        timestep_spacing="leading",
+        clip_sample=True,
+    )
 
 
 def predict(net: torch.nn.Module, x_B3HW: torch.Tensor, t_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
@@ -176,9 +195,8 @@ def main(
     net = build(model, null).eval()  # eval: labels are dropped below, once for all blocks
     ema = build(model, null).eval()
     ema.load_state_dict(net.state_dict())
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000, beta_schedule="linear", timestep_spacing="trailing", clip_sample=True
-    )
+    scheduler = DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear")
+    sampling = sampling_scheduler()
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint, done, loss_mean, spent = work / f"{model}.pt", 0, 1.0, 0.0
     if checkpoint.exists():
@@ -221,7 +239,7 @@ def main(
             progress.update(task, advance=1, description=f"{model} mse {loss_mean:.4f}")
             if (step + 1) % 500 == 0 or step + 1 == steps:
                 save_grid(
-                    sample(ema, scheduler, shown, null, 20, 2.0, 1), work / f"{model}-{step + 1:06d}.png", columns=8
+                    sample(ema, sampling, shown, null, 20, 2.0, 1), work / f"{model}-{step + 1:06d}.png", columns=8
                 )
                 progress_so_far = {
                     "net": net.state_dict(),
@@ -234,7 +252,7 @@ def main(
                 write_atomically(progress_so_far, checkpoint)
     folder = out / model
     ema.half().save_pretrained(folder / ("transformer" if model == "emoji-dit" else "unet"))
-    scheduler.save_pretrained(folder / "scheduler")
+    sampling.save_pretrained(folder / "scheduler")
     (folder / "classes.json").write_text(json.dumps({"labels": names, "null_label": null}, indent=1) + "\n")
     minutes = (spent + time.monotonic() - began) / 60
     text = CARD.format(
@@ -252,7 +270,7 @@ def main(
         hours=minutes / 60,
     )
     (folder / "README.md").write_text(text)
-    save_grid(sample(ema.float(), scheduler, shown, null, 20, 2.0, 1), out.parent / f"{model}.png", columns=8)
+    save_grid(sample(ema.float(), sampling, shown, null, 20, 2.0, 1), out.parent / f"{model}.png", columns=8)
 
 
 if __name__ == "__main__":
