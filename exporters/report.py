@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 MEASURED = (
     "psnr_db",
+    "psnr_db_min",
     "psnr_simulated_db",
     "fidelity_gap_db",
     "sqnr_db",
