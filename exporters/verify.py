@@ -37,7 +37,7 @@ class Verify(Pass):
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
 
-    samples: int = Field(16, ge=1, description="samples drawn with each implementation, from the same noise")
+    samples: int = Field(48, ge=1, description="samples drawn with each implementation, from the same noise")
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
     layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
@@ -183,7 +183,7 @@ def _rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
 def _distances(samples: dict[str, torch.Tensor]) -> dict[str, float]:
     """PSNR (range 2, images in [-1, 1]) and SQNR to full precision, in dB: the mean over samples of each one's own.
 
-    The least of them is there too: a trajectory that parts from its reference makes one sample much worse than the rest.
+    The least of them is there too: a trajectory that parts from its reference makes one sample much worse than others.
     """
     reference = samples["full_precision"].flatten(1)
     mse = {n: (samples[n].flatten(1) - reference).square().mean(1).clamp_min(1e-20) for n in ("simulated", "deployed")}
