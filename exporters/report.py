@@ -42,6 +42,7 @@ MEASURED = (
     "psnr_db_min",
     "psnr_simulated_db",
     "fidelity_gap_db",
+    "fidelity_gap_error_db",
     "sqnr_db",
     "parity_layer_rel_l2_max",
     "parity_rel_l2",

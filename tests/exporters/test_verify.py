@@ -9,12 +9,13 @@ from quantizing import with_plan
 
 from intaglio.exporters.benchmark import MeasureLatency
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.verify import Verify
+from intaglio.exporters.verify import Verify, _distances
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
 from intaglio.pipeline.plan import structural_schemes
 from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
+from intaglio.pipeline.verification import Verification
 
 OPTIONS = {"samples": 2, "rows": 4, "gap_db_tolerance": 6.0}  # random weights and 3 steps: one flipped tie moves much
 
@@ -65,9 +66,26 @@ def test_a_wrong_input_range_is_found_in_the_codes(compiled, tmp_path):
         run_pass(Verify(**OPTIONS), {**compiled, QUANTIZED: quantized}, tmp_path)
 
 
-def test_samples_that_part_are_an_error_with_numbers(compiled, tmp_path):
-    with pytest.raises(StepFailed, match=r"simulated and deployed PSNR differ by -?\d+\.\d+ dB \(1e-09 allowed\)"):
-        run_pass(Verify(**{**OPTIONS, "gap_db_tolerance": 1e-9}), compiled, tmp_path)
+def verification(gap_db: float, error_db: float) -> Verification:
+    return Verification({"fidelity_gap_db": gap_db, "fidelity_gap_error_db": error_db}, {}, {})
+
+
+def test_samples_that_part_are_an_error_with_numbers():
+    message = r"simulated and deployed PSNR differ by -0\.81 dB, standard error 0\.15 dB \(0\.5 allowed\)"
+    with pytest.raises(StepFailed, match=message):
+        Verify()._judge(verification(-0.81, 0.15))
+    Verify()._judge(verification(-0.79, 0.15))
+
+
+def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
+    full = torch.zeros(2, 1, 1, 2)
+    simulated = torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 20 and 40 dB
+    deployed = torch.tensor([0.02, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 40 dB both
+    figures = _distances({"full_precision": full + 0.0, "simulated": simulated, "deployed": deployed})
+    assert figures["psnr_simulated_db"] == pytest.approx(30, abs=1e-4)
+    assert figures["psnr_db"] == pytest.approx(40, abs=1e-4)
+    assert figures["fidelity_gap_db"] == pytest.approx(-10, abs=1e-4)
+    assert figures["fidelity_gap_error_db"] == pytest.approx(10, abs=1e-3)  # differences -20 and 0: std 14.1 / sqrt 2
 
 
 def test_latency_is_measured_for_both(compiled, tmp_path):
