@@ -14,7 +14,6 @@ from pydantic import Field
 
 from intaglio.exporters import _figures as figures
 from intaglio.pipeline.artifact import Outputs, State
-from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.keys import (
@@ -64,7 +63,7 @@ class WriteReport(Pass):
         """Measures nothing: what the verification does not hold is a dash on the page and null in the metrics."""
         model, target, plan = state[MODEL], state[TARGET], state[PLAN]
         verification, latency = state[VERIFICATION], state[LATENCY]
-        metrics = {"model": model_name(model), "target": target.name} | collect_metrics(
+        metrics = {"model": model.name, "target": target.name} | collect_metrics(
             plan, state[GRAPH], state[ENGINE], verification, latency
         )
         html = _template().render(
@@ -91,17 +90,6 @@ class WriteReport(Pass):
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
         return {REPORT: Report(html, metrics, figures.sample_picture(verification.samples, 8))}
-
-
-def model_name(model: Checkpoint) -> str:
-    """The diffusers class of the denoiser, or `file.py:factory`."""
-    if model.entry:
-        return model.entry
-    for folder in DENOISER_FOLDERS:
-        config = model.root / folder / "config.json"
-        if config.is_file() and "_class_name" in (facts := json.loads(config.read_text(encoding="utf-8"))):
-            return str(facts["_class_name"])
-    return model.root.name
 
 
 def collect_metrics(

@@ -97,6 +97,13 @@ class Checkpoint:
                 return self.root / name
         return None
 
+    @property
+    def name(self) -> str:
+        """The diffusers class of the denoiser, or `file.py:factory`."""
+        if self.entry:
+            return self.entry
+        return self.root.name if self._denoiser_folder is None else _class_name(self._denoiser_folder)
+
     def save(self, root: Path) -> None:
         """Copy the denoiser and its scheduler, or the factory's file."""
         files = root / "model"
@@ -125,10 +132,9 @@ class Checkpoint:
         import diffusers
 
         assert self._denoiser_folder is not None  # `resolve` made sure
-        config = json.loads((self._denoiser_folder / "config.json").read_text())
-        kind = getattr(diffusers, config["_class_name"], None)
+        kind = getattr(diffusers, self.name, None)
         if kind is None:
-            raise RecipeError(f"model: diffusers {diffusers.__version__} has no class {config['_class_name']}")
+            raise RecipeError(f"model: diffusers {diffusers.__version__} has no class {self.name}")
         import torch
 
         module = kind.from_pretrained(
@@ -178,6 +184,10 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
                 shape, bias = tuple(child.weight.shape), child.bias is not None
                 layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded))
     return tuple(layers)
+
+
+def _class_name(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"])
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
