@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +19,8 @@ class Sensitivity:
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
     `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
     the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
+    `drift[layer][scheme]` is that error measured, on whole trajectories, where it was: a rounded weight pushes every
+    step the same way, which no sum over steps predicts.
     """
 
     layers: tuple[Layer, ...]
@@ -27,9 +29,15 @@ class Sensitivity:
     schemes: Mapping[str, Mapping[str, LayerScheme]]
     """Measured schemes by layer name and scheme name."""
     error: Mapping[str, Mapping[str, tuple[float, ...]]]
+    drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def total(self, layer: str, scheme: str) -> float:
-        """Predicted mean squared error of the final samples."""
+        """Mean squared error of the final samples: measured, or else predicted."""
+        measured = self.drift.get(layer, {}).get(scheme)
+        return self.predicted(layer, scheme) if measured is None else measured
+
+    def predicted(self, layer: str, scheme: str) -> float:
+        """Mean squared error of the final samples, as the errors of the buckets' outputs predict it."""
         return sum(w * e for w, e in zip(self.weights, self.error[layer][scheme], strict=True))
 
     def save(self, root: Path) -> None:
@@ -40,6 +48,7 @@ class Sensitivity:
             "layers": [layer.model_dump(mode="json") for layer in self.layers],
             "schemes": {n: {s: v.model_dump(mode="json") for s, v in by.items()} for n, by in self.schemes.items()},
             "error": self.error,
+            "drift": self.drift,
         }
         (root / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -53,4 +62,5 @@ class Sensitivity:
             tuple(content["weights"]),
             {n: {s: LayerScheme(**v) for s, v in by.items()} for n, by in content["schemes"].items()},
             {n: {s: tuple(e) for s, e in by.items()} for n, by in content["error"].items()},
+            content["drift"],
         )

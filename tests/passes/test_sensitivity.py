@@ -58,6 +58,37 @@ def test_total_weighs_buckets(measured):
     assert table.total("a", "w4a16") == pytest.approx(10.5)
 
 
+def test_a_layer_that_changes_the_samples_is_measured_on_whole_trajectories(measured, tmp_path):
+    """With a rounded layer, and noise, of its own; a measurement of another run has other noise: a factor of four."""
+    step = MeasureSensitivity(buckets=2, rows=4, drift_below_db=60, drift_samples=8)
+    (tmp_path / "measured.json").write_text(json.dumps(measured[SENSITIVITY].error))
+    table, trajectory = run_pass(step, measured, tmp_path)[SENSITIVITY], measured[TRAJECTORY]
+    name = "transformer_blocks.1.norm1.linear"
+    model = measured[MODEL].open()
+    sampler = Sampler(model, 4, 2.0)
+    start = sampler.start(8, torch.Generator().manual_seed(0))
+    reference = sampler.sample(denoise_with(model.module, model), start)
+    quantize_model(model.module, {name: table.schemes[name]["w4a16"]}, StepClock(trajectory.timesteps), {})
+    moved = sampler.sample(denoise_with(model.module, model), start)
+    assert table.total(name, "w4a16") == table.drift[name]["w4a16"]
+    assert 0.25 < table.drift[name]["w4a16"] / float((moved - reference).square().mean()) < 4
+    visible = 4 / 10**6
+    for layer, by in table.error.items():
+        drawn = {scheme for scheme in by if table.predicted(layer, scheme) > visible}
+        assert set(table.drift.get(layer, {})) == drawn
+
+
+def test_drift_goes_on_where_it_was(measured, tmp_path):
+    table = measured[SENSITIVITY]
+    drawn = [f"{name}:{scheme}" for name, by in table.drift.items() for scheme in by]
+    done = {name: 42.0 + i for i, name in enumerate(drawn)}
+    (tmp_path / "measured.json").write_text(json.dumps(table.error))
+    (tmp_path / "drift.json").write_text(json.dumps(done))
+    resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
+    assert {f"{name}:{scheme}": d for name, by in resumed.drift.items() for scheme, d in by.items()} == done
+    assert len(done) > 2
+
+
 def test_bucket_weights_predict_the_error_of_the_samples(measured):
     """One layer at 4 bits: predicted and measured squared error of the samples agree within a factor of four."""
     table, trajectory = measured[SENSITIVITY], measured[TRAJECTORY]
@@ -69,4 +100,4 @@ def test_bucket_weights_predict_the_error_of_the_samples(measured):
     quantize_model(model.module, {name: table.schemes[name]["w4a16"]}, StepClock(trajectory.timesteps), {})
     moved = sampler.sample(denoise_with(model.module, model), start)
     measured_error = float((moved - reference).square().mean())
-    assert 0.25 < table.total(name, "w4a16") / measured_error < 4
+    assert 0.25 < table.predicted(name, "w4a16") / measured_error < 4

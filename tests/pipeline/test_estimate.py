@@ -29,4 +29,4 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     assert estimate["assign"] is None
     per_row = estimate["calibrate"] / (4 * 8 * 2)
     assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2)
-    assert estimate["sensitivity"] / per_row == pytest.approx(3 * 21 * 2 * 4 + (1 + 2) * 4 * 2 * 2)
+    assert estimate["sensitivity"] / per_row == pytest.approx(3 * 21 * 2 * 4 + (1 + 2) * 4 * 2 * 2 + 21 * 4 * 2 * 4)
