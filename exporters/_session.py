@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import STEP_INPUT, Graph
 from intaglio.pipeline.quant.modules import StepClock
+from intaglio.pipeline.target import load_target
 
 if TYPE_CHECKING:
     from intaglio.pipeline.denoiser import Denoise, Inputs
@@ -32,16 +34,9 @@ def open_session(
 
     `optimized`: a file to write the graph to that is executed. Raises what ONNX Runtime raises.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
+    options = _options(exact_kernels(), threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if not has_vnni():
-        # sums of two products of 8 bits saturate at 16 bits without VNNI (0.12 relative error in place of 0.009)
-        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
@@ -53,12 +48,66 @@ def open_session(
     )
 
 
-def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies 8-bit integers without saturating at 16 bits. No where it cannot be read."""
-    if not cpuinfo.exists():
-        return False
-    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
-    return flags is not None and not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags[1].split())
+@cache
+def exact_kernels() -> Mapping[str, str]:
+    """Settings of the first kernels of onnxruntime-cpu that multiply the largest codes exactly on this CPU.
+
+    They all give the same bits, so what is computed does not depend on the CPU. Raises TargetError where none is exact.
+    """
+    target = load_target("onnxruntime-cpu")
+    for kernels in target.kernels:
+        if multiplies_exactly(kernels.settings):
+            return kernels.settings
+    tried = ", ".join(kernels.name for kernels in target.kernels)
+    raise TargetError(f"no 8-bit kernels of ONNX Runtime are exact on this CPU: tried {tried}")
+
+
+def multiplies_exactly(settings: Mapping[str, str]) -> bool:
+    """Whether a linear layer and a convolution of the largest codes give the sums that they have.
+
+    255 * 127 twice is more than 16 bits hold: without VNNI, x86-64 adds such pairs in 16 bits (0.12 relative error).
+    """
+    import onnx
+
+    c, k = _PROBE_CHANNELS, 9 * _PROBE_CHANNELS
+    model = onnx.parser.parse_model(_PROBE)
+    constants = {"one": np.float32(1), "zero": np.uint8(128), "sum": np.float32(k * 127), "ones": np.ones(c, "f")}
+    constants |= {"w": np.full((c, c), 127, "b"), "f": np.full((c, c, 3, 3), 127, "b")}
+    constants |= {name: np.zeros(c, "b") for name in ("w_zero", "f_zero")}  # ONNX Runtime rewrites each of them
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(settings, threads=1), providers=[CPU])
+    image = np.full((1, c, 8, 8), 127, np.float32)
+    linear, convolution = session.run(None, {"rows": np.full((8, c), 127, np.float32), "image": image})
+    return bool((linear == c * 127 * 127).all() and (convolution == k * 127 * 127).all())
+
+
+_PROBE_CHANNELS = 64
+_PROBE = """
+<ir_version: 10, opset_import: ["": 21]>
+graph (float[8,64] rows, float[1,64,8,8] image) => (float[8,64] y, float[1,64,6,6] z)
+{
+    q = QuantizeLinear (rows, one, zero)
+    d = DequantizeLinear (q, one, zero)
+    v = DequantizeLinear <axis = 1> (w, ones, w_zero)
+    y = MatMul (d, v)
+    q2 = QuantizeLinear (image, one, zero)
+    d2 = DequantizeLinear (q2, one, zero)
+    v2 = DequantizeLinear <axis = 0> (f, ones, f_zero)
+    p = Conv (d2, v2)
+    q3 = QuantizeLinear (p, sum, zero)
+    z = DequantizeLinear (q3, sum, zero)
+}
+"""
+
+
+def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
+    for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
 def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0) -> Denoise:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,30 @@ class Fact(BaseModel):
     source: str
 
 
+class Device(BaseModel):
+    """What a device does at most: figures of its data sheet, dense and not sparse, for `cost`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str
+    compute_capability: str = Field(pattern=r"^\d+\.\d$", description="of CUDA")
+    memory_gb: float = Field(gt=0, description="memory that the GPU has, or shares with the CPU")
+    bandwidth_gb_s: float = Field(gt=0, description="10^9 bytes a second between memory and GPU")
+    fp16_tflops: float = Field(gt=0, description="10^12 float16 operations a second, a multiplication and an addition")
+    int8_tops: float = Field(gt=0, description="10^12 int8 operations a second, a multiplication and an addition")
+    source: str
+
+
+class Kernels(BaseModel):
+    """One choice of 8-bit kernels: the session settings that make the runtime take them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    settings: Mapping[str, str] = {}
+
+
 class Limits(BaseModel):
     """What becomes of a graph, as far as `lint` looks. Where each line comes from is in the target's `facts`."""
 
@@ -33,12 +57,14 @@ class Limits(BaseModel):
     )
     domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
     float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
+    shared_attention: bool = Field(True, description="takes the operator Attention with one tensor as q and as k")
     code_types: tuple[str, ...] = Field(description="types of quantized tensors that it reads for what they are")
     symmetric: bool = Field(description="zero points are zero, and scales positive")
     constant_scales: bool = Field(description="a scale that the graph computes keeps a product off the integers")
     mixed_scale_types: bool = Field(description="a tensor may be quantized with a scale of another type")
     reciprocal_scales: bool = Field(False, description="quantizes with 1 / scale, rounded to the scale's type")
     codes_only_dequantized: bool = Field(description="constant codes may not be moved or cast before they are scaled")
+    moves_codes: bool = Field(True, description="computed codes may be moved before they are scaled")
     integer_products: Mapping[str, Literal["input", "output"]] = Field(
         description="operators that run on integers with 8-bit operands, and those that need an 8-bit output as well"
     )
@@ -49,6 +75,8 @@ class Limits(BaseModel):
     ragged_groups: bool = Field(description="the last group of weights may be shorter")
     trailing_groups: bool = Field(description="groups lie along the last axis or the one before it")
     int4_rank_max: int | None = Field(None, description="axes of a 4-bit weight; None: any number")
+    int4_even: bool = Field(False, description="the last axis of a 4-bit weight has an even size")
+    conv_channels_multiple: int = Field(1, ge=1, description="of the channels of an 8-bit convolution, in and out")
     moves_int8: bool = Field(True, description="codes of an 8-bit signed input can be moved about from opset 21 on")
 
 
@@ -70,6 +98,11 @@ class Target(BaseModel):
         "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
     )
     limits: Limits
+    provider: str = Field("CPUExecutionProvider", description="execution provider of ONNX Runtime that runs the graph")
+    kernels: tuple[Kernels, ...] = Field(
+        (), description="8-bit kernels of ONNX Runtime, fastest first: a session takes the first that are exact"
+    )
+    devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
 
     def save(self, root: Path) -> None:
@@ -81,15 +114,44 @@ class Target(BaseModel):
 
 
 def target_names() -> tuple[str, ...]:
-    """The names of the targets that come with intaglio, sorted."""
-    return tuple(sorted(path.name.removesuffix(".yaml") for path in _FOLDER.iterdir() if path.name.endswith(".yaml")))
+    """The names of the targets that come with intaglio, sorted. A file that begins with _ only lends its content."""
+    names = (path.name for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_")))
 
 
 def load_target(name: str) -> Target:
     """Raises RecipeError for an unknown name."""
     if name not in target_names():
         raise RecipeError(f"no target {name!r}{did_you_mean(name, target_names())}")
-    return Target.model_validate({"name": name, **yaml.safe_load((_FOLDER / f"{name}.yaml").read_text("utf-8"))})
+    content = _read(name)
+    devices = _parse("_devices")
+    content["devices"] = [{"name": device, **devices[device]} for device in content.get("devices", [])]
+    return Target.model_validate({"name": name, **content})
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A file's content over that of the file it `extends`."""
+    content = _parse(name)
+    base = content.pop("extends", None)
+    return content if base is None else _over(_read(base), content)
+
+
+def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key; `key+` adds to the list that is there; anything else takes its place."""
+    result = dict(base)
+    for key, value in changes.items():
+        if key.endswith("+"):
+            result[key[:-1]] = [*result[key[:-1]], *value]
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _over(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _parse(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text("utf-8"))
+    return content
 
 
 _FOLDER = files("intaglio.pipeline") / "targets"

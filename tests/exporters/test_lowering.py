@@ -299,7 +299,8 @@ def convolution(**options: int) -> torch.nn.Conv2d:
 def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simulated_codes(
     scheme, vnni, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("intaglio.exporters._session.has_vnni", lambda: vnni)
+    settings = {} if vnni else {"session.x64quantprecision": "1"}
+    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", lambda: settings)
     shape = (4, 64, 16, 16)
     graph, made = make(tmp_path, {"a": convolution()}, shape, {"a": scheme}, "onnxruntime")
     open_session(graph.path, optimized=tmp_path / "optimized.onnx")

@@ -4,7 +4,7 @@ import pytest
 from harness import run_pass
 from quantizing import with_plan
 
-from intaglio.exporters._session import has_vnni, open_session
+from intaglio.exporters._session import exact_kernels, multiplies_exactly, open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.onnxruntime import BuildOnnxRuntime
 from intaglio.pipeline.errors import TargetError
@@ -51,15 +51,6 @@ def test_a_graph_that_does_not_load_is_the_targets_fault(dit, tmp_path):
 def test_it_is_for_onnx_runtime_alone():
     assert BuildOnnxRuntime.applies(load_target("onnxruntime-cpu"))
     assert not BuildOnnxRuntime.applies(load_target("tensorrt-rtx"))
-
-
-def test_vnni_is_read_from_the_cpu(tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    assert not has_vnni(cpuinfo)
-    cpuinfo.write_text("model name : x\nflags\t\t: fpu avx2 fma\n")
-    assert not has_vnni(cpuinfo)
-    cpuinfo.write_text("flags\t\t: fpu avx2 avx_vnni\n")
-    assert has_vnni(cpuinfo)
 
 
 def test_a_provider_that_is_not_there_is_not_asked_for(dit):
