@@ -134,8 +134,14 @@ class Rule:
     fix: str
     why: str
 
+    @property
+    def finds(self) -> str:
+        """What it looks for, in one line."""
+        return self.check.__doc__ or ""
+
 
 def _opset(graph: Checked, target: Target) -> Problems:
+    """An opset or an IR version above what the target reads."""
     if graph.opset > target.opset_max:
         yield None, f"opset {graph.opset}, but {target.name} reads up to {target.opset_max}"
     highest = target.limits.ir_version_max
@@ -144,12 +150,14 @@ def _opset(graph: Checked, target: Target) -> Problems:
 
 
 def _valid(graph: Checked, target: Target) -> Problems:
+    """What the ONNX standard does not allow, and types and shapes that do not fit together."""
     if graph.complaint is not None:
         what = "types and shapes do not fit together" if graph.standard else "not what the ONNX standard allows"
         yield None, f"{what}: {graph.complaint}"
 
 
 def _operator(graph: Checked, target: Target) -> Problems:
+    """Operators, or attributes of them, that the target does not have."""
     import onnx
 
     refused = frozenset(target.limits.unsupported)
@@ -179,6 +187,7 @@ def _since(op: str, opset: int) -> int:
 
 
 def _attention(graph: Checked, target: Target) -> Problems:
+    """The operator Attention in float32 where there is no kernel for it."""
     for node in graph.of_type("Attention"):
         q = node.inputs[0]
         if target.limits.float32_attention or q is None or q.dtype is None or q.shape is None:
@@ -187,7 +196,23 @@ def _attention(graph: Checked, target: Target) -> Problems:
             yield node, f"{target.name} has no Attention in float32 with heads as an axis of their own"
 
 
+def _shared_attention(graph: Checked, target: Target) -> Problems:
+    """The operator Attention with one tensor as q and as k."""
+    for node in () if target.limits.shared_attention else graph.of_type("Attention"):
+        q, k = (_identity(value) for value in node.inputs[:2])
+        if q is k:
+            yield node, f"q and k are one tensor, {'' if q is None else q.name}"
+
+
+def _identity(value: ir.Value | None) -> ir.Value | None:
+    """What the value is a copy of."""
+    while (node := producer(value)) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value
+
+
 def _code_type(graph: Checked, target: Target) -> Problems:
+    """Codes of a type that the target reads as another, or not at all."""
     known = frozenset(target.limits.code_types)
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
         made = producer(node.inputs[0])
@@ -198,6 +223,7 @@ def _code_type(graph: Checked, target: Target) -> Problems:
 
 
 def _zero_point(graph: Checked, target: Target) -> Problems:
+    """Zero points that are not zero where quantization is symmetric."""
     import numpy as np
 
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
@@ -207,6 +233,7 @@ def _zero_point(graph: Checked, target: Target) -> Problems:
 
 
 def _scale(graph: Checked, target: Target) -> Problems:
+    """Scales that are not numbers, not positive, or have no reciprocal in their type."""
     import numpy as np
 
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
@@ -224,6 +251,7 @@ def _scale(graph: Checked, target: Target) -> Problems:
 
 
 def _scale_type(graph: Checked, target: Target) -> Problems:
+    """Scales of another type than their tensor, or than the other operand."""
     for node in graph.of_type("QuantizeLinear"):
         x, scale = node.inputs[0], node.inputs[1]
         if target.limits.mixed_scale_types or x is None or scale is None or x.dtype is None or scale.dtype is None:
@@ -242,6 +270,7 @@ def _type(value: ir.Value | None) -> str:
 
 
 def _computed_scale(graph: Checked, target: Target) -> Problems:
+    """Scales that the graph computes, which keep a product off the integers."""
     if not target.limits.constant_scales:
         return
     for product in graph.products:
@@ -251,6 +280,7 @@ def _computed_scale(graph: Checked, target: Target) -> Problems:
 
 
 def _input_scale(graph: Checked, target: Target) -> Problems:
+    """Inputs of products with a scale for each channel or group."""
     for product in graph.products:
         op = product.node.op_type
         for operand in (product.x, product.w):
@@ -264,6 +294,7 @@ def _input_scale(graph: Checked, target: Target) -> Problems:
 
 
 def _weight_axis(graph: Checked, target: Target) -> Problems:
+    """Weights with scales along another axis than the output channels."""
     for product in graph.products:
         if not product.w.is_weight or product.w.granularity != "channel":
             continue
@@ -277,6 +308,7 @@ def _weight_axis(graph: Checked, target: Target) -> Problems:
 
 
 def _input_by_groups(graph: Checked, target: Target) -> Problems:
+    """8-bit inputs by weights in groups."""
     for product in graph.products:
         if product.w.is_weight and product.w.granularity == "group":
             groups = shape(product.w.dequantize.inputs[1])
@@ -284,6 +316,7 @@ def _input_by_groups(graph: Checked, target: Target) -> Problems:
 
 
 def _input_by_int4(graph: Checked, target: Target) -> Problems:
+    """8-bit inputs by 4-bit weights."""
     for product in graph.products:
         kind: Literal["conv", "linear"] = "conv" if product.is_convolution else "linear"
         if product.w.code_type not in ("INT4", "UINT4") or product.w.granularity == "group":
@@ -295,7 +328,7 @@ def _input_by_int4(graph: Checked, target: Target) -> Problems:
 
 
 def _requantized(graph: Checked, target: Target) -> Problems:
-    """Q and DQ of constants: weights that the builder folds."""
+    """Weights that are scaled and quantized again in the graph, with scales that the builder cannot take."""
     import numpy as np
 
     for dequantize in graph.of_type("DequantizeLinear"):
@@ -315,6 +348,7 @@ def _requantized(graph: Checked, target: Target) -> Problems:
 
 
 def _groups(graph: Checked, target: Target) -> Problems:
+    """Groups that do not divide an axis, lie along the wrong one, or are not as many as the scales."""
     limits = target.limits
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
         size, codes, scale = node.attributes.get_int("block_size", 0), shape(node.inputs[0]), shape(node.inputs[1])
@@ -331,15 +365,21 @@ def _groups(graph: Checked, target: Target) -> Problems:
             yield node, f"groups along axis {axis} of {len(codes)}, but {target.name} takes the last two"
 
 
-def _int4_rank(graph: Checked, target: Target) -> Problems:
+def _int4_shape(graph: Checked, target: Target) -> Problems:
+    """4-bit weights of too many axes, or with an odd last one."""
     most = target.limits.int4_rank_max
     for node in graph.of_type("DequantizeLinear"):
         codes = shape(node.inputs[0])
-        if most is not None and code_type(node) == "INT4" and codes is not None and len(codes) > most:
+        if code_type(node) != "INT4" or not codes:
+            continue
+        if most is not None and len(codes) > most:
             yield node, f"a 4-bit weight of {len(codes)} axes, but {target.name} takes {most}"
+        if target.limits.int4_even and codes[-1] % 2:
+            yield node, f"a 4-bit weight of shape {list(codes)}, but {target.name} takes an even last axis"
 
 
 def _half_sum(graph: Checked, target: Target) -> Problems:
+    """Float16 products that are written before the scales of their channels."""
     for product in graph.products:
         scale = product.w.dequantize.inputs[1]
         if not target.limits.unscaled_half_sums or product.is_convolution or product.w.granularity != "channel":
@@ -350,6 +390,7 @@ def _half_sum(graph: Checked, target: Target) -> Problems:
 
 
 def _moved_codes(graph: Checked, target: Target) -> Problems:
+    """Constant codes that something else than DequantizeLinear reads."""
     if not target.limits.codes_only_dequantized:
         return
     for owner in (graph.model.graph, *graph.model.graph.subgraphs()):
@@ -361,7 +402,38 @@ def _moved_codes(graph: Checked, target: Target) -> Problems:
                     yield node, f"reads the codes {value.name}, which {target.name} gives to DequantizeLinear alone"
 
 
+def _codes_between(graph: Checked, target: Target) -> Problems:
+    """Operators between QuantizeLinear and DequantizeLinear."""
+    for node in () if target.limits.moves_codes else graph.of_type("DequantizeLinear"):
+        mover = producer(node.inputs[0])
+        if mover is not None and mover.op_type != "QuantizeLinear" and not is_constant(node.inputs[0]):
+            yield mover, f"moves codes on their way to {_named(node)}"
+
+
+def _shared_zero_point(graph: Checked, target: Target) -> Problems:
+    """8-bit weights with one zero point in common."""
+    seen: dict[str, ir.Node] = {}
+    for product in () if target.limits.shared_zero_points else graph.products:
+        weight = product.w.dequantize
+        zero = weight.inputs[2] if product.w.is_weight and len(weight.inputs) > 2 else None
+        if zero is None or zero.name is None or product.w.code_type != "INT8":
+            continue
+        first = seen.setdefault(zero.name, weight)
+        if first is not weight:
+            yield weight, f"has its zero point {zero.name} in common with {_named(first)}"
+
+
+def _channels(graph: Checked, target: Target) -> Problems:
+    """8-bit convolutions whose channels are not multiples of what kernels take."""
+    multiple = target.limits.conv_channels_multiple
+    for product in graph.products:
+        filters = shape(product.node.inputs[1]) if product.is_convolution else None
+        if filters is not None and (filters[0] % multiple or filters[1] % multiple):
+            yield product.node, f"8-bit filters of shape {list(filters)}, not of multiples of {multiple} channels"
+
+
 def _int8_moves(graph: Checked, target: Target) -> Problems:
+    """Int8 inputs that are moved about, which does not load."""
     if target.limits.moves_int8 or graph.opset < 21:
         return
     for node in graph.of_type("DequantizeLinear"):
@@ -387,12 +459,14 @@ def _biased(node: ir.Node) -> bool:
 
 
 def _input_type(graph: Checked, target: Target) -> Problems:
+    """Int8 inputs of products where the target multiplies unsigned ones."""
     for product in graph.products:
         if target.activation_dtype == "uint8" and product.x.code_type == "INT8":
             yield product.x.dequantize, f"int8 codes for the input of {_named(product.node)}"
 
 
 def _floating(graph: Checked, target: Target) -> Problems:
+    """Products of codes that the target computes in floating point."""
     for product in graph.products:
         op = product.node.op_type
         match target.limits.integer_products.get(op):
@@ -407,7 +481,7 @@ def _floating(graph: Checked, target: Target) -> Problems:
 
 
 def _between(graph: Checked, target: Target) -> Problems:
-    """What stands between DequantizeLinear and a product whose weight is quantized to 8 bits."""
+    """Operators between DequantizeLinear and a product, which keep it in floating point."""
     for product in graph.products:
         casts = [sum(node.op_type == "Cast" for node in end.between) for end in (product.x, product.w)]
         if casts[0] != casts[1]:
@@ -470,6 +544,14 @@ RULES = (
         _attention,
         "export with opset 22 or lower, or in float16",
         "TensorRT-RTX 1.7.1 has float32 kernels for 3-D inputs only, and takes the operator apart for none",
+    ),
+    Rule(
+        "shared-attention",
+        "error",
+        _shared_attention,
+        "export with opset 22 or lower, which takes Attention apart",
+        "the process of the builder of TensorRT-RTX 1.7.1 ends with SIGSEGV, in float32 always, in float16 unless an "
+        "element-wise kernel makes the tensor",
     ),
     Rule(
         "code-type",
@@ -556,11 +638,11 @@ RULES = (
         "all weights without a warning",
     ),
     Rule(
-        "int4-rank",
+        "int4-shape",
         "error",
-        _int4_rank,
-        "store it in 2-D and reshape what DequantizeLinear makes",
-        "4-bit weights have two axes up to TensorRT 10.6 (NvInfer.h)",
+        _int4_shape,
+        "store it in 2-D with an even last axis, and reshape or slice what DequantizeLinear makes",
+        "4-bit weights have two axes up to TensorRT 10.6 (NvInfer.h), and are packed in pairs along the last",
     ),
     Rule(
         "half-sum",
@@ -576,6 +658,21 @@ RULES = (
         _moved_codes,
         "move the codes in the file, or what DequantizeLinear makes of them",
         "TensorRT-RTX 1.7.1 does not build it; Cast of TensorRT 10 takes no codes",
+    ),
+    Rule(
+        "codes-between",
+        "error",
+        _codes_between,
+        "move the input before QuantizeLinear, or what DequantizeLinear makes of it",
+        "TensorRT 10.16.2 does not build such a graph on Orin, but on Thor (NVIDIA/TensorRT issue 4832)",
+    ),
+    Rule(
+        "shared-zero-point",
+        "error",
+        _shared_zero_point,
+        "give each weight a zero point of its own",
+        "with session.x64quantprecision=1, which is exact without VNNI, ONNX Runtime 1.31.1 rewrites it for the first "
+        "weight and does not load for the second",
     ),
     Rule(
         "int8-moves",
@@ -604,5 +701,12 @@ RULES = (
         _between,
         "quantize right before the product",
         "TensorRT-RTX 1.7.1 and ONNX Runtime 1.31.1 multiply in floating point",
+    ),
+    Rule(
+        "channels",
+        "warning",
+        _channels,
+        "leave it in float",
+        "TensorRT 8.6 found no kernel for 4 channels (NVIDIA/TensorRT issue 3638); multiples of 16 are safe",
     ),
 )

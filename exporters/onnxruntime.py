@@ -29,7 +29,10 @@ FLOAT_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv"
 
 
 class BuildOnnxRuntime(Pass):
-    """The counts are those of the graph after the runtime's own optimizations: what runs, not what was asked for."""
+    """The counts are those of the graph after the runtime's own optimizations: what runs, not what was asked for.
+
+    Where the target's execution provider is not on this machine, the graph is loaded on the CPU and nothing is counted.
+    """
 
     name: ClassVar[str] = "onnxruntime"
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
@@ -48,11 +51,14 @@ class BuildOnnxRuntime(Pass):
 
         from intaglio.exporters._session import open_session
 
-        optimized = ctx.scratch / "optimized.onnx"
+        optimized, provider = ctx.scratch / "optimized.onnx", state[TARGET].provider
         try:
-            open_session(state[GRAPH].path, optimized=optimized)
+            session = open_session(state[GRAPH].path, providers=[provider], optimized=optimized)
         except Exception as e:  # its errors have no common class
             raise TargetError(f"ONNX Runtime {onnxruntime.__version__} does not load the graph: {e}") from e
+        if provider not in session.get_providers():
+            ctx.log.info("%s is not here: what it executes is not known", provider)
+            return {ENGINE: Engine("onnxruntime", onnxruntime.__version__, None, None)}
         nodes = onnx.load(optimized, load_external_data=False).graph.node
         integer = sum(node.op_type in INTEGER_PRODUCTS for node in nodes)
         floating = sum(node.op_type in FLOAT_PRODUCTS for node in nodes)

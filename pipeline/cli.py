@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
 from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
 from intaglio.pipeline.store import Store
-from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.target import Target, load_target, target_names
 
 INTERRUPTED = 130
 REPORT_FILE = "report.html"
@@ -95,12 +96,20 @@ def passes_command() -> None:
 
 
 @app.command("targets")
-def targets_command() -> None:
-    """List the targets a recipe can name."""
+def targets_command(
+    name: Annotated[str | None, typer.Argument(metavar="TARGET", help="One of them, with all facts.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print {target: all that is known of it} as JSON.")] = False,
+) -> None:
+    """List the targets a recipe can name, or say all that is known of one, and where each fact comes from."""
     with _reported():
-        targets = [load_target(name) for name in target_names()]
-        rows = [(target.name, target.runtime, target.description) for target in targets]
-        _print_table("", ("target", "runtime", "what it is"), rows)
+        targets = [load_target(each) for each in (target_names() if name is None else [name])]
+        if as_json:
+            print(json.dumps({target.name: target.model_dump(mode="json") for target in targets}, indent=1))
+        elif name is None:
+            columns = ("target", "opset", "linear", "conv", "device", "memory", "GB/s", "fp16 TFLOPS", "int8 TOPS")
+            _print_table("", columns, [row for target in targets for row in _target_rows(target)])
+        else:
+            _print_target(targets[0])
 
 
 @app.command("show")
@@ -120,11 +129,25 @@ def show_command(
         _print_table(str(folder), ("metric", *flat), rows)
 
 
+def _print_rules(wanted: bool) -> None:
+    """The command needs no model then: it ends here."""
+    if wanted:
+        with _reported():
+            module = sys.modules[find_pass("lint", Path()).pass_class.__module__]
+        for rule in module.RULES:
+            print(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
+        raise typer.Exit
+
+
 @app.command("lint")
 def lint_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model, by whomever.")],
     target: Annotated[str, typer.Option(metavar="T", help="What it is to run on; see `intaglio targets`.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    rules: Annotated[
+        bool,
+        typer.Option("--rules", callback=_print_rules, is_eager=True, help="List the rules, and what each looks for."),
+    ] = False,
 ) -> None:
     """Say what the target would refuse, compute wrongly or not on integers. Exits with 1 where there are errors."""
     with _reported():
@@ -215,6 +238,47 @@ def _plan_row(step: PlannedStep) -> tuple[str, str, str]:
     if step.seconds is not None:
         return step.step, status, _duration(step.seconds)
     return step.step, "runs", "seconds" if step.estimate_s is None else f"about {_duration(step.estimate_s)}"
+
+
+def _target_rows(target: Target) -> Iterator[tuple[str, ...]]:
+    """A row for each device, and one where there is none."""
+    formats = (_in_short(target.formats[op]) for op in ("linear", "conv"))
+    about: tuple[str, ...] = (target.name, str(target.opset_max), *formats)
+    for device in target.devices:
+        figures = (device.bandwidth_gb_s, device.fp16_tflops, device.int8_tops)
+        yield *about, device.description, f"{device.memory_gb:g} GB", *(f"{figure:g}" for figure in figures)
+        about = ("",) * len(about)
+    if not target.devices:
+        yield *about, "-", *("",) * 4
+
+
+def _in_short(schemes: Sequence[str]) -> str:
+    """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
+    return " ".join(dict.fromkeys(found[0] for scheme in schemes if (found := re.match(r"w\d+a\d+", scheme))))
+
+
+def _print_target(target: Target) -> None:
+    limits = target.limits
+    lines = [
+        f"{target.name}: {target.description}",
+        f"runtime     {target.runtime}, opsets up to {target.opset_max}",
+        *(f"{op:<11} {', '.join(schemes)}" for op, schemes in target.formats.items()),
+        f"groups of   {', '.join(map(str, target.group_sizes))} input features",
+        f"codes       {target.activation_dtype} inputs; reads {', '.join(limits.code_types)}",
+        f"integers    {', '.join(limits.integer_products) or 'no product'}",
+    ]
+    if target.kernels:
+        lines.append(
+            f"kernels     {', else '.join(kernels.name for kernels in target.kernels)}: the first that are exact"
+        )
+    for device in target.devices:
+        figures = f"{device.memory_gb:g} GB, {device.bandwidth_gb_s:g} GB/s"
+        peak = f"{device.fp16_tflops:g} TFLOPS in float16, {device.int8_tops:g} TOPS in int8"
+        lines += ["", f"{device.description}, compute capability {device.compute_capability}: {figures}, {peak}"]
+        lines.append(f"    [{device.source}]")
+    for fact in target.facts:
+        lines += ["", fact.fact, f"    [{fact.source}]"]
+    print("\n".join(lines))
 
 
 def _described(name: str) -> Iterator[str]:

@@ -77,6 +77,7 @@ class Limits(BaseModel):
     int4_rank_max: int | None = Field(None, description="axes of a 4-bit weight; None: any number")
     int4_even: bool = Field(False, description="the last axis of a 4-bit weight has an even size")
     conv_channels_multiple: int = Field(1, ge=1, description="of the channels of an 8-bit convolution, in and out")
+    shared_zero_points: bool = Field(True, description="8-bit weights may have one zero point in common")
     moves_int8: bool = Field(True, description="codes of an 8-bit signed input can be moved about from opset 21 on")
 
 

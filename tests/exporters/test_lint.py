@@ -8,7 +8,7 @@ Shapes: 64 in features, 32 out features, groups of 16; 16 in channels and 32 out
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from intaglio.pipeline.target import Target, load_target, target_names
 
 RTX = load_target("tensorrt-rtx")
 ORT = load_target("onnxruntime-cpu")
-JETSON = load_target("tensorrt-10.3-orin")
+DOCUMENTED = tuple(name for name in target_names() if load_target(name).runtime == "tensorrt")
 
 Evidence = Literal["fails", "crashes", "float", "hazard", "no scale", "nonsense"]
 INTEGER = {"MatMulIntegerToFloat", "QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger"}
@@ -246,6 +246,8 @@ LEGAL = [
          x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
     Case("attention in float32 with flat heads", "y = Attention <q_num_heads = 2, kv_num_heads = 2> (x, k, v)",
          opset=23, y="float[1,16,64] y", x="float[1,16,64] x, float[1,16,64] k, float[1,16,64] v"),
+    Case("attention with one tensor as k and v", "y = Attention (x, k, k)", opset=23, y="float16[1,2,16,32] y",
+         x="float16[1,2,16,32] x, float16[1,2,16,32] k"),
     Case("swish", "y = Swish (x)", y="float[2,16,64] y", opset=24),
     Case("group normalization of opset 21", "y = GroupNormalization <num_groups = 4> (x, s_in, s_in)",
          x=IMAGE["x"], y="float[1,16,8,8] y"),
@@ -297,6 +299,11 @@ REFUSED = [
             opset=23, y="float16[1,2,16,32] y", x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
     refused("attention", "fails", "attention in float32", "y = Attention (x, k, v)", opset=23,
             y="float[1,2,16,32] y", x="float[1,2,16,32] x, float[1,2,16,32] k, float[1,2,16,32] v"),
+    refused("shared-attention", "crashes", "one tensor as q and k", "y = Attention (x, x, v)", opset=23,
+            y="float16[1,2,16,32] y", x="float16[1,2,16,32] x, float16[1,2,16,32] v"),
+    refused("shared-attention", "crashes", "one product as q, k and v, and a copy of it", "p = MatMul (x, eye) "
+            "c = Identity (p) y = Attention <q_num_heads = 2, kv_num_heads = 2> (p, c, p)", opset=23,
+            y="float[1,16,64] y", x="float[1,16,64] x", tensors={"eye": np.eye(64, dtype=np.float32)}),
     refused("code-type", None, "uint8 input compiles as int8", IN.replace("zero", "u0") + CHANNELS + PRODUCT,
             same_plan=IN + CHANNELS + PRODUCT),
     refused("code-type", None, "uint8 by default compiles as int8", IN.replace(", zero", "") + CHANNELS + PRODUCT,
@@ -473,30 +480,62 @@ ORT_CASES = [
     ),
 ]  # fmt: skip
 
-JETSON_CASES = [
-    Case("w8a8, a scale for each channel", IN + CHANNELS + PRODUCT, opset=20),
-    Case("transposed convolution", IN + "v = DequantizeLinear <axis = 1> (ct8, s_n) "
-         "y = ConvTranspose <strides = [2, 2]> (d, v)", x=IMAGE["x"], y="float[1,32,16,16] y"),
-    Case("w4a16 in groups", GROUPS + "y = MatMul (x, v)"),
-    Case("group normalization of opset 20", "y = GroupNormalization <num_groups = 4> (x, s_g4, s_g4)", opset=20,
-         x=IMAGE["x"], y="float[1,16,8,8] y", tensors={"s_g4": scales(4)}),
-    refused("operator", None, "group normalization of opset 21", "y = GroupNormalization <num_groups = 4> (x, a, a)",
-            x=IMAGE["x"], y="float[1,16,8,8] y", tensors={"a": scales(16)}),
-    refused("operator", None, "dynamic quantization", "q, c, z = DynamicQuantizeLinear (x) y = Cast <to = 1> (q)",
-            y="float[2,16,64] y"),
-    refused("computed-scale", None, "scale looked up by step", "c = Gather (table, step) "
-            + IN.replace("s, zero", "c, zero") + CHANNELS + PRODUCT, x="float[2,16,64] x, int64 step"),
-    refused("scale-type", None, "float32 scale of float16", "q = QuantizeLinear (x, s, zero) "
-            "y = DequantizeLinear (q, half, zero)", x=HALF["x"], y="float16[2,16,64] y"),
-    refused("input-by-int4", None, "int8 input by int4", IN + "v = DequantizeLinear <axis = 1> (w4, s_n) " + PRODUCT),
-    refused("int4-rank", None, "int4 filters", "v = DequantizeLinear <axis = 0> (c4, s_n) "
-            + CONVOLUTION.replace("d,", "x,"), **IMAGE),
-    refused("groups", None, "short last group", "v = DequantizeLinear <axis = 0, block_size = 64> (w200, c) "
-            "y = MatMul (x, v)", x="float[16,200] x", y=ROWS["y"], tensors={"w200": int4(200, 32), "c": scales(4, 32)}),
-    refused("code-type", None, "uint8 input", IN.replace("zero", "u0") + CHANNELS + PRODUCT),
-    refused("zero-point", None, "int8 input with a zero point", IN.replace("zero", "z20") + CHANNELS + PRODUCT,
-            tensors={"z20": np.int8(-20)}),
-    refused("moved-codes", None, "int8 codes cast", "k = Cast <to = 1> (w8) v = Mul (k, s_n) y = MatMul (x, v)"),
+OLD = {"tensorrt-10.3-orin"}
+TEN = OLD | {"tensorrt-10", "tensorrt-10.16-orin", "tensorrt-10.16-thor"}
+ORIN = {"tensorrt-10.3-orin", "tensorrt-10.16-orin", "tensorrt-11.4-orin"}
+ALL = set(DOCUMENTED)
+
+
+def documented(where: set[str], rule: str, name: str, nodes: str, **more: object) -> tuple[set[str], Case]:
+    """An error on these targets, and on no other that only its documents describe."""
+    return where, refused(rule, None, name, nodes, **more)
+
+
+ATTENTION = {"opset": 23, "x": "float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v",
+             "y": "float16[1,2,16,32] y"}  # fmt: skip
+DOCUMENTED_CASES = [
+    (set(), Case("w8a8, a scale for each channel", IN + CHANNELS + PRODUCT, opset=20)),
+    (set(), Case("transposed convolution", IN + "v = DequantizeLinear <axis = 1> (ct8, s_n) "
+                 "y = ConvTranspose <strides = [2, 2]> (d, v)", x=IMAGE["x"], y="float[1,32,16,16] y")),
+    (set(), Case("w4a16 in groups", GROUPS + "y = MatMul (x, v)")),
+    (set(), Case("group normalization of opset 20", "y = GroupNormalization <num_groups = 4> (x, s_g4, s_g4)",
+                 opset=20, x=IMAGE["x"], y="float[1,16,8,8] y", tensors={"s_g4": scales(4)})),
+    documented(OLD, "opset", "opset 22", "y = MatMul (x, w)", opset=22),
+    documented(TEN, "opset", "opset 25", "y = MatMul (x, w)", opset=25),
+    documented(ALL, "opset", "opset 26", "y = MatMul (x, w)", opset=26),
+    documented(OLD, "operator", "group normalization of opset 21", "y = GroupNormalization <num_groups = 4> (x, a, a)",
+               x=IMAGE["x"], y="float[1,16,8,8] y", tensors={"a": scales(16)}),
+    documented(ALL, "operator", "dynamic quantization", "q, c, z = DynamicQuantizeLinear (x) y = Cast <to = 1> (q)",
+               y="float[2,16,64] y"),
+    documented(ALL, "computed-scale", "scale looked up by step", "c = Gather (table, step) "
+               + IN.replace("s, zero", "c, zero") + CHANNELS + PRODUCT, x="float[2,16,64] x, int64 step"),
+    documented(ORIN, "scale-type", "float32 scale of float16", "q = QuantizeLinear (x, s, zero) "
+               "y = DequantizeLinear (q, half, zero)", x=HALF["x"], y="float16[2,16,64] y"),
+    documented(ORIN - OLD, "codes-between", "codes reshaped on their way", "q = QuantizeLinear (x, s, zero) "
+               "m = Reshape (q, flat) d = DequantizeLinear (m, s, zero) " + CHANNELS + "y = MatMul (d, v)",
+               y="float[32,32] y"),
+    documented(ALL, "input-by-int4", "int8 input by int4", IN + "v = DequantizeLinear <axis = 1> (w4, s_n) " + PRODUCT),
+    documented(OLD, "int4-shape", "int4 weight of three axes", "v = DequantizeLinear <axis = 0> (w3, one_n) "
+               "y = MatMul (x, v)", x="float[2,16,64] x", tensors={"w3": int4(2, 64, 32), "one_n": scales(2)}),
+    documented(ALL, "int4-shape", "int4 weight with an odd number of channels",
+               "v = DequantizeLinear <axis = 0, block_size = 16> (w4_odd, s_odd) y = MatMul (x, v)",
+               y="float[2,16,31] y", tensors={"w4_odd": int4(64, 31), "s_odd": scales(4, 31)}),
+    documented(ALL, "groups", "short last group", "v = DequantizeLinear <axis = 0, block_size = 64> (w200, c) "
+               "y = MatMul (x, v)", x="float[16,200] x", y=ROWS["y"],
+               tensors={"w200": int4(200, 32), "c": scales(4, 32)}),
+    documented(ALL, "code-type", "uint8 input", IN.replace("zero", "u0") + CHANNELS + PRODUCT),
+    documented(ORIN, "code-type", "fp8 input", "q = QuantizeLinear <output_dtype = 17> (x, s) "
+               "y = DequantizeLinear (q, s)", y="float[2,16,64] y"),
+    documented(ALL, "zero-point", "int8 input with a zero point", IN.replace("zero", "z20") + CHANNELS + PRODUCT,
+               tensors={"z20": np.int8(-20)}),
+    documented(ALL, "scale", "float16 scale without a reciprocal", IN_HALF + "v = DequantizeLinear (w8, half_w) "
+               + PRODUCT, tensors={"half": np.float16(1e-5), "half_w": np.float16(0.01)}, **HALF),
+    documented(ALL, "moved-codes", "int8 codes cast", "k = Cast <to = 1> (w8) v = Mul (k, s_n) y = MatMul (x, v)"),
+    documented(ALL, "requantized", "weight quantized with one scale, read with many", IN + PAIR.replace("v0", "w")),
+    documented(ALL - OLD, "shared-attention", "one tensor as q and k", "y = Attention (x, x, v)", **ATTENTION),
+    (set(), Case("convolution of 4 channels", IN + "v = DequantizeLinear <axis = 0> (c8_4, s_n) "
+                 + CONVOLUTION, x="float[1,4,8,8] x", y=IMAGE["y"], tensors={"c8_4": int8(32, 4, 3, 3)},
+                 warnings=("channels",))),
 ]  # fmt: skip
 
 
@@ -575,7 +614,11 @@ def builder_ends_with(path: Path) -> int:
 
 
 def test_every_rule_has_a_case_on_some_runtime():
-    tried = {rule for case in (*REFUSED, *WARNED, *ORT_CASES, *JETSON_CASES) for rule in (*case.rules, *case.warnings)}
+    tried = {
+        rule
+        for case in (*REFUSED, *WARNED, *ORT_CASES, *(case for _, case in DOCUMENTED_CASES), *SHARED)
+        for rule in (*case.rules, *case.warnings)
+    }
     assert tried == {rule.name for rule in RULES}
     assert all(rule.why and rule.fix for rule in RULES)
 
@@ -595,6 +638,26 @@ def test_onnx_runtime_agrees(case, tmp_path):
             assert run(path)[1] == FLOATING
         case _:
             assert run(path)[1] == case.counts
+
+
+SHARED = [
+    Case("siblings with one zero point", IN_U8 + "v = DequantizeLinear <axis = 1> (w8, s_n, z_n) y = MatMul (d, v) "
+         "v2 = DequantizeLinear <axis = 1> (w8_b, s_n, z_n) z = MatMul (d, v2)", y="float[2,16,32] y, float[2,16,32] z",
+         tensors={"w8_b": int8(64, 32), "z_b": np.zeros(32, np.int8)}, rules=("shared-zero-point",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", named(SHARED))
+def test_weights_with_one_zero_point_do_not_load_with_the_kernels_for_cpus_without_vnni(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", lambda: ORT.kernels[-1].settings)
+    own = ORT.model_copy(update={"limits": ORT.limits.model_copy(update={"shared_zero_points": False})})
+    path = case.write(tmp_path)
+    assert found(path, own)[0] == case.rules
+    with pytest.raises(Exception, match="ONNXRuntimeError"):
+        run(path)
+    apart = replace(case, nodes=case.nodes.replace("(w8_b, s_n, z_n)", "(w8_b, s_n, z_b)")).write(tmp_path)
+    assert found(apart, own) == ((), ())
+    assert run(apart)[1] == (2, 0)
 
 
 def run(path: Path) -> tuple[list[np.ndarray], tuple[int, int]]:
@@ -617,9 +680,21 @@ def computes_nonsense(path: Path) -> bool:
     return not all(np.isfinite(y).all() and y.any() for y in run(path)[0])
 
 
-@pytest.mark.parametrize("case", named(JETSON_CASES))
-def test_versions_that_cannot_run_here_follow_their_documents(case, tmp_path):
-    assert set(found(case.write(tmp_path), JETSON)[0]) == set(case.rules)
+@pytest.mark.parametrize("target", DOCUMENTED)
+def test_versions_that_cannot_run_here_follow_their_documents(target, tmp_path):
+    for where, case in DOCUMENTED_CASES:
+        if "Attention" in case.nodes and target in OLD:
+            continue  # it has no such operator at all
+        errors, warnings = found(case.write(tmp_path), load_target(target))
+        later = () if case.rules == ("opset",) else ("opset",)  # is tested alone
+        assert set(errors) - set(later) == (set(case.rules) if target in where else set()), case.name
+        assert warnings == case.warnings, case.name
+
+
+def test_an_attention_of_one_tensor_is_for_no_version_before_it_had_the_operator(tmp_path):
+    case = Case("attention", "y = Attention (x, k, v)", **ATTENTION)
+    path = case.write(tmp_path)
+    assert {name for name in DOCUMENTED if "operator" in found(path, load_target(name))[0]} == OLD
 
 
 def planned(layer):
@@ -636,7 +711,7 @@ def test_our_own_graphs_pass(name, target, request, tmp_path):
     artifacts: Artifacts = with_plan(request.getfixturevalue(name), planned) | {TARGET: load_target(target)}
     artifacts |= run_pass(ExportQdq(), artifacts, tmp_path / "qdq")
     findings = run_pass(Lint(), artifacts, tmp_path / "lint")[LINT]
-    assert {f.rule for f in findings.findings} <= ({"floating"} if target == "onnxruntime-cpu" else set())
+    assert {f.rule for f in findings.findings} <= ({"floating"} if target.startswith("onnxruntime") else set())
     assert not findings.at("error")
 
 
@@ -761,6 +836,13 @@ def test_the_command_fails_for_errors_alone(case, exit_code, tmp_path):
     done = command(case.write(tmp_path), "--target", "tensorrt-rtx")
     assert done.exit_code == exit_code, done.stderr
     assert all(rule in done.stdout for rule in (*case.rules, *case.warnings))
+
+
+def test_the_command_lists_its_rules_without_a_model():
+    done = command("--rules")
+    assert done.exit_code == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [[rule.name, rule.level] for rule in RULES]
+    assert all(rule.finds and "\n" not in rule.finds and rule.finds in done.stdout for rule in RULES)
 
 
 def test_an_unknown_target_is_named(tmp_path):

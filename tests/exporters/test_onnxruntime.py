@@ -4,6 +4,7 @@ import pytest
 from harness import run_pass
 from quantizing import with_plan
 
+from intaglio.exporters import _session
 from intaglio.exporters._session import exact_kernels, multiplies_exactly, open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.onnxruntime import BuildOnnxRuntime
@@ -14,8 +15,8 @@ from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.target import load_target
 
 
-def build(artifacts, folder) -> Engine:
-    start = artifacts | {TARGET: load_target("onnxruntime-cpu")}
+def build(artifacts, folder, target="onnxruntime-cpu") -> Engine:
+    start = artifacts | {TARGET: load_target(target)}
     start |= run_pass(ExportQdq(), start, folder / "qdq")
     return run_pass(BuildOnnxRuntime(), start, folder / "engine")[ENGINE]
 
@@ -51,6 +52,45 @@ def test_a_graph_that_does_not_load_is_the_targets_fault(dit, tmp_path):
 def test_it_is_for_onnx_runtime_alone():
     assert BuildOnnxRuntime.applies(load_target("onnxruntime-cpu"))
     assert not BuildOnnxRuntime.applies(load_target("tensorrt-rtx"))
+
+
+def test_without_its_provider_nothing_is_counted(dit, tmp_path):
+    engine = build(with_plan(dit, lambda layer: FLOAT), tmp_path, "onnxruntime-cuda")
+    assert (engine.int8_gemm, engine.fp_gemm, engine.layers) == (None, None, ())
+
+
+EXACT = {"session.x64quantprecision": "1"}
+
+
+def test_the_kernels_that_are_taken_are_exact_on_this_cpu():
+    assert multiplies_exactly(exact_kernels())
+    assert multiplies_exactly(EXACT)  # everywhere
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """`exact_kernels`, on a CPU where these settings multiply exactly."""
+
+    def choose(*exact: dict[str, str]):
+        monkeypatch.setattr("intaglio.exporters._session.multiplies_exactly", lambda settings: settings in exact)
+        return exact_kernels.__wrapped__()
+
+    return choose
+
+
+def test_the_first_exact_kernels_of_the_target_are_taken(chosen):
+    assert chosen({}, EXACT) == {}
+    assert chosen(EXACT) == EXACT
+    with pytest.raises(TargetError, match=r"no 8-bit kernels .* are exact on this CPU: tried the CPU's own, uint8 by"):
+        chosen()
+
+
+@pytest.mark.parametrize("product", ["y = MatMul (d, v)", "z = DequantizeLinear (q3, sum, zero)"])
+def test_wrong_sums_are_noticed(product, monkeypatch):
+    right, _, made = product.partition(" = ")
+    wrong = _session._PROBE.replace(product, f"other = {made} {right} = Sin (other)")
+    monkeypatch.setattr(_session, "_PROBE", wrong)
+    assert not multiplies_exactly({})
 
 
 def test_a_provider_that_is_not_there_is_not_asked_for(dit):
