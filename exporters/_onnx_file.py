@@ -75,9 +75,13 @@ def _external_problem(tensor: onnx.TensorProto, folder: Path) -> str | None:
         length = int(place.get("length", _nbytes(tensor)))
     except ValueError:
         return f"{tensor.name}: its place in {place.get('location')} is not a number of bytes"
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside, there = file.resolve().is_relative_to(folder.resolve()), file.is_file()
+    except (OSError, ValueError) as e:  # a name that no file can have
+        return f"{tensor.name}: its data is in {place['location'][:40]!r}, which no file can be named: {e.args[-1]}"
+    if not inside:
         return f"{tensor.name}: its data is in {place.get('location')}, outside the model's folder: move it there"
-    if not file.is_file():
+    if not there:
         return f"{tensor.name}: its data is in {place.get('location')}, which is not there: copy it beside the model"
     if offset < 0 or length < _nbytes(tensor) or offset + length > file.stat().st_size:
         return f"{tensor.name}: {_nbytes(tensor)} bytes at {offset}, but {file.name} ends at {file.stat().st_size}"

@@ -58,7 +58,7 @@ class Operand:
     def channel_axis(self) -> int | None:
         """The axis of the operand that has a scale for each of its places; None where it cannot be told."""
         codes_shape, scale_shape = shape(self.dequantize.inputs[0]), shape(self.dequantize.inputs[1])
-        if codes_shape is None or scale_shape is None:
+        if not codes_shape or scale_shape is None:  # a scalar has no axes
             return None
         if len(scale_shape) == 1:
             axis = self.dequantize.attributes.get_int("axis", 1) % len(codes_shape)

@@ -92,6 +92,7 @@ class Checked:
         try:
             _check(path)
             standard = True
+            _check_ranges(proto)
             proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
         except Exception as e:  # they raise whatever the operators' own functions raise
             complaint = " ".join(str(e).split())
@@ -119,6 +120,19 @@ def _check(path: Path) -> None:
         if "is deprecated" not in str(e):  # GroupNormalization of opsets 18 to 20
             raise
 
+
+def _check_ranges(proto: onnx.ModelProto) -> None:
+    """Raises ValueError for a Range that inference would take minutes, and all memory, to write down."""
+    import onnx
+
+    numbers = {tensor.name: tensor for tensor in proto.graph.initializer if not tensor.dims}
+    for node in proto.graph.node:
+        ends = [onnx.numpy_helper.to_array(numbers[name]) for name in node.input[:2] if name in numbers]
+        if node.op_type == "Range" and any(abs(float(end)) > _LONGEST_RANGE for end in ends):
+            raise ValueError(f"Range of more than {_LONGEST_RANGE} numbers, up to {ends[-1]:g}")
+
+
+_LONGEST_RANGE = 1 << 24
 
 Problems: TypeAlias = Iterator[tuple["ir.Node | None", str]]
 """Where something is wrong (None: in the whole graph), and what, with its numbers."""
@@ -154,6 +168,15 @@ def _valid(graph: Checked, target: Target) -> Problems:
     if graph.complaint is not None:
         what = "types and shapes do not fit together" if graph.standard else "not what the ONNX standard allows"
         yield None, f"{what}: {graph.complaint}"
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker does not look at their axes
+        x, scale = (shape(value) for value in node.inputs[:2])
+        axis = node.attributes.get_int("axis", 1)
+        if x is None or scale is None or len(scale) != 1 or scale == (1,):
+            continue
+        if not -len(x) <= axis < len(x):
+            yield node, f"scales along axis {axis} of {len(x)}"
+        elif scale[0] != x[axis]:
+            yield node, f"{scale[0]} scales along axis {axis}, which has {x[axis]} places"
 
 
 def _operator(graph: Checked, target: Target) -> Problems:

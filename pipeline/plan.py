@@ -114,6 +114,10 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
     if layer.op == "conv" and scheme.name.endswith("_token"):
         return f"{layer.name}: a convolution has no tokens: use {scheme.name.removesuffix('_token')}_step"
+    multiple = target.limits.conv_channels_multiple
+    if layer.op == "conv" and isinstance(scheme.input, IntInput) and (layer.n % multiple or layer.shape[1] % multiple):
+        channels = f"{layer.shape[1]} channels in and {layer.n} out"
+        return f"{layer.name}: {channels}, but {target.name} takes multiples of {multiple} where it rounds the input"
     if isinstance(scheme.input, IntInput) and scheme.input.shifted and layer.padded:
         return f"{layer.name}: zeros around a shifted input do not shift: use {scheme.name.replace('s_', '_')}"
     if isinstance(scheme.weight, IntWeight) and (size := scheme.weight.group_size) is not None:

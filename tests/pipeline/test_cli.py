@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.cli import app
+from intaglio.pipeline.target import Target, load_target, target_names
 
 RECIPE = """
 model: ./model.py:make
@@ -87,9 +88,38 @@ def test_passes_lists_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Missing: no class 'Missing'" in listed
 
 
-def test_targets_lists_all() -> None:
-    listed = intaglio("targets").stdout
-    assert all(name in listed for name in ("onnxruntime-cpu", "tensorrt-rtx", "tensorrt-10.3-orin"))
+def test_targets_lists_all_with_a_row_for_each_device() -> None:
+    rows = [line.split() for line in intaglio("targets").stdout.splitlines()]
+    first = {row[0]: row for row in rows if row}
+    assert set(target_names()) <= set(first)
+    assert first["tensorrt-10.3-orin"][1:] == [
+        *("21", "w8a8", "w4a16", "w8a8"),
+        *("Jetson", "Orin", "NX", "16GB", "16", "GB", "102.4", "15", "30.1"),
+    ]
+    assert ["Jetson", "AGX", "Orin", "64GB", "64", "GB", "204.8", "42.5", "85"] in rows
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_target_is_shown_with_every_fact_and_source(name: str) -> None:
+    target, shown = load_target(name), intaglio("targets", name).stdout.splitlines()
+    assert shown[0] == f"{name}: {target.description}"
+    for statement in target.facts:
+        assert shown[shown.index(statement.fact) + 1] == f"    [{statement.source}]"
+    for device in target.devices:
+        assert f"    [{device.source}]" in shown
+
+
+def test_targets_as_json_hold_all_that_there_is() -> None:
+    shown = json.loads(intaglio("targets", "--json").stdout)
+    assert tuple(shown) == target_names()
+    assert Target.model_validate(shown["tensorrt-11"]) == load_target("tensorrt-11")
+    assert list(json.loads(intaglio("targets", "tensorrt-10", "--json").stdout)) == ["tensorrt-10"]
+
+
+def test_a_target_that_is_not_there_is_named() -> None:
+    result = intaglio("targets", "tensorrt-9")
+    assert result.exit_code == 2
+    assert "no target 'tensorrt-9'" in result.stderr
 
 
 @pytest.mark.parametrize(

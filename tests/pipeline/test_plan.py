@@ -63,6 +63,15 @@ def test_a_shift_and_padding_do_not_go_together():
     QuantPlan((CONV,), {"conv": with_shift(W8A8_STEP)}).check(load_target("tensorrt-rtx"))
 
 
+def test_a_convolution_with_codes_has_the_channels_that_the_target_takes():
+    first = Layer(name="conv_in", op="conv", shape=(32, 4, 3, 3), bias=True)
+    plan = QuantPlan((first,), {"conv_in": W8A8_STEP})
+    with pytest.raises(TargetError, match="conv_in: 4 channels in and 32 out, but tensorrt-10 takes multiples of 16"):
+        plan.check(load_target("tensorrt-10"))
+    plan.check(load_target("tensorrt-rtx"))
+    QuantPlan((first,), {"conv_in": FLOAT}).check(load_target("tensorrt-10"))
+
+
 def test_a_plan_of_two_levels_is_read_as_it_was_written(tmp_path):
     plan = QuantPlan((LINEAR, CONV), {"to_q": with_shift(w4a8_token(64)), "conv": with_output(w4a8_step(32))})
     plan.save(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from intaglio.pipeline import Target
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.plan import SCHEME_NAMES
-from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.target import _over, load_target, target_names
 
 
 @pytest.mark.parametrize("name", target_names())
@@ -26,6 +26,37 @@ def test_a_target_names_schemes_that_exist_and_its_sources(name: str) -> None:
 def test_a_target_loads_as_it_was_saved(name: str, tmp_path: Path) -> None:
     load_target(name).save(tmp_path)
     assert Target.load(tmp_path) == load_target(name)
+
+
+def test_a_target_stands_on_what_it_extends() -> None:
+    ten, orin, thor = (load_target(f"tensorrt-{version}") for version in ("10", "10.16-orin", "10.16-thor"))
+    assert "DynamicQuantizeLinear" in orin.limits.unsupported  # of _tensorrt, two files below
+    assert orin.limits.code_types == ("INT8", "INT4") != ten.limits.code_types  # takes the place of ten's
+    assert orin.facts[: len(ten.facts)] == ten.facts == thor.facts[: len(ten.facts)]
+    assert len(orin.facts) > len(ten.facts)
+    assert thor.limits == ten.limits
+    assert not [name for name in target_names() if name.startswith("_")]
+
+
+def test_changes_add_only_where_they_say_so() -> None:
+    base = {"a": [1], "b": [1], "c": {"d": [1], "e": 2}}
+    changes = {"a+": [2], "b": [2], "c": {"d+": [3]}, "f": 4}
+    assert _over(base, changes) == {"a": [1, 2], "b": [2], "c": {"d": [1, 3], "e": 2}, "f": 4}
+    assert base == {"a": [1], "b": [1], "c": {"d": [1], "e": 2}}
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_a_gpu_has_figures_of_its_generation(name: str) -> None:
+    """8-bit codes multiply twice as fast as float16, or four times where float16 is added in float32."""
+    target = load_target(name)
+    assert bool(target.devices) == (name != "onnxruntime-cpu")
+    for device in target.devices:
+        assert 1.9 < device.int8_tops / device.fp16_tflops < 4.1
+        assert 50 < device.fp16_tflops * 1e3 / device.bandwidth_gb_s < 1000
+        assert device.source
+    if name.endswith(("-orin", "-thor")):
+        capability = {"orin": "8.7", "thor": "11.0"}[name.rpartition("-")[2]]
+        assert {device.compute_capability for device in target.devices} == {capability}
 
 
 def test_each_runtime_has_a_target() -> None:
