@@ -41,6 +41,7 @@ class Lint(Pass):
     """A graph without errors builds on the target and runs on integers where it says so; see RULES."""
 
     name: ClassVar[str] = "lint"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LINT})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
