@@ -30,6 +30,7 @@ from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.findings import Findings
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, TARGET
+from intaglio.pipeline.plan import illegal
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.target import Target, load_target, target_names
 
@@ -714,12 +715,15 @@ def planned(layer):
 @pytest.mark.parametrize("target", target_names())
 @pytest.mark.parametrize("name", ["dit", "unet"])
 def test_our_own_graphs_pass(name, target, request, tmp_path):
-    artifacts: Artifacts = with_plan(request.getfixturevalue(name), planned) | {TARGET: load_target(target)}
+    there = load_target(target)
+
+    def legal(layer):  # a patch embedding has too few channels for some
+        return planned(layer) if illegal(layer, planned(layer), there) is None else FLOAT
+
+    artifacts: Artifacts = with_plan(request.getfixturevalue(name), legal) | {TARGET: there}
     artifacts |= run_pass(ExportQdq(), artifacts, tmp_path / "qdq")
     findings = run_pass(Lint(), artifacts, tmp_path / "lint")[LINT]
-    # the patch embedding has 4 channels
-    warned = {"onnxruntime": {"floating"}, "tensorrt": {"channels"} if name == "dit" else set(), "tensorrt-rtx": set()}
-    assert {f.rule for f in findings.findings} <= warned[load_target(target).runtime]
+    assert {f.rule for f in findings.findings} <= ({"floating"} if there.runtime == "onnxruntime" else set())
     assert not findings.at("error")
 
 
