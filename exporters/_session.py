@@ -114,12 +114,12 @@ def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0) -> D
     """The graph as a denoiser: takes a call's inputs by name and finds the graph's `step` from the timestep."""
     session = open_session(graph.path, optimize=optimize, threads=threads)
     clock = StepClock(graph.timesteps)
-    timestep = "timestep" if "timestep" in graph.inputs else list(graph.inputs)[1]
 
     def denoise(inputs: Inputs) -> torch.Tensor:
         feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
         if STEP_INPUT in graph.inputs:
-            feed[STEP_INPUT] = np.array(clock.index(float(inputs[timestep][0])), np.int64)
+            step = 0 if graph.timestep is None else clock.index(float(inputs[graph.timestep][0]))
+            feed[STEP_INPUT] = np.array(step, np.int64)
         return torch.from_numpy(session.run(None, feed)[0])
 
     return denoise

@@ -11,7 +11,8 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -40,9 +41,13 @@ TOLERANCE = 1e-4
 
 
 class ExportFloat(Pass):
-    """The graph computes what torch does at any number of rows, and every node knows the layer it came from."""
+    """The graph computes what torch does at any number of rows, and every node knows the layer it came from.
+
+    Axes that have another size in the model's other call are dynamic too.
+    """
 
     name: ClassVar[str] = "export-float"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -60,28 +65,79 @@ class ExportFloat(Pass):
         import onnx_ir as ir
 
         from intaglio.exporters._layer import find_sites
+        from intaglio.exporters._repair import repair
         from intaglio.pipeline.checkpoint import layer_table
+        from intaglio.pipeline.denoiser import other_call
+        from intaglio.pipeline.nesting import in_order
 
-        model = state[MODEL].open()
-        names = [n for n in inspect.signature(model.module.forward).parameters if n in state[TRAJECTORY].inputs]
-        call = {name: state[TRAJECTORY].call(0)[name] for name in names}
+        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        recorded = trajectory.call(0)
+        call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
+        calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
         layers = [layer.name for layer in layer_table(model.module)]
-        exported = _export(model, call, self.opset)
+        exported = _export(model, calls, self.opset)
+        repair(exported.graph)
         _simplify(exported)
-        _keep_layer_names(exported, frozenset(layers))
+        axes = _axis_names(exported.graph, calls)
+        _keep_layer_names(exported, frozenset(layers), axes)
         sites = find_sites(exported.graph)
         _check_weights(model.module, sites)
         path = ctx.scratch / "model.onnx"
         ir.save(exported, path, external_data="model.onnx.data")
         onnx.checker.check_model(path, full_check=True)
-        _check_outputs(model, path, call)
+        _check_outputs(model, path, calls)
         if absent := [name for name in layers if name not in sites]:
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
+        inputs, outputs = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
+        return {FLOAT_GRAPH: Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes))}
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The recorded call, and one where every axis that is to be dynamic has another size, by input name.
+
+    `shared` names the inputs that have no axis of rows.
+    """
+
+    usual: Inputs
+    other: Inputs | None
+    shared: frozenset[str]
+
+    @property
+    def traced(self) -> Inputs:
+        """The larger call, with more than one row: an axis of size 1 would be taken for a constant."""
+        both = (self.usual,) if self.other is None else (self.usual, self.other)
+        larger = max(both, key=lambda call: sum(value.numel() for value in call.values()))
+        return self.with_rows(larger, max(2, self.rows))
+
+    @property
+    def rows(self) -> int:
+        return next(len(value) for name, value in self.usual.items() if name not in self.shared)
+
+    def with_rows(self, call: Inputs, rows: int) -> dict[str, torch.Tensor]:
+        """As many rows, repeated where there are fewer."""
+        import torch
+
         return {
-            FLOAT_GRAPH: Graph(
-                path, tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs), (), nodes
-            )
+            name: value.contiguous() if name in self.shared else value[torch.arange(rows) % len(value)]
+            for name, value in call.items()
+        }
+
+    def dynamic_axes(self, name: str) -> tuple[int, ...]:
+        """Those of an input that have another size in the other call, the rows first."""
+        shape, other = self.usual[name].shape, (self.other or self.usual)[name].shape
+        if len(shape) != len(other):
+            raise StepFailed(f"{name}: {len(shape)} axes in the recorded call, {len(other)} at the other size")
+        varying = tuple(axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b)
+        return varying if name in self.shared else tuple(dict.fromkeys((0, *varying)))
+
+    def sizes(self, axes: Mapping[str, tuple[str, str, int]]) -> dict[str, tuple[int, int]]:
+        """By name of a dynamic axis but the batch: its size in the recorded call, and in the other."""
+        other = self.other or self.usual
+        found = {name: (owner, axis) for name, owner, axis in axes.values() if name != "batch"}
+        return {
+            name: (self.usual[owner].shape[axis], other[owner].shape[axis]) for name, (owner, axis) in found.items()
         }
 
 
@@ -94,11 +150,14 @@ def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
     }
 
 
-def _export(model: Factory, call: Inputs, opset: int) -> ir.Model:
-    """torch's exporter on the first call, the batch axis dynamic, nothing simplified yet."""
+def _export(model: Factory, calls: Calls, opset: int) -> ir.Model:
+    """torch's exporter on one call, its dynamic axes so, nothing simplified yet. Raises StepFailed."""
     import torch
 
     from intaglio.pipeline.denoiser import denoise_with
+
+    names = list(calls.usual)
+    with_rows = [place for place, name in enumerate(names) if name not in calls.shared]
 
     class Denoiser(torch.nn.Module):
         def __init__(self) -> None:
@@ -107,27 +166,38 @@ def _export(model: Factory, call: Inputs, opset: int) -> ir.Model:
             self.denoise = denoise_with(model.module, model)
 
         def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            for value in values[1:]:  # one symbol for the batch: masks and latents are combined in some models
-                torch._check(value.shape[0] == values[0].shape[0])  # type: ignore[no-untyped-call]  # torch
-            return self.denoise(dict(zip(call, values, strict=True)))
+            rows = values[with_rows[0]].shape[0]
+            for place in with_rows[1:]:  # one symbol for the batch: masks and latents are combined in some models
+                torch._check(values[place].shape[0] == rows)  # type: ignore[no-untyped-call]  # torch
+            return self.denoise(dict(zip(names, values, strict=True)))
 
-    # an axis of size 1 would be taken for a constant
-    values = tuple(torch.cat([v, v]) if len(v) == 1 else v.contiguous() for v in call.values())
-    batch = {0: torch.export.Dim.DYNAMIC}
-    with _silent(), torch.no_grad():
-        program = torch.onnx.export(
-            Denoiser().eval(),
-            values,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(call),
-            output_names=["output"],
-            dynamic_shapes=((batch,) * len(values),),
-            verbose=False,
-            optimize=False,
-        )
+    # AUTO and not DYNAMIC: an axis that has to be constant is named below, all of them together
+    axes = tuple(dict.fromkeys(calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in names)
+    try:
+        with _silent(), torch.no_grad():
+            program = torch.onnx.export(
+                Denoiser().eval(),
+                tuple(calls.traced.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=["output"],
+                dynamic_shapes=(axes,),
+                verbose=False,
+                optimize=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as e:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in calls.traced.items())
+        raise StepFailed(f"torch cannot export the denoiser called with {shapes}: {_first_cause(e)}") from e
     assert program is not None  # it is, with dynamo
     return program.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """Where it began, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 @contextlib.contextmanager
@@ -181,20 +251,41 @@ def _simplify(model: ir.Model) -> None:
         )(model)
 
 
-def _keep_layer_names(model: ir.Model, layers: frozenset[str]) -> None:
-    """Of all metadata leave each node's layer, and call the batch axis so. Changes `model`: no path is left in it."""
+def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
+    """By symbol of a dynamic axis: its name, and an input and axis that have it. StepFailed where one is constant."""
+    names: dict[str, tuple[str, str, int]] = {}
+    constant = []
+    for value in graph.inputs:
+        name = str(value.name)
+        assert value.shape is not None  # the exporter's inputs have shapes
+        for axis in calls.dynamic_axes(name):
+            size = value.shape[axis]
+            if isinstance(size, int):
+                constant.append(
+                    f"{name}: axis {axis} can only be {size}, it enters the graph as a constant (a position table, or a"
+                    " size that is computed with): call at one size only, or give what depends on it as an input"
+                )
+            else:
+                rows = axis == 0 and name not in calls.shared
+                names.setdefault(str(size), ("batch" if rows else f"{name}_{axis}", name, axis))
+    if constant:
+        raise StepFailed(*constant)
+    return names
+
+
+def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:
+    """Of all metadata leave each node's layer, and give axes their names. Changes `model`: no path is left in it."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     from intaglio.exporters._layer import LAYER_KEY
 
     graph = model.graph
-    symbols = {str(v.shape[0]) for v in graph.inputs if v.shape is not None}
     for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
         value.metadata_props.clear()
         value.doc_string = None
         if value.shape is not None and value.const_value is None:
-            value.shape = ir.Shape([_axis(size, symbols) for size in value.shape])
+            value.shape = ir.Shape([_axis(size, axes) for size in value.shape])
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         layer = scopes[-2].removeprefix("module.") if len(scopes) > 1 else ""
@@ -210,10 +301,10 @@ def _keep_layer_names(model: ir.Model, layers: frozenset[str]) -> None:
     common.NameFixPass()(model)
 
 
-def _axis(size: int | ir.SymbolicDim, batch: set[str]) -> int | str | None:
+def _axis(size: int | ir.SymbolicDim, axes: Mapping[str, tuple[str, str, int]]) -> int | str | None:
     if isinstance(size, int):
         return size
-    return "batch" if str(size) in batch else None
+    return axes[str(size)][0] if str(size) in axes else None
 
 
 def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
@@ -230,8 +321,8 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
         raise StepFailed(*problems)
 
 
-def _check_outputs(model: Factory, path: Path, call: Inputs) -> None:
-    """Run the graph at the recorded number of rows and at one more. Raise StepFailed where it leaves torch."""
+def _check_outputs(model: Factory, path: Path, calls: Calls) -> None:
+    """Run the graph at the recorded rows, at one more, and at the other size. StepFailed where it leaves torch."""
     import torch
 
     from intaglio.exporters._session import open_session
@@ -239,13 +330,15 @@ def _check_outputs(model: Factory, path: Path, call: Inputs) -> None:
 
     session = open_session(path)
     denoise = denoise_with(model.module, model)
-    for inputs in (call, {name: torch.cat([value, value[:1]]) for name, value in call.items()}):
+    for inputs in filter(None, (calls.usual, calls.with_rows(calls.usual, calls.rows + 1), calls.other)):
         with torch.no_grad():
             expected = denoise(inputs)
         found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+        at = f"at {len(expected)} rows" + (f" of {tuple(expected.shape[1:])}" if inputs is calls.other else "")
+        if found.shape != expected.shape:
+            raise StepFailed(f"{at} the exported graph returns {tuple(found.shape)}, torch {tuple(expected.shape)}")
         error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
         if not error <= TOLERANCE:  # NaN is not
-            rows = len(expected)
             raise StepFailed(
-                f"at {rows} rows the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
+                f"{at} the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
             )

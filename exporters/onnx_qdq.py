@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.graph import STEP_INPUT, Graph
+from intaglio.pipeline.graph import STEP_INPUT
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.pass_base import Pass
 
@@ -53,12 +54,12 @@ class ExportQdq(Pass):
         onnx.checker.check_model(path, full_check=True)
         ctx.log.info("wrote %d of %d layers for %s", len(nodes), len(state[PLAN].layers), target.name)
         return {
-            GRAPH: Graph(
-                path,
-                tensor_specs(model.graph.inputs),
-                tensor_specs(model.graph.outputs),
-                quantized.timesteps if quantized.stepped else (),
-                {name: nodes[name] for name in sorted(nodes)},
+            GRAPH: replace(
+                state[FLOAT_GRAPH],
+                path=path,
+                inputs=tensor_specs(model.graph.inputs),
+                timesteps=quantized.timesteps if quantized.stepped else (),
+                nodes={name: nodes[name] for name in sorted(nodes)},
             )
         }
 

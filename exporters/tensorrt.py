@@ -59,7 +59,9 @@ class BuildTensorRT(Pass):
     )
     workspace_mib: int = Field(1024, ge=1, description="memory a layer may use while it runs, MiB")
     dynamic: Mapping[str, Sizes] = Field(
-        {"batch": (1, 2, 8)}, description="smallest, usual and largest size of each dynamic axis, by its name"
+        {"batch": (1, 2, 8)},
+        description="smallest, usual and largest size of a dynamic axis, by its name;"
+        " of one that is not named here, the sizes it was exported at",
     )
     compute_capabilities: tuple[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"], ...] = Field(
         (), description="GPUs the engine runs on (TensorRT-RTX); none listed: those of its default, SM80 and newer"
@@ -100,12 +102,13 @@ class BuildTensorRT(Pass):
         return target.runtime == "tensorrt-rtx" or self.build_on == "host"
 
     def _profile(self, graph: Graph) -> Profile:
+        sizes = {axis: (min(ends), ends[0], max(ends)) for axis, ends in graph.sizes.items()} | dict(self.dynamic)
         owners = {axis: name for name, spec in graph.inputs.items() for axis in spec.shape if isinstance(axis, str)}
-        if unknown := sorted(owners.keys() - self.dynamic.keys()):
+        if unknown := sorted(owners.keys() - sizes.keys()):
             raise TargetError(*(f"{owners[a]}: axis {a!r} is dynamic: give its sizes in dynamic" for a in unknown))
 
         def shape(axes: tuple[int | str, ...], size: int) -> tuple[int, ...]:
-            return tuple(self.dynamic[axis][size] if isinstance(axis, str) else axis for axis in axes)
+            return tuple(sizes[axis][size] if isinstance(axis, str) else axis for axis in axes)
 
         return {
             name: (shape(spec.shape, 0), shape(spec.shape, 1), shape(spec.shape, 2))

@@ -67,7 +67,7 @@ class Verify(Pass):
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
             clock = simulate(model.module, state[QUANTIZED])
-            simulated = _clocked(denoise_with(model.module, model), clock, sampler.timestep_name)
+            simulated = _clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
             samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
             advance()
             samples["deployed"] = sampler.sample(deployed, start).clamp(-1, 1)
@@ -116,11 +116,12 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
 
-def _clocked(denoise: Denoise, clock: StepClock, timestep_name: str) -> Denoise:
-    """The simulation as a function of its inputs alone: the clock is set from the timestep."""
+def _clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:
+    """The simulation as a function of its inputs alone: the clock is set from the timestep, if there is one."""
 
     def clocked(inputs: Inputs) -> torch.Tensor:
-        clock.set(float(inputs[timestep_name].reshape(-1)[0]))
+        if timestep_name is not None:
+            clock.set(float(inputs[timestep_name].reshape(-1)[0]))
         return denoise(inputs)
 
     return clocked

@@ -18,7 +18,7 @@ class Calibrate(Pass):
     """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step."""
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY})
     random: ClassVar[bool] = True
@@ -34,12 +34,13 @@ class Calibrate(Pass):
         import torch
 
         from intaglio.pipeline.checkpoint import layer_table
-        from intaglio.pipeline.denoiser import Call, Sampler, denoise_with
+        from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with
         from intaglio.pipeline.trajectory import Trajectory
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        check_inputs(sampler)
         seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
         hooks = []
         for layer in layer_table(model.module):
@@ -75,7 +76,10 @@ class Calibrate(Pass):
                     advance()
         for hook in hooks:
             hook.remove()
-        inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in calls[0].inputs}
+        varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
+        inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in varying}
+        shared = dict(model.shared)
+        conditions = {n: v for n, v in calls[0].inputs.items() if n not in inputs and n not in shared}
         low, high, output_amax = (
             {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
             for end in ("low", "high", "output")
@@ -83,4 +87,6 @@ class Calibrate(Pass):
         amax = {name: torch.maximum(-low[name], high[name]) for name in low}
         outputs = torch.stack([c.output for c in calls])
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
-        return {TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high)}
+        return {
+            TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared)
+        }

@@ -161,7 +161,7 @@ class _Trainer:
         """Relative squared error of the guided output against the teacher's (EfficientDM Eq. 7), at one step."""
         rows = list(samples) + ([i + self.rows_offset for i in samples] if self.sampler.guidance != 1.0 else [])
         self.clock.step = step
-        inputs = {name: value[step][rows] for name, value in self.trajectory.inputs.items()}
+        inputs = self.trajectory.call(step, rows)
         target = self.sampler.guided(self.trajectory.outputs[step][rows])
         output = self.sampler.guided(self.denoise(inputs))
         return (output - target).square().sum() / target.square().sum()

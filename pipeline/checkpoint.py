@@ -7,8 +7,8 @@ import importlib.util
 import inspect
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,9 +19,11 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.plan import Layer
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from intaglio.pipeline.denoiser import Scheduler
+    from intaglio.pipeline.record import Recording
 
 DENOISER_FOLDERS = ("transformer", "unet", ".")
 
@@ -34,20 +36,58 @@ class ModelRef(BaseModel):
     path: str = Field(description="a diffusers folder, `./file.py:factory`, or a hub id as `hub:owner/name`")
     sampling_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sampler")
     guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1.0 is none")
+    conditions: str | None = Field(
+        None,
+        description="what a folder's denoiser takes beside sample and timestep: a file of intaglio.pipeline.record",
+    )
+    other_size: tuple[int, ...] | str | None = Field(
+        None,
+        description="a second size of a folder's calls: one sample's shape, or a second file of conditions;"
+        " axes that have another size there are dynamic",
+    )
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """Another size at which a denoiser is called. What is not named is as in the usual call."""
+
+    sample_shape: tuple[int, ...]
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Factory:
     """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
 
-    `module(sample, timestep[, class_labels])` returns the predicted noise, or a tuple that begins with it.
+    `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
     `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
+
+    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
+    `conditions`: M rows each, drawn together for the samples; `null`: the rows for guidance, as many or one for all;
+    a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
+    position tables. `constants`: arguments that are no tensors.
+    `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
+    scheduler's times `timestep_scale`. Axes whose size is another in `other` are dynamic in the graph.
     """
 
     module: nn.Module
     scheduler: Scheduler
     sample_shape: tuple[int, ...]
     classes: int | None = None
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    null: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+    sample_name: str | None = None
+    timestep_name: str | None = None
+    timestep_scale: float = 1.0
+    other: CallSize | None = None
+
+    @cached_property
+    def names(self) -> InputNames:
+        """Raises RecipeError for arguments that are required and not given."""
+        return input_names(self)
 
 
 @dataclass(frozen=True)
@@ -58,10 +98,21 @@ class Checkpoint:
     ref: ModelRef
     entry: str = field(default="")
     """`file.py:factory` inside `root`, or empty for a diffusers folder."""
+    recordings: Mapping[str, Path] = field(default_factory=dict)
+    """Files of recorded conditions, by the field of `ref` that names them."""
 
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
         """Find the model that a recipe in `base` names. Raises RecipeError when it is not there or is no model."""
+        named = {"conditions": ref.conditions, "other_size": ref.other_size}
+        recordings = {role: (base / name).resolve() for role, name in named.items() if isinstance(name, str)}
+        for role, path in recordings.items():
+            if not path.is_file():
+                raise RecipeError(f"model: no file {named[role]} beside the recipe")
+        return replace(cls._find(ref, base), recordings=recordings)
+
+    @classmethod
+    def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
         if ref.path.startswith("hub:"):
             from huggingface_hub import snapshot_download
 
@@ -116,19 +167,41 @@ class Checkpoint:
             shutil.copytree(self._denoiser_folder, files / self._denoiser_folder.name, ignore=keep)
             if (self.root / "scheduler").is_dir():
                 shutil.copytree(self.root / "scheduler", files / "scheduler", ignore=keep)
-        settings = {"ref": self.ref.model_dump(mode="json", exclude={"path"}), "entry": self.entry}
-        (root / "checkpoint.json").write_text(json.dumps(settings, indent=1) + "\n")
+        for role, path in self.recordings.items():
+            shutil.copy(path, files / f"{role}.safetensors")
+        named = {role: f"{role}.safetensors" for role in self.recordings}
+        ref = self.ref.model_dump(mode="json", exclude={"path"}) | named
+        (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
         settings = json.loads((root / "checkpoint.json").read_text())
-        return cls(root / "model", ModelRef(path="model", **settings["ref"]), settings["entry"])
+        files, ref = root / "model", ModelRef(path="model", **settings["ref"])
+        recordings = {role: files / f"{role}.safetensors" for role in ("conditions", "other_size")}
+        there = {role: path for role, path in recordings.items() if path.is_file()}
+        return cls(files, ref, settings["entry"], there)
 
     def open(self) -> Factory:
-        """The denoiser in float32 and evaluation mode, its scheduler, and the shape of a sample."""
-        if self.entry:
-            return self._call_factory()
+        """The denoiser in float32 and evaluation mode, its scheduler, its conditions and the shape of a sample.
+
+        Raises RecipeError where it needs to be told more.
+        """
+        from intaglio.pipeline.record import Recording
+
+        recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
+        usual, other = recorded.get("conditions"), recorded.get("other_size")
+        made = self._call_factory() if self.entry else self._open_folder(usual)
+        if usual is not None:
+            made = usual.given_to(made)
+        if other is not None:
+            made = replace(made, other=CallSize(other.sample_shape, other.conditions, other.shared))
+        elif isinstance(self.ref.other_size, tuple):
+            made = replace(made, other=CallSize(self.ref.other_size))
+        _ = made.names  # what is missing is said here, before anything runs
+        return made
+
+    def _open_folder(self, recording: Recording | None) -> Factory:
         import diffusers
 
         assert self._denoiser_folder is not None  # `resolve` made sure
@@ -140,7 +213,8 @@ class Checkpoint:
         module = kind.from_pretrained(
             self._denoiser_folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
         )
-        return Factory(module.eval(), self._scheduler(), _sample_shape(module.config), _class_count(module.config))
+        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
+        return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
 
     def _scheduler(self) -> Scheduler:
         import diffusers
@@ -191,7 +265,11 @@ def _class_name(folder: Path) -> str:
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
-    size = config["sample_size"]
+    size = config.get("sample_size")
+    if size is None:
+        raise RecipeError(
+            "model: its configuration has no sample_size: name a file of intaglio.pipeline.record in `conditions`"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return (config["in_channels"], height, width)
 
@@ -205,8 +283,42 @@ def _class_count(config: Any) -> int | None:  # a diffusers FrozenDict
     return None
 
 
-def input_names(module: nn.Module) -> tuple[str, str, str | None]:
-    """Names of the noisy sample, the timestep and the class labels, if any, among the arguments of `forward`."""
-    names = list(inspect.signature(module.forward).parameters)
-    labels = "class_labels" if "class_labels" in names else None
-    return names[0], "timestep" if "timestep" in names else names[1], labels
+@dataclass(frozen=True)
+class InputNames:
+    """Arguments of a denoiser: the sample, the timestep if it has one, and those that may be left out and are."""
+
+    sample: str
+    timestep: str | None
+    absent: tuple[str, ...]
+
+
+def input_names(model: Factory) -> InputNames:
+    """The timestep is the argument of this name, or else the only one that is required and not given.
+
+    Raises RecipeError for arguments that are required and not given.
+    """
+    parameters = inspect.signature(model.module.forward).parameters
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    sample = model.sample_name or next(iter(named))
+    flat = (
+        *model.conditions,
+        *model.shared,
+        *model.constants,
+        *(("class_labels",) if model.classes is not None else ()),
+    )
+    given = {sample, *(name.partition(".")[0] for name in flat)}
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
+    timestep = model.timestep_name or ("timestep" if "timestep" in named else None)
+    if timestep is None and len(missing) == 1:
+        timestep = missing[0]
+    if left := [name for name in missing if name != timestep]:
+        raise missing_inputs(type(model.module).__name__, left)
+    return InputNames(sample, timestep, tuple(n for n in named if n not in given | {timestep}))
+
+
+def missing_inputs(kind: str, names: Sequence[str]) -> RecipeError:
+    """What to do about inputs that a denoiser needs and nobody gave."""
+    return RecipeError(
+        f"model: {kind} also takes {', '.join(names)}, which nobody gave: name a file of intaglio.pipeline.record in"
+        " `conditions`, or give them in the Factory, as conditions, shared or constants"
+    )

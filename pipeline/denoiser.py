@@ -1,6 +1,7 @@
 """Calls a denoiser: drives its sampler, with guidance, and hands every call to whoever listens.
 
 Shapes: B samples, R = rows of one call (B, or 2 B with guidance: conditional rows first, then null rows).
+Inputs that the rows share have no such axis.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from intaglio.pipeline.checkpoint import Factory, input_names
+from intaglio.pipeline.checkpoint import Factory, missing_inputs
+from intaglio.pipeline.nesting import nest
 
 if TYPE_CHECKING:
     from torch import nn
 
 Inputs = Mapping[str, torch.Tensor]
 Denoise = Callable[[Inputs], torch.Tensor]
-"""Takes the inputs of one call by name, each with R rows; returns the prediction, as many channels as the sample."""
+"""Takes the inputs of one call by flat name, with R rows; returns the prediction, as many channels as the sample."""
+
+CLASS_LABELS = "class_labels"
+"""The condition of a class-conditional model."""
 
 
 class Scheduler(Protocol):
@@ -34,7 +39,7 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser on the way from noise to sample: its step, its inputs (R rows each) and its output."""
+    """One call of the denoiser on the way from noise to sample: its step, its inputs and its output (R rows)."""
 
     step: int
     inputs: Inputs
@@ -43,44 +48,54 @@ class Call:
 
 @dataclass(frozen=True)
 class Start:
-    """Where trajectories begin: noise (B, ...) and, for a class-conditional model, labels (B,)."""
+    """Where trajectories begin: noise (B, ...), drawn conditions (B, ...) by name, and what guidance takes for them."""
 
     noise: torch.Tensor
-    labels: torch.Tensor | None
+    conditions: Inputs
+    null: Inputs
 
 
 class Sampler:
     """Runs a model's scheduler around any implementation of its denoiser: torch, simulated or deployed.
 
-    Deterministic: the same start and the same `denoise` give the same samples.
+    Deterministic: the same start and the same `denoise` give the same samples. Without null rows there is no guidance.
     """
 
     def __init__(self, model: Factory, steps: int, guidance: float) -> None:
         self.model, self.steps = model, steps
-        self.sample_name, self.timestep_name, labels = input_names(model.module)
-        self.label_name = labels if model.classes is not None else None
-        self.guidance = guidance if self.label_name else 1.0
+        self.names = model.names
+        self._conditions, self._null = model.conditions, model.null
+        if model.classes is not None and not model.conditions:
+            self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
+            self._null = {CLASS_LABELS: torch.tensor([model.classes])}
+        self.guidance = guidance if self._null else 1.0
         self.model.scheduler.set_timesteps(steps)
-        self.timesteps = tuple(float(t) for t in self.model.scheduler.timesteps)
+        self.timesteps = tuple(float(self._timestep(t)) for t in self.model.scheduler.timesteps)
+
+    def _timestep(self, t: torch.Tensor) -> torch.Tensor:
+        """As the denoiser takes it."""
+        return t if self.model.timestep_scale == 1.0 else t * self.model.timestep_scale
 
     def start(self, batch: int, generator: torch.Generator) -> Start:
-        """Noise and random classes for `batch` samples."""
+        """Noise and random conditions for `batch` samples."""
         noise = torch.randn(batch, *self.model.sample_shape, generator=generator)
-        if self.label_name is None or self.model.classes is None:
-            return Start(noise, None)
-        return Start(noise, torch.randint(self.model.classes, (batch,), generator=generator))
+        if not self._conditions:
+            return Start(noise, {}, {})
+        count = len(next(iter(self._conditions.values())))
+        drawn = torch.randint(count, (batch,), generator=generator)
+        conditions = {name: rows[drawn] for name, rows in self._conditions.items()}
+        null = {name: rows[drawn if len(rows) > 1 else drawn * 0] for name, rows in self._null.items()}
+        return Start(noise, conditions, null)
 
-    def rows(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The inputs of one call for samples x (B, ...) at timestep t (a scalar)."""
-        inputs = {self.sample_name: x, self.timestep_name: t.reshape(1).expand(len(x))}
-        if self.label_name is not None and labels is not None and self.model.classes is not None:
-            inputs[self.label_name] = labels
-        if self.guidance == 1.0:
-            return inputs
-        doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
-        if self.label_name is not None and labels is not None:
-            doubled[self.label_name] = torch.cat([labels, torch.full_like(labels, self.model.classes or 0)])
-        return doubled
+    def rows(self, x: torch.Tensor, t: torch.Tensor, start: Start) -> dict[str, torch.Tensor]:
+        """The inputs of one call for samples x (B, ...) at timestep t (a scalar) of the scheduler."""
+        inputs = {self.names.sample: x}
+        if self.names.timestep is not None:
+            inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
+        inputs |= start.conditions
+        if self.guidance != 1.0:
+            inputs = {name: torch.cat([value, start.null.get(name, value)]) for name, value in inputs.items()}
+        return inputs | dict(self.model.shared)
 
     def guided(self, output: torch.Tensor) -> torch.Tensor:
         """e = e_null + w (e_cond - e_null): (R, ...) -> (B, ...) (Ho and Salimans 2022, Eq. 6)."""
@@ -96,7 +111,7 @@ class Sampler:
         scheduler.set_timesteps(self.steps)
         x = start.noise * scheduler.init_noise_sigma
         for step, t in enumerate(scheduler.timesteps):
-            inputs = self.rows(scheduler.scale_model_input(x, t), t, start.labels)
+            inputs = self.rows(scheduler.scale_model_input(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
             x = scheduler.step(self.guided(output), t, x).prev_sample
@@ -109,17 +124,74 @@ class Sampler:
         return samples
 
 
+class OneCall:
+    """The scheduler of a model that is called once, such as a decoder: its output is the sample."""
+
+    init_noise_sigma = 1.0
+    timesteps = torch.zeros(1)
+
+    @dataclass(frozen=True)
+    class Output:
+        """What `step` returns in diffusers."""
+
+        prev_sample: torch.Tensor
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        """There is one, whatever is asked for."""
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """As it is."""
+        return sample
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Output:
+        """The end."""
+        return self.Output(model_output)
+
+
 def denoise_with(module: nn.Module, model: Factory) -> Denoise:
-    """The denoiser as a function of named inputs; a learned variance (extra output channels) is cut off."""
-    channels = model.sample_shape[0]
+    """The denoiser as a function of flat named inputs; a learned variance (extra output channels) is cut off.
+
+    A model without a timestep has none, and none is looked for on an axis whose size varies.
+    """
+    channels: int | None = model.sample_shape[0]
+    if model.names.timestep is None or (model.other is not None and model.other.sample_shape[0] != channels):
+        channels = None
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        output = module(**inputs)
+        output = module(**nest({**inputs, **model.constants}))
         if isinstance(output, tuple):
             output = output[0]
         elif not isinstance(output, torch.Tensor):
             output = output.sample
-        kept: torch.Tensor = output[:, :channels]
+        kept: torch.Tensor = output if channels is None else output[:, :channels]
         return kept
 
     return denoise
+
+
+def other_call(model: Factory, call: Inputs) -> dict[str, torch.Tensor] | None:
+    """`call` at the model's other size, with as many rows and the same timestep; None where there is no other."""
+    other = model.other
+    if other is None:
+        return None
+    changed = dict(call)
+    rows = len(call[model.names.sample])
+    noise = torch.randn(rows, *other.sample_shape, generator=torch.Generator().manual_seed(0))
+    changed[model.names.sample] = noise
+    for name, tensor in other.conditions.items():
+        changed[name] = tensor[torch.arange(rows) % len(tensor)]
+    return changed | dict(other.shared)
+
+
+def check_inputs(sampler: Sampler) -> None:
+    """Call the denoiser with one sample. Raises RecipeError where it needs an input that it may be called without."""
+    model = sampler.model
+    start = sampler.start(1, torch.Generator().manual_seed(0))
+    inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
+    try:
+        with torch.no_grad():
+            denoise_with(model.module, model)(inputs)
+    except (AttributeError, TypeError, ValueError) as e:  # what None makes of a tensor's operations
+        if not sampler.names.absent:
+            raise
+        raise missing_inputs(type(model.module).__name__, sampler.names.absent) from e

@@ -27,13 +27,14 @@ def measure_cost(checkpoint: Checkpoint) -> ModelCost:
     import torch
 
     from intaglio.pipeline.checkpoint import layer_table
-    from intaglio.pipeline.denoiser import Sampler, denoise_with
+    from intaglio.pipeline.denoiser import Sampler, check_inputs, denoise_with
 
     model = checkpoint.open()
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    check_inputs(sampler)
     rows_per_sample = 1 if sampler.guidance == 1.0 else 2
     start = sampler.start(ROWS // rows_per_sample, torch.Generator().manual_seed(0))
-    inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start.labels)
+    inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
     denoise = denoise_with(model.module, model)
     with torch.no_grad():
         denoise(inputs)

@@ -27,6 +27,8 @@ class Graph:
 
     `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
     can be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
+    `timestep` names the input that tells the step, None where the model has no timestep. `sizes` gives the size of each
+    dynamic axis but the batch in the recorded call and in the other one.
     """
 
     path: Path
@@ -34,6 +36,8 @@ class Graph:
     outputs: Mapping[str, TensorSpec]
     timesteps: tuple[float, ...] = ()
     nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    timestep: str | None = "timestep"
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
@@ -53,7 +57,10 @@ class Graph:
             for end in ("inputs", "outputs")
         }
         nodes = {name: (before, after) for name, (before, after) in facts["nodes"].items()}
-        return cls(root / "model.onnx", specs["inputs"], specs["outputs"], tuple(facts["timesteps"]), nodes)
+        sizes = {axis: (usual, other) for axis, (usual, other) in facts["sizes"].items()}
+        timesteps = tuple(facts["timesteps"])
+        path = root / "model.onnx"
+        return cls(path, specs["inputs"], specs["outputs"], timesteps, nodes, facts["timestep"], sizes)
 
     @property
     def size_bytes(self) -> int:

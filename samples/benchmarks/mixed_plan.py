@@ -108,7 +108,8 @@ def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory,
     plain = denoise_with(model.module, model)
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        clock.set(float(inputs[sampler.timestep_name][0]))
+        if sampler.names.timestep is not None:
+            clock.set(float(inputs[sampler.names.timestep][0]))
         return plain(inputs)
 
     return sampler.sample(denoise, start).clamp(-1, 1)

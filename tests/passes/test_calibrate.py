@@ -9,9 +9,9 @@ from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
 def test_every_step_is_recorded_with_guidance_rows(calibrated):
     trajectory = calibrated[TRAJECTORY]
     assert trajectory.outputs.shape == (4, 16, 3, 8, 8)
-    labels = trajectory.inputs["class_labels"]
-    assert (labels[:, 8:] == 4).all()  # the null class
-    assert (labels[:, :8] < 4).all()
+    labels = trajectory.conditions["class_labels"]
+    assert (labels[8:] == 4).all()  # the null class
+    assert (labels[:8] < 4).all()
     assert trajectory.inputs["timestep"][:, 0].tolist() == list(trajectory.timesteps)
 
 

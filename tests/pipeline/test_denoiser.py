@@ -21,7 +21,7 @@ def test_calls_carry_conditional_rows_then_null_rows():
     start = sampler.start(3, torch.Generator().manual_seed(0))
     calls = [c for c in sampler.drive(denoise_with(sampler.model.module, sampler.model), start) if isinstance(c, Call)]
     assert [c.step for c in calls] == [0, 1]
-    assert calls[0].inputs["class_labels"].tolist() == [*start.labels.tolist(), 4, 4, 4]
+    assert calls[0].inputs["class_labels"].tolist() == [*start.conditions["class_labels"].tolist(), 4, 4, 4]
     assert torch.equal(calls[0].inputs["hidden_states"][:3], calls[0].inputs["hidden_states"][3:])
 
 
@@ -32,7 +32,7 @@ def test_guided_sampling_equals_the_plain_loop():
     x = start.noise
     with torch.no_grad():
         for t in m.scheduler.timesteps:
-            cond = m.module(x, t.expand(2), class_labels=start.labels).sample
+            cond = m.module(x, t.expand(2), class_labels=start.conditions["class_labels"]).sample
             null = m.module(x, t.expand(2), class_labels=torch.full((2,), 4)).sample
             x = m.scheduler.step(null + 2.0 * (cond - null), t, x).prev_sample
     samples = sampler.sample(denoise_with(m.module, m), start)
@@ -62,4 +62,4 @@ def test_unconditional_model_has_no_guidance():
 
     sampler = Sampler(Factory(Plain(), DDIMScheduler(), (3, 8, 8)), 2, 5.0)
     assert sampler.guidance == 1.0
-    assert sampler.start(2, torch.Generator().manual_seed(0)).labels is None
+    assert not sampler.start(2, torch.Generator().manual_seed(0)).conditions

@@ -1,0 +1,51 @@
+"""Rewrites what torch's exporter writes as if ONNX were torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+def repair(graph: ir.Graph) -> None:
+    """Each node that ONNX or its runtimes read otherwise than it was meant, in other operators. Changes `graph`."""
+    for node in list(graph):
+        match node.op_type:
+            case "Squeeze" if len(node.inputs) > 1:
+                _keep_long_axes(graph, node)
+            case "Where" if node.inputs[1] is not None and node.inputs[1].dtype == ir.DataType.BOOL:
+                _choose_by_logic(graph, node)
+
+
+def _keep_long_axes(graph: ir.Graph, node: ir.Node) -> None:
+    """torch leaves an axis that is not of size 1 alone when it is squeezed, ONNX refuses the model."""
+    x, listed = node.inputs[:2]
+    axes = None if listed is None else ir.convenience.get_const_tensor(listed)
+    if x is None or x.shape is None or axes is None:
+        return
+    given = [int(axis) for axis in axes.numpy().reshape(-1)]
+    short = [axis for axis in given if x.shape[axis] == 1]
+    if short == given:
+        return
+    if short:
+        kept = ir.val(f"{node.outputs[0].name}_axes", const_value=ir.Tensor(np.array(short, np.int64)))
+        graph.register_initializer(kept)
+        node.replace_input_with(1, kept)
+    else:
+        ir.convenience.replace_all_uses_with(node.outputs[0], x, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
+    """Where(c, x, y) of truth values is (c and x) or (not c and y): ONNX Runtime has no Where for them."""
+    c, x, y = node.inputs
+    old = node.outputs[0]
+    first, negated = ir.node("And", [c, x]), ir.node("Not", [c])
+    second = ir.node("And", [negated.outputs[0], y])
+    either = ir.node("Or", [first.outputs[0], second.outputs[0]])
+    for new in (first, negated, second, either):
+        new.metadata_props.update(node.metadata_props)
+        new.outputs[0].type = ir.TensorType(ir.DataType.BOOL)
+    either.outputs[0].shape, either.outputs[0].name = old.shape, old.name
+    graph.insert_before(node, [first, negated, second, either])
+    ir.convenience.replace_all_uses_with(old, either.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)

@@ -1,0 +1,177 @@
+"""Records what a pipeline gives its denoiser beside sample and timestep, so that the denoiser can be run without it.
+
+Shapes: M recorded rows, R rows of one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Factory
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.nesting import flatten
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SAMPLES = ("hidden_states", "sample")
+"""Names of the noisy sample in diffusers."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The inputs of a denoiser beside sample and timestep, as a Factory has them, and one sample's shape."""
+
+    sample_shape: tuple[int, ...]
+    timestep_scale: float = 1.0
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    null: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+
+    def given_to(self, model: Factory) -> Factory:
+        """The model with what was recorded."""
+        return replace(
+            model,
+            sample_shape=self.sample_shape,
+            timestep_scale=self.timestep_scale,
+            conditions=self.conditions,
+            null=self.null,
+            shared=self.shared,
+            constants=self.constants,
+        )
+
+    def save(self, path: Path) -> None:
+        """One safetensors file: conditions by name, `null.` and `shared.` before the others, the rest as metadata."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            **self.conditions,
+            **{f"null.{name}": tensor for name, tensor in self.null.items()},
+            **{f"shared.{name}": tensor for name, tensor in self.shared.items()},
+        }
+        settings = {"sample_shape": self.sample_shape, "timestep_scale": self.timestep_scale}
+        text = json.dumps({**settings, "constants": self.constants}, sort_keys=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"intaglio": text})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote. Raises RecipeError for another file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+        except SafetensorError as e:
+            raise RecipeError(f"model: {path.name} is not a safetensors file: {e}") from e
+        if "intaglio" not in metadata:
+            raise RecipeError(
+                f"model: {path.name} was not written by intaglio.pipeline.record: it names no sample shape"
+            )
+        settings = json.loads(metadata["intaglio"])
+        parts: dict[str, dict[str, torch.Tensor]] = {"null": {}, "shared": {}, "": {}}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition(".")
+            part = head if head in ("null", "shared") and rest else ""
+            parts[part][rest if part else name] = tensor
+        return cls(
+            tuple(settings["sample_shape"]),
+            settings["timestep_scale"],
+            parts[""],
+            parts["null"],
+            parts["shared"],
+            settings["constants"],
+        )
+
+
+def record(
+    pipe: Any,  # a diffusers pipeline, or what is called like one
+    call: Mapping[str, Any],
+    null: Mapping[str, Any] | None = None,
+    *,
+    shared: Sequence[str] = (),
+) -> Recording:
+    """What the denoiser gets in `pipe(**call)`, and its null rows in `pipe(**null)`; give both without guidance.
+
+    Of every run the calls at its first timestep are kept. A tensor whose first axis is that of the sample has rows,
+    unless it is named in `shared`; any other is shared by them.
+    """
+    denoiser = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
+    if denoiser is None:
+        raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
+    usual = _first_calls(denoiser, pipe, call)
+    sample_name = next((name for name in SAMPLES if name in usual[0]), next(iter(usual[0])))
+    sample, timestep = usual[0][sample_name], usual[0].get("timestep")
+    rows, common, constants = _divide(usual, sample_name, shared)
+    null_rows = {} if null is None else _divide(_first_calls(denoiser, pipe, null), sample_name, shared)[0]
+    scale = 1.0
+    if timestep is not None and float(pipe.scheduler.timesteps[0]):
+        scale = float(timestep.reshape(-1)[0]) / float(pipe.scheduler.timesteps[0])
+    return Recording(tuple(sample.shape[1:]), scale, rows, null_rows, common, constants)
+
+
+def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Flat inputs of the calls at the first timestep."""
+    signature = inspect.signature(denoiser.forward)
+    seen: list[dict[str, Any]] = []
+    with _listening(
+        denoiser, lambda args, kwargs: seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
+    ):
+        pipe(**call)
+    if not seen:
+        raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}")
+    return [inputs for inputs in seen if _same(inputs.get("timestep"), seen[0].get("timestep"))]
+
+
+@contextmanager
+def _listening(denoiser: nn.Module, note: Any) -> Iterator[None]:
+    handle = denoiser.register_forward_pre_hook(lambda _, args, kwargs: note(args, kwargs), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and float(a.reshape(-1)[0]) == float(b.reshape(-1)[0]))
+
+
+def _divide(
+    calls: Sequence[Mapping[str, Any]], sample_name: str, shared: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, object]]:
+    """Rows of all calls together, tensors that the rows share, and constants."""
+    import torch
+
+    rows: dict[str, torch.Tensor] = {}
+    common: dict[str, torch.Tensor] = {}
+    constants: dict[str, object] = {}
+    for name, first in calls[0].items():
+        if name in (sample_name, "timestep", "return_dict") or first is None:
+            continue
+        if not isinstance(first, torch.Tensor):
+            constants[name] = _constant(name, first)
+        elif name in shared or first.ndim == 0 or len(first) != len(calls[0][sample_name]):
+            common[name] = _kept(first)
+        else:
+            rows[name] = torch.cat([_kept(call[name]) for call in calls])
+    return rows, common, constants
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, in float32 if in floating point."""
+    kept = tensor.detach().cpu()
+    return kept.float() if kept.is_floating_point() else kept
+
+
+def _constant(name: str, value: object) -> object:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as e:
+        raise RecipeError(f"{name} is a {type(value).__name__}: only numbers, texts and their lists can be kept") from e
