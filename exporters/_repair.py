@@ -12,7 +12,7 @@ def repair(graph: ir.Graph) -> None:
         match node.op_type:
             case "Squeeze" if len(node.inputs) > 1:
                 _keep_long_axes(graph, node)
-            case "Where" if node.inputs[1] is not None and node.inputs[1].dtype == ir.DataType.BOOL:
+            case "Where" if node.outputs[0].dtype == ir.DataType.BOOL:
                 _choose_by_logic(graph, node)
 
 

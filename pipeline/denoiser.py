@@ -27,13 +27,11 @@ CLASS_LABELS = "class_labels"
 
 
 class Scheduler(Protocol):
-    """What is used of a diffusers scheduler."""
+    """What is used of a diffusers scheduler; those that scale noise or the model's input have methods for it."""
 
-    init_noise_sigma: float | torch.Tensor
     timesteps: torch.Tensor
 
     def set_timesteps(self, num_inference_steps: int) -> None: ...
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
 
 
@@ -109,9 +107,10 @@ class Sampler:
         """Yield every call, and last the samples (B, ...)."""
         scheduler = self.model.scheduler
         scheduler.set_timesteps(self.steps)
-        x = start.noise * scheduler.init_noise_sigma
+        x = start.noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
         for step, t in enumerate(scheduler.timesteps):
-            inputs = self.rows(scheduler.scale_model_input(x, t), t, start)
+            inputs = self.rows(scale(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
             x = scheduler.step(self.guided(output), t, x).prev_sample
@@ -127,7 +126,6 @@ class Sampler:
 class OneCall:
     """The scheduler of a model that is called once, such as a decoder: its output is the sample."""
 
-    init_noise_sigma = 1.0
     timesteps = torch.zeros(1)
 
     @dataclass(frozen=True)
@@ -138,10 +136,6 @@ class OneCall:
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """There is one, whatever is asked for."""
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """As it is."""
-        return sample
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Output:
         """The end."""
