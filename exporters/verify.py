@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -31,7 +32,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
@@ -51,7 +52,7 @@ class Verify(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters._session import graph_denoise
-        from intaglio.pipeline.denoiser import Sampler, denoise_with
+        from intaglio.pipeline.denoiser import Sampler, denoise_with, other_call
         from intaglio.pipeline.quant.modules import QuantizedLayer, simulate
         from intaglio.pipeline.verification import Verification
 
@@ -82,6 +83,8 @@ class Verify(Pass):
         parity = _compare_layers(layers, graph, simulated, call, step, optimized, ctx)
         figures = _distances(samples)
         figures["parity_rel_l2"] = _rel_l2(deployed(call), simulated(call))
+        if (other := other_call(model, call)) is not None:
+            figures["parity_other_rel_l2"] = _rel_l2(deployed(other), simulated(other))
         figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
         figures["fp16_bytes"] = fp16_bytes
         ctx.log.info(
@@ -106,6 +109,8 @@ class Verify(Pass):
             for name, p in result.layers.items()
             if p.codes_differing > max(1, self.code_tolerance * p.codes) or p.code_distance_max > 1
         ]
+        if not math.isfinite(result.figures.get("parity_other_rel_l2", 0.0)):
+            problems.append("the graph or its simulation returns NaN or Inf at the model's other size")
         gap, error = result.figures["fidelity_gap_db"], result.figures["fidelity_gap_error_db"]
         if not abs(gap) - 2 * error <= self.gap_db_tolerance:
             problems.append(

@@ -1,0 +1,147 @@
+"""Does every family compile? Tiny denoisers with random weights through the whole compiler, in W8A8 and in W4A8.
+
+    python samples/benchmarks/families.py [flux sd3 ...] [--json]
+
+For each: the float graph against torch; every quantized layer of the graph alone against its simulation, in the forms
+for ONNX Runtime and for TensorRT-RTX; the whole graph against the whole simulation; all of it at a second size where
+the family has one. Then TensorRT-RTX builds the engine, and says how many products it executes on integers.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from pydantic import Field
+from rich.progress import track
+from tiny_families import FAMILIES
+
+from intaglio.exporters._session import graph_denoise
+from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Store, compile
+from intaglio.pipeline.checkpoint import layer_table
+from intaglio.pipeline.denoiser import denoise_with, other_call
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
+from intaglio.pipeline.plan import QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.runner import CompiledTarget
+
+PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}
+"""By plan: for every layer, the first of these schemes that it admits."""
+ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
+
+
+class Uniform(Pass):
+    """Every layer that is called has the first of the schemes that its shape and the target admit."""
+
+    name = "uniform"
+    requires = frozenset({MODEL, TARGET, TRAJECTORY})
+    provides = frozenset({PLAN})
+    schemes: tuple[str, ...] = Field(description="names of schemes, the preferred first")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        layers = layer_table(state[MODEL].open().module)
+        chosen = {}
+        for layer in layers:
+            float_, *quantized = structural_schemes(layer, (32, 64), self.schemes)
+            legal = [s for s in quantized if illegal(layer, s, state[TARGET]) is None]
+            called = layer.name in state[TRAJECTORY].amax
+            chosen[layer.name] = min(legal, key=lambda s: self.schemes.index(s.name)) if called and legal else float_
+        return {PLAN: QuantPlan(layers, chosen)}
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What a plan came to: relative L2 errors to the simulation, and products on integers and in float."""
+
+    layers: int
+    four_bit: int
+    worst_layer: float
+    whole: float
+    int8: int
+    floating: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family: relative L2 error of its float graph to torch, the sizes of its dynamic axes, and its plans."""
+
+    family: str
+    dynamic: Mapping[str, tuple[int, int]]
+    float_error: float
+    plans: Mapping[str, PlanFigures]
+
+
+def measure(family: str, store: Store) -> Row:
+    """Raises what the compiler raises where a layer is not what was simulated, or a graph not what torch computes."""
+    plans = {}
+    for plan in PLANS:
+        compiled = compile(recipe(family, plan), store, base=Path(__file__).parent)
+        ort, rtx = compiled[ORT], compiled[RTX]
+        checks, engine = (ort[VERIFICATION].figures, rtx[VERIFICATION].figures), rtx[ENGINE]
+        plans[plan] = PlanFigures(
+            layers=len(rtx[GRAPH].nodes),
+            four_bit=sum(scheme.name.startswith("w4") for scheme in rtx[PLAN].schemes.values()),
+            worst_layer=max(figures["parity_layer_rel_l2_max"] for figures in checks),
+            whole=max(figures.get(f"parity{size}_rel_l2", 0.0) for figures in checks for size in ("", "_other")),
+            int8=engine.int8_gemm or 0,
+            floating=engine.fp_gemm or 0,
+        )
+    return Row(family, ort[FLOAT_GRAPH].sizes, float_error(family, ort), plans)
+
+
+def recipe(family: str, plan: str) -> Recipe:
+    """Two steps of the sampler, weights rounded to nearest, and no judgement of pictures that random weights draw."""
+    steps = [
+        {"calibrate": {"samples": 2}},
+        {"uses": "./families.py:Uniform", "options": {"schemes": list(PLANS[plan])}},
+        {"distill": {"updates": 0}},
+        "merge",
+        "export-float",
+        "export-qdq",
+        "onnxruntime",
+        {"tensorrt": {"compute_capabilities": ["SM86"]}},
+        {"verify": {"samples": 1, "gap_db_tolerance": 1e3}},
+    ]
+    model = {"path": f"./tiny_families.py:{family}", "sampling_steps": 2, "guidance": 2.0}
+    return Recipe.model_validate({"model": model, "targets": [ORT, RTX], "steps": steps})
+
+
+def float_error(family: str, compiled: CompiledTarget) -> float:
+    """The larger of those at the two sizes."""
+    model, call = FAMILIES[family](), compiled[TRAJECTORY].call(0)
+    module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH])
+    errors = []
+    for inputs in filter(None, (call, other_call(model, call))):
+        with torch.no_grad():
+            expected = module(inputs)
+        errors.append(float((graph(inputs) - expected).norm() / expected.norm()))
+    return max(errors)
+
+
+def table(rows: list[Row]) -> str:
+    """As markdown."""
+    head = ["family", "axes that vary", "float", *(f"{p.upper()}: worst layer, whole" for p in PLANS)]
+    head += [f"{p.upper()}: INT8 products" for p in PLANS]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        errors = [f"{p.worst_layer:.0e}, {p.whole:.0e}" for p in row.plans.values()]
+        products = [f"{p.int8} of {p.layers}" for p in row.plans.values()]
+        lines.append([row.family, str(1 + len(row.dynamic)), f"{row.float_error:.0e}", *errors, *products])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(
+    families: Annotated[list[str] | None, typer.Argument(help="all if none is named")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        rows = [measure(name, store) for name in track(families or list(FAMILIES), "families", disable=as_json)]
+    print(json.dumps([asdict(row) for row in rows]) if as_json else table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
