@@ -75,6 +75,7 @@ class ExportFloat(Pass):
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
         calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
         layers = [layer.name for layer in layer_table(model.module)]
+        expected = _expected(model, calls)
         exported = _export(model, calls, self.opset)
         repair(exported.graph)
         _simplify(exported)
@@ -85,7 +86,7 @@ class ExportFloat(Pass):
         path = ctx.scratch / "model.onnx"
         ir.save(exported, path, external_data="model.onnx.data")
         onnx.checker.check_model(path, full_check=True)
-        _check_outputs(model, path, calls)
+        _check_outputs(path, expected)
         if absent := [name for name in layers if name not in sites]:
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
@@ -187,10 +188,30 @@ def _export(model: Factory, calls: Calls, opset: int) -> ir.Model:
                 optimize=False,
             )
     except torch.onnx.errors.OnnxExporterError as e:
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in calls.traced.items())
-        raise StepFailed(f"torch cannot export the denoiser called with {shapes}: {_first_cause(e)}") from e
+        called = _shapes(calls.traced)
+        raise StepFailed(f"torch cannot export the denoiser called with {called}: {_first_cause(e)}") from e
     assert program is not None  # it is, with dynamo
+    assert program.exported_program is not None
+    _check_dynamic(program.exported_program, calls)
     return program.model
+
+
+def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
+    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not tell."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
+    constant = []
+    for name, user_input in zip(calls.usual, program.graph_signature.user_inputs, strict=True):
+        for axis in calls.dynamic_axes(name):
+            size = values[user_input].shape[axis]
+            least, only = (size, True) if isinstance(size, int) else limits.get(str(size), (0, False))
+            if only:
+                constant.append(
+                    f"{name}: axis {axis} can only be {least}, it enters the graph as a constant (a position table, or a"
+                    " size that is computed with): call at one size only, or give what depends on it as an input"
+                )
+    if constant:
+        raise StepFailed(*constant)
 
 
 def _first_cause(error: BaseException) -> str:
@@ -252,24 +273,14 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
-    """By symbol of a dynamic axis: its name, and an input and axis that have it. StepFailed where one is constant."""
+    """By symbol of a dynamic axis: its name, and an input and axis that have it."""
     names: dict[str, tuple[str, str, int]] = {}
-    constant = []
     for value in graph.inputs:
         name = str(value.name)
         assert value.shape is not None  # the exporter's inputs have shapes
         for axis in calls.dynamic_axes(name):
-            size = value.shape[axis]
-            if isinstance(size, int):
-                constant.append(
-                    f"{name}: axis {axis} can only be {size}, it enters the graph as a constant (a position table, or a"
-                    " size that is computed with): call at one size only, or give what depends on it as an input"
-                )
-            else:
-                rows = axis == 0 and name not in calls.shared
-                names.setdefault(str(size), ("batch" if rows else f"{name}_{axis}", name, axis))
-    if constant:
-        raise StepFailed(*constant)
+            rows = axis == 0 and name not in calls.shared
+            names.setdefault(str(value.shape[axis]), ("batch" if rows else f"{name}_{axis}", name, axis))
     return names
 
 
@@ -321,24 +332,43 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
         raise StepFailed(*problems)
 
 
-def _check_outputs(model: Factory, path: Path, calls: Calls) -> None:
-    """Run the graph at the recorded rows, at one more, and at the other size. StepFailed where it leaves torch."""
+def _expected(model: Factory, calls: Calls) -> list[tuple[str, Inputs, torch.Tensor]]:
+    """What torch returns at the recorded rows, at one more, and at the other size. StepFailed where it cannot."""
+    import torch
+
+    from intaglio.pipeline.denoiser import denoise_with
+
+    denoise = denoise_with(model.module, model)
+    more = calls.with_rows(calls.usual, calls.rows + 1)
+    at = {f"at {calls.rows} rows": calls.usual, f"at {calls.rows + 1} rows": more, "at the other size": calls.other}
+    expected = []
+    for where, inputs in at.items():
+        if inputs is not None:
+            try:
+                with torch.no_grad():
+                    expected.append((where, inputs, denoise(inputs)))
+            except (RuntimeError, ValueError) as e:  # shapes that do not fit
+                raise StepFailed(f"{where} the denoiser cannot be called with {_shapes(inputs)}: {e}") from e
+    return expected
+
+
+def _check_outputs(path: Path, expected: list[tuple[str, Inputs, torch.Tensor]]) -> None:
+    """Run the graph on the same inputs. Raise StepFailed where it leaves torch."""
     import torch
 
     from intaglio.exporters._session import open_session
-    from intaglio.pipeline.denoiser import denoise_with
 
     session = open_session(path)
-    denoise = denoise_with(model.module, model)
-    for inputs in filter(None, (calls.usual, calls.with_rows(calls.usual, calls.rows + 1), calls.other)):
-        with torch.no_grad():
-            expected = denoise(inputs)
+    for where, inputs, output in expected:
         found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
-        at = f"at {len(expected)} rows" + (f" of {tuple(expected.shape[1:])}" if inputs is calls.other else "")
-        if found.shape != expected.shape:
-            raise StepFailed(f"{at} the exported graph returns {tuple(found.shape)}, torch {tuple(expected.shape)}")
-        error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+        if found.shape != output.shape:
+            raise StepFailed(f"{where} the exported graph returns {tuple(found.shape)}, torch {tuple(output.shape)}")
+        error = float((found - output).norm() / output.norm().clamp_min(1e-12))
         if not error <= TOLERANCE:  # NaN is not
             raise StepFailed(
-                f"{at} the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
+                f"{where} the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
             )
+
+
+def _shapes(inputs: Inputs) -> str:
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())

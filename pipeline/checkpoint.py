@@ -68,7 +68,8 @@ class Factory:
     a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
     position tables. `constants`: arguments that are no tensors.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale`. Axes whose size is another in `other` are dynamic in the graph.
+    scheduler's times `timestep_scale`. `schedule`: what else the scheduler's `set_timesteps` is given, such as `mu`.
+    Axes whose size is another in `other` are dynamic in the graph.
     """
 
     module: nn.Module
@@ -82,6 +83,7 @@ class Factory:
     sample_name: str | None = None
     timestep_name: str | None = None
     timestep_scale: float = 1.0
+    schedule: Mapping[str, float] = field(default_factory=dict)
     other: CallSize | None = None
 
     @cached_property

@@ -31,7 +31,7 @@ class Scheduler(Protocol):
 
     timesteps: torch.Tensor
 
-    def set_timesteps(self, num_inference_steps: int) -> None: ...
+    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None: ...
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
 
 
@@ -67,7 +67,7 @@ class Sampler:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
-        self.model.scheduler.set_timesteps(steps)
+        self.model.scheduler.set_timesteps(steps, **model.schedule)
         self.timesteps = tuple(float(self._timestep(t)) for t in self.model.scheduler.timesteps)
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Sampler:
     def drive(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """Yield every call, and last the samples (B, ...)."""
         scheduler = self.model.scheduler
-        scheduler.set_timesteps(self.steps)
+        scheduler.set_timesteps(self.steps, **self.model.schedule)
         x = start.noise * getattr(scheduler, "init_noise_sigma", 1.0)
         scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
         for step, t in enumerate(scheduler.timesteps):
@@ -134,7 +134,7 @@ class OneCall:
 
         prev_sample: torch.Tensor
 
-    def set_timesteps(self, num_inference_steps: int) -> None:
+    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None:
         """There is one, whatever is asked for."""
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Output:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +32,7 @@ class Recording:
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
+    schedule: Mapping[str, float] = field(default_factory=dict)
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     null: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class Recording:
             model,
             sample_shape=self.sample_shape,
             timestep_scale=self.timestep_scale,
+            schedule=self.schedule,
             conditions=self.conditions,
             null=self.null,
             shared=self.shared,
@@ -57,8 +60,8 @@ class Recording:
             **{f"null.{name}": tensor for name, tensor in self.null.items()},
             **{f"shared.{name}": tensor for name, tensor in self.shared.items()},
         }
-        settings = {"sample_shape": self.sample_shape, "timestep_scale": self.timestep_scale}
-        text = json.dumps({**settings, "constants": self.constants}, sort_keys=True)
+        settings = {name: getattr(self, name) for name in ("sample_shape", "timestep_scale", "schedule", "constants")}
+        text = json.dumps(settings, sort_keys=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"intaglio": text})
 
     @classmethod
@@ -84,6 +87,7 @@ class Recording:
         return cls(
             tuple(settings["sample_shape"]),
             settings["timestep_scale"],
+            settings["schedule"],
             parts[""],
             parts["null"],
             parts["shared"],
@@ -106,7 +110,8 @@ def record(
     denoiser = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
     if denoiser is None:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
-    usual = _first_calls(denoiser, pipe, call)
+    with _noting_schedule(pipe.scheduler) as schedule:
+        usual = _first_calls(denoiser, pipe, call)
     sample_name = next((name for name in SAMPLES if name in usual[0]), next(iter(usual[0])))
     sample, timestep = usual[0][sample_name], usual[0].get("timestep")
     rows, common, constants = _divide(usual, sample_name, shared)
@@ -114,7 +119,7 @@ def record(
     scale = 1.0
     if timestep is not None and float(pipe.scheduler.timesteps[0]):
         scale = float(timestep.reshape(-1)[0]) / float(pipe.scheduler.timesteps[0])
-    return Recording(tuple(sample.shape[1:]), scale, rows, null_rows, common, constants)
+    return Recording(tuple(sample.shape[1:]), scale, schedule, rows, null_rows, common, constants)
 
 
 def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -128,6 +133,24 @@ def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> lis
     if not seen:
         raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}")
     return [inputs for inputs in seen if _same(inputs.get("timestep"), seen[0].get("timestep"))]
+
+
+@contextmanager
+def _noting_schedule(scheduler: Any) -> Iterator[dict[str, float]]:
+    """Single numbers that `set_timesteps` is given, the count of steps aside, into the dict it yields."""
+    noted: dict[str, float] = {}
+    original = scheduler.set_timesteps
+
+    @wraps(original)  # pipelines look at its signature
+    def noting(*args: Any, **kwargs: Any) -> None:
+        noted.update({n: v for n, v in kwargs.items() if isinstance(v, float)})
+        original(*args, **kwargs)
+
+    scheduler.set_timesteps = noting
+    try:
+        yield noted
+    finally:
+        del scheduler.set_timesteps
 
 
 @contextmanager

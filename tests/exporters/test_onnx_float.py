@@ -2,6 +2,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from quantizing import rel_l2
 from intaglio.exporters._layer import LAYER_KEY, layer_model
 from intaglio.exporters._session import graph_denoise
 from intaglio.exporters.onnx_float import ExportFloat
-from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef, layer_table
+from intaglio.pipeline.checkpoint import CallSize, Checkpoint, Factory, ModelRef, layer_table
 from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.errors import StepFailed, TargetError
 from intaglio.pipeline.graph import Graph, TensorSpec
@@ -26,9 +27,9 @@ from intaglio.pipeline.trajectory import Trajectory
 class Opened(Checkpoint):
     """A checkpoint whose model is already there."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, **options) -> None:
         super().__init__(Path(), ModelRef(path="toy"))
-        object.__setattr__(self, "factory", Factory(module.eval(), None, (2, 4, 4)))
+        object.__setattr__(self, "factory", Factory(module.eval(), None, (2, 4, 4), **options))
 
     def open(self) -> Factory:
         return self.factory
@@ -149,6 +150,55 @@ def test_a_float_layer_runs_alone(dit):
 def test_a_graph_that_leaves_torch_is_refused(tmp_path):
     with pytest.raises(StepFailed, match="at 2 rows the exported graph is nan from torch"):
         run_pass(ExportFloat(), {MODEL: Opened(Broken()), TRAJECTORY: trajectory(2)}, tmp_path)
+
+
+class Positions(torch.nn.Module):
+    """A table of positions: for one size, or made anew outside of torch for each."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, sample, timestep):
+        table = np.arange(int(self.size or sample.shape[-1]), dtype=np.float32)
+        return sample + torch.from_numpy(table) + timestep.reshape(-1, 1, 1, 1)
+
+
+def test_a_model_that_cannot_be_called_at_its_other_size_is_told_so(tmp_path):
+    opened = Opened(Positions(4), other=CallSize((2, 4, 8)))
+    message = r"at the other size the denoiser cannot be called with sample \(2, 2, 4, 8\), timestep \(2,\): The size"
+    with pytest.raises(StepFailed, match=message):
+        run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)
+
+
+def test_an_axis_that_a_table_holds_constant_is_named(tmp_path):
+    opened = Opened(Positions(None), other=CallSize((2, 4, 8)))
+    with pytest.raises(StepFailed, match=r"^sample: axis 3 can only be 8, it enters the graph as a constant"):
+        run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)
+
+
+class Quirks(torch.nn.Module):
+    """What torch does and ONNX does not: squeezing a long axis, and choosing between truth values."""
+
+    def forward(self, sample, timestep):
+        x = sample.squeeze(1).squeeze(-1)
+        there = (x > 0.5).masked_fill(x > 2.5, False)
+        there = torch.where(x < 1, ~there, there)
+        return torch.where(there, x, -x) + timestep.reshape(-1, 1, 1, 1)
+
+
+def test_what_onnx_has_no_operator_for_is_written_otherwise(tmp_path):
+    opened = Opened(Quirks(), other=CallSize((2, 4, 6)))
+    graph = run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)[FLOAT_GRAPH]
+    assert graph.inputs["sample"].shape == ("batch", 2, 4, "sample_3")
+    assert graph.sizes == {"sample_3": (4, 6)}
+    assert not {"Squeeze"} & {node.op_type for node in onnx.load(graph.path).graph.node}
+
+
+def test_a_graph_keeps_its_sizes_and_its_timestep(tmp_path, odd):
+    kept = replace(odd, sizes={"sample_3": (4, 6)}, timestep=None)
+    kept.save(tmp_path)
+    assert Graph.load(tmp_path) == replace(kept, path=tmp_path / "model.onnx")
 
 
 def test_an_opset_beyond_the_target_is_refused():

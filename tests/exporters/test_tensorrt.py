@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,13 @@ def test_unscaled_sum_in_half_precision_is_an_error(tmp_path):
 def test_dynamic_axis_without_sizes_is_an_error(tmp_path):
     with pytest.raises(TargetError, match="x: axis 'batch' is dynamic"):
         build(token_linears(tmp_path), dynamic={})
+
+
+def test_an_axis_without_sizes_has_those_it_was_exported_at(tmp_path):
+    graph = step_convolution(tmp_path)
+    shape = ("batch", 32, "height", 8)
+    graph = replace(graph, inputs={"x": TensorSpec("float32", shape)}, sizes={"height": (8, 4)})
+    assert BuildTensorRT()._profile(graph) == {"x": ((1, 32, 4, 8), (2, 32, 8, 8), (8, 32, 8, 8))}
 
 
 def test_sizes_of_an_axis_are_ordered():

@@ -1,9 +1,11 @@
+import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from tiny import tiny_dit
 
-from intaglio.pipeline.checkpoint import Factory
-from intaglio.pipeline.denoiser import Call, Sampler, denoise_with
+from intaglio.pipeline.checkpoint import CallSize, Factory
+from intaglio.pipeline.denoiser import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
+from intaglio.pipeline.errors import RecipeError
 
 
 def model(scheduler=None) -> Factory:
@@ -63,3 +65,109 @@ def test_unconditional_model_has_no_guidance():
     sampler = Sampler(Factory(Plain(), DDIMScheduler(), (3, 8, 8)), 2, 5.0)
     assert sampler.guidance == 1.0
     assert not sampler.start(2, torch.Generator().manual_seed(0)).conditions
+
+
+class Nested(torch.nn.Module):
+    """Takes a dict, a tuple, a table that rows share and a constant."""
+
+    def forward(self, sample, timestep, added, rotary, table, frames, scale=1.0):
+        assert isinstance(added, dict)
+        assert isinstance(rotary, tuple)
+        return sample + added["text"][:, :, None, None] + rotary[0][:, None, None, None] * frames + table * scale
+
+
+def nested(**changed) -> Factory:
+    given = {
+        "conditions": {"added.text": torch.arange(15.0).reshape(5, 3), "rotary.0": torch.arange(5.0)},
+        "null": {"added.text": torch.full((1, 3), -1.0)},
+        "shared": {"table": torch.full((8,), 10.0)},
+        "constants": {"frames": 2, "scale": 0.5},
+    }
+    return Factory(Nested(), FlowMatchEulerDiscreteScheduler(), (3, 8, 8), **given | changed)
+
+
+def test_rows_of_all_conditions_are_drawn_together_and_null_rows_follow():
+    sampler = Sampler(nested(), 2, 3.0)
+    start = sampler.start(4, torch.Generator().manual_seed(0))
+    text, rotary = start.conditions["added.text"], start.conditions["rotary.0"]
+    assert text[:, 0].tolist() == (3 * rotary).tolist()
+    assert len(set(rotary.tolist())) > 1
+    inputs = sampler.rows(start.noise, torch.tensor(500.0), start)
+    assert torch.equal(inputs["added.text"], torch.cat([text, torch.full((4, 3), -1.0)]))
+    assert torch.equal(inputs["rotary.0"], torch.cat([rotary, rotary]))  # without null rows it keeps its own
+    assert inputs["table"].shape == (8,)
+    text, rotary = inputs["added.text"], inputs["rotary.0"]
+    expected = inputs["sample"] + text[:, :, None, None] + 2 * rotary[:, None, None, None] + 5
+    torch.testing.assert_close(denoise_with(sampler.model.module, sampler.model)(inputs), expected)
+
+
+def test_as_many_null_rows_are_drawn_with_their_conditions():
+    model = nested(null={"added.text": -torch.arange(15.0).reshape(5, 3)})
+    start = Sampler(model, 2, 3.0).start(4, torch.Generator().manual_seed(0))
+    assert torch.equal(start.null["added.text"], -start.conditions["added.text"])
+
+
+def test_the_timestep_is_scaled_and_known_so():
+    sampler = Sampler(nested(timestep_scale=0.001), 2, 1.0)
+    assert sampler.timesteps == pytest.approx((1.0, 0.001))
+    start = sampler.start(1, torch.Generator().manual_seed(0))
+    assert sampler.rows(start.noise, torch.tensor(250.0), start)["timestep"].tolist() == [0.25]
+
+
+def test_what_is_required_and_not_given_is_named():
+    with pytest.raises(RecipeError, match=r"Nested also takes added, frames, which nobody gave: name a file of intagl"):
+        Sampler(nested(conditions={"rotary.0": torch.zeros(5)}, null={}, constants={}), 2, 1.0)
+
+
+def test_what_may_be_left_out_and_is_needed_after_all_is_named():
+    class Lazy(torch.nn.Module):
+        def forward(self, sample, timestep, text=None, mask=None):
+            return sample + text.mean()
+
+    sampler = Sampler(Factory(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
+    with pytest.raises(RecipeError, match=r"Lazy also takes text, mask, which nobody gave"):
+        check_inputs(sampler)
+
+
+def test_names_of_sample_and_timestep_can_be_given_and_the_only_other_argument_is_the_timestep():
+    class Swapped(torch.nn.Module):
+        def forward(self, sigma, noisy):
+            return noisy * sigma.reshape(-1, 1, 1, 1)
+
+    class Plain(torch.nn.Module):
+        def forward(self, noisy, sigma):
+            return noisy
+
+    given = Factory(Swapped(), DDIMScheduler(), (3, 8, 8), sample_name="noisy", timestep_name="sigma")
+    assert (given.names.sample, given.names.timestep) == ("noisy", "sigma")
+    found = Factory(Plain(), DDIMScheduler(), (3, 8, 8)).names
+    assert (found.sample, found.timestep) == ("noisy", "sigma")
+
+
+def test_a_model_without_a_timestep_is_called_once():
+    class Decoder(torch.nn.Module):
+        def forward(self, latents):
+            return latents.repeat(1, 2, 1, 1)
+
+    model = Factory(Decoder(), OneCall(), (2, 4, 4))
+    sampler = Sampler(model, 20, 1.0)
+    start = sampler.start(3, torch.Generator().manual_seed(0))
+    call, samples = sampler.drive(denoise_with(model.module, model), start)
+    assert list(call.inputs) == ["latents"]
+    assert torch.equal(samples, start.noise.repeat(1, 2, 1, 1))  # its channels are its own: none is cut off
+
+
+def test_the_other_call_has_the_same_rows_and_timestep():
+    other = CallSize((3, 8, 12), {"added.text": torch.zeros(2, 3)}, {"table": torch.zeros(12)})
+    model = nested(other=other)
+    sampler = Sampler(model, 2, 3.0)
+    call = sampler.rows(torch.zeros(3, 3, 8, 8), torch.tensor(7.0), sampler.start(3, torch.Generator().manual_seed(0)))
+    changed = other_call(model, call)
+    assert {n: tuple(v.shape) for n, v in changed.items()} == {
+        "sample": (6, 3, 8, 12),
+        "timestep": (6,),
+        "added.text": (6, 3),
+        "rotary.0": (6,),
+        "table": (12,),
+    }
+    assert denoise_with(model.module, model)(changed).shape == (6, 3, 8, 12)
