@@ -207,8 +207,8 @@ def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
             least, only = (size, True) if isinstance(size, int) else limits.get(str(size), (0, False))
             if only:
                 constant.append(
-                    f"{name}: axis {axis} can only be {least}, it enters the graph as a constant (a position table, or a"
-                    " size that is computed with): call at one size only, or give what depends on it as an input"
+                    f"{name}: axis {axis} can only be {least}, it enters the graph as a constant (a position table,"
+                    " or a size that is computed with): call at one size only, or give what depends on it as an input"
                 )
     if constant:
         raise StepFailed(*constant)

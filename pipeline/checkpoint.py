@@ -287,7 +287,7 @@ def _class_count(config: Any) -> int | None:  # a diffusers FrozenDict
 
 @dataclass(frozen=True)
 class InputNames:
-    """Arguments of a denoiser: the sample, the timestep if it has one, and those that may be left out and are."""
+    """Arguments of a denoiser: the sample, the timestep if it has one, and those that are None as nobody gave them."""
 
     sample: str
     timestep: str | None
@@ -315,7 +315,9 @@ def input_names(model: Factory) -> InputNames:
         timestep = missing[0]
     if left := [name for name in missing if name != timestep]:
         raise missing_inputs(type(model.module).__name__, left)
-    return InputNames(sample, timestep, tuple(n for n in named if n not in given | {timestep}))
+    return InputNames(
+        sample, timestep, tuple(n for n, p in named.items() if p.default is None and n not in {*given, timestep})
+    )
 
 
 def missing_inputs(kind: str, names: Sequence[str]) -> RecipeError:

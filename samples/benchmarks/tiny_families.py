@@ -65,6 +65,7 @@ def unet() -> Factory:
             layers_per_block=1,
             block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            mid_block_type=None,
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=32,
             norm_num_groups=8,
@@ -105,6 +106,7 @@ def _conditional_unet(**options: object) -> nn.Module:
             layers_per_block=1,
             block_out_channels=(32, 64),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            mid_block_type=None,
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=64,
             attention_head_dim=2,
@@ -196,6 +198,79 @@ def sd3() -> Factory:
     null = {name: rows[:1] * 0 for name, rows in conditions.items()}
     other = CallSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
     return Factory(module, _flow(), (16, 8, 8), conditions=conditions, null=null, other=other)
+
+
+def auraflow() -> Factory:
+    module = _make(
+        lambda: diffusers.AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            caption_projection_dim=64,
+            pos_embed_max_size=64,
+        )
+    )
+    other = CallSize((4, 8, 8), {"encoder_hidden_states": _rows(7, 64)})  # positions are chosen from a table
+    text = {"encoder_hidden_states": _rows(5, 64)}
+    return Factory(module, _flow(), (4, 8, 8), conditions=text, timestep_scale=1e-3, other=other)
+
+
+def cogview4() -> Factory:
+    module = _make(
+        lambda: diffusers.CogView4Transformer2DModel(
+            num_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            text_embed_dim=64,
+            time_embed_dim=64,
+            condition_dim=32,
+            pos_embed_max_size=16,
+            sample_size=8,
+            rope_axes_dim=(16, 16),
+        )
+    )
+    sizes = {name: torch.full((ROWS, 2), 64.0) for name in ("original_size", "target_size", "crop_coords")}
+    other = CallSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    conditions = {"encoder_hidden_states": _rows(5, 64), **sizes}
+    return Factory(module, _flow(), (16, 8, 8), conditions=conditions, other=other)
+
+
+def qwen_image() -> Factory:
+    module = _make(
+        lambda: diffusers.QwenImageTransformer2DModel(
+            num_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+        )
+    )
+    conditions = {"encoder_hidden_states": _rows(5, 64), "encoder_hidden_states_mask": torch.ones(ROWS, 5)}
+    constants = {"img_shapes": [[1, 4, 4]]}
+    # one size: the shapes that its positions come from are numbers
+    return Factory(module, _flow(), (16, 64), conditions=conditions, constants=constants, timestep_scale=1e-3)
+
+
+def flux2() -> Factory:
+    module = _make(
+        lambda: diffusers.Flux2Transformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            timestep_guidance_channels=64,
+            axes_dims_rope=(8, 8, 8, 8),
+        )
+    )
+    conditions = {"encoder_hidden_states": _rows(5, 64), "guidance": torch.full((ROWS,), 3.5)}
+    other = CallSize((24, 64), {"encoder_hidden_states": _rows(7, 64)}, _flux_ids(7, 4, 6, 4))
+    shared = _flux_ids(5, 4, 4, 4)
+    return Factory(module, _flow(), (16, 64), conditions=conditions, shared=shared, timestep_scale=1e-3, other=other)
 
 
 def _flux_ids(text: int, height: int, width: int, axes: int = 3) -> Mapping[str, torch.Tensor]:
@@ -416,6 +491,10 @@ FAMILIES: Mapping[str, Callable[[], Factory]] = {
         hunyuan_video,
         latte,
         vae_decoder,
+        auraflow,
+        cogview4,
+        qwen_image,
+        flux2,
     )
 }
 
