@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from intaglio.pipeline.checkpoint import Factory, missing_inputs
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.nesting import nest
 
 if TYPE_CHECKING:
@@ -188,4 +189,5 @@ def check_inputs(sampler: Sampler) -> None:
     except (AttributeError, TypeError, ValueError) as e:  # what None makes of a tensor's operations
         if not sampler.names.absent:
             raise
-        raise missing_inputs(type(model.module).__name__, sampler.names.absent) from e
+        problem = missing_inputs(type(model.module).__name__, sampler.names.absent)
+        raise RecipeError(f"{problem} (the call ended in {type(e).__name__}: {e})") from e

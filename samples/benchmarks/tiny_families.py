@@ -7,7 +7,6 @@ several sizes, the second one here makes those axes dynamic.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import diffusers
 import torch
@@ -236,22 +235,6 @@ def cogview4() -> Factory:
     other = CallSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
     conditions = {"encoder_hidden_states": _rows(5, 64), **sizes}
     return Factory(module, _flow(), (16, 8, 8), conditions=conditions, other=other)
-
-
-def qwen_image() -> Factory:
-    module = _make(
-        lambda: diffusers.QwenImageTransformer2DModel(
-            num_layers=1,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=64,
-            axes_dims_rope=(8, 12, 12),
-        )
-    )
-    conditions = {"encoder_hidden_states": _rows(5, 64), "encoder_hidden_states_mask": torch.ones(ROWS, 5)}
-    constants = {"img_shapes": [[1, 4, 4]]}
-    # one size: the shapes that its positions come from are numbers
-    return Factory(module, _flow(), (16, 64), conditions=conditions, constants=constants, timestep_scale=1e-3)
 
 
 def flux2() -> Factory:
@@ -493,12 +476,6 @@ FAMILIES: Mapping[str, Callable[[], Factory]] = {
         vae_decoder,
         auraflow,
         cogview4,
-        qwen_image,
         flux2,
     )
 }
-
-
-def at_one_size(model: Factory) -> Factory:
-    """The model without its second size."""
-    return replace(model, other=None)
