@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.graph import Graph
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+    from intaglio.pipeline.quant.modules import QuantizedLayer
     from intaglio.pipeline.verification import LayerParity, Verification
 
 
@@ -52,7 +52,7 @@ class Verify(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters._session import graph_denoise
-        from intaglio.pipeline.denoiser import Sampler, denoise_with, other_call
+        from intaglio.pipeline.denoiser import Sampler, clocked, denoise_with, other_call
         from intaglio.pipeline.quant.modules import QuantizedLayer, simulate
         from intaglio.pipeline.verification import Verification
 
@@ -68,7 +68,7 @@ class Verify(Pass):
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
             clock = simulate(model.module, state[QUANTIZED])
-            simulated = _clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
+            simulated = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
             samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
             advance()
             samples["deployed"] = sampler.sample(deployed, start).clamp(-1, 1)
@@ -119,17 +119,6 @@ class Verify(Pass):
             )
         if problems:
             raise StepFailed(*problems)
-
-
-def _clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:
-    """The simulation as a function of its inputs alone: the clock is set from the timestep, if there is one."""
-
-    def clocked(inputs: Inputs) -> torch.Tensor:
-        if timestep_name is not None:
-            clock.set(float(inputs[timestep_name].reshape(-1)[0]))
-        return denoise(inputs)
-
-    return clocked
 
 
 def _compare_layers(

@@ -111,7 +111,7 @@ class MeasureSensitivity(Pass):
         """Squared error of final samples, one layer rounded all the way, where it is predicted to be visible."""
         from scipy.stats import spearmanr
 
-        from intaglio.pipeline.denoiser import denoise_with
+        from intaglio.pipeline.denoiser import clocked, denoise_with
         from intaglio.pipeline.quant.modules import StepClock
 
         visible = 4 / 10 ** (self.drift_below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
@@ -123,12 +123,7 @@ class MeasureSensitivity(Pass):
         ]
         model, clock = sampler.model, StepClock(trajectory.timesteps)
         start = sampler.start(self.drift_samples, ctx.torch_rng("drift"))
-        plain = denoise_with(model.module, model)
-
-        def denoise(inputs: Inputs) -> torch.Tensor:
-            clock.set(float(inputs[sampler.timestep_name][0]))
-            return plain(inputs)
-
+        denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
         reference = sampler.sample(denoise, start)
 
         def measure(name: str, scheme: str) -> float:

@@ -86,6 +86,19 @@ class Factory:
     schedule: Mapping[str, float] = field(default_factory=dict)
     other: CallSize | None = None
 
+    def __post_init__(self) -> None:
+        counts = {name: len(rows) for name, rows in self.conditions.items()}
+        problems = []
+        if len(set(counts.values())) > 1:
+            problems.append(f"model: conditions have different numbers of rows: {counts}")
+        for name, rows in self.null.items():
+            if name not in counts:
+                problems.append(f"model: null rows for {name}, which is no condition")
+            elif len(rows) not in (1, counts[name]):
+                problems.append(f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} as it has itself")
+        if problems:
+            raise RecipeError(*problems)
+
     @cached_property
     def names(self) -> InputNames:
         """Raises RecipeError for arguments that are required and not given."""

@@ -19,6 +19,8 @@ from intaglio.pipeline.nesting import nest
 if TYPE_CHECKING:
     from torch import nn
 
+    from intaglio.pipeline.quant.modules import StepClock
+
 Inputs = Mapping[str, torch.Tensor]
 Denoise = Callable[[Inputs], torch.Tensor]
 """Takes the inputs of one call by flat name, with R rows; returns the prediction, as many channels as the sample."""
@@ -162,6 +164,17 @@ def denoise_with(module: nn.Module, model: Factory) -> Denoise:
         return kept
 
     return denoise
+
+
+def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:
+    """A simulation as a function of its inputs alone: the clock is set from the timestep, if there is one."""
+
+    def at_its_step(inputs: Inputs) -> torch.Tensor:
+        if timestep_name is not None:
+            clock.set(float(inputs[timestep_name].reshape(-1)[0]))
+        return denoise(inputs)
+
+    return at_its_step
 
 
 def other_call(model: Factory, call: Inputs) -> dict[str, torch.Tensor] | None:

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from intaglio.pipeline import Recipe, Step, Store, compile
 from intaglio.pipeline.checkpoint import Checkpoint
-from intaglio.pipeline.denoiser import Inputs, Sampler, Start, denoise_with
+from intaglio.pipeline.denoiser import Sampler, Start, clocked, denoise_with
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
@@ -105,13 +105,7 @@ def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory,
     clock = StepClock(trajectory.timesteps)
     if plan is not None:
         quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes))
-    plain = denoise_with(model.module, model)
-
-    def denoise(inputs: Inputs) -> torch.Tensor:
-        if sampler.names.timestep is not None:
-            clock.set(float(inputs[sampler.names.timestep][0]))
-        return plain(inputs)
-
+    denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
     return sampler.sample(denoise, start).clamp(-1, 1)
 
 

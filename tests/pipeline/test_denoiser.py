@@ -171,3 +171,14 @@ def test_the_other_call_has_the_same_rows_and_timestep():
         "table": (12,),
     }
     assert denoise_with(model.module, model)(changed).shape == (6, 3, 8, 12)
+
+
+def test_rows_that_cannot_be_drawn_together_are_refused_at_once():
+    given = {"added.text": torch.zeros(5, 3), "rotary.0": torch.zeros(4)}
+    with pytest.raises(RecipeError) as caught:
+        nested(conditions=given, null={"added.text": torch.zeros(2, 3), "mask": torch.zeros(1)})
+    assert caught.value.problems == (
+        "model: conditions have different numbers of rows: {'added.text': 5, 'rotary.0': 4}",
+        "model: 2 null rows for added.text: give 1, or 5 as it has itself",
+        "model: null rows for mask, which is no condition",
+    )
