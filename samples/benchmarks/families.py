@@ -18,7 +18,7 @@ import torch
 import typer
 from pydantic import Field
 from rich.progress import track
-from tiny_families import FAMILIES
+from tiny_families import FAMILIES, NEWER
 
 from intaglio.exporters._session import graph_denoise
 from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Store, compile
@@ -111,7 +111,7 @@ def recipe(family: str, plan: str) -> Recipe:
 
 def float_error(family: str, compiled: CompiledTarget) -> float:
     """The larger of those at the two sizes."""
-    model, call = FAMILIES[family](), compiled[TRAJECTORY].call(0)
+    model, call = {**FAMILIES, **NEWER}[family](), compiled[TRAJECTORY].call(0)
     module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH])
     errors = []
     for inputs in filter(None, (call, other_call(model, call))):
@@ -139,7 +139,7 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        rows = [measure(name, store) for name in track(families or list(FAMILIES), "families", disable=as_json)]
+        rows = [measure(name, store) for name in track(families or [*FAMILIES, *NEWER], "families", disable=as_json)]
     print(json.dumps([asdict(row) for row in rows]) if as_json else table(rows))
 
 
