@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from intaglio.pipeline.quant.spec import IntInput, LayerScheme
@@ -16,13 +17,19 @@ from intaglio.pipeline.quant.spec import IntInput, LayerScheme
 if TYPE_CHECKING:
     import torch
 
+    from intaglio.pipeline.quant.balance import Balance, LayerBalance
+
 
 class Ranges(NamedTuple):
-    """What quantized layers need of the trajectory, (T,) by layer name; in the order in which they take it."""
+    """What quantized layers need beside their schemes, by layer name; in the order in which they take it.
+
+    The tables have one entry a step.
+    """
 
     amax: Mapping[str, torch.Tensor]
     output_amax: Mapping[str, torch.Tensor]
     shift: Mapping[str, torch.Tensor]
+    balance: Mapping[str, Balance]
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,38 @@ class Trajectory:
     low: Mapping[str, torch.Tensor]
     high: Mapping[str, torch.Tensor]
 
-    def ranges(self, schemes: Mapping[str, LayerScheme]) -> Ranges:
-        """Input ranges as these schemes use them: around their middle where the input is shifted, else around zero."""
-        from intaglio.pipeline.quant.affine import half_range
+    def ranges(
+        self,
+        schemes: Mapping[str, LayerScheme],
+        balances: Mapping[str, LayerBalance] = MappingProxyType({}),
+        timesteps: tuple[float, ...] | None = None,
+    ) -> Ranges:
+        """Input ranges as these schemes use them: around their middle where the input is shifted, else around zero.
 
-        shifted = [n for n, s in schemes.items() if isinstance(s.input, IntInput) and s.input.shifted]
-        halves = {name: half_range(self.low[name], self.high[name]) for name in shifted}
-        amax = {**self.amax, **{name: half for name, (half, _) in halves.items()}}
-        return Ranges(amax, self.output_amax, {name: middle for name, (_, middle) in halves.items()})
+        At `timesteps`, or at those of the trajectory. All calls at one timestep share a range.
+        """
+        import torch
+
+        from intaglio.pipeline.quant.affine import half_range
+        from intaglio.pipeline.quant.step_table import largest_of_repeated, resample_linear, resample_magnitude
+
+        known, wanted = self.timesteps, timesteps or self.timesteps
+        low = {**self.low, **{name: layer.low_T for name, layer in balances.items()}}
+        high = {**self.high, **{name: layer.high_T for name, layer in balances.items()}}
+        low = {name: -largest_of_repeated(-end, known) for name, end in low.items()}
+        high = {name: largest_of_repeated(end, known) for name, end in high.items()}
+        output_amax = {name: largest_of_repeated(amax, known) for name, amax in self.output_amax.items()}
+        amax = {name: torch.maximum(-low[name], high[name]) for name in low}
+        shift = {}
+        for name, scheme in schemes.items():
+            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+                amax[name], shift[name] = half_range(low[name], high[name])
+        return Ranges(
+            {name: resample_magnitude(table, known, wanted) for name, table in amax.items()},
+            {name: resample_magnitude(table, known, wanted) for name, table in output_amax.items()},
+            {name: resample_linear(table, known, wanted) for name, table in shift.items()},
+            {name: layer.balance for name, layer in balances.items()},
+        )
 
     def call(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """Inputs of the call at `step`."""

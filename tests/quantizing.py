@@ -41,6 +41,7 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
                 None if m.weight_group is None else group_integers(m.weight_group),
                 getattr(m, "output_amax_T", None),
                 getattr(m, "shift_T", None),
+                m.balance,
             )
             for name, m in layers.items()
         },
