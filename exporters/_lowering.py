@@ -383,6 +383,8 @@ class Lowering:
     scheme: str
     runtimes: tuple[str, ...]
     product: Product
+    integer: bool
+    """Whether the runtime multiplies integers."""
     why: str
 
 
@@ -392,37 +394,47 @@ _TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 
 _SYMMETRIC = (
     Lowering(
-        "linear", "w8a8_token", _ORT, per_channel, "becomes MatMulIntegerToFloat; the token's magnitude is behind it"
+        "linear",
+        "w8a8_token",
+        _ORT,
+        per_channel,
+        True,
+        "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
     ),
     Lowering(
         "linear",
         "w8a8_step",
         _ORT,
         per_channel,
+        True,
         "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
     ),
-    Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: see w8a8o8_step"),
-    Lowering("conv", "w8a8o8_step", _ORT, per_channel, "becomes QLinearConv"),
+    Lowering("conv", "w8a8_step", _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
+    Lowering("conv", "w8a8o8_step", _ORT, per_channel, True, "becomes QLinearConv"),
     *(
-        Lowering("conv", scheme, _ORT, two_level_cast, "folded when it loads; becomes QLinearConv")
+        Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
         for scheme in ("w4a8o8_step", "w4a4o8_step")
     ),
-    Lowering("linear", "w4a16", _ORT, blocks, "becomes MatMulNBits: stays 4 bit in memory"),
-    Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
+    Lowering("linear", "w4a16", _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+    Lowering("conv", "w4a16", _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
     *(
-        Lowering("linear", scheme, _ORT, two_level_cast, "folded when it loads: executed as w8a8")
+        Lowering("linear", scheme, _ORT, two_level_cast, True, "folded when it loads: executed as w8a8")
         for scheme in _TWO_LEVEL
     ),
     *(
-        Lowering("conv", scheme, _ORT, two_level_cast, "exact, but in float, as w8a8_step")
+        Lowering("conv", scheme, _ORT, two_level_cast, False, "exact, but in float, as w8a8_step")
         for scheme in ("w4a8_step", "w4a4_step")
     ),
     *(
-        Lowering("linear", scheme, _TRT, two_level_carrier, "an INT8 product; a kernel unpacks the weight in each run")
+        Lowering(
+            "linear", scheme, _TRT, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
+        )
         for scheme in _TWO_LEVEL
     ),
     *(
-        Lowering("conv", scheme, _TRT, two_level_channels, "an INT8 convolution; the weight is unpacked in each run")
+        Lowering(
+            "conv", scheme, _TRT, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
+        )
         for scheme in ("w4a8_step", "w4a4_step")
     ),
     Lowering(
@@ -430,20 +442,32 @@ _SYMMETRIC = (
         "w8a8_token",
         _TRT,
         carrier,
+        True,
         "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
     ),
     Lowering(
-        "linear", "w8a8_step", _TRT, carrier, "as by token; both table look-ups join the kernels beside the product"
+        "linear",
+        "w8a8_step",
+        _TRT,
+        carrier,
+        True,
+        "as by token; both table look-ups join the kernels beside the product",
     ),
     Lowering(
-        "conv", "w8a8_step", _TRT, per_channel, "becomes an INT8 convolution; scales for each channel are safe there"
+        "conv",
+        "w8a8_step",
+        _TRT,
+        per_channel,
+        True,
+        "becomes an INT8 convolution; scales for each channel are safe there",
     ),
-    Lowering("linear", "w4a16", _TRT, blocks, "one kernel that reads 4 bit; only with a group smaller than K"),
+    Lowering("linear", "w4a16", _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
     Lowering(
         "conv",
         "w4a16",
         _TRT,
         blocks,
+        False,
         "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
     ),
 )
