@@ -124,7 +124,7 @@ class Quantized:
             if layer.output_amax_T is not None:
                 tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
             if layer.balance is not None:
-                tensors[f"{name}:balance"] = layer.balance.scale_C.contiguous()
+                tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
         save_file(tensors, root / "quantized.safetensors")
         content = {
             "timesteps": self.timesteps,

@@ -77,7 +77,8 @@ def save_balances(balances: Mapping[str, LayerBalance], path: Path) -> None:
     """Write a safetensors file."""
     from safetensors.torch import save_file
 
-    save_file({f"{n}:{part}": v.contiguous() for n, b in balances.items() for part, v in _tensors(b)}, path)
+    # copies: siblings may share one balance
+    save_file({f"{n}:{part}": v.clone() for n, b in balances.items() for part, v in _tensors(b)}, path)
 
 
 def load_balances(path: Path) -> dict[str, LayerBalance]:

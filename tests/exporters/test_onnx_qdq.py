@@ -17,6 +17,7 @@ from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import TensorSpec
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
@@ -54,6 +55,14 @@ def mixed(layer: Layer) -> LayerScheme:
     return W8A8_STEP if layer.n % 64 == 0 else FLOAT
 
 
+def rotated(layer: Layer) -> Balance | None:
+    """Attention's inputs, alike for all that read one, and convolutions between others."""
+    block = 16 if "attn" in layer.name or "attention" in layer.name else 8 if "conv2" in layer.name else 0
+    if not block or layer.shape[1] % block:
+        return None
+    return Balance.rotated(torch.full((layer.shape[1],), 0.8), block, torch.Generator().manual_seed(0))
+
+
 def write(artifacts: Artifacts, runtime: str, folder: Path) -> Artifacts:
     target: Artifacts = {TARGET: load_target(runtime)}
     return artifacts | target | run_pass(ExportQdq(), artifacts | target, folder)
@@ -61,7 +70,7 @@ def write(artifacts: Artifacts, runtime: str, folder: Path) -> Artifacts:
 
 @pytest.fixture(scope="module", params=["dit", "unet"])
 def planned(request) -> Artifacts:
-    return with_plan(request.getfixturevalue(request.param), mixed)
+    return with_plan(request.getfixturevalue(request.param), mixed, rotated)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +156,13 @@ def test_a_layer_alone_has_its_codes_as_second_output(written):
         onnx.checker.check_model(model, full_check=True)
         assert len(model.graph.output) == (1 if scheme[name].name == "w4a16" else 2)
         assert [i.name for i in model.graph.input][1:] == (["step"] if scheme[name].name.endswith("_step") else [])
+
+
+def test_layers_on_one_input_in_one_basis_share_it(written):
+    balanced = [n.name for n in onnx.load(written[GRAPH].path).graph.node if n.name.endswith("/balance/Mul")]
+    assert any(name.endswith("to_q/balance/Mul") for name in balanced)
+    assert not any("to_k" in name or "to_v" in name for name in balanced)
+    assert len(written[PLAN].balances) > len(balanced)
 
 
 def test_the_plan_is_held_against_the_target_first(unet, tmp_path):
