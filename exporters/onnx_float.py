@@ -43,6 +43,7 @@ class ExportFloat(Pass):
     """The graph computes what torch does at any number of rows, and every node knows the layer it came from."""
 
     name: ClassVar[str] = "export-float"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -174,8 +175,8 @@ def _simplify(model: ir.Model) -> None:
         Sequential(
             common.RemoveUnusedNodesPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.CommonSubexpressionEliminationPass(),  # before equal weights are one: their layers stay apart
             common.DeduplicateInitializersPass(),
-            common.CommonSubexpressionEliminationPass(),
             common.OutputFixPass(),
             common.RemoveUnusedOpsetsPass(),
         )(model)

@@ -26,16 +26,18 @@ def with_plan(
     start: Artifacts,
     choose: Callable[[Layer], LayerScheme],
     balance: Callable[[Layer], Balance | None] = lambda _: None,
+    timesteps: tuple[float, ...] | None = None,
 ) -> Artifacts:
-    """`start` with a plan, and the integers that the layers get by rounding alone."""
+    """`start` with a plan, and the integers that the layers get by rounding alone; with tables at `timesteps`."""
     module, trajectory = start[MODEL].open().module, start[TRAJECTORY]
     layers = layer_table(module)
     plan = QuantPlan(layers, {layer.name: choose(layer) for layer in layers})
     chosen = {layer.name: balance(layer) for layer in layers if plan.schemes[layer.name] != FLOAT}
     plan = plan.balanced(balanced_ranges(start, {name: b for name, b in chosen.items() if b is not None}))
-    ranges = trajectory.ranges(plan.schemes, plan.balances)
-    made = quantize_model(module, plan.schemes, StepClock(trajectory.timesteps), *ranges)
-    return start | {PLAN: plan, QUANTIZED: integers(made, trajectory.timesteps)}
+    timesteps = timesteps or trajectory.timesteps
+    ranges = trajectory.ranges(plan.schemes, plan.balances, timesteps)
+    made = quantize_model(module, plan.schemes, StepClock(timesteps), *ranges)
+    return start | {PLAN: plan, QUANTIZED: integers(made, timesteps)}
 
 
 def balanced_ranges(start: Artifacts, balances: Mapping[str, Balance]) -> dict[str, LayerBalance]:

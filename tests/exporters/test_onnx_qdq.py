@@ -30,6 +30,7 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
+from intaglio.pipeline.quant.step_table import refine
 from intaglio.pipeline.quantized import Quantized
 from intaglio.pipeline.target import load_target
 
@@ -200,6 +201,24 @@ def test_a_call_beside_the_recorded_ones_takes_the_nearest_step(dit, tmp_path):
         call["timestep"] = torch.full_like(call["timestep"], int(timestep))
         predictions.append(graph_denoise(graph)(call))
     assert rel_l2(*predictions) < 0.1  # another timestep embedding, the same scales
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_finer_table_is_used_between_the_calibrated_timesteps(dit, runtime, tmp_path):
+    finer = refine(dit[TRAJECTORY].timesteps, 3)
+    artifacts = write(with_plan(dit, lambda layer: W8A8_STEP, timesteps=finer), runtime, tmp_path)
+    graph, simulation = artifacts[GRAPH], Simulation(artifacts)
+    assert graph.timesteps == finer
+    between = (finer[4] + finer[5]) / 2 - 1
+    call = {**dit[TRAJECTORY].call(1), "timestep": torch.full((4,), int(between))}
+    simulation.clock.set(between)
+    assert simulation.clock.step == 5
+    with torch.no_grad():
+        simulation.denoise(call)
+    assert rel_l2(graph_denoise(graph)(call), simulation.denoise(call).detach()) < 0.02
+    for name, layer in simulation.layers.items():
+        assert parity(graph, name, layer, *simulation.seen[name], 5, optimize=False)[0] < 1e-5, name
+        assert parity(graph, name, layer, *simulation.seen[name], 4, optimize=False)[0] > 1e-4, name
 
 
 def test_onnxruntime_executes_every_convolution_with_a_rounded_output_on_integers(unet, tmp_path):
