@@ -54,7 +54,7 @@ class Trajectory:
         balances: Mapping[str, LayerBalance] = MappingProxyType({}),
         timesteps: tuple[float, ...] | None = None,
     ) -> Ranges:
-        """Input ranges as these schemes use them: around their middle where the input is shifted, else around zero.
+        """What these layers need, in ranges around their middle where the scheme shifts the input, else around zero.
 
         At `timesteps`, or at those of the trajectory. All calls at one timestep share a range.
         """
@@ -64,22 +64,24 @@ class Trajectory:
         from intaglio.pipeline.quant.step_table import largest_of_repeated, resample_linear, resample_magnitude
 
         known, wanted = self.timesteps, timesteps or self.timesteps
-        low = {**self.low, **{name: layer.low_T for name, layer in balances.items()}}
-        high = {**self.high, **{name: layer.high_T for name, layer in balances.items()}}
-        low = {name: -largest_of_repeated(-end, known) for name, end in low.items()}
-        high = {name: largest_of_repeated(end, known) for name, end in high.items()}
-        output_amax = {name: largest_of_repeated(amax, known) for name, amax in self.output_amax.items()}
-        amax = {name: torch.maximum(-low[name], high[name]) for name in low}
-        shift = {}
+        amax, output_amax, shift = {}, {}, {}
         for name, scheme in schemes.items():
+            if name not in self.low:  # never called
+                continue
+            ends = balances.get(name)
+            low, high = (self.low[name], self.high[name]) if ends is None else (ends.low_T, ends.high_T)
+            low, high = -largest_of_repeated(-low, known), largest_of_repeated(high, known)
             if isinstance(scheme.input, IntInput) and scheme.input.shifted:
-                amax[name], shift[name] = half_range(low[name], high[name])
-        return Ranges(
-            {name: resample_magnitude(table, known, wanted) for name, table in amax.items()},
-            {name: resample_magnitude(table, known, wanted) for name, table in output_amax.items()},
-            {name: resample_linear(table, known, wanted) for name, table in shift.items()},
-            {name: layer.balance for name, layer in balances.items()},
-        )
+                half, middle = half_range(low, high)
+                shift[name] = resample_linear(middle, known, wanted)
+            else:
+                half = torch.maximum(-low, high)
+            amax[name] = resample_magnitude(half, known, wanted)
+            if name in self.output_amax:
+                largest = largest_of_repeated(self.output_amax[name], known)
+                output_amax[name] = resample_magnitude(largest, known, wanted)
+        balance = {name: layer.balance for name, layer in balances.items()}
+        return Ranges(amax, output_amax, shift, balance)
 
     def call(self, step: int, rows: slice = slice(None)) -> dict[str, torch.Tensor]:
         """Inputs of the call at `step`."""
