@@ -110,19 +110,21 @@ def test_a_plan_keeps_its_balances(tmp_path):
     layers = (
         Layer(name="a", op="linear", shape=(8, 32), bias=True),
         Layer(name="b", op="conv", shape=(8, 16, 3, 3), bias=True),
+        Layer(name="sibling", op="linear", shape=(8, 32), bias=True),
     )
-    plan = QuantPlan(layers, {"a": W8A8_TOKEN, "b": W8A8_STEP}).balanced({"a": layer_balance(32)})
-    plan = plan.balanced({"b": layer_balance(16)})
+    shared = layer_balance(32)
+    plan = QuantPlan(layers, {"a": W8A8_TOKEN, "b": W8A8_STEP, "sibling": W8A8_TOKEN})
+    plan = plan.balanced({"a": shared, "sibling": shared}).balanced({"b": layer_balance(16)})
     plan.save(tmp_path)
     loaded = QuantPlan.load(tmp_path)
     assert loaded.schemes == plan.schemes
-    assert sorted(loaded.balances) == ["a", "b"]
+    assert sorted(loaded.balances) == ["a", "b", "sibling"]
     for name, layer in plan.balances.items():
         assert same(loaded.balances[name].balance, layer.balance)
         assert torch.equal(loaded.balances[name].low_T, layer.low_T)
         assert torch.equal(loaded.balances[name].high_T, layer.high_T)
     assert '"rotated": 16' in (tmp_path / "plan.json").read_text()
-    assert sorted(plan.replace({"a": FLOAT}).balances) == ["b"]
+    assert sorted(plan.replace({"a": FLOAT}).balances) == ["b", "sibling"]
     with pytest.raises(ContractError, match=r"a scale for each input channel: \['b'\]"):
         plan.balanced({"b": layer_balance(32)})
     with pytest.raises(ContractError, match=r"a balance is for a quantized layer.*\['a'\]"):
