@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from intaglio.exporters._layer import LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
+from intaglio.pipeline.quant.balance import hadamard
 from intaglio.pipeline.quant.packing import pack_int4
 from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
@@ -45,7 +46,15 @@ class Call:
         if not isinstance(form, IntInput):
             return None
         tables = [table for table in (self.data.amax_T, self.data.shift_T) if table is not None]
-        return str(self.site.x.name), form, b"".join(table.numpy().tobytes() for table in tables)
+        x, basis = self.basis
+        return x, form, b"".join([basis, *(table.numpy().tobytes() for table in tables)])
+
+    @property
+    def basis(self) -> tuple[str, bytes]:
+        """Equal for calls with the same input in the same basis."""
+        balance = self.data.balance
+        block = b"" if balance is None else balance.block.to_bytes(4, "little") + balance.scale_C.numpy().tobytes()
+        return str(self.site.x.name), block
 
     @property
     def codes_NK(self) -> NDArray[np.int8]:
@@ -115,6 +124,7 @@ class Writer:
     carriers: Mapping[InputKey, np.float32]
     """By input, the scale that the weights of all layers on it are relative to."""
     _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
+    _balanced: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
 
     def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
         """The node `prefix/role`, whose operator is the last part of its role; its only output."""
@@ -154,14 +164,14 @@ class Writer:
 
     def _rounded_input(self, call: Call) -> Rounded:
         """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
-        key = call.input_key
+        key, x = call.input_key, self._input(call)
         if key is None:
-            return Rounded(call.site.x)
+            return Rounded(x)
         if key not in self._inputs:
             unit, amax, shift = (
-                self._by_token(call, key[1].shifted)
+                self._by_token(call, x, key[1].shifted)
                 if call.data.amax_T is None
-                else self._by_step(call, call.data.amax_T.numpy())
+                else self._by_step(call, x, call.data.amax_T.numpy())
             )
             bits = key[1].bits
             scale = np.float32(input_scale(bits))
@@ -178,12 +188,41 @@ class Writer:
             self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
         return self._inputs[key]
 
-    def _by_token(self, call: Call, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    def _input(self, call: Call) -> ir.Value:
+        """What enters the layer, (x * d) H where it is balanced; shared by all layers that take it in this basis."""
+        balance = call.data.balance
+        if balance is None:
+            return call.site.x
+        if call.basis not in self._balanced:
+            scale = balance.scale_C.numpy()
+            table = self.constant(
+                f"{call.site.layer}/balance", scale if call.op == "linear" else scale.reshape(1, -1, 1, 1)
+            )
+            y = self.op(call, "balance/Mul", [call.site.x, table])
+            self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, len(scale), balance.block)
+        return self._balanced[call.basis]
+
+    def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
+        """x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
+        groups, h = channels // block, hadamard(block).numpy()
+        if call.op == "conv":
+            kernel = np.tile(h, (groups, 1)).reshape(channels, block, 1, 1)
+            constant = self.constant(f"balance/hadamard/{channels}/{block}", kernel)
+            return self.op(call, "balance/Conv", [x, constant], {"group": groups})
+        assert call.site.x.shape is not None  # of a linear layer's input the exporter knows at least the axes
+        kept = [0] * (len(call.site.x.shape) - 1)  # 0: as it is in the input
+        shapes = {"blocks": [*kept, groups, block], "channels": [*kept, channels]}
+        split, join = (self.constant(f"balance/{n}/{'x'.join(map(str, s))}", np.array(s)) for n, s in shapes.items())
+        x = self.op(call, "balance/blocks/Reshape", [x, split])
+        x = self.op(call, "balance/MatMul", [x, self.constant(f"balance/hadamard/{block}", h)])
+        return self.op(call, "balance/channels/Reshape", [x, join])
+
+    def _by_token(self, call: Call, x: ir.Value, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """(x - c) / a, a and c: half the width, at least 1e-7, and the middle of the range over the last axis
 
         Without a shift: x / a, a = max(max|x|, 1e-7).
         """
-        x, shift = call.site.x, None
+        shift = None
         axes, keep = self.constant("token/axes", np.array([-1])), {"keepdims": 1}
         if shifted:
             high, low = (self.op(call, reduction, [x, axes], keep) for reduction in ("ReduceMax", "ReduceMin"))
@@ -197,9 +236,11 @@ class Writer:
         amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
         return self.op(call, "Div", [x, amax]), amax, shift
 
-    def _by_step(self, call: Call, amax_T: NDArray[np.float32]) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    def _by_step(
+        self, call: Call, x: ir.Value, amax_T: NDArray[np.float32]
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """(x - c_t) * r_t, a_t and c_t, r_t = float32(1 / a_t)"""
-        x, shift = call.site.x, None
+        shift = None
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
         table = self.constant(f"{call.site.layer}/amax", amax_T)
@@ -342,6 +383,8 @@ class Lowering:
     scheme: str
     runtimes: tuple[str, ...]
     product: Product
+    integer: bool
+    """Whether the runtime multiplies integers."""
     why: str
 
 
@@ -351,37 +394,47 @@ _TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 
 _SYMMETRIC = (
     Lowering(
-        "linear", "w8a8_token", _ORT, per_channel, "becomes MatMulIntegerToFloat; the token's magnitude is behind it"
+        "linear",
+        "w8a8_token",
+        _ORT,
+        per_channel,
+        True,
+        "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
     ),
     Lowering(
         "linear",
         "w8a8_step",
         _ORT,
         per_channel,
+        True,
         "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
     ),
-    Lowering("conv", "w8a8_step", _ORT, per_channel, "exact, but in float: see w8a8o8_step"),
-    Lowering("conv", "w8a8o8_step", _ORT, per_channel, "becomes QLinearConv"),
+    Lowering("conv", "w8a8_step", _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
+    Lowering("conv", "w8a8o8_step", _ORT, per_channel, True, "becomes QLinearConv"),
     *(
-        Lowering("conv", scheme, _ORT, two_level_cast, "folded when it loads; becomes QLinearConv")
+        Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
         for scheme in ("w4a8o8_step", "w4a4o8_step")
     ),
-    Lowering("linear", "w4a16", _ORT, blocks, "becomes MatMulNBits: stays 4 bit in memory"),
-    Lowering("conv", "w4a16", _ORT, blocks, "exact; the weight is unpacked when it runs"),
+    Lowering("linear", "w4a16", _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+    Lowering("conv", "w4a16", _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
     *(
-        Lowering("linear", scheme, _ORT, two_level_cast, "folded when it loads: executed as w8a8")
+        Lowering("linear", scheme, _ORT, two_level_cast, True, "folded when it loads: executed as w8a8")
         for scheme in _TWO_LEVEL
     ),
     *(
-        Lowering("conv", scheme, _ORT, two_level_cast, "exact, but in float, as w8a8_step")
+        Lowering("conv", scheme, _ORT, two_level_cast, False, "exact, but in float, as w8a8_step")
         for scheme in ("w4a8_step", "w4a4_step")
     ),
     *(
-        Lowering("linear", scheme, _TRT, two_level_carrier, "an INT8 product; a kernel unpacks the weight in each run")
+        Lowering(
+            "linear", scheme, _TRT, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
+        )
         for scheme in _TWO_LEVEL
     ),
     *(
-        Lowering("conv", scheme, _TRT, two_level_channels, "an INT8 convolution; the weight is unpacked in each run")
+        Lowering(
+            "conv", scheme, _TRT, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
+        )
         for scheme in ("w4a8_step", "w4a4_step")
     ),
     Lowering(
@@ -389,20 +442,32 @@ _SYMMETRIC = (
         "w8a8_token",
         _TRT,
         carrier,
+        True,
         "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
     ),
     Lowering(
-        "linear", "w8a8_step", _TRT, carrier, "as by token; both table look-ups join the kernels beside the product"
+        "linear",
+        "w8a8_step",
+        _TRT,
+        carrier,
+        True,
+        "as by token; both table look-ups join the kernels beside the product",
     ),
     Lowering(
-        "conv", "w8a8_step", _TRT, per_channel, "becomes an INT8 convolution; scales for each channel are safe there"
+        "conv",
+        "w8a8_step",
+        _TRT,
+        per_channel,
+        True,
+        "becomes an INT8 convolution; scales for each channel are safe there",
     ),
-    Lowering("linear", "w4a16", _TRT, blocks, "one kernel that reads 4 bit; only with a group smaller than K"),
+    Lowering("linear", "w4a16", _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
     Lowering(
         "conv",
         "w4a16",
         _TRT,
         blocks,
+        False,
         "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
     ),
 )

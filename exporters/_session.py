@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
@@ -17,6 +18,9 @@ from intaglio.pipeline.quant.modules import StepClock
 from intaglio.pipeline.target import load_target
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from intaglio.exporters._departure import Values
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 CPU = "CPUExecutionProvider"
@@ -29,10 +33,12 @@ def open_session(
     threads: int = 0,
     providers: Sequence[str] = (),
     optimized: Path | None = None,
+    data: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
 
-    `optimized`: a file to write the graph to that is executed. Raises what ONNX Runtime raises.
+    `optimized`: a file to write the graph to that is executed. `data`: the folder of the tensors that a model in
+    memory keeps in files. Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
@@ -42,6 +48,8 @@ def open_session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
         )
+    if data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]
     return onnxruntime.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=[*there, CPU]
@@ -113,13 +121,37 @@ def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOp
 def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0) -> Denoise:
     """The graph as a denoiser: takes a call's inputs by name and finds the graph's `step` from the timestep."""
     session = open_session(graph.path, optimize=optimize, threads=threads)
-    clock = StepClock(graph.timesteps)
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
-        if STEP_INPUT in graph.inputs:
-            step = 0 if graph.timestep is None else clock.index(float(inputs[graph.timestep][0]))
-            feed[STEP_INPUT] = np.array(step, np.int64)
-        return torch.from_numpy(session.run(None, feed)[0])
+        return torch.from_numpy(session.run(None, _feed(graph, inputs))[0])
 
     return denoise
+
+
+def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:
+    """The graph as a function from a call's inputs to the values of these names inside it, as float32.
+
+    What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
+    """
+    model = onnx.load(graph.path, load_external_data=False)
+    there = {value.name for value in model.graph.output} | set(graph.inputs)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)
+    outputs = [output.name for output in session.get_outputs()]
+
+    def values(inputs: Inputs) -> dict[str, torch.Tensor]:
+        feed = _feed(graph, inputs)
+        found = feed | dict(zip(outputs, session.run(None, feed), strict=True))
+        return {name: torch.from_numpy(found[name]).float() for name in names}
+
+    return values
+
+
+def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
+    """What ONNX Runtime takes: a call's inputs, and the step whose timestep is nearest."""
+    feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
+    if STEP_INPUT in graph.inputs:
+        clock = StepClock(graph.timesteps)
+        step = 0 if graph.timestep is None else clock.index(float(inputs[graph.timestep][0]))
+        feed[STEP_INPUT] = np.array(step, np.int64)
+    return feed

@@ -242,6 +242,7 @@ def _simplify(model: ir.Model) -> None:
 
     The exporter's own optimizer takes an addition of 1e-8 or less for none, and x / (|x| + eps) is NaN then.
     """
+    import onnx_ir as ir
     from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
@@ -266,10 +267,20 @@ def _simplify(model: ir.Model) -> None:
             common.RemoveUnusedNodesPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.DeduplicateInitializersPass(),
-            common.CommonSubexpressionEliminationPass(),
-            common.OutputFixPass(),
-            common.RemoveUnusedOpsetsPass(),
         )(model)
+        products = [node for node in model.graph if node.op_type in ("MatMul", "Gemm", "Conv")]
+        for node in products:  # two layers with equal weights on one input are two
+            node.attributes["layer"] = ir.AttrString("layer", _module_path(node))
+        common.CommonSubexpressionEliminationPass()(model)
+        for node in products:
+            del node.attributes["layer"]
+        Sequential(common.OutputFixPass(), common.RemoveUnusedOpsetsPass())(model)
+
+
+def _module_path(node: ir.Node) -> str:
+    """Of the module that the exporter made the node for; empty where it does not say."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return str(scopes[-2]).removeprefix("module.") if len(scopes) > 1 else ""
 
 
 def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
@@ -298,8 +309,7 @@ def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str
         if value.shape is not None and value.const_value is None:
             value.shape = ir.Shape([_axis(size, axes) for size in value.shape])
     for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        layer = scopes[-2].removeprefix("module.") if len(scopes) > 1 else ""
+        layer = _module_path(node)
         node.metadata_props.clear()
         node.doc_string = None
         if layer in layers:

@@ -79,7 +79,7 @@ def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
 
     sites = find_sites(graph)
     absent = [
-        f"{name}: the graph has no product of it (never called, or equal to another layer): keep it in float"
+        f"{name}: the graph has no product of it (it is never called): keep it in float"
         for name in sorted(quantized.layers)
         if name not in sites
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.graph import Graph
-    from intaglio.pipeline.quant.modules import QuantizedLayer
-    from intaglio.pipeline.verification import LayerParity, Verification
+    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+    from intaglio.pipeline.verification import Departure, LayerParity, Verification
 
 
 class Verify(Pass):
@@ -46,12 +47,17 @@ class Verify(Pass):
         0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
     )
 
+    bisect: bool = Field(
+        False, description="look into the whole graph as well, and name the first place where it leaves the simulation"
+    )
+
     def forward_rows(self, model: ModelCost) -> int:
         """Three times every sample at every step."""
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        from intaglio.exporters._session import graph_denoise
+        from intaglio.exporters._departure import find_departures, rel_l2, value_names
+        from intaglio.exporters._session import graph_denoise, graph_values
         from intaglio.pipeline.denoiser import Sampler, clocked, denoise_with, other_call
         from intaglio.pipeline.quant.modules import QuantizedLayer, simulate
         from intaglio.pipeline.verification import Verification
@@ -64,6 +70,7 @@ class Verify(Pass):
         optimized = state[TARGET].runtime == "onnxruntime"
         deployed = graph_denoise(graph, optimize=optimized)
         samples = {}
+        departures: dict[str, Departure] = {}
         with ctx.progress("samples", 3) as advance:
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
@@ -74,17 +81,23 @@ class Verify(Pass):
             samples["deployed"] = sampler.sample(deployed, start).clamp(-1, 1)
             advance()
         bad = [name for name, images in samples.items() if not images.isfinite().all()]
-        if bad:
-            raise StepFailed(f"NaN or Inf in the samples: {', '.join(bad)}")
-
         step = len(trajectory.timesteps) // 2
         call = trajectory.call(step, slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows)))
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-        parity = _compare_layers(layers, graph, simulated, call, step, optimized, ctx)
-        figures = _distances(samples)
-        figures["parity_rel_l2"] = _rel_l2(deployed(call), simulated(call))
+        figures = {}
+        if self.bisect:
+            values = graph_values(graph, value_names(graph), optimize=optimized)
+            departures, figures["departure_output_rel_l2"] = find_departures(layers, simulated, graph, values, call)
+            figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
+            figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
+        if bad:
+            raise StepFailed(*self._departed(figures, departures), f"NaN or Inf in the samples: {', '.join(bad)}")
+
+        parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
+        figures |= _distances(samples)
+        figures["parity_rel_l2"] = rel_l2(deployed(call), simulated(call))
         if (other := other_call(model, call)) is not None:
-            figures["parity_other_rel_l2"] = _rel_l2(deployed(other), simulated(other))
+            figures["parity_other_rel_l2"] = rel_l2(deployed(other), simulated(other))
         figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
         figures["fp16_bytes"] = fp16_bytes
         ctx.log.info(
@@ -93,13 +106,14 @@ class Verify(Pass):
             figures["psnr_simulated_db"],
             figures["parity_layer_rel_l2_max"],
         )
-        result = Verification(figures, parity, samples)
+        result = Verification(figures, parity, samples, departures)
         self._judge(result)
         return {VERIFICATION: result}
 
     def _judge(self, result: Verification) -> None:
         """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first."""
-        problems = [
+        problems = self._departed(result.figures, result.departures)
+        problems += [
             f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {self.layer_tolerance:.0e}"
             for name, p in result.layers.items()
             if not p.rel_l2 <= self.layer_tolerance
@@ -120,13 +134,32 @@ class Verify(Pass):
         if problems:
             raise StepFailed(*problems)
 
+    def _departed(self, figures: Mapping[str, float], departures: Mapping[str, Departure]) -> list[str]:
+        """Every layer that computes something else inside the graph, then the first that is handed something else."""
+        allowed = f"tolerance {self.layer_tolerance:.0e}"
+        problems = [
+            f"{name}: relative L2 error {d.own_rel_l2:.2e} inside the whole graph, on what reaches it there, {allowed}"
+            for name, d in departures.items()
+            if not d.own_rel_l2 <= self.layer_tolerance
+        ]
+        reached = {name: d.input_rel_l2 for name, d in departures.items()}
+        reached["the output"] = figures.get("departure_output_rel_l2", 0.0)
+        wrong = [(name, error) for name, error in reached.items() if not error <= self.layer_tolerance]
+        if wrong:
+            name, error = wrong[0]
+            problems.append(
+                f"{name}: relative L2 error {error:.2e} of what reaches it inside the whole graph from right layers,"
+                f" {allowed}: the fault is in front of it ({len(wrong) - 1} more places behind it)"
+            )
+        return problems
+
 
 def _compare_layers(
     layers: dict[str, QuantizedLayer],
     graph: Graph,
     simulated: Denoise,
     call: Inputs,
-    step: int,
+    clock: StepClock,
     optimize: bool,
     ctx: Context,
 ) -> dict[str, LayerParity]:
@@ -149,7 +182,7 @@ def _compare_layers(
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
         for name in graph.nodes:
             x, y = seen[name]
-            parity[name] = _compare_layer(layers[name], graph, name, x, y, step, optimize)
+            parity[name] = _compare_layer(layers[name], graph, name, x, y, clock.step, optimize)
             advance()
     return parity
 
@@ -160,22 +193,17 @@ def _compare_layer(
     import numpy as np
     import torch
 
+    from intaglio.exporters._departure import rel_l2
     from intaglio.exporters._layer import run_layer
     from intaglio.pipeline.verification import LayerParity
 
     deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
-    rel_l2 = _rel_l2(torch.from_numpy(deployed), y)
+    error = rel_l2(torch.from_numpy(deployed), y)
     if not isinstance(layer.scheme.input, IntInput) or codes is None:
-        return LayerParity(rel_l2, 0, 0, 0)
+        return LayerParity(error, 0, 0, 0)
     offset = 128 if codes.dtype == np.uint8 else 0
     distance = (codes.astype(np.int32) - offset - layer.input_codes(x)[0].numpy().astype(np.int32)).ravel()
-    return LayerParity(rel_l2, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
-
-
-def _rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
-    """|y - y_ref| / |y_ref|"""
-    y, reference = y.detach(), reference.detach()
-    return float((y - reference).norm() / reference.norm().clamp_min(1e-12))
+    return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
 
 
 def _distances(samples: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -34,6 +34,7 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
@@ -62,7 +63,8 @@ class Distill(Pass):
         model.module.requires_grad_(False)
         clock = StepClock(trajectory.timesteps)
         schemes = state[PLAN].schemes
-        replaced = quantize_model(model.module, schemes, clock, *trajectory.ranges(schemes))
+        ranges = trajectory.ranges(schemes, state[PLAN].balances)
+        replaced = quantize_model(model.module, schemes, clock, *ranges)
         layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
         loss: tuple[float, ...] = ()
         if self.updates and layers:

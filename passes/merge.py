@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
@@ -13,27 +15,41 @@ from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight, PerStep
 
 
 class MergeAdapters(Pass):
-    """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding."""
+    """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding.
+
+    Tables with a scale a step can have entries at other timesteps than the calibrated ones, which are interpolated.
+    """
 
     name: ClassVar[str] = "merge"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, ADAPTER, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({QUANTIZED})
     needs: ClassVar[tuple[str, ...]] = ("torch",)
 
+    timesteps: tuple[float, ...] = Field(
+        (), description="those that tables with a scale a step have an entry for; none listed: the calibrated ones"
+    )
+    between: int = Field(
+        0, ge=0, le=99, description="entries between each two of them, for samplers that call at other timesteps"
+    )
+
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.quant import affine
+        from intaglio.pipeline.quant.step_table import refine
         from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
         module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
-        ranges = trajectory.ranges(state[PLAN].schemes)
+        plan = state[PLAN]
+        timesteps = refine(self.timesteps or trajectory.timesteps, self.between)
+        ranges = trajectory.ranges(plan.schemes, plan.balances, timesteps)
         merged = {}
-        for layer in state[PLAN].layers:
-            scheme = state[PLAN].schemes[layer.name]
+        for layer in plan.layers:
+            scheme, balance = plan.schemes[layer.name], ranges.balance.get(layer.name)
             if not isinstance(scheme.weight, IntWeight):
                 continue
             learnt = adapter.layers[layer.name]
-            w_NK = module.get_submodule(layer.name).get_parameter("weight").detach().flatten(1)
+            w = module.get_submodule(layer.name).get_parameter("weight").detach()
+            w_NK = (w if balance is None else balance.weight(w)).flatten(1)
             if learnt.a is not None and learnt.b is not None:
                 w_NK = w_NK + learnt.b @ learnt.a
             if not w_NK.isfinite().all() or not (learnt.scale_NG > 0).all():
@@ -47,5 +63,6 @@ class MergeAdapters(Pass):
                 None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
                 ranges.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
                 ranges.shift.get(layer.name) if stepped else None,
+                balance,
             )
-        return {QUANTIZED: Quantized(trajectory.timesteps, merged)}
+        return {QUANTIZED: Quantized(timesteps, merged)}

@@ -45,7 +45,7 @@ class MeasureSensitivity(Pass):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
     random: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -32,6 +32,7 @@ from intaglio.pipeline.quant.spec import (
 )
 
 if TYPE_CHECKING:
+    from intaglio.pipeline.quant.balance import LayerBalance
     from intaglio.pipeline.target import Target
 
 USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
@@ -130,16 +131,23 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard."""
+    """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
+
+    `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
+    """
 
     layers: tuple[Layer, ...]
     schemes: Mapping[str, LayerScheme]
+    balances: Mapping[str, LayerBalance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named, planned = {layer.name for layer in self.layers}, set(self.schemes)
         if named != planned:
             missing, unknown = sorted(named - planned), sorted(planned - named)
             raise ContractError(f"a plan names every layer once: missing {missing}, unknown {unknown}")
+        channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, IntWeight)}
+        if wrong := sorted(n for n, b in self.balances.items() if len(b.balance.scale_C) != channels.get(n)):
+            raise ContractError(f"a balance is for a quantized layer, with a scale for each input channel: {wrong}")
 
     def check(self, target: Target) -> None:
         """Raise TargetError that lists every layer whose scheme the target cannot execute."""
@@ -148,8 +156,13 @@ class QuantPlan:
             raise TargetError(*reasons)
 
     def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
-        """A plan with these layers changed."""
-        return QuantPlan(self.layers, {**self.schemes, **changes})
+        """A plan with these layers changed; those in float have no balance any more."""
+        schemes = {**self.schemes, **changes}
+        return QuantPlan(self.layers, schemes, {n: b for n, b in self.balances.items() if schemes[n] != FLOAT})
+
+    def balanced(self, balances: Mapping[str, LayerBalance]) -> QuantPlan:
+        """A plan with these layers in another basis, beside those that are already."""
+        return QuantPlan(self.layers, self.schemes, {**self.balances, **balances})
 
     @property
     def size_bytes(self) -> int:
@@ -163,25 +176,34 @@ class QuantPlan:
         return sum(layer.n * layer.k * _weight_bits(self.schemes[layer.name]) for layer in self.layers) / total
 
     def save(self, root: Path) -> None:
-        """Write plan.json."""
+        """Write plan.json, and balance.safetensors where a layer is balanced."""
         rows = [
             {
                 **layer.model_dump(mode="json"),
                 "scheme": (scheme := self.schemes[layer.name]).name,
                 **scheme.model_dump(mode="json"),
                 "size_bytes": layer.size_bytes(scheme),
+                **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
             }
             for layer in self.layers
         ]
+        if self.balances:
+            from intaglio.pipeline.quant.balance import save_balances
+
+            save_balances(self.balances, root / "balance.safetensors")
         (root / "plan.json").write_text(json.dumps({"layers": rows}, indent=1) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
-        """Read plan.json."""
+        """Read what `save` wrote."""
         rows = json.loads((root / "plan.json").read_text())["layers"]
         layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias", "padded")}) for r in rows)
         schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
-        return cls(layers, schemes)
+        if not (root / "balance.safetensors").exists():
+            return cls(layers, schemes)
+        from intaglio.pipeline.quant.balance import load_balances
+
+        return cls(layers, schemes, load_balances(root / "balance.safetensors"))
 
 
 def _weight_bits(scheme: LayerScheme) -> int:

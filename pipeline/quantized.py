@@ -16,6 +16,8 @@ from intaglio.pipeline.quant.spec import IntWeight, LayerScheme
 if TYPE_CHECKING:
     import torch
 
+    from intaglio.pipeline.quant.balance import Balance
+
 
 @dataclass(frozen=True)
 class LayerAdapter:
@@ -70,7 +72,8 @@ class QuantizedLayerData:
 
     A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
     largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
-    `shift_T` is the middle of its range and `amax_T` half the width.
+    `shift_T` is the middle of its range and `amax_T` half the width. Codes and input ranges are in the basis of
+    `balance`.
     """
 
     scheme: LayerScheme
@@ -80,6 +83,7 @@ class QuantizedLayerData:
     group_NG: torch.Tensor | None = None
     output_amax_T: torch.Tensor | None = None
     shift_T: torch.Tensor | None = None
+    balance: Balance | None = None
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,14 @@ class Quantized:
                 tensors[f"{name}:shift"] = layer.shift_T.contiguous()
             if layer.output_amax_T is not None:
                 tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
+            if layer.balance is not None:
+                tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
         save_file(tensors, root / "quantized.safetensors")
         content = {
             "timesteps": self.timesteps,
             "layers": {
                 n: {"shape": list(v.codes.shape), "scheme": v.scheme.model_dump(mode="json")}
+                | ({} if v.balance is None else {"rotated": v.balance.block})
                 for n, v in self.layers.items()
             },
         }
@@ -135,6 +142,7 @@ class Quantized:
         import torch
         from safetensors.torch import load_file
 
+        from intaglio.pipeline.quant.balance import Balance
         from intaglio.pipeline.quant.packing import unpack_int4
 
         content = json.loads((root / "quantized.json").read_text())
@@ -152,5 +160,6 @@ class Quantized:
                 tensors.get(f"{name}:group"),
                 tensors.get(f"{name}:output-amax"),
                 tensors.get(f"{name}:shift"),
+                Balance(tensors[f"{name}:balance"], facts["rotated"]) if "rotated" in facts else None,
             )
         return cls(tuple(content["timesteps"]), layers)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from intaglio.pipeline.quant.spec import IntInput, LayerScheme
@@ -16,13 +17,19 @@ from intaglio.pipeline.quant.spec import IntInput, LayerScheme
 if TYPE_CHECKING:
     import torch
 
+    from intaglio.pipeline.quant.balance import Balance, LayerBalance
+
 
 class Ranges(NamedTuple):
-    """What quantized layers need of the trajectory, (T,) by layer name; in the order in which they take it."""
+    """What quantized layers need beside their schemes, by layer name; in the order in which they take it.
+
+    The tables have one entry a step.
+    """
 
     amax: Mapping[str, torch.Tensor]
     output_amax: Mapping[str, torch.Tensor]
     shift: Mapping[str, torch.Tensor]
+    balance: Mapping[str, Balance]
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,40 @@ class Trajectory:
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
-    def ranges(self, schemes: Mapping[str, LayerScheme]) -> Ranges:
-        """Input ranges as these schemes use them: around their middle where the input is shifted, else around zero."""
-        from intaglio.pipeline.quant.affine import half_range
+    def ranges(
+        self,
+        schemes: Mapping[str, LayerScheme],
+        balances: Mapping[str, LayerBalance] = MappingProxyType({}),
+        timesteps: tuple[float, ...] | None = None,
+    ) -> Ranges:
+        """What these layers need, in ranges around their middle where the scheme shifts the input, else around zero.
 
-        shifted = [n for n, s in schemes.items() if isinstance(s.input, IntInput) and s.input.shifted]
-        halves = {name: half_range(self.low[name], self.high[name]) for name in shifted}
-        amax = {**self.amax, **{name: half for name, (half, _) in halves.items()}}
-        return Ranges(amax, self.output_amax, {name: middle for name, (_, middle) in halves.items()})
+        At `timesteps`, or at those of the trajectory. All calls at one timestep share a range.
+        """
+        import torch
+
+        from intaglio.pipeline.quant.affine import half_range
+        from intaglio.pipeline.quant.step_table import largest_of_repeated, resample_linear, resample_magnitude
+
+        known, wanted = self.timesteps, timesteps or self.timesteps
+        amax, output_amax, shift = {}, {}, {}
+        for name, scheme in schemes.items():
+            if name not in self.low:  # never called
+                continue
+            ends = balances.get(name)
+            low, high = (self.low[name], self.high[name]) if ends is None else (ends.low_T, ends.high_T)
+            low, high = -largest_of_repeated(-low, known), largest_of_repeated(high, known)
+            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+                half, middle = half_range(low, high)
+                shift[name] = resample_linear(middle, known, wanted)
+            else:
+                half = torch.maximum(-low, high)
+            amax[name] = resample_magnitude(half, known, wanted)
+            if name in self.output_amax:
+                largest = largest_of_repeated(self.output_amax[name], known)
+                output_amax[name] = resample_magnitude(largest, known, wanted)
+        balance = {name: layer.balance for name, layer in balances.items()}
+        return Ranges(amax, output_amax, shift, balance)
 
     def call(self, step: int, rows: slice | Sequence[int] = slice(None)) -> dict[str, torch.Tensor]:
         """Inputs of the call at `step`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -23,18 +23,38 @@ class LayerParity:
 
 
 @dataclass(frozen=True)
+class Departure:
+    """One layer inside the whole graph, as relative L2 errors.
+
+    `input_rel_l2` of what enters it, from a simulation that goes on with the graph's own values of all layers before;
+    `own_rel_l2` of what leaves it, from the simulated layer on what entered it in the graph.
+    """
+
+    input_rel_l2: float
+    own_rel_l2: float
+
+
+@dataclass(frozen=True)
 class Verification:
-    """What `verify` measured. `samples`: (B, ...) of full precision, the simulation and the deployed graph."""
+    """What `verify` measured. `samples`: (B, ...) of full precision, the simulation and the deployed graph.
+
+    `departures` has the layers in the order in which they run; empty where the whole graph was not looked into.
+    """
 
     figures: Mapping[str, float]
     layers: Mapping[str, LayerParity]
     samples: Mapping[str, torch.Tensor]
+    departures: Mapping[str, Departure] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
         """Write verification.json and samples.safetensors."""
         from safetensors.torch import save_file
 
-        content = {"figures": self.figures, "layers": {n: p.__dict__ for n, p in self.layers.items()}}
+        content = {
+            "figures": self.figures,
+            "layers": {n: p.__dict__ for n, p in self.layers.items()},
+            "departures": {n: d.__dict__ for n, d in self.departures.items()},
+        }
         (root / "verification.json").write_text(json.dumps(content, indent=1) + "\n")
         save_file({k: v.contiguous() for k, v in self.samples.items()}, root / "samples.safetensors")
 
@@ -45,7 +65,8 @@ class Verification:
 
         content = json.loads((root / "verification.json").read_text())
         layers = {n: LayerParity(**p) for n, p in content["layers"].items()}
-        return cls(content["figures"], layers, load_file(root / "samples.safetensors"))
+        departures = {n: Departure(**d) for n, d in content["departures"].items()}
+        return cls(content["figures"], layers, load_file(root / "samples.safetensors"), departures)
 
 
 @dataclass(frozen=True)

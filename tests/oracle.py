@@ -1,77 +1,93 @@
-"""An independent quantizer in numpy, written from the formulas; shares no code with the package."""
+"""An independent quantizer in numpy, written from the formulas; shares no code with the package.
+
+Shapes: N out features, K in features, C input channels, kh kw kernel.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
 
-def round_half_even(x):
-    return np.rint(x)
+class Computed(NamedTuple):
+    """Codes of an input, and the layer's output in float64.
+
+    Where the product is rounded: what it is in codes before that, and what a code is worth in the output.
+    """
+
+    x_codes: np.ndarray
+    y: np.ndarray
+    unrounded: np.ndarray | None = None
+    worth: float | None = None
 
 
 def weight_codes(w, scale, low, high, group):
-    """w (N, K), scale (N, K // group): one loop a weight, as slow and plain as it gets."""
-    codes = np.zeros(w.shape, np.int64)
-    for n in range(w.shape[0]):
-        for k in range(w.shape[1]):
-            q = round_half_even(np.float32(w[n, k]) / np.float32(scale[n, k // group]))
-            codes[n, k] = min(max(int(q), low), high)
-    return codes
+    """w (N, K), scale (N, K // group)"""
+    spread = np.repeat(scale.astype(np.float32), group, axis=1)
+    return np.clip(np.rint(w.astype(np.float32) / spread), low, high).astype(np.int64)
 
 
 def two_level_codes(w, scale, group, size):
     """w (N, K), scale (N,), group (N, K // size) of integers: the 4-bit codes, and the 8-bit ones they stand for."""
-    four, eight = np.zeros(w.shape, np.int64), np.zeros(w.shape, np.int64)
-    for n in range(w.shape[0]):
-        for k in range(w.shape[1]):
-            g = int(group[n, k // size])
-            q = int(round_half_even(np.float32(w[n, k]) / (np.float32(scale[n]) * np.float32(g))))
-            four[n, k] = min(max(q, -8), 7)
-            eight[n, k] = four[n, k] * g
-    return four, eight
+    four = weight_codes(w, scale.astype(np.float32)[:, None] * group.astype(np.float32), -8, 7, size)
+    return four, four * np.repeat(np.rint(group).astype(np.int64), size, axis=1)
 
 
-def token_linear(x, codes, scale, bias, high=127):
-    """One dynamic scale a token: x (M, K), codes (N, K), scale (N,). Returns the codes of x and y in float64."""
-    s = np.float32(1) / np.float32(high)
-    x_codes, y = [], []
-    for row in x.astype(np.float32):
-        amax = max(np.abs(row).max(), np.float32(1e-7))
-        q = np.clip(round_half_even((row / amax) / s), -high - 1, high).astype(np.int64)
-        total = codes.astype(np.int64) @ q
-        y.append(total * float(s) * scale.astype(np.float64) * float(amax) + bias)
-        x_codes.append(q)
-    return np.array(x_codes), np.array(y)
+def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, stride=1, pad=0):
+    """An 8-bit product: x rounded by token, or with `ranges`, (half the width, middle); codes (N, K) or (N, C, kh, kw).
 
-
-def shifted_linear(x, codes, scale, bias, high, ranges):
-    """Each token around its own middle, or all around that of `ranges`, (half the width, middle)."""
+    With `output_amax` the product is rounded as well, without the bias.
+    """
     f = np.float32
-    s = f(1) / f(high)
-    x_codes, y = [], []
-    for row in x.astype(f):
-        half, middle = ranges or ((row.max() - row.min()) * f(0.5), (row.max() + row.min()) * f(0.5))
-        unit = (row - f(middle)) * (f(1) / f(half)) if ranges else (row - middle) / half
-        q = np.clip(round_half_even(unit / s), -high - 1, high).astype(np.int64)
-        total = codes.astype(np.int64) @ q
-        rowsum = codes.astype(np.int64).sum(1) * scale.astype(np.float64)
-        y.append(total * float(s) * scale.astype(np.float64) * float(half) + float(middle) * rowsum + bias)
-        x_codes.append(q)
-    return np.array(x_codes), np.array(y)
+    x, s = x.astype(f), f(1) / f(high)
+    if ranges is None:
+        half, middle = np.abs(x).max(-1, keepdims=True), f(0)
+        if shifted:
+            top, bottom = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+            half, middle = (top - bottom) * f(0.5), (top + bottom) * f(0.5)
+        half = np.maximum(half, f(1e-7))
+        unit = (x - middle) / half
+    else:
+        half, middle = f(ranges[0]), f(ranges[1])
+        unit = (x - middle) * (f(1) / half)
+    q = np.clip(np.rint(unit / s), -high - 1, high).astype(np.int64)
+    total = product(q, codes, stride, pad)
+    scale, bias, rowsum = (_of_channels(v, codes) for v in (scale, bias, codes.reshape(len(codes), -1).sum(1)))
+    if output_amax is None:
+        y = total * float(s) * scale.astype(np.float64) * half + middle * rowsum * scale.astype(np.float64)
+        return Computed(q, y + bias)
+    out_scale = f(f(output_amax) / half) / f(127)
+    unrounded = total.astype(f) * ((s * scale.astype(f)) / out_scale)
+    worth = float(out_scale) * float(half)
+    return Computed(q, np.clip(np.rint(unrounded), -128, 127) * worth + bias, unrounded, worth)
 
 
-def step_convolution(x, codes, scale, bias, amax, output_amax, stride, pad):
-    """One scale for all of x and one for the output before the bias: the codes of the output, and y in float64."""
-    f = np.float32
-    s = f(1) / f(127)
-    q = np.clip(round_half_even((x * (f(1) / f(amax))) / s), -128, 127).astype(np.int64)
-    q = np.pad(q, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    size = codes.shape[-1]
-    height, width = ((edge - size) // stride + 1 for edge in q.shape[2:])
-    total = np.zeros((x.shape[0], codes.shape[0], height, width), np.int64)
-    for i in range(size):
-        for j in range(size):
-            window = q[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
-            total += np.einsum("bchw,nc->bnhw", window, codes[:, :, i, j].astype(np.int64))
-    out_scale = f(f(output_amax) / f(amax)) / f(127)
-    factor = (s * scale.astype(f)) / out_scale
-    y_codes = np.clip(round_half_even(total.astype(f) * factor.reshape(-1, 1, 1)), -128, 127)
-    return y_codes.astype(np.int64), y_codes * float(out_scale) * amax + bias.reshape(-1, 1, 1)
+def weight_only(x, codes, scale, bias, *, stride=1, pad=0):
+    """x in float, codes as in `layer`, and a scale for every one of them (grouped: repeated)."""
+    w = codes * scale.astype(np.float64).reshape(codes.shape)
+    return product(x.astype(np.float64), w, stride, pad) + _of_channels(bias, codes)
+
+
+def product(x, w, stride=1, pad=0):
+    """x (..., K) and w (N, K), or the convolution of (B, C, H, W) and (N, C, kh, kw); in float64, of codes exact."""
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    if w.ndim == 2:
+        return x @ w.T
+    x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    height, width = ((edge - size) // stride + 1 for edge, size in zip(x.shape[2:], w.shape[2:], strict=True))
+    total = np.zeros((x.shape[0], w.shape[0], height, width))
+    for i in range(w.shape[2]):
+        for j in range(w.shape[3]):
+            window = x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
+            total += np.moveaxis(np.tensordot(window, w[:, :, i, j], axes=(1, 1)), -1, 1)
+    return total
+
+
+def balanced(x, d, block, axis):
+    """(x * d) H along `axis`, H[i, j] = (-1)^(bits that i and j share) in each block of H."""
+    h = np.array([[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)])
+    scaled = np.moveaxis(x.astype(np.float64), axis, -1) * d.astype(np.float64)
+    return np.moveaxis(scaled @ np.kron(np.eye(len(d) // block), h), -1, axis)
+
+
+def _of_channels(values, codes):
+    return np.asarray(values).reshape((-1, 1, 1) if codes.ndim == 4 else (-1,))

@@ -1,6 +1,7 @@
 """Quantizes a model as a plan says, without sensitivity or training, and runs the simulation layer by layer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,20 +14,53 @@ from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.affine import group_integers
+from intaglio.pipeline.quant.balance import Balance, LayerBalance
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model, simulate
-from intaglio.pipeline.quant.spec import LayerScheme
+from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
 Seen = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def with_plan(start: Artifacts, choose: Callable[[Layer], LayerScheme]) -> Artifacts:
-    """`start` with a plan, and the integers that the layers get by rounding alone."""
+def with_plan(
+    start: Artifacts,
+    choose: Callable[[Layer], LayerScheme],
+    balance: Callable[[Layer], Balance | None] = lambda _: None,
+    timesteps: tuple[float, ...] | None = None,
+) -> Artifacts:
+    """`start` with a plan, and the integers that the layers get by rounding alone; with tables at `timesteps`."""
     module, trajectory = start[MODEL].open().module, start[TRAJECTORY]
     layers = layer_table(module)
     plan = QuantPlan(layers, {layer.name: choose(layer) for layer in layers})
-    made = quantize_model(module, plan.schemes, StepClock(trajectory.timesteps), *trajectory.ranges(plan.schemes))
-    return start | {PLAN: plan, QUANTIZED: integers(made, trajectory.timesteps)}
+    chosen = {layer.name: balance(layer) for layer in layers if plan.schemes[layer.name] != FLOAT}
+    plan = plan.balanced(balanced_ranges(start, {name: b for name, b in chosen.items() if b is not None}))
+    timesteps = timesteps or trajectory.timesteps
+    ranges = trajectory.ranges(plan.schemes, plan.balances, timesteps)
+    made = quantize_model(module, plan.schemes, StepClock(timesteps), *ranges)
+    return start | {PLAN: plan, QUANTIZED: integers(made, timesteps)}
+
+
+def balanced_ranges(start: Artifacts, balances: Mapping[str, Balance]) -> dict[str, LayerBalance]:
+    """The balances with the ends of their layers' inputs in every recorded call."""
+    model, trajectory = start[MODEL].open(), start[TRAJECTORY]
+    steps = range(len(trajectory.timesteps))
+    seen: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in steps] for name in balances}
+    now = 0
+
+    def note(layer, args, name):
+        axis = -1 if isinstance(layer, torch.nn.Linear) else -3
+        seen[name][now].append(torch.stack(balances[name].input(args[0], axis).aminmax()))
+
+    for name in balances:
+        model.module.get_submodule(name).register_forward_pre_hook(partial(note, name=name))
+    with torch.no_grad():
+        for now in steps if balances else ():
+            denoise_with(model.module, model)(trajectory.call(now))
+    found = {}
+    for name, balance in balances.items():
+        low, high = zip(*(torch.stack(calls).T for calls in seen[name]), strict=True)
+        found[name] = LayerBalance(balance, torch.stack([v.min() for v in low]), torch.stack([v.max() for v in high]))
+    return found
 
 
 def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...]) -> Quantized:
@@ -41,6 +75,7 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
                 None if m.weight_group is None else group_integers(m.weight_group),
                 getattr(m, "output_amax_T", None),
                 getattr(m, "shift_T", None),
+                m.balance,
             )
             for name, m in layers.items()
         },

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class QuantizedLayer(nn.Module):
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     The product of `adapter_b` (N, rank) and `adapter_a` (rank, K) is added to the weight before it is rounded
-    (QALoRA, EfficientDM Eq. 5).
+    (QALoRA, EfficientDM Eq. 5). A balance puts input and weight into another basis before either is rounded; the
+    adapter, and the input's ranges, are in that basis.
     """
 
     def __init__(
@@ -55,18 +57,19 @@ class QuantizedLayer(nn.Module):
         amax_T: torch.Tensor | None = None,
         output_amax_T: torch.Tensor | None = None,
         shift_T: torch.Tensor | None = None,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         self.amax_T: torch.Tensor
         self.shift_T: torch.Tensor
         self.output_amax_T: torch.Tensor
-        self.layer, self.scheme, self.clock = layer, scheme, clock
+        self.layer, self.scheme, self.clock, self.balance = layer, scheme, clock, balance
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
         self.weight_group: nn.Parameter | None = None
         self._rounded: torch.Tensor | None = None
         if isinstance(scheme.weight, IntWeight):
-            self._set_scales(*affine.fit(layer.weight.flatten(1), scheme.weight))
+            self._set_scales(*affine.fit(self.float_weight(), scheme.weight))
         if isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep):
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
@@ -100,7 +103,8 @@ class QuantizedLayer(nn.Module):
 
     def float_weight(self) -> torch.Tensor:
         """The weight that is rounded, W0 + B A: (N, K)."""
-        w_NK = self.layer.weight.flatten(1)
+        w = self.layer.weight if self.balance is None else self.balance.weight(self.layer.weight)
+        w_NK = w.flatten(1)
         return w_NK if self.adapter_a is None or self.adapter_b is None else w_NK + self.adapter_b @ self.adapter_a
 
     def weight_codes(self) -> torch.Tensor:
@@ -143,6 +147,10 @@ class QuantizedLayer(nn.Module):
         y: torch.Tensor = self.layer._conv_forward(x, weight, None)
         return y
 
+    def _balanced(self, x: torch.Tensor) -> torch.Tensor:
+        """The input in the basis in which it is rounded."""
+        return x if self.balance is None else self.balance.input(x, -1 if isinstance(self.layer, nn.Linear) else -3)
+
     def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes of the input, as floats, the magnitude that its unit range stands for, (..., 1) or (), and the shift.
 
@@ -151,6 +159,7 @@ class QuantizedLayer(nn.Module):
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
+        x = self._balanced(x)
         match self.scheme.input.granularity:
             case PerToken():
                 amax, shift = affine.token_range(x) if shifted else (affine.token_amax(x), None)
@@ -180,7 +189,7 @@ class QuantizedLayer(nn.Module):
             if shift is not None:
                 y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         else:
-            y = self._apply_layer(x, weight)
+            y = self._apply_layer(self._balanced(x), weight)
         return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
 
     def _of_channels(self, values_N: torch.Tensor) -> torch.Tensor:
@@ -195,11 +204,13 @@ def quantize_model(
     amax: Mapping[str, torch.Tensor],
     output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
     shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    balance: Mapping[str, Balance] = MappingProxyType({}),
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
     `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
-    output is rounded and those whose input is shifted: `Trajectory.ranges`. Returns the new layers by name.
+    output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
+    `Trajectory.ranges`. Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -210,7 +221,7 @@ def quantize_model(
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
         replaced[name] = QuantizedLayer(
-            layer, schemes[name], clock, amax.get(name), output_amax.get(name), shift.get(name)
+            layer, schemes[name], clock, amax.get(name), output_amax.get(name), shift.get(name), balance.get(name)
         )
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
@@ -225,8 +236,9 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     amax = {name: data.amax_T for name, data in quantized.layers.items() if data.amax_T is not None}
     output_amax = {n: data.output_amax_T for n, data in quantized.layers.items() if data.output_amax_T is not None}
     shift = {name: data.shift_T for name, data in quantized.layers.items() if data.shift_T is not None}
+    balance = {name: data.balance for name, data in quantized.layers.items() if data.balance is not None}
     schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax, shift)
+    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]

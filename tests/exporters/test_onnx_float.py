@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import os
 import subprocess
@@ -36,16 +37,21 @@ class Opened(Checkpoint):
 
 
 class Odd(torch.nn.Module):
-    """A layer called twice, two layers with one weight, one that is never called, and a division by almost zero."""
+    """A layer called twice, two layers with one weight, one that is never called, and a division by almost zero.
+
+    Two layers are equal and read the same.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.twice, self.left, self.right, self.never = (torch.nn.Linear(4, 4) for _ in range(4))
+        self.twice, self.left, self.right, self.never, self.one = (torch.nn.Linear(4, 4) for _ in range(5))
         self.right.weight = self.left.weight
+        self.same = copy.deepcopy(self.one)
 
     def forward(self, sample, timestep):
         x = self.twice(torch.nn.functional.gelu(self.twice(sample)))
+        x = self.one(x) * self.same(x)
         zero = sample - sample
         return self.left(x) + self.right(sample) + zero / (zero.abs() + 1e-12) + timestep.reshape(-1, 1, 1, 1)
 
@@ -132,9 +138,9 @@ def test_another_process_writes_the_same_bytes(odd):
 
 
 def test_a_layer_called_twice_is_one_layer_and_one_never_called_none(odd):
-    assert set(odd.nodes) == {"twice", "left", "right"}
+    assert set(odd.nodes) == {"twice", "left", "right", "one", "same"}
     layers = [p.value for n in onnx.load(odd.path).graph.node if n.op_type == "MatMul" for p in n.metadata_props]
-    assert sorted(layers) == ["left", "right", "twice", "twice"]
+    assert sorted(layers) == ["left", "one", "right", "same", "twice", "twice"]
 
 
 def test_a_tiny_epsilon_is_kept(odd):

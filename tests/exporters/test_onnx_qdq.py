@@ -17,6 +17,7 @@ from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import TensorSpec
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
@@ -29,6 +30,7 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
+from intaglio.pipeline.quant.step_table import refine
 from intaglio.pipeline.quantized import Quantized
 from intaglio.pipeline.target import load_target
 
@@ -54,6 +56,14 @@ def mixed(layer: Layer) -> LayerScheme:
     return W8A8_STEP if layer.n % 64 == 0 else FLOAT
 
 
+def rotated(layer: Layer) -> Balance | None:
+    """Attention's inputs, alike for all that read one, and convolutions between others."""
+    block = 16 if "attn" in layer.name or "attention" in layer.name else 8 if "conv2" in layer.name else 0
+    if not block or layer.shape[1] % block:
+        return None
+    return Balance.rotated(torch.full((layer.shape[1],), 0.8), block, torch.Generator().manual_seed(0))
+
+
 def write(artifacts: Artifacts, runtime: str, folder: Path) -> Artifacts:
     target: Artifacts = {TARGET: load_target(runtime)}
     return artifacts | target | run_pass(ExportQdq(), artifacts | target, folder)
@@ -61,7 +71,7 @@ def write(artifacts: Artifacts, runtime: str, folder: Path) -> Artifacts:
 
 @pytest.fixture(scope="module", params=["dit", "unet"])
 def planned(request) -> Artifacts:
-    return with_plan(request.getfixturevalue(request.param), mixed)
+    return with_plan(request.getfixturevalue(request.param), mixed, rotated)
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +159,13 @@ def test_a_layer_alone_has_its_codes_as_second_output(written):
         assert [i.name for i in model.graph.input][1:] == (["step"] if scheme[name].name.endswith("_step") else [])
 
 
+def test_layers_on_one_input_in_one_basis_share_it(written):
+    balanced = [n.name for n in onnx.load(written[GRAPH].path).graph.node if n.name.endswith("/balance/Mul")]
+    assert any(name.endswith("to_q/balance/Mul") for name in balanced)
+    assert not any("to_k" in name or "to_v" in name for name in balanced)
+    assert len(written[PLAN].balances) > len(balanced)
+
+
 def test_the_plan_is_held_against_the_target_first(unet, tmp_path):
     artifacts = with_plan(unet, lambda layer: w4a16(16) if layer.name == "conv_out" else FLOAT)
     with pytest.raises(TargetError, match=r"conv_out: group size 16, but tensorrt-rtx takes 32, 64, 128"):
@@ -184,6 +201,24 @@ def test_a_call_beside_the_recorded_ones_takes_the_nearest_step(dit, tmp_path):
         call["timestep"] = torch.full_like(call["timestep"], int(timestep))
         predictions.append(graph_denoise(graph)(call))
     assert rel_l2(*predictions) < 0.1  # another timestep embedding, the same scales
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_finer_table_is_used_between_the_calibrated_timesteps(dit, runtime, tmp_path):
+    finer = refine(dit[TRAJECTORY].timesteps, 3)
+    artifacts = write(with_plan(dit, lambda layer: W8A8_STEP, timesteps=finer), runtime, tmp_path)
+    graph, simulation = artifacts[GRAPH], Simulation(artifacts)
+    assert graph.timesteps == finer
+    between = (finer[4] + finer[5]) / 2 - 1
+    call = {**dit[TRAJECTORY].call(1), "timestep": torch.full((4,), int(between))}
+    simulation.clock.set(between)
+    assert simulation.clock.step == 5
+    with torch.no_grad():
+        simulation.denoise(call)
+    assert rel_l2(graph_denoise(graph)(call), simulation.denoise(call).detach()) < 0.02
+    for name, layer in simulation.layers.items():
+        assert parity(graph, name, layer, *simulation.seen[name], 5, optimize=False)[0] < 1e-5, name
+        assert parity(graph, name, layer, *simulation.seen[name], 4, optimize=False)[0] > 1e-5, name
 
 
 def test_onnxruntime_executes_every_convolution_with_a_rounded_output_on_integers(unet, tmp_path):

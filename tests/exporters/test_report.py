@@ -38,7 +38,7 @@ from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.quantized import Adapter
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import load_target
-from intaglio.pipeline.verification import Latency, LayerParity, Report, Verification
+from intaglio.pipeline.verification import Departure, Latency, LayerParity, Report, Verification
 
 HOSTILE = 'transformer_blocks.1.<script>alert("x")</script>&amp;'
 EMBED = Layer(name="pos_embed.proj", op="conv", shape=(64, 3, 2, 2), bias=True)
@@ -347,6 +347,15 @@ def test_short_and_long_losses():
 def test_nothing_trained_is_said(made):
     made[ADAPTER] = Adapter({})
     assert "Nothing was trained" in Page(write(made).html).text("distillation")
+
+
+def test_a_look_into_the_whole_graph_is_reported(made):
+    assert "Inside the whole graph" not in Page(write(made).html).text("parity")
+    departures = {"a": Departure(2e-7, 3.1e-6), "b": Departure(5.2e-7, 1e-6)}
+    made[VERIFICATION] = replace(made[VERIFICATION], departures=departures)
+    parity = Page(write(made).html).text("parity")
+    assert "on what reaches it there, a layer's error is at most 3.1×10⁻⁶" in parity
+    assert "from right layers at most 5.2×10⁻⁷" in parity
 
 
 def test_tables_hold_every_layer_input_fact_and_metric(made):

@@ -35,7 +35,7 @@ def compiled(unet: Artifacts, request, tmp_path_factory) -> Artifacts:
 
 
 def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
-    verified = run_pass(Verify(**OPTIONS), compiled, tmp_path)[VERIFICATION]
+    verified = run_pass(Verify(**OPTIONS, bisect=True), compiled, tmp_path)[VERIFICATION]
     assert set(verified.layers) == set(compiled[QUANTIZED].layers)
     assert verified.figures["parity_layer_rel_l2_max"] <= 1e-5  # float32 sums of some hundred products
     assert all(layer.code_distance_max <= 1 for layer in verified.layers.values())
@@ -45,6 +45,11 @@ def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
     verified.save(tmp_path)
     loaded = type(verified).load(tmp_path)
     assert loaded.layers == verified.layers
+    assert list(loaded.departures) == list(verified.departures)
+    assert loaded.departures == verified.departures
+    assert set(loaded.departures) == set(compiled[QUANTIZED].layers)
+    for figure in ("departure_own_rel_l2_max", "departure_input_rel_l2_max", "departure_output_rel_l2"):
+        assert verified.figures[figure] < 1e-5
     assert torch.equal(loaded.samples["deployed"], verified.samples["deployed"])
 
 

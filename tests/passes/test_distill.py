@@ -3,15 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import run_pass
+from quantizing import with_plan
 
 from intaglio.passes.assign import AssignPrecision, Budget
 from intaglio.passes.distill import CHECKPOINT_EVERY, Distill
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.plan import QuantPlan, structural_schemes
+from intaglio.pipeline.plan import Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, with_output, with_shift
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, LayerScheme, with_output, with_shift
 from intaglio.pipeline.quantized import Adapter, Quantized
 
 
@@ -71,15 +73,21 @@ def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_
 
 
 def test_merged_model_equals_the_trained_one(distilled, tmp_path):
-    model, trajectory, adapter = distilled[MODEL].open(), distilled[TRAJECTORY], distilled[ADAPTER]
-    clock = StepClock(trajectory.timesteps)
-    layers = quantize_model(model.module, distilled[PLAN].schemes, clock, trajectory.amax)
+    check_merged_equals_trained(distilled, tmp_path)
+
+
+def check_merged_equals_trained(artifacts, folder) -> None:
+    model, trajectory, adapter = artifacts[MODEL].open(), artifacts[TRAJECTORY], artifacts[ADAPTER]
+    clock, plan = StepClock(trajectory.timesteps), artifacts[PLAN]
+    layers = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
     for name, learnt in adapter.layers.items():
         layers[name].weight_scale.data.copy_(learnt.scale_NG)
         layers[name].adapter_a = torch.nn.Parameter(learnt.a)
         layers[name].adapter_b = torch.nn.Parameter(learnt.b)
-    merged = distilled[MODEL].open()
-    merged_clock = simulate(merged.module, run_pass(MergeAdapters(), distilled, tmp_path)[QUANTIZED])
+        if learnt.group_NG is not None:
+            layers[name].weight_group.data.copy_(learnt.group_NG)
+    merged = artifacts[MODEL].open()
+    merged_clock = simulate(merged.module, run_pass(MergeAdapters(), artifacts, folder)[QUANTIZED])
     clock.step = merged_clock.step = 1
     with torch.no_grad():
         trained = denoise_with(model.module, model)(trajectory.call(1))
@@ -163,6 +171,50 @@ def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
     again = Quantized.load(tmp_path).layers[name]
     assert torch.equal(again.shift_T, ranges.shift[name])
     assert again.scheme == schemes[name]
+
+
+def test_balanced_layers_are_trained_in_their_basis_and_survive_the_store(measured, tmp_path):
+    def balance(layer: Layer) -> Balance:
+        block = 16 if layer.shape[1] % 16 == 0 else 1
+        return Balance.rotated(torch.full((layer.shape[1],), 0.7), block, torch.Generator().manual_seed(0))
+
+    def choose(layer: Layer) -> LayerScheme:
+        return structural_schemes(layer, (32,), ("w4a8_step",))[-1]
+
+    planned = with_plan(measured, choose, balance)
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    trained = planned | run_pass(Distill(updates=40, samples=4, rank=4), planned, tmp_path / "b")
+    loss = trained[ADAPTER].loss
+    assert sum(loss[-5:]) < 0.5 * sum(loss[:5])
+    check_merged_equals_trained(trained, tmp_path / "c")
+    merged = run_pass(MergeAdapters(), rounded, tmp_path / "m")[QUANTIZED]
+    for name, data in planned[QUANTIZED].layers.items():  # what is trained starts as what is rounded
+        assert torch.equal(merged.layers[name].codes, data.codes)
+        assert torch.equal(merged.layers[name].amax_T, data.amax_T)
+    merged.save(tmp_path)
+    error = output_error(rounded | {QUANTIZED: merged})
+    assert error < 0.1  # squared, over 4 steps, at 4 bits a weight
+    assert output_error(rounded | {QUANTIZED: Quantized.load(tmp_path)}) == error
+
+
+def test_tables_can_have_other_timesteps(measured, tmp_path):
+    layers, name = measured[SENSITIVITY].layers, "transformer_blocks.0.ff.net.2"
+    schemes = {layer.name: W8A8_STEP if layer.name == name else FLOAT for layer in layers}
+    planned = measured | {PLAN: QuantPlan(layers, schemes)}
+    planned |= run_pass(Distill(updates=0), planned, tmp_path / "a")
+    known, amax = measured[TRAJECTORY].timesteps, measured[TRAJECTORY].amax[name]
+    plain, finer, other = (
+        run_pass(MergeAdapters(**options), planned, tmp_path / "m")[QUANTIZED]
+        for options in ({}, {"between": 1}, {"timesteps": (2000.0, known[0], 0.0)})
+    )
+    assert plain.timesteps == known
+    assert torch.equal(plain.layers[name].amax_T, amax)
+    assert finer.timesteps[::2] == known
+    assert torch.equal(finer.layers[name].amax_T[::2], amax)
+    torch.testing.assert_close(finer.layers[name].amax_T[1], (amax[0] * amax[1]).sqrt())
+    assert other.timesteps == (2000.0, known[0], 0.0)
+    assert other.layers[name].amax_T.tolist() == [amax[0], amax[0], amax[-1]]
+    assert output_error(planned | {QUANTIZED: finer}) == output_error(planned | {QUANTIZED: plain})
 
 
 def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):

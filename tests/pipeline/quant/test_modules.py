@@ -31,7 +31,7 @@ def test_token_layer_equals_the_integer_oracle():
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     x[2] = 0
     codes, scale = layer.weight_codes().numpy(), layer.weight_scale.detach().numpy()[:, 0]
-    x_codes, y = oracle.token_linear(x.numpy(), codes, scale, layer.layer.bias.numpy())
+    x_codes, y, *_ = oracle.layer(x.numpy(), codes, scale, layer.layer.bias.numpy())
     assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 32 products
 
@@ -42,7 +42,7 @@ def test_two_level_layer_equals_the_integer_oracle(scheme: LayerScheme, high: in
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     scale, group = layer.weight_scale.detach().numpy()[:, 0], layer.weight_group.detach().numpy()
     four, eight = oracle.two_level_codes(layer.layer.weight.numpy(), scale, group, 16)
-    x_codes, y = oracle.token_linear(x.numpy(), eight, scale, layer.layer.bias.numpy(), high)
+    x_codes, y, *_ = oracle.layer(x.numpy(), eight, scale, layer.layer.bias.numpy(), high=high)
     assert np.array_equal(layer.weight_codes().numpy(), four)
     assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 64 products

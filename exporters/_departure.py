@@ -1,0 +1,82 @@
+"""Where a deployed graph leaves its simulation: each layer, and what lies between layers, held alone against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+import onnx
+import torch
+
+from intaglio.exporters._layer import LAYER_KEY
+from intaglio.pipeline.denoiser import Denoise, Inputs
+from intaglio.pipeline.verification import Departure
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.graph import Graph
+    from intaglio.pipeline.quant.modules import QuantizedLayer
+
+Values: TypeAlias = Callable[[Inputs], Mapping[str, torch.Tensor]]
+"""A deployed graph as a function that also gives values inside it, by the names they have in the graph."""
+
+
+def value_names(graph: Graph) -> tuple[str, ...]:
+    """Of what enters and leaves each layer of a graph, and of its output: what `find_departures` asks for."""
+    ends = [end for name, calls in _call_outputs(graph).items() for end in (graph.nodes[name][0], *calls)]
+    return tuple(dict.fromkeys([*ends, *graph.outputs]))
+
+
+def _call_outputs(graph: Graph) -> dict[str, list[str]]:
+    """By layer, what leaves each of its calls, whose nodes begin with `layer`, `layer@1` and so on."""
+    last: dict[str, dict[str, str]] = {}
+    for node in onnx.load(graph.path, load_external_data=False).graph.node:
+        layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
+        if layer in graph.nodes:
+            last.setdefault(layer, {})[node.name.partition("/")[0]] = node.output[0]
+    return {name: list(calls.values()) for name, calls in last.items()}
+
+
+def find_departures(
+    layers: Mapping[str, QuantizedLayer], simulated: Denoise, graph: Graph, deployed: Values, call: Inputs
+) -> tuple[dict[str, Departure], float]:
+    """Every layer in the order in which they run, and the error of the graph's output.
+
+    The simulation goes on with what left each layer in the graph, so that no difference is carried along. What enters
+    a layer is wrong then by what lies between it and the layers before it alone; what leaves it is held against the
+    simulated layer on what entered it in the graph. A layer that is called again is checked at its first call.
+    """
+    values, outputs = deployed(call), _call_outputs(graph)
+    found: dict[str, Departure] = {}
+    calls = dict.fromkeys(layers, 0)
+
+    def take_over(layer: QuantizedLayer, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
+        left = [values[output] for output in outputs[name]]
+        if name not in found:
+            entered = values[graph.nodes[name][0]]
+            own = rel_l2(left[0], layer.forward(entered)) if entered.shape == x.shape else math.inf
+            found[name] = Departure(rel_l2(entered, x), own)
+        calls[name] += 1
+        again = left[min(calls[name], len(left)) - 1]  # equal calls are one in the graph
+        return again if again.shape == y.shape else y
+
+    hooks = [
+        layer.register_forward_hook(lambda m, args, y, name=name: take_over(m, args[0], y, name))
+        for name, layer in layers.items()
+        if name in graph.nodes
+    ]
+    try:
+        with torch.no_grad():
+            output = simulated(call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found, rel_l2(values[next(iter(graph.outputs))], output)
+
+
+def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """|y - y_ref| / |y_ref|; infinite where the shapes differ."""
+    y, reference = y.detach(), reference.detach()
+    if y.shape != reference.shape:
+        return math.inf
+    return float((y - reference).norm() / reference.norm().clamp_min(1e-12))

@@ -1,0 +1,102 @@
+"""A layer in another basis of its input: in exact numbers it computes the same, but what is rounded is better spread.
+
+Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Balance:
+    """x -> (x * d) H and w -> (w / d) H / block along the channels, which leaves x w^T as it is.
+
+    H is block diagonal; its blocks are Sylvester's matrix of 1 and -1, so that H H = block. Blocks of 1 rotate nothing.
+    The signs of a random rotation are those of d, and its length is in d too: nothing is drawn again when it is used.
+    (Channel scale: SmoothQuant, Xiao et al. 2023, Eq. 3. Rotation: QuaRot, Ashkboos et al. 2024, section 3.)
+    """
+
+    scale_C: torch.Tensor
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        channels = len(self.scale_C)
+        if self.block < 1 or self.block & (self.block - 1) or channels % self.block:
+            raise ValueError(f"blocks of {self.block} channels: only a power of two that divides {channels}")
+        if not (self.scale_C.isfinite() & (self.scale_C != 0)).all():
+            raise ValueError("a channel's scale is zero or not finite")
+
+    @classmethod
+    def rotated(cls, scale_C: torch.Tensor, block: int, generator: torch.Generator) -> Balance:
+        """Scaled channels with random signs, then an orthonormal rotation: (x * scale * sign) H / sqrt(block)."""
+        signs_C = torch.randint(2, scale_C.shape, generator=generator) * 2 - 1
+        return cls(scale_C * signs_C / block**0.5, block)
+
+    def input(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """(x * d) H, the channels along `axis`, which is negative."""
+        return self._rotate(x * self.scale_C.to(x).reshape(-1, *[1] * (-1 - axis)), axis)
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """(w / d) H / block: w (N, C), or (N, C, kh, kw)."""
+        return self._rotate(w / self.scale_C.to(w).reshape(-1, *[1] * (w.dim() - 2)), 1 - w.dim()) / self.block
+
+    def _rotate(self, x: torch.Tensor, axis: int) -> torch.Tensor:
+        if self.block == 1:
+            return x
+        last = x.movedim(axis, -1)
+        rotated = last.reshape(*last.shape[:-1], -1, self.block) @ hadamard(self.block).to(x)
+        return rotated.reshape(last.shape).movedim(-1, axis)
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """Sylvester's matrix H of 1 and -1, float32 (size, size): symmetric, H H = size. `size` is a power of two."""
+    from scipy.linalg import hadamard as sylvester
+
+    return torch.from_numpy(sylvester(size)).float()
+
+
+@dataclass(frozen=True)
+class LayerBalance:
+    """What is decided for one layer: its basis, and the ends of its input in this basis at each step, (T,)."""
+
+    balance: Balance
+    low_T: torch.Tensor
+    high_T: torch.Tensor
+
+
+def save_balances(balances: Mapping[str, LayerBalance], path: Path) -> None:
+    """Write a safetensors file."""
+    from safetensors.torch import save_file
+
+    # copies: siblings may share one balance
+    save_file({f"{n}:{part}": v.clone() for n, b in balances.items() for part, v in _tensors(b)}, path)
+
+
+def load_balances(path: Path) -> dict[str, LayerBalance]:
+    """Read what `save_balances` wrote."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    names = sorted(key.removesuffix(":block") for key in tensors if key.endswith(":block"))
+    return {
+        n: LayerBalance(
+            Balance(tensors[f"{n}:scale"], int(tensors[f"{n}:block"])), tensors[f"{n}:low"], tensors[f"{n}:high"]
+        )
+        for n in names
+    }
+
+
+def _tensors(layer: LayerBalance) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "scale", layer.balance.scale_C
+    yield "block", torch.tensor(layer.balance.block)
+    yield "low", layer.low_T
+    yield "high", layer.high_T

@@ -1,0 +1,227 @@
+"""Every row of the table, on layers of many shapes: the same integer codes everywhere, and products on integers.
+
+Simulation, numpy oracle, ONNX Runtime as written and ONNX Runtime optimized; TensorRT-RTX builds the graph.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness import run_pass
+from layers import RANGES, SCHEMES, make, target_of
+
+from intaglio.exporters._layer import run_layer
+from intaglio.exporters._lowering import LOWERINGS, Lowering
+from intaglio.exporters.lint import lint
+from intaglio.exporters.onnxruntime import BuildOnnxRuntime
+from intaglio.exporters.tensorrt import BuildTensorRT
+from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
+from intaglio.pipeline.quant.affine import group_integers
+from intaglio.pipeline.quant.balance import Balance
+from intaglio.pipeline.quant.modules import QuantizedLayer
+from intaglio.pipeline.quant.spec import Float, IntInput, PerStep
+
+TOLERANCE = 1e-5
+"""Relative L2 error of float32 sums of 576 products, and of what is multiplied behind; the reference is in float64."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer (K, N), or (C, N, kernel, stride, padding), and its input, whose ranges are `magnitude` times RANGES."""
+
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
+    step: int = 0
+    magnitude: float = 1.0
+    bias: bool = True
+    zeros: bool = False
+    ones: bool = False
+    balance: Balance | None = None
+
+    def layer(self, *, padded: bool) -> torch.nn.Module:
+        match self.sizes:
+            case (k, n):
+                return torch.nn.Linear(k, n, self.bias)
+            case (c, n, kernel, stride, padding):
+                return torch.nn.Conv2d(c, n, kernel, stride, padding if padded else 0, bias=self.bias)
+
+
+def powers_of_two(channels: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    signs = torch.randint(2, (channels,), generator=generator) * 2.0 - 1
+    return signs * 2.0 ** torch.randint(-3, 4, (channels,), generator=generator)
+
+
+LINEAR = {
+    "tokens": Case((64, 96), (2, 5, 64)),
+    "rows": Case((64, 32), (3, 64), step=1),
+    "windows": Case((128, 48), (2, 3, 4, 128), step=2, bias=False),
+    "large": Case((192, 8), (2, 7, 192), magnitude=2e4, zeros=True),
+    "same-sign": Case((96, 16), (2, 3, 96), ones=True),
+    "scaled": Case((64, 96), (2, 5, 64), balance=Balance(powers_of_two(64))),
+    "rotated": Case((192, 32), (2, 5, 192), step=1, balance=Balance(powers_of_two(192), 64)),
+    "rotated-rows": Case((64, 32), (4, 64), balance=Balance(powers_of_two(64), 16)),
+}
+CONV = {
+    "stride-2": Case((64, 32, 3, 2, 1), (2, 64, 6, 6)),
+    "pointwise": Case((64, 16, 1, 1, 0), (2, 64, 5, 5), step=1, zeros=True),
+    "unpadded": Case((32, 48, 3, 1, 0), (1, 32, 6, 4), step=2, magnitude=2e4, bias=False),
+    "same-sign": Case((64, 16, 3, 1, 1), (1, 64, 4, 4), ones=True),
+    "scaled": Case((64, 32, 3, 1, 1), (2, 64, 4, 4), balance=Balance(powers_of_two(64))),
+    "rotated": Case((64, 32, 3, 2, 1), (2, 64, 6, 6), balance=Balance(powers_of_two(64), 16)),
+    "rotated-pointwise": Case((128, 32, 1, 1, 0), (2, 128, 3, 3), step=1, balance=Balance(powers_of_two(128), 64)),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """The graph of a row on one runtime with a layer for each case, its simulation, and the layers' inputs."""
+
+    row: Lowering
+    runtime: str
+    graph: Graph
+    made: dict[str, QuantizedLayer]
+    cases: dict[str, Case]
+    x: dict[str, torch.Tensor]
+
+
+def write(row: Lowering, runtime: str, folder: Path) -> Written:
+    scheme, cases = SCHEMES[row.scheme], CONV if row.op == "conv" else LINEAR
+    shifted = isinstance(scheme.input, IntInput) and scheme.input.shifted
+    torch.manual_seed(1)
+    layers = {name: case.layer(padded=not shifted) for name, case in cases.items()}
+    x = {}
+    for seed, (name, case) in enumerate(cases.items()):
+        generator = torch.Generator().manual_seed(seed)
+        weight = layers[name].weight.data
+        x[name] = torch.randn(case.shape, generator=generator) * case.magnitude
+        if case.balance is not None:  # of such values the sums are exact in any order, and so are the codes
+            weight.copy_(torch.randint(-128, 129, weight.shape, generator=generator) / 512)
+            x[name] = torch.round(x[name] * 32) / 32
+        if case.zeros:
+            x[name][0, 0], x[name][-1] = 0, x[name][-1].abs()
+            x[name][0, 1:3] *= torch.tensor([1e-9, 1e-13]).reshape(2, *[1] * (len(case.shape) - 2))  # about the eps
+            weight[0] = 0
+        if case.ones:
+            weight.fill_(0.5)
+            x[name] = x[name].abs() + 1
+    amax = {n: RANGES["amax"] * c.magnitude * (16 if c.balance is not None else 1) for n, c in cases.items()}
+    shift = {n: RANGES["shift"] * c.magnitude for n, c in cases.items()}
+    shapes = {name: case.shape for name, case in cases.items()}
+    balances = {name: case.balance for name, case in cases.items() if case.balance is not None}
+    schemes = dict.fromkeys(cases, scheme)
+    graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift)
+    return Written(row, runtime, graph, made, cases, x)
+
+
+def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Computed]:
+    """The weight's codes and what the layer computes, from its float weight and its scales alone."""
+    form, window = layer.scheme.weight, {}
+    if isinstance(layer.layer, torch.nn.Conv2d):
+        window = {"stride": layer.layer.stride[0], "pad": layer.layer.padding[0]}
+    x, w = x.numpy(), layer.layer.weight.detach().numpy()
+    shape = w.shape
+    if case.balance is not None:
+        d, block = case.balance.scale_C.numpy(), case.balance.block
+        x = oracle.balanced(x, d, block, 1 if window else -1)
+        w = oracle.balanced(w, 1 / d, block, 1) / block
+    w, k = w.reshape(len(w), -1), w[0].size
+    bias = 0 if layer.layer.bias is None else layer.layer.bias.detach().numpy()
+    scale = layer.weight_scale.detach().numpy()
+    if layer.weight_group is not None:
+        four, eight = oracle.two_level_codes(w, scale[:, 0], group_integers(layer.weight_group).numpy(), 32)
+    else:
+        four = eight = oracle.weight_codes(w, scale, form.low, form.high, form.group_size or k)
+    match layer.scheme.input:
+        case Float():
+            spread = np.repeat(scale, 32, axis=1)
+            y = oracle.weight_only(x, eight.reshape(shape), spread, bias, **window)
+            return four, oracle.Computed(np.zeros(0), y)
+        case IntInput(bits=bits, granularity=granularity, shifted=shifted):
+            step = case.step
+            ranges = None
+            if isinstance(granularity, PerStep):
+                ranges = (layer.amax_T[step].item(), layer.shift_T[step].item() if shifted else 0.0)
+            return four, oracle.layer(
+                x,
+                eight.reshape(shape),
+                scale[:, 0],
+                bias,
+                high=127 if bits == 8 else 7,
+                ranges=ranges,
+                shifted=shifted,
+                output_amax=None if isinstance(layer.scheme.output, Float) else layer.output_amax_T[step].item(),
+                **window,
+            )
+
+
+ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme}-{row.runtimes[-1]}") for row in LOWERINGS]
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def written(request, tmp_path_factory) -> Written:
+    return write(request.param, request.param.runtimes[-1], tmp_path_factory.mktemp("row"))
+
+
+def test_codes_are_the_same_everywhere(written):
+    for name, case in written.cases.items():
+        layer, x = written.made[name], written.x[name]
+        layer.clock.step = case.step
+        codes, computed = expected(layer, case, x)
+        assert np.array_equal(layer.weight_codes().numpy(), codes), name
+        rounds_input = isinstance(layer.scheme.input, IntInput)
+        with torch.no_grad():
+            assert rel_l2(layer(x).numpy(), computed.y) < TOLERANCE, name
+            assert not rounds_input or np.array_equal(layer.input_codes(x)[0].numpy(), computed.x_codes), name
+        for optimize in (False, True):
+            y, x_codes = run_layer(written.graph, name, x.numpy(), case.step, optimize=optimize)
+            if not optimize and computed.unrounded is not None:
+                y = without_ties(y, computed)
+            assert rel_l2(y, computed.y) < TOLERANCE, (name, optimize)
+            if rounds_input:
+                zero = 128 if x_codes.dtype == np.uint8 else 0
+                assert np.array_equal(x_codes.astype(int) - zero, computed.x_codes), (name, optimize)
+
+
+def without_ties(y: np.ndarray, computed: oracle.Computed) -> np.ndarray:
+    """y, where its codes lie the other way beside a half: sums of integers that are made in float32 may do that."""
+    apart = np.rint((y - computed.y) / computed.worth)
+    from_half = np.abs(computed.unrounded - np.floor(computed.unrounded) - 0.5)
+    assert np.abs(apart).max() <= 1
+    assert not np.any(from_half[apart != 0] > 1e-4)
+    return y - apart * computed.worth
+
+
+def test_all_runtimes_of_a_row_get_the_same_graph(written, tmp_path):
+    for runtime in written.row.runtimes[:-1]:
+        other = write(written.row, runtime, tmp_path / runtime)
+        for name in ("model.onnx", "model.onnx.data"):
+            assert (other.graph.path.parent / name).read_bytes() == (written.graph.path.parent / name).read_bytes()
+
+
+def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
+    """Engines of TensorRT are built on a GPU; what TensorRT-RTX makes of the same graph stands for them."""
+    target = target_of(written.runtime)
+    build = BuildOnnxRuntime() if target.runtime == "onnxruntime" else BuildTensorRT()
+    if target.runtime != "onnxruntime":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    engine = run_pass(build, {GRAPH: written.graph, TARGET: target}, tmp_path)[ENGINE]
+    rotations = sum(c.balance is not None and c.balance.block > 1 for c in written.cases.values())
+    products = len(written.cases)
+    assert (engine.int8_gemm, engine.fp_gemm) == (
+        (products, rotations) if written.row.integer else (0, products + rotations)
+    )
+    if target.runtime == "tensorrt-rtx":
+        assert any("Int4" in layer for layer in engine.layers) == written.row.scheme.startswith("w4")
+
+
+def test_no_row_is_what_lint_refuses(written):
+    assert not [f for f in lint(written.graph.path, target_of(written.runtime)) if f.level == "error"]
+
+
+def rel_l2(y: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(y - reference) / np.linalg.norm(reference))

@@ -1,0 +1,119 @@
+"""Layers beside each other in a float graph as torch's exporter writes it, then quantized and written for a runtime."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import torch
+from harness import run_pass
+from onnx import helper, numpy_helper
+from quantizing import integers
+
+from intaglio.exporters._layer import LAYER_KEY
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.pipeline.graph import Graph, TensorSpec
+from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
+from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.quant.balance import Balance
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
+from intaglio.pipeline.target import Target, load_target
+
+SCHEMES = {
+    scheme.name: scheme
+    for op, shape in (("linear", (64, 64)), ("conv", (64, 64, 3, 3)))
+    for scheme in structural_schemes(Layer(name="a", op=op, shape=shape, bias=True), (32,), SCHEME_NAMES)
+}
+"""All there are, with groups of 32."""
+TIMESTEPS = (900.0, 500.0, 100.0)
+RANGES = {
+    "amax": torch.tensor([3.0, 2.0, 0.5]),
+    "output_amax": torch.tensor([4.0, 2.5, 1.5]),
+    "shift": torch.tensor([0.6, -0.4, 0.2]),
+}
+
+Shape = tuple[int, ...]
+
+
+def target_of(runtime: str) -> Target:
+    """A target of this runtime that takes every scheme, so that a row is tested before a target offers it."""
+    shipped = load_target("onnxruntime-cpu" if runtime == "onnxruntime" else "tensorrt-rtx")
+    formats = {"linear": tuple(SCHEMES), "conv": tuple(SCHEMES)}
+    return shipped.model_copy(update={"runtime": runtime, "formats": formats, "group_sizes": (32, 64)})
+
+
+def float_graph(folder: Path, layers: Mapping[str, torch.nn.Module], shapes: Shape | Mapping[str, Shape]) -> Graph:
+    """All on one input `x` of this shape, or each on its own, `name.x`."""
+    own = shapes if isinstance(shapes, Mapping) else None
+    entering = {f"{n}.x": own[n] for n in layers} if own else {"x": shapes}
+    nodes, constants, outputs = [], [], []
+    for name, layer in layers.items():
+        x = f"{name}.x" if own else "x"
+        rank, weight = len(entering[x]), layer.weight.detach().numpy()
+        bias = [] if layer.bias is None else [f"{name}.bias"]
+        if layer.bias is not None:
+            constants.append(numpy_helper.from_array(layer.bias.detach().numpy(), f"{name}.bias"))
+        if isinstance(layer, torch.nn.Conv2d):
+            pads = [*layer.padding, *layer.padding]
+            ends = [x, f"{name}.weight", *bias], [f"{name}.y"]
+            made = [helper.make_node("Conv", *ends, strides=layer.stride, pads=pads)]
+        elif rank == 2 and bias:
+            made = [helper.make_node("Gemm", [x, f"{name}.weight", *bias], [f"{name}.y"], transB=1)]
+        else:
+            weight = weight.T.copy()
+            made = [helper.make_node("MatMul", [x, f"{name}.weight"], [f"{name}.product" if bias else f"{name}.y"])]
+            made += [helper.make_node("Add", [f"{name}.product", *bias], [f"{name}.y"])] if bias else []
+        constants.append(numpy_helper.from_array(weight, f"{name}.weight"))
+        for node in made:
+            node.name = f"{name}/{node.op_type}"
+            node.metadata_props.add(key=LAYER_KEY, value=name)
+        nodes += made
+        outputs.append(helper.make_tensor_value_info(f"{name}.y", 1, ["batch", *[None] * (rank - 1)]))
+    inputs = [helper.make_tensor_value_info(x, 1, ["batch", *shape[1:]]) for x, shape in entering.items()]
+    graph = helper.make_graph(nodes, "float", inputs, outputs, constants)
+    folder.mkdir(exist_ok=True)
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), folder / "model.onnx")
+    specs = {x: TensorSpec("float32", ("batch", *shape[1:])) for x, shape in entering.items()}
+    ends = {name: (f"{name}.x" if own else "x", f"{name}.y") for name in layers}
+    return Graph(folder / "model.onnx", specs, {}, (), ends)
+
+
+def make(
+    folder: Path,
+    layers: Mapping[str, torch.nn.Module],
+    shapes: Shape | Mapping[str, Shape],
+    schemes,
+    runtime: str,
+    amax: Mapping[str, torch.Tensor] | None = None,
+    balances: Mapping[str, Balance] | None = None,
+    shift: Mapping[str, torch.Tensor] | None = None,
+) -> tuple[Graph, dict[str, QuantizedLayer]]:
+    """The layers quantized, written for the runtime, and their simulation; where no ranges are given: RANGES."""
+    graph = float_graph(folder, layers, shapes)
+    table = tuple(
+        Layer(
+            name=n,
+            op="conv" if isinstance(m, torch.nn.Conv2d) else "linear",
+            shape=tuple(m.weight.shape),
+            bias=m.bias is not None,
+        )
+        for n, m in layers.items()
+    )
+    model = torch.nn.ModuleDict(layers).eval()
+    ranges = {part: dict.fromkeys(layers, values) for part, values in RANGES.items()}
+    made = quantize_model(
+        model,
+        schemes,
+        StepClock(TIMESTEPS),
+        ranges["amax"] | dict(amax or {}),
+        ranges["output_amax"],
+        ranges["shift"] | dict(shift or {}),
+        balances or {},
+    )
+    artifacts = {
+        FLOAT_GRAPH: graph,
+        QUANTIZED: integers(made, TIMESTEPS),
+        PLAN: QuantPlan(table, schemes),
+        TARGET: target_of(runtime),
+    }
+    return run_pass(ExportQdq(), artifacts, folder / "qdq")[GRAPH], made
