@@ -1,0 +1,230 @@
+"""Bring layers into a basis of their input in which rounding costs less: scaled channels, rotated blocks.
+
+Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps, S of them compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.estimate import ModelCost
+from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.quant.spec import Float, IntInput, IntWeight, LayerScheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.denoiser import Denoise, Inputs
+    from intaglio.pipeline.quant.balance import Balance, LayerBalance
+
+SMALLEST_BLOCK = 16
+"""Below this a rotation mixes too few channels to even them out."""
+
+
+class BalanceLayers(Pass):
+    """In exact numbers every layer computes what it did; its basis is the one in which its output is nearest to that.
+
+    Channels are scaled first and rotated then, weights are rounded once, after both (ViDiT-Q section 4.2: the scale
+    evens out what is static, the rotation what changes). Layers that read the same input share a basis.
+    """
+
+    name: ClassVar[str] = "balance"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
+    random: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
+
+    exponents: tuple[float, ...] = Field(
+        (0.3, 0.5, 0.7), description="shares of a channel's magnitude that move into the weight; all are compared"
+    )
+    block: int = Field(128, ge=1, le=4096, description="channels that are rotated together, at most; 1 rotates none")
+    gain_db: float = Field(0.5, ge=0, description="least gain in SQNR that is worth the work in front of a layer")
+    steps: int = Field(4, ge=1, description="timesteps at which bases are compared")
+    rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
+    tokens: int = Field(512, ge=1, description="tokens of a linear layer's input that are used, at each timestep")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """The compared timesteps, and every timestep for the ranges in the new basis."""
+        return (1 + self.steps) * self.rows + model.steps * self.rows
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.pipeline.denoiser import denoise_with
+
+        model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
+        schemes = {n: s for n, s in plan.schemes.items() if isinstance(s.weight, IntWeight)}
+        layers = {name: model.module.get_submodule(name) for name in schemes}
+        denoise = denoise_with(model.module, model)
+        rows = slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows))
+        count = len(trajectory.timesteps)
+        compared = tuple(dict.fromkeys((2 * i + 1) * count // (2 * self.steps) for i in range(self.steps)))
+        recorder = _Recorder(layers)
+        groups = [_Group(names, []) for names in recorder.siblings(denoise, trajectory.call(compared[0], rows))]
+        with ctx.progress("inputs", len(compared)) as advance:
+            for step in compared:
+                inputs = recorder.inputs(denoise, trajectory.call(step, rows))
+                for group in groups:
+                    group.x.append(self._sample(inputs[group.names[0]], ctx, group.names[0], step))
+                advance()
+        chosen: dict[str, tuple[Balance, float]] = {}
+        with ctx.progress("balance", len(groups)) as advance:
+            for group in groups:
+                parts = {name: (layers[name], schemes[name]) for name in group.names}
+                if (best := self._choose(parts, group.x, ctx)) is not None:
+                    chosen |= dict.fromkeys(group.names, best)
+                advance()
+        balances = self._with_ranges(
+            chosen, (recorder.inputs(denoise, trajectory.call(step, rows)) for step in range(count))
+        )
+        gains = [gain for _, gain in chosen.values()]
+        ctx.log.info(
+            "%d of %d layers are balanced, %.1f dB gained on average",
+            len(gains),
+            len(layers),
+            sum(gains) / max(1, len(gains)),
+        )
+        return {PLAN: plan.balanced(balances)}
+
+    def _sample(self, x: torch.Tensor, ctx: Context, name: str, step: int) -> torch.Tensor:
+        """Some tokens of a linear layer's input, (tokens, C); all places of a convolution's."""
+        import torch
+
+        if x.dim() == 4:
+            return x
+        tokens = x.reshape(-1, x.shape[-1])
+        picked = torch.randperm(len(tokens), generator=ctx.torch_rng("tokens", name, step))[: self.tokens]
+        return tokens[picked]
+
+    def _choose(
+        self, parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], ctx: Context
+    ) -> tuple[Balance, float] | None:
+        """The basis with the least error of the outputs, and what it gains in dB; None where that is too little."""
+        plain = _error(parts, x, None)
+        bases = list(self._bases(parts, x, ctx))
+        if plain == 0 or not bases:
+            return None
+        errors = [_error(parts, x, basis) for basis in bases]
+        best = min(range(len(bases)), key=errors.__getitem__)
+        gain = 10 * math.log10(plain / max(errors[best], 1e-30))
+        return (bases[best], gain) if gain > self.gain_db else None
+
+    def _bases(
+        self, parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], ctx: Context
+    ) -> Iterator[Balance]:
+        """Every scale of channels, each without and with a rotation behind it; never the basis that is there.
+
+        d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
+        """
+        import torch
+
+        from intaglio.pipeline.quant.balance import Balance
+
+        channel_axis = 1 if x[0].dim() == 4 else -1
+        x_C = torch.stack([_largest(part, channel_axis) for part in x]).amax(0)
+        w_C = torch.stack([_largest(layer.get_parameter("weight").detach(), 1) for layer, _ in parts.values()]).amax(0)
+        channels = len(x_C)
+        block = math.gcd(channels, 1 << (self.block.bit_length() - 1))
+        rotates = block >= SMALLEST_BLOCK
+        flat = torch.ones(channels)
+        for exponent in (None, *self.exponents):
+            scale = flat if exponent is None else w_C ** (1 - exponent) / x_C**exponent
+            scale = scale / scale.log().mean().exp()
+            if exponent is not None:
+                yield Balance(scale)
+            if rotates:
+                yield Balance.rotated(scale, block, ctx.torch_rng("signs", *parts))
+
+    def _with_ranges(
+        self, chosen: Mapping[str, tuple[Balance, float]], calls: Iterator[Mapping[str, torch.Tensor]]
+    ) -> dict[str, LayerBalance]:
+        """The bases with the ends of the inputs in them, at every step."""
+        import torch
+
+        from intaglio.pipeline.quant.balance import LayerBalance
+
+        ends: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in chosen}
+        for inputs in calls:
+            for name, (basis, _) in chosen.items():
+                x = inputs[name]
+                ends[name].append(torch.aminmax(basis.input(x, -3 if x.dim() == 4 else -1)))
+        tables = {name: [torch.stack(end) for end in zip(*found, strict=True)] for name, found in ends.items()}
+        return {name: LayerBalance(chosen[name][0], low, high) for name, (low, high) in tables.items()}
+
+
+@dataclass
+class _Group:
+    """Layers that read the same input, and samples of it, one for each compared timestep."""
+
+    names: tuple[str, ...]
+    x: list[torch.Tensor]
+
+
+class _Recorder:
+    """Calls the denoiser and notes what enters its layers."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
+
+    def inputs(self, denoise: Denoise, call: Inputs) -> dict[str, torch.Tensor]:
+        """By layer name; of a layer that is called more than once, the last."""
+        import torch
+
+        seen: dict[str, torch.Tensor] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            with torch.no_grad():
+                denoise(call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def siblings(self, denoise: Denoise, call: Inputs) -> list[tuple[str, ...]]:
+        """Names of layers that read the same tensor, together."""
+        groups: dict[int, list[str]] = {}
+        seen = self.inputs(denoise, call)  # alive until they are compared, so that no two share an identity
+        for name, x in seen.items():
+            groups.setdefault(id(x), []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+
+def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """The largest magnitude of each channel, at least 1e-5: a channel that is never used has a finite scale."""
+    return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
+
+
+def _error(
+    parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], basis: Balance | None
+) -> float:
+    """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
+    import torch
+
+    from intaglio.pipeline.quant.affine import half_range
+    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+
+    clock = StepClock(tuple(float(i) for i in range(len(x))))
+    moved = [part if basis is None else basis.input(part, -3 if part.dim() == 4 else -1) for part in x]
+    low_S, high_S = (torch.stack([end(part) for part in moved]) for end in (torch.amin, torch.amax))
+    total = 0.0
+    with torch.no_grad():
+        for layer, scheme in parts.values():
+            amax_S, shift_S = torch.maximum(-low_S, high_S), None
+            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+                amax_S, shift_S = half_range(low_S, high_S)
+            plain = scheme.model_copy(update={"output": Float()})
+            rounded = QuantizedLayer(layer, plain, clock, amax_S, None, shift_S, basis)
+            for clock.step, part in enumerate(x):
+                y = layer(part)
+                total += float((rounded(part) - y).square().sum() / y.square().sum().clamp_min(1e-30))
+    return total / (len(x) * len(parts))

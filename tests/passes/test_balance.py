@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+from harness import run_pass
+from torch import nn
+
+from intaglio.passes.balance import BalanceLayers, _error, _Recorder
+from intaglio.pipeline.checkpoint import layer_table
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a4_token
+
+
+@pytest.fixture
+def planned(calibrated):
+    """The tiny DiT in W4A4 where its shapes admit it."""
+    layers = layer_table(calibrated[MODEL].open().module)
+    schemes = {n.name: w4a4_token(32) if n.op == "linear" and n.k % 32 == 0 and n.k > 32 else FLOAT for n in layers}
+    return calibrated | {PLAN: QuantPlan(layers, schemes)}
+
+
+@pytest.fixture
+def outliers() -> tuple[nn.Linear, list[torch.Tensor]]:
+    """A layer one of whose 64 channels has inputs 50 times as large as the others, at each of two timesteps."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(64, 32)
+    layer.weight.data = torch.randn(32, 64, generator=generator)
+    x = torch.randn(2, 40, 64, generator=generator)
+    x[..., 3] *= 50
+    return layer, list(x)
+
+
+def test_an_outlier_channel_is_evened_out(outliers, tmp_path):
+    layer, x = outliers
+    parts = {"a": (layer, w4a4_token(32))}
+    step, ctx = BalanceLayers(), Context(scratch=tmp_path, seed=0)
+    basis, gain_db = step._choose(parts, x, ctx)
+    assert gain_db > 3
+    assert 10 * math.log10(_error(parts, x, None) / _error(parts, x, basis)) == pytest.approx(gain_db)
+    y = basis.input(x[0], -1) @ basis.weight(layer.weight).T + layer.bias
+    torch.testing.assert_close(y, layer(x[0]), rtol=1e-5, atol=1e-3)  # atol: sums of 64 terms of magnitude 50
+
+
+def test_a_basis_that_gains_too_little_is_not_taken(outliers, tmp_path):
+    layer, x = outliers
+    ctx = Context(scratch=tmp_path, seed=0)
+    assert BalanceLayers(gain_db=60)._choose({"a": (layer, w4a4_token(32))}, x, ctx) is None
+
+
+def test_every_scale_comes_with_and_without_a_rotation(outliers, tmp_path):
+    layer, x = outliers
+    ctx = Context(scratch=tmp_path, seed=0)
+    parts = {"a": (layer, W8A8_TOKEN)}
+    blocks = [b.block for b in BalanceLayers(exponents=(0.5,), block=128)._bases(parts, x, ctx)]
+    assert blocks == [64, 1, 64]
+    assert [b.block for b in BalanceLayers(exponents=(0.5,), block=1)._bases(parts, x, ctx)] == [1]
+
+
+def test_layers_on_one_input_share_a_basis_and_the_model_gets_nearer(planned, tmp_path):
+    plan = run_pass(BalanceLayers(steps=2, rows=2, gain_db=0.0), planned, tmp_path)[PLAN]
+    first = [plan.balances[f"transformer_blocks.0.attn1.to_{i}"].balance for i in "qkv"]
+    assert first[0].block == first[1].block == first[2].block
+    assert torch.equal(first[0].scale_C, first[1].scale_C)
+    assert torch.equal(first[0].scale_C, first[2].scale_C)
+    trajectory = planned[TRAJECTORY]
+
+    def error(balances) -> float:
+        model = planned[MODEL].open()
+        clock = StepClock(trajectory.timesteps)
+        quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, balances))
+        with torch.no_grad():
+            return float((denoise_with(model.module, model)(trajectory.call(1)) - trajectory.outputs[1]).norm())
+
+    assert error(plan.balances) < error({})
+
+
+def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):
+    name = "transformer_blocks.1.ff.net.2"
+    steps = planned | {PLAN: planned[PLAN].replace({name: W8A8_STEP})}
+    plan = run_pass(BalanceLayers(steps=1, rows=16, gain_db=0.0, exponents=(0.9,), block=1), steps, tmp_path)[PLAN]
+    chosen = plan.balances[name]
+    model = planned[MODEL].open()
+    seen = _Recorder({name: model.module.get_submodule(name)}).inputs(
+        denoise_with(model.module, model), planned[TRAJECTORY].call(2)
+    )[name]
+    moved = seen * chosen.balance.scale_C
+    assert chosen.low_T[2] == moved.min()
+    assert chosen.high_T[2] == moved.max()
