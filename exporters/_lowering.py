@@ -45,7 +45,8 @@ class Call:
         form = self.data.scheme.input
         if not isinstance(form, IntInput):
             return None
-        tables = [table for table in (self.data.amax_T, self.data.shift_T) if table is not None]
+        parts = (self.data.amax_T, self.data.shift_T, self.data.factor_T)
+        tables = [table for table in parts if table is not None]
         x, basis = self.basis
         return x, form, b"".join([basis, *(table.numpy().tobytes() for table in tables)])
 
@@ -179,7 +180,7 @@ class Writer:
                 self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
                 self.constant("input/zero", self.input_zero),
             ]
-            if bits < 8 and call.data.amax_T is not None:  # a token's codes are within the range without it
+            if bits < 8 and call.data.stepped:  # a token's codes are within the range without it, unless it is clipped
                 low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
                 bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
                 unit = self.op(call, "input/Clip", [unit, *bounds])
@@ -234,6 +235,9 @@ class Writer:
             largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
         # Max and not an addition: optimizers take an addition of 1e-8 or less for none
         amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
+        if call.data.factor_T is not None:
+            table = self.constant(f"{call.site.layer}/factor", call.data.factor_T.numpy())
+            amax = self.op(call, "factor/Mul", [amax, self.op(call, "factor/Gather", [table, self.step])])
         return self.op(call, "Div", [x, amax]), amax, shift
 
     def _by_step(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from pydantic import Field
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.quant.balance import Balance, LayerBalance
+
+Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
+"""Layers on one input, and their schemes, by name."""
 
 SMALLEST_BLOCK = 16
 """Below this a rotation mixes too few channels to even them out."""
@@ -57,20 +59,23 @@ class BalanceLayers(Pass):
         return (1 + self.steps) * self.rows + model.steps * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        from torch.nn import Conv2d, Linear
+
+        from intaglio.passes._layer_inputs import layer_inputs, siblings
         from intaglio.pipeline.denoiser import denoise_with
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
         schemes = {n: s for n, s in plan.schemes.items() if isinstance(s.weight, IntWeight)}
-        layers = {name: model.module.get_submodule(name) for name in schemes}
+        layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, Linear | Conv2d)}
         denoise = denoise_with(model.module, model)
         rows = slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows))
         count = len(trajectory.timesteps)
         compared = tuple(dict.fromkeys((2 * i + 1) * count // (2 * self.steps) for i in range(self.steps)))
-        recorder = _Recorder(layers)
-        groups = [_Group(names, []) for names in recorder.siblings(denoise, trajectory.call(compared[0], rows))]
+        first = trajectory.call(compared[0], rows)
+        groups = [_Group(names, []) for names in siblings(layers, denoise, first)]
         with ctx.progress("inputs", len(compared)) as advance:
             for step in compared:
-                inputs = recorder.inputs(denoise, trajectory.call(step, rows))
+                inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
                 for group in groups:
                     group.x.append(self._sample(inputs[group.names[0]], ctx, group.names[0], step))
                 advance()
@@ -82,7 +87,7 @@ class BalanceLayers(Pass):
                     chosen |= dict.fromkeys(group.names, best)
                 advance()
         balances = self._with_ranges(
-            chosen, (recorder.inputs(denoise, trajectory.call(step, rows)) for step in range(count))
+            chosen, (layer_inputs(layers, denoise, trajectory.call(step, rows)) for step in range(count))
         )
         gains = [gain for _, gain in chosen.values()]
         ctx.log.info(
@@ -103,9 +108,7 @@ class BalanceLayers(Pass):
         picked = torch.randperm(len(tokens), generator=ctx.torch_rng("tokens", name, step))[: self.tokens]
         return tokens[picked]
 
-    def _choose(
-        self, parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], ctx: Context
-    ) -> tuple[Balance, float] | None:
+    def _choose(self, parts: Parts, x: Sequence[torch.Tensor], ctx: Context) -> tuple[Balance, float] | None:
         """The basis with the least error of the outputs, and what it gains in dB; None where that is too little."""
         plain = _error(parts, x, None)
         bases = list(self._bases(parts, x, ctx))
@@ -116,9 +119,7 @@ class BalanceLayers(Pass):
         gain = 10 * math.log10(plain / max(errors[best], 1e-30))
         return (bases[best], gain) if gain > self.gain_db else None
 
-    def _bases(
-        self, parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], ctx: Context
-    ) -> Iterator[Balance]:
+    def _bases(self, parts: Parts, x: Sequence[torch.Tensor], ctx: Context) -> Iterator[Balance]:
         """Every scale of channels, each without and with a rotation behind it; never the basis that is there.
 
         d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
@@ -167,46 +168,12 @@ class _Group:
     x: list[torch.Tensor]
 
 
-class _Recorder:
-    """Calls the denoiser and notes what enters its layers."""
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-
-    def inputs(self, denoise: Denoise, call: Inputs) -> dict[str, torch.Tensor]:
-        """By layer name; of a layer that is called more than once, the last."""
-        import torch
-
-        seen: dict[str, torch.Tensor] = {}
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-            for name, layer in self._layers.items()
-        ]
-        try:
-            with torch.no_grad():
-                denoise(call)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    def siblings(self, denoise: Denoise, call: Inputs) -> list[tuple[str, ...]]:
-        """Names of layers that read the same tensor, together."""
-        groups: dict[int, list[str]] = {}
-        seen = self.inputs(denoise, call)  # alive until they are compared, so that no two share an identity
-        for name, x in seen.items():
-            groups.setdefault(id(x), []).append(name)
-        return [tuple(names) for names in groups.values()]
-
-
 def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
     """The largest magnitude of each channel, at least 1e-5: a channel that is never used has a finite scale."""
     return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
 
 
-def _error(
-    parts: Mapping[str, tuple[nn.Module, LayerScheme]], x: Sequence[torch.Tensor], basis: Balance | None
-) -> float:
+def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None) -> float:
     """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
     import torch
 

@@ -1,10 +1,11 @@
-"""Heal the loss: train low-rank adapters so that the quantized denoiser follows the full-precision one."""
+"""Heal the loss: train low-rank adapters so that the quantized denoiser follows the full-precision one.
+
+Shapes: N out features, K in features, T denoising steps.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,28 +14,23 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme, PerStep
 
 if TYPE_CHECKING:
-    import torch
-
-    from intaglio.pipeline.denoiser import Denoise, Sampler
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
-    from intaglio.pipeline.trajectory import Trajectory
-
-CHECKPOINT_EVERY = 20
+    from intaglio.pipeline.quantized import LayerAdapter
 
 
 class Distill(Pass):
     """QALoRA (EfficientDM section 3.2): Q(W0 + B A; s) is trained, on the guided output, along teacher trajectories.
 
     The learning rate of a layer's adapter is proportional to its mean weight scale (section 3.3 as a rate: under Adam a
-    constant factor on the gradient would cancel). Every eighth sample of the trajectories is held out; the state with
-    the least error there is kept, the starting point included, so that training never makes a plan worse on it.
+    constant factor on the gradient cancels). Inputs with a scale a step, and 4-bit ones, learn one scale and one shift
+    a step (TALSQ, section 3.4). Every eighth sample of the trajectories is held out; the state with the least error
+    there is kept, the starting point included, so that training never makes a plan worse on it.
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
@@ -45,157 +41,65 @@ class Distill(Pass):
     rank: int = Field(16, ge=1, description="rank of the adapters")
     rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales an update")
     scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")
+    input_rate: float = Field(
+        0.01, ge=0, description="learning rate of the input scales, relative to themselves; 0 leaves them as calibrated"
+    )
+    scale_aware: Literal["rate", "gradient", "off"] = Field(
+        "rate", description="where a layer's weight scale enters: its learning rate, its gradient, or not at all"
+    )
+    start: Literal["round", "gptq"] = Field(
+        "round", description="codes to start from: nearest to the weight, or to the layer's output"
+    )
+    base: Literal["float", "grid"] = Field(
+        "float", description="grid: the adapters are added to the rounded weight, and move no code until they are large"
+    )
+    rollout: float = Field(
+        0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
+    )
 
     def forward_rows(self, model: ModelCost) -> int:
-        """A forward and a backward pass, which costs two more, for every sample of an update."""
-        return 3 * self.updates * self.samples * model.rows_per_sample
+        """A forward and a backward pass, which costs two more, for every sample of an update, and the roll-outs."""
+        from intaglio.passes._trainer import ROUND
+
+        rows = self.samples * model.rows_per_sample
+        rolled = self.updates // ROUND * model.steps * rows if self.rollout else 0
+        return round((3 + self.rollout) * self.updates * rows) + rolled
 
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch
 
+        from intaglio.passes._trainer import Trainer, start_inputs, start_weights
         from intaglio.pipeline.denoiser import Sampler, denoise_with
+        from intaglio.pipeline.quant import affine
         from intaglio.pipeline.quant.modules import StepClock, quantize_model
-        from intaglio.pipeline.quantized import Adapter, LayerAdapter
+        from intaglio.pipeline.quantized import Adapter
 
-        checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
+        checkpoint, trajectory, plan = state[MODEL], state[TRAJECTORY], state[PLAN]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         model.module.requires_grad_(False)
         clock = StepClock(trajectory.timesteps)
-        schemes = state[PLAN].schemes
-        ranges = trajectory.ranges(schemes, state[PLAN].balances)
-        replaced = quantize_model(model.module, schemes, clock, *ranges)
+        replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
         layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
+        denoise = denoise_with(model.module, model)
         loss: tuple[float, ...] = ()
+        if layers and self.input_rate:
+            learning = {name: layer for name, layer in layers.items() if learns_input(layer.scheme)}
+            start_inputs(learning, denoise, trajectory, ctx)
+        distance = affine.NEARLY_HALF if self.base == "float" else 0.0
+        codes = start_weights(layers, denoise, trajectory, self.start, distance, ctx)
         if self.updates and layers:
             for name, layer in layers.items():
                 layer.add_adapter(self.rank, ctx.torch_rng("adapter", name))
-            trainer = _Trainer(self, sampler, denoise_with(model.module, model), clock, layers, trajectory, ctx)
-            loss = trainer.train()
-        learnt = {}
+            loss = Trainer(self, sampler, denoise, clock, layers, trajectory, ctx).train()
+        learnt: dict[str, LayerAdapter] = {}
         with torch.no_grad():
             for name, layer in layers.items():
-                a, b, group = layer.adapter_a, layer.adapter_b, layer.weight_group
-                learnt[name] = LayerAdapter(
-                    layer.weight_scale.detach(),
-                    a.detach() if a is not None else None,
-                    b.detach() if b is not None else None,
-                    group.detach() if group is not None else None,
-                )
-        return {ADAPTER: Adapter(learnt, loss)}
+                learnt[name] = layer.learnt(codes.get(name))
+        return {ADAPTER: Adapter(learnt, loss, distance)}
 
 
-class _Trainer:
-    """One distillation. What a resumed run needs is in the checkpoint or a function of the update's number."""
-
-    def __init__(
-        self,
-        options: Distill,
-        sampler: Sampler,
-        denoise: Denoise,
-        clock: StepClock,
-        layers: Mapping[str, QuantizedLayer],
-        trajectory: Trajectory,
-        ctx: Context,
-    ) -> None:
-        import torch
-
-        self.options, self.sampler, self.denoise, self.clock = options, sampler, denoise, clock
-        self.layers, self.trajectory, self.ctx = layers, trajectory, ctx
-        count = trajectory.outputs.shape[1] // (2 if sampler.guidance != 1.0 else 1)
-        self.held_out = tuple(range(7, count, 8)) or (0,)
-        self.training = tuple(i for i in range(count) if i not in self.held_out) or (0,)
-        self.rows_offset = count
-        groups = []
-        for layer in layers.values():
-            code_scale = layer.code_scale().detach().mean().item()
-            groups.append({"params": [layer.adapter_a, layer.adapter_b], "lr": options.rate * code_scale})
-            for scale in (layer.weight_scale, layer.weight_group):
-                if scale is not None:
-                    scale.requires_grad_(True)
-                    groups.append({"params": [scale], "lr": options.scale_rate * scale.detach().mean().item()})
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.checkpoint = ctx.scratch / "distill.pt"
-
-    def train(self) -> tuple[float, ...]:
-        """Loss of every update. Leaves the best held-out state in the layers."""
-        import torch
-
-        loss: list[float] = []
-        best_error, best = self._held_out_error(), self._state()
-        ctx, updates = self.ctx, self.options.updates
-        first_error = best_error
-        if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, weights_only=True)
-            self._restore(saved["state"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            loss, best_error, best = saved["loss"], saved["best_error"], saved["best"]
-        with ctx.progress("distill", updates) as advance:
-            advance(len(loss))
-            for update in range(len(loss), updates):
-                loss.append(self._update(update))
-                advance()
-                if (update + 1) % CHECKPOINT_EVERY == 0 or update + 1 == updates:
-                    error = self._held_out_error()
-                    if error < best_error:
-                        best_error, best = error, self._state()
-                    self._save({"loss": loss, "best_error": best_error, "best": best})
-        self._restore(best)
-        ctx.log.info("held-out relative error %.3e -> %.3e", first_error, best_error)
-        return tuple(loss)
-
-    def _update(self, update: int) -> float:
-        rng = self.ctx.rng("update", update)
-        step = int(rng.integers(len(self.trajectory.timesteps)))
-        picked = rng.choice(self.training, size=min(self.options.samples, len(self.training)), replace=False)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * (1 - update / self.options.updates)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._error(step, sorted(int(i) for i in picked))
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
-        self.optimizer.step()
-        for layer in self.layers.values():
-            layer.invalidate()
-        return float(loss.detach())
-
-    def _error(self, step: int, samples: list[int] | tuple[int, ...]) -> torch.Tensor:
-        """Relative squared error of the guided output against the teacher's (EfficientDM Eq. 7), at one step."""
-        rows = list(samples) + ([i + self.rows_offset for i in samples] if self.sampler.guidance != 1.0 else [])
-        self.clock.step = step
-        inputs = self.trajectory.call(step, rows)
-        target = self.sampler.guided(self.trajectory.outputs[step][rows])
-        output = self.sampler.guided(self.denoise(inputs))
-        return (output - target).square().sum() / target.square().sum()
-
-    def _held_out_error(self) -> float:
-        import torch
-
-        steps = range(0, len(self.trajectory.timesteps), 2)
-        with torch.no_grad():
-            error = sum(float(self._error(step, self.held_out)) for step in steps) / len(steps)
-        for layer in self.layers.values():
-            layer.invalidate()
-        return error
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for name, layer in self.layers.items():
-            found |= {f"{name}:{key}": p for key, p in layer.named_parameters(recurse=False) if p.requires_grad}
-        return found
-
-    def _state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self._tensors().items()}
-
-    def _restore(self, saved: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._tensors().items():
-            parameter.data.copy_(saved[name])
-        for layer in self.layers.values():
-            layer.invalidate()
-
-    def _save(self, progress: Mapping[str, object]) -> None:
-        import torch
-
-        part = self.checkpoint.with_suffix(".part")
-        torch.save({**progress, "state": self._state(), "optimizer": self.optimizer.state_dict()}, part)
-        os.replace(part, self.checkpoint)
+def learns_input(scheme: LayerScheme) -> bool:
+    """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
+    form = scheme.input
+    return isinstance(form, IntInput) and (form.bits == 4 or isinstance(form.granularity, PerStep))

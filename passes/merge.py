@@ -35,7 +35,7 @@ class MergeAdapters(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.pipeline.quant import affine
-        from intaglio.pipeline.quant.step_table import refine
+        from intaglio.pipeline.quant.step_table import refine, resample_linear, resample_magnitude
         from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
         module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
@@ -50,19 +50,31 @@ class MergeAdapters(Pass):
             learnt = adapter.layers[layer.name]
             w = module.get_submodule(layer.name).get_parameter("weight").detach()
             w_NK = (w if balance is None else balance.weight(w)).flatten(1)
+            if learnt.codes is not None:
+                first = affine.product_scale(*affine.fit(w_NK, scheme.weight))
+                w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight, adapter.distance)
             if learnt.a is not None and learnt.b is not None:
                 w_NK = w_NK + learnt.b @ learnt.a
             if not w_NK.isfinite().all() or not (learnt.scale_NG > 0).all():
                 raise StepFailed(f"{layer.name}: the merged weight has NaN or Inf, or a scale that is not positive")
             stepped = isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep)
+            amax_T, shift_T = ranges.amax[layer.name], ranges.shift.get(layer.name)
+            if learnt.amax_T is not None:
+                amax_T = resample_magnitude(learnt.amax_T, trajectory.timesteps, timesteps)
+            if learnt.shift_T is not None:
+                shift_T = resample_linear(learnt.shift_T, trajectory.timesteps, timesteps)
+            factor_T = learnt.factor_T
+            if factor_T is not None:
+                factor_T = resample_magnitude(factor_T, trajectory.timesteps, timesteps)
             merged[layer.name] = QuantizedLayerData(
                 scheme,
                 affine.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG), scheme.weight),
                 learnt.scale_NG,
-                ranges.amax[layer.name].clamp_min(affine.TOKEN_EPS) if stepped else None,
+                amax_T.clamp_min(affine.TOKEN_EPS) if stepped else None,
                 None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
                 ranges.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
-                ranges.shift.get(layer.name) if stepped else None,
+                shift_T if stepped else None,
                 balance,
+                factor_T,
             )
         return {QUANTIZED: Quantized(timesteps, merged)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -24,20 +24,30 @@ class LayerAdapter:
     """What distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G).
 
     A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
+    `amax_T` and `shift_T` are learnt input ranges at each calibrated step, `factor_T` what a token's magnitude is
+    multiplied by. `codes` (N, K) int8 are those that the weight started from, where it was not the model's own.
     """
 
     scale_NG: torch.Tensor
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     group_NG: torch.Tensor | None = None
+    amax_T: torch.Tensor | None = None
+    shift_T: torch.Tensor | None = None
+    factor_T: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What distillation learnt, for every layer with an integer weight, and the loss on the way."""
+    """What distillation learnt, for every layer with an integer weight, and the loss on the way.
+
+    `distance`: how far from their codes, in scales, weights are that did not start as the model's own.
+    """
 
     layers: Mapping[str, LayerAdapter]
     loss: tuple[float, ...] = ()
+    distance: float = 0.0
 
     def save(self, root: Path) -> None:
         """Write adapter.safetensors and adapter.json."""
@@ -45,10 +55,11 @@ class Adapter:
 
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
-            named = {"scale": layer.scale_NG, "a": layer.a, "b": layer.b, "group": layer.group_NG}
-            tensors |= {f"{name}:{part}": value.contiguous() for part, value in named.items() if value is not None}
+            parts = ((part.name, getattr(layer, part.name)) for part in fields(layer))
+            tensors |= {f"{name}:{part}": value.contiguous() for part, value in parts if value is not None}
         save_file(tensors, root / "adapter.safetensors")
-        (root / "adapter.json").write_text(json.dumps({"layers": list(self.layers), "loss": self.loss}) + "\n")
+        content = {"layers": list(self.layers), "loss": self.loss, "distance": self.distance}
+        (root / "adapter.json").write_text(json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -57,13 +68,12 @@ class Adapter:
 
         content = json.loads((root / "adapter.json").read_text())
         tensors = load_file(root / "adapter.safetensors")
+        optional = [part.name for part in fields(LayerAdapter) if part.name != "scale_NG"]
         layers = {
-            n: LayerAdapter(
-                tensors[f"{n}:scale"], tensors.get(f"{n}:a"), tensors.get(f"{n}:b"), tensors.get(f"{n}:group")
-            )
+            n: LayerAdapter(tensors[f"{n}:scale_NG"], *(tensors.get(f"{n}:{part}") for part in optional))
             for n in content["layers"]
         }
-        return cls(layers, tuple(content["loss"]))
+        return cls(layers, tuple(content["loss"]), content["distance"])
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class QuantizedLayerData:
 
     A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
     largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
-    `shift_T` is the middle of its range and `amax_T` half the width. Codes and input ranges are in the basis of
+    `shift_T` is the middle of its range and `amax_T` half the width. `factor_T` (T,) is what the magnitude of a token
+    is multiplied by, where its range is clipped. Codes and input ranges are in the basis of
     `balance`.
     """
 
@@ -84,6 +95,12 @@ class QuantizedLayerData:
     output_amax_T: torch.Tensor | None = None
     shift_T: torch.Tensor | None = None
     balance: Balance | None = None
+    factor_T: torch.Tensor | None = None
+
+    @property
+    def stepped(self) -> bool:
+        """Whether it needs to know its denoising step."""
+        return self.amax_T is not None or self.factor_T is not None
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ class Quantized:
     @property
     def stepped(self) -> bool:
         """Whether some layer needs to know its denoising step."""
-        return any(layer.amax_T is not None for layer in self.layers.values())
+        return any(layer.stepped for layer in self.layers.values())
 
     def save(self, root: Path) -> None:
         """Write quantized.safetensors and quantized.json."""
@@ -123,6 +140,8 @@ class Quantized:
                 tensors[f"{name}:shift"] = layer.shift_T.contiguous()
             if layer.output_amax_T is not None:
                 tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
+            if layer.factor_T is not None:
+                tensors[f"{name}:factor"] = layer.factor_T.contiguous()
             if layer.balance is not None:
                 tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
         save_file(tensors, root / "quantized.safetensors")
@@ -161,5 +180,6 @@ class Quantized:
                 tensors.get(f"{name}:output-amax"),
                 tensors.get(f"{name}:shift"),
                 Balance(tensors[f"{name}:balance"], facts["rotated"]) if "rotated" in facts else None,
+                tensors.get(f"{name}:factor"),
             )
         return cls(tuple(content["timesteps"]), layers)

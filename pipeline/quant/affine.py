@@ -13,6 +13,8 @@ from intaglio.pipeline.quant.spec import IntWeight, PerChannel, PerGroup, TwoLev
 
 INPUT_HIGH = {8: 127, 4: 7}
 """By bits, the code of an input's largest magnitude. The smallest code is one further from zero."""
+NEARLY_HALF = 0.45
+"""Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 SCALE_EPS = 1e-9
@@ -93,6 +95,15 @@ def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -
     (LSQ, Esser et al. 2020, Eq. 3).
     """
     return (codes_float(w_NK, scale_NG, form) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
+
+
+def rounds_to(
+    q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, distance: float
+) -> torch.Tensor:
+    """The weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
+    q, scale = groups(q_NK.to(torch.float32), form), scale_NG.unsqueeze(-1)
+    off = torch.clamp(groups(w_NK, form) / scale - q, -distance, distance)
+    return ((q + off) * scale).reshape(w_NK.shape)
 
 
 def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,9 +5,10 @@ Shapes: N out features, K in features, G scales a row, T denoising steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.quantized import Quantized
+    from intaglio.pipeline.quantized import LayerAdapter, Quantized
 
 
 class StepClock:
@@ -40,13 +41,35 @@ class StepClock:
         self.step = self.index(timestep)
 
 
+class InputScales(nn.Module):
+    """One trainable scale and shift a denoising step (TALSQ, EfficientDM section 3.4), relative to what was calibrated.
+
+    The magnitude of the input is multiplied by exp(log_factor), so it stays positive; the middle of its range moves by
+    `offset` magnitudes. Every step has a parameter of its own: an optimizer leaves those without a gradient alone, in
+    value and in momentum.
+    """
+
+    def __init__(self, factor_T: torch.Tensor) -> None:
+        super().__init__()
+        self.log_factor = nn.ParameterList([nn.Parameter(f.log()) for f in factor_T])
+        self.offset = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in factor_T])
+
+
+class LearntInput(NamedTuple):
+    """Tables of an input after training, (T,): magnitude and shift of one with a scale a step, or factors of tokens."""
+
+    amax_T: torch.Tensor | None = None
+    shift_T: torch.Tensor | None = None
+    factor_T: torch.Tensor | None = None
+
+
 class QuantizedLayer(nn.Module):
     """A Linear or Conv2d whose weight, input and output are rounded as its scheme says.
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     The product of `adapter_b` (N, rank) and `adapter_a` (rank, K) is added to the weight before it is rounded
     (QALoRA, EfficientDM Eq. 5). A balance puts input and weight into another basis before either is rounded; the
-    adapter, and the input's ranges, are in that basis.
+    adapter, and the input's ranges, are in that basis. `factor_T` multiplies the magnitude that a token is divided by.
     """
 
     def __init__(
@@ -58,14 +81,19 @@ class QuantizedLayer(nn.Module):
         output_amax_T: torch.Tensor | None = None,
         shift_T: torch.Tensor | None = None,
         balance: Balance | None = None,
+        factor_T: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.amax_T: torch.Tensor
         self.shift_T: torch.Tensor
         self.output_amax_T: torch.Tensor
+        self.factor_T: torch.Tensor | None
+        self.input_scales: InputScales | None = None
+        self.full_precision = False
         self.layer, self.scheme, self.clock, self.balance = layer, scheme, clock, balance
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
+        self._base_NK: torch.Tensor | None = None
         self.weight_group: nn.Parameter | None = None
         self._rounded: torch.Tensor | None = None
         if isinstance(scheme.weight, IntWeight):
@@ -74,6 +102,7 @@ class QuantizedLayer(nn.Module):
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
             self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
+        self.register_buffer("factor_T", None if factor_T is None else factor_T.clone())
         if isinstance(scheme.input, IntInput) and scheme.input.shifted:
             if isinstance(layer, nn.Conv2d) and any(layer._reversed_padding_repeated_twice):
                 raise ValueError("zeros around a shifted input do not shift: it needs a convolution without padding")
@@ -103,9 +132,28 @@ class QuantizedLayer(nn.Module):
 
     def float_weight(self) -> torch.Tensor:
         """The weight that is rounded, W0 + B A: (N, K)."""
-        w = self.layer.weight if self.balance is None else self.balance.weight(self.layer.weight)
-        w_NK = w.flatten(1)
+        w_NK = self.base_weight() if self._base_NK is None else self._base_NK
         return w_NK if self.adapter_a is None or self.adapter_b is None else w_NK + self.adapter_b @ self.adapter_a
+
+    def base_weight(self) -> torch.Tensor:
+        """The model's own weight, in the basis in which it is rounded: (N, K)."""
+        w = self.layer.weight if self.balance is None else self.balance.weight(self.layer.weight)
+        return w.flatten(1)
+
+    def start_from(self, q_NK: torch.Tensor, distance: float) -> None:
+        """Train from the weight nearest to the model's own that is at most `distance` scales from these codes."""
+        if not isinstance(self.scheme.weight, IntWeight):
+            raise ValueError("a float weight has no codes")
+        scale, w_NK = self.code_scale().detach(), self.base_weight().detach()
+        self._base_NK = affine.rounds_to(q_NK, w_NK, scale, self.scheme.weight, distance)
+        self.invalidate()
+
+    def learnt(self, codes: torch.Tensor | None = None) -> LayerAdapter:
+        """What was trained; `codes` are those that `start_from` was given."""
+        from intaglio.pipeline.quantized import LayerAdapter
+
+        a, b, group = (None if p is None else p.detach() for p in (self.adapter_a, self.adapter_b, self.weight_group))
+        return LayerAdapter(self.weight_scale.detach(), a, b, group, *self.learnt_input(), codes)
 
     def weight_codes(self) -> torch.Tensor:
         """Integer codes (N, K), int8. Raises ValueError for a float weight."""
@@ -147,7 +195,7 @@ class QuantizedLayer(nn.Module):
         y: torch.Tensor = self.layer._conv_forward(x, weight, None)
         return y
 
-    def _balanced(self, x: torch.Tensor) -> torch.Tensor:
+    def balanced(self, x: torch.Tensor) -> torch.Tensor:
         """The input in the basis in which it is rounded."""
         return x if self.balance is None else self.balance.input(x, -1 if isinstance(self.layer, nn.Linear) else -3)
 
@@ -159,42 +207,94 @@ class QuantizedLayer(nn.Module):
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
-        x = self._balanced(x)
+        x = self.balanced(x)
         match self.scheme.input.granularity:
             case PerToken():
                 amax, shift = affine.token_range(x) if shifted else (affine.token_amax(x), None)
+                if (factor := self._factor()) is not None:
+                    amax = amax * factor
                 return affine.input_codes((x if shift is None else x - shift) / amax, bits), amax, shift
             case PerStep():
-                amax = self.amax_T[self.clock.step]
-                shift = self.shift_T[self.clock.step] if shifted else None
+                amax, shift = self._range(shifted)
                 return affine.input_codes((x if shift is None else x - shift) * (1 / amax), bits), amax, shift
             case other:
                 assert_never(other)
 
-    def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, bits: int) -> torch.Tensor:
+    def _factor(self) -> torch.Tensor | None:
+        """What the magnitude of a token is multiplied by, (), at the clock's step."""
+        step, learnt = self.clock.step, self.input_scales
+        if learnt is None:
+            return None if self.factor_T is None else self.factor_T[step]
+        factor: torch.Tensor = learnt.log_factor[step].exp()
+        return factor
+
+    def _range(self, shifted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Magnitude and shift of the input, both (), at the clock's step."""
+        step, learnt = self.clock.step, self.input_scales
+        amax = self.amax_T[step]
+        shift = self.shift_T[step] if shifted else None
+        if learnt is not None:
+            shift = None if shift is None else shift + learnt.offset[step] * amax
+            amax = amax * learnt.log_factor[step].exp()
+        return amax, shift
+
+    def learn_input(self, scales: InputScales) -> None:
+        """Compute with these from now on; layers that read the same input can share them."""
+        self.input_scales = scales
+
+    def learnt_input(self) -> LearntInput:
+        """The tables that `learn_input` trained, as an exported layer has them."""
+        learnt = self.input_scales
+        if learnt is None or not isinstance(self.scheme.input, IntInput):
+            return LearntInput()
+        with torch.no_grad():
+            factor_T = torch.stack([p.exp() for p in learnt.log_factor])
+            if isinstance(self.scheme.input.granularity, PerToken):
+                return LearntInput(factor_T=factor_T)
+            offset_T = torch.stack(list(learnt.offset))
+            shift_T = self.shift_T + offset_T * self.amax_T if self.scheme.input.shifted else None
+            return LearntInput(self.amax_T * factor_T, shift_T)
+
+    def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
         """The product of the input's codes and the weight, rounded as it leaves the layer before amax and bias."""
         weight_scale = self.weight_scale.reshape(-1, 1, 1)
         acc = self._apply_layer(q, affine.round_ste(weight / weight_scale.unsqueeze(1)))
-        scale = affine.output_scale(self.output_amax_T, self.amax_T)[self.clock.step]
+        scale = affine.output_scale(self.output_amax_T[self.clock.step], amax)
         return affine.output_codes(acc, weight_scale, scale, bits) * scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.full_precision:
+            y: torch.Tensor = self.layer(x)
+            return y
         weight = self.rounded_weight()
         if isinstance(self.scheme.input, IntInput):
             q, amax, shift = self.input_codes(x)
             if isinstance(self.scheme.output, IntOutput):
-                y = self._rounded_product(q, weight, self.scheme.input.bits) * amax
+                y = self._rounded_product(q, weight, amax, self.scheme.input.bits) * amax
             else:
                 y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
             if shift is not None:
                 y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         else:
-            y = self._apply_layer(self._balanced(x), weight)
+            y = self._apply_layer(self.balanced(x), weight)
         return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
 
     def _of_channels(self, values_N: torch.Tensor) -> torch.Tensor:
         """In the shape in which the output takes them."""
         return values_N if isinstance(self.layer, nn.Linear) else values_N.reshape(-1, 1, 1)
+
+
+@contextlib.contextmanager
+def full_precision(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
+    """With these layers as the model has them: the teacher needs no memory of its own."""
+    switched = list(layers)
+    for layer in switched:
+        layer.full_precision = True
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.full_precision = False
 
 
 def quantize_model(
@@ -205,12 +305,13 @@ def quantize_model(
     output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
     shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
     balance: Mapping[str, Balance] = MappingProxyType({}),
+    factor: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
     `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
     output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
-    `Trajectory.ranges`. Returns the new layers by name.
+    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,). Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -220,9 +321,8 @@ def quantize_model(
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
-        replaced[name] = QuantizedLayer(
-            layer, schemes[name], clock, amax.get(name), output_amax.get(name), shift.get(name), balance.get(name)
-        )
+        tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables)
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
 
@@ -237,8 +337,9 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     output_amax = {n: data.output_amax_T for n, data in quantized.layers.items() if data.output_amax_T is not None}
     shift = {name: data.shift_T for name, data in quantized.layers.items() if data.shift_T is not None}
     balance = {name: data.balance for name, data in quantized.layers.items() if data.balance is not None}
+    factor = {name: data.factor_T for name, data in quantized.layers.items() if data.factor_T is not None}
     schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance)
+    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]

@@ -5,7 +5,8 @@ import torch
 from harness import run_pass
 from torch import nn
 
-from intaglio.passes.balance import BalanceLayers, _error, _Recorder
+from intaglio.passes._layer_inputs import layer_inputs
+from intaglio.passes.balance import BalanceLayers, _error
 from intaglio.pipeline.checkpoint import layer_table
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.denoiser import denoise_with
@@ -84,9 +85,8 @@ def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):
     plan = run_pass(BalanceLayers(steps=1, rows=16, gain_db=0.0, exponents=(0.9,), block=1), steps, tmp_path)[PLAN]
     chosen = plan.balances[name]
     model = planned[MODEL].open()
-    seen = _Recorder({name: model.module.get_submodule(name)}).inputs(
-        denoise_with(model.module, model), planned[TRAJECTORY].call(2)
-    )[name]
+    layers = {name: model.module.get_submodule(name)}
+    seen = layer_inputs(layers, denoise_with(model.module, model), planned[TRAJECTORY].call(2))[name]
     moved = seen * chosen.balance.scale_C
     assert chosen.low_T[2] == moved.min()
     assert chosen.high_T[2] == moved.max()

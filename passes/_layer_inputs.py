@@ -1,0 +1,38 @@
+"""What enters the layers of a denoiser while it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.denoiser import Denoise, Inputs
+
+
+def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, torch.Tensor]:
+    """By layer name; of a layer that is called more than once, the last. A layer that is not called is not there."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            denoise(call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def siblings(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> list[tuple[str, ...]]:
+    """Names of layers that read the same tensor, together, in the order in which they are called."""
+    groups: dict[int, list[str]] = {}
+    seen = layer_inputs(layers, denoise, call)  # alive until they are compared, so that no two share an identity
+    for name, x in seen.items():
+        groups.setdefault(id(x), []).append(name)
+    return [tuple(names) for names in groups.values()]
