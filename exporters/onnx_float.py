@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from intaglio.exporters._layer import Site
     from intaglio.pipeline.checkpoint import Factory
     from intaglio.pipeline.denoiser import Inputs
+    from intaglio.pipeline.trajectory import Trajectory
 
 TOLERANCE = 1e-4
 """Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
@@ -43,6 +44,7 @@ class ExportFloat(Pass):
     """The graph computes what torch does at any number of rows, and every node knows the layer it came from."""
 
     name: ClassVar[str] = "export-float"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -78,11 +80,10 @@ class ExportFloat(Pass):
         if absent := [name for name in layers if name not in sites]:
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
-        return {
-            FLOAT_GRAPH: Graph(
-                path, tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs), (), nodes
-            )
-        }
+        inputs, outputs = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
+        with ctx.progress("ranges", len(state[TRAJECTORY].timesteps)) as advance:
+            amax = _record_ranges(path, state[TRAJECTORY], advance)
+        return {FLOAT_GRAPH: Graph(path, inputs, outputs, (), nodes, amax)}
 
 
 def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
@@ -249,3 +250,32 @@ def _check_outputs(model: Factory, path: Path, call: Inputs) -> None:
             raise StepFailed(
                 f"at {rows} rows the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
             )
+
+
+def _record_ranges(path: Path, trajectory: Trajectory, advance: Callable[[], object]) -> dict[str, float]:
+    """The largest magnitude of each floating-point value in the recorded calls, by name: (T, R, ...) -> ()."""
+    import numpy as np
+    import onnx_ir as ir
+
+    from intaglio.exporters._session import open_session
+
+    model = ir.load(path)
+    values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    del model.graph.outputs[:]
+    for value in values:
+        magnitude = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0}, name=f"{value.name}/amax")
+        largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+        model.graph.extend([magnitude, largest])
+        model.graph.outputs.append(largest.outputs[0])
+    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
+    ir.save(model, beside)
+    session = open_session(beside)
+    beside.unlink()
+    amax = np.zeros(len(values), np.float32)
+    for step in range(len(trajectory.timesteps)):
+        call = {name: x.numpy() for name, x in trajectory.call(step).items()}
+        found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
+        amax = np.maximum(amax, np.array(found, np.float32))
+        advance()
+    return {str(value.name): float(largest) for value, largest in zip(values, amax, strict=True)}

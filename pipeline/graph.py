@@ -27,6 +27,7 @@ class Graph:
 
     `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
     can be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
+    `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Graph:
     outputs: Mapping[str, TensorSpec]
     timesteps: tuple[float, ...] = ()
     nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
@@ -53,7 +55,9 @@ class Graph:
             for end in ("inputs", "outputs")
         }
         nodes = {name: (before, after) for name, (before, after) in facts["nodes"].items()}
-        return cls(root / "model.onnx", specs["inputs"], specs["outputs"], tuple(facts["timesteps"]), nodes)
+        return cls(
+            root / "model.onnx", specs["inputs"], specs["outputs"], tuple(facts["timesteps"]), nodes, facts["amax"]
+        )
 
     @property
     def size_bytes(self) -> int:
