@@ -54,7 +54,10 @@ CAREFUL = STATISTICS | {
 """Operators that compute in float32; those beside STATISTICS have results that float16 holds."""
 PERIODIC = frozenset({"Sin", "Cos"})
 """An angle of 1000 is only known to 0.5 in float16: all that leads to it from the graph's inputs is float32."""
-ELEMENTWISE = frozenset({"Add", "Div", "Max", "Min", "Mul", "Neg", "Sub"})
+ELEMENTWISE = frozenset(
+    {"Abs", "Add", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish"}
+    | {"Mul", "Neg", "PRelu", "Relu", "Sigmoid", "Softplus", "Softsign", "Sub", "Swish", "Tanh", "Where"}
+)
 PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 
 
@@ -84,16 +87,14 @@ def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapp
         or not all(_within(amax.get(str(value.name), 0.0)) for value in (*_given(node.inputs), *node.outputs))
         or not all(_fits(node, place) for place in _half_inputs(node, opset))
     }
-    for node in graph:  # in order, so that what is combined with a statistic can be one itself
-        if node.op_type in ELEMENTWISE and any(_made_by(value, STATISTICS) for value in node.inputs):
-            wide.add(node)
     _add_angles(graph, wide)
+    wide |= {n for n in graph if n.op_type in ELEMENTWISE and any(_made_by(v, STATISTICS) for v in n.inputs)}
     for node in graph:  # a Cast between DequantizeLinear and a product keeps its weight from being read as it is stored
         operands = [dequantized(value) for value in node.inputs] if node.op_type in PRODUCTS else []
         whole = {node, *(part for o in operands if o is not None for part in (o.dequantize, *o.between))}
         if len(whole) > 1 and not wide.isdisjoint(whole):
             wide.update(whole)
-    _fill(graph, wide)
+    _go_on(graph, wide)
     return wide
 
 
@@ -107,25 +108,36 @@ def _add_angles(graph: ir.Graph, wide: set[ir.Node]) -> None:
             pending += [value for value in maker.inputs if _is_float(value)]
 
 
-def _fill(graph: ir.Graph, wide: set[ir.Node]) -> None:
-    """Add what stands between float32 nodes alone, and would only round what passes. Changes `wide`."""
-    rest = [node for node in graph if node not in wide and node.op_type not in PRODUCTS]
+def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:
+    """Add what is a function of one float32 value, and what only moves it on to float32 nodes. Changes `wide`.
+
+    A Cast in front of such a function rounds once more, and to TensorRT-RTX 1.7.1 it ends the kernel of a
+    GroupNormalization. Sums of two values are where float16 pays: they are written, and read by more than one.
+    """
+    origin: dict[ir.Value, ir.Value] = {}
+    more = set()
+    for node in graph:
+        sources = {origin.get(value, value) for value in _computed(node)}
+        if node not in wide and node.op_type not in PRODUCTS and len(sources) == 1:
+            more.add(node)
+            origin.update(dict.fromkeys(node.outputs, sources.pop()))
     while True:
-        more = [node for node in rest if _reads(node, wide) and _is_read_by(node, wide)]
-        if not more:
-            return
-        wide.update(more)
-        rest = [node for node in rest if node not in wide]
+        both = wide | more
+        out = {
+            node
+            for node in more
+            if not all(maker is None or maker in both for maker in map(producer, _computed(node)))
+            or not (node.op_type in ELEMENTWISE or all(use.node in both for v in node.outputs for use in v.uses()))
+        }
+        if not out:
+            break
+        more -= out
+    wide |= more
 
 
-def _reads(node: ir.Node, wide: set[ir.Node]) -> bool:
-    """Whether all that it computes from is float32 already, but for constants."""
-    made = [value for value in node.inputs if _is_float(value) and constant(value) is None]
-    return bool(made) and all(maker is None or maker in wide for maker in map(producer, made))
-
-
-def _is_read_by(node: ir.Node, wide: set[ir.Node]) -> bool:
-    return all(use.node in wide for value in node.outputs for use in value.uses())
+def _computed(node: ir.Node) -> list[ir.Value]:
+    """The floating-point values that it reads, without constants."""
+    return [value for value in node.inputs if value is not None and _is_float(value) and constant(value) is None]
 
 
 def _made_by(value: ir.Value | None, op_types: frozenset[str]) -> bool:
@@ -169,7 +181,11 @@ def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
     """Places of the floating-point inputs that the operator takes in float16."""
     formals = _schema(node.op_type, opset).inputs
     for place, value in enumerate(node.inputs):
-        if value is not None and value.dtype in _TYPES and "tensor(float16)" in formals[min(place, len(formals) - 1)].types:
+        if (
+            value is not None
+            and value.dtype in _TYPES
+            and "tensor(float16)" in formals[min(place, len(formals) - 1)].types
+        ):
             yield place
 
 

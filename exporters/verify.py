@@ -15,6 +15,8 @@ from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from intaglio.pipeline.denoiser import Denoise, Inputs
@@ -31,7 +33,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
@@ -40,6 +42,11 @@ class Verify(Pass):
     samples: int = Field(64, ge=1, description="samples drawn with each implementation, from the same noise")
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
     layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
+    half_tolerance: float = Field(
+        2e-3,
+        gt=0,
+        description="the same, of a layer in float16: four roundings of 2^-11, of weight, product, sum, bias",
+    )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(
         0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
@@ -91,15 +98,21 @@ class Verify(Pass):
             figures["parity_layer_rel_l2_max"],
         )
         result = Verification(figures, parity, samples)
-        self._judge(result)
+        halves = state[TARGET].float_type == "float16"
+        half = {n for n, m in layers.items() if halves and not isinstance(m.scheme.input, IntInput)}
+        self._judge(result, half)
         return {VERIFICATION: result}
 
-    def _judge(self, result: Verification) -> None:
-        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first."""
+    def _judge(self, result: Verification, half: Collection[str] = ()) -> None:
+        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first.
+
+        `half`: the layers that compute in float16.
+        """
+        tolerances = {name: self.half_tolerance if name in half else self.layer_tolerance for name in result.layers}
         problems = [
-            f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {self.layer_tolerance:.0e}"
+            f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {tolerances[name]:.0e}"
             for name, p in result.layers.items()
-            if not p.rel_l2 <= self.layer_tolerance
+            if not p.rel_l2 <= tolerances[name]
         ]
         problems += [
             f"{name}: {p.codes_differing} of {p.codes} input codes differ, by at most {p.code_distance_max}"
@@ -165,9 +178,12 @@ def _compare_layer(
     import numpy as np
     import torch
 
-    from intaglio.exporters._layer import run_layer
+    from intaglio.exporters._layer import entry_type, run_layer
     from intaglio.pipeline.verification import LayerParity
 
+    if entry_type(graph, name) == np.float16:
+        x = x.half().float()
+        y = layer(x)
     deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
     rel_l2 = _rel_l2(torch.from_numpy(deployed), y)
     if not isinstance(layer.scheme.input, IntInput) or codes is None:

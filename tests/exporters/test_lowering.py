@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import run_pass
 from onnx import helper, numpy_helper
-from quantizing import integers, parity
+from quantizing import HALF_TOLERANCE, integers, parity
 
 from intaglio.exporters._layer import LAYER_KEY, layer_model, run_layer
 from intaglio.exporters._lowering import LOWERINGS, lowering
@@ -137,8 +137,9 @@ def test_every_row_computes_what_is_simulated(row, runtime, shape, tmp_path):
         y = made["a"](x)
         plain, codes_off, _ = parity(graph, "a", made["a"], x, y, step, optimize=False)
         fused, fused_off, _ = parity(graph, "a", made["a"], x, y, step, optimize=True)
-    assert plain < 1e-5  # the order of float32 sums
-    assert fused < 1e-4  # integer kernels round nothing else
+    half = runtime != "onnxruntime" and row.scheme == "w4a16"  # products of integers are scaled in float32
+    assert plain < (HALF_TOLERANCE if half else 1e-5)  # the order of float32 sums
+    assert fused < (HALF_TOLERANCE if half else 1e-4)  # integer kernels round nothing else
     assert (codes_off, fused_off) == (0, 0)
 
 
