@@ -24,9 +24,13 @@ _TYPES = (_HALF, _FLOAT)
 
 HALF_EPS = 2.0**-11
 """Largest relative error of rounding to float16, within its normal range."""
+HALF_MAX = 65504.0
 AMAX_LOW, AMAX_HIGH = 2.0**-14, 2.0**14
 """Recorded magnitudes that float16 takes: its smallest normal number, and a quarter of its largest one for what was
 not recorded."""
+
+EXPONENT_AMAX = 2.0**8
+"""Recorded magnitude that float16 takes of an exponent: it is rounded by 1/16 there, and its power by 6 %."""
 
 STATISTICS = frozenset(
     {"Exp", "Log", "Pow", "Reciprocal", "Sqrt"}
@@ -38,20 +42,22 @@ CAREFUL = STATISTICS | {
     "Cast",
     "Cos",
     "CumSum",
-    "If",
-    "Loop",
-    "Scan",
     "GroupNormalization",
+    "If",
     "InstanceNormalization",
     "LayerNormalization",
     "LogSoftmax",
+    "Loop",
     "LpNormalization",
     "MeanVarianceNormalization",
     "RMSNormalization",
+    "Range",
+    "Scan",
     "Sin",
     "Softmax",
 }
 """Operators that compute in float32; those beside STATISTICS have results that float16 holds."""
+EXPONENTIAL = frozenset({"Exp", "LogSoftmax", "Softmax"})
 PERIODIC = frozenset({"Sin", "Cos"})
 """An angle of 1000 is only known to 0.5 in float16: all that leads to it from the graph's inputs is float32."""
 ELEMENTWISE = frozenset(
@@ -84,7 +90,7 @@ def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapp
         or node.metadata_props.get(LAYER_KEY) in layers
         or not any(_is_float(value) for value in node.inputs)
         or any(use.node.graph is not graph for value in node.outputs for use in value.uses())
-        or not all(_within(amax.get(str(value.name), 0.0)) for value in (*_given(node.inputs), *node.outputs))
+        or not all(_within(value, amax) for value in (*_given(node.inputs), *node.outputs))
         or not all(_fits(node, place) for place in _half_inputs(node, opset))
     }
     _add_angles(graph, wide)
@@ -153,15 +159,21 @@ def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == _FLOAT
 
 
-def _within(amax: float) -> bool:
-    """Zero fits, and so does infinity: masks have it on purpose."""
-    return amax in (0.0, float("inf")) or AMAX_LOW <= amax <= AMAX_HIGH
+def _within(value: ir.Value, amax: Mapping[str, float]) -> bool:
+    """Whether float16 takes what was recorded. Zero fits, and so does infinity: masks have it on purpose."""
+    recorded = amax.get(str(value.name), 0.0)
+    exponent = any(use.node.op_type in EXPONENTIAL for use in value.uses())
+    return recorded in (0.0, float("inf")) or AMAX_LOW <= recorded <= (EXPONENT_AMAX if exponent else AMAX_HIGH)
 
 
 def _fits(node: ir.Node, place: int) -> bool:
     """Whether float16 holds the constant that is this input; anything else does."""
-    tensor = constant(node.inputs[place])
-    return tensor is None or holds(tensor.numpy(), each=node.op_type == "DequantizeLinear")
+    if (tensor := constant(node.inputs[place])) is None:
+        return True
+    if LAYER_KEY in node.metadata_props and (node.op_type == "Add" or place == 2):
+        # a bias: what is lost of it below 2^-14 is within the rounding of any sum that is not below it as well
+        return bool(np.abs(tensor.numpy()).max(initial=0) <= HALF_MAX)
+    return holds(tensor.numpy(), each=node.op_type == "DequantizeLinear")
 
 
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
@@ -181,11 +193,8 @@ def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
     """Places of the floating-point inputs that the operator takes in float16."""
     formals = _schema(node.op_type, opset).inputs
     for place, value in enumerate(node.inputs):
-        if (
-            value is not None
-            and value.dtype in _TYPES
-            and "tensor(float16)" in formals[min(place, len(formals) - 1)].types
-        ):
+        formal = formals[min(place, len(formals) - 1)]  # the last may stand for any number of inputs
+        if value is not None and value.dtype in _TYPES and "tensor(float16)" in formal.types:
             yield place
 
 
