@@ -253,6 +253,17 @@ def test_no_finding_and_every_value_has_its_type(written):
     assert {spec.dtype for spec in written[GRAPH].outputs.values()} == {"float32"}
 
 
+def test_a_jetson_graph_spells_normalizations_out_in_float32(unet, tmp_path):
+    made = with_plan(unet, plain) | {TARGET: load_target("tensorrt-10.3-orin")}
+    graph = run_pass(ExportQdq(), made, tmp_path)[GRAPH]
+    assert list(lint(graph.path, made[TARGET])) == []
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(graph.path), strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    norms = [node for node in inferred.node if node.op_type == "InstanceNormalization"]
+    assert norms
+    assert {types[node.input[0]] for node in norms} == {FLOAT32}
+
+
 def test_weights_of_float_layers_take_two_bytes(dit, tmp_path):
     made = with_plan(dit, lambda layer: FLOAT) | {TARGET: load_target("tensorrt-rtx")}
     graph = run_pass(ExportQdq(), made, tmp_path)[GRAPH]
