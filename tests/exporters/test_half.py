@@ -8,16 +8,16 @@ import onnx_ir as ir
 import pytest
 from harness import Artifacts, run_pass
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from quantizing import with_plan
 
 from intaglio.exporters._half import holds, type_half
 from intaglio.exporters._layer import LAYER_KEY
-from intaglio.exporters._session import open_session
 from intaglio.exporters.lint import lint
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, TARGET
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, TARGET, TRAJECTORY
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, IntInput, w4a8_step, w4a8_token
 from intaglio.pipeline.target import load_target
 
@@ -48,11 +48,8 @@ class Typed:
         return set(read) & {HALF, FLOAT32}
 
     def run(self, **feed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What both compute."""
-        found, expected = (
-            open_session(model.SerializeToString(), optimize=False).run(None, feed)[0]
-            for model in (self.half, self.float32)
-        )
+        """What both compute, in ONNX's reference: ONNX Runtime on a CPU rounds to float16 at casts alone."""
+        found, expected = (ReferenceEvaluator(model).run(None, feed)[0] for model in (self.half, self.float32))
         assert found.dtype == np.float32
         assert np.isfinite(found).all()
         return found, expected
@@ -67,7 +64,9 @@ def draw(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def test_what_needs_nothing_else_is_half_but_for_the_ends():
-    typed = Typed("g (float[4, 8] x) => (float[4, 6] y) { h = MatMul (x, w)  y = Add (h, b) }", w=draw(8, 6), b=draw(6))
+    w = draw(8, 6)
+    w[0, 0] = 1e-9  # it may be lost: the weight as a whole is not
+    typed = Typed("g (float[4, 8] x) => (float[4, 6] y) { h = MatMul (x, w)  y = Add (h, b) }", w=w, b=draw(6))
     assert typed.of("MatMul") == typed.of("Add") == {HALF}
     assert (typed.types["x"], typed.types["y"]) == (FLOAT32, FLOAT32)
     assert [node.op_type for node in typed.half.graph.node] == ["Cast", "MatMul", "Add", "Cast"]
@@ -133,11 +132,11 @@ def test_angles_are_exact_back_to_the_timestep():
     text = """g (int64[2] t) => (float[2, 32] y) {
         f = Cast <to = 1> (t)
         u = Unsqueeze (f, one)
-        a = Mul (u, rates)
+        a = MatMul (u, rates)
         s = Sin (a)
         y = MatMul (s, w) }"""
     typed = Typed(text, one=np.array([1]), rates=np.exp(-draw(1, 16)).astype(np.float32), w=np.eye(16, 32, dtype="f4"))
-    assert typed.of("Sin") == typed.of("Mul") == {FLOAT32}
+    assert typed.of("Sin") == {FLOAT32}
     found, expected = typed.run(t=np.array([999, 3]))
     assert np.abs(found - expected).max() < 2**-11  # only the sine is rounded: half an angle of 999 would be lost
 
@@ -163,14 +162,16 @@ def test_logits_of_1000_do_not_overflow_and_are_exact_where_they_were_recorded()
         s = MatMul (q, k)
         p = Softmax <axis = -1> (s)
         y = MatMul (p, v) }"""
-    feed = {"q": 16 * draw(1, 2, 16, 32), "k": 16 * draw(1, 2, 32, 16, seed=1), "v": draw(1, 2, 16, 32, seed=2)}
+    keys = 16 * draw(1, 2, 32, 1, seed=1) + 0.02 * draw(
+        1, 2, 32, 16, seed=3
+    )  # alike: their logits differ by some units
+    feed = {"q": 16 * draw(1, 2, 16, 32), "k": keys, "v": draw(1, 2, 16, 32, seed=2)}
     feed = {name: x.astype(np.float16).astype(np.float32) for name, x in feed.items()}
     largest = float(np.abs(feed["q"] @ feed["k"]).max())
     assert largest > 1000
-    found, expected = Typed(text).run(**feed)
-    assert rel_l2(found, expected) < 0.25  # a logit of 1000 is rounded by up to 1/2
-    found, expected = Typed(text, {"s": largest}).run(**feed)
-    assert rel_l2(found, expected) < 2**-10  # only weights and output are rounded
+    rounded, exact = (rel_l2(*Typed(text, amax).run(**feed)) for amax in ({}, {"s": largest}))
+    assert 0.01 < rounded < 0.25  # a logit of 1000 is rounded by up to 1/4, one of 2000 by 1/2
+    assert exact < 2**-10  # only weights and output are rounded
     assert Typed(text, {"s": 200.0}).of("MatMul") == {HALF}
 
 
@@ -264,10 +265,13 @@ def test_a_jetson_graph_spells_normalizations_out_in_float32(unet, tmp_path):
     assert {types[node.input[0]] for node in norms} == {FLOAT32}
 
 
-def test_weights_of_float_layers_take_two_bytes(dit, tmp_path):
+def test_a_float_model_takes_two_bytes_a_weight_and_computes_the_same(dit, tmp_path):
     made = with_plan(dit, lambda layer: FLOAT) | {TARGET: load_target("tensorrt-rtx")}
     graph = run_pass(ExportQdq(), made, tmp_path)[GRAPH]
     assert graph.size_bytes < 0.55 * dit[FLOAT_GRAPH].size_bytes  # names and shapes stay
+    call = {name: value.numpy() for name, value in dit[TRAJECTORY].call(1).items()}
+    found = ReferenceEvaluator(str(graph.path)).run(None, {name: call[name] for name in graph.inputs})[0]
+    assert rel_l2(found, dit[TRAJECTORY].outputs[1].numpy()) < 2**-9  # 2^-11 for each of some ten layers, at random
 
 
 def test_onnxruntime_keeps_float32(dit, tmp_path):
