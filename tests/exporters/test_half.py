@@ -162,9 +162,7 @@ def test_logits_of_1000_do_not_overflow_and_are_exact_where_they_were_recorded()
         s = MatMul (q, k)
         p = Softmax <axis = -1> (s)
         y = MatMul (p, v) }"""
-    keys = 16 * draw(1, 2, 32, 1, seed=1) + 0.02 * draw(
-        1, 2, 32, 16, seed=3
-    )  # alike: their logits differ by some units
+    keys = 16 * draw(1, 2, 32, 1, seed=1) + 0.02 * draw(1, 2, 32, 16, seed=3)  # logits some units apart
     feed = {"q": 16 * draw(1, 2, 16, 32), "k": keys, "v": draw(1, 2, 16, 32, seed=2)}
     feed = {name: x.astype(np.float16).astype(np.float32) for name, x in feed.items()}
     largest = float(np.abs(feed["q"] @ feed["k"]).max())
