@@ -185,20 +185,30 @@ def test_a_group_scale_that_half_loses_keeps_the_layer_in_float32_as_a_whole():
 
 
 def test_a_sum_of_two_layers_is_half_and_a_function_of_one_goes_on_in_float32():
-    text = """g (float[4, 8] x) => (float[4, 8] y) {
+    text = """g (float[4, 8] x) => (float[4, 4] y) {
         [a_m] a = MatMul (x, w)
         s = Sigmoid (a)
         i = Mul (a, s)
         [b_m] b = MatMul (i, w)
         r = Add (a, b)
-        t = Reshape (r, shape)
-        y = MatMul (t, w) }"""
-    typed = Typed(text, layers=("a", "b"), w=draw(8, 8), shape=np.array([4, 8]))
-    assert typed.of("Sigmoid") == typed.of("Mul") == {FLOAT32}
-    assert typed.of("Add") == typed.of("Reshape") == {HALF}
+        t = Tanh (b)
+        f = Reshape (t, shape)
+        y = MatMul (r, f) }"""
+    typed = Typed(text, layers=("a", "b"), w=draw(8, 8), shape=np.array([8, 4]))
+    assert typed.of("Sigmoid") == typed.of("Mul") == typed.of("Tanh") == {FLOAT32}
+    assert typed.of("Add") == typed.of("Reshape") == {HALF}  # moved once it is half as large
     casts = [(node.input[0], node.output[0]) for node in typed.half.graph.node if node.op_type == "Cast"]
     assert len({source for source, _ in casts}) == len(casts)
     assert not {source for source, _ in casts} & {made for _, made in casts}
+
+
+def test_what_only_moves_a_value_between_float32_nodes_does_not_round_it():
+    text = """g (float[4, 8] x) => (float[8, 4] y) {
+        [a_m] a = MatMul (x, w)
+        f = Reshape (a, shape)
+        y = Softmax <axis = -1> (f) }"""
+    typed = Typed(text, layers=("a",), w=draw(8, 8), shape=np.array([8, 4]))
+    assert "Cast" not in {node.op_type for node in typed.half.graph.node}
 
 
 def plain(layer):
