@@ -28,7 +28,7 @@ class ExportQdq(Pass):
     version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
-    needs: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError with every layer that the target cannot execute or the graph does not have."""
