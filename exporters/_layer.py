@@ -110,9 +110,19 @@ def run_layer(
     import numpy as np
 
     session = open_session(layer_model(graph, layer).SerializeToString(), optimize=optimize)
+    x = x.astype(entry_type(graph, layer))
     feed = {session.get_inputs()[0].name: x, STEP_INPUT: np.array(step, np.int64)}
     y, *codes = session.run(None, {i.name: feed[i.name] for i in session.get_inputs()})
-    return y, codes[0] if codes else None
+    return y.astype(np.float32), codes[0] if codes else None
+
+
+def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
+    """Of the value that enters the layer: float32 or float16."""
+    model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
+    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
+    dtype = next(value.dtype for value in values if value.name == name)
+    assert dtype is not None  # the exporter writes graphs with all types
+    return dtype.numpy()
 
 
 def _given(value: ir.Value | None) -> ir.Value:

@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -35,9 +35,12 @@ if TYPE_CHECKING:
     from intaglio.exporters._layer import Site
     from intaglio.pipeline.checkpoint import Factory
     from intaglio.pipeline.denoiser import Inputs
+    from intaglio.pipeline.trajectory import Trajectory
 
 TOLERANCE = 1e-4
 """Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
+RANGE_ROWS = 8
+"""Rows of each recorded call, at least, that magnitudes are taken from."""
 
 
 class ExportFloat(Pass):
@@ -91,7 +94,9 @@ class ExportFloat(Pass):
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
         inputs, outputs = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
-        return {FLOAT_GRAPH: Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes))}
+        with ctx.progress("ranges", len(trajectory.timesteps)) as advance:
+            amax = _record_ranges(path, trajectory, advance)
+        return {FLOAT_GRAPH: Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes), amax)}
 
 
 @dataclass(frozen=True)
@@ -382,3 +387,36 @@ def _check_outputs(path: Path, expected: list[tuple[str, Inputs, torch.Tensor]])
 
 def _shapes(inputs: Inputs) -> str:
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+
+
+def _record_ranges(path: Path, trajectory: Trajectory, advance: Callable[[], object]) -> dict[str, float]:
+    """The largest magnitude of each floating-point value in some rows of every call, by name, to three digits.
+
+    The order of a sum moves the others, and with them the digest of the artifact.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    from intaglio.exporters._session import open_session
+
+    model = ir.load(path)
+    values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    del model.graph.outputs[:]
+    for value in values:
+        magnitude = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0}, name=f"{value.name}/amax")
+        largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+        model.graph.extend([magnitude, largest])
+        model.graph.outputs.append(largest.outputs[0])
+    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
+    ir.save(model, beside)
+    session = open_session(beside)
+    beside.unlink()
+    amax = np.zeros(len(values), np.float32)
+    rows = slice(None, None, max(1, trajectory.outputs.shape[1] // RANGE_ROWS))
+    for step in range(len(trajectory.timesteps)):
+        call = {name: x.numpy() for name, x in trajectory.call(step, rows).items()}
+        found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
+        amax = np.maximum(amax, np.array(found, np.float32))
+        advance()
+    return {str(value.name): float(f"{largest:.2e}") for value, largest in zip(values, amax, strict=True)}

@@ -11,6 +11,7 @@ from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import STEP_INPUT
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.quant.spec import IntInput
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,10 +26,10 @@ class ExportQdq(Pass):
     """Standard operators only, and with the same input the same integer codes as the simulation."""
 
     name: ClassVar[str] = "export-qdq"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
-    needs: ClassVar[tuple[str, ...]] = ("onnx-ir",)
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError with every layer that the target cannot execute or the graph does not have."""
@@ -36,6 +37,7 @@ class ExportQdq(Pass):
         import onnx_ir as ir
 
         from intaglio.exporters._group_norm import NAME, spell_out_group_norm
+        from intaglio.exporters._half import type_half
         from intaglio.exporters.onnx_float import tensor_specs
 
         quantized, target = state[QUANTIZED], state[TARGET]
@@ -49,6 +51,10 @@ class ExportQdq(Pass):
         calls = _find_calls(model.graph, quantized)
         nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
         _rewrite(model.graph, calls, target)
+        if target.float_type == "float16":
+            integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
+            type_half(model, integer, state[FLOAT_GRAPH].amax)
+        _remove_unused(model.graph)
         path = ctx.scratch / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         onnx.checker.check_model(path, full_check=True)
@@ -115,5 +121,9 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> None:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove([n for n in (call.site.add, call.site.product) if n is not None], safe=True)
         new.name = name
+
+
+def _remove_unused(graph: ir.Graph) -> None:
+    """Drop the weights that others took the place of. Changes `graph`."""
     for initializer in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[str(initializer.name)]

@@ -17,12 +17,18 @@ from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
     from intaglio.pipeline.verification import Departure, LayerParity, Verification
+
+
+BETWEEN_HALVES = 10 * 2.0**-11
+"""Relative L2 error of what lies between two layers in float16: ten roundings, an attention's and its neighbours'."""
 
 
 class Verify(Pass):
@@ -42,6 +48,11 @@ class Verify(Pass):
     samples: int = Field(64, ge=1, description="samples drawn with each implementation, from the same noise")
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
     layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
+    half_tolerance: float = Field(
+        2e-3,
+        gt=0,
+        description="the same, of a layer in float16: four roundings of 2^-11, of weight, product, sum, bias",
+    )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(
         0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
@@ -67,7 +78,7 @@ class Verify(Pass):
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        optimized = state[TARGET].runtime == "onnxruntime"
+        optimized, halves = state[TARGET].runtime == "onnxruntime", state[TARGET].float_type == "float16"
         deployed = graph_denoise(graph, optimize=optimized)
         samples = {}
         departures: dict[str, Departure] = {}
@@ -91,7 +102,7 @@ class Verify(Pass):
             figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
             figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
         if bad:
-            raise StepFailed(*self._departed(figures, departures), f"NaN or Inf in the samples: {', '.join(bad)}")
+            raise StepFailed(*self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}")
 
         parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
         figures |= _distances(samples)
@@ -107,16 +118,21 @@ class Verify(Pass):
             figures["parity_layer_rel_l2_max"],
         )
         result = Verification(figures, parity, samples, departures)
-        self._judge(result)
+        half = {n for n, m in layers.items() if halves and not isinstance(m.scheme.input, IntInput)}
+        self._judge(result, half, halves=halves)
         return {VERIFICATION: result}
 
-    def _judge(self, result: Verification) -> None:
-        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first."""
-        problems = self._departed(result.figures, result.departures)
+    def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
+        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first.
+
+        `half`: the layers that compute in float16; `halves`: whether what is between layers does.
+        """
+        problems = self._departed(result.figures, result.departures, halves=halves)
+        tolerances = {name: self.half_tolerance if name in half else self.layer_tolerance for name in result.layers}
         problems += [
-            f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {self.layer_tolerance:.0e}"
+            f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {tolerances[name]:.0e}"
             for name, p in result.layers.items()
-            if not p.rel_l2 <= self.layer_tolerance
+            if not p.rel_l2 <= tolerances[name]
         ]
         problems += [
             f"{name}: {p.codes_differing} of {p.codes} input codes differ, by at most {p.code_distance_max}"
@@ -134,17 +150,20 @@ class Verify(Pass):
         if problems:
             raise StepFailed(*problems)
 
-    def _departed(self, figures: Mapping[str, float], departures: Mapping[str, Departure]) -> list[str]:
+    def _departed(
+        self, figures: Mapping[str, float], departures: Mapping[str, Departure], *, halves: bool
+    ) -> list[str]:
         """Every layer that computes something else inside the graph, then the first that is handed something else."""
-        allowed = f"tolerance {self.layer_tolerance:.0e}"
+        tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
+        allowed = f"tolerance {tolerance:.0e}"
         problems = [
             f"{name}: relative L2 error {d.own_rel_l2:.2e} inside the whole graph, on what reaches it there, {allowed}"
             for name, d in departures.items()
-            if not d.own_rel_l2 <= self.layer_tolerance
+            if not d.own_rel_l2 <= tolerance
         ]
         reached = {name: d.input_rel_l2 for name, d in departures.items()}
         reached["the output"] = figures.get("departure_output_rel_l2", 0.0)
-        wrong = [(name, error) for name, error in reached.items() if not error <= self.layer_tolerance]
+        wrong = [(name, error) for name, error in reached.items() if not error <= tolerance]
         if wrong:
             name, error = wrong[0]
             problems.append(
@@ -194,9 +213,12 @@ def _compare_layer(
     import torch
 
     from intaglio.exporters._departure import rel_l2
-    from intaglio.exporters._layer import run_layer
+    from intaglio.exporters._layer import entry_type, run_layer
     from intaglio.pipeline.verification import LayerParity
 
+    if entry_type(graph, name) == np.float16:
+        x = x.half().float()
+        y = layer(x)
     deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
     error = rel_l2(torch.from_numpy(deployed), y)
     if not isinstance(layer.scheme.input, IntInput) or codes is None:

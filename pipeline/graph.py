@@ -29,6 +29,7 @@ class Graph:
     can be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
     `timestep` names the input that tells the step, None where the model has no timestep. `sizes` gives the size of each
     dynamic axis but the batch in the recorded call and in the other one.
+    `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Graph:
     nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     timestep: str | None = "timestep"
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
@@ -60,7 +62,7 @@ class Graph:
         sizes = {axis: (usual, other) for axis, (usual, other) in facts["sizes"].items()}
         timesteps = tuple(facts["timesteps"])
         path = root / "model.onnx"
-        return cls(path, specs["inputs"], specs["outputs"], timesteps, nodes, facts["timestep"], sizes)
+        return cls(path, specs["inputs"], specs["outputs"], timesteps, nodes, facts["timestep"], sizes, facts["amax"])
 
     @property
     def size_bytes(self) -> int:

@@ -95,6 +95,9 @@ class Target(BaseModel):
     )
     group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
     activation_dtype: Literal["uint8", "int8"] = Field(description="how 8-bit activation codes are written")
+    float_type: Literal["float32", "float16"] = Field(
+        "float32", description="what computes in floating point is of this type, where its range and precision do"
+    )
     conv_output: Literal["float", "int8"] = Field(
         "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import torch
@@ -41,8 +42,13 @@ def target_of(runtime: str) -> Target:
     return shipped.model_copy(update={"runtime": runtime, "formats": formats, "group_sizes": (32, 64)})
 
 
-def float_graph(folder: Path, layers: Mapping[str, torch.nn.Module], shapes: Shape | Mapping[str, Shape]) -> Graph:
-    """All on one input `x` of this shape, or each on its own, `name.x`."""
+def float_graph(
+    folder: Path,
+    layers: Mapping[str, torch.nn.Module],
+    shapes: Shape | Mapping[str, Shape],
+    seen: Mapping[str, float] = MappingProxyType({}),
+) -> Graph:
+    """All on one input `x` of this shape, or each on its own, `name.x`; `seen` are magnitudes of values."""
     own = shapes if isinstance(shapes, Mapping) else None
     entering = {f"{n}.x": own[n] for n in layers} if own else {"x": shapes}
     nodes, constants, outputs = [], [], []
@@ -75,7 +81,7 @@ def float_graph(folder: Path, layers: Mapping[str, torch.nn.Module], shapes: Sha
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), folder / "model.onnx")
     specs = {x: TensorSpec("float32", ("batch", *shape[1:])) for x, shape in entering.items()}
     ends = {name: (f"{name}.x" if own else "x", f"{name}.y") for name in layers}
-    return Graph(folder / "model.onnx", specs, {}, (), ends)
+    return Graph(folder / "model.onnx", specs, {}, (), ends, amax=dict(seen))
 
 
 def make(
@@ -87,9 +93,10 @@ def make(
     amax: Mapping[str, torch.Tensor] | None = None,
     balances: Mapping[str, Balance] | None = None,
     shift: Mapping[str, torch.Tensor] | None = None,
+    seen: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[Graph, dict[str, QuantizedLayer]]:
     """The layers quantized, written for the runtime, and their simulation; where no ranges are given: RANGES."""
-    graph = float_graph(folder, layers, shapes)
+    graph = float_graph(folder, layers, shapes, seen)
     table = tuple(
         Layer(
             name=n,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from harness import Artifacts
 
-from intaglio.exporters._layer import run_layer
+from intaglio.exporters._layer import entry_type, run_layer
 from intaglio.pipeline.checkpoint import layer_table
 from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.graph import Graph
@@ -18,6 +18,9 @@ from intaglio.pipeline.quant.balance import Balance, LayerBalance
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model, simulate
 from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
+
+HALF_TOLERANCE = 1e-3
+"""Relative L2 error of a layer in float16: its weight, product, sum and bias are rounded, by 2^-11 / sqrt(3) each."""
 
 Seen = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -105,7 +108,13 @@ class Simulation:
 def parity(
     graph: Graph, name: str, layer: QuantizedLayer, x, y, step: int, *, optimize: bool
 ) -> tuple[float, int, int]:
-    """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much."""
+    """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much.
+
+    Where the layer takes float16, both have x as float16 holds it.
+    """
+    if entry_type(graph, name) == np.float16:
+        x = x.detach().half().float()
+        y = layer(x)
     found, codes = run_layer(graph, name, x.detach().numpy(), step, optimize=optimize)
     error = rel_l2(torch.from_numpy(found), y.detach())
     if codes is None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import run_pass
 from layers import RANGES, SCHEMES, make, target_of
+from quantizing import HALF_TOLERANCE
 
 from intaglio.exporters._layer import run_layer
 from intaglio.exporters._lowering import LOWERINGS, Lowering
@@ -114,7 +115,9 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
     shapes = {name: case.shape for name, case in cases.items()}
     balances = {name: case.balance for name, case in cases.items() if case.balance is not None}
     schemes = dict.fromkeys(cases, scheme)
-    graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift)
+    with torch.no_grad():
+        seen = {f"{n}.{end}": float(v.abs().max()) for n, m in layers.items() for end, v in (("x", x[n]), ("y", m(x[n])))}
+    graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift, seen)
     return Written(row, runtime, graph, made, cases, x)
 
 
@@ -181,7 +184,8 @@ def test_codes_are_the_same_everywhere(written):
             y, x_codes = run_layer(written.graph, name, x.numpy(), case.step, optimize=optimize)
             if not optimize and computed.unrounded is not None:
                 y = without_ties(y, computed)
-            assert rel_l2(y, computed.y) < TOLERANCE, (name, optimize)
+            half = written.runtime != "onnxruntime" and not rounds_input  # behind integers all is float32
+            assert rel_l2(y, computed.y) < (HALF_TOLERANCE if half else TOLERANCE), (name, optimize)
             if rounds_input:
                 zero = 128 if x_codes.dtype == np.uint8 else 0
                 assert np.array_equal(x_codes.astype(int) - zero, computed.x_codes), (name, optimize)

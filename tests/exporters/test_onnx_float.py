@@ -72,6 +72,13 @@ def export_odd(folder: Path) -> Graph:
     return run_pass(ExportFloat(), {MODEL: Opened(Odd()), TRAJECTORY: trajectory(1)}, folder)[FLOAT_GRAPH]
 
 
+def saved(graph: Graph) -> Path:
+    folder = graph.path.parent / "saved"
+    folder.mkdir(exist_ok=True)
+    graph.save(folder)
+    return folder
+
+
 def digests(folder: Path) -> str:
     return " ".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("model.onnx*")))
 
@@ -79,6 +86,17 @@ def digests(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return export_odd(tmp_path_factory.mktemp("odd"))
+
+
+@pytest.mark.parametrize("name", ["dit", "unet"])
+def test_magnitudes_are_those_that_calibration_saw(name, request):
+    artifacts: Artifacts = request.getfixturevalue(name)
+    graph, seen = artifacts[FLOAT_GRAPH], artifacts[TRAJECTORY].amax
+    ends = {layer: graph.amax[before] for layer, (before, _) in graph.nodes.items() if before in graph.amax}
+    assert len(ends) > 0.8 * len(seen)  # the others read an input of the graph
+    for layer, amax in ends.items():
+        assert amax == pytest.approx(float(seen[layer].max()), rel=6e-3), layer  # to three digits
+    assert Graph.load(saved(graph)).amax == graph.amax
 
 
 @pytest.mark.parametrize("name", ["dit", "unet"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import Artifacts, run_pass
-from quantizing import with_plan
+from quantizing import HALF_TOLERANCE, with_plan
 
 from intaglio.exporters.benchmark import MeasureLatency
 from intaglio.exporters.onnx_qdq import ExportQdq
@@ -37,7 +37,10 @@ def compiled(unet: Artifacts, request, tmp_path_factory) -> Artifacts:
 def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
     verified = run_pass(Verify(**OPTIONS, bisect=True), compiled, tmp_path)[VERIFICATION]
     assert set(verified.layers) == set(compiled[QUANTIZED].layers)
-    assert verified.figures["parity_layer_rel_l2_max"] <= 1e-5  # float32 sums of some hundred products
+    float_inputs = {n for n, data in compiled[QUANTIZED].layers.items() if data.scheme.name == "w4a16"}
+    half = float_inputs if compiled[TARGET].float_type == "float16" else set()
+    for name, layer in verified.layers.items():
+        assert layer.rel_l2 <= (HALF_TOLERANCE if name in half else 1e-5)  # float32 sums of some hundred products
     assert all(layer.code_distance_max <= 1 for layer in verified.layers.values())
     assert sum(layer.codes for layer in verified.layers.values()) > 10_000
     assert verified.figures["psnr_db"] > 15  # random weights, and 4 bits in every fourth layer
