@@ -315,7 +315,8 @@ def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     """Of 8-bit codes (K, N), or (N, C, kh, kw)."""
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
-    zero = w.constant(f"weight/zero/{n}", np.zeros(n, np.int8))
+    # not shared: with x64quantprecision ONNX Runtime 1.31 refuses two weights with one zero point
+    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, np.int8))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
 

@@ -102,7 +102,9 @@ class Verify(Pass):
             figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
             figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
         if bad:
-            raise StepFailed(*self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}")
+            raise StepFailed(
+                *self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
+            )
 
         parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
         figures |= _distances(samples)

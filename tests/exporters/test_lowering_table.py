@@ -116,7 +116,9 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
     balances = {name: case.balance for name, case in cases.items() if case.balance is not None}
     schemes = dict.fromkeys(cases, scheme)
     with torch.no_grad():
-        seen = {f"{n}.{end}": float(v.abs().max()) for n, m in layers.items() for end, v in (("x", x[n]), ("y", m(x[n])))}
+        seen = {
+            f"{n}.{end}": float(v.abs().max()) for n, m in layers.items() for end, v in (("x", x[n]), ("y", m(x[n])))
+        }
     graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift, seen)
     return Written(row, runtime, graph, made, cases, x)
 
