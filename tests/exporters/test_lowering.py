@@ -46,18 +46,6 @@ def test_the_table_has_each_scheme_and_runtime_once():
         lowering("conv", "w8a8_token", "onnxruntime")
 
 
-@pytest.mark.parametrize("vnni", [True, False])
-def test_sums_have_32_bits_where_the_cpu_would_saturate_at_16(vnni, tmp_path, monkeypatch):
-    monkeypatch.setattr("intaglio.exporters._session.has_vnni", lambda: vnni)
-    graph, _ = make(tmp_path, {"a": layer_for((3, 64))}, (3, 64), {"a": W8A8_TOKEN}, "onnxruntime")
-    options = open_session(graph.path).get_session_options()
-    if vnni:
-        with pytest.raises(RuntimeError, match="x64quantprecision"):
-            options.get_session_config_entry("session.x64quantprecision")
-    else:
-        assert options.get_session_config_entry("session.x64quantprecision") == "1"
-
-
 def test_integer_sums_do_not_saturate(tmp_path):
     """Large codes of one sign: with 16-bit sums of two products they lose more than half."""
     layer = torch.nn.Linear(64, 96)
