@@ -142,8 +142,9 @@ class Writer:
     ) -> ir.Value:
         """The constant of this name, which tells what it holds."""
         if name not in self.graph.initializers:
-            # a scalar stays one: with a scale of shape (1,) TensorRT-RTX convolves in float, without a word
-            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array, order="C"))
+            # a scalar stays one: with a scale of shape (1,) TensorRT-RTX convolves in float, without a word; and a view
+            # of the codes stays one until it is written
+            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array))
             tensor.name = name
             self.graph.register_initializer(
                 ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)

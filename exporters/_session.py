@@ -34,15 +34,19 @@ def open_session(
     providers: Sequence[str] = (),
     optimized: Path | None = None,
     data: Path | None = None,
+    mapped: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
 
     `optimized`: a file to write the graph to that is executed. `data`: the folder of the tensors that a model in
-    memory keeps in files. Raises what ONNX Runtime raises.
+    memory keeps in files. `mapped`: weights stay in their file, where else the layouts that kernels like are copies of
+    them all; slower. Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

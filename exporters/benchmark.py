@@ -18,11 +18,15 @@ class MeasureLatency(Pass):
     """One call of the denoiser in ONNX Runtime, float32 and compiled by turns, same session options: medians."""
 
     name: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, GRAPH, TARGET, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LATENCY})
 
     rows: int = Field(8, ge=1, description="rows of the call that is timed")
     rounds: int = Field(15, ge=1, description="calls of each, after one that is not counted")
+    threads: int = Field(
+        1, ge=0, description="threads of ONNX Runtime, 0 for all cores: with more than one, other jobs move the ratio"
+    )
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters._session import graph_denoise
@@ -30,8 +34,8 @@ class MeasureLatency(Pass):
 
         optimized = state[TARGET].runtime == "onnxruntime"
         both = {
-            "float32": graph_denoise(state[FLOAT_GRAPH], optimize=optimized),
-            "compiled": graph_denoise(state[GRAPH], optimize=optimized),
+            "float32": graph_denoise(state[FLOAT_GRAPH], optimize=optimized, threads=self.threads),
+            "compiled": graph_denoise(state[GRAPH], optimize=optimized, threads=self.threads),
         }
         trajectory = state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))

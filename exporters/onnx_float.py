@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
-RANGE_ROWS = 8
-"""Rows of each recorded call, at least, that magnitudes are taken from."""
+RANGE_STEPS, RANGE_ROWS = 5, 4
+"""Recorded calls, from the first to the last, and rows of each, that magnitudes are taken from: float16 keeps a margin."""
 
 
 class ExportFloat(Pass):
@@ -64,6 +65,14 @@ class ExportFloat(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises StepFailed where the graph does not compute what torch does."""
+        graph, expected = self._write_graph(state, ctx)
+        gc.collect()  # the wrapped module is in a cycle
+        _check_outputs(graph.path, expected)
+        amax = _record_ranges(graph.path, state[TRAJECTORY], ctx)
+        return {FLOAT_GRAPH: replace(graph, amax=amax)}
+
+    def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, list[Expected]]:
+        """The graph's files, and what torch returns for the calls that it is checked with."""
         import onnx
         import onnx_ir as ir
 
@@ -80,6 +89,7 @@ class ExportFloat(Pass):
         layers = [layer.name for layer in layer_table(model.module)]
         expected = _expected(model, calls)
         exported = _export(model, calls, self.opset)
+        weights = list(exported.graph.initializers.values())
         repair(exported.graph)
         _simplify(exported)
         axes = _axis_names(exported.graph, calls)
@@ -89,14 +99,22 @@ class ExportFloat(Pass):
         path = ctx.scratch / "model.onnx"
         ir.save(exported, path, external_data="model.onnx.data")
         onnx.checker.check_model(path, full_check=True)
-        _check_outputs(path, expected)
+        # onnxscript's rules keep the graph that they last looked at, and its weights are torch's own
+        for weight in (*weights, *exported.graph.initializers.values()):
+            weight.const_value = None
         if absent := [name for name in layers if name not in sites]:
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
         inputs, outputs = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
-        with ctx.progress("ranges", len(trajectory.timesteps)) as advance:
-            amax = _record_ranges(path, trajectory, advance)
-        return {FLOAT_GRAPH: Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes), amax)}
+        return Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes)), expected
+
+
+class Expected(NamedTuple):
+    """What torch returns for a call, and which call it is."""
+
+    where: str
+    inputs: Inputs
+    output: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -347,7 +365,7 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
         raise StepFailed(*problems)
 
 
-def _expected(model: Factory, calls: Calls) -> list[tuple[str, Inputs, torch.Tensor]]:
+def _expected(model: Factory, calls: Calls) -> list[Expected]:
     """What torch returns at the recorded rows, at one more, and at the other size. StepFailed where it cannot."""
     import torch
 
@@ -361,19 +379,19 @@ def _expected(model: Factory, calls: Calls) -> list[tuple[str, Inputs, torch.Ten
         if inputs is not None:
             try:
                 with torch.no_grad():
-                    expected.append((where, inputs, denoise(inputs)))
+                    expected.append(Expected(where, inputs, denoise(inputs)))
             except (RuntimeError, ValueError) as e:  # shapes that do not fit
                 raise StepFailed(f"{where} the denoiser cannot be called with {_shapes(inputs)}: {e}") from e
     return expected
 
 
-def _check_outputs(path: Path, expected: list[tuple[str, Inputs, torch.Tensor]]) -> None:
+def _check_outputs(path: Path, expected: list[Expected]) -> None:
     """Run the graph on the same inputs. Raise StepFailed where it leaves torch."""
     import torch
 
     from intaglio.exporters._session import open_session
 
-    session = open_session(path)
+    session = open_session(path, mapped=True)
     for where, inputs, output in expected:
         found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
         if found.shape != output.shape:
@@ -389,8 +407,8 @@ def _shapes(inputs: Inputs) -> str:
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
 
 
-def _record_ranges(path: Path, trajectory: Trajectory, advance: Callable[[], object]) -> dict[str, float]:
-    """The largest magnitude of each floating-point value in some rows of every call, by name, to three digits.
+def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str, float]:
+    """The largest magnitude of each floating-point value in some rows of some calls, by name, to three digits.
 
     The order of a sum moves the others, and with them the digest of the artifact.
     """
@@ -410,13 +428,15 @@ def _record_ranges(path: Path, trajectory: Trajectory, advance: Callable[[], obj
         model.graph.outputs.append(largest.outputs[0])
     beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
     ir.save(model, beside)
-    session = open_session(beside)
+    session = open_session(beside, mapped=True)
     beside.unlink()
     amax = np.zeros(len(values), np.float32)
     rows = slice(None, None, max(1, trajectory.outputs.shape[1] // RANGE_ROWS))
-    for step in range(len(trajectory.timesteps)):
-        call = {name: x.numpy() for name, x in trajectory.call(step, rows).items()}
-        found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
-        amax = np.maximum(amax, np.array(found, np.float32))
-        advance()
+    steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
+    with ctx.progress("ranges", len(steps)) as advance:
+        for step in steps:
+            call = {name: x.numpy() for name, x in trajectory.call(int(step), rows).items()}
+            found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
+            amax = np.maximum(amax, np.array(found, np.float32))
+            advance()
     return {str(value.name): float(f"{largest:.2e}") for value, largest in zip(values, amax, strict=True)}

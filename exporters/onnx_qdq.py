@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class ExportQdq(Pass):
-    """Standard operators only, and with the same input the same integer codes as the simulation."""
+    """Standard operators only, and with the same input the same integer codes as the simulation.
+
+    Tables of embeddings are kept in float16: with 4-bit weights they would be a quarter of a class-conditional DiT.
+    """
 
     name: ClassVar[str] = "export-qdq"
     version: ClassVar[int] = 3
@@ -55,6 +58,7 @@ class ExportQdq(Pass):
             integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
             type_half(model, integer, state[FLOAT_GRAPH].amax)
         _remove_unused(model.graph)
+        _halve_tables(model.graph)
         path = ctx.scratch / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         onnx.checker.check_model(path, full_check=True)
@@ -127,3 +131,31 @@ def _remove_unused(graph: ir.Graph) -> None:
     """Drop the weights that others took the place of. Changes `graph`."""
     for initializer in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[str(initializer.name)]
+
+
+def _halve_tables(graph: ir.Graph) -> None:
+    """Keep in float16 what rows are only picked from, (rows, features), and cast the rows. Changes `graph`."""
+    import onnx_ir as ir
+    import torch
+
+    from intaglio.pipeline.quant.affine import half_table
+
+    for table in graph.initializers.values():
+        picks = [use.node for use in table.uses() if use.node.op_type == "Gather" and use.idx == 0]
+        by_row = all(not node.attributes.get_int("axis", 0) for node in picks)
+        if table.dtype != ir.DataType.FLOAT or len(table.shape or ()) != 2 or not by_row:
+            continue
+        if not picks or len(picks) < len(table.uses()):
+            continue
+        assert table.const_value is not None  # an initializer of a file has a value
+        half = half_table(torch.from_numpy(table.const_value.numpy().copy()))
+        if half.dtype != torch.float16:
+            continue
+        table.const_value, table.type = ir.Tensor(half.numpy(), name=table.name), ir.TensorType(ir.DataType.FLOAT16)
+        for node in picks:
+            rows = node.outputs[0]
+            whole = ir.Value(name=rows.name, type=rows.type, shape=rows.shape)
+            ir.convenience.replace_all_uses_with(rows, whole, replace_graph_outputs=True)
+            rows.name, rows.type = f"{whole.name}/half", table.type
+            attributes = {"to": int(ir.DataType.FLOAT)}
+            graph.insert_after(node, ir.node("Cast", [rows], attributes, outputs=[whole], name=f"{node.name}/Cast"))

@@ -87,12 +87,14 @@ def compile(
     `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
     `base`: the folder that paths in the recipe are relative to.
     """
+    from intaglio.pipeline.keys import TARGET
+
     chains = bind(recipe, start=start, base=base)
     whole = resolved(recipe, chains)
-    artifacts = start_artifacts(recipe, base) if start is None else start
+    shared = _put_start(start_artifacts(recipe, base) if start is None else start, store)
     compiled = {}
     for chain in chains:
-        given = _put_start(chain, artifacts, store)
+        given = shared | _put_start({TARGET: chain.target}, store)
         outputs = dict(given)
         runs = []
         for position, step in enumerate(chain.steps, start=1):
@@ -111,13 +113,16 @@ def plan(
     recipe: Recipe, store: Store, *, start: Outputs | None = None, base: Path = Path()
 ) -> Mapping[str, tuple[PlannedStep, ...]]:
     """What `compile` would do now, for each target. Runs nothing."""
+    from intaglio.pipeline.keys import TARGET
+
     chains = bind(recipe, start=start, base=base)
     artifacts = start_artifacts(recipe, base) if start is None else start
+    shared = _put_start(artifacts, store)
     measured = {record.origin: record.seconds for record in store.records()}
-    planned = {
-        chain.target.name: tuple(_plan_chain(chain, _put_start(chain, artifacts, store), recipe.seed, store, measured))
-        for chain in chains
-    }
+    planned = {}
+    for chain in chains:
+        given = shared | _put_start({TARGET: chain.target}, store)
+        planned[chain.target.name] = tuple(_plan_chain(chain, given, recipe.seed, store, measured))
     return _estimated(planned, chains, artifacts)
 
 
@@ -252,11 +257,9 @@ def _estimated(
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
 
 
-def _put_start(chain: Chain, artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
-    from intaglio.pipeline.keys import TARGET
-
+def _put_start(artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
     with store.lock("start"):
-        return {key: store.put(each, staging="start") for key, each in {**artifacts, TARGET: chain.target}.items()}
+        return {key: store.put(each, staging="start") for key, each in artifacts.items()}
 
 
 def _by_name(digests: Digests) -> dict[str, str]:

@@ -200,3 +200,9 @@ def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def half_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the width of a range, at least `TOKEN_EPS`, and its middle."""
     return ((high - low) * 0.5).clamp_min(TOKEN_EPS), (high + low) * 0.5
+
+
+def half_table(table: torch.Tensor) -> torch.Tensor:
+    """Each entry in float16, error <= 2^-11 of it or 2^-25; the table as it is where one is beyond float16."""
+    half = table.to(torch.float16)
+    return half if half.isfinite().all() else table

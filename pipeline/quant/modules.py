@@ -82,7 +82,10 @@ class QuantizedLayer(nn.Module):
         shift_T: torch.Tensor | None = None,
         balance: Balance | None = None,
         factor_T: torch.Tensor | None = None,
+        *,
+        fit: bool = True,
     ) -> None:
+        """`fit` is False where `set_codes` brings the weight scales."""
         super().__init__()
         self.amax_T: torch.Tensor
         self.shift_T: torch.Tensor
@@ -96,7 +99,7 @@ class QuantizedLayer(nn.Module):
         self._base_NK: torch.Tensor | None = None
         self.weight_group: nn.Parameter | None = None
         self._rounded: torch.Tensor | None = None
-        if isinstance(scheme.weight, IntWeight):
+        if isinstance(scheme.weight, IntWeight) and fit:
             self._set_scales(*affine.fit(self.float_weight(), scheme.weight))
         if isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep):
             if amax_T is None:
@@ -162,12 +165,14 @@ class QuantizedLayer(nn.Module):
         return affine.quantize(self.float_weight(), self.code_scale(), self.scheme.weight)
 
     def set_codes(self, q_NK: torch.Tensor, scale_NG: torch.Tensor, group_NG: torch.Tensor | None = None) -> None:
-        """Compute with these codes from now on; the float weight and the adapter are not looked at any more."""
+        """Compute with these codes from now on, which take the place of the float weight and the adapter."""
         if not isinstance(self.scheme.weight, IntWeight):
             raise ValueError("a float weight has no codes")
         self._set_scales(scale_NG, group_NG)
         rounded_NK = affine.dequantize(q_NK, self.code_scale().detach(), self.scheme.weight)
-        self._rounded = rounded_NK.reshape(self.layer.weight.shape)
+        rounded = rounded_NK.reshape(self.layer.weight.shape)
+        self.layer.weight = nn.Parameter(rounded, requires_grad=False)  # the float one is free
+        self._rounded = self.layer.weight
 
     def rounded_weight(self) -> torch.Tensor:
         """The weight as the layer computes with it, in the layer's own shape; cached while nothing trains."""
@@ -306,12 +311,15 @@ def quantize_model(
     shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
     balance: Mapping[str, Balance] = MappingProxyType({}),
     factor: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    *,
+    fit: bool = True,
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
     `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
     output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
-    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,). Returns the new layers by name.
+    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,). `fit` is False where `set_codes`
+    brings the weight scales. Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -322,7 +330,7 @@ def quantize_model(
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
         tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables)
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, fit=fit)
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
 
@@ -330,6 +338,7 @@ def quantize_model(
 def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     """Turn `model` into what the deployed graph computes, from integer codes and scales alone. Changes `model`.
 
+    Tables of embeddings are rounded to float16, in which the graph keeps them.
     Returns the clock that is set to a call's timestep before the call.
     """
     clock = StepClock(quantized.timesteps)
@@ -339,9 +348,12 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     balance = {name: data.balance for name, data in quantized.layers.items() if data.balance is not None}
     factor = {name: data.factor_T for name, data in quantized.layers.items() if data.factor_T is not None}
     schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor)
+    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor, fit=False)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]
             layer.set_codes(data.codes, data.scale_NG, data.group_NG)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight = nn.Parameter(affine.half_table(module.weight).float(), requires_grad=False)
     return clock

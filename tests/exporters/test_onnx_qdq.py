@@ -116,6 +116,23 @@ def test_tensorrt_rtx_executes_every_integer_layer_on_integers(planned, tmp_path
     assert engine.int8_gemm == sum(isinstance(s.input, IntInput) for s in planned[PLAN].schemes.values())
 
 
+def test_rows_are_picked_from_tables_in_float16(dit, tmp_path):
+    artifacts = write(with_plan(dit, lambda _: FLOAT), "onnxruntime-cpu", tmp_path)
+    tables = {
+        name: onnx.TensorProto.DataType.Name(tensor.data_type)
+        for name, tensor in ((t.name, t) for t in onnx.load(artifacts[GRAPH].path).graph.initializer)
+        if "embedding_table" in name
+    }
+    assert set(tables.values()) == {"FLOAT16"}
+    assert len(tables) == 2  # a block each
+    simulation = Simulation(artifacts)
+    _, expected = simulation.at(1)
+    call = artifacts[TRAJECTORY].call(1)
+    whole = rel_l2(artifacts[TRAJECTORY].outputs[1], expected)
+    found = graph_denoise(artifacts[GRAPH], optimize=False)(call)
+    assert rel_l2(found, expected) < 1e-6 < whole  # the simulation rounds them too; without, it would be `whole` away
+
+
 def test_values_and_nodes_are_named_once_and_know_their_layer(written):
     graph = onnx.load(written[GRAPH].path).graph
     names = [node.name for node in graph.node]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys import NOISE, NUMBERS, START, SUM, toy_recipe
+from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 
 from intaglio.pipeline import Recipe, Store, bind, compile
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, TargetError
@@ -40,6 +40,14 @@ def test_second_run_hits_everything(store: Store) -> None:
 def test_another_target_runs_only_what_reads_the_target(store: Store) -> None:
     recipe = toy_recipe("Append", "Add", targets=TWO_TARGETS)
     assert statuses(recipe, store) == ["append done", "add done", "append hit", "add done"]
+
+
+def test_the_model_is_written_once_for_all_targets(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    save = Numbers.save
+    monkeypatch.setattr(Numbers, "save", lambda self, root: (saved.append(root), save(self, root)))
+    compile(toy_recipe("Append", targets=TWO_TARGETS), store, start=START)
+    assert [root.name for root in saved].count("start") == len(START)
 
 
 def test_equal_outputs_let_what_follows_hit(store: Store) -> None:

@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import oracle
 import pytest
@@ -103,9 +105,12 @@ def test_set_codes_needs_no_float_weight(scheme: LayerScheme):
     group = None if layer.weight_group is None else group_integers(layer.weight_group)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     y = layer(x)
-    layer.set_codes(codes, scale, group)
-    layer.layer.weight.data.fill_(torch.nan)
-    assert torch.equal(layer(x), y)
+    bare = QuantizedLayer(linear(), scheme, CLOCK, fit=False)
+    bare.layer.weight.data.fill_(torch.nan)
+    float_weight = weakref.ref(bare.layer.weight)
+    bare.set_codes(codes, scale, group)
+    assert torch.equal(bare(x), y)
+    assert float_weight() is None  # its memory is free
 
 
 def test_quantize_model_replaces_what_the_schemes_say():

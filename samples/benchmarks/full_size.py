@@ -1,0 +1,222 @@
+"""What compiling a full-size denoiser costs: seconds and peak memory of every step, and bytes of what comes out.
+
+    python samples/benchmarks/full_size.py [dit-xl ...] [--json]
+
+Weights are random, so quality says nothing here; every layer is rounded to nearest, with the ranges of one call. Each
+step runs in a process of its own on what the store has from the steps before, so that the peak (VmHWM) is its own, the
+interpreter and its libraries included. `torch.onnx.export` alone is the yardstick of export-float.
+"""
+
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, ParamSpec, TypeVar
+
+import typer
+from pydantic import Field
+
+from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Step, Store, compile
+from intaglio.pipeline.artifact import AnyKey
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET
+from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.runner import StepEvent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+PLANS: Mapping[str, list[str]] = {
+    "w8a8": ["w8a8_token", "w8a8o8_step", "w8a8_step"],
+    "w4a8": ["w4a8_token", "w4a8o8_step", "w4a8_step", "w8a8_token", "w8a8o8_step", "w8a8_step"],
+}
+TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
+
+
+class UniformPlan(Pass):
+    """Every layer has the first of the wanted schemes that its shape and the target allow."""
+
+    name: ClassVar[str] = "uniform-plan"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
+
+    schemes: tuple[str, ...] = Field(min_length=1, description="names of schemes, the most wanted first")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        layers, target = layer_table(state[MODEL].open().module), state[TARGET]
+        chosen = {}
+        for layer in layers:
+            legal = {s.name: s for s in structural_schemes(layer, names=SCHEME_NAMES) if not illegal(layer, s, target)}
+            chosen[layer.name] = legal[next((name for name in self.schemes if name in legal), "float")]
+        return {PLAN: QuantPlan(layers, chosen)}
+
+
+def dit_xl() -> "nn.Module":
+    """DiT-XL/2 at 256 x 256: 750 M parameters, as diffusers has an embedder in every block."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+
+
+MODELS: Mapping[str, tuple[str, Callable[[], "nn.Module"]]] = {"dit-xl": ("transformer", dit_xl)}
+
+
+Figures = dict[str, str | float]
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help=", ".join(MODELS))] = None,
+    plans: Annotated[str, typer.Option(help="which plans, of w8a8 and w4a8")] = "w8a8,w4a8",
+    targets: Annotated[str, typer.Option(help="for which targets")] = ",".join(TARGETS),
+    yardstick: Annotated[bool, typer.Option(help="time torch.onnx.export alone too")] = True,
+    work: Annotated[Path | None, typer.Option(help="a folder for checkpoints and store; kept, and used again")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+) -> None:
+    with folder(work) as place:
+        for model in models or MODELS:
+            size = alone(make_checkpoint, model, place / model / "checkpoint")["float32_bytes"]
+            if not as_json:
+                print(f"{model}: {size / 1e9:.2f} GB in float32", flush=True)
+            rows = []
+            for row in measure(place / model, plans.split(","), targets.split(","), yardstick):
+                rows.append(row)
+                if not as_json:
+                    print(line(row, size), flush=True)
+            if as_json:
+                print(json.dumps({"model": model, "float32_bytes": size, "steps": rows}), flush=True)
+
+
+@contextmanager
+def folder(work: Path | None) -> Iterator[Path]:
+    """`work`, or one that is removed afterwards."""
+    if work is not None:
+        yield work.resolve()
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+def measure(place: Path, plans: list[str], targets: list[str], yardstick: bool) -> Iterator[Figures]:
+    """A row for each step, as it is done."""
+    first = (Step(uses="calibrate", options={"samples": 1}), Step(uses="export-float"))
+    for count in (1, 2):
+        yield {"step": first[count - 1].name, **alone(last_step, place, first[:count], targets[0])}
+    if yardstick:
+        yield {"step": "torch.onnx.export", **alone(bare_export, place)}
+    for plan in plans:
+        rest = (
+            Step(uses=f"{Path(__file__).name}:UniformPlan", options={"schemes": PLANS[plan]}),
+            Step(uses="distill", options={"updates": 0}),
+            Step(uses="merge"),
+            Step(uses="export-qdq"),
+        )
+        for target in targets:
+            for count in range(1, len(rest) + 1):
+                found = alone(last_step, place, first + rest[:count], target)
+                yield {"plan": plan, "target": target, "step": rest[count - 1].name, **found}
+
+
+def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`work` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args, **kwargs).result()
+
+
+def spent(began: float) -> Figures:
+    """Since `began`: seconds by the clock, and of the process's own, which other jobs on the machine do not stretch."""
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time(),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far, mapped files included."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:
+    """Random weights as a diffusers folder."""
+    import torch
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(0)
+    name, build = MODELS[model]
+    if not checkpoint.exists():
+        module = build()
+        module.save_pretrained(checkpoint / name, max_shard_size="100GB")
+        DDIMScheduler().save_pretrained(checkpoint / "scheduler")
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors"))
+    return {"float32_bytes": size}
+
+
+def bare_export(place: Path) -> Figures:
+    """`torch.onnx.export` with its own optimizer, from the files of the model to those of the graph."""
+    import torch
+
+    from intaglio.pipeline.denoiser import Sampler
+
+    began = time.perf_counter()
+    model = Checkpoint.resolve(ModelRef(path=str(place / "checkpoint"), sampling_steps=1), Path()).open()
+    sampler = Sampler(model, 1, 1.0)
+    start = sampler.start(2, torch.Generator().manual_seed(0))
+    call = sampler.rows(start.noise, torch.tensor(1), start)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model.module,
+            kwargs={name: value.contiguous() for name, value in call.items()},
+            dynamo=True,
+            opset_version=21,
+            dynamic_shapes={name: {0: torch.export.Dim.DYNAMIC} for name in call},
+            verbose=False,
+        )
+    (place / "bare").mkdir(exist_ok=True)
+    program.save(place / "bare" / "model.onnx", external_data=True)
+    return spent(began)
+
+
+def last_step(place: Path, steps: tuple[Step, ...], target: str) -> Figures:
+    """The last of `steps`; those before it are in the store. No figures where the last one is, too."""
+    ref = ModelRef(path=str(place / "checkpoint"), sampling_steps=1)
+    recipe = Recipe(model=ref, targets=(target,), steps=steps)
+    told: list[StepEvent] = []
+    began = time.perf_counter()
+    done = compile(recipe, Store(place / "store"), base=Path(__file__).parent, on_step=told.append)[target]
+    figures = {} if told[-1].status == "hit" else spent(began)
+    if (made := {"export-float": FLOAT_GRAPH, "export-qdq": GRAPH}.get(steps[-1].name)) is not None:
+        figures["file_bytes"] = done[made].size_bytes
+    return figures
+
+
+def line(row: Figures, model_bytes: float) -> str:
+    """For people."""
+    text = f"  {' '.join(str(row[k]) for k in ('plan', 'target', 'step') if k in row):35}"
+    if "seconds" in row:
+        text += (
+            f" {row['seconds']:7.1f} s, {row['cpu_seconds']:6.1f} s of CPU, peak {row['peak_bytes'] / 1e9:5.2f} GB"
+            f" = {row['peak_bytes'] / model_bytes:.2f} of the model"
+        )
+    else:
+        text += " was in the store"
+    return text + (f", {row['file_bytes'] / 1e6:.0f} MB" if "file_bytes" in row else "")
+
+
+if __name__ == "__main__":
+    typer.run(main)

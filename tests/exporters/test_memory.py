@@ -1,0 +1,95 @@
+"""A step needs little more memory than the weights it reads, so that full-size models compile on a common machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from harness import Artifacts, run_pass
+from quantizing import with_plan
+from tiny import save_folder, tiny_dit
+
+from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.passes.calibrate import Calibrate
+from intaglio.pipeline.artifact import AnyKey
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.target import load_target
+
+KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, FLOAT_GRAPH, PLAN, QUANTIZED, TARGET)
+STEPS = {"export-float": ExportFloat, "export-qdq": ExportQdq}
+
+
+def wide_dit() -> DiTTransformer2DModel:
+    """22 M parameters, most of them in six layers."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=8,
+        attention_head_dim=128,
+        in_channels=3,
+        out_channels=3,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=4,
+    ).eval()
+
+
+def save(module: torch.nn.Module, folder: Path) -> int:
+    """Every artifact that the steps read, from the module; bytes of its weights."""
+    model = Checkpoint.resolve(ModelRef(path=str(save_folder(module, folder / "model")), sampling_steps=1), Path())
+    artifacts: Artifacts = {MODEL: model, TARGET: load_target("onnxruntime-cpu")}
+    artifacts |= run_pass(Calibrate(samples=2), artifacts, folder / "scratch")
+    artifacts |= run_pass(ExportFloat(), artifacts, folder / "scratch")
+    artifacts = with_plan(artifacts, lambda layer: W8A8_TOKEN if layer.op == "linear" else W8A8_STEP)
+    for key in KEYS:
+        (folder / key.name).mkdir()
+        artifacts[key].save(folder / key.name)
+    return sum(file.stat().st_size for file in folder.glob("model/**/*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    folder = tmp_path_factory.mktemp("memory")
+    save(tiny_dit(), folder / "small")
+    return folder, save(wide_dit(), folder / "large")
+
+
+# export-float: the module, then what the runtime maps of the file, when the module is gone; measured 1.15
+# export-qdq: the codes as they are read, a quarter of the weights; measured 0.25, and as much again for every copy
+@pytest.mark.parametrize(("step", "share"), [("export-float", 1.4), ("export-qdq", 0.4)])
+def test_a_step_holds_weights_once(step: str, share: float, saved: tuple[Path, int]):
+    folder, weights_bytes = saved
+    found = subprocess.run(
+        [sys.executable, __file__, step, folder], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert int(found.stdout) <= share * weights_bytes, f"{int(found.stdout) / weights_bytes:.2f} of the weights"
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS: now; VmHWM: at most since the process began, or since its peak was forgotten."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def run(step: str, folder: Path) -> None:
+    state = {key: key.type.load(folder / key.name) for key in STEPS[step].requires}
+    run_pass(STEPS[step](), state, folder / step)
+
+
+def main(step: str, folder: Path) -> None:
+    """Print how far the step takes this process beyond where it is after the same step on a tiny model."""
+    run(step, folder / "small")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = resident_bytes("VmRSS")
+    run(step, folder / "large")
+    print(resident_bytes("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
