@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
 RANGE_STEPS, RANGE_ROWS = 5, 4
-"""Recorded calls, from the first to the last, and rows of each, that magnitudes are taken from: float16 keeps a margin."""
+"""Recorded calls, from first to last, and rows of each, that magnitudes are taken from: float16 keeps a margin."""
 
 
 class ExportFloat(Pass):
