@@ -16,7 +16,7 @@ from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.graph import TensorSpec
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.plan import Layer, structural_schemes
 from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import (
     FLOAT,
@@ -252,3 +252,25 @@ def test_onnxruntime_executes_every_convolution_with_a_rounded_output_on_integer
     for name, layer in simulation.layers.items():
         error, off, distance = parity(artifacts[GRAPH], name, layer, *seen[name], 1, optimize=True)
         assert (error < 1e-5, off, distance) == (True, 0, 0), name  # codes in, codes out: only float32 scaling is left
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_clipped_tokens_have_the_codes_that_are_simulated(dit, runtime, tmp_path):
+    """A learnt factor on the magnitude of tokens: what is beyond it is clipped, at 4 bits and at 8."""
+
+    def choose(layer: Layer) -> LayerScheme:
+        return next((s for s in structural_schemes(layer, (32,), ("w4a4_token",)) if s != FLOAT), W8A8_TOKEN)
+
+    planned = with_plan(dit, lambda layer: FLOAT if layer.op == "conv" else choose(layer))
+    factor_T = torch.tensor([0.9, 0.5, 0.7])
+    quantized = planned[QUANTIZED]
+    layers = {name: replace(data, factor_T=factor_T) for name, data in quantized.layers.items()}
+    written = write(planned | {QUANTIZED: replace(quantized, layers=layers)}, runtime, tmp_path)
+    simulation, step = Simulation(written), 1
+    seen, _ = simulation.at(step)
+    for name, layer in simulation.layers.items():
+        error, off, distance = parity(written[GRAPH], name, layer, *seen[name], step, optimize=True)
+        assert error <= 1e-4, name
+        assert (off <= 1, distance <= 1) == (True, True), name  # a tie
+        codes = layer.input_codes(seen[name][0])[0]
+        assert codes.max() == (7 if layer.scheme.name == "w4a4_token" else 127)
