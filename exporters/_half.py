@@ -118,13 +118,16 @@ def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:
     """Add what is a function of one float32 value, and what only moves it on to float32 nodes. Changes `wide`.
 
     A Cast in front of such a function rounds once more, and to TensorRT-RTX 1.7.1 it ends the kernel of a
-    GroupNormalization. Sums of two values are where float16 pays: they are written, and read by more than one.
+    GroupNormalization. Behind a Softmax it is the other way: with float32 nodes between it and the product of its
+    attention the builder fails, and float16 holds weights of at most 1. Sums of two values are where float16 pays: they
+    are written, and read by more than one.
     """
     origin: dict[ir.Value, ir.Value] = {}
     more = set()
     for node in graph:
         sources = {origin.get(value, value) for value in _computed(node)}
-        if node not in wide and node.op_type not in PRODUCTS and len(sources) == 1:
+        behind_softmax = any(_made_by(value, frozenset({"Softmax"})) for value in sources)
+        if node not in wide and node.op_type not in PRODUCTS and len(sources) == 1 and not behind_softmax:
             more.add(node)
             origin.update(dict.fromkeys(node.outputs, sources.pop()))
     while True:

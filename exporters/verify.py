@@ -49,9 +49,9 @@ class Verify(Pass):
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
     layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
     half_tolerance: float = Field(
-        2e-3,
+        4e-3,
         gt=0,
-        description="the same, of a layer in float16: four roundings of 2^-11, of weight, product, sum, bias",
+        description="the same, of a layer in float16: eight roundings of 2^-11, of balance, weight, product, sum, bias",
     )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(

@@ -16,27 +16,38 @@ from quantizing import with_plan
 from intaglio.exporters._departure import find_departures, value_names
 from intaglio.exporters._session import graph_values
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.verify import Verify
+from intaglio.exporters.verify import BETWEEN_HALVES, Verify
 from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.quant.modules import QuantizedLayer, simulate
 from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.target import Target, load_target
 from intaglio.pipeline.verification import Departure
 
 Fault = Callable[[onnx.GraphProto], None]
 BLOCK = "transformer_blocks.0"
 
 
-@pytest.fixture(scope="module", params=["onnxruntime-cpu", "tensorrt-rtx"])
-def compiled(dit: Artifacts, request, tmp_path_factory) -> Artifacts:
+def compile_for(dit: Artifacts, target: Target, folder: Path) -> Artifacts:
     def choose(layer):
         return W8A8_STEP if layer.op == "conv" or "ff" in layer.name else W8A8_TOKEN
 
-    made = with_plan(dit, choose) | {TARGET: load_target(request.param)}
-    return made | run_pass(ExportQdq(), made, tmp_path_factory.mktemp("qdq"))
+    made = with_plan(dit, choose) | {TARGET: target}
+    return made | run_pass(ExportQdq(), made, folder)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime-cpu", "tensorrt-rtx"])
+def compiled(dit: Artifacts, request, tmp_path_factory) -> Artifacts:
+    """In the form of each runtime, in float32: there is nothing between a right graph and its simulation then."""
+    target = load_target(request.param).model_copy(update={"float_type": "float32"})
+    return compile_for(dit, target, tmp_path_factory.mktemp("qdq"))
+
+
+@pytest.fixture(scope="module")
+def in_half(dit: Artifacts, tmp_path_factory) -> Artifacts:
+    return compile_for(dit, load_target("tensorrt-rtx"), tmp_path_factory.mktemp("half"))
 
 
 def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
@@ -112,6 +123,28 @@ def test_a_right_graph_leaves_the_simulation_nowhere(compiled, optimize):
     assert output < 1e-5
     order = list(found)
     assert order.index(f"{BLOCK}.attn1.to_q") < order.index(f"{BLOCK}.ff.net.2") < order.index("proj_out_2")
+
+
+def test_a_right_graph_in_half_precision_stays_within_its_roundings(in_half):
+    found, output = departures(in_half, in_half[GRAPH], optimize=False)
+    assert found.keys() == in_half[QUANTIZED].layers.keys()
+    assert max(d.own_rel_l2 for d in found.values()) < BETWEEN_HALVES
+    assert 1e-5 < max(d.input_rel_l2 for d in found.values()) < BETWEEN_HALVES
+    assert output < BETWEEN_HALVES
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (spoilt_weight, rf"{BLOCK}.ff.net.2: relative L2 error .* inside the whole graph, on"),
+        (missing_activation, rf"{BLOCK}.ff.net.2: relative L2 error 8.9\de-01 of what reaches it inside the"),
+    ],
+)
+def test_faults_are_named_in_half_precision_too(in_half, fault, message, tmp_path):
+    spoilt = in_half | {GRAPH: spoil(in_half[GRAPH], fault, tmp_path)}
+    with pytest.raises(StepFailed, match="inside the whole graph") as caught:
+        run_pass(Verify(samples=2, rows=4, bisect=True), spoilt, tmp_path)
+    assert re.match(message, caught.value.problems[0])
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,10 @@ def test_codes_are_the_same_everywhere(written):
             y, x_codes = run_layer(written.graph, name, x.numpy(), case.step, optimize=optimize)
             if not optimize and computed.unrounded is not None:
                 y = without_ties(y, computed)
-            half = written.runtime != "onnxruntime" and not rounds_input  # behind integers all is float32
-            assert rel_l2(y, computed.y) < (HALF_TOLERANCE if half else TOLERANCE), (name, optimize)
+            tolerance = TOLERANCE
+            if written.runtime != "onnxruntime" and not rounds_input:  # about integers all is float32
+                tolerance = HALF_TOLERANCE * (1 if case.balance is None else 3)  # a scale and a rotation in float16 too
+            assert rel_l2(y, computed.y) < tolerance, (name, optimize)
             if rounds_input:
                 zero = 128 if x_codes.dtype == np.uint8 else 0
                 assert np.array_equal(x_codes.astype(int) - zero, computed.x_codes), (name, optimize)

@@ -92,6 +92,9 @@ def check_merged_equals_trained(artifacts, folder) -> None:
         for table in ("amax_T", "shift_T", "factor_T"):
             if (values := getattr(learnt, table)) is not None:
                 setattr(layers[name], table, values)
+    for module in model.module.modules():
+        if isinstance(module, torch.nn.Embedding):  # kept in float16 by the graph, and so by its simulation
+            module.weight.data = affine.half_table(module.weight.data).float()
     merged = artifacts[MODEL].open()
     merged_clock = simulate(merged.module, run_pass(MergeAdapters(), artifacts, folder)[QUANTIZED])
     clock.step = merged_clock.step = 1
@@ -313,7 +316,7 @@ def test_the_second_moment_of_a_convolution_is_that_of_its_patches():
     moment = second_moment(conv, x)
     w_NK = conv.weight.detach().flatten(1).double()
     energy = (w_NK @ moment @ w_NK.T).diagonal().sum()
-    assert float(energy) == pytest.approx(float(conv(x).square().sum()), rel=1e-5)
+    assert float(energy) == pytest.approx(float(conv(x).detach().square().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("base", ["float", "grid"])
