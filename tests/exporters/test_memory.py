@@ -65,8 +65,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @pytest.mark.parametrize(("step", "share"), [("export-float", 1.4), ("export-qdq", 0.4)])
 def test_a_step_holds_weights_once(step: str, share: float, saved: tuple[Path, int]):
     folder, weights_bytes = saved
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
-        [sys.executable, __file__, step, folder], capture_output=True, text=True, check=True, env=dict(os.environ)
+        [sys.executable, __file__, step, folder], capture_output=True, text=True, check=True, env=here
     )
     assert int(found.stdout) <= share * weights_bytes, f"{int(found.stdout) / weights_bytes:.2f} of the weights"
 
