@@ -13,7 +13,8 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	# one thread each: of two processes on two cores, threads would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .venv/.python:
 	$(PYTHON) -m venv .venv
