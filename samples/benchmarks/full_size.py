@@ -172,7 +172,7 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
     for plan in plans:
         rest = (
             Step(uses=f"{Path(__file__).name}:UniformPlan", options={"schemes": PLANS[plan]}),
-            Step(uses="distill", options={"updates": 0}),
+            Step(uses="distill", options={"updates": 0, "input_rate": 0}),
             Step(uses="merge"),
             Step(uses="export-qdq"),
         )
