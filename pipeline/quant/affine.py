@@ -110,7 +110,7 @@ def rounds_to(
 
 def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight scales, and for two levels the integers of the groups."""
-    some_rows = w_NK.split(max(1, FIT_ELEMENTS // w_NK.shape[1]))
+    some_rows = w_NK.split(max(1, FIT_ELEMENTS // w_NK.shape[1]))  # type: ignore[no-untyped-call]  # torch
     match form.granularity:
         case TwoLevel():
             found = [fit_two_level(w, form) for w in some_rows]
