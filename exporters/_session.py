@@ -40,13 +40,15 @@ def open_session(
 
     `optimized`: a file to write the graph to that is executed. `data`: the folder of the tensors that a model in
     memory keeps in files. `mapped`: weights stay in their file, where else the layouts that kernels like are copies of
-    them all; slower. Raises what ONNX Runtime raises.
+    them all, and values are freed as soon as can be; slower. Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

@@ -418,19 +418,20 @@ def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str
     from intaglio.exporters._session import open_session
 
     model = ir.load(path)
-    values = [v for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
     del model.graph.outputs[:]
-    for value in values:
+    for node, value in made:
         magnitude = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0}, name=f"{value.name}/amax")
         largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
-        model.graph.extend([magnitude, largest])
+        # at once: among nodes that can run the runtime takes the first, and the value is free then
+        model.graph.insert_after(node, [magnitude, largest])
         model.graph.outputs.append(largest.outputs[0])
     beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
     ir.save(model, beside)
     session = open_session(beside, mapped=True)
     beside.unlink()
-    amax = np.zeros(len(values), np.float32)
+    amax = np.zeros(len(made), np.float32)
     rows = slice(None, None, max(1, trajectory.outputs.shape[1] // RANGE_ROWS))
     steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
     with ctx.progress("ranges", len(steps)) as advance:
@@ -439,4 +440,4 @@ def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str
             found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
             amax = np.maximum(amax, np.array(found, np.float32))
             advance()
-    return {str(value.name): float(f"{largest:.2e}") for value, largest in zip(values, amax, strict=True)}
+    return {str(value.name): float(f"{largest:.2e}") for (_, value), largest in zip(made, amax, strict=True)}

@@ -17,6 +17,8 @@ NEARLY_HALF = 0.45
 """Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
+FIT_ELEMENTS = 1 << 18
+"""Weights that are fitted together: what is tried on them, time after time, stays in the processor's cache."""
 SCALE_EPS = 1e-9
 """Smallest weight scale: an all-zero channel gets zero codes."""
 GROUP_LOW, GROUP_HIGH = 1, 15
@@ -108,11 +110,13 @@ def rounds_to(
 
 def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight scales, and for two levels the integers of the groups."""
+    some_rows = w_NK.split(max(1, FIT_ELEMENTS // w_NK.shape[1]))  # type: ignore[no-untyped-call]  # torch
     match form.granularity:
         case TwoLevel():
-            return fit_two_level(w_NK, form)
+            found = [fit_two_level(w, form) for w in some_rows]
+            return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])
         case _:
-            return fit_scale(w_NK, form), None
+            return torch.cat([fit_scale(w, form) for w in some_rows]), None
 
 
 def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """What compiling a full-size denoiser costs: seconds and peak memory of every step, and bytes of what comes out.
 
-    python samples/benchmarks/full_size.py [dit-xl ...] [--json]
+    python samples/benchmarks/full_size.py [dit-xl pixart-xl ...] [--json]
 
-Weights are random, so quality says nothing here; every layer is rounded to nearest, with the ranges of one call. Each
-step runs in a process of its own on what the store has from the steps before, so that the peak (VmHWM) is its own, the
-interpreter and its libraries included. `torch.onnx.export` alone is the yardstick of export-float.
+Weights and texts are random, so quality says nothing here; every layer is rounded to nearest, with the ranges of one
+call. Each step runs in a process of its own on what the store has from the steps before, so that the peak (VmHWM) is
+its own, the interpreter and its libraries included. `torch.onnx.export` alone is the yardstick of export-float.
 """
 
 import json
@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, ParamSpec, TypeVar
+from typing import Annotated, ClassVar, ParamSpec, TypeVar
 
 import typer
 from pydantic import Field
@@ -23,12 +24,9 @@ from pydantic import Field
 from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Step, Store, compile
 from intaglio.pipeline.artifact import AnyKey
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET
 from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, structural_schemes
 from intaglio.pipeline.runner import StepEvent
-
-if TYPE_CHECKING:
-    from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +35,7 @@ PLANS: Mapping[str, list[str]] = {
     "w4a8": ["w4a8_token", "w4a8o8_step", "w4a8_step", "w8a8_token", "w8a8o8_step", "w8a8_step"],
 }
 TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
+CONDITIONS = "conditions.safetensors"
 
 
 class UniformPlan(Pass):
@@ -57,23 +56,74 @@ class UniformPlan(Pass):
         return {PLAN: QuantPlan(layers, chosen)}
 
 
-def dit_xl() -> "nn.Module":
-    """DiT-XL/2 at 256 x 256: 750 M parameters, as diffusers has an embedder in every block."""
-    from diffusers import DiTTransformer2DModel
+@dataclass(frozen=True)
+class Denoiser:
+    """A class of diffusers with its configuration, what it takes beside sample and timestep, and its sampler's class.
 
-    return DiTTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=28,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
+    Shapes are those of one row.
+    """
+
+    folder: str
+    kind: str
+    config: Mapping[str, int | tuple[int, ...]]
+    sample_shape: tuple[int, ...]
+    texts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+    scheduler: str = "DDIMScheduler"
 
 
-MODELS: Mapping[str, tuple[str, Callable[[], "nn.Module"]]] = {"dit-xl": ("transformer", dit_xl)}
+TOKENS = 77
+"""Of a text."""
+MODELS: Mapping[str, Denoiser] = {
+    # 256 x 256; 750 M parameters, as diffusers has an embedder in every block
+    "dit-xl": Denoiser(
+        "transformer",
+        "DiTTransformer2DModel",
+        {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "sample_size": 32,
+            "patch_size": 2,
+            "num_embeds_ada_norm": 1000,
+        },
+        (4, 32, 32),
+    ),
+    # 512 x 512; 611 M
+    "pixart-xl": Denoiser(
+        "transformer",
+        "PixArtTransformer2DModel",
+        {"sample_size": 64, "caption_channels": 4096},
+        (4, 64, 64),
+        {"encoder_hidden_states": (TOKENS, 4096)},
+        {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+    ),
+    # 512 x 512; 860 M
+    "sd15-unet": Denoiser(
+        "unet",
+        "UNet2DConditionModel",
+        {"sample_size": 64, "cross_attention_dim": 768},
+        (4, 64, 64),
+        {"encoder_hidden_states": (TOKENS, 768)},
+    ),
+    # 512 x 512; 2.1 G, of which 0.06 G are its table of positions
+    "sd3": Denoiser(
+        "transformer",
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        (16, 64, 64),
+        {"encoder_hidden_states": (TOKENS, 4096), "pooled_projections": (2048,)},
+        scheduler="FlowMatchEulerDiscreteScheduler",
+    ),
+}
 
 
 Figures = dict[str, str | float]
@@ -83,6 +133,7 @@ def main(
     models: Annotated[list[str] | None, typer.Argument(help=", ".join(MODELS))] = None,
     plans: Annotated[str, typer.Option(help="which plans, of w8a8 and w4a8")] = "w8a8,w4a8",
     targets: Annotated[str, typer.Option(help="for which targets")] = ",".join(TARGETS),
+    build: Annotated[bool, typer.Option(help="build TensorRT-RTX's engine too")] = False,
     yardstick: Annotated[bool, typer.Option(help="time torch.onnx.export alone too")] = True,
     work: Annotated[Path | None, typer.Option(help="a folder for checkpoints and store; kept, and used again")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
@@ -93,7 +144,7 @@ def main(
             if not as_json:
                 print(f"{model}: {size / 1e9:.2f} GB in float32", flush=True)
             rows = []
-            for row in measure(place / model, plans.split(","), targets.split(","), yardstick):
+            for row in measure(place / model, plans.split(","), targets.split(","), yardstick=yardstick, build=build):
                 rows.append(row)
                 if not as_json:
                     print(line(row, size), flush=True)
@@ -111,7 +162,7 @@ def folder(work: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def measure(place: Path, plans: list[str], targets: list[str], yardstick: bool) -> Iterator[Figures]:
+def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: bool, build: bool) -> Iterator[Figures]:
     """A row for each step, as it is done."""
     first = (Step(uses="calibrate", options={"samples": 1}), Step(uses="export-float"))
     for count in (1, 2):
@@ -121,14 +172,15 @@ def measure(place: Path, plans: list[str], targets: list[str], yardstick: bool) 
     for plan in plans:
         rest = (
             Step(uses=f"{Path(__file__).name}:UniformPlan", options={"schemes": PLANS[plan]}),
-            Step(uses="distill", options={"updates": 0}),
+            Step(uses="distill", options={"updates": 0, "input_rate": 0}),
             Step(uses="merge"),
             Step(uses="export-qdq"),
         )
         for target in targets:
-            for count in range(1, len(rest) + 1):
-                found = alone(last_step, place, first + rest[:count], target)
-                yield {"plan": plan, "target": target, "step": rest[count - 1].name, **found}
+            here = (*rest, Step(uses="tensorrt")) if build and target == "tensorrt-rtx" else rest
+            for count in range(1, len(here) + 1):
+                found = alone(last_step, place, first + here[:count], target)
+                yield {"plan": plan, "target": target, "step": here[count - 1].name, **found}
 
 
 def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -153,18 +205,31 @@ def peak_bytes() -> int:
 
 
 def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:
-    """Random weights as a diffusers folder."""
+    """Random weights as a diffusers folder, and what the denoiser takes beside sample and timestep, as recorded."""
+    import diffusers
     import torch
-    from diffusers import DDIMScheduler
+
+    from intaglio.pipeline.record import Recording
 
     torch.manual_seed(0)
-    name, build = MODELS[model]
+    wanted = MODELS[model]
     if not checkpoint.exists():
-        module = build()
-        module.save_pretrained(checkpoint / name, max_shard_size="100GB")
-        DDIMScheduler().save_pretrained(checkpoint / "scheduler")
-    size = sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors"))
+        module = getattr(diffusers, wanted.kind)(**wanted.config)
+        module.save_pretrained(checkpoint / wanted.folder, max_shard_size="100GB")
+        getattr(diffusers, wanted.scheduler)().save_pretrained(checkpoint / "scheduler")
+        if wanted.texts:
+            texts = {name: torch.randn(2, *shape) for name, shape in wanted.texts.items()}
+            recording = Recording(wanted.sample_shape, conditions=texts, constants=wanted.constants)
+            recording.save(checkpoint / CONDITIONS)
+    size = sum(file.stat().st_size for file in (checkpoint / wanted.folder).glob("*.safetensors"))
     return {"float32_bytes": size}
+
+
+def model_ref(place: Path) -> ModelRef:
+    """The model in `place`, sampled in one step."""
+    conditions = place / "checkpoint" / CONDITIONS
+    recorded = str(conditions) if conditions.exists() else None
+    return ModelRef(path=str(place / "checkpoint"), sampling_steps=1, conditions=recorded)
 
 
 def bare_export(place: Path) -> Figures:
@@ -174,17 +239,18 @@ def bare_export(place: Path) -> Figures:
     from intaglio.pipeline.denoiser import Sampler
 
     began = time.perf_counter()
-    model = Checkpoint.resolve(ModelRef(path=str(place / "checkpoint"), sampling_steps=1), Path()).open()
+    model = Checkpoint.resolve(model_ref(place), Path()).open()
     sampler = Sampler(model, 1, 1.0)
     start = sampler.start(2, torch.Generator().manual_seed(0))
     call = sampler.rows(start.noise, torch.tensor(1), start)
     with torch.no_grad():
         program = torch.onnx.export(
             model.module,
-            kwargs={name: value.contiguous() for name, value in call.items()},
+            kwargs={name: value.contiguous() for name, value in call.items()} | dict(model.constants),
             dynamo=True,
             opset_version=21,
-            dynamic_shapes={name: {0: torch.export.Dim.DYNAMIC} for name in call},
+            # the constants of MODELS are None throughout, as their axes are here
+            dynamic_shapes={name: {0: torch.export.Dim.DYNAMIC} for name in call} | dict(model.constants),
             verbose=False,
         )
     (place / "bare").mkdir(exist_ok=True)
@@ -194,14 +260,17 @@ def bare_export(place: Path) -> Figures:
 
 def last_step(place: Path, steps: tuple[Step, ...], target: str) -> Figures:
     """The last of `steps`; those before it are in the store. No figures where the last one is, too."""
-    ref = ModelRef(path=str(place / "checkpoint"), sampling_steps=1)
-    recipe = Recipe(model=ref, targets=(target,), steps=steps)
+    recipe = Recipe(model=model_ref(place), targets=(target,), steps=steps)
     told: list[StepEvent] = []
     began = time.perf_counter()
     done = compile(recipe, Store(place / "store"), base=Path(__file__).parent, on_step=told.append)[target]
     figures = {} if told[-1].status == "hit" else spent(began)
     if (made := {"export-float": FLOAT_GRAPH, "export-qdq": GRAPH}.get(steps[-1].name)) is not None:
         figures["file_bytes"] = done[made].size_bytes
+    if steps[-1].name == "tensorrt":
+        engine = done[ENGINE]
+        figures["file_bytes"] = len(engine.plan or b"")
+        figures |= {"int8": engine.int8_gemm or 0, "floating": engine.fp_gemm or 0}
     return figures
 
 
@@ -215,7 +284,8 @@ def line(row: Figures, model_bytes: float) -> str:
         )
     else:
         text += " was in the store"
-    return text + (f", {row['file_bytes'] / 1e6:.0f} MB" if "file_bytes" in row else "")
+    text += f", {row['file_bytes'] / 1e6:.0f} MB" if "file_bytes" in row else ""
+    return text + (f", {row['int8']} products on integers, {row['floating']} not" if "int8" in row else "")
 
 
 if __name__ == "__main__":

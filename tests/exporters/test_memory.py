@@ -1,10 +1,12 @@
 """A step needs little more memory than the weights it reads, so that full-size models compile on a common machine."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -12,14 +14,16 @@ from harness import Artifacts, run_pass
 from quantizing import with_plan
 from tiny import save_folder, tiny_dit
 
-from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.exporters.onnx_float import ExportFloat, _record_ranges
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifact import AnyKey
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.context import Context
 from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
+from intaglio.pipeline.trajectory import Trajectory
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, FLOAT_GRAPH, PLAN, QUANTIZED, TARGET)
 STEPS = {"export-float": ExportFloat, "export-qdq": ExportQdq}
@@ -70,6 +74,32 @@ def test_a_step_holds_weights_once(step: str, share: float, saved: tuple[Path, i
         [sys.executable, __file__, step, folder], capture_output=True, text=True, check=True, env=here
     )
     assert int(found.stdout) <= share * weights_bytes, f"{int(found.stdout) / weights_bytes:.2f} of the weights"
+
+
+def test_ranges_are_taken_as_values_come(tmp_path: Path):
+    """A value and the next one are there at once, and what their magnitudes are taken from: not all of the chain."""
+    count, value_bytes = 32, 1 << 24
+    record_chain(2, value_bytes, tmp_path)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    record_chain(count, value_bytes, tmp_path)
+    assert resident_bytes("VmHWM") - before <= count / 2 * value_bytes
+
+
+def record_chain(count: int, value_bytes: int, folder: Path) -> None:
+    """Ranges of a graph of `count` values, each made from the one before."""
+    x = ir.val("sample", ir.DataType.FLOAT, ["batch", value_bytes // 4])
+    values = [x]
+    for place in range(count):
+        node = ir.node("Sin", [values[-1]])
+        node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"v{place}", x.dtype, x.shape
+        values.append(node.outputs[0])
+    nodes = [node for value in values[1:] if (node := value.producer()) is not None]
+    graph = ir.Graph([x], [values[-1]], nodes=nodes, opset_imports={"": 21})
+    ir.save(ir.Model(graph, ir_version=10), folder / "chain.onnx")
+    sample = torch.zeros(1, 1, value_bytes // 4)
+    trajectory = Trajectory((0.0,), {"sample": sample}, sample, {}, {}, {}, {}, {}, {})
+    _record_ranges(folder / "chain.onnx", trajectory, Context(folder, None, logging.getLogger("chain")))
 
 
 def resident_bytes(field: str) -> int:

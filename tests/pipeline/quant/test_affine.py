@@ -205,3 +205,9 @@ def test_four_bit_codes_of_a_literal_input():
     assert affine.input_codes(x, 4).tolist() == [-8, -7, -3, 0, 0, 1, 3, 7, 7]
     assert affine.input_scale(4) == np.float32(1 / 7)
     assert affine.input_codes(x).tolist()[:2] == [-128, -127]
+
+
+def test_rows_that_are_fitted_together_do_not_know_of_each_other():
+    w = random_weight(affine.FIT_ELEMENTS // 128 + 3, 128)
+    torch.testing.assert_close(affine.fit(w, INT8)[0], affine.fit_scale(w, INT8), rtol=0, atol=0)
+    torch.testing.assert_close(affine.fit(w, TWO_LEVEL), affine.fit_two_level(w, TWO_LEVEL), rtol=0, atol=0)
