@@ -2,13 +2,17 @@ import json
 
 import pytest
 import torch
-from harness import run_pass
+from harness import Artifacts, run_pass
 from pydantic import ValidationError
 
 from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.sensitivity import Sensitivity
+
+ROUNDED = "transformer_blocks.1.norm1.linear"
+"""The layer that is rounded alone, at 4 bits."""
 
 
 def test_every_layer_has_every_scheme_its_shape_admits(measured):
@@ -62,16 +66,9 @@ def test_a_layer_that_changes_the_samples_is_measured_on_whole_trajectories(meas
     """With a rounded layer, and noise, of its own; a measurement of another run has other noise: a factor of four."""
     step = MeasureSensitivity(buckets=2, rows=4, drift_below_db=60, drift_samples=8)
     (tmp_path / "measured.json").write_text(json.dumps(measured[SENSITIVITY].error))
-    table, trajectory = run_pass(step, measured, tmp_path)[SENSITIVITY], measured[TRAJECTORY]
-    name = "transformer_blocks.1.norm1.linear"
-    model = measured[MODEL].open()
-    sampler = Sampler(model, 4, 2.0)
-    start = sampler.start(8, torch.Generator().manual_seed(0))
-    reference = sampler.sample(denoise_with(model.module, model), start)
-    quantize_model(model.module, {name: table.schemes[name]["w4a16"]}, StepClock(trajectory.timesteps), {})
-    moved = sampler.sample(denoise_with(model.module, model), start)
-    assert table.total(name, "w4a16") == table.drift[name]["w4a16"]
-    assert 0.25 < table.drift[name]["w4a16"] / float((moved - reference).square().mean()) < 4
+    table = run_pass(step, measured, tmp_path)[SENSITIVITY]
+    assert table.total(ROUNDED, "w4a16") == table.drift[ROUNDED]["w4a16"]
+    assert 0.25 < table.drift[ROUNDED]["w4a16"] / error_of_samples(measured, table) < 4
     visible = 4 / 10**6
     for layer, by in table.error.items():
         drawn = {scheme for scheme in by if table.predicted(layer, scheme) > visible}
@@ -91,13 +88,16 @@ def test_drift_goes_on_where_it_was(measured, tmp_path):
 
 def test_bucket_weights_predict_the_error_of_the_samples(measured):
     """One layer at 4 bits: predicted and measured squared error of the samples agree within a factor of four."""
-    table, trajectory = measured[SENSITIVITY], measured[TRAJECTORY]
-    name = "transformer_blocks.1.norm1.linear"
-    model = measured[MODEL].open()
+    table = measured[SENSITIVITY]
+    assert 0.25 < table.predicted(ROUNDED, "w4a16") / error_of_samples(measured, table) < 4
+
+
+def error_of_samples(measured: Artifacts, table: Sensitivity) -> float:
+    """Mean squared error of samples with this one layer at 4 bits."""
+    model, trajectory = measured[MODEL].open(), measured[TRAJECTORY]
     sampler = Sampler(model, 4, 2.0)
     start = sampler.start(8, torch.Generator().manual_seed(0))
     reference = sampler.sample(denoise_with(model.module, model), start)
-    quantize_model(model.module, {name: table.schemes[name]["w4a16"]}, StepClock(trajectory.timesteps), {})
+    quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, StepClock(trajectory.timesteps), {})
     moved = sampler.sample(denoise_with(model.module, model), start)
-    measured_error = float((moved - reference).square().mean())
-    assert 0.25 < table.predicted(name, "w4a16") / measured_error < 4
+    return float((moved - reference).square().mean())
