@@ -54,8 +54,7 @@ class Call:
     def basis(self) -> tuple[str, bytes]:
         """Equal for calls with the same input in the same basis."""
         balance = self.data.balance
-        block = b"" if balance is None else balance.block.to_bytes(4, "little") + balance.scale_C.numpy().tobytes()
-        return str(self.site.x.name), block
+        return str(self.site.x.name), b"" if balance is None else balance.key
 
     @property
     def codes_NK(self) -> NDArray[np.int8]:

@@ -432,7 +432,7 @@ def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str
     session = open_session(beside, mapped=True)
     beside.unlink()
     amax = np.zeros(len(made), np.float32)
-    rows = slice(None, None, max(1, trajectory.outputs.shape[1] // RANGE_ROWS))
+    rows = trajectory.some_rows(RANGE_ROWS)
     steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
     with ctx.progress("ranges", len(steps)) as advance:
         for step in steps:

@@ -93,7 +93,7 @@ class Verify(Pass):
             advance()
         bad = [name for name, images in samples.items() if not images.isfinite().all()]
         step = len(trajectory.timesteps) // 2
-        call = trajectory.call(step, slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows)))
+        call = trajectory.call(step, trajectory.some_rows(self.rows))
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
         figures = {}
         if self.bisect:

@@ -29,10 +29,9 @@ def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs
     return seen
 
 
-def siblings(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> list[tuple[str, ...]]:
+def siblings(seen: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Names of layers that read the same tensor, together, in the order in which they are called."""
     groups: dict[int, list[str]] = {}
-    seen = layer_inputs(layers, denoise, call)  # alive until they are compared, so that no two share an identity
     for name, x in seen.items():
         groups.setdefault(id(x), []).append(name)
     return [tuple(names) for names in groups.values()]

@@ -38,23 +38,24 @@ def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, traject
 
     At 4 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
     """
-    rows = _few_rows(trajectory)
-    with full_precision(layers.values()):
-        groups = siblings(layers, denoise, trajectory.call(0, rows))
-        by_form = [tuple(names) for group in groups for names in _alike(group, layers)]
-        factors: dict[tuple[str, ...], list[float]] = {names: [] for names in by_form}
-        with ctx.progress("input scales", len(trajectory.timesteps)) as advance:
-            for step in range(len(trajectory.timesteps)):
-                seen = layer_inputs(layers, denoise, trajectory.call(step, rows))
-                for names in by_form:
+    rows = trajectory.some_rows(START_ROWS)
+    four = {name: layer for name, layer in layers.items() if _input_bits(layer) == 4}
+    steps = range(len(trajectory.timesteps) if four else 1)
+    groups: list[tuple[str, ...]] = []
+    factors: dict[tuple[str, ...], list[float]] = {}
+    with full_precision(layers.values()), ctx.progress("input scales", len(steps)) as advance:
+        for step in steps:
+            seen = layer_inputs(four if groups else layers, denoise, trajectory.call(step, rows))
+            groups = groups or [tuple(names) for group in siblings(seen) for names in _alike(group, layers)]
+            for names in groups:
+                if names[0] in four:
                     layer = layers[names[0]]
                     layer.clock.step = step
-                    shares = CLIPPING if _input_bits(layer) == 4 else CLIPPING[:1]
-                    errors = [_input_error(layer, seen[names[0]], share) for share in shares]
-                    factors[names].append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
-                advance()
-    for names, found in factors.items():
-        scales = InputScales(torch.tensor(found))
+                    errors = [_input_error(layer, seen[names[0]], share) for share in CLIPPING]
+                    factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
+            advance()
+    for names in groups:
+        scales = InputScales(torch.tensor(factors.get(names) or [1.0] * len(trajectory.timesteps)))
         for name in names:
             layers[name].learn_input(scales)
 
@@ -64,7 +65,8 @@ def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterat
     kinds: dict[object, list[str]] = {}
     for name in group:
         layer = layers[name]
-        kinds.setdefault((layer.scheme.input, id(layer.balance)), []).append(name)
+        basis = None if layer.balance is None else layer.balance.key
+        kinds.setdefault((layer.scheme.input, basis), []).append(name)
     yield from kinds.values()
 
 
@@ -99,10 +101,12 @@ def start_weights(
     codes = {}
     moments: dict[str, torch.Tensor] = {}
     if start == "gptq":
+        rows = trajectory.some_rows(START_ROWS)
+        four = {n: m for n, m in layers.items() if isinstance(m.scheme.weight, IntWeight) and m.scheme.weight.bits == 4}
         steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
         with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
             for step in steps:
-                for name, x in layer_inputs(layers, denoise, trajectory.call(step, _few_rows(trajectory))).items():
+                for name, x in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
                     layer = layers[name]
                     moment = second_moment(layer.layer, layer.balanced(x))
                     moments[name] = moments.get(name, torch.zeros(())) + moment
@@ -112,15 +116,11 @@ def start_weights(
             form = layer.scheme.weight
             assert isinstance(form, IntWeight)  # `layers` are those
             codes[name] = layer.weight_codes()
-            if name in moments and form.bits == 4:
+            if name in moments:
                 codes[name] = gptq(layer.base_weight(), layer.code_scale(), form, moments[name])
             layer.start_from(codes[name], distance)
             advance()
     return codes
-
-
-def _few_rows(trajectory: Trajectory) -> slice:
-    return slice(None, None, max(1, trajectory.outputs.shape[1] // START_ROWS))
 
 
 class Trainer:

@@ -68,14 +68,14 @@ class BalanceLayers(Pass):
         schemes = {n: s for n, s in plan.schemes.items() if isinstance(s.weight, IntWeight)}
         layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, Linear | Conv2d)}
         denoise = denoise_with(model.module, model)
-        rows = slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows))
+        rows = trajectory.some_rows(self.rows)
         count = len(trajectory.timesteps)
         compared = tuple(dict.fromkeys((2 * i + 1) * count // (2 * self.steps) for i in range(self.steps)))
-        first = trajectory.call(compared[0], rows)
-        groups = [_Group(names, []) for names in siblings(layers, denoise, first)]
+        groups: list[_Group] = []
         with ctx.progress("inputs", len(compared)) as advance:
             for step in compared:
                 inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
+                groups = groups or [_Group(names, []) for names in siblings(inputs)]
                 for group in groups:
                     group.x.append(self._sample(inputs[group.names[0]], ctx, group.names[0], step))
                 advance()

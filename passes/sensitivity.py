@@ -192,7 +192,7 @@ class MeasureSensitivity(Pass):
 
         clock = StepClock(trajectory.timesteps)
         denoise = denoise_with(model.module, model)
-        rows = slice(None, None, max(1, trajectory.outputs.shape[1] // self.rows))
+        rows = trajectory.some_rows(self.rows)
         measured: dict[str, tuple[float, ...]] = {}
         for scheme_name, scheme in schemes.items():
             if scheme_name == "float":

@@ -86,6 +86,10 @@ class Trajectory:
         balance = {name: layer.balance for name, layer in balances.items()}
         return Ranges(amax, output_amax, shift, balance)
 
+    def some_rows(self, least: int) -> slice:
+        """Rows of a call, evenly spread: as many as `least`, or more, or all there are."""
+        return slice(None, None, max(1, self.outputs.shape[1] // least))
+
     def call(self, step: int, rows: slice | Sequence[int] = slice(None)) -> dict[str, torch.Tensor]:
         """Inputs of the call at `step`."""
         at_step = {name: value[step][rows] for name, value in self.inputs.items()}

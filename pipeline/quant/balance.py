@@ -41,6 +41,11 @@ class Balance:
         signs_C = torch.randint(2, scale_C.shape, generator=generator) * 2 - 1
         return cls(scale_C * signs_C / block**0.5, block)
 
+    @property
+    def key(self) -> bytes:
+        """Equal for equal bases, also when they were stored and read apart."""
+        return self.block.to_bytes(4, "little") + self.scale_C.numpy().tobytes()
+
     def input(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """(x * d) H, the channels along `axis`, which is negative."""
         return self._rotate(x * self.scale_C.to(x).reshape(-1, *[1] * (-1 - axis)), axis)
