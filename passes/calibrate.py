@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Calibrate(Pass):
@@ -22,6 +26,7 @@ class Calibrate(Pass):
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY})
     random: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     samples: int = Field(32, ge=1, description="trajectories from noise")
@@ -34,13 +39,15 @@ class Calibrate(Pass):
         import torch
 
         from intaglio.pipeline.checkpoint import layer_table
-        from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with
+        from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with, on_device
         from intaglio.pipeline.trajectory import Trajectory
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         check_inputs(sampler)
+        if ctx.processes.count > self.samples:
+            raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
         seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
         hooks = []
         for layer in layer_table(model.module):
@@ -64,8 +71,9 @@ class Calibrate(Pass):
         calls: list[Call] = []
         ranges: list[dict[str, dict[str, float]]] = []
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
-            start = sampler.start(self.samples, ctx.torch_rng("calibrate"))
-            for call in sampler.drive(denoise_with(model.module, model), start):
+            start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
+            denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
+            for call in sampler.drive(denoise, start):
                 if isinstance(call, Call):
                     if not call.output.isfinite().all():
                         raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
@@ -77,16 +85,49 @@ class Calibrate(Pass):
         for hook in hooks:
             hook.remove()
         varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
-        inputs = {name: torch.stack([c.inputs[name] for c in calls]) for name in varying}
         shared = dict(model.shared)
-        conditions = {n: v for n, v in calls[0].inputs.items() if n not in inputs and n not in shared}
-        low, high, output_amax = (
-            {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
-            for end in ("low", "high", "output")
+        conditions = {n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared}
+        parts = ctx.processes.gather(
+            _Part(
+                {name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
+                torch.stack([c.output for c in calls]),
+                conditions,
+                *(
+                    {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
+                    for end in ("low", "high", "output")
+                ),
+            )
+        )
+        halves = sampler.rows_per_sample
+        inputs = {name: _rows([part.inputs[name] for part in parts], 1, halves) for name in varying}
+        outputs = _rows([part.outputs for part in parts], 1, halves)
+        conditions = {name: _rows([part.conditions[name] for part in parts], 0, halves) for name in conditions}
+        low = {name: torch.stack([part.low[name] for part in parts]).amin(0) for name in parts[0].low}
+        high, output_amax = (
+            {name: torch.stack([end[name] for end in found]).amax(0) for name in found[0]}
+            for found in ([part.high for part in parts], [part.output_amax for part in parts])
         )
         amax = {name: torch.maximum(-low[name], high[name]) for name in low}
-        outputs = torch.stack([c.output for c in calls])
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
         return {
             TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared)
         }
+
+
+class _Part(NamedTuple):
+    """What one process recorded, with the rows of its samples: as a trajectory has it."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: torch.Tensor
+    conditions: Mapping[str, torch.Tensor]
+    low: Mapping[str, torch.Tensor]
+    high: Mapping[str, torch.Tensor]
+    output_amax: Mapping[str, torch.Tensor]
+
+
+def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor:
+    """Rows of all processes along `axis`, in the order in which one process would have them: null rows last."""
+    import torch
+
+    pieces = [part.chunk(halves, axis) for part in parts]
+    return torch.cat([piece[half] for half in range(halves) for piece in pieces], axis)

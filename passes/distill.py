@@ -5,19 +5,27 @@ Shapes: N out features, K in features, T denoising steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme, PerStep
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.denoiser import Denoise, Sampler
+    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
     from intaglio.pipeline.quantized import LayerAdapter
+    from intaglio.pipeline.trajectory import Trajectory
 
 
 class Distill(Pass):
@@ -34,6 +42,7 @@ class Distill(Pass):
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
@@ -56,6 +65,20 @@ class Distill(Pass):
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
     )
+    features: float = Field(
+        0.0, ge=0, description="weight of the blocks' outputs in the loss, beside 1 for the denoiser's output"
+    )
+    scope: Literal["model", "block"] = Field(
+        "model",
+        description="block: one block after the other, each on its own output; `updates` are those of a block, and"
+        " layers outside of blocks stay as they start",
+    )
+    recompute: bool = Field(
+        False, description="compute the activations of blocks anew for the backward pass: less memory, more time"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products while training; codes and scales are float32 throughout"
+    )
 
     def forward_rows(self, model: ModelCost) -> int:
         """A forward and a backward pass, which costs two more, for every sample of an update, and the roll-outs."""
@@ -66,10 +89,12 @@ class Distill(Pass):
         return round((3 + self.rollout) * self.updates * rows) + rolled
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises RecipeError where there is less to share than there are processes."""
         import torch
 
-        from intaglio.passes._trainer import Trainer, start_inputs, start_weights
-        from intaglio.pipeline.denoiser import Sampler, denoise_with
+        from intaglio.passes._start import start_inputs, start_weights
+        from intaglio.pipeline.blocks import find_blocks, recomputed
+        from intaglio.pipeline.denoiser import Sampler, denoise_with, on_device
         from intaglio.pipeline.quant import affine
         from intaglio.pipeline.quant.modules import StepClock, quantize_model
         from intaglio.pipeline.quantized import Adapter
@@ -80,8 +105,9 @@ class Distill(Pass):
         model.module.requires_grad_(False)
         clock = StepClock(trajectory.timesteps)
         replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
+        model.module.to(ctx.device)
         layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
-        denoise = denoise_with(model.module, model)
+        denoise = on_device(denoise_with(model.module, model), ctx.device)
         loss: tuple[float, ...] = ()
         if layers and self.input_rate:
             learning = {name: layer for name, layer in layers.items() if learns_input(layer.scheme)}
@@ -89,14 +115,88 @@ class Distill(Pass):
         distance = affine.NEARLY_HALF if self.base == "float" else 0.0
         codes = start_weights(layers, denoise, trajectory, self.start, distance, ctx)
         if self.updates and layers:
-            for name, layer in layers.items():
-                layer.add_adapter(self.rank, ctx.torch_rng("adapter", name))
-            loss = Trainer(self, sampler, denoise, clock, layers, trajectory, ctx).train()
+            blocks = find_blocks(model.module)
+            task = _Task(self, sampler, denoise, clock, layers, trajectory, blocks, ctx)
+            with recomputed(blocks.values() if self.recompute else ()):
+                loss = task.train_blocks() if self.scope == "block" else task.train_model()
         learnt: dict[str, LayerAdapter] = {}
         with torch.no_grad():
             for name, layer in layers.items():
-                learnt[name] = layer.learnt(codes.get(name))
+                learnt[name] = layer.cpu().learnt(codes.get(name))
         return {ADAPTER: Adapter(learnt, loss, distance)}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is trained, and on what."""
+
+    options: Distill
+    sampler: Sampler
+    denoise: Denoise
+    clock: StepClock
+    layers: Mapping[str, QuantizedLayer]
+    trajectory: Trajectory
+    blocks: Mapping[str, nn.Module]
+    ctx: Context
+
+    def train_model(self) -> tuple[float, ...]:
+        """All layers on the output of the denoiser."""
+        from intaglio.passes._objective import WholeOutput
+        from intaglio.passes._trainer import Trainer
+
+        self._add_adapters(self.layers)
+        objective = WholeOutput(
+            self.options,
+            self.sampler,
+            self.denoise,
+            self.clock,
+            self.layers,
+            self.trajectory,
+            self.blocks,
+            self.ctx,
+        )
+        self._check_shares(len(objective.split.held_out), min(self.options.samples, len(objective.split.training)))
+        return Trainer(self.options, self.layers, objective, self.ctx).train()
+
+    def train_blocks(self) -> tuple[float, ...]:
+        """The layers of each block on its output, in the order of the model. Raises RecipeError without blocks."""
+        from intaglio.passes._objective import BlockOutput, Split, block_calls
+        from intaglio.passes._trainer import Trainer
+
+        parts = {b: {n: m for n, m in self.layers.items() if n.startswith(f"{b}.")} for b in self.blocks}
+        parts = {block: layers for block, layers in parts.items() if layers}
+        if not parts:
+            raise RecipeError("distill: the model has no lists of blocks with quantized layers: use scope model")
+        count = self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
+        split, processes = Split.of(count), self.ctx.processes
+        size = min(self.options.samples, len(split.training))
+        drawn = [split.training[i : i + size] for i in range(0, len(split.training) - size + 1, size)]
+        self._check_shares(len(split.held_out), size)
+        own = [self.sampler.rows_of(part[processes.share(len(part))], count) for part in (*drawn, split.held_out)]
+        loss: list[float] = []
+        for name, layers in parts.items():
+            block = self.blocks[name]
+            with self.ctx.progress(f"calls of {name}", len(self.trajectory.timesteps)) as advance:
+                calls = block_calls(block, self.denoise, self.clock, self.layers, self.trajectory, own, advance)
+            if calls:
+                self._add_adapters(layers)
+                objective = BlockOutput(self.options, self.clock, block, calls, self.ctx)
+                loss += Trainer(self.options, layers, objective, self.ctx, name).train()
+                for layer in layers.values():
+                    layer.requires_grad_(False)
+        return tuple(loss)
+
+    def _add_adapters(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        for name, layer in layers.items():
+            layer.add_adapter(self.options.rank, self.ctx.torch_rng("adapter", name))
+
+    def _check_shares(self, held_out: int, samples: int) -> None:
+        """Every process has a row of everything."""
+        if (count := self.ctx.processes.count) > min(held_out, samples):
+            raise RecipeError(
+                f"distill: {count} processes share {samples} samples an update and {held_out} held-out ones:"
+                " use fewer processes, or raise distill.samples, or calibrate.samples, of which an eighth is held out"
+            )
 
 
 def learns_input(scheme: LayerScheme) -> bool:

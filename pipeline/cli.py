@@ -20,6 +20,7 @@ from intaglio.pipeline.context import Context, terminal
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, TARGET
+from intaglio.pipeline.processes import processes
 from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
 from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
@@ -65,7 +66,7 @@ def run_command(
         changed = _changed(recipe, set_, insert)
         folder = Path("build") / recipe.stem if out is None else out
         compiled = compile(changed, Store(store), out=folder, on_step=_log_step, base=recipe.parent)
-        for target, result in compiled.items():
+        for target, result in compiled.items() if processes().first else ():
             assert result.folder is not None  # `out` was given
             report = result.folder / REPORT_FILE
             print(f"{target}: {report if report.is_file() else result.folder}")
@@ -184,7 +185,7 @@ def _log_to_terminal() -> None:
         handler = RichHandler(console=terminal(), show_path=False, show_level=False, markup=False)
     logger = logging.getLogger("intaglio")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if processes().first else logging.WARNING)
 
 
 def _log_step(event: StepEvent) -> None:

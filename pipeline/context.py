@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.pipeline.errors import ContractError
+from intaglio.pipeline.processes import Processes
 
 if TYPE_CHECKING:
     import numpy
@@ -33,6 +34,8 @@ class Context:
     seed: int | None = 0
     """None for a pass that does not declare `random`."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("intaglio"))
+    processes: Processes = field(default_factory=Processes)
+    """Those that run the step together; more than one only for a pass that is `shared`."""
 
     @cached_property
     def device(self) -> str:
@@ -55,7 +58,10 @@ class Context:
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Advance]:
-        """Yields `advance(n=1)`. A bar on a terminal, elsewhere a log line now and then."""
+        """Yields `advance(n=1)`. A bar on a terminal, elsewhere a log line now and then; of the first process alone."""
+        if not self.processes.first:
+            yield lambda n=1: None
+            return
         console = terminal()
         if not console.is_terminal:
             yield _logged_progress(self.log, description, total)

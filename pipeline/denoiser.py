@@ -6,7 +6,7 @@ Inputs that the rows share have no such axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +55,11 @@ class Start:
     conditions: Inputs
     null: Inputs
 
+    def part(self, samples: slice) -> Start:
+        """Some of the trajectories."""
+        conditions, null = ({n: rows[samples] for n, rows in each.items()} for each in (self.conditions, self.null))
+        return Start(self.noise[samples], conditions, null)
+
 
 class Sampler:
     """Runs a model's scheduler around any implementation of its denoiser: torch, simulated or deployed.
@@ -97,6 +102,15 @@ class Sampler:
         if self.guidance != 1.0:
             inputs = {name: torch.cat([value, start.null.get(name, value)]) for name, value in inputs.items()}
         return inputs | dict(self.model.shared)
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Two with guidance."""
+        return 1 if self.guidance == 1.0 else 2
+
+    def rows_of(self, samples: Sequence[int], count: int) -> list[int]:
+        """Where these of `count` samples are among the rows of a call."""
+        return [sample + part * count for part in range(self.rows_per_sample) for sample in samples]
 
     def guided(self, output: torch.Tensor) -> torch.Tensor:
         """e = e_null + w (e_cond - e_null): (R, ...) -> (B, ...) (Ho and Salimans 2022, Eq. 6)."""
@@ -164,6 +178,17 @@ def denoise_with(module: nn.Module, model: Factory) -> Denoise:
         return kept
 
     return denoise
+
+
+def on_device(denoise: Denoise, device: str) -> Denoise:
+    """Inputs go to the device and outputs come back, so that whoever calls it has all on the CPU."""
+    if device == "cpu":
+        return denoise
+
+    def there(inputs: Inputs) -> torch.Tensor:
+        return denoise({name: value.to(device) for name, value in inputs.items()}).cpu()
+
+    return there
 
 
 def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:

@@ -25,6 +25,8 @@ class Pass(BaseModel, ABC):
     provides: ClassVar[frozenset[AnyKey]]
     random: ClassVar[bool] = False
     """May use ctx.rng and ctx.torch_rng; then the seed is part of the cache key."""
+    shared: ClassVar[bool] = False
+    """All processes of a run take part, each does its share (`ctx.processes`), and each returns the whole outputs."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Distributions whose version is part of the cache key."""
 

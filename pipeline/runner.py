@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.processes import Processes, processes
 from intaglio.pipeline.publish import Provenance, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
@@ -103,7 +105,7 @@ def compile(
             outputs |= {key: record.outputs[key.name] for key in step.provides}
             runs.append(record)
         folder = None if out is None else out / chain.target.name
-        if folder is not None:
+        if folder is not None and processes().first:
             publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
         compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
     return compiled
@@ -162,30 +164,38 @@ def installed_version(distribution: str) -> str:
 def _run_step(
     step: BoundStep, inputs: Digests, seed: int, store: Store, tell: Callable[[StepEvent], None], place: Place
 ) -> RunRecord:
+    """Of several processes the first one does it, and the others wait, or do their share if the pass is `shared`."""
     key, ingredients = run_key(step, inputs, seed)
-    with store.lock(key):
-        if (record := store.find(key)) is not None:
+    every = processes()
+    with store.lock(key) if every.first else nullcontext():
+        if (record := every.agree(store.find(key))) is not None:
             tell(StepEvent(place, "hit", record.seconds))
             return record
         tell(StepEvent(place, "runs"))
         began = time.perf_counter()
-        state = State({each: store.load(each, inputs[each]) for each in step.requires}, reader=step.name)
-        context = Context(
-            scratch=store.scratch(key),
-            seed=seed if step.configured.random else None,
-            log=logging.getLogger(f"intaglio.{step.name}"),
-        )
-        outputs = _outputs(step, state, context)
-        digests = {each.name: store.put(outputs[each], staging=key) for each in sorted(outputs, key=str)}
-        record = RunRecord(
-            step=step.name,
-            origin=step.origin,
-            key=key,
-            ingredients=ingredients,
-            outputs=digests,
-            seconds=round(time.perf_counter() - began, 3),
-        )
-        store.finish(record)
+        outputs: Outputs = {}
+        if every.first or step.configured.shared:
+            state = State({each: store.load(each, inputs[each]) for each in step.requires}, reader=step.name)
+            context = Context(
+                scratch=store.scratch(key),
+                seed=seed if step.configured.random else None,
+                log=logging.getLogger(f"intaglio.{step.name}"),
+                processes=every if step.configured.shared else Processes(),
+            )
+            outputs = _outputs(step, state, context)
+        if every.first:
+            digests = {each.name: store.put(outputs[each], staging=key) for each in sorted(outputs, key=str)}
+            record = RunRecord(
+                step=step.name,
+                origin=step.origin,
+                key=key,
+                ingredients=ingredients,
+                outputs=digests,
+                seconds=round(time.perf_counter() - began, 3),
+            )
+            store.finish(record)
+        record = every.agree(record)
+        assert record is not None  # the first process has made it
     tell(StepEvent(place, "done", record.seconds))
     return record
 

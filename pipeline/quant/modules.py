@@ -130,8 +130,9 @@ class QuantizedLayer(nn.Module):
         """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021)."""
         n, k = self.layer.weight.flatten(1).shape
         bound = (3 / k) ** 0.5
-        self.adapter_a = nn.Parameter((torch.rand(rank, k, generator=generator) * 2 - 1) * bound)
-        self.adapter_b = nn.Parameter(torch.zeros(n, rank))
+        device = self.layer.weight.device
+        self.adapter_a = nn.Parameter(((torch.rand(rank, k, generator=generator) * 2 - 1) * bound).to(device))
+        self.adapter_b = nn.Parameter(torch.zeros(n, rank, device=device))
 
     def float_weight(self) -> torch.Tensor:
         """The weight that is rounded, W0 + B A: (N, K)."""
@@ -245,7 +246,7 @@ class QuantizedLayer(nn.Module):
 
     def learn_input(self, scales: InputScales) -> None:
         """Compute with these from now on; layers that read the same input can share them."""
-        self.input_scales = scales
+        self.input_scales = scales.to(self.layer.weight.device)
 
     def learnt_input(self) -> LearntInput:
         """The tables that `learn_input` trained, as an exported layer has them."""

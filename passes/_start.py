@@ -1,0 +1,117 @@
+"""Where a distillation starts: the first input scales, and the codes that the weights begin at.
+
+Shapes: N out features, K in features, T denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from intaglio.passes._gptq import gptq, second_moment
+from intaglio.passes._layer_inputs import layer_inputs, siblings
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.modules import InputScales, QuantizedLayer, full_precision
+from intaglio.pipeline.quant.spec import IntInput, IntWeight
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.context import Context
+    from intaglio.pipeline.denoiser import Denoise
+    from intaglio.pipeline.trajectory import Trajectory
+
+CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
+"""Shares of an input's range that are compared as its first scale."""
+START_ROWS = 8
+"""Rows of a recorded call from which layers start."""
+
+
+def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
+    """Give layers trainable input scales; siblings share them.
+
+    At 4 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
+    """
+    rows = trajectory.some_rows(START_ROWS)
+    four = {name: layer for name, layer in layers.items() if _input_bits(layer) == 4}
+    steps = range(len(trajectory.timesteps) if four else 1)
+    groups: list[tuple[str, ...]] = []
+    factors: dict[tuple[str, ...], list[float]] = {}
+    with full_precision(layers.values()), ctx.progress("input scales", len(steps)) as advance:
+        for step in steps:
+            seen = layer_inputs(four if groups else layers, denoise, trajectory.call(step, rows))
+            groups = groups or [tuple(names) for group in siblings(seen) for names in _alike(group, layers)]
+            for names in groups:
+                if names[0] in four:
+                    layer = layers[names[0]]
+                    layer.clock.step = step
+                    errors = [_input_error(layer, seen[names[0]], share) for share in CLIPPING]
+                    factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
+            advance()
+    for names in groups:
+        scales = InputScales(torch.tensor(factors.get(names) or [1.0] * len(trajectory.timesteps)))
+        for name in names:
+            layers[name].learn_input(scales)
+
+
+def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterator[list[str]]:
+    """Those of a group that round their input in the same way."""
+    kinds: dict[object, list[str]] = {}
+    for name in group:
+        layer = layers[name]
+        basis = None if layer.balance is None else layer.balance.key
+        kinds.setdefault((layer.scheme.input, basis), []).append(name)
+    yield from kinds.values()
+
+
+def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
+    """Squared error of the input when its range is cut to this share."""
+    layer.learn_input(InputScales(torch.full((len(layer.clock.timesteps),), share)))
+    with torch.no_grad():
+        q, amax, shift = layer.input_codes(x)
+        rounded = q * affine.input_scale(_input_bits(layer)) * amax + (0 if shift is None else shift)
+        return float((rounded - layer.balanced(x)).square().sum())
+
+
+def _input_bits(layer: QuantizedLayer) -> Literal[4, 8]:
+    assert isinstance(layer.scheme.input, IntInput)  # those that learn have rounded inputs
+    return layer.scheme.input.bits
+
+
+def start_weights(
+    layers: Mapping[str, QuantizedLayer],
+    denoise: Denoise,
+    trajectory: Trajectory,
+    start: Literal["round", "gptq"],
+    distance: float,
+    ctx: Context,
+) -> dict[str, torch.Tensor]:
+    """Move the layers to where training begins, at most `distance` scales from their codes.
+
+    Returns these codes, (N, K), of the layers that do not begin at the model's weight.
+    """
+    if start == "round" and distance > 0:
+        return {}
+    codes = {}
+    moments: dict[str, torch.Tensor] = {}
+    if start == "gptq":
+        rows = trajectory.some_rows(START_ROWS)
+        four = {n: m for n, m in layers.items() if isinstance(m.scheme.weight, IntWeight) and m.scheme.weight.bits == 4}
+        steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
+        with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
+            for step in steps:
+                for name, x in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
+                    layer = layers[name]
+                    moment = second_moment(layer.layer, layer.balanced(x))
+                    moments[name] = moments.get(name, torch.zeros(())) + moment
+                advance()
+    with ctx.progress("start of the weights", len(layers)) as advance:
+        for name, layer in layers.items():
+            form = layer.scheme.weight
+            assert isinstance(form, IntWeight)  # `layers` are those
+            codes[name] = layer.weight_codes()
+            if name in moments:
+                codes[name] = gptq(layer.base_weight(), layer.code_scale(), form, moments[name])
+            layer.start_from(codes[name], distance)
+            advance()
+    return codes

@@ -1,0 +1,39 @@
+"""The blocks of a denoiser: what its module lists hold, such as transformer blocks and the stages of a UNet."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost members of module lists, by module path, in the model's order."""
+    from torch import nn
+
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            found |= {f"{name}.{index}": block for index, block in child.named_children()}
+        else:
+            found |= {f"{name}.{inner}": block for inner, block in find_blocks(child).items()}
+    return found
+
+
+@contextlib.contextmanager
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """The backward pass computes the activations in these blocks anew, instead of keeping them (Chen et al. 2016)."""
+    from torch.utils.checkpoint import checkpoint
+
+    changed = list(blocks)
+    for block in changed:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in changed:
+            del block.forward  # the class's own is behind it
