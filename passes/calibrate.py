@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +13,9 @@ from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.denoiser import Call, Sampler
 
 
 class Calibrate(Pass):
@@ -25,6 +29,10 @@ class Calibrate(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     samples: int = Field(32, ge=1, description="trajectories from noise")
+    precision: Literal["float32", "float16"] = Field(
+        "float32",
+        description="of the recorded samples and outputs; float16 takes half the bytes and rounds by up to 2^-11",
+    )
 
     def forward_rows(self, model: ModelCost) -> int:
         """Every sample at every step."""
@@ -41,6 +49,7 @@ class Calibrate(Pass):
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         check_inputs(sampler)
+        half = self.precision == "float16"
         seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
         hooks = []
         for layer in layer_table(model.module):
@@ -69,7 +78,7 @@ class Calibrate(Pass):
                 if isinstance(call, Call):
                     if not call.output.isfinite().all():
                         raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
-                    calls.append(call)
+                    calls.append(_rounded(call, sampler) if half else call)
                     ranges.append({end: dict(found) for end, found in seen.items()})
                     for found in seen.values():
                         found.clear()
@@ -88,5 +97,23 @@ class Calibrate(Pass):
         outputs = torch.stack([c.output for c in calls])
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
         return {
-            TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared)
+            TRAJECTORY: Trajectory(
+                sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared, half=half
+            )
         }
+
+
+def _rounded(call: Call, sampler: Sampler) -> Call:
+    """The sample and the output as numbers of float16. Raises StepFailed for those beyond its largest."""
+    import torch
+
+    largest = torch.finfo(torch.float16).max
+    sample = call.inputs[sampler.names.sample]
+    for what, tensor in (("sample", sample), ("output", call.output)):
+        if (reached := tensor.abs().amax().item()) > largest:
+            raise StepFailed(
+                f"the {what} reaches {reached:g} at timestep {sampler.timesteps[call.step]:g}, and float16 ends at"
+                f" {largest:g}: leave calibrate.precision at float32"
+            )
+    inputs = {**call.inputs, sampler.names.sample: sample.half().float()}
+    return replace(call, inputs=inputs, output=call.output.half().float())
