@@ -106,10 +106,11 @@ def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping
     prefix = max(PREFIXES, key=lambda each: len(_fitting(tensors, each, layers)))
     fitting = _fitting(tensors, prefix, layers)
     if unfit := sorted(tensors.keys() - fitting.keys()):
+        there = f"its layers are {_some(layers)}" if layers else "it has no layer that takes a LoRA"
         raise RecipeError(
             f"{label}: {len(unfit)} of {len(tensors)} keys fit no layer of the {type(module).__name__}: {_some(unfit)};"
-            f" its layers are {_some(layers)}: load the file with diffusers into the model that it was trained for,"
-            " and write it with save_lora_adapter"
+            f" {there}: load the file with diffusers into the model that it was trained for, and write it with"
+            " save_lora_adapter"
         )
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, (name, part) in sorted(fitting.items()):
@@ -162,7 +163,7 @@ def _misfit(name: str, found: Mapping[str, torch.Tensor], layer: nn.Module) -> s
 
 def _strength(settings: Mapping[str, Any], name: str, rank: int) -> float:  # JSON
     """alpha / r, or alpha / sqrt(r) where the adapter is scaled by its rank's root."""
-    from peft.utils import get_pattern_key
+    from peft.utils.other import get_pattern_key
 
     alphas = settings.get("alpha_pattern") or {}
     alpha = alphas.get(get_pattern_key(alphas, name), settings.get("lora_alpha", rank))
