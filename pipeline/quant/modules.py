@@ -127,7 +127,12 @@ class QuantizedLayer(nn.Module):
         return affine.product_scale(self.weight_scale, self.weight_group)
 
     def add_adapter(self, rank: int, generator: torch.Generator) -> None:
-        """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021)."""
+        """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021).
+
+        The weight that it is added to stays as it is from now on.
+        """
+        if self._base_NK is None:
+            self._base_NK = self.base_weight().detach()
         n, k = self.layer.weight.flatten(1).shape
         bound = (3 / k) ** 0.5
         device = self.layer.weight.device
