@@ -215,10 +215,13 @@ class QuantizedLayer(nn.Module):
 
         The shift is that of the unit range's middle, like the magnitude; None where the range is symmetric.
         """
+        return self.balanced_codes(self.balanced(x))
+
+    def balanced_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `input_codes`, of an input that is in the basis already."""
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
-        x = self.balanced(x)
         match self.scheme.input.granularity:
             case PerToken():
                 amax, shift = affine.token_range(x) if shifted else (affine.token_amax(x), None)
