@@ -83,7 +83,18 @@ class WholeOutput:
         self.blocks = blocks if options.features else {}
         self.count = trajectory.outputs.shape[1] // sampler.rows_per_sample
         self.split = Split.of(self.count)
+        self.weights = self._weights()
         self.rolled: list[Inputs] = []
+
+    def _weights(self) -> list[float]:
+        """By step, of the relative error: what the samples feel of it, 1 on average over the steps."""
+        outputs = [self.sampler.guided(output) for output in self.trajectory.outputs]
+        if self.options.weighting == "output":
+            return [1.0] * len(outputs)
+        x = self.trajectory.inputs[self.sampler.names.sample][0][: self.count]
+        energies = [float(output.square().mean()) for output in outputs]
+        felt = [i**2 * e for i, e in zip(self.sampler.influence(x, outputs), energies, strict=True)]
+        return [weight * len(felt) / sum(felt) for weight in felt]
 
     def prepare(self, update: int) -> None:
         """The quantized model draws samples from new noise; its calls are what it will be corrected at."""
@@ -125,8 +136,9 @@ class WholeOutput:
         found: dict[str, list[torch.Tensor]] = {}
         with outputs_of(blocks, found), mixed(self.options, self.ctx):
             output = self.denoise(inputs)
-        pairs = [(found[name], expected[name], self.options.features / len(found)) for name in found]
-        whole = _error([self.sampler.guided(output.float())], [self.sampler.guided(target)])
+        weight = self.weights[step]
+        pairs = [(found[name], expected[name], weight * self.options.features / len(found)) for name in found]
+        whole = _error([self.sampler.guided(output.float())], [self.sampler.guided(target)], weight)
         return [whole, *(_error(*pair) for pair in pairs)]
 
 

@@ -39,7 +39,7 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
@@ -65,6 +65,10 @@ class Distill(Pass):
     )
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
+    )
+    weighting: Literal["samples", "output"] = Field(
+        "output",
+        description="how much the error of a step's output counts: as much as samples feel of it, or all steps alike",
     )
     features: float = Field(
         0.0, ge=0, description="weight of the blocks' outputs in the loss, beside 1 for the denoiser's output"
