@@ -90,8 +90,6 @@ def config(peer: Peer, plan: QuantPlan) -> dict[str, Any]:
 
 def quantized_by(peer: Peer, model: "Factory", plan: QuantPlan, trajectory: Trajectory) -> Denoise:
     """The fake-quantized denoiser. Changes `model`."""
-    import modelopt.torch.quantization as mtq
-
     rows = trajectory.some_rows(CALIBRATION_ROWS)
 
     def calibrate(module: Any) -> None:
@@ -100,6 +98,8 @@ def quantized_by(peer: Peer, model: "Factory", plan: QuantPlan, trajectory: Traj
             denoise(trajectory.call(step, rows))
 
     with quiet():
+        import modelopt.torch.quantization as mtq
+
         mtq.quantize(model.module, config(peer, plan), calibrate)
     return denoise_with(model.module, model)
 

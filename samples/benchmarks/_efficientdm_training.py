@@ -5,6 +5,7 @@ objective and data (min-SNR weights), as its makers would; `qat on our loss` tra
 scales and input scales too, with the same optimizer, on calls of as many rows, at the timesteps that are sampled.
 """
 
+import logging
 import math
 import sys
 import tempfile
@@ -52,6 +53,8 @@ class Training:
 
 def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, Any]:
     """The curve, and what training needs: a killed run goes on from `scratch`."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("intaglio").setLevel(logging.INFO)
     began = time.process_time()
     (done,) = compile(training.recipe, Store(training.store), base=training.base).values()
     checkpoint, trajectory, plan, options = done[MODEL], done[TRAJECTORY], done[PLAN], training.distill

@@ -14,8 +14,9 @@ What is done is kept in --work: a killed run goes on, and a variant whose option
 
 import hashlib
 import json
+import logging
 import statistics
-import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,10 @@ class Bench:
         file = place.with_suffix(".json")
         if not file.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps({**make(place), "place": place.name, "depends": on}, indent=1) + "\n")
-        return json.loads(file.read_text())
+            began = time.process_time()
+            row = {**make(place), "place": place.name, "made_in_cpu_s": time.process_time() - began}
+            write_atomically(file, json.dumps({"row": row, "depends": on}, indent=1) + "\n")
+        return json.loads(file.read_text())["row"]
 
     def tensors(self, row: Figures) -> dict[str, torch.Tensor]:
         """What was written beside a row."""
@@ -203,8 +206,8 @@ def measure(
 
 def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first: bool) -> Figures:
     """One of ours: compiled, and measured in the simulation of its integers."""
-    done, held, full = bench.compiled(bench.planned(seed, plan, *steps, Step(uses="merge"))), bench.held_out(), None
-    full = reference(bench)
+    done = bench.compiled(bench.planned(seed, plan, *steps, Step(uses="merge")))
+    held, full = bench.held_out(), reference(bench)
 
     def make(place: Path) -> Figures:
         model = done[MODEL].open()
@@ -224,12 +227,13 @@ def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first:
 
 
 def peers(bench: Bench, plan: str, seed: int, names: Sequence[str], *, first: bool) -> dict[str, Figures]:
-    """Rows of modelopt's algorithms on the trajectories of this seed."""
+    """Rows of modelopt's algorithms on the trajectories of this seed, in a process of its own."""
     from importlib.metadata import version
 
     from _efficientdm_peers import CALIBRATION_ROWS, PEERS, quantized_by
 
     done, held, full = bench.compiled(bench.planned(seed, plan)), bench.held_out(), reference(bench)
+    speak()
     rows = {}
     for name in names:
         peer = PEERS[plan][name]
@@ -395,6 +399,7 @@ def main(
 ) -> None:
     from _efficientdm_report import curves, grid, tables
 
+    speak()
     if data is not None and not data.is_file():
         raise typer.BadParameter(f"no file {data}: npm pack emoji-datasource-google@16.0.0 makes it")
     found = {}
@@ -416,8 +421,14 @@ def main(
         print("least of the models\n" + "\n".join(f"  {name:40} {value}" for name, value in total.items()))
 
 
+def speak() -> None:
+    """Progress goes to stderr."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("intaglio").setLevel(logging.INFO)
+
+
 def say(bench: Bench, what: str) -> None:
-    print(f"{bench.model}: {what}", file=sys.stderr, flush=True)
+    logging.getLogger(f"intaglio.{bench.model}").info(what)
 
 
 if __name__ == "__main__":
