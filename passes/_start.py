@@ -45,7 +45,8 @@ def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, traject
                 if names[0] in four:
                     layer = layers[names[0]]
                     layer.clock.step = step
-                    errors = [_input_error(layer, seen[names[0]], share) for share in CLIPPING]
+                    x = layer.balanced(seen[names[0]])
+                    errors = [_input_error(layer, x, share) for share in CLIPPING]
                     factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
             advance()
     for names in groups:
@@ -65,12 +66,12 @@ def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterat
 
 
 def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
-    """Squared error of the input when its range is cut to this share."""
+    """Squared error of the input, in its basis, when its range is cut to this share."""
     layer.learn_input(InputScales(torch.full((len(layer.clock.timesteps),), share)))
     with torch.no_grad():
-        q, amax, shift = layer.input_codes(x)
+        q, amax, shift = layer.balanced_codes(x)
         rounded = q * affine.input_scale(_input_bits(layer)) * amax + (0 if shift is None else shift)
-        return float((rounded - layer.balanced(x)).square().sum())
+        return float((rounded - x).square().sum())
 
 
 def _input_bits(layer: QuantizedLayer) -> Literal[4, 8]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -16,6 +17,8 @@ from intaglio.pipeline.pass_base import Pass
 
 if TYPE_CHECKING:
     import torch
+
+    from intaglio.pipeline.denoiser import Call, Sampler
 
 
 class Calibrate(Pass):
@@ -30,6 +33,10 @@ class Calibrate(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     samples: int = Field(32, ge=1, description="trajectories from noise")
+    precision: Literal["float32", "float16"] = Field(
+        "float32",
+        description="of the recorded samples and outputs; float16 takes half the bytes and rounds by up to 2^-11",
+    )
 
     def forward_rows(self, model: ModelCost) -> int:
         """Every sample at every step."""
@@ -48,6 +55,7 @@ class Calibrate(Pass):
         check_inputs(sampler)
         if ctx.processes.count > self.samples:
             raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
+        half = self.precision == "float16"
         seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
         hooks = []
         for layer in layer_table(model.module):
@@ -77,7 +85,7 @@ class Calibrate(Pass):
                 if isinstance(call, Call):
                     if not call.output.isfinite().all():
                         raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
-                    calls.append(call)
+                    calls.append(_rounded(call, sampler) if half else call)
                     ranges.append({end: dict(found) for end, found in seen.items()})
                     for found in seen.values():
                         found.clear()
@@ -110,7 +118,9 @@ class Calibrate(Pass):
         amax = {name: torch.maximum(-low[name], high[name]) for name in low}
         ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
         return {
-            TRAJECTORY: Trajectory(sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared)
+            TRAJECTORY: Trajectory(
+                sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared, half=half
+            )
         }
 
 
@@ -131,3 +141,19 @@ def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor
 
     pieces = [part.chunk(halves, axis) for part in parts]
     return torch.cat([piece[half] for half in range(halves) for piece in pieces], axis)
+
+
+def _rounded(call: Call, sampler: Sampler) -> Call:
+    """The sample and the output as numbers of float16. Raises StepFailed for those beyond its largest."""
+    import torch
+
+    largest = torch.finfo(torch.float16).max
+    sample = call.inputs[sampler.names.sample]
+    for what, tensor in (("sample", sample), ("output", call.output)):
+        if (reached := tensor.abs().amax().item()) > largest:
+            raise StepFailed(
+                f"the {what} reaches {reached:g} at timestep {sampler.timesteps[call.step]:g}, and float16 ends at"
+                f" {largest:g}: leave calibrate.precision at float32"
+            )
+    inputs = {**call.inputs, sampler.names.sample: sample.half().float()}
+    return replace(call, inputs=inputs, output=call.output.half().float())

@@ -33,7 +33,8 @@ class Distill(Pass):
 
     The learning rate of a layer's adapter is proportional to its mean weight scale (section 3.3 as a rate: under Adam a
     constant factor on the gradient cancels). Inputs with a scale a step, and 4-bit ones, learn one scale and one shift
-    a step (TALSQ, section 3.4). Every eighth sample of the trajectories is held out; the state with the least error
+    a step (TALSQ, section 3.4). Every kind of tensor has a rate of its own, in place of LSQ's factor on the gradient of
+    scales, which Adam cancels too. Every eighth sample of the trajectories is held out; the state with the least error
     there is kept, the starting point included, so that training never makes a plan worse on it.
     """
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.lora import find_lora, fuse_lora_
 from intaglio.pipeline.plan import Layer
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     from intaglio.pipeline.record import Recording
 
 DENOISER_FOLDERS = ("transformer", "unet", ".")
+
+
+class LoraRef(BaseModel):
+    """One style LoRA, an entry of a recipe's `model.loras`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(
+        description="a safetensors file as diffusers' save_lora_weights or save_lora_adapter writes it, or its folder"
+    )
+    scale: float = Field(1.0, allow_inf_nan=False, description="factor of its change of the weights")
 
 
 class ModelRef(BaseModel):
@@ -44,6 +56,9 @@ class ModelRef(BaseModel):
         None,
         description="a second size of a folder's calls: one sample's shape, or a second file of conditions;"
         " axes that have another size there are dynamic",
+    )
+    loras: tuple[LoraRef, ...] = Field(
+        (), description="style LoRAs, fused into the denoiser's weights in this order before anything is measured"
     )
 
 
@@ -115,6 +130,8 @@ class Checkpoint:
     """`file.py:factory` inside `root`, or empty for a diffusers folder."""
     recordings: Mapping[str, Path] = field(default_factory=dict)
     """Files of recorded conditions, by the field of `ref` that names them."""
+    loras: tuple[Path, ...] = ()
+    """Files of `ref.loras`."""
 
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
@@ -124,7 +141,8 @@ class Checkpoint:
         for role, path in recordings.items():
             if not path.is_file():
                 raise RecipeError(f"model: no file {named[role]} beside the recipe")
-        return replace(cls._find(ref, base), recordings=recordings)
+        loras = tuple(find_lora(lora.path, base) for lora in ref.loras)
+        return replace(cls._find(ref, base), recordings=recordings, loras=loras)
 
     @classmethod
     def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
@@ -171,7 +189,7 @@ class Checkpoint:
         return self.root.name if self._denoiser_folder is None else _class_name(self._denoiser_folder)
 
     def save(self, root: Path) -> None:
-        """Copy the denoiser and its scheduler, or the factory's file."""
+        """Copy the denoiser and its scheduler, or the factory's file, and what the recipe names beside them."""
         files = root / "model"
         if self.entry:
             files.mkdir()
@@ -184,8 +202,15 @@ class Checkpoint:
                 shutil.copytree(self.root / "scheduler", files / "scheduler", ignore=keep)
         for role, path in self.recordings.items():
             shutil.copy(path, files / f"{role}.safetensors")
-        named = {role: f"{role}.safetensors" for role in self.recordings}
-        ref = self.ref.model_dump(mode="json", exclude={"path"}) | named
+        named: dict[str, object] = {role: f"{role}.safetensors" for role in self.recordings}
+        if self.loras:
+            named["loras"] = [
+                {"path": f"lora.{position}.safetensors", "scale": lora.scale}
+                for position, lora in enumerate(self.ref.loras)
+            ]
+            for position, path in enumerate(self.loras):
+                shutil.copy(path, files / f"lora.{position}.safetensors")
+        ref = self.ref.model_dump(mode="json", exclude={"path", "loras"}) | named
         (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
 
     @classmethod
@@ -195,10 +220,10 @@ class Checkpoint:
         files, ref = root / "model", ModelRef(path="model", **settings["ref"])
         recordings = {role: files / f"{role}.safetensors" for role in ("conditions", "other_size")}
         there = {role: path for role, path in recordings.items() if path.is_file()}
-        return cls(files, ref, settings["entry"], there)
+        return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
 
     def open(self) -> Factory:
-        """The denoiser in float32 and evaluation mode, its scheduler, its conditions and the shape of a sample.
+        """The denoiser in float32 and evaluation mode, its LoRAs fused, its scheduler, conditions and sample shape.
 
         Raises RecipeError where it needs to be told more.
         """
@@ -207,6 +232,8 @@ class Checkpoint:
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
         usual, other = recorded.get("conditions"), recorded.get("other_size")
         made = self._call_factory() if self.entry else self._open_folder(usual)
+        for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True)):
+            fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:

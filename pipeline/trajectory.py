@@ -39,6 +39,7 @@ class Trajectory:
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
     output magnitude, without the bias, of each convolution; `low` and `high` are the ends of each layer's input.
+    `half`: files have those inputs and outputs in float16 that it holds exactly.
     """
 
     timesteps: tuple[float, ...]
@@ -50,6 +51,7 @@ class Trajectory:
     high: Mapping[str, torch.Tensor]
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    half: bool = field(default=False, kw_only=True)
 
     def ranges(
         self,
@@ -109,18 +111,38 @@ class Trajectory:
             "shared.": self.shared,
         }
         tensors = {f"{part}{k}": v.contiguous() for part, values in parts.items() for k, v in values.items()}
-        save_file(tensors | {"outputs": self.outputs.contiguous()}, root / "trajectory.safetensors")
-        (root / "trajectory.json").write_text(json.dumps({"timesteps": self.timesteps}) + "\n")
+        tensors["outputs"] = self.outputs.contiguous()
+        if self.half:
+            tensors |= {n: _halved(tensors[n]) for n in ("outputs", *(f"input.{name}" for name in self.inputs))}
+        save_file(tensors, root / "trajectory.safetensors")
+        settings = {"timesteps": self.timesteps} | ({"half": True} if self.half else {})
+        (root / "trajectory.json").write_text(json.dumps(settings) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
         from safetensors.torch import load_file
 
-        tensors = load_file(root / "trajectory.safetensors")
+        settings = json.loads((root / "trajectory.json").read_text())
+        tensors, half = load_file(root / "trajectory.safetensors"), settings.get("half", False)
+        if half:
+            tensors |= {n: _whole(tensor) for n, tensor in tensors.items() if n == "outputs" or n.startswith("input.")}
         names = ("input.", "amax.", "output_amax.", "low.", "high.", "condition.", "shared.")
         part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in names}
-        timesteps = json.loads((root / "trajectory.json").read_text())["timesteps"]
-        return cls(
-            tuple(timesteps), part["input."], tensors["outputs"], *(part[name] for name in names if name != "input.")
-        )
+        others = (part[name] for name in names if name != "input.")
+        return cls(tuple(settings["timesteps"]), part["input."], tensors["outputs"], *others, half=half)
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    """In float16, if nothing of its float32 is lost."""
+    import torch
+
+    exact = tensor.dtype == torch.float32 and tensor.half().float().equal(tensor)
+    return tensor.half() if exact else tensor
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 again."""
+    import torch
+
+    return tensor.float() if tensor.dtype == torch.float16 else tensor

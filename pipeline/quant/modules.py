@@ -127,7 +127,12 @@ class QuantizedLayer(nn.Module):
         return affine.product_scale(self.weight_scale, self.weight_group)
 
     def add_adapter(self, rank: int, generator: torch.Generator) -> None:
-        """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021)."""
+        """Trainable low-rank term B A, zero to begin with: A uniform, B zero (Hu et al. 2021).
+
+        The weight that it is added to stays as it is from now on.
+        """
+        if self._base_NK is None:
+            self._base_NK = self.base_weight().detach()
         n, k = self.layer.weight.flatten(1).shape
         bound = (3 / k) ** 0.5
         device = self.layer.weight.device
@@ -210,10 +215,13 @@ class QuantizedLayer(nn.Module):
 
         The shift is that of the unit range's middle, like the magnitude; None where the range is symmetric.
         """
+        return self.balanced_codes(self.balanced(x))
+
+    def balanced_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As `input_codes`, of an input that is in the basis already."""
         if not isinstance(self.scheme.input, IntInput):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
-        x = self.balanced(x)
         match self.scheme.input.granularity:
             case PerToken():
                 amax, shift = affine.token_range(x) if shifted else (affine.token_amax(x), None)

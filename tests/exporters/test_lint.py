@@ -631,7 +631,9 @@ def test_every_rule_has_a_case_on_some_runtime():
 
 
 @pytest.mark.parametrize("case", named(ORT_CASES))
-def test_onnx_runtime_agrees(case, tmp_path):
+def test_onnx_runtime_agrees(case, tmp_path, monkeypatch):
+    # what loads and what is fused is asked, not what is exact on this CPU
+    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", dict)
     path = case.write(tmp_path)
     errors, warnings = found(path, ORT)
     assert (set(errors), warnings) == (set(case.rules), case.warnings)

@@ -10,7 +10,7 @@ from quantizing import parity
 
 from intaglio.exporters._layer import run_layer
 from intaglio.exporters._lowering import LOWERINGS, lowering
-from intaglio.exporters._session import open_session
+from intaglio.exporters._session import multiplies_exactly, open_session
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.spec import (
@@ -186,6 +186,8 @@ def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simu
     scheme, vnni, tmp_path, monkeypatch
 ):
     settings = {} if vnni else {"session.x64quantprecision": "1"}
+    if not multiplies_exactly(settings):
+        pytest.skip("the CPU's own 8-bit kernels saturate: it has no VNNI")
     monkeypatch.setattr("intaglio.exporters._session.exact_kernels", lambda: settings)
     shape = (4, 64, 16, 16)
     graph, made = make(tmp_path, {"a": convolution()}, shape, {"a": scheme}, "onnxruntime")

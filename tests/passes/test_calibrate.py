@@ -1,8 +1,18 @@
+import json
+from dataclasses import replace
+
+import pytest
 import torch
 from harness import run_pass
+from quantizing import with_plan
+from safetensors import safe_open
+from tiny import save_folder, tiny_dit
 
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.passes.distill import Distill
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.keys import ADAPTER, MODEL, TRAJECTORY
 from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
 
 
@@ -75,3 +85,77 @@ def test_ranges_are_around_the_middle_where_a_scheme_shifts(calibrated):
     torch.testing.assert_close(ranges.shift[name], (high + low) / 2)
     assert torch.equal(ranges.amax[other], trajectory.amax[other])
     assert set(ranges.shift) == {name}
+
+
+@pytest.fixture(scope="module")
+def halved(calibrated, tmp_path_factory):
+    step = Calibrate(samples=8, precision="float16")
+    return calibrated | run_pass(step, calibrated, tmp_path_factory.mktemp("scratch"))
+
+
+def test_float16_rounds_samples_and_outputs_and_nothing_else(calibrated, halved):
+    whole, half = calibrated[TRAJECTORY], halved[TRAJECTORY]
+    for given, kept in ((whole.outputs, half.outputs), *((v, half.inputs[n]) for n, v in whole.inputs.items())):
+        assert kept.dtype == given.dtype
+        # half a unit in the last place of 11 bits, or of the smallest numbers
+        assert ((kept - given).abs() <= (given.abs() * 2**-11).clamp(min=2**-25)).all()
+    assert not torch.equal(half.outputs, whole.outputs)
+    assert torch.equal(half.inputs["timestep"], whole.inputs["timestep"])
+    assert all(torch.equal(half.amax[name], amax) for name, amax in whole.amax.items())
+    assert all(torch.equal(half.conditions[name], rows) for name, rows in whole.conditions.items())
+
+
+def test_float16_halves_the_file_and_reads_back_as_float32(calibrated, halved, tmp_path):
+    sizes = {}
+    for name, artifacts in (("whole", calibrated), ("half", halved)):
+        (tmp_path / name).mkdir()
+        artifacts[TRAJECTORY].save(tmp_path / name)
+        with safe_open(tmp_path / name / "trajectory.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
+        sizes[name] = {key: tensor.nbytes for key, tensor in tensors.items()}
+    recorded = {"outputs", "input.hidden_states"}
+    assert {key for key, size in sizes["whole"].items() if sizes["half"][key] != size} == recorded
+    assert all(2 * sizes["half"][key] == sizes["whole"][key] for key in recorded)
+    loaded = type(halved[TRAJECTORY]).load(tmp_path / "half")
+    assert loaded.half
+    assert torch.equal(loaded.outputs, halved[TRAJECTORY].outputs)
+    assert all(torch.equal(loaded.inputs[name], value) for name, value in halved[TRAJECTORY].inputs.items())
+    assert {loaded.outputs.dtype, *(table.dtype for table in loaded.amax.values())} == {torch.float32}
+
+
+def test_timesteps_that_float16_cannot_hold_stay(calibrated, tmp_path):
+    trajectory = calibrated[TRAJECTORY]
+    inputs = trajectory.inputs | {"timestep": trajectory.inputs["timestep"] * 0.3}
+    replace(trajectory, inputs=inputs, half=True).save(tmp_path)
+    assert torch.equal(type(trajectory).load(tmp_path).inputs["timestep"], inputs["timestep"])
+
+
+def test_without_float16_the_files_say_nothing_of_it(calibrated, tmp_path):
+    calibrated[TRAJECTORY].save(tmp_path)
+    assert set(json.loads((tmp_path / "trajectory.json").read_text())) == {"timesteps"}
+
+
+def test_what_is_beyond_float16_is_one_clear_error(tmp_path):
+    module = tiny_dit()
+    with torch.no_grad():
+        module.proj_out_2.weight.zero_()
+        module.proj_out_2.bias.fill_(70000.0)
+    save_folder(module, tmp_path / "loud")
+    start = {MODEL: Checkpoint.resolve(ModelRef(path="loud", sampling_steps=2), tmp_path)}
+    message = r"the output reaches 70000 at timestep 999, and float16 ends at 65504: leave calibrate\.precision"
+    with pytest.raises(StepFailed, match=message):
+        run_pass(Calibrate(samples=2, precision="float16"), start, tmp_path / "scratch")
+
+
+def test_distill_learns_from_float16_what_it_learns_from_float32(calibrated, halved, tmp_path):
+    losses = {}
+    for name, artifacts in (("whole", calibrated), ("half", halved)):
+        (tmp_path / name).mkdir()
+        artifacts[TRAJECTORY].save(tmp_path / name)
+        loaded = type(artifacts[TRAJECTORY]).load(tmp_path / name)
+        start = with_plan(calibrated | {TRAJECTORY: loaded}, lambda _: W8A8_STEP)
+        step = Distill(updates=16, samples=2, rank=2)
+        losses[name] = run_pass(step, start, tmp_path / f"{name}-scratch")[ADAPTER].loss
+    assert losses["half"] != losses["whole"]
+    # some inputs round to the other neighbour in 8 bits: other errors, but not larger ones
+    assert sum(losses["half"]) == pytest.approx(sum(losses["whole"]), rel=0.2)

@@ -1,0 +1,145 @@
+import pytest
+import torch
+from harness import run_pass
+
+from intaglio.passes._objective import Split, tensors
+from intaglio.passes.assign import AssignPrecision, Budget
+from intaglio.passes.calibrate import Calibrate
+from intaglio.passes.distill import Distill
+from intaglio.passes.merge import MergeAdapters
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.modules import simulate
+from intaglio.pipeline.quant.spec import w4a16
+
+
+@pytest.fixture(scope="module")
+def planned(measured, tmp_path_factory):
+    step = AssignPrecision(budget=Budget(size=0.42))
+    return measured | run_pass(step, measured, tmp_path_factory.mktemp("scratch"))
+
+
+def output_error(artifacts, folder) -> float:
+    """Relative squared error of the merged model on the recorded calls."""
+    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
+    clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, folder)[QUANTIZED])
+    total = 0.0
+    with torch.no_grad():
+        for step, t in enumerate(trajectory.timesteps):
+            clock.set(t)
+            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
+            total += float(error.square().sum() / trajectory.outputs[step].square().sum())
+    return total
+
+
+def test_every_eighth_sample_is_held_out_and_a_single_one_is_both():
+    assert Split.of(16) == Split(tuple(i for i in range(16) if i not in (7, 15)), (7, 15))
+    assert Split.of(1) == Split((0,), (0,))
+
+
+def test_tensors_are_found_in_whatever_a_module_returns():
+    x, y = torch.ones(1), torch.zeros(2)
+    assert tensors((x, [y, torch.tensor([1])], None)) == [x, y]
+    assert tensors({"sample": x}) == [x]
+
+
+def test_blocks_are_healed_one_after_the_other(planned, tmp_path):
+    step = Distill(updates=40, samples=2, rank=4, scope="block")
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    healed = planned | run_pass(step, planned, tmp_path / "b")
+    assert output_error(healed, tmp_path / "c") < 0.95 * output_error(rounded, tmp_path / "d")
+    adapters = healed[ADAPTER].layers
+    assert len(healed[ADAPTER].loss) == 2 * 40  # the two blocks
+    assert {n for n, layer in adapters.items() if layer.a is not None} == {
+        n for n in adapters if n.startswith("transformer_blocks.")
+    }
+
+
+def test_killed_between_blocks_it_goes_on(planned, tmp_path, monkeypatch):
+    step = Distill(updates=20, samples=2, rank=2, scope="block")
+    whole = run_pass(step, planned, tmp_path / "whole")[ADAPTER]
+    real_replace, saves = __import__("os").replace, []
+
+    def dies_in_the_second_block(source, target):
+        real_replace(source, target)
+        saves.append(target)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", dies_in_the_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        run_pass(step, planned, tmp_path / "killed")
+    monkeypatch.setattr("os.replace", real_replace)
+    assert run_pass(step, planned, tmp_path / "killed")[ADAPTER].loss == whole.loss
+
+
+def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
+    (tmp_path / "plain.py").write_text(
+        "import torch\n"
+        "from intaglio.pipeline.checkpoint import Factory\n"
+        "from intaglio.pipeline.denoiser import OneCall\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(64, 64)\n"
+        "    def forward(self, sample):\n"
+        "        return self.layer(sample)\n"
+        "def plain():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Factory(Net(), OneCall(), (64,))\n"
+    )
+    start = {MODEL: Checkpoint.resolve(ModelRef(path="plain.py:plain", sampling_steps=1), tmp_path)}
+    start |= run_pass(Calibrate(samples=8), start, tmp_path / "a")
+    from intaglio.pipeline.checkpoint import layer_table
+
+    layers = layer_table(start[MODEL].open().module)
+    start[PLAN] = QuantPlan(layers, {layer.name: w4a16(32) for layer in layers})
+    with pytest.raises(RecipeError, match="no lists of blocks"):
+        run_pass(Distill(updates=1, scope="block"), start, tmp_path / "b")
+
+
+def test_features_of_blocks_enter_the_loss_and_the_output_is_still_healed(planned, tmp_path):
+    plain = Distill(updates=20, samples=2, rank=4)
+    losses = [
+        run_pass(plain.model_copy(update={"features": f}), planned, tmp_path / str(f))[ADAPTER].loss for f in (0.0, 0.5)
+    ]
+    assert losses[1][0] > losses[0][0]
+    featured = planned | run_pass(plain.model_copy(update={"features": 0.5, "updates": 40}), planned, tmp_path / "c")
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "d")
+    assert output_error(featured, tmp_path / "e") < 0.95 * output_error(rounded, tmp_path / "f")
+
+
+def test_recomputed_activations_train_to_the_same_bits(planned, tmp_path):
+    plain, again = (
+        run_pass(Distill(updates=5, samples=2, rank=2, recompute=recompute), planned, tmp_path / str(recompute))
+        for recompute in (False, True)
+    )
+    assert plain[ADAPTER].loss == again[ADAPTER].loss
+    assert all(torch.equal(plain[ADAPTER].layers[n].b, layer.b) for n, layer in again[ADAPTER].layers.items())
+
+
+def test_products_in_bfloat16_train_too(planned, tmp_path):
+    step = Distill(updates=40, samples=4, rank=4, precision="bfloat16")
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    trained = planned | run_pass(step, planned, tmp_path / "b")
+    assert all(layer.scale_NG.dtype == torch.float32 for layer in trained[ADAPTER].layers.values())
+    assert output_error(trained, tmp_path / "c") < 0.95 * output_error(rounded, tmp_path / "d")
+
+
+def test_split_guidance_and_a_late_start_compute_what_whole_calls_do(planned, tmp_path):
+    """The step is found from the timestep: neither two calls a step nor a trajectory that begins late move it."""
+    artifacts = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
+    clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, tmp_path / "b")[QUANTIZED])
+    denoise = denoise_with(model.module, model)
+    count = trajectory.outputs.shape[1]
+    with torch.no_grad():
+        for step in (2, 3):  # as image to image begins
+            clock.set(trajectory.timesteps[step])
+            whole = denoise(trajectory.call(step))
+            halves = [denoise(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
+            torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
+            assert clock.step == step

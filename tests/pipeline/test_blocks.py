@@ -1,0 +1,39 @@
+import torch
+from tiny import tiny_dit, tiny_unet
+
+from intaglio.pipeline.blocks import find_blocks, recomputed
+
+
+def test_blocks_are_the_outermost_members_of_module_lists():
+    assert list(find_blocks(tiny_dit())) == ["transformer_blocks.0", "transformer_blocks.1"]
+    unet = list(find_blocks(tiny_unet()))
+    assert unet[:4] == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
+    assert "mid_block.resnets.1" in unet
+    assert find_blocks(torch.nn.Linear(2, 2)) == {}
+
+
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
+    model = tiny_dit().requires_grad_(True)
+    inputs = {"hidden_states": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([3, 3])}
+    inputs["class_labels"] = torch.tensor([0, 4])
+
+    def gradient_and_kept_bytes() -> tuple[torch.Tensor, int]:
+        kept = 0
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = model(**inputs).sample.square().sum()
+        loss.backward()
+        return model.transformer_blocks[0].ff.net[2].weight.grad.clone(), kept
+
+    plain, all_kept = gradient_and_kept_bytes()
+    with recomputed(find_blocks(model).values()):
+        again, kept = gradient_and_kept_bytes()
+    assert torch.equal(plain, again)
+    assert kept < 0.5 * all_kept
+    assert "forward" not in vars(model.transformer_blocks[0])

@@ -1,0 +1,335 @@
+import builtins
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny import save_folder, tiny_dit
+from tiny_families import ROWS, sd3, sd15
+
+from intaglio.pipeline import Recipe, compile
+from intaglio.pipeline.checkpoint import Checkpoint, LoraRef, ModelRef, layer_table
+from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
+from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.record import Recording
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def adapted(module: torch.nn.Module, seed: int = 0, **options) -> tuple[torch.nn.Module, LoraConfig]:
+    """The module with random updates of its attention; B, which begins at zero, is as after a training."""
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "init_lora_weights": "gaussian"} | options
+    )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return module, config
+
+
+def written(module: torch.nn.Module, folder: Path, seed: int = 0, **options) -> Path:
+    """As a trainer without diffusers' loader writes it."""
+    module, config = adapted(module, seed, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"lora_adapter_metadata": json.dumps(config.to_dict(), default=list)}
+    save_file(get_peft_model_state_dict(module), folder / "lora.safetensors", metadata)
+    return folder / "lora.safetensors"
+
+
+def by_hand(module: torch.nn.Module, tensors: dict[str, torch.Tensor], strength: float) -> dict[str, torch.Tensor]:
+    """W + strength * B A for every module of the tensors, the other weights as they are."""
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    names = {key.split(".lora_")[0] for key in tensors}
+    assert names
+    for name in names:
+        a, b = tensors[f"{name}.lora_A.weight"].double(), tensors[f"{name}.lora_B.weight"].double()
+        delta = torch.einsum("nr,rkhw->nkhw", b[:, :, 0, 0], a) if a.ndim == 4 else torch.einsum("nr,rk->nk", b, a)
+        weights[f"{name}.weight"] = (weights[f"{name}.weight"].double() + strength * delta).float()
+    return weights
+
+
+def with_loras(folder: Path, *loras: tuple[str, float], **ref) -> Checkpoint:
+    """`folder/model` with these LoRAs, out of the store: nothing beside the recipe is there any more."""
+    refs = tuple(LoraRef(path=path, scale=scale) for path, scale in loras)
+    checkpoint = Checkpoint.resolve(ModelRef(path="model", sampling_steps=2, loras=refs, **ref), folder)
+    stored = folder / "stored"
+    stored.mkdir()
+    checkpoint.save(stored)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    return Checkpoint.load(stored)
+
+
+def assert_same(found: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    weights = found.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        # two float32 roundings beside a product of a few terms
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def dit(tmp_path: Path) -> Path:
+    """A folder with a model and, beside it, its LoRA."""
+    save_folder(tiny_dit(), tmp_path / "model")
+    written(tiny_dit(), tmp_path)
+    return tmp_path
+
+
+def test_a_transformer_from_save_lora_adapter_is_the_one_by_hand(tmp_path):
+    plain = sd3().module
+    plain.save_pretrained(tmp_path / "model/transformer")
+    module, _ = adapted(sd3().module, use_rslora=True)
+    module.save_lora_adapter(tmp_path / "style")
+    tensors = load_file(tmp_path / "style/pytorch_lora_weights.safetensors")
+    conditions = {"encoder_hidden_states": torch.zeros(ROWS, 5, 64), "pooled_projections": torch.zeros(ROWS, 64)}
+    Recording((16, 8, 8), conditions=conditions).save(tmp_path / "c.safetensors")
+    fused = with_loras(tmp_path, ("style", 0.8), conditions="c.safetensors").open().module
+    assert isinstance(fused, SD3Transformer2DModel)
+    assert_same(fused, by_hand(plain, tensors, 0.8 * 8 / math.sqrt(4)))
+    assert not any(isinstance(each, LoraLayer) for each in fused.modules())
+    assert layer_table(fused) == layer_table(plain)
+    assert all(parameter.requires_grad for parameter in fused.parameters())
+    assert not hasattr(fused, "peft_config")
+
+
+@pytest.mark.parametrize("spelling", ["lora_A", "lora.down"])
+def test_a_unet_from_save_lora_weights_is_the_one_by_hand_without_its_text_encoder(spelling, tmp_path, caplog):
+    plain = sd15().module
+    plain.save_pretrained(tmp_path / "model/unet")
+    module, config = adapted(sd15().module, target_modules=[*ATTENTION, "conv1", "conv_shortcut"])
+    tensors = get_peft_model_state_dict(module)
+    assert {tensor.ndim for tensor in tensors.values()} == {2, 4}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "style",
+        unet_lora_layers=convert_state_dict_to_diffusers(tensors) if spelling == "lora.down" else tensors,
+        text_encoder_lora_layers={"text_model.q_proj.lora_A.weight": torch.ones(4, 8)},
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    keys = load_file(tmp_path / "style/pytorch_lora_weights.safetensors")
+    assert any(spelling in key for key in keys)
+    Recording((4, 8, 8), conditions={"encoder_hidden_states": torch.zeros(ROWS, 5, 64)}).save(
+        tmp_path / "c.safetensors"
+    )
+    with caplog.at_level(logging.WARNING):
+        fused = with_loras(tmp_path, ("style", -0.5), conditions="c.safetensors").open().module
+    assert f"style: 1 of {len(keys)} keys are of text encoders" in caplog.text
+    assert isinstance(fused, UNet2DConditionModel)
+    assert_same(fused, by_hand(plain, tensors, -0.5 * 8 / 4))
+    assert {name: type(each) for name, each in fused.named_modules()} == {
+        name: type(each) for name, each in plain.named_modules()
+    }
+
+
+def test_without_metadata_alpha_is_the_rank_of_each_layer(tmp_path):
+    module, _ = adapted(sd3().module, rank_pattern={"to_q": 2})
+    tensors = get_peft_model_state_dict(module)
+    StableDiffusion3Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=tensors)
+    made = sd3()
+    made.module.save_pretrained(tmp_path / "model/transformer")
+    Recording((16, 8, 8), conditions=made.conditions).save(tmp_path / "c.safetensors")
+    lora = ("pytorch_lora_weights.safetensors", 1.0)
+    assert_same(
+        with_loras(tmp_path, lora, conditions="c.safetensors").open().module, by_hand(made.module, tensors, 1.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"alpha_pattern": {"to_q": 3, "ff.net.2": 1}, "rank_pattern": {"to_k": 2}}]
+)
+def test_ranks_alphas_and_magnitudes_are_fused_as_diffusers_does(options, tmp_path):
+    targets = [*ATTENTION, "proj", "ff.net.2"]
+    module, _ = adapted(sd3().module, target_modules=targets, **options)
+    module.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    expected = sd3().module
+    expected.load_lora_adapter(tmp_path, weight_name="lora.safetensors", prefix=None, use_safetensors=True)
+    expected.fuse_lora(0.7)
+    expected.unload_lora()
+    made = sd3()
+    made.module.save_pretrained(tmp_path / "model/transformer")
+    Recording((16, 8, 8), conditions=made.conditions).save(tmp_path / "c.safetensors")
+    fused = with_loras(tmp_path, ("lora.safetensors", 0.7), conditions="c.safetensors").open().module
+    assert_same(fused, expected.state_dict())
+
+
+def test_several_are_fused_one_after_the_other(dit):
+    first = load_file(dit / "lora.safetensors")
+    written(tiny_dit(), dit / "other", seed=1, r=2, lora_alpha=1).rename(dit / "other.safetensors")
+    second = load_file(dit / "other.safetensors")
+    fused = with_loras(dit, ("lora.safetensors", 1.0), ("other.safetensors", 0.5)).open().module
+    once = tiny_dit()
+    once.load_state_dict(by_hand(once, first, 2.0))
+    assert_same(fused, by_hand(once, second, 0.5 / 2))
+
+
+def test_a_module_from_a_factory_is_fused(tmp_path):
+    source = "from tiny import tiny_dit\nfrom diffusers import DDIMScheduler\n"
+    source += "from intaglio.pipeline.checkpoint import Factory\n"
+    source += "def make():\n    return Factory(tiny_dit(), DDIMScheduler(), (3, 8, 8), classes=4)\n"
+    (tmp_path / "net.py").write_text(source)
+    tensors = load_file(written(tiny_dit(), tmp_path))
+    ref = ModelRef(path="./net.py:make", loras=(LoraRef(path="lora.safetensors"),))
+    assert_same(Checkpoint.resolve(ref, tmp_path).open().module, by_hand(tiny_dit(), tensors, 2.0))
+
+
+def test_opening_draws_nothing_from_the_global_generator(dit):
+    checkpoint = with_loras(dit, ("lora.safetensors", 1.0))
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    checkpoint.open()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_recipe_with_a_lora_compiles_to_other_outputs_under_another_key(dit, store):
+    text = "model: {path: model, sampling_steps: 2%s}\ntargets: [onnxruntime-cpu]\nsteps: [{calibrate: {samples: 2}}]\n"
+    loras = {
+        "none": "",
+        "whole": ", loras: [{path: lora.safetensors}]",
+        "half": ", loras: [{path: lora.safetensors, scale: 0.5}]",
+    }
+    made = {
+        name: compile(Recipe.parse(text % lora), store, base=dit)["onnxruntime-cpu"] for name, lora in loras.items()
+    }
+    assert len({each.outputs[MODEL] for each in made.values()}) == 3
+    assert len({each.runs[0].key for each in made.values()}) == 3
+    for a, b in (("none", "whole"), ("none", "half"), ("whole", "half")):
+        assert not torch.allclose(made[a][TRAJECTORY].outputs, made[b][TRAJECTORY].outputs, rtol=1e-3)
+    with_it = made["whole"][MODEL].open().module
+    trajectory = made["whole"][TRAJECTORY]
+    with torch.no_grad():
+        assert torch.equal(with_it(**trajectory.call(1)).sample, trajectory.outputs[1])
+
+
+def test_without_loras_the_files_say_nothing_of_them(dit):
+    root = with_loras(dit).root.parent
+    assert "loras" not in json.loads((root / "checkpoint.json").read_text())["ref"]
+
+
+def test_equal_loras_have_equal_bytes_whatever_their_names(dit):
+    texts = []
+    for name in ("lora.safetensors", "same/renamed.safetensors"):
+        (dit / "same").mkdir(exist_ok=True)
+        (dit / "same/renamed.safetensors").write_bytes((dit / "lora.safetensors").read_bytes())
+        out = dit / f"out{len(texts)}"
+        out.mkdir()
+        Checkpoint.resolve(ModelRef(path="model", loras=(LoraRef(path=name),)), dit).save(out)
+        texts.append({file.relative_to(out): file.read_bytes() for file in out.rglob("*") if file.is_file()})
+    assert texts[0] == texts[1]
+
+
+def rewrite(file: Path, change) -> None:
+    save_file(change(load_file(file)), file)
+
+
+def first_a(tensors):
+    return next(key for key in sorted(tensors) if "lora_A" in key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {key.replace("transformer_blocks", "blocks"): v for key, v in t.items()},
+            r"model\.loras\[0\]: 16 of 16 keys fit no layer of the DiTTransformer2DModel: blocks\.0\.attn1"
+            r"\.to_k\.lora_A.*; its layers are pos_embed\.proj, .*save_lora_adapter",
+        ),
+        (lambda t: t | {"nowhere.alpha": torch.ones(1)}, r"1 of 17 keys fit no layer .*: nowhere\.alpha; its"),
+        (
+            lambda t: t | {first_a(t): torch.ones(4, 48)},
+            r"A \(4, 48\) and B \(64, 4\) do not fit transformer_blocks\.0\.attn1\.to_k, whose weight is \(64, 64\)",
+        ),
+        (
+            lambda t: {key: v for key, v in t.items() if key != first_a(t)},
+            r"transformer_blocks\.0\.attn1\.to_k has no A",
+        ),
+        (
+            lambda t: t | {"transformer_blocks.0.attn1.to_k.lora_magnitude_vector": torch.ones(3)},
+            r"3 magnitudes do not fit transformer_blocks\.0\.attn1\.to_k, whose weight is \(64, 64\)",
+        ),
+        (lambda t: t | {first_a(t): t[first_a(t)] * math.nan}, r"to_k: the fused weight has NaN or Inf"),
+        (lambda t: {key: v * 0 for key, v in t.items()}, r"changes none of 8 weights"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_error(change, message, dit):
+    rewrite(dit / "lora.safetensors", change)
+    checkpoint = with_loras(dit, ("lora.safetensors", 1.0))
+    with pytest.raises(RecipeError, match=message):
+        checkpoint.open()
+
+
+def test_a_lora_beside_other_weights_is_refused(dit):
+    file = dit / "lora.safetensors"
+    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": 4, "init_lora_weights": "pissa"})}
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(RecipeError, match=r"trained beside weights that 'pissa' changed"):
+        with_loras(dit, ("lora.safetensors", 1.0)).open()
+
+
+def test_a_module_that_takes_no_lora_is_one_clear_error(tmp_path):
+    source = "import torch\nfrom intaglio.pipeline.checkpoint import Factory\nfrom diffusers import DDIMScheduler\n"
+    source += "def make():\n    return Factory(torch.nn.GroupNorm(1, 3), DDIMScheduler(), (3, 8, 8))\n"
+    (tmp_path / "net.py").write_text(source)
+    written(tiny_dit(), tmp_path)
+    ref = ModelRef(path="./net.py:make", loras=(LoraRef(path="lora.safetensors"),))
+    with pytest.raises(
+        RecipeError, match=r"16 of 16 keys fit no layer of the GroupNorm: .*; it has no layer that takes a LoRA"
+    ):
+        Checkpoint.resolve(ref, tmp_path).open()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gone.safetensors", r"no gone\.safetensors beside the recipe"),
+        ("empty", r"empty holds 0 safetensors files: name one"),
+        ("two", r"two holds 2 safetensors files \(a\.safetensors, b\.safetensors\): name one"),
+        ("pickle.bin", r"pickle\.bin is not a safetensors file, and no other kind is read"),
+        (
+            "text.safetensors",
+            r"none of 1 keys in text\.safetensors is of a denoiser: text_encoder_2\.q\.lora_A\.weight",
+        ),
+    ],
+)
+def test_files_that_are_no_lora_are_one_clear_error(path, message, dit):
+    for folder in ("empty", "two"):
+        (dit / folder).mkdir()
+    for name in ("two/a", "two/b"):
+        (dit / f"{name}.safetensors").write_bytes((dit / "lora.safetensors").read_bytes())
+    torch.save({"a": torch.ones(1)}, dit / "pickle.bin")
+    save_file({"text_encoder_2.q.lora_A.weight": torch.ones(1)}, dit / "text.safetensors")
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(path="model", loras=(LoraRef(path=path),)), dit)
+
+
+def test_without_peft_the_error_names_the_extra(dit, monkeypatch):
+    checkpoint = with_loras(dit, ("lora.safetensors", 1.0))
+    there = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "peft":
+            raise ImportError(name)
+        return there(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(MissingExtra, match=r"fusing model\.loras needs the extra 'lora'"):
+        checkpoint.open()
+
+
+@pytest.mark.parametrize("broken", [lambda self, **_: None, lambda self, **_: self.base_layer.weight.data.mul_(1.01)])
+def test_a_merge_that_did_something_else_is_noticed(broken, dit, monkeypatch):
+    checkpoint = with_loras(dit, ("lora.safetensors", 1.0))
+    monkeypatch.setattr("peft.tuners.lora.Linear.merge", broken)
+    with pytest.raises(StepFailed, match=r"to_k: peft's fused weight is .* off W \+ 2 B A, whose largest is"):
+        checkpoint.open()
