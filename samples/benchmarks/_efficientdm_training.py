@@ -1,0 +1,233 @@
+"""Three trainings from the same start, by CPU seconds: ours, and all weights, on two objectives.
+
+`ours` trains adapters by distillation; `qat` trains all weights of the quantized layers on the denoiser's own
+objective and data (min-SNR weights), as its makers would; `qat on our loss` trains them as ours are. All train weight
+scales and input scales too, with the same optimizer, on calls of as many rows, at the timesteps that are sampled.
+"""
+
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from full_size import peak_bytes
+
+from intaglio.passes._objective import Error, WholeOutput
+from intaglio.passes._start import start_inputs, start_weights
+from intaglio.passes._trainer import Trainer
+from intaglio.passes.distill import Distill, learns_input
+from intaglio.pipeline import Context, Recipe, Store, compile
+from intaglio.pipeline.blocks import find_blocks
+from intaglio.pipeline.denoiser import Denoise, Sampler, denoise_with
+from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OURS, QAT, QAT_OWN_LOSS = "ours", "qat", "qat on our loss"
+Curve = Sequence[tuple[int, float, float]]
+"""Update, CPU seconds since the first one, held-out error; in order."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one process trains. `recipe` ends in front of the distillation, whose options are `distill`."""
+
+    kind: str
+    recipe: Recipe
+    base: Path
+    store: Path
+    distill: Distill
+    data: Path
+
+
+def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, Any]:
+    """The curve, and what training needs: a killed run goes on from `scratch`."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("intaglio").setLevel(logging.INFO)
+    began = time.process_time()
+    (done,) = compile(training.recipe, Store(training.store), base=training.base).values()
+    checkpoint, trajectory, plan, options = done[MODEL], done[TRAJECTORY], done[PLAN], training.distill
+    scratch.mkdir(exist_ok=True)
+    ctx = Context(scratch, training.recipe.seed)
+    model = checkpoint.open()
+    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    model.module.requires_grad_(False)
+    clock = StepClock(trajectory.timesteps)
+    replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
+    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
+    denoise = denoise_with(model.module, model)
+    if options.input_rate:
+        learning = {name: layer for name, layer in layers.items() if learns_input(layer.scheme)}
+        start_inputs(learning, denoise, trajectory, ctx)
+    distance = affine.NEARLY_HALF if options.base == "float" else 0.0
+    start_weights(layers, denoise, trajectory, options.start, distance, ctx)
+    started_s = time.process_time() - began
+    objective: Any = WholeOutput(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    if training.kind == QAT:
+        objective = Denoising(sampler, denoise, clock, training.data, options.samples * sampler.rows_per_sample)
+    trained: type[Timed] = Timed if training.kind == OURS else AllWeights
+    if training.kind == OURS:
+        for name, layer in layers.items():
+            layer.add_adapter(options.rank, ctx.torch_rng("adapter", name))
+    trainer = trained(options, layers, objective, ctx)
+    trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
+    trainer.train()
+    return {
+        "curve": [(update, *point) for update, point in sorted(trainer.curve.items())],
+        "started_cpu_s": started_s,
+        "training_bytes": trainer.training_bytes(),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def preparation_cpu_s(recipe: Recipe, base: Path) -> float:
+    """Of all steps in front of the distillation, done anew."""
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as store:
+        compile(recipe, Store(Path(store)), base=base)
+    return time.process_time() - began
+
+
+def output_error(denoise: Denoise, sampler: Sampler, clock: StepClock | None, trajectory: Trajectory) -> float:
+    """Relative squared error of the guided output along recorded trajectories, the mean over steps."""
+    total = 0.0
+    for step in range(len(trajectory.timesteps)):
+        if clock is not None:
+            clock.set(trajectory.timesteps[step])
+        with torch.no_grad():
+            output, target = sampler.guided(denoise(trajectory.call(step))), sampler.guided(trajectory.outputs[step])
+        total += float((output - target).square().sum() / target.square().sum())
+    return total / len(trajectory.timesteps)
+
+
+class Timed(Trainer):
+    """Notes the held-out error against the CPU seconds of training, its own checks and roll-outs included."""
+
+    probe: Callable[[], float]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        there = self.checkpoint.exists()
+        self.curve = torch.load(self.checkpoint, weights_only=True)["curve"] if there else {}
+        self.spent_s = max((spent for spent, _ in self.curve.values()), default=0.0)
+        self.done = 0
+        self.mark = time.process_time()
+
+    def _update(self, update: int) -> float:
+        self.done = update + 1
+        return super()._update(update)
+
+    def _held_out_error(self) -> float:
+        error = super()._held_out_error()
+        if self.done not in self.curve:
+            self.spent_s += time.process_time() - self.mark
+            self.curve[self.done] = (self.spent_s, self.probe())
+            self._invalidate()
+        self.mark = time.process_time()
+        return error
+
+    def _save(self, progress: Mapping[str, object]) -> None:
+        super()._save({**progress, "curve": self.curve})
+        self.mark = time.process_time()
+
+    def training_bytes(self) -> int:
+        """Of the gradients and the optimizer's state."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = [value for each in self.optimizer.state.values() for value in each.values()]
+        return sum(t.nbytes for t in [*(p.grad for p in trained if p.grad is not None), *state])
+
+
+class AllWeights(Timed):
+    """Every weight that is rounded is trained itself, at the rate, in weight scales an update, that adapters have."""
+
+    def _groups(self) -> list[dict[str, object]]:
+        groups = super()._groups()
+        for layer in self.layers.values():
+            weight = torch.nn.Parameter(layer.float_weight().detach().clone())
+            layer._base_NK = weight
+            groups.append({"params": [weight], "lr": self.options.rate * layer.code_scale().detach().mean().item()})
+        return groups
+
+
+class Denoising:
+    """The predicted noise of noised images, with the null class in a tenth of the rows, as the models were trained.
+
+    Nothing is held out: the best state is the one with the least error of the curve, which flatters it.
+    """
+
+    def __init__(self, sampler: Sampler, denoise: Denoise, clock: StepClock, data: Path, rows: int) -> None:
+        sys.path.append(str(Path(__file__).parents[1]))
+        from train_emoji import load_emoji
+
+        images, self.labels, names = load_emoji(data)
+        if len(names) != sampler.model.classes:
+            raise ValueError(f"{data} has {len(names)} classes, the model {sampler.model.classes}")
+        self.images = images.float() / 127.5 - 1
+        self.sampler, self.denoise, self.clock, self.rows = sampler, denoise, clock, rows
+        self.scheduler: Any = sampler.model.scheduler
+
+    def prepare(self, update: int) -> None:
+        """Nothing."""
+
+    def errors(self, rng: "np.random.Generator") -> Sequence[Error]:
+        """Of one update, at one of the sampler's timesteps: min-SNR weights, Hang et al. 2023, Eq. 7, gamma = 5."""
+        self.clock.step = int(rng.integers(len(self.clock.timesteps)))
+        t = torch.tensor(int(self.clock.timesteps[self.clock.step])).expand(self.rows)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        picked = torch.randint(len(self.images), (self.rows,), generator=generator)
+        noise = torch.randn(self.rows, *self.images.shape[1:], generator=generator)
+        dropped = torch.rand(self.rows, generator=generator) < 0.1
+        labels = torch.where(dropped, self.sampler.model.classes or 0, self.labels[picked])
+        noised = self.scheduler.add_noise(self.images[picked], noise, t)
+        names = self.sampler.names
+        output = self.denoise({names.sample: noised, names.timestep or "timestep": t, "class_labels": labels})
+        kept = float(self.scheduler.alphas_cumprod[t[0]])
+        snr = kept / (1 - kept)
+        return [Error((output - noise).square().sum(), torch.tensor(float(noise.numel())), min(snr, 5) / snr)]
+
+    def held_out(self) -> Iterator[Sequence[Error]]:
+        """Nothing."""
+        yield [Error(torch.tensor(0.0), torch.tensor(1.0))]
+
+
+def first_at(curve: Curve, error: float) -> float:
+    """CPU seconds at which the error is first that small; infinity where it never is."""
+    return next((spent for _, spent, found in curve if found <= error), math.inf)
+
+
+def time_ratios(ours: Curve, ours_start_s: float, qat: Curve) -> dict[str, float | bool]:
+    """CPU seconds of `qat` relative to ours, whose start counts as ours alone.
+
+    `ratio`: to the least error that both reach. Where `qat` never gets below its start: its whole budget, relative to
+    our time to our least error, which is a lower bound. `ratio_to_our_best`: to the least error of ours, a lower
+    bound where `qat` never reaches it.
+    """
+    our_best, qat_best = (min(error for _, _, error in curve) for curve in (ours, qat))
+    budget_s = qat[-1][1]
+    to_our_best_s = ours_start_s + first_at(ours, our_best)
+    reached = first_at(qat, our_best)
+    best_is_bound = math.isinf(reached)
+    ratio_to_best = (budget_s if best_is_bound else reached) / to_our_best_s
+    both, never = max(our_best, qat_best), qat_best >= qat[0][2]
+    ratio = budget_s / to_our_best_s if never else first_at(qat, both) / (ours_start_s + first_at(ours, both))
+    return {
+        "ratio": ratio,
+        "ratio_is_bound": never,
+        "ratio_to_our_best": ratio_to_best,
+        "ratio_to_our_best_is_bound": best_is_bound,
+        "error_at_start": qat[0][2],
+        "least_error_ours": our_best,
+        "least_error": qat_best,
+        "budget_cpu_s": budget_s,
+    }

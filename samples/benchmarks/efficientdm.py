@@ -1,0 +1,435 @@
+"""What data-free distillation of adapters is worth: W8A8, W4A8 and W4A4 with and without it, peers, ablations, QAT.
+
+    npm pack emoji-datasource-google@16.0.0
+    python samples/benchmarks/efficientdm.py [emoji-dit emoji-unet] --data emoji-datasource-google-16.0.0.tgz [--json]
+
+Every layer has the plan's format where its shape admits it, else W8A8. Errors and distances are to full precision, on
+noise that no training saw and that is the same for all variants: `output_mse` is the relative squared error of the
+guided output along full-precision trajectories, the mean over steps; PSNR, SSIM and SQNR are means over samples.
+Distances of features are relative to the mean distance of two full-precision samples of a class from different noise;
+KID is to full-precision samples from other noise, next to full precision's own. Without --data no QAT is run.
+
+What is done is kept in --work: a killed run goes on, and a variant whose options did not change is not run again.
+"""
+
+import hashlib
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from full_size import alone, folder
+
+from intaglio.pipeline import Recipe, Step, Store, compile
+from intaglio.pipeline.checkpoint import ModelRef
+from intaglio.pipeline.denoiser import Denoise, Sampler, clocked, denoise_with
+from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.quant.modules import simulate
+from intaglio.pipeline.runner import CompiledTarget
+from intaglio.pipeline.store import file_digest, write_atomically
+from intaglio.pipeline.trajectory import Trajectory
+
+# ---- options of all variants -----------------------------------------------------------------------------------------
+
+MODELS = ("emoji-dit", "emoji-unet")
+PLANS: Mapping[str, list[str]] = {
+    "W8A8": ["w8a8_token", "w8a8_step"],
+    "W4A8": ["w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step"],
+    "W4A4": ["w4a4_token", "w4a4_step", "w8a8_token", "w8a8_step"],
+}
+CALIBRATE = Step(uses="calibrate", options={"samples": 32})
+BALANCE = Step(uses="balance")
+DISTILL: Mapping[str, Mapping[str, Any]] = {
+    "W8A8": {"updates": 120, "start": "gptq"},
+    "W4A8": {"updates": 240, "start": "gptq", "rollout": 0.5},
+    "W4A4": {"updates": 240, "start": "gptq", "rollout": 0.5},
+}
+
+
+def ours(plan: str, **changes: Any) -> tuple[Step, ...]:
+    return (BALANCE, Step(uses="distill", options={**DISTILL[plan], **changes}))
+
+
+ROUNDED, UNTRAINED, OURS = "round to nearest", "ours without distillation", "ours"
+VARIANTS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
+    plan: {
+        ROUNDED: (Step(uses="distill", options={"updates": 0, "input_rate": 0}),),
+        UNTRAINED: ours(plan, updates=0),
+        OURS: ours(plan),
+    }
+    for plan in PLANS
+}
+ABLATIONS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
+    plan: {
+        "ours, one rate for all layers": ours(plan, scale_aware="off"),
+        "ours, inputs as calibrated": ours(plan, input_rate=0),
+        "ours, without roll-outs": ours(plan, rollout=0),
+    }
+    for plan in ("W4A8", "W4A4")
+}
+"""With the first seed alone."""
+TRAINED = "W4A4"
+"""The plan of the comparison with QAT."""
+QAT_RATES = (0.003, 0.01)
+"""Learning rates of all weights, in weight scales an update; the one that ends with the least error counts."""
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+VERSION = 1
+"""Raised where a figure is computed otherwise than before."""
+HELD_OUT_SEED, NOISE_SEED = 10_000, 2
+HELD_OUT_SAMPLES = 8
+PICTURES = 16
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model, and where results are kept."""
+
+    model: str
+    work: Path
+    samples: int
+    """Of the first seed; features and KID are of these."""
+    compared: int
+    """Of every seed: PSNR, SSIM and SQNR are of these, the first ones of the others."""
+
+    def recipe(self, seed: int, *steps: Step) -> Recipe:
+        path = str(Path(__file__).parents[1] / "models" / self.model)
+        ref = ModelRef(path=path, sampling_steps=20, guidance=1.5)
+        return Recipe(model=ref, targets=("tensorrt-rtx",), seed=seed, steps=steps)
+
+    def planned(self, seed: int, plan: str, *steps: Step) -> Recipe:
+        uniform = Step(uses="full_size.py:UniformPlan", options={"schemes": PLANS[plan]})
+        return self.recipe(seed, CALIBRATE, uniform, *steps)
+
+    def compiled(self, recipe: Recipe) -> CompiledTarget:
+        (done,) = compile(recipe, Store(self.work / "store"), base=Path(__file__).parent).values()
+        return done
+
+    def held_out(self) -> CompiledTarget:
+        step = Step(uses="calibrate", options={"samples": HELD_OUT_SAMPLES})
+        return self.compiled(self.recipe(HELD_OUT_SEED, step))
+
+    def kept(self, make: Callable[[Path], Figures], **depends: Any) -> Figures:
+        """What `make` returns, or did in an earlier run; tensors it writes beside are in the path that it is given."""
+        on = {"version": VERSION, "samples": self.samples, "compared": self.compared, **depends}
+        place = self.work / "rows" / hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()
+        file = place.with_suffix(".json")
+        if not file.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            began = time.process_time()
+            row = {**make(place), "place": place.name, "made_in_cpu_s": time.process_time() - began}
+            write_atomically(file, json.dumps({"row": row, "depends": on}, indent=1) + "\n")
+        return json.loads(file.read_text())["row"]
+
+    def tensors(self, row: Figures) -> dict[str, torch.Tensor]:
+        """What was written beside a row."""
+        from safetensors.torch import load_file
+
+        return load_file(self.work / "rows" / f"{row['place']}.safetensors")
+
+
+def reference(bench: Bench) -> Figures:
+    """Full precision: samples, others of the same classes from other noise, and how far apart they are."""
+    from _image_distance import feature_distance, features, kid
+    from safetensors.torch import save_file
+
+    done = bench.held_out()
+
+    def make(place: Path) -> Figures:
+        model = done[MODEL].open()
+        sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
+        sets = {}
+        for name, seed in (("reference", NOISE_SEED), ("others", NOISE_SEED + 1), ("more", NOISE_SEED + 2)):
+            sets[name] = draw(denoise_with(model.module, model), sampler, bench.samples, seed)
+        found = {name: features(x) for name, x in sets.items()}
+        save_file(
+            {"samples": sets["reference"]} | {f"features.{name}": value for name, value in found.items()},
+            place.with_suffix(".safetensors"),
+        )
+        apart = feature_distance(found["reference"], found["others"])
+        return {
+            "feature_distance_of_noises": float(apart.mean()),
+            "feature_distance_of_noises_spread": float(apart.std()),
+            "kid": kid(found["reference"], found["others"]),
+            "kid_again": kid(found["more"], found["others"]),
+        }
+
+    return bench.kept(make, what="reference", model=done.outputs[MODEL])
+
+
+def draw(denoise: Denoise, sampler: Sampler, count: int, seed: int) -> torch.Tensor:
+    """Samples in [-1, 1]. The classes are the same for every seed."""
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    start = sampler.start(1024, generator).part(slice(count))
+    if seed != NOISE_SEED:
+        noise = torch.randn(start.noise.shape, generator=torch.Generator().manual_seed(seed))
+        start = type(start)(noise, start.conditions, start.null)
+    parts = [start.part(slice(i, i + 16)) for i in range(0, count, 16)]
+    return torch.cat([sampler.sample(denoise, part).clamp(-1, 1) for part in parts])
+
+
+def measure(
+    denoise: Denoise, sampler: Sampler, bench: Bench, held_out: Trajectory, full: Figures, place: Path, *, first: bool
+) -> Figures:
+    """All figures of one quantized denoiser; those of features where it is of the first seed."""
+    from _efficientdm_training import output_error
+    from _image_distance import feature_distance, features, kid, psnr_db, sqnr_db, ssim
+    from safetensors.torch import save_file
+
+    whole = bench.tensors(full)
+    x = draw(denoise, sampler, bench.samples if first else bench.compared, NOISE_SEED)
+    some, ref = x[: bench.compared], whole["samples"][: bench.compared]
+    psnr = psnr_db(some, ref)
+    figures = {
+        "output_mse": output_error(denoise, sampler, None, held_out),
+        "psnr_db": float(psnr.mean()),
+        "psnr_db_min": float(psnr.min()),
+        "ssim": float(ssim(some, ref).mean()),
+        "sqnr_db": float(sqnr_db(some, ref).mean()),
+    }
+    if first:
+        found = features(x)
+        apart = feature_distance(found, whole["features.reference"])
+        figures["feature_distance"] = float(apart.mean()) / full["feature_distance_of_noises"]
+        figures["kid"] = kid(found, whole["features.others"])
+    save_file({"samples": x[:PICTURES].contiguous()}, place.with_suffix(".safetensors"))
+    return figures
+
+
+def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first: bool) -> Figures:
+    """One of ours: compiled, and measured in the simulation of its integers."""
+    done = bench.compiled(bench.planned(seed, plan, *steps, Step(uses="merge")))
+    held, full = bench.held_out(), reference(bench)
+
+    def make(place: Path) -> Figures:
+        model = done[MODEL].open()
+        sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
+        clock = simulate(model.module, done[QUANTIZED])
+        denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
+        return measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first)
+
+    return bench.kept(
+        make,
+        what="variant",
+        model=done.outputs[MODEL],
+        quantized=done.outputs[QUANTIZED],
+        held_out=held.outputs[TRAJECTORY],
+        first=first,
+    )
+
+
+def peers(bench: Bench, plan: str, seed: int, names: Sequence[str], *, first: bool) -> dict[str, Figures]:
+    """Rows of modelopt's algorithms on the trajectories of this seed, in a process of its own."""
+    from importlib.metadata import version
+
+    from _efficientdm_peers import CALIBRATION_ROWS, PEERS, quantized_by
+
+    done, held, full = bench.compiled(bench.planned(seed, plan)), bench.held_out(), reference(bench)
+    speak()
+    rows = {}
+    for name in names:
+        peer = PEERS[plan][name]
+
+        def make(place: Path, name: str = name, peer: Any = peer) -> Figures:
+            say(bench, f"{plan}, seed {seed}: modelopt {name}")
+            model = done[MODEL].open()
+            sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
+            denoise = quantized_by(peer, model, done[PLAN], done[TRAJECTORY])
+            return measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first)
+
+        rows[name] = bench.kept(
+            make,
+            what="peer",
+            peer=[*map(str, peer), CALIBRATION_ROWS, version("nvidia-modelopt")],
+            model=done.outputs[MODEL],
+            plan=done.outputs[PLAN],
+            trajectory=done.outputs[TRAJECTORY],
+            held_out=held.outputs[TRAJECTORY],
+            first=first,
+        )
+    return rows
+
+
+def training(bench: Bench, data: Path, updates: int) -> Figures:
+    """Ours and QAT on the plan `TRAINED`, each in a process of its own, with the first seed."""
+    import _efficientdm_training as t
+
+    from intaglio.passes.distill import Distill
+
+    *before, last = VARIANTS[TRAINED][OURS]
+    recipe, base, options = bench.planned(0, TRAINED, *before), Path(__file__).parent, Distill(**last.options)
+    done, held = bench.compiled(recipe), bench.held_out()
+    depends = {
+        "what": "training",
+        "inputs": [done.outputs[key] for key in (MODEL, PLAN, TRAJECTORY)] + [held.outputs[TRAJECTORY]],
+    }
+
+    def trained(kind: str, options: Distill) -> Figures:
+        def make(place: Path) -> Figures:
+            say(bench, f"{TRAINED}: {kind}, rate {options.rate:g}, {options.updates} updates")
+            task = t.Training(kind, recipe, base, bench.work / "store", options, data.resolve())
+            found = alone(t.run, task, held[TRAJECTORY], place)
+            (place / "distill.pt").unlink()
+            place.rmdir()
+            return found
+
+        digest = file_digest(data) if kind == t.QAT else ""
+        version = f"{options.version} {options.model_dump_json()}"
+        return bench.kept(make, kind=kind, options=version, data=digest, **depends)
+
+    def make_preparation(place: Path) -> Figures:
+        return {"cpu_s": alone(t.preparation_cpu_s, recipe, base)}
+
+    prepared = bench.kept(make_preparation, kind="preparation", **depends)
+    all_weights = {
+        kind: [trained(kind, options.model_copy(update={"rate": r, "updates": updates})) for r in QAT_RATES]
+        for kind in (t.QAT, t.QAT_OWN_LOSS)
+    }
+    rows = {t.OURS: trained(t.OURS, options)}
+    for kind, found in all_weights.items():
+        rows[kind] = min(found, key=lambda row: min(error for _, _, error in row["curve"]))
+    ours_row = rows[t.OURS]
+    start_s = prepared["cpu_s"] + ours_row["started_cpu_s"]
+    return {
+        "curves": {kind: row["curve"] for kind, row in rows.items()},
+        "peak_bytes": {kind: row["peak_bytes"] for kind, row in rows.items()},
+        "training_bytes": {kind: row["training_bytes"] for kind, row in rows.items()},
+        "ours_start_cpu_s": start_s,
+        "memory_ratio": ours_row["training_bytes"] / rows[t.QAT]["training_bytes"],
+        **{kind: t.time_ratios(ours_row["curve"], start_s, rows[kind]["curve"]) for kind in all_weights},
+    }
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def recovered(rounded: float, ours: float, eight: float) -> float:
+    """Share of the error between a plan rounded to nearest and W8A8 that is gone: 1 where ours is as good as W8A8."""
+    return (rounded - ours) / (rounded - eight)
+
+
+def derived(rows: Mapping[str, Mapping[str, Sequence[Figures]]], best_peer: Sequence[Figures]) -> dict[str, Figures]:
+    """Figures of one model by seed, with mean and spread. `rows` are by plan and variant, `best_peer` that of W4A8."""
+
+    def of(plan: str, name: str, figure: str) -> list[float]:
+        return [row[figure] for row in rows[plan][name]]
+
+    eight = of("W8A8", ROUNDED, "output_mse")
+    by_seed: dict[str, list[float]] = {}
+    for plan in ("W4A4", "W4A8"):
+        pairs = zip(of(plan, ROUNDED, "output_mse"), of(plan, OURS, "output_mse"), eight, strict=True)
+        by_seed[f"{plan.lower()}_recovered"] = [recovered(*each) for each in pairs]
+        by_seed[f"{plan.lower()}_gain_db"] = difference(of(plan, OURS, "psnr_db"), of(plan, ROUNDED, "psnr_db"))
+    by_seed["w4a8_gain_over_best_peer_db"] = difference(
+        of("W4A8", OURS, "psnr_db"), [row["psnr_db"] for row in best_peer]
+    )
+    by_seed["w8a8_gain_db"] = difference(of("W8A8", OURS, "psnr_db"), of("W8A8", ROUNDED, "psnr_db"))
+    by_seed["w8a8_not_worse"] = [
+        float(ours <= rounded) for ours, rounded in zip(of("W8A8", OURS, "output_mse"), eight, strict=True)
+    ]
+    return {
+        name: {"mean": statistics.mean(found), "spread": spread(found), "seeds": found}
+        for name, found in by_seed.items()
+    }
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int) -> Figures:
+    """Everything of one model."""
+    from _efficientdm_peers import PEERS
+
+    say(bench, "full precision")
+    found: Figures = {"full_precision": reference(bench), "variants": {}, "peers": {}, "best_peer": {}}
+    for plan in PLANS:
+        rows = found["variants"][plan] = {}
+        for name, steps in (VARIANTS[plan] | ABLATIONS.get(plan, {})).items():
+            rows[name] = []
+            for seed in range(seeds if name in VARIANTS[plan] else 1):
+                say(bench, f"{plan}, seed {seed}: {name}")
+                rows[name].append(variant(bench, plan, steps, seed, first=seed == 0))
+        compared = alone(peers, bench, plan, 0, list(PEERS[plan]), first=True)
+        best = max(compared, key=lambda name: compared[name]["psnr_db"])
+        others = [alone(peers, bench, plan, seed, [best], first=False)[best] for seed in range(1, seeds)]
+        found["peers"][plan], found["best_peer"][plan] = compared, {"name": best, "seeds": [compared[best], *others]}
+    found["figures"] = derived(found["variants"], found["best_peer"]["W4A8"]["seeds"])
+    if data is not None:
+        found["training"] = training(bench, data, updates)
+    return found
+
+
+def summary(models: Mapping[str, Figures]) -> Figures:
+    """The least of each figure over the models, means over seeds; of memory the most."""
+    first = next(iter(models.values()))
+    least = {name: min(m["figures"][name]["mean"] for m in models.values()) for name in first["figures"]}
+    if "training" not in first:
+        return least
+    for field, kind in (("qat", "qat"), ("qat_own_loss", "qat on our loss")):
+        for ratio, name in (("ratio", f"{field}_time_ratio"), ("ratio_to_our_best", f"{field}_time_ratio_to_our_best")):
+            worst = min((m["training"][kind] for m in models.values()), key=lambda found: found[ratio])
+            least |= {name: worst[ratio], f"{name}_is_bound": worst[f"{ratio}_is_bound"]}
+    return least | {"qat_memory_ratio": max(m["training"]["memory_ratio"] for m in models.values())}
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help=", ".join(MODELS))] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="recipes with seed 0, 1, ...")] = 3,
+    samples: Annotated[int, typer.Option(min=2, help="drawn with the first seed, for features and KID")] = 64,
+    compared: Annotated[int, typer.Option(min=1, help="of these, drawn with every seed, for PSNR, SSIM, SQNR")] = 32,
+    qat_updates: Annotated[int, typer.Option(help="budget of QAT")] = 1200,
+    data: Annotated[Path | None, typer.Option(help="the npm archive, for QAT")] = None,
+    work: Annotated[Path | None, typer.Option(help="a folder for store and results; kept, and used again")] = None,
+    out: Annotated[Path | None, typer.Option(help="a folder for grids of samples and curves of training")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+) -> None:
+    from _efficientdm_report import curves, grid, tables
+
+    speak()
+    if data is not None and not data.is_file():
+        raise typer.BadParameter(f"no file {data}: npm pack emoji-datasource-google@16.0.0 makes it")
+    found = {}
+    with folder(work) as place:
+        for model in models or MODELS:
+            bench = Bench(model, place, samples, min(compared, samples))
+            found[model] = evaluate(bench, seeds, data, qat_updates)
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                grid(bench, found[model], out / f"{model}-efficientdm.png")
+                if data is not None:
+                    curves(found[model]["training"], out / f"{model}-qat.png")
+            if not as_json:
+                print(tables(model, found[model]), flush=True)
+    total = summary(found)
+    if as_json:
+        print(json.dumps({**total, "models": found}))
+    else:
+        print("least of the models\n" + "\n".join(f"  {name:40} {value}" for name, value in total.items()))
+
+
+def speak() -> None:
+    """Progress goes to stderr."""
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("intaglio").setLevel(logging.INFO)
+
+
+def say(bench: Bench, what: str) -> None:
+    logging.getLogger(f"intaglio.{bench.model}").info(what)
+
+
+if __name__ == "__main__":
+    typer.run(main)
