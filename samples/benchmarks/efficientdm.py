@@ -48,7 +48,7 @@ ENDS = ["w8a8_token", "w8a8_step"]
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
 DISTILL: Mapping[str, Any] = {
-    "updates": 160,
+    "updates": 120,
     "samples": 4,
     "start": "gptq",
     "rollout": 0.25,
@@ -82,7 +82,7 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
 TRAINED = "W4A4"
 """The plan of the comparison with QAT."""
 QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e-3}
-"""What QAT on the denoiser's own objective does otherwise: it starts from the nearest codes, and nothing is balanced."""
+"""What QAT on the denoiser's own objective does otherwise: it starts from the nearest codes, not balanced."""
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
@@ -356,17 +356,17 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int) -> Figures:
-    """Everything of one model."""
+def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablations: bool) -> Figures:
+    """Everything of one model, the ablations last."""
     from _efficientdm_peers import PEERS
 
     say(bench, "full precision")
     found: Figures = {"full_precision": reference(bench), "variants": {}, "peers": {}, "best_peer": {}}
     for plan in PLANS:
         rows = found["variants"][plan] = {}
-        for name, steps in (VARIANTS[plan] | ABLATIONS.get(plan, {})).items():
+        for name, steps in VARIANTS[plan].items():
             rows[name] = []
-            for seed in range(seeds if name in VARIANTS[plan] else 1):
+            for seed in range(seeds):
                 say(bench, f"{plan}, seed {seed}: {name}")
                 rows[name].append(variant(bench, plan, steps, seed, first=seed == 0))
         compared = alone(peers, bench, plan, 0, list(PEERS[plan]), first=True)
@@ -376,6 +376,10 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int) -> Figur
     found["figures"] = derived(found["variants"], found["best_peer"]["W4A8"]["seeds"])
     if data is not None:
         found["training"] = training(bench, data, updates)
+    for plan, variants in ABLATIONS.items() if ablations else ():
+        for name, steps in variants.items():
+            say(bench, f"{plan}: {name}")
+            found["variants"][plan][name] = [variant(bench, plan, steps, 0, first=True)]
     return found
 
 
@@ -398,6 +402,7 @@ def main(
     samples: Annotated[int, typer.Option(min=2, help="drawn with the first seed, for features and KID")] = 64,
     compared: Annotated[int, typer.Option(min=1, help="of these, drawn with every seed, for PSNR, SSIM, SQNR")] = 32,
     qat_updates: Annotated[int, typer.Option(help="budget of QAT")] = 1200,
+    ablations: Annotated[bool, typer.Option(help="with the first seed, what each part of the method adds")] = True,
     data: Annotated[Path | None, typer.Option(help="the npm archive, for QAT")] = None,
     work: Annotated[Path | None, typer.Option(help="a folder for store and results; kept, and used again")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder for grids of samples and curves of training")] = None,
@@ -412,7 +417,7 @@ def main(
     with folder(work) as place:
         for model in models or MODELS:
             bench = Bench(model, place, samples, min(compared, samples))
-            found[model] = evaluate(bench, seeds, data, qat_updates)
+            found[model] = evaluate(bench, seeds, data, qat_updates, ablations=ablations)
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 grid(bench, found[model], out / f"{model}-efficientdm.png")
