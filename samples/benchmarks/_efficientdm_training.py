@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from full_size import peak_bytes
 
-from intaglio.passes._objective import Error, WholeOutput
+from intaglio.passes._objective import Error, Task, WholeOutput
 from intaglio.passes._start import start_inputs, start_weights
 from intaglio.passes._trainer import Trainer
 from intaglio.passes.distill import Distill, learns_input
@@ -74,13 +74,13 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     distance = affine.NEARLY_HALF if options.base == "float" else 0.0
     start_weights(layers, denoise, trajectory, options.start, distance, ctx)
     started_s = time.process_time() - began
-    objective: Any = WholeOutput(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    task = Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    objective: Any = WholeOutput(task)
     if training.kind == QAT:
         objective = Denoising(sampler, denoise, clock, training.data, options.samples * sampler.rows_per_sample)
     trained: type[Timed] = Timed if training.kind == OURS else AllWeights
     if training.kind == OURS:
-        for name, layer in layers.items():
-            layer.add_adapter(options.rank, ctx.torch_rng("adapter", name))
+        task.add_adapters(layers)
     trainer = trained(options, layers, objective, ctx)
     trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
     trainer.train()
