@@ -402,10 +402,10 @@ def _check_outputs(path: Path, trajectory: Trajectory, expected: Sequence[Expect
     session = open_session(beside, mapped=True)
     beside.unlink()
 
-    def checked(where: str, inputs: Inputs, output: torch.Tensor) -> list[NDArray[np.float32]]:
+    def checked(where: str, inputs: Inputs, output: torch.Tensor) -> NDArray[np.float32]:
         found, *largest = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
         _check_output(where, found, output)
-        return largest
+        return np.array(largest, np.float32)
 
     amax = np.zeros(len(names), np.float32)
     rows = trajectory.some_rows(RANGE_ROWS)
@@ -413,8 +413,7 @@ def _check_outputs(path: Path, trajectory: Trajectory, expected: Sequence[Expect
     with ctx.progress("ranges", len(steps)) as advance:
         for step in steps:
             output = trajectory.outputs[step][rows]
-            largest = checked(f"at {len(output)} rows", trajectory.call(int(step), rows), output)
-            amax = np.maximum(amax, np.array(largest, np.float32))
+            amax = np.maximum(amax, checked(f"at {len(output)} rows", trajectory.call(int(step), rows), output))
             advance()
     for call in expected:
         checked(*call)
