@@ -16,16 +16,13 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import typer
-from pydantic import Field
 
-from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Step, Store, compile
-from intaglio.pipeline.artifact import AnyKey
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET
-from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, structural_schemes
+from intaglio.pipeline import Recipe, Step, Store, compile
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH
 from intaglio.pipeline.runner import StepEvent
 
 P = ParamSpec("P")
@@ -36,24 +33,6 @@ PLANS: Mapping[str, list[str]] = {
 }
 TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
 CONDITIONS = "conditions.safetensors"
-
-
-class UniformPlan(Pass):
-    """Every layer has the first of the wanted schemes that its shape and the target allow."""
-
-    name: ClassVar[str] = "uniform-plan"
-    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET})
-    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
-
-    schemes: tuple[str, ...] = Field(min_length=1, description="names of schemes, the most wanted first")
-
-    def run(self, state: State, ctx: Context) -> Outputs:
-        layers, target = layer_table(state[MODEL].open().module), state[TARGET]
-        chosen = {}
-        for layer in layers:
-            legal = {s.name: s for s in structural_schemes(layer, names=SCHEME_NAMES) if not illegal(layer, s, target)}
-            chosen[layer.name] = legal[next((name for name in self.schemes if name in legal), "float")]
-        return {PLAN: QuantPlan(layers, chosen)}
 
 
 @dataclass(frozen=True)
@@ -171,7 +150,7 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
         yield {"step": "torch.onnx.export", **alone(bare_export, place)}
     for plan in plans:
         rest = (
-            Step(uses=f"{Path(__file__).name}:UniformPlan", options={"schemes": PLANS[plan]}),
+            Step(uses="uniform", options={"schemes": PLANS[plan]}),
             Step(uses="distill", options={"updates": 0, "input_rate": 0}),
             Step(uses="merge"),
             Step(uses="export-qdq"),

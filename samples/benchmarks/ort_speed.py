@@ -141,7 +141,7 @@ def compiled(place: Path, schemes: list[str] | None) -> dict[str, str]:
     steps = [Step(uses="calibrate", options={"samples": 2}), Step(uses="export-float")]
     if schemes is not None:
         steps += [
-            Step(uses="full_size.py:UniformPlan", options={"schemes": schemes}),
+            Step(uses="uniform", options={"schemes": schemes}),
             Step(uses="distill", options={"updates": 0}),
             Step(uses="merge"),
             QDQ,
@@ -340,7 +340,7 @@ def layer_by_layer(place: Path) -> dict[str, float]:
     from intaglio.pipeline.denoiser import denoise_with
 
     steps = [Step(uses="calibrate", options={"samples": 2}), Step(uses="export-float")]
-    steps += [Step(uses="full_size.py:UniformPlan", options={"schemes": SCHEMES["unet"]["w8a8"]})]
+    steps += [Step(uses="uniform", options={"schemes": SCHEMES["unet"]["w8a8"]})]
     graph = run(place, [*steps, Step(uses="distill", options={"updates": 0}), Step(uses="merge"), QDQ])[GRAPH]
     model = Checkpoint.resolve(model_in(place), Path()).open()
     entered: dict[str, torch.Tensor] = {}

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import hashlib
 import os
@@ -181,6 +182,15 @@ def test_a_float_layer_runs_alone(dit):
 def test_a_graph_that_leaves_torch_is_refused(tmp_path):
     with pytest.raises(StepFailed, match="at 2 rows the exported graph is nan from torch"):
         export(Broken(), tmp_path)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(2**-11, False), (0.1, True)])
+def test_outputs_that_were_recorded_in_float16_are_compared_as_such(share, refused, tmp_path):
+    recorded = trajectory(Odd(), 2)
+    recorded = replace(recorded, outputs=recorded.outputs * (1 + share), half=True)
+    artifacts = {MODEL: Opened(Odd()), TRAJECTORY: recorded}
+    with pytest.raises(StepFailed, match="1e-02 allowed") if refused else contextlib.nullcontext():
+        run_pass(ExportFloat(), artifacts, tmp_path)
 
 
 class Positions(torch.nn.Module):
