@@ -405,7 +405,8 @@ def _check_outputs(path: Path, trajectory: Trajectory, expected: Sequence[Expect
     def checked(where: str, inputs: Inputs, output: torch.Tensor) -> NDArray[np.float32]:
         found, *ends = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
         _check_output(where, found, output)
-        return np.abs(np.array(ends, np.float32)).reshape(-1, 2).max(1)
+        magnitudes: NDArray[np.float32] = np.abs(np.array(ends, np.float32)).reshape(-1, 2).max(1)
+        return magnitudes
 
     amax = np.zeros(len(names), np.float32)
     rows = trajectory.some_rows(RANGE_ROWS)
