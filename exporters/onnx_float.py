@@ -400,14 +400,15 @@ def _check_outputs(path: Path, trajectory: Trajectory, expected: Sequence[Expect
     from intaglio.exporters._session import open_session
 
     beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
-    names = _write_with_magnitudes(path, beside)
+    names = _write_with_ends(path, beside)
     session = open_session(beside, mapped=True)
     beside.unlink()
 
     def checked(where: str, inputs: Inputs, output: torch.Tensor) -> NDArray[np.float32]:
-        found, *largest = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
+        found, *ends = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
         _check_output(where, found, output, HALF_TOLERANCE if trajectory.half else TOLERANCE)
-        return np.array(largest, np.float32)
+        magnitudes: NDArray[np.float32] = np.abs(np.array(ends, np.float32)).reshape(-1, 2).max(1)
+        return magnitudes
 
     amax = np.zeros(len(names), np.float32)
     rows = trajectory.some_rows(RANGE_ROWS)
@@ -437,18 +438,18 @@ def _shapes(inputs: Inputs) -> str:
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
 
 
-def _write_with_magnitudes(path: Path, beside: Path) -> list[str]:
-    """The graph with the largest magnitude of each floating-point value as an output more; the names of the values."""
+def _write_with_ends(path: Path, beside: Path) -> list[str]:
+    """The graph with the ends of each floating-point value, largest and least, as outputs more; names of the values."""
     import onnx_ir as ir
 
     model = ir.load(path)
     made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    for node, value in made:
-        magnitude = ir.node("Abs", [value])
-        largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0}, name=f"{value.name}/amax")
-        largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    for node, value in made:  # two ends and not one magnitude: that is first a copy of the value, which may be large
+        ends = [ir.node(op, [value], {"keepdims": 0}, name=f"{value.name}/{op}") for op in ("ReduceMax", "ReduceMin")]
+        for end in ends:
+            end.outputs[0].dtype, end.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+            model.graph.outputs.append(end.outputs[0])
         # at once: among nodes that can run the runtime takes the first, and the value is free then
-        model.graph.insert_after(node, [magnitude, largest])
-        model.graph.outputs.append(largest.outputs[0])
+        model.graph.insert_after(node, ends)
     ir.save(model, beside)
     return [str(value.name) for _, value in made]
