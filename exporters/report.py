@@ -53,7 +53,8 @@ class WriteReport(Pass):
     """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
 
     name: ClassVar[str] = "report"
-    requires = frozenset({MODEL, TARGET, SENSITIVITY, PLAN, ADAPTER, GRAPH, ENGINE, VERIFICATION, LATENCY})
+    requires = frozenset({MODEL, TARGET, PLAN, ADAPTER, GRAPH, ENGINE, VERIFICATION, LATENCY})
+    wants = frozenset({SENSITIVITY})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
@@ -78,7 +79,7 @@ class WriteReport(Pass):
             plan=plan,
             schemes=figures.scheme_rows(plan),
             bit_maps=figures.bit_maps(plan),
-            heat=figures.heat_map(state[SENSITIVITY], plan),
+            heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             curve=figures.curve(state[ADAPTER].loss),
             samples=figures.sample_figure(verification.samples, self.samples),
             sizes=_sizes(state[GRAPH], state[ENGINE], verification),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,10 +24,13 @@ class BoundStep:
     origin: str
     source_sha256: str | None
     """Of a foreign pass; intaglio's own have their `version`."""
+    wanted: frozenset[AnyKey] = frozenset()
+    """What its pass wants and is there in this chain."""
 
     @property
     def requires(self) -> frozenset[AnyKey]:
-        return self.configured.requires
+        """All that it may read."""
+        return self.configured.requires | self.wanted
 
     @property
     def provides(self) -> frozenset[AnyKey]:
@@ -63,7 +66,8 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
         with found.collect(f"{step.name}: "):
             steps.append(_bind_step(step, base))
     chains = tuple(
-        Chain(target, tuple(step for step in steps if step.configured.applies(target))) for target in targets
+        Chain(target, tuple(_wired((step for step in steps if step.configured.applies(target)), given)))
+        for target in targets
     )
     for chain in chains:
         if len(steps) == len(recipe.steps):  # else what a missing pass would have provided is not known
@@ -80,6 +84,14 @@ def resolved(recipe: Recipe, chains: Iterable[Chain]) -> Recipe:
     options = {step.name: step.configured.model_dump(mode="json") for chain in chains for step in chain.steps}
     steps = [step.model_copy(update={"options": options.get(step.name, step.options)}) for step in recipe.steps]
     return recipe.model_copy(update={"steps": tuple(steps)})
+
+
+def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey]) -> Iterator[BoundStep]:
+    """With what each wants of what is there before it."""
+    available = set(given)
+    for step in steps:
+        yield replace(step, wanted=step.configured.wants & available)
+        available |= step.provides
 
 
 def _bind_step(step: Step, base: Path) -> BoundStep:

@@ -22,6 +22,8 @@ class Pass(BaseModel, ABC):
     version: ClassVar[int] = 1
     """Same input, other output: raise it."""
     requires: ClassVar[frozenset[AnyKey]]
+    wants: ClassVar[frozenset[AnyKey]] = frozenset()
+    """What it reads beside, where a step before it provides that: `key in state` tells."""
     provides: ClassVar[frozenset[AnyKey]]
     random: ClassVar[bool] = False
     """May use ctx.rng and ctx.torch_rng; then the seed is part of the cache key."""

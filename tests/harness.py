@@ -13,5 +13,6 @@ Artifacts = dict[AnyKey, Artifact]
 def run_pass(step: Pass, artifacts: Artifacts, scratch: Path) -> Artifacts:
     """What the step provides, from what it requires of `artifacts`."""
     scratch.mkdir(exist_ok=True)
-    state = State({key: artifacts[key] for key in step.requires}, reader=step.name)
+    wanted = step.wants & artifacts.keys()
+    state = State({key: artifacts[key] for key in step.requires | wanted}, reader=step.name)
     return dict(step.run(state, Context(scratch=scratch, seed=0, log=logging.getLogger("test"))))

@@ -206,6 +206,17 @@ class ReadSum(Append):
     requires = frozenset({SUM, NUMBERS})
 
 
+class WantSum(Append):
+    """The sum where there is one, else 0."""
+
+    name = "want-sum"
+    wants = frozenset({SUM})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        total = state[SUM].values[0] if SUM in state else 0
+        return {NUMBERS: Numbers([*state[NUMBERS].values, total])}
+
+
 class Clash(Append):
     """Publishes a file whose name is taken."""
 

@@ -349,6 +349,13 @@ def test_nothing_trained_is_said(made):
     assert "Nothing was trained" in Page(write(made).html).text("distillation")
 
 
+def test_a_plan_that_was_made_without_measurement_is_said(made):
+    del made[SENSITIVITY]
+    page = Page(write(made).html)
+    assert "No layer was measured alone" in page.text("sensitivity")
+    assert not page.found("sensitivity", "table")
+
+
 def test_a_look_into_the_whole_graph_is_reported(made):
     assert "Inside the whole graph" not in Page(write(made).html).text("parity")
     departures = {"a": Departure(2e-7, 3.1e-6), "b": Departure(5.2e-7, 1e-6)}

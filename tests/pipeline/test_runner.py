@@ -74,6 +74,13 @@ def test_a_step_reads_only_what_it_requires(store: Store) -> None:
         compile(toy_recipe("Peek"), store, start=START)
 
 
+def test_what_a_step_wants_it_reads_where_it_is_there(store: Store) -> None:
+    before, behind = toy_recipe("WantSum", "Add"), toy_recipe("Add", "WantSum")
+    assert compile(before, store, start=START)["onnxruntime-cpu"][NUMBERS].values == [1, 0]
+    assert compile(behind, store, start=START)["onnxruntime-cpu"][NUMBERS].values == [1, 1]
+    assert statuses(behind, store) == ["add hit", "want-sum hit"]
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
