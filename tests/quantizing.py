@@ -85,6 +85,19 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
     )
 
 
+def output_error(artifacts: Artifacts) -> float:
+    """Relative squared error of the merged model on the recorded calls."""
+    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
+    clock = simulate(model.module, artifacts[QUANTIZED])
+    total = 0.0
+    with torch.no_grad():
+        for step, t in enumerate(trajectory.timesteps):
+            clock.set(t)
+            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
+            total += float(error.square().sum() / trajectory.outputs[step].square().sum())
+    return total
+
+
 class Simulation:
     """The quantized layers; `at(step)` gives what enters and leaves each in the recorded call, and the prediction."""
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import run_pass
-from quantizing import with_plan
+from quantizing import output_error, with_plan
 
 from intaglio.passes._gptq import gptq, second_moment
 from intaglio.passes._trainer import ROUND, Trainer
@@ -29,19 +29,6 @@ def planned(measured, tmp_path_factory):
 @pytest.fixture(scope="module")
 def distilled(planned, tmp_path_factory):
     return planned | run_pass(Distill(updates=40, samples=4, rank=4), planned, tmp_path_factory.mktemp("scratch"))
-
-
-def output_error(artifacts) -> float:
-    """Relative squared error of the merged model on the recorded calls."""
-    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
-    clock = simulate(model.module, artifacts[QUANTIZED])
-    total = 0.0
-    with torch.no_grad():
-        for step, t in enumerate(trajectory.timesteps):
-            clock.set(t)
-            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
-            total += float(error.square().sum() / trajectory.outputs[step].square().sum())
-    return total
 
 
 def test_distilling_heals_the_loss(planned, distilled, tmp_path):

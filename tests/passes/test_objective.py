@@ -1,6 +1,7 @@
 import pytest
 import torch
 from harness import run_pass
+from quantizing import output_error
 
 from intaglio.passes._objective import Split, tensors
 from intaglio.passes.assign import AssignPrecision, Budget
@@ -22,17 +23,9 @@ def planned(measured, tmp_path_factory):
     return measured | run_pass(step, measured, tmp_path_factory.mktemp("scratch"))
 
 
-def output_error(artifacts, folder) -> float:
-    """Relative squared error of the merged model on the recorded calls."""
-    model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
-    clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, folder)[QUANTIZED])
-    total = 0.0
-    with torch.no_grad():
-        for step, t in enumerate(trajectory.timesteps):
-            clock.set(t)
-            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
-            total += float(error.square().sum() / trajectory.outputs[step].square().sum())
-    return total
+def healed_error(artifacts, folder) -> float:
+    """Of the merged model, on the recorded calls."""
+    return output_error(artifacts | run_pass(MergeAdapters(), artifacts, folder))
 
 
 def test_every_eighth_sample_is_held_out_and_a_single_one_is_both():
@@ -50,7 +43,7 @@ def test_blocks_are_healed_one_after_the_other(planned, tmp_path):
     step = Distill(updates=40, samples=2, rank=4, scope="block")
     rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
     healed = planned | run_pass(step, planned, tmp_path / "b")
-    assert output_error(healed, tmp_path / "c") < 0.95 * output_error(rounded, tmp_path / "d")
+    assert healed_error(healed, tmp_path / "c") < 0.95 * healed_error(rounded, tmp_path / "d")
     adapters = healed[ADAPTER].layers
     assert len(healed[ADAPTER].loss) == 2 * 40  # the two blocks
     assert {n for n, layer in adapters.items() if layer.a is not None} == {
@@ -109,7 +102,7 @@ def test_features_of_blocks_enter_the_loss_and_the_output_is_still_healed(planne
     assert losses[1][0] > losses[0][0]
     featured = planned | run_pass(plain.model_copy(update={"features": 0.5, "updates": 40}), planned, tmp_path / "c")
     rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "d")
-    assert output_error(featured, tmp_path / "e") < 0.95 * output_error(rounded, tmp_path / "f")
+    assert healed_error(featured, tmp_path / "e") < 0.95 * healed_error(rounded, tmp_path / "f")
 
 
 def test_recomputed_activations_train_to_the_same_bits(planned, tmp_path):
@@ -126,7 +119,7 @@ def test_products_in_bfloat16_train_too(planned, tmp_path):
     rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
     trained = planned | run_pass(step, planned, tmp_path / "b")
     assert all(layer.scale_NG.dtype == torch.float32 for layer in trained[ADAPTER].layers.values())
-    assert output_error(trained, tmp_path / "c") < 0.95 * output_error(rounded, tmp_path / "d")
+    assert healed_error(trained, tmp_path / "c") < 0.95 * healed_error(rounded, tmp_path / "d")
 
 
 def test_split_guidance_and_a_late_start_compute_what_whole_calls_do(planned, tmp_path):
