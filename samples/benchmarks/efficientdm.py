@@ -38,11 +38,14 @@ from intaglio.pipeline.trajectory import Trajectory
 # ---- options of all variants -----------------------------------------------------------------------------------------
 
 MODELS = ("emoji-dit", "emoji-unet")
-PLANS: Mapping[str, list[str]] = {
-    "W8A8": ["w8a8_token", "w8a8_step"],
-    "W4A8": ["w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step"],
-    "W4A4": ["w4a4_token", "w4a4_step", "w8a8_token", "w8a8_step"],
+UNIFORM = "intaglio.passes.uniform:UniformPlan"
+EIGHT = ["w8a8_token", "w8a8_step"]
+PLANS: Mapping[str, Mapping[str, Any]] = {
+    "W8A8": {"schemes": EIGHT},
+    "W4A8": {"schemes": ["w4a8_token", "w4a8_step", *EIGHT]},
+    "W4A4": {"schemes": ["w4a4_token", "w4a4_step", *EIGHT], "ends": EIGHT},
 }
+"""Options of `uniform`. Peers have 8 bits where these plans have."""
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
 DISTILL: Mapping[str, Mapping[str, Any]] = {
@@ -106,8 +109,7 @@ class Bench:
         return Recipe(model=ref, targets=("tensorrt-rtx",), seed=seed, steps=steps)
 
     def planned(self, seed: int, plan: str, *steps: Step) -> Recipe:
-        uniform = Step(uses="full_size.py:UniformPlan", options={"schemes": PLANS[plan]})
-        return self.recipe(seed, CALIBRATE, uniform, *steps)
+        return self.recipe(seed, CALIBRATE, Step(uses=UNIFORM, options=PLANS[plan]), *steps)
 
     def compiled(self, recipe: Recipe) -> CompiledTarget:
         (done,) = compile(recipe, Store(self.work / "store"), base=Path(__file__).parent).values()
