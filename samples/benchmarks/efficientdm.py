@@ -9,6 +9,8 @@ guided output along full-precision trajectories, the mean over steps; PSNR, SSIM
 Distances of features are relative to the mean distance of two full-precision samples of a class from different noise;
 KID is to full-precision samples from other noise, next to full precision's own. Without --data no QAT is run.
 
+CPU seconds of QAT begin at its first update, those of ours at the model's files: calibration, balance, start.
+
 What is done is kept in --work: a killed run goes on, and a variant whose options did not change is not run again.
 """
 
