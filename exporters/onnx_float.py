@@ -29,8 +29,10 @@ from intaglio.pipeline.target import Target
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import onnx_ir as ir
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from intaglio.exporters._layer import Site
@@ -51,7 +53,7 @@ class ExportFloat(Pass):
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -67,12 +69,10 @@ class ExportFloat(Pass):
         """Raises StepFailed where the graph does not compute what torch does."""
         graph, expected = self._write_graph(state, ctx)
         gc.collect()  # the wrapped module is in a cycle
-        _check_outputs(graph.path, expected)
-        amax = _record_ranges(graph.path, state[TRAJECTORY], ctx)
-        return {FLOAT_GRAPH: replace(graph, amax=amax)}
+        return {FLOAT_GRAPH: replace(graph, amax=_check_outputs(graph.path, state[TRAJECTORY], expected, ctx))}
 
     def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, list[Expected]]:
-        """The graph's files, and what torch returns for the calls that it is checked with."""
+        """The graph's files, and what torch returns for the calls that it is checked with beside those recorded."""
         import onnx
         import onnx_ir as ir
 
@@ -87,7 +87,7 @@ class ExportFloat(Pass):
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
         calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
         layers = [layer.name for layer in layer_table(model.module)]
-        expected = _expected(model, calls)
+        expected = _expected(model, calls, trajectory.outputs[0][: calls.rows])
         exported = _export(model, calls, self.opset)
         weights = list(exported.graph.initializers.values())
         repair(exported.graph)
@@ -279,7 +279,6 @@ def _simplify(model: ir.Model) -> None:
         rules.reshape_reshape_rule,
         rules.collapse_slice_rule,
         rules.collapse_slice2_rule,
-        rules.slice_split_rule,
         rules.materialize_reshape_shape_rule,
     )
     with _silent():
@@ -365,61 +364,83 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
         raise StepFailed(*problems)
 
 
-def _expected(model: Factory, calls: Calls) -> list[Expected]:
-    """What torch returns at the recorded rows, at one more, and at the other size. StepFailed where it cannot."""
+def _expected(model: Factory, calls: Calls, output: torch.Tensor) -> list[Expected]:
+    """What torch returns at one more row than the recorded ones, of which one is repeated, and at the other size.
+
+    `output` is of the recorded rows. Raises StepFailed where torch cannot.
+    """
     import torch
 
     from intaglio.pipeline.denoiser import denoise_with
 
-    denoise = denoise_with(model.module, model)
-    more = calls.with_rows(calls.usual, calls.rows + 1)
-    at = {f"at {calls.rows} rows": calls.usual, f"at {calls.rows + 1} rows": more, "at the other size": calls.other}
-    expected = []
-    for where, inputs in at.items():
-        if inputs is not None:
-            try:
-                with torch.no_grad():
-                    expected.append(Expected(where, inputs, denoise(inputs)))
-            except (RuntimeError, ValueError) as e:  # shapes that do not fit
-                raise StepFailed(f"{where} the denoiser cannot be called with {_shapes(inputs)}: {e}") from e
+    rows = calls.rows + 1
+    repeated = calls.with_rows({"output": output}, rows)["output"]
+    expected = [Expected(f"at {rows} rows", calls.with_rows(calls.usual, rows), repeated)]
+    if calls.other is not None:
+        try:
+            with torch.no_grad():
+                found = denoise_with(model.module, model)(calls.other)
+        except (RuntimeError, ValueError) as e:  # shapes that do not fit
+            called = _shapes(calls.other)
+            raise StepFailed(f"at the other size the denoiser cannot be called with {called}: {e}") from e
+        expected.append(Expected("at the other size", calls.other, found))
     return expected
 
 
-def _check_outputs(path: Path, expected: list[Expected]) -> None:
-    """Run the graph on the same inputs. Raise StepFailed where it leaves torch."""
-    import torch
+def _check_outputs(path: Path, trajectory: Trajectory, expected: Sequence[Expected], ctx: Context) -> dict[str, float]:
+    """Run the graph on some rows of some recorded calls, and on `expected`. Raise StepFailed where it leaves torch.
+
+    Returns the largest magnitude of each floating-point value in the recorded calls, by name, to three digits: the
+    order of a sum moves the others, and with them the digest of the artifact.
+    """
+    import numpy as np
 
     from intaglio.exporters._session import open_session
 
-    session = open_session(path, mapped=True)
-    for where, inputs, output in expected:
-        found = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
-        if found.shape != output.shape:
-            raise StepFailed(f"{where} the exported graph returns {tuple(found.shape)}, torch {tuple(output.shape)}")
-        error = float((found - output).norm() / output.norm().clamp_min(1e-12))
-        if not error <= TOLERANCE:  # NaN is not
-            raise StepFailed(
-                f"{where} the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)"
-            )
+    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
+    names = _write_with_magnitudes(path, beside)
+    session = open_session(beside, mapped=True)
+    beside.unlink()
+
+    def checked(where: str, inputs: Inputs, output: torch.Tensor) -> NDArray[np.float32]:
+        found, *largest = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
+        _check_output(where, found, output)
+        return np.array(largest, np.float32)
+
+    amax = np.zeros(len(names), np.float32)
+    rows = trajectory.some_rows(RANGE_ROWS)
+    steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
+    with ctx.progress("ranges", len(steps)) as advance:
+        for step in steps:
+            output = trajectory.outputs[step][rows]
+            amax = np.maximum(amax, checked(f"at {len(output)} rows", trajectory.call(int(step), rows), output))
+            advance()
+    for call in expected:
+        checked(*call)
+    return {name: float(f"{largest:.2e}") for name, largest in zip(names, amax, strict=True)}
+
+
+def _check_output(where: str, found: NDArray[np.float32], output: torch.Tensor) -> None:
+    """Raise StepFailed unless what the graph returned is what torch did."""
+    import torch
+
+    if found.shape != output.shape:
+        raise StepFailed(f"{where} the exported graph returns {found.shape}, torch {tuple(output.shape)}")
+    error = float((torch.from_numpy(found) - output).norm() / output.norm().clamp_min(1e-12))
+    if not error <= TOLERANCE:  # NaN is not
+        raise StepFailed(f"{where} the exported graph is {error:.1e} from torch, relative L2 ({TOLERANCE:.0e} allowed)")
 
 
 def _shapes(inputs: Inputs) -> str:
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
 
 
-def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str, float]:
-    """The largest magnitude of each floating-point value in some rows of some calls, by name, to three digits.
-
-    The order of a sum moves the others, and with them the digest of the artifact.
-    """
-    import numpy as np
+def _write_with_magnitudes(path: Path, beside: Path) -> list[str]:
+    """The graph with the largest magnitude of each floating-point value as an output more; the names of the values."""
     import onnx_ir as ir
-
-    from intaglio.exporters._session import open_session
 
     model = ir.load(path)
     made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    del model.graph.outputs[:]
     for node, value in made:
         magnitude = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [magnitude.outputs[0]], {"keepdims": 0}, name=f"{value.name}/amax")
@@ -427,17 +448,5 @@ def _record_ranges(path: Path, trajectory: Trajectory, ctx: Context) -> dict[str
         # at once: among nodes that can run the runtime takes the first, and the value is free then
         model.graph.insert_after(node, [magnitude, largest])
         model.graph.outputs.append(largest.outputs[0])
-    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
     ir.save(model, beside)
-    session = open_session(beside, mapped=True)
-    beside.unlink()
-    amax = np.zeros(len(made), np.float32)
-    rows = trajectory.some_rows(RANGE_ROWS)
-    steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
-    with ctx.progress("ranges", len(steps)) as advance:
-        for step in steps:
-            call = {name: x.numpy() for name, x in trajectory.call(int(step), rows).items()}
-            found = session.run(None, {i.name: call[i.name] for i in session.get_inputs()})
-            amax = np.maximum(amax, np.array(found, np.float32))
-            advance()
-    return {str(value.name): float(f"{largest:.2e}") for (_, value), largest in zip(made, amax, strict=True)}
+    return [str(value.name) for _, value in made]

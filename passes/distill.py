@@ -5,8 +5,6 @@ Shapes: N out features, K in features, T denoising steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -20,12 +18,8 @@ from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme, PerStep
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from intaglio.pipeline.denoiser import Denoise, Sampler
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+    from intaglio.passes._objective import Task
     from intaglio.pipeline.quantized import LayerAdapter
-    from intaglio.pipeline.trajectory import Trajectory
 
 
 class Distill(Pass):
@@ -39,7 +33,7 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
@@ -65,6 +59,10 @@ class Distill(Pass):
     )
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
+    )
+    weighting: Literal["samples", "output"] = Field(
+        "output",
+        description="how much the error of a step's output counts: as much as samples feel of it, or all steps alike",
     )
     features: float = Field(
         0.0, ge=0, description="weight of the blocks' outputs in the loss, beside 1 for the denoiser's output"
@@ -93,6 +91,7 @@ class Distill(Pass):
         """Raises RecipeError where there is less to share than there are processes."""
         import torch
 
+        from intaglio.passes._objective import Task
         from intaglio.passes._start import start_inputs, start_weights
         from intaglio.pipeline.blocks import find_blocks, recomputed
         from intaglio.pipeline.denoiser import Sampler, denoise_with, on_device
@@ -116,10 +115,9 @@ class Distill(Pass):
         distance = affine.NEARLY_HALF if self.base == "float" else 0.0
         codes = start_weights(layers, denoise, trajectory, self.start, distance, ctx)
         if self.updates and layers:
-            blocks = find_blocks(model.module)
-            task = _Task(self, sampler, denoise, clock, layers, trajectory, blocks, ctx)
-            with recomputed(blocks.values() if self.recompute else ()):
-                loss = task.train_blocks() if self.scope == "block" else task.train_model()
+            task = Task(self, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+            with recomputed(task.blocks.values() if self.recompute else ()):
+                loss = train_blocks(task) if self.scope == "block" else train_model(task)
         learnt: dict[str, LayerAdapter] = {}
         with torch.no_grad():
             for name, layer in layers.items():
@@ -127,77 +125,34 @@ class Distill(Pass):
         return {ADAPTER: Adapter(learnt, loss, distance)}
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What is trained, and on what."""
+def train_model(task: Task) -> tuple[float, ...]:
+    """All layers on the output of the denoiser. Returns the loss of every update."""
+    from intaglio.passes._objective import WholeOutput
+    from intaglio.passes._trainer import Trainer
 
-    options: Distill
-    sampler: Sampler
-    denoise: Denoise
-    clock: StepClock
-    layers: Mapping[str, QuantizedLayer]
-    trajectory: Trajectory
-    blocks: Mapping[str, nn.Module]
-    ctx: Context
+    task.check_shares()
+    task.add_adapters(task.layers)
+    return Trainer(task.options, task.layers, WholeOutput(task), task.ctx).train()
 
-    def train_model(self) -> tuple[float, ...]:
-        """All layers on the output of the denoiser."""
-        from intaglio.passes._objective import WholeOutput
-        from intaglio.passes._trainer import Trainer
 
-        self._add_adapters(self.layers)
-        objective = WholeOutput(
-            self.options,
-            self.sampler,
-            self.denoise,
-            self.clock,
-            self.layers,
-            self.trajectory,
-            self.blocks,
-            self.ctx,
-        )
-        self._check_shares(len(objective.split.held_out), min(self.options.samples, len(objective.split.training)))
-        return Trainer(self.options, self.layers, objective, self.ctx).train()
+def train_blocks(task: Task) -> tuple[float, ...]:
+    """The layers of each block on its output, in the order of the model. Raises RecipeError without blocks."""
+    from intaglio.passes._objective import BlockOutput, block_calls
+    from intaglio.passes._trainer import Trainer
 
-    def train_blocks(self) -> tuple[float, ...]:
-        """The layers of each block on its output, in the order of the model. Raises RecipeError without blocks."""
-        from intaglio.passes._objective import BlockOutput, Split, block_calls
-        from intaglio.passes._trainer import Trainer
-
-        parts = {b: {n: m for n, m in self.layers.items() if n.startswith(f"{b}.")} for b in self.blocks}
-        parts = {block: layers for block, layers in parts.items() if layers}
-        if not parts:
-            raise RecipeError("distill: the model has no lists of blocks with quantized layers: use scope model")
-        count = self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
-        split, processes = Split.of(count), self.ctx.processes
-        size = min(self.options.samples, len(split.training))
-        drawn = [split.training[i : i + size] for i in range(0, len(split.training) - size + 1, size)]
-        self._check_shares(len(split.held_out), size)
-        own = [self.sampler.rows_of(part[processes.share(len(part))], count) for part in (*drawn, split.held_out)]
-        loss: list[float] = []
-        for name, layers in parts.items():
-            block = self.blocks[name]
-            with self.ctx.progress(f"calls of {name}", len(self.trajectory.timesteps)) as advance:
-                calls = block_calls(block, self.denoise, self.clock, self.layers, self.trajectory, own, advance)
-            if calls:
-                self._add_adapters(layers)
-                objective = BlockOutput(self.options, self.clock, block, calls, self.ctx)
-                loss += Trainer(self.options, layers, objective, self.ctx, name).train()
-                for layer in layers.values():
-                    layer.requires_grad_(False)
-        return tuple(loss)
-
-    def _add_adapters(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        for name, layer in layers.items():
-            layer.add_adapter(self.options.rank, self.ctx.torch_rng("adapter", name))
-
-    def _check_shares(self, held_out: int, samples: int) -> None:
-        """Every process has a row of everything."""
-        if (count := self.ctx.processes.count) > min(held_out, samples):
-            raise RecipeError(
-                f"distill: {count} processes share {samples} samples an update and {held_out} held-out ones:"
-                " use fewer processes, or raise distill.samples, or calibrate.samples, of which an eighth is held out"
-            )
+    task.check_shares()
+    parts = {b: {n: m for n, m in task.layers.items() if n.startswith(f"{b}.")} for b in task.blocks}
+    if not any(parts.values()):
+        raise RecipeError("distill: the model has no lists of blocks with quantized layers: use scope model")
+    loss: list[float] = []
+    for name, layers in parts.items():
+        if layers and (calls := block_calls(task, name)):
+            task.add_adapters(layers)
+            objective = BlockOutput(task, task.blocks[name], calls)
+            loss += Trainer(task.options, layers, objective, task.ctx, name).train()
+            for layer in layers.values():
+                layer.requires_grad_(False)
+    return tuple(loss)
 
 
 def learns_input(scheme: LayerScheme) -> bool:

@@ -55,7 +55,7 @@ class MergeAdapters(Pass):
                 w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight, adapter.distance)
             if learnt.a is not None and learnt.b is not None:
                 w_NK = w_NK + learnt.b @ learnt.a
-            if not w_NK.isfinite().all() or not (learnt.scale_NG > 0).all():
+            if not all(end.isfinite() for end in w_NK.aminmax()) or not (learnt.scale_NG > 0).all():
                 raise StepFailed(f"{layer.name}: the merged weight has NaN or Inf, or a scale that is not positive")
             stepped = isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep)
             amax_T, shift_T = ranges.amax[layer.name], ranges.shift.get(layer.name)

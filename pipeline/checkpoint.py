@@ -197,7 +197,9 @@ class Checkpoint:
         else:
             assert self._denoiser_folder is not None  # `resolve` made sure
             keep = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.py")
-            shutil.copytree(self._denoiser_folder, files / self._denoiser_folder.name, ignore=keep)
+            alone = self._denoiser_folder == self.root / "."
+            place = files / (DENOISER_FOLDERS[0] if alone else self._denoiser_folder.name)
+            shutil.copytree(self._denoiser_folder, place, ignore=keep)
             if (self.root / "scheduler").is_dir():
                 shutil.copytree(self.root / "scheduler", files / "scheduler", ignore=keep)
         for role, path in self.recordings.items():

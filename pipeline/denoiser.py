@@ -25,6 +25,8 @@ Inputs = Mapping[str, torch.Tensor]
 Denoise = Callable[[Inputs], torch.Tensor]
 """Takes the inputs of one call by flat name, with R rows; returns the prediction, as many channels as the sample."""
 
+SMALL = 1e-2
+"""Standard deviation of a change that a sampler answers linearly: outputs are near 1."""
 CLASS_LABELS = "class_labels"
 """The condition of a class-conditional model."""
 
@@ -132,6 +134,26 @@ class Sampler:
             yield Call(step, inputs, output)
             x = scheduler.step(self.guided(output), t, x).prev_sample
         yield x
+
+    @torch.no_grad()
+    def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
+        """How far samples move, relative to a small change of the guided output at a step: one number a step.
+
+        `x` (B, ...) is where the trajectories begin, `outputs` (B, ...) what the denoiser gives at each step; it is not
+        called, so that what the change does to later outputs is left out. Of DDIM it is the step's |d sigma|.
+        """
+        scheduler = self.model.scheduler
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+        def end(changed: int | None) -> torch.Tensor:
+            scheduler.set_timesteps(self.steps, **self.model.schedule)
+            at = x
+            for step, (t, output) in enumerate(zip(scheduler.timesteps, outputs, strict=True)):
+                at = scheduler.step(output + SMALL * noise if step == changed else output, t, at).prev_sample
+            return at
+
+        there = end(None)
+        return [float((end(step) - there).norm() / (SMALL * noise).norm()) for step in range(len(outputs))]
 
     def sample(self, denoise: Denoise, start: Start) -> torch.Tensor:
         """Samples (B, ...)."""

@@ -17,8 +17,8 @@ NEARLY_HALF = 0.45
 """Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
-FIT_ELEMENTS = 1 << 18
-"""Weights that are fitted together: what is tried on them, time after time, stays in the processor's cache."""
+ROWS_ELEMENTS = 1 << 18
+"""Weights that are fitted or rounded together: what is made of them stays in the processor's cache."""
 SCALE_EPS = 1e-9
 """Smallest weight scale: an all-zero channel gets zero codes."""
 GROUP_LOW, GROUP_HIGH = 1, 15
@@ -82,7 +82,10 @@ def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> 
 
 def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
     """Integer codes (N, K), int8."""
-    return codes_float(w_NK.detach(), scale_NG.detach(), form).reshape(w_NK.shape).to(torch.int8)
+    codes = w_NK.new_empty(w_NK.shape, dtype=torch.int8)
+    for rows in _some_rows(*w_NK.shape):
+        codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), form).flatten(1)
+    return codes
 
 
 def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
@@ -110,13 +113,19 @@ def rounds_to(
 
 def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight scales, and for two levels the integers of the groups."""
-    some_rows = w_NK.split(max(1, FIT_ELEMENTS // w_NK.shape[1]))  # type: ignore[no-untyped-call]  # torch
+    some_rows = [w_NK[rows] for rows in _some_rows(*w_NK.shape)]
     match form.granularity:
         case TwoLevel():
             found = [fit_two_level(w, form) for w in some_rows]
             return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])
         case _:
             return torch.cat([fit_scale(w, form) for w in some_rows]), None
+
+
+def _some_rows(n: int, k: int) -> list[slice]:
+    """All of n, so many of k weights at a time as are fitted or rounded together."""
+    step = max(1, ROWS_ELEMENTS // k)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Three trainings from the same start, by CPU seconds: ours, and all weights, on two objectives.
+"""Three trainings by CPU seconds: ours, and all weights, on two objectives.
 
 `ours` trains adapters by distillation; `qat` trains all weights of the quantized layers on the denoiser's own
-objective and data (min-SNR weights), as its makers would; `qat on our loss` trains them as ours are. All train weight
-scales and input scales too, with the same optimizer, on calls of as many rows, at the timesteps that are sampled.
+objective and data (min-SNR weights), as its makers would, from the nearest codes; `qat on our loss` trains them as
+ours are, from where ours start. All train weight scales and input scales too, with the same optimizer, on calls of as
+many rows, at the timesteps that are sampled.
 """
 
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from full_size import peak_bytes
 
-from intaglio.passes._objective import Error, WholeOutput
+from intaglio.passes._objective import Error, Task, WholeOutput
 from intaglio.passes._start import start_inputs, start_weights
 from intaglio.passes._trainer import Trainer
 from intaglio.passes.distill import Distill, learns_input
@@ -73,13 +74,13 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     distance = affine.NEARLY_HALF if options.base == "float" else 0.0
     start_weights(layers, denoise, trajectory, options.start, distance, ctx)
     started_s = time.process_time() - began
-    objective: Any = WholeOutput(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    task = Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    objective: Any = WholeOutput(task)
     if training.kind == QAT:
         objective = Denoising(sampler, denoise, clock, training.data, options.samples * sampler.rows_per_sample)
     trained: type[Timed] = Timed if training.kind == OURS else AllWeights
     if training.kind == OURS:
-        for name, layer in layers.items():
-            layer.add_adapter(options.rank, ctx.torch_rng("adapter", name))
+        task.add_adapters(layers)
     trainer = trained(options, layers, objective, ctx)
     trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
     trainer.train()
@@ -100,14 +101,14 @@ def preparation_cpu_s(recipe: Recipe, base: Path) -> float:
 
 
 def output_error(denoise: Denoise, sampler: Sampler, clock: StepClock | None, trajectory: Trajectory) -> float:
-    """Relative squared error of the guided output along recorded trajectories, the mean over steps."""
+    """Mean squared error of the guided output along recorded trajectories."""
     total = 0.0
     for step in range(len(trajectory.timesteps)):
         if clock is not None:
             clock.set(trajectory.timesteps[step])
         with torch.no_grad():
             output, target = sampler.guided(denoise(trajectory.call(step))), sampler.guided(trajectory.outputs[step])
-        total += float((output - target).square().sum() / target.square().sum())
+        total += float((output - target).square().mean())
     return total / len(trajectory.timesteps)
 
 
@@ -206,25 +207,26 @@ def first_at(curve: Curve, error: float) -> float:
     return next((spent for _, spent, found in curve if found <= error), math.inf)
 
 
-def time_ratios(ours: Curve, ours_start_s: float, qat: Curve) -> dict[str, float | bool]:
-    """CPU seconds of `qat` relative to ours, whose start counts as ours alone.
+def time_ratios(ours: Curve, ours_start_s: float, qat: Curve, qat_start_s: float) -> dict[str, float | bool]:
+    """CPU seconds of `qat` relative to ours, what each does before its first update included.
 
-    `ratio`: to the least error that both reach. Where `qat` never gets below its start: its whole budget, relative to
-    our time to our least error, which is a lower bound. `ratio_to_our_best`: to the least error of ours, a lower
-    bound where `qat` never reaches it.
+    `ratio`: to the first error of ours, where its whole time is its start, or to the least error of `qat` if that is
+    less; a lower bound where `qat` never reaches it. `ratio_to_our_best`: to the least error of ours, likewise.
     """
     our_best, qat_best = (min(error for _, _, error in curve) for curve in (ours, qat))
-    budget_s = qat[-1][1]
-    to_our_best_s = ours_start_s + first_at(ours, our_best)
-    reached = first_at(qat, our_best)
-    best_is_bound = math.isinf(reached)
-    ratio_to_best = (budget_s if best_is_bound else reached) / to_our_best_s
-    both, never = max(our_best, qat_best), qat_best >= qat[0][2]
-    ratio = budget_s / to_our_best_s if never else first_at(qat, both) / (ours_start_s + first_at(ours, both))
+    budget_s = qat_start_s + qat[-1][1]
+
+    def ratio(error: float) -> tuple[float, bool]:
+        reached = qat_start_s + first_at(qat, error)
+        never = math.isinf(reached)
+        return (budget_s if never else reached) / (ours_start_s + first_at(ours, error)), never
+
+    first, first_is_bound = ratio(max(our_best, min(qat_best, ours[0][2])))
+    best, best_is_bound = ratio(our_best)
     return {
-        "ratio": ratio,
-        "ratio_is_bound": never,
-        "ratio_to_our_best": ratio_to_best,
+        "ratio": first,
+        "ratio_is_bound": first_is_bound,
+        "ratio_to_our_best": best,
         "ratio_to_our_best_is_bound": best_is_bound,
         "error_at_start": qat[0][2],
         "least_error_ours": our_best,

@@ -3,9 +3,10 @@
     npm pack emoji-datasource-google@16.0.0
     python samples/benchmarks/efficientdm.py [emoji-dit emoji-unet] --data emoji-datasource-google-16.0.0.tgz [--json]
 
-Every layer has the plan's format where its shape admits it, else W8A8. Errors and distances are to full precision, on
-noise that no training saw and that is the same for all variants: `output_mse` is the relative squared error of the
-guided output along full-precision trajectories, the mean over steps; PSNR, SSIM and SQNR are means over samples.
+Every layer has the plan's format where its shape admits it, else W8A8; the first and the last layer have W8A8. Errors
+and distances are to full precision, on noise that no training saw and that is the same for all variants: `output_mse`
+is the mean squared error of the guided output along full-precision trajectories, all steps alike; PSNR, SSIM and SQNR
+are means over samples.
 Distances of features are relative to the mean distance of two full-precision samples of a class from different noise;
 KID is to full-precision samples from other noise, next to full precision's own. Without --data no QAT is run.
 
@@ -47,46 +48,49 @@ PLANS: Mapping[str, Mapping[str, Any]] = {
     "W4A8": {"schemes": ["w4a8_token", "w4a8_step", *EIGHT]},
     "W4A4": {"schemes": ["w4a4_token", "w4a4_step", *EIGHT], "ends": EIGHT},
 }
-"""Options of `uniform`. Peers have 8 bits where these plans have."""
+ENDS = ["w8a8_token", "w8a8_step"]
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
-DISTILL: Mapping[str, Mapping[str, Any]] = {
-    "W8A8": {"updates": 120, "start": "gptq"},
-    "W4A8": {"updates": 240, "start": "gptq", "rollout": 0.5},
-    "W4A4": {"updates": 240, "start": "gptq", "rollout": 0.5},
+DISTILL: Mapping[str, Any] = {
+    "updates": 120,
+    "samples": 4,
+    "start": "gptq",
+    "rollout": 0.25,
+    "weighting": "samples",
+    "scale_rate": 1e-4,
 }
 
 
-def ours(plan: str, **changes: Any) -> tuple[Step, ...]:
-    return (BALANCE, Step(uses="distill", options={**DISTILL[plan], **changes}))
+def ours(**changes: Any) -> tuple[Step, ...]:
+    return (BALANCE, Step(uses="distill", options={**DISTILL, **changes}))
 
 
 ROUNDED, UNTRAINED, OURS = "round to nearest", "ours without distillation", "ours"
 VARIANTS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
     plan: {
         ROUNDED: (Step(uses="distill", options={"updates": 0, "input_rate": 0}),),
-        UNTRAINED: ours(plan, updates=0),
-        OURS: ours(plan),
+        UNTRAINED: ours(updates=0),
+        OURS: ours(),
     }
     for plan in PLANS
 }
 ABLATIONS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
-    plan: {
-        "ours, one rate for all layers": ours(plan, scale_aware="off"),
-        "ours, inputs as calibrated": ours(plan, input_rate=0),
-        "ours, without roll-outs": ours(plan, rollout=0),
+    "W4A4": {
+        "ours, one rate for all layers": ours(scale_aware="off"),
+        "ours, inputs as calibrated": ours(input_rate=0),
+        "ours, without roll-outs": ours(rollout=0),
+        "ours, from the nearest codes, not balanced": ours(start="round")[1:],
     }
-    for plan in ("W4A8", "W4A4")
 }
 """With the first seed alone."""
 TRAINED = "W4A4"
 """The plan of the comparison with QAT."""
-QAT_RATES = (0.003, 0.01)
-"""Learning rates of all weights, in weight scales an update; the one that ends with the least error counts."""
+QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e-3}
+"""What QAT on the denoiser's own objective does otherwise: it starts from the nearest codes, not balanced."""
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
-VERSION = 1
+VERSION = 2
 """Raised where a figure is computed otherwise than before."""
 HELD_OUT_SEED, NOISE_SEED = 10_000, 2
 HELD_OUT_SAMPLES = 8
@@ -111,7 +115,8 @@ class Bench:
         return Recipe(model=ref, targets=("tensorrt-rtx",), seed=seed, steps=steps)
 
     def planned(self, seed: int, plan: str, *steps: Step) -> Recipe:
-        return self.recipe(seed, CALIBRATE, Step(uses=UNIFORM, options=PLANS[plan]), *steps)
+        uniform = Step(uses="uniform", options={"schemes": PLANS[plan], "ends": ENDS})
+        return self.recipe(seed, CALIBRATE, uniform, *steps)
 
     def compiled(self, recipe: Recipe) -> CompiledTarget:
         (done,) = compile(recipe, Store(self.work / "store"), base=Path(__file__).parent).values()
@@ -269,14 +274,16 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
     from intaglio.passes.distill import Distill
 
     *before, last = VARIANTS[TRAINED][OURS]
-    recipe, base, options = bench.planned(0, TRAINED, *before), Path(__file__).parent, Distill(**last.options)
-    done, held = bench.compiled(recipe), bench.held_out()
-    depends = {
-        "what": "training",
-        "inputs": [done.outputs[key] for key in (MODEL, PLAN, TRAJECTORY)] + [held.outputs[TRAJECTORY]],
-    }
+    base, options = Path(__file__).parent, Distill(**last.options)
+    plain, balanced = bench.planned(0, TRAINED), bench.planned(0, TRAINED, *before)
+    held = bench.held_out()
 
-    def trained(kind: str, options: Distill) -> Figures:
+    def depends(recipe: Recipe) -> Figures:
+        done = bench.compiled(recipe)
+        inputs = [done.outputs[key] for key in (MODEL, PLAN, TRAJECTORY)] + [held.outputs[TRAJECTORY]]
+        return {"what": "training", "inputs": inputs}
+
+    def trained(kind: str, recipe: Recipe, options: Distill) -> Figures:
         def make(place: Path) -> Figures:
             say(bench, f"{TRAINED}: {kind}, rate {options.rate:g}, {options.updates} updates")
             task = t.Training(kind, recipe, base, bench.work / "store", options, data.resolve())
@@ -287,19 +294,17 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
 
         digest = file_digest(data) if kind == t.QAT else ""
         version = f"{options.version} {options.model_dump_json()}"
-        return bench.kept(make, kind=kind, options=version, data=digest, **depends)
+        return bench.kept(make, kind=kind, options=version, data=digest, **depends(recipe))
 
     def make_preparation(place: Path) -> Figures:
-        return {"cpu_s": alone(t.preparation_cpu_s, recipe, base)}
+        return {"cpu_s": alone(t.preparation_cpu_s, balanced, base)}
 
-    prepared = bench.kept(make_preparation, kind="preparation", **depends)
-    all_weights = {
-        kind: [trained(kind, options.model_copy(update={"rate": r, "updates": updates})) for r in QAT_RATES]
-        for kind in (t.QAT, t.QAT_OWN_LOSS)
+    prepared = bench.kept(make_preparation, kind="preparation", **depends(balanced))
+    rows = {
+        t.OURS: trained(t.OURS, balanced, options),
+        t.QAT: trained(t.QAT, plain, options.model_copy(update={**QAT_START, "updates": updates})),
+        t.QAT_OWN_LOSS: trained(t.QAT_OWN_LOSS, balanced, options),
     }
-    rows = {t.OURS: trained(t.OURS, options)}
-    for kind, found in all_weights.items():
-        rows[kind] = min(found, key=lambda row: min(error for _, _, error in row["curve"]))
     ours_row = rows[t.OURS]
     start_s = prepared["cpu_s"] + ours_row["started_cpu_s"]
     return {
@@ -308,7 +313,8 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
         "training_bytes": {kind: row["training_bytes"] for kind, row in rows.items()},
         "ours_start_cpu_s": start_s,
         "memory_ratio": ours_row["training_bytes"] / rows[t.QAT]["training_bytes"],
-        **{kind: t.time_ratios(ours_row["curve"], start_s, rows[kind]["curve"]) for kind in all_weights},
+        t.QAT: t.time_ratios(ours_row["curve"], start_s, rows[t.QAT]["curve"], 0.0),
+        t.QAT_OWN_LOSS: t.time_ratios(ours_row["curve"], start_s, rows[t.QAT_OWN_LOSS]["curve"], start_s),
     }
 
 
@@ -354,17 +360,17 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int) -> Figures:
-    """Everything of one model."""
+def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablations: bool) -> Figures:
+    """Everything of one model, the ablations last."""
     from _efficientdm_peers import PEERS
 
     say(bench, "full precision")
     found: Figures = {"full_precision": reference(bench), "variants": {}, "peers": {}, "best_peer": {}}
     for plan in PLANS:
         rows = found["variants"][plan] = {}
-        for name, steps in (VARIANTS[plan] | ABLATIONS.get(plan, {})).items():
+        for name, steps in VARIANTS[plan].items():
             rows[name] = []
-            for seed in range(seeds if name in VARIANTS[plan] else 1):
+            for seed in range(seeds):
                 say(bench, f"{plan}, seed {seed}: {name}")
                 rows[name].append(variant(bench, plan, steps, seed, first=seed == 0))
         compared = alone(peers, bench, plan, 0, list(PEERS[plan]), first=True)
@@ -374,6 +380,10 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int) -> Figur
     found["figures"] = derived(found["variants"], found["best_peer"]["W4A8"]["seeds"])
     if data is not None:
         found["training"] = training(bench, data, updates)
+    for plan, variants in ABLATIONS.items() if ablations else ():
+        for name, steps in variants.items():
+            say(bench, f"{plan}: {name}")
+            found["variants"][plan][name] = [variant(bench, plan, steps, 0, first=True)]
     return found
 
 
@@ -396,6 +406,7 @@ def main(
     samples: Annotated[int, typer.Option(min=2, help="drawn with the first seed, for features and KID")] = 64,
     compared: Annotated[int, typer.Option(min=1, help="of these, drawn with every seed, for PSNR, SSIM, SQNR")] = 32,
     qat_updates: Annotated[int, typer.Option(help="budget of QAT")] = 1200,
+    ablations: Annotated[bool, typer.Option(help="with the first seed, what each part of the method adds")] = True,
     data: Annotated[Path | None, typer.Option(help="the npm archive, for QAT")] = None,
     work: Annotated[Path | None, typer.Option(help="a folder for store and results; kept, and used again")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder for grids of samples and curves of training")] = None,
@@ -410,7 +421,7 @@ def main(
     with folder(work) as place:
         for model in models or MODELS:
             bench = Bench(model, place, samples, min(compared, samples))
-            found[model] = evaluate(bench, seeds, data, qat_updates)
+            found[model] = evaluate(bench, seeds, data, qat_updates, ablations=ablations)
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 grid(bench, found[model], out / f"{model}-efficientdm.png")

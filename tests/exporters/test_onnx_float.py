@@ -63,13 +63,20 @@ class Broken(torch.nn.Module):
         return sample / (sample - sample) + timestep.reshape(-1, 1, 1, 1)
 
 
-def trajectory(rows: int) -> Trajectory:
-    inputs = {"timestep": torch.full((1, rows), 7.0), "sample": torch.ones(1, rows, 2, 4, 4).cumsum(-1)}
-    return Trajectory((7.0,), inputs, torch.zeros(1, rows, 2, 4, 4), {}, {}, {}, {})
+@torch.no_grad()
+def trajectory(module: torch.nn.Module, rows: int) -> Trajectory:
+    inputs = {"timestep": torch.full((1, rows), 7.0), "sample": torch.ones(1, rows, 2, 4, 4).cumsum(-1).cumsum(1)}
+    outputs = module(**{name: value[0] for name, value in inputs.items()})[None]
+    return Trajectory((7.0,), inputs, outputs, {}, {}, {}, {})
+
+
+def export(module: torch.nn.Module, folder: Path, rows: int = 2, **options) -> Graph:
+    artifacts = {MODEL: Opened(module, **options), TRAJECTORY: trajectory(module, rows)}
+    return run_pass(ExportFloat(), artifacts, folder)[FLOAT_GRAPH]
 
 
 def export_odd(folder: Path) -> Graph:
-    return run_pass(ExportFloat(), {MODEL: Opened(Odd()), TRAJECTORY: trajectory(1)}, folder)[FLOAT_GRAPH]
+    return export(Odd(), folder, rows=1)
 
 
 def saved(graph: Graph) -> Path:
@@ -162,7 +169,7 @@ def test_a_layer_called_twice_is_one_layer_and_one_never_called_none(odd):
 
 
 def test_a_tiny_epsilon_is_kept(odd):
-    call = trajectory(2).call(0)
+    call = trajectory(Odd(), 2).call(0)
     assert graph_denoise(odd)(call).isfinite().all()
 
 
@@ -173,7 +180,7 @@ def test_a_float_layer_runs_alone(dit):
 
 def test_a_graph_that_leaves_torch_is_refused(tmp_path):
     with pytest.raises(StepFailed, match="at 2 rows the exported graph is nan from torch"):
-        run_pass(ExportFloat(), {MODEL: Opened(Broken()), TRAJECTORY: trajectory(2)}, tmp_path)
+        export(Broken(), tmp_path)
 
 
 class Positions(torch.nn.Module):
@@ -188,17 +195,27 @@ class Positions(torch.nn.Module):
         return sample + torch.from_numpy(table) + timestep.reshape(-1, 1, 1, 1)
 
 
+class Turned(torch.nn.Module):
+    """Rows change places."""
+
+    def forward(self, sample, timestep):
+        return sample.flip(0) + timestep.reshape(-1, 1, 1, 1)
+
+
+def test_a_model_whose_rows_are_not_apart_is_refused(tmp_path):
+    with pytest.raises(StepFailed, match=r"at 3 rows the exported graph is 2\.4e-01 from torch"):
+        export(Turned(), tmp_path)
+
+
 def test_a_model_that_cannot_be_called_at_its_other_size_is_told_so(tmp_path):
-    opened = Opened(Positions(4), other=CallSize((2, 4, 8)))
     message = r"at the other size the denoiser cannot be called with sample \(2, 2, 4, 8\), timestep \(2,\): The size"
     with pytest.raises(StepFailed, match=message):
-        run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)
+        export(Positions(4), tmp_path, other=CallSize((2, 4, 8)))
 
 
 def test_an_axis_that_a_table_holds_constant_is_named(tmp_path):
-    opened = Opened(Positions(None), other=CallSize((2, 4, 8)))
     with pytest.raises(StepFailed, match=r"^sample: axis 3 can only be 8, it enters the graph as a constant"):
-        run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)
+        export(Positions(None), tmp_path, other=CallSize((2, 4, 8)))
 
 
 class Quirks(torch.nn.Module):
@@ -212,8 +229,7 @@ class Quirks(torch.nn.Module):
 
 
 def test_what_onnx_has_no_operator_for_is_written_otherwise(tmp_path):
-    opened = Opened(Quirks(), other=CallSize((2, 4, 6)))
-    graph = run_pass(ExportFloat(), {MODEL: opened, TRAJECTORY: trajectory(2)}, tmp_path)[FLOAT_GRAPH]
+    graph = export(Quirks(), tmp_path, other=CallSize((2, 4, 6)))
     assert graph.inputs["sample"].shape == ("batch", 2, 4, "sample_3")
     assert graph.sizes == {"sample_3": (4, 6)}
     assert not {"Squeeze"} & {node.op_type for node in onnx.load(graph.path).graph.node}

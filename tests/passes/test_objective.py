@@ -143,3 +143,11 @@ def test_split_guidance_and_a_late_start_compute_what_whole_calls_do(planned, tm
             halves = [denoise(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
             torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
             assert clock.step == step
+
+
+def test_steps_count_by_what_samples_feel_of_them(planned, tmp_path):
+    alike, felt = (
+        run_pass(Distill(updates=5, samples=2, rank=2, weighting=weighting), planned, tmp_path / weighting)[ADAPTER]
+        for weighting in ("output", "samples")
+    )
+    assert alike.loss != felt.loss

@@ -94,3 +94,13 @@ def test_convolutions_that_add_zeros_are_known():
     assert not padded["up_blocks.0.resnets.0.conv_shortcut"]
     same = torch.nn.ModuleDict({"c": torch.nn.Conv2d(3, 3, 3, padding="same")})
     assert layer_table(same)[0].padded
+
+
+def test_a_folder_that_is_the_denoiser_itself_survives_the_store(tmp_path):
+    save_folder(tiny_dit(), tmp_path)
+    checkpoint = Checkpoint.resolve(ModelRef(path="transformer"), tmp_path)
+    (tmp_path / "stored").mkdir()
+    checkpoint.save(tmp_path / "stored")
+    loaded = Checkpoint.load(tmp_path / "stored")
+    assert loaded.name == "DiTTransformer2DModel"
+    assert torch.equal(loaded.open().module.proj_out_2.weight, checkpoint.open().module.proj_out_2.weight)

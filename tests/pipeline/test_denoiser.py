@@ -182,3 +182,15 @@ def test_rows_that_cannot_be_drawn_together_are_refused_at_once():
         "model: 2 null rows for added.text: give 1, or 5 as it has itself",
         "model: null rows for mask, which is no condition",
     )
+
+
+def test_samples_feel_of_an_output_what_the_scheduler_makes_of_it():
+    scheduler = DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing", clip_sample=False)
+    sampler = Sampler(model(scheduler), 4, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    x, *outputs = torch.randn(5, 2, 3, 8, 8, generator=generator)
+    kept = scheduler.alphas_cumprod[scheduler.timesteps]
+    sigma = torch.cat([((1 - kept) / kept).sqrt(), torch.zeros(1)])
+    # x / sqrt(kept) moves by the output times the change of sigma: Song et al. 2021, Eq. 14
+    # the last change is 1e-4 of samples that float32 holds to 1e-7
+    assert sampler.influence(x, outputs) == pytest.approx(sigma.diff().abs().tolist(), rel=1e-2)

@@ -37,14 +37,16 @@ OURS = [(0, 0.0, 0.5), (20, 10.0, 0.2), (40, 20.0, 0.1)]
 
 
 def test_time_is_compared_at_the_least_error_that_both_reach() -> None:
-    worse = time_ratios(OURS, 30.0, [(0, 0.0, 0.5), (20, 100.0, 0.3), (40, 200.0, 0.2)])
+    worse = time_ratios(OURS, 30.0, [(0, 0.0, 0.5), (20, 100.0, 0.3), (40, 200.0, 0.2)], 0.0)
     assert (worse["ratio"], worse["ratio_is_bound"]) == (200 / 40, False)
     assert (worse["ratio_to_our_best"], worse["ratio_to_our_best_is_bound"]) == (200 / 50, True)
-    better = time_ratios(OURS, 30.0, [(0, 0.0, 0.5), (20, 10.0, 0.1), (40, 20.0, 0.05)])
+    better = time_ratios(OURS, 30.0, [(0, 0.0, 0.5), (20, 10.0, 0.1), (40, 20.0, 0.05)], 0.0)
     assert (better["ratio"], better["ratio_is_bound"]) == (10 / 50, False)
     assert (better["ratio_to_our_best"], better["ratio_to_our_best_is_bound"]) == (10 / 50, False)
 
 
-def test_a_training_that_only_gets_worse_gives_a_bound() -> None:
-    never = time_ratios(OURS, 30.0, [(0, 0.0, 0.5), (20, 100.0, 0.6)])
-    assert (never["ratio"], never["ratio_is_bound"]) == (100 / 50, True)
+def test_a_training_that_never_gets_to_where_ours_begins_gives_a_bound() -> None:
+    never = time_ratios(OURS, 30.0, [(0, 0.0, 0.9), (20, 100.0, 0.7)], 0.0)
+    assert (never["ratio"], never["ratio_is_bound"]) == (100 / 30, True)
+    prepared = time_ratios(OURS, 30.0, [(0, 0.0, 0.9), (20, 100.0, 0.7)], 50.0)
+    assert prepared["ratio"] == 150 / 30

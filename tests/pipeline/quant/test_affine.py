@@ -207,7 +207,10 @@ def test_four_bit_codes_of_a_literal_input():
     assert affine.input_codes(x).tolist()[:2] == [-128, -127]
 
 
-def test_rows_that_are_fitted_together_do_not_know_of_each_other():
-    w = random_weight(affine.FIT_ELEMENTS // 128 + 3, 128)
+def test_rows_that_are_fitted_or_rounded_together_do_not_know_of_each_other():
+    w = random_weight(affine.ROWS_ELEMENTS // 128 + 3, 128)
     torch.testing.assert_close(affine.fit(w, INT8)[0], affine.fit_scale(w, INT8), rtol=0, atol=0)
     torch.testing.assert_close(affine.fit(w, TWO_LEVEL), affine.fit_two_level(w, TWO_LEVEL), rtol=0, atol=0)
+    scale = affine.product_scale(*affine.fit(w, TWO_LEVEL))
+    whole = affine.codes_float(w, scale, TWO_LEVEL).reshape(w.shape).to(torch.int8)
+    torch.testing.assert_close(affine.quantize(w, scale, TWO_LEVEL), whole, rtol=0, atol=0)
