@@ -83,7 +83,7 @@ def tables(model: str, found: Figures) -> str:
         f"  full precision from other noise: feature distance 1 +- "
         f"{full['feature_distance_of_noises_spread'] / full['feature_distance_of_noises']:.2f} (samples), "
         f"KID {full['kid']:.4f}, once more {full['kid_again']:.4f}",
-        f"  {'':62}" + "".join(f"{name:>17}" for name in COLUMNS),
+        f"  {'':78}" + "".join(f"{name:>17}" for name in COLUMNS),
     ]
     for plan, variants in found["variants"].items():
         lines += [row(f"{plan} {name}", seeds) for name, seeds in variants.items()]
@@ -95,7 +95,7 @@ def tables(model: str, found: Figures) -> str:
 
 
 def row(name: str, seeds: Sequence[Figures]) -> str:
-    text = f"  {name:62}"
+    text = f"  {name:78}"
     for column, form in COLUMNS.items():
         values = [seed[column] for seed in seeds if column in seed]
         cell = form.format(statistics.mean(values)) if values else ""
