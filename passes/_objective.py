@@ -127,9 +127,9 @@ class WholeOutput:
     def _weights(self) -> list[float]:
         """By step, of the relative error: what the samples feel of it, 1 on average over the steps."""
         sampler, trajectory = self.task.sampler, self.task.trajectory
-        outputs = [sampler.guided(output) for output in trajectory.outputs]
         if self.task.options.weighting == "output":
-            return [1.0] * len(outputs)
+            return [1.0] * len(trajectory.timesteps)
+        outputs = [sampler.guided(output) for output in trajectory.outputs]
         x = trajectory.inputs[sampler.names.sample][0][: self.task.count]
         energies = [float(output.square().mean()) for output in outputs]
         felt = [i**2 * e for i, e in zip(sampler.influence(x, outputs), energies, strict=True)]

@@ -12,19 +12,49 @@ import torch
 
 from intaglio.passes._gptq import gptq, second_moment
 from intaglio.passes._layer_inputs import layer_inputs, siblings
+from intaglio.passes._objective import Task
+from intaglio.pipeline.blocks import find_blocks
+from intaglio.pipeline.denoiser import Sampler, denoise_with, on_device
 from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.modules import InputScales, QuantizedLayer, full_precision
-from intaglio.pipeline.quant.spec import IntInput, IntWeight
+from intaglio.pipeline.quant.modules import InputScales, QuantizedLayer, StepClock, full_precision, quantize_model
+from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme, PerStep
 
 if TYPE_CHECKING:
+    from intaglio.passes.distill import Distill
+    from intaglio.pipeline.checkpoint import Checkpoint
     from intaglio.pipeline.context import Context
     from intaglio.pipeline.denoiser import Denoise
+    from intaglio.pipeline.plan import QuantPlan
     from intaglio.pipeline.trajectory import Trajectory
 
 CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
 """Shares of an input's range that are compared as its first scale."""
 START_ROWS = 8
 """Rows of a recorded call from which layers start."""
+
+
+def begin(
+    options: Distill, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
+) -> tuple[Task, dict[str, torch.Tensor]]:
+    """The quantized model where training begins, and what `start_weights` returns of it."""
+    model = checkpoint.open()
+    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    model.module.requires_grad_(False)
+    clock = StepClock(trajectory.timesteps)
+    replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
+    model.module.to(ctx.device)
+    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
+    denoise = on_device(denoise_with(model.module, model), ctx.device)
+    if layers and options.input_rate:
+        start_inputs({n: layer for n, layer in layers.items() if learns_input(layer.scheme)}, denoise, trajectory, ctx)
+    codes = start_weights(layers, denoise, trajectory, options.start, options.distance, ctx)
+    return Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx), codes
+
+
+def learns_input(scheme: LayerScheme) -> bool:
+    """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
+    form = scheme.input
+    return isinstance(form, IntInput) and (form.bits == 4 or isinstance(form.granularity, PerStep))
 
 
 def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:

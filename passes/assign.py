@@ -12,7 +12,7 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan, illegal
+from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, illegal, known_schemes
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import OpKind, Target
@@ -50,9 +50,7 @@ class AssignPrecision(Pass):
     @field_validator("schemes")
     @classmethod
     def _known(cls, schemes: Mapping[OpKind, tuple[str, ...]]) -> Mapping[OpKind, tuple[str, ...]]:
-        unknown = sorted({name for names in schemes.values() for name in names} - set(SCHEME_NAMES))
-        if unknown:
-            raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
+        known_schemes(name for names in schemes.values() for name in names)
         return schemes
 
     def check(self, target: Target) -> None:

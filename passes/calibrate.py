@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from intaglio.pipeline.denoiser import Call, Sampler
+    from intaglio.pipeline.trajectory import Trajectory
 
 
 class Calibrate(Pass):
@@ -95,44 +96,49 @@ class Calibrate(Pass):
         varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
         shared = dict(model.shared)
         conditions = {n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared}
-        parts = ctx.processes.gather(
-            _Part(
-                {name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
-                torch.stack([c.output for c in calls]),
-                conditions,
-                *(
-                    {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
-                    for end in ("low", "high", "output")
-                ),
-            )
+        low, high, output_amax = (
+            {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
+            for end in ("low", "high", "output")
         )
-        halves = sampler.rows_per_sample
-        inputs = {name: _rows([part.inputs[name] for part in parts], 1, halves) for name in varying}
-        outputs = _rows([part.outputs for part in parts], 1, halves)
-        conditions = {name: _rows([part.conditions[name] for part in parts], 0, halves) for name in conditions}
-        low = {name: torch.stack([part.low[name] for part in parts]).amin(0) for name in parts[0].low}
-        high, output_amax = (
-            {name: torch.stack([end[name] for end in found]).amax(0) for name in found[0]}
-            for found in ([part.high for part in parts], [part.output_amax for part in parts])
+        own = Trajectory(
+            sampler.timesteps,
+            {name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
+            torch.stack([c.output for c in calls]),
+            {name: torch.maximum(-low[name], high[name]) for name in low},
+            output_amax,
+            low,
+            high,
+            conditions,
+            shared,
+            half=half,
         )
-        amax = {name: torch.maximum(-low[name], high[name]) for name in low}
-        ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), outputs.shape[1], len(amax))
-        return {
-            TRAJECTORY: Trajectory(
-                sampler.timesteps, inputs, outputs, amax, output_amax, low, high, conditions, shared, half=half
-            )
-        }
+        whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
+        rows = whole.outputs.shape[1]
+        ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), rows, len(low))
+        return {TRAJECTORY: whole}
 
 
-class _Part(NamedTuple):
-    """What one process recorded, with the rows of its samples: as a trajectory has it."""
+def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
+    """What one process would have recorded of all samples."""
+    import torch
 
-    inputs: Mapping[str, torch.Tensor]
-    outputs: torch.Tensor
-    conditions: Mapping[str, torch.Tensor]
-    low: Mapping[str, torch.Tensor]
-    high: Mapping[str, torch.Tensor]
-    output_amax: Mapping[str, torch.Tensor]
+    if len(parts) == 1:
+        return parts[0]
+
+    def largest(tables: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([table[name] for table in tables]).amax(0) for name in tables[0]}
+
+    first = parts[0]
+    return replace(
+        first,
+        inputs={name: _rows([part.inputs[name] for part in parts], 1, halves) for name in first.inputs},
+        outputs=_rows([part.outputs for part in parts], 1, halves),
+        conditions={name: _rows([part.conditions[name] for part in parts], 0, halves) for name in first.conditions},
+        amax=largest([part.amax for part in parts]),
+        output_amax=largest([part.output_amax for part in parts]),
+        low={name: torch.stack([part.low[name] for part in parts]).amin(0) for name in first.low},
+        high=largest([part.high for part in parts]),
+    )
 
 
 def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor:

@@ -15,7 +15,6 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme, PerStep
 
 if TYPE_CHECKING:
     from intaglio.passes._objective import Task
@@ -79,6 +78,13 @@ class Distill(Pass):
         "float32", description="of the products while training; codes and scales are float32 throughout"
     )
 
+    @property
+    def distance(self) -> float:
+        """How far from their codes, in scales, weights begin that do not begin as the model's own."""
+        from intaglio.pipeline.quant import affine
+
+        return affine.NEARLY_HALF if self.base == "float" else 0.0
+
     def forward_rows(self, model: ModelCost) -> int:
         """A forward and a backward pass, which costs two more, for every sample of an update, and the roll-outs."""
         from intaglio.passes._trainer import ROUND
@@ -91,38 +97,20 @@ class Distill(Pass):
         """Raises RecipeError where there is less to share than there are processes."""
         import torch
 
-        from intaglio.passes._objective import Task
-        from intaglio.passes._start import start_inputs, start_weights
-        from intaglio.pipeline.blocks import find_blocks, recomputed
-        from intaglio.pipeline.denoiser import Sampler, denoise_with, on_device
-        from intaglio.pipeline.quant import affine
-        from intaglio.pipeline.quant.modules import StepClock, quantize_model
+        from intaglio.passes._start import begin
+        from intaglio.pipeline.blocks import recomputed
         from intaglio.pipeline.quantized import Adapter
 
-        checkpoint, trajectory, plan = state[MODEL], state[TRAJECTORY], state[PLAN]
-        model = checkpoint.open()
-        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-        model.module.requires_grad_(False)
-        clock = StepClock(trajectory.timesteps)
-        replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
-        model.module.to(ctx.device)
-        layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
-        denoise = on_device(denoise_with(model.module, model), ctx.device)
+        task, codes = begin(self, state[MODEL], state[PLAN], state[TRAJECTORY], ctx)
         loss: tuple[float, ...] = ()
-        if layers and self.input_rate:
-            learning = {name: layer for name, layer in layers.items() if learns_input(layer.scheme)}
-            start_inputs(learning, denoise, trajectory, ctx)
-        distance = affine.NEARLY_HALF if self.base == "float" else 0.0
-        codes = start_weights(layers, denoise, trajectory, self.start, distance, ctx)
-        if self.updates and layers:
-            task = Task(self, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+        if self.updates and task.layers:
             with recomputed(task.blocks.values() if self.recompute else ()):
                 loss = train_blocks(task) if self.scope == "block" else train_model(task)
         learnt: dict[str, LayerAdapter] = {}
         with torch.no_grad():
-            for name, layer in layers.items():
+            for name, layer in task.layers.items():
                 learnt[name] = layer.cpu().learnt(codes.get(name))
-        return {ADAPTER: Adapter(learnt, loss, distance)}
+        return {ADAPTER: Adapter(learnt, loss, self.distance)}
 
 
 def train_model(task: Task) -> tuple[float, ...]:
@@ -153,9 +141,3 @@ def train_blocks(task: Task) -> tuple[float, ...]:
             for layer in layers.values():
                 layer.requires_grad_(False)
     return tuple(loss)
-
-
-def learns_input(scheme: LayerScheme) -> bool:
-    """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
-    form = scheme.input
-    return isinstance(form, IntInput) and (form.bits == 4 or isinstance(form.granularity, PerStep))

@@ -19,7 +19,7 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, structural_schemes
+from intaglio.pipeline.plan import USUAL_SCHEMES, known_schemes, structural_schemes
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,7 @@ class MeasureSensitivity(Pass):
     @field_validator("schemes")
     @classmethod
     def _known(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(schemes) - set(SCHEME_NAMES)):
-            raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
+        known_schemes(schemes)
         return schemes
 
     def forward_rows(self, model: ModelCost) -> int:

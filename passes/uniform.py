@@ -10,7 +10,7 @@ from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.keys import MODEL, PLAN, TARGET
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, known_schemes, structural_schemes
 
 
 class UniformPlan(Pass):
@@ -31,8 +31,7 @@ class UniformPlan(Pass):
     @field_validator("schemes", "ends")
     @classmethod
     def _known(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(schemes) - set(SCHEME_NAMES)):
-            raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
+        known_schemes(schemes)
         return schemes
 
     def run(self, state: State, ctx: Context) -> Outputs:

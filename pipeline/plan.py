@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -53,6 +53,12 @@ SCHEME_NAMES = (
     "w4a4s_token",
     "w4a4s_step",
 )
+
+
+def known_schemes(names: Iterable[str]) -> None:
+    """Raises ValueError for names of no scheme."""
+    if unknown := sorted(set(names) - set(SCHEME_NAMES)):
+        raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
 
 
 class Layer(BaseModel):

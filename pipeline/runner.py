@@ -168,7 +168,7 @@ def _run_step(
     key, ingredients = run_key(step, inputs, seed)
     every = processes()
     with store.lock(key) if every.first else nullcontext():
-        if (record := every.agree(store.find(key))) is not None:
+        if (record := every.agree(store.find(key) if every.first else None)) is not None:
             tell(StepEvent(place, "hit", record.seconds))
             return record
         tell(StepEvent(place, "runs"))

@@ -1,7 +1,12 @@
 """Runs one pass on given artifacts, without a store."""
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from intaglio.pipeline.artifact import AnyKey, Artifact, State
 from intaglio.pipeline.context import Context
@@ -16,3 +21,21 @@ def run_pass(step: Pass, artifacts: Artifacts, scratch: Path) -> Artifacts:
     wanted = step.wants & artifacts.keys()
     state = State({key: artifacts[key] for key in step.requires | wanted}, reader=step.name)
     return dict(step.run(state, Context(scratch=scratch, seed=0, log=logging.getLogger("test"))))
+
+
+@contextmanager
+def killed_at_save(number: int = 1) -> Iterator[None]:
+    """What runs inside dies behind the first, second, ... checkpoint that it moves into place."""
+    real_replace, saves = os.replace, 0
+
+    def dies(source: str, target: str) -> None:
+        nonlocal saves
+        real_replace(source, target)
+        saves += 1
+        if saves == number:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("os.replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -19,17 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from full_size import peak_bytes
 
-from intaglio.passes._objective import Error, Task, WholeOutput
-from intaglio.passes._start import start_inputs, start_weights
+from intaglio.passes._objective import Error, WholeOutput
+from intaglio.passes._start import begin
 from intaglio.passes._trainer import Trainer
-from intaglio.passes.distill import Distill, learns_input
+from intaglio.passes.distill import Distill
 from intaglio.pipeline import Context, Recipe, Store, compile
-from intaglio.pipeline.blocks import find_blocks
-from intaglio.pipeline.denoiser import Denoise, Sampler, denoise_with
+from intaglio.pipeline.denoiser import Denoise, Sampler
 from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
-from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.quant.modules import StepClock
 from intaglio.pipeline.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -58,30 +55,18 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     logging.getLogger("intaglio").setLevel(logging.INFO)
     began = time.process_time()
     (done,) = compile(training.recipe, Store(training.store), base=training.base).values()
-    checkpoint, trajectory, plan, options = done[MODEL], done[TRAJECTORY], done[PLAN], training.distill
     scratch.mkdir(exist_ok=True)
     ctx = Context(scratch, training.recipe.seed)
-    model = checkpoint.open()
-    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-    model.module.requires_grad_(False)
-    clock = StepClock(trajectory.timesteps)
-    replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
-    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
-    denoise = denoise_with(model.module, model)
-    if options.input_rate:
-        learning = {name: layer for name, layer in layers.items() if learns_input(layer.scheme)}
-        start_inputs(learning, denoise, trajectory, ctx)
-    distance = affine.NEARLY_HALF if options.base == "float" else 0.0
-    start_weights(layers, denoise, trajectory, options.start, distance, ctx)
+    task, _ = begin(training.distill, done[MODEL], done[PLAN], done[TRAJECTORY], ctx)
     started_s = time.process_time() - began
-    task = Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx)
+    options, sampler, denoise, clock = task.options, task.sampler, task.denoise, task.clock
     objective: Any = WholeOutput(task)
     if training.kind == QAT:
         objective = Denoising(sampler, denoise, clock, training.data, options.samples * sampler.rows_per_sample)
     trained: type[Timed] = Timed if training.kind == OURS else AllWeights
     if training.kind == OURS:
-        task.add_adapters(layers)
-    trainer = trained(options, layers, objective, ctx)
+        task.add_adapters(task.layers)
+    trainer = trained(options, task.layers, objective, ctx)
     trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
     trainer.train()
     return {

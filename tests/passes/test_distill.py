@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import run_pass
+from harness import killed_at_save, run_pass
 from quantizing import output_error, with_plan
 
 from intaglio.passes._gptq import gptq, second_moment
@@ -39,19 +39,10 @@ def test_distilling_heals_the_loss(planned, distilled, tmp_path):
     assert after < 0.9 * before
 
 
-def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_path, monkeypatch):
+def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_path):
     step = Distill(updates=40, samples=4, rank=4)
-    real_replace, saves = __import__("os").replace, []
-
-    def dies_after_the_first_save(source, target):
-        real_replace(source, target)
-        saves.append(target)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", dies_after_the_first_save)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_save():
         run_pass(step, planned, tmp_path)
-    monkeypatch.setattr("os.replace", real_replace)
     assert len(torch.load(tmp_path / "distill.pt", weights_only=True)["loss"]) == ROUND
     resumed = run_pass(step, planned, tmp_path)[ADAPTER]
     expected = distilled[ADAPTER]
@@ -359,19 +350,11 @@ def test_a_factor_on_the_gradient_cancels_in_adam(planned, tmp_path):
     assert losses["rate"] != pytest.approx(losses["off"], rel=1e-3)
 
 
-def test_states_of_the_quantized_model_are_trained_on_and_resumed(planned, tmp_path, monkeypatch):
+def test_states_of_the_quantized_model_are_trained_on_and_resumed(planned, tmp_path):
     step = Distill(updates=40, samples=2, rank=2, rollout=0.5)
     whole = run_pass(step, planned, tmp_path / "whole")[ADAPTER]
     teacher_forced = run_pass(step.model_copy(update={"rollout": 0.0}), planned, tmp_path / "none")[ADAPTER]
     assert whole.loss != teacher_forced.loss
-    real_replace = __import__("os").replace
-
-    def dies_after_a_save(source, target):
-        real_replace(source, target)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", dies_after_a_save)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_save():
         run_pass(step, planned, tmp_path / "killed")
-    monkeypatch.setattr("os.replace", real_replace)
     assert run_pass(step, planned, tmp_path / "killed")[ADAPTER].loss == whole.loss
