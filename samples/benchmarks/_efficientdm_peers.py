@@ -1,7 +1,7 @@
 """nvidia-modelopt's algorithms as peers: fake quantization in torch, calibrated on recorded calls.
 
 Layers that a plan keeps at 8 bits because of their shape are at 8 bits here too. 4-bit weights have a float scale for
-every 32 input channels, where ours have integers for every 64 or 32 and one float a row.
+every 32 input channels, where ours have an integer for as many and one float a row.
 """
 
 import contextlib

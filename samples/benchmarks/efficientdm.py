@@ -46,6 +46,8 @@ PLANS: Mapping[str, list[str]] = {
     "W4A4": ["w4a4_token", "w4a4_step", "w8a8_token", "w8a8_step"],
 }
 ENDS = ["w8a8_token", "w8a8_step"]
+GROUPS = [32]
+"""Of 4-bit weights, as the peers have."""
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
 DISTILL: Mapping[str, Any] = {
@@ -77,6 +79,7 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
         "ours, inputs as calibrated": ours(input_rate=0),
         "ours, without roll-outs": ours(rollout=0),
         "ours, from the nearest codes, not balanced": ours(start="round")[1:],
+        "ours, 5 times the updates": ours(updates=5 * DISTILL["updates"]),
     }
 }
 """With the first seed alone."""
@@ -112,7 +115,7 @@ class Bench:
         return Recipe(model=ref, targets=("tensorrt-rtx",), seed=seed, steps=steps)
 
     def planned(self, seed: int, plan: str, *steps: Step) -> Recipe:
-        uniform = Step(uses="uniform", options={"schemes": PLANS[plan], "ends": ENDS})
+        uniform = Step(uses="uniform", options={"schemes": PLANS[plan], "ends": ENDS, "groups": GROUPS})
         return self.recipe(seed, CALIBRATE, uniform, *steps)
 
     def compiled(self, recipe: Recipe) -> CompiledTarget:
