@@ -49,6 +49,7 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
         # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

@@ -35,9 +35,7 @@ class UniformPlan(Pass):
         return schemes
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        from intaglio.pipeline.checkpoint import layer_table
-
-        layers, target = layer_table(state[MODEL].open().module), state[TARGET]
+        layers, target = state[MODEL].layers(), state[TARGET]
         chosen = {}
         for layer in layers:
             admitted = structural_schemes(layer, self.groups, SCHEME_NAMES)

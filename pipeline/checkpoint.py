@@ -245,18 +245,31 @@ class Checkpoint:
         _ = made.names  # what is missing is said here, before anything runs
         return made
 
-    def _open_folder(self, recording: Recording | None) -> Factory:
+    def layers(self) -> tuple[Layer, ...]:
+        """The layer table. A folder's weights are not read. Raises RecipeError as `open` does."""
+        if self.entry:
+            return layer_table(self._call_factory().module)
+        import accelerate
+
+        kind, folder = self._diffusers_class()
+        with accelerate.init_empty_weights():
+            return layer_table(kind.from_config(kind.load_config(folder, local_files_only=True)))
+
+    def _diffusers_class(self) -> tuple[Any, Path]:
+        """Of the denoiser, and its folder."""
         import diffusers
 
         assert self._denoiser_folder is not None  # `resolve` made sure
         kind = getattr(diffusers, self.name, None)
         if kind is None:
             raise RecipeError(f"model: diffusers {diffusers.__version__} has no class {self.name}")
+        return kind, self._denoiser_folder
+
+    def _open_folder(self, recording: Recording | None) -> Factory:
         import torch
 
-        module = kind.from_pretrained(
-            self._denoiser_folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
-        )
+        kind, folder = self._diffusers_class()
+        module = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True)
         shape = _sample_shape(module.config) if recording is None else recording.sample_shape
         return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
 

@@ -43,8 +43,16 @@ def test_folder_is_found_copied_and_opened(build, layers, tmp_path):
     assert loaded.ref.sampling_steps == 3
     assert made.sample_shape == (3, 8, 8)
     assert made.classes == 4
-    assert len(layer_table(made.module)) == layers
+    assert loaded.layers() == layer_table(made.module)
+    assert len(loaded.layers()) == layers
     assert all(torch.equal(a, b) for a, b in zip(made.module.parameters(), module.parameters(), strict=True))
+
+
+def test_layers_of_a_folder_are_known_without_its_weights(tmp_path):
+    folder = save_folder(tiny_unet(), tmp_path / "given")
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    assert Checkpoint.resolve(ModelRef(path="given"), tmp_path).layers() == layer_table(tiny_unet())
 
 
 def test_equal_content_has_equal_bytes_wherever_it_lies(tmp_path):
@@ -61,7 +69,9 @@ def test_plain_module_from_a_factory_draws_samples(tmp_path):
     checkpoint = Checkpoint.resolve(ModelRef(path="./net.py:make", sampling_steps=2), tmp_path)
     (tmp_path / "stored").mkdir()
     checkpoint.save(tmp_path / "stored")
-    model = Checkpoint.load(tmp_path / "stored").open()
+    loaded = Checkpoint.load(tmp_path / "stored")
+    model = loaded.open()
+    assert loaded.layers() == layer_table(model.module)
     sampler = Sampler(model, 2, 1.0)
     samples = sampler.sample(denoise_with(model.module, model), sampler.start(2, torch.Generator().manual_seed(0)))
     assert samples.shape == (2, 3, 8, 8)
