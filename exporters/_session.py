@@ -46,6 +46,8 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if mapped:
+        # the level above lays convolutions' weights out anew
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.add_session_config_entry("session.disable_prepacking", "1")
         # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

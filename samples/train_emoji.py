@@ -15,6 +15,8 @@ import json
 import os
 import tarfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -137,11 +139,6 @@ def sampling_scheduler() -> DDIMScheduler:
     )
 
 
-def predict(net: torch.nn.Module, x_B3HW: torch.Tensor, t_B: torch.Tensor, label_B: torch.Tensor) -> torch.Tensor:
-    """Predicted noise (B, 3, H, W)."""
-    return net(x_B3HW, timestep=t_B, class_labels=label_B, return_dict=False)[0]
-
-
 @torch.no_grad()
 def sample(
     net: torch.nn.Module,
@@ -156,10 +153,9 @@ def sample(
     scheduler.set_timesteps(steps)
     x = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
     for t in scheduler.timesteps:
-        both = predict(
-            net, torch.cat([x, x]), t.expand(2 * len(labels)), torch.cat([labels, torch.full_like(labels, null)])
-        )
-        cond, free = both.float().chunk(2)
+        both = torch.cat([labels, torch.full_like(labels, null)])
+        predicted = net(torch.cat([x, x]), timestep=t.expand(2 * len(labels)), class_labels=both, return_dict=False)[0]
+        cond, free = predicted.float().chunk(2)
         x = scheduler.step(free + guidance * (cond - free), t, x).prev_sample
     return x
 
@@ -177,6 +173,79 @@ def write_atomically(value: dict[str, object], path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a denoiser is trained to predict noise, and where the checkpoint goes: a stopped run goes on from there."""
+
+    name: str
+    steps: int
+    rate: float
+    seed: int
+    work: Path
+
+    def run(
+        self,
+        net: torch.nn.Module,
+        ema: torch.nn.Module,
+        draw: Callable[[torch.Generator], tuple[torch.Tensor, Mapping[str, torch.Tensor]]],
+        preview: Callable[[Path], None],
+    ) -> tuple[float, float]:
+        """Loss and seconds. `draw` returns samples in [-1, 1] and what the denoiser takes beside them."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        ema.load_state_dict(net.state_dict())
+        scheduler = DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01)
+        checkpoint, done, loss_mean, spent = self.work / f"{self.name}.pt", 0, 1.0, 0.0
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)
+            net.load_state_dict(saved["net"])
+            ema.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            done, loss_mean, spent = saved["step"], saved["loss"], saved["seconds"]
+        snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        fast_half = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # without the instructions it is slower than float32
+        began = time.monotonic()
+        with Progress(*columns) as progress:
+            task = progress.add_task(self.name, total=self.steps, completed=done)
+            for step in range(done, self.steps):
+                rng = torch.Generator().manual_seed(
+                    self.seed * 1_000_003 + step
+                )  # a function of the step, so that a resumed run draws the same
+                x0, conditions = draw(rng)
+                t = torch.randint(1000, (len(x0),), generator=rng)
+                noise = torch.randn(x0.shape, generator=rng)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate * min(1.0, (step + 1) / 200, (self.steps - step) / (0.2 * self.steps))
+                with torch.autocast("cpu", torch.bfloat16, enabled=fast_half):
+                    predicted = net(scheduler.add_noise(x0, noise, t), timestep=t, return_dict=False, **conditions)[0]
+                error_B = (predicted.float() - noise).square().flatten(1).mean(1)
+                loss = (
+                    error_B * (snr[t].clamp(max=5) / snr[t])
+                ).mean()  # min-SNR weighting, Hang et al. 2023, Eq. 7, gamma = 5
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                decay = min(0.999, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+                loss_mean += 0.01 * (error_B.mean().item() - loss_mean)
+                progress.update(task, advance=1, description=f"{self.name} mse {loss_mean:.4f}")
+                if (step + 1) % 500 == 0 or step + 1 == self.steps:
+                    preview(self.work / f"{self.name}-{step + 1:06d}.png")
+                    progress_so_far = {
+                        "net": net.state_dict(),
+                        "ema": ema.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step + 1,
+                        "loss": loss_mean,
+                        "seconds": spent + time.monotonic() - began,
+                    }
+                    write_atomically(progress_so_far, checkpoint)
+        return loss_mean, spent + time.monotonic() - began
+
+
 def main(
     model: Annotated[str, typer.Argument(help="emoji-dit or emoji-unet")],
     data: Annotated[Path, typer.Option(help="the npm archive of emoji-datasource-google 16.0.0")],
@@ -191,72 +260,25 @@ def main(
     """Train one sample model and save it in fp16 with its scheduler, its classes and a sample grid."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    work.mkdir(parents=True, exist_ok=True)
     images, labels, names = load_emoji(data)
     null = len(names)
-    net = build(model, null).eval()  # eval: labels are dropped below, once for all blocks
-    ema = build(model, null).eval()
-    ema.load_state_dict(net.state_dict())
-    scheduler = DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear")
+    net, ema = (build(model, null).eval() for _ in range(2))  # eval: labels are dropped below, once for all blocks
     sampling = sampling_scheduler()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint, done, loss_mean, spent = work / f"{model}.pt", 0, 1.0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        net.load_state_dict(saved["net"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        done, loss_mean, spent = saved["step"], saved["loss"], saved["seconds"]
     shown = torch.tensor([names.index(n) for n in SHOWN]).repeat_interleave(8)
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    began = time.monotonic()
-    with Progress(*columns) as progress:
-        task = progress.add_task(model, total=steps, completed=done)
-        for step in range(done, steps):
-            rng = torch.Generator().manual_seed(
-                seed * 1_000_003 + step
-            )  # a function of the step, so that a resumed run draws the same
-            pick = torch.randint(len(images), (batch,), generator=rng)
-            x0 = images[pick].float() / 127.5 - 1
-            label = torch.where(torch.rand(batch, generator=rng) < 0.1, null, labels[pick])
-            t = torch.randint(1000, (batch,), generator=rng)
-            noise = torch.randn(x0.shape, generator=rng)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / 200, (steps - step) / (0.2 * steps))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                predicted = predict(net, scheduler.add_noise(x0, noise, t), t, label)
-            error_B = (predicted.float() - noise).square().mean((1, 2, 3))
-            loss = (
-                error_B * (snr[t].clamp(max=5) / snr[t])
-            ).mean()  # min-SNR weighting, Hang et al. 2023, Eq. 7, gamma = 5
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            decay = min(0.999, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-            loss_mean += 0.01 * (error_B.mean().item() - loss_mean)
-            progress.update(task, advance=1, description=f"{model} mse {loss_mean:.4f}")
-            if (step + 1) % 500 == 0 or step + 1 == steps:
-                save_grid(
-                    sample(ema, sampling, shown, null, 20, GUIDANCE, 1), work / f"{model}-{step + 1:06d}.png", columns=8
-                )
-                progress_so_far = {
-                    "net": net.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                    "loss": loss_mean,
-                    "seconds": spent + time.monotonic() - began,
-                }
-                write_atomically(progress_so_far, checkpoint)
+
+    def draw(rng: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        pick = torch.randint(len(images), (batch,), generator=rng)
+        label = torch.where(torch.rand(batch, generator=rng) < 0.1, null, labels[pick])
+        return images[pick].float() / 127.5 - 1, {"class_labels": label}
+
+    def preview(path: Path) -> None:
+        save_grid(sample(ema, sampling, shown, null, 20, GUIDANCE, 1), path, columns=8)
+
+    loss, seconds = Training(model, steps, rate, seed, work).run(net, ema, draw, preview)
     folder = out / model
     ema.half().save_pretrained(folder / ("transformer" if model == "emoji-dit" else "unet"))
     sampling.save_pretrained(folder / "scheduler")
     (folder / "classes.json").write_text(json.dumps({"labels": names, "null_label": null}, indent=1) + "\n")
-    minutes = (spent + time.monotonic() - began) / 60
     text = CARD.format(
         model=model,
         kind=type(net).__name__,
@@ -268,8 +290,8 @@ def main(
         batch=batch,
         rate=rate,
         seed=seed,
-        mse=loss_mean,
-        hours=minutes / 60,
+        mse=loss,
+        hours=seconds / 3600,
         guidance=GUIDANCE,
     )
     (folder / "README.md").write_text(text)
