@@ -54,28 +54,33 @@ def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
     graph.remove(node, safe=True)
 
 
-class TransposedKeys(pattern.RewriteRuleClassBase):
+def transposed_keys() -> pattern.RewriteRule:
     """One Transpose for the keys of attention.
 
     The exporter flattens the axes before the last two for it, to sizes that it takes from the shape at run time. With
     them the shape of the product is unknown, and a runtime that does not know it keeps the scores twice.
     """
+    return pattern.RewriteRule(_flattened_keys, _one_transpose, _sizes_are_of_the_shape)
 
-    def pattern(self, op: Any, x: ir.Value, flat: ir.Value) -> Any:  # onnxscript's builder has no types
-        shape = op.Shape(x)
-        first, rows, columns = (op.Slice(shape, pattern.Var(f"from_{i}"), pattern.Var(f"to_{i}")) for i in range(3))
-        flattened = op.Reshape(x, op.Concat(flat, rows, columns, axis=0))
-        turned = op.Transpose(flattened, perm=[0, 2, 1])
-        return op.Reshape(turned, op.Concat(first, columns, rows, axis=0))
 
-    def check(self, context: Any, x: ir.Value, **numbers: ir.Value) -> bool:
-        found = {name: ir.convenience.get_const_tensor(value) for name, value in numbers.items()}
-        value = {name: int(t.numpy().item()) for name, t in found.items() if t is not None and t.size == 1}
-        begin, end = value.pop("from_0", 1), value.pop("to_2", 0)
-        inner = {"flat": -1, "to_0": -2, "from_1": -2, "to_1": -1, "from_2": -1}
-        return x.shape is not None and value == inner and end >= len(x.shape) and (begin == 0 or begin <= -len(x.shape))
+def _flattened_keys(op: Any, x: ir.Value, flat: ir.Value) -> Any:  # onnxscript's builder has no types
+    shape = op.Shape(x)
+    first, rows, columns = (op.Slice(shape, pattern.Var(f"from_{i}"), pattern.Var(f"to_{i}")) for i in range(3))
+    flattened = op.Reshape(x, op.Concat(flat, rows, columns, axis=0))
+    turned = op.Transpose(flattened, perm=[0, 2, 1])
+    return op.Reshape(turned, op.Concat(first, columns, rows, axis=0))
 
-    def rewrite(self, op: Any, x: ir.Value, **_: ir.Value) -> Any:
-        assert x.shape is not None  # `check` saw it
-        *first, rows, columns = range(len(x.shape))
-        return op.Transpose(x, perm=[*first, columns, rows])
+
+def _sizes_are_of_the_shape(context: Any, x: ir.Value, **numbers: ir.Value) -> bool:
+    """shape[:-2], shape[-2:-1] and shape[-1:]."""
+    found = {name: ir.convenience.get_const_tensor(value) for name, value in numbers.items()}
+    value = {name: int(t.numpy().item()) for name, t in found.items() if t is not None and t.size == 1}
+    begin, end = value.pop("from_0", 1), value.pop("to_2", 0)
+    inner = {"flat": -1, "to_0": -2, "from_1": -2, "to_1": -1, "from_2": -1}
+    return x.shape is not None and value == inner and end >= len(x.shape) and (begin == 0 or begin <= -len(x.shape))
+
+
+def _one_transpose(op: Any, x: ir.Value, **_: ir.Value) -> Any:
+    assert x.shape is not None  # it was looked at
+    *first, rows, columns = range(len(x.shape))
+    return op.Transpose(x, perm=[*first, columns, rows])

@@ -11,18 +11,19 @@ import gc
 import inspect
 import io
 import itertools
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed, TargetError
-from intaglio.pipeline.graph import Graph, TensorSpec
+from intaglio.pipeline.graph import Graph, Interface, TensorSpec
 from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.target import Target
@@ -56,7 +57,7 @@ class ExportFloat(Pass):
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -112,7 +113,10 @@ class ExportFloat(Pass):
             ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
         nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
         inputs, outputs = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
-        return Graph(path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes)), expected
+        interface = _interface(model)
+        return Graph(
+            path, inputs, outputs, (), nodes, model.names.timestep, calls.sizes(axes), interface=interface
+        ), expected
 
 
 class Expected(NamedTuple):
@@ -169,6 +173,19 @@ class Calls:
         return {
             name: (self.usual[owner].shape[axis], other[owner].shape[axis]) for name, (owner, axis) in found.items()
         }
+
+
+def _interface(model: Factory) -> Interface:
+    """Of a diffusers class its configuration, without where it came from."""
+    import diffusers
+
+    module: Any = model.module
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    kind = type(module).__name__
+    config: dict[str, object] = {}
+    if getattr(diffusers, kind, None) is type(module):
+        config = {n: v for n, v in json.loads(module.to_json_string()).items() if not n.startswith("_")}
+    return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants))
 
 
 def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
@@ -276,7 +293,7 @@ def _simplify(model: ir.Model) -> None:
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
-    from intaglio.exporters._repair import TransposedKeys
+    from intaglio.exporters._repair import transposed_keys
 
     nothing = (
         rules.cast_cast_rule,
@@ -288,7 +305,7 @@ def _simplify(model: ir.Model) -> None:
         rules.collapse_slice_rule,
         rules.collapse_slice2_rule,
         rules.materialize_reshape_shape_rule,
-        TransposedKeys.rule(),
+        transposed_keys(),
     )
     with _silent():
         for _ in range(2):

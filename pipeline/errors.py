@@ -52,6 +52,12 @@ class StoreError(IntaglioError):
     exit_code = 6
 
 
+class CallError(IntaglioError):
+    """A compiled denoiser was called otherwise than it was compiled for."""
+
+    exit_code = 8
+
+
 class MissingExtra(IntaglioError):
     """A step needs an optional dependency: names the extra to install."""
 

@@ -22,6 +22,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """How the denoiser of a graph is called: what is needed to stand in its place without its weights.
+
+    `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are those of
+    its forward, in order, `sample` the one with the samples. `constants` are what was recorded beside tensors.
+    """
+
+    kind: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    sample: str = "sample"
+    constants: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Graph:
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
 
@@ -40,6 +55,7 @@ class Graph:
     timestep: str | None = "timestep"
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     amax: Mapping[str, float] = field(default_factory=dict)
+    interface: Interface = field(default_factory=Interface)
 
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
@@ -60,9 +76,18 @@ class Graph:
         }
         nodes = {name: (before, after) for name, (before, after) in facts["nodes"].items()}
         sizes = {axis: (usual, other) for axis, (usual, other) in facts["sizes"].items()}
-        timesteps = tuple(facts["timesteps"])
-        path = root / "model.onnx"
-        return cls(path, specs["inputs"], specs["outputs"], timesteps, nodes, facts["timestep"], sizes, facts["amax"])
+        called = facts["interface"]
+        return cls(
+            root / "model.onnx",
+            specs["inputs"],
+            specs["outputs"],
+            tuple(facts["timesteps"]),
+            nodes,
+            facts["timestep"],
+            sizes,
+            facts["amax"],
+            Interface(**called | {"arguments": tuple(called["arguments"])}),
+        )
 
     @property
     def size_bytes(self) -> int:

@@ -144,7 +144,7 @@ def clips(archive: Path) -> Task:
             num_layers=3,
             cross_attention_dim=96,
             sample_size=SMALL,
-            patch_size=2,
+            patch_size=4,
             activation_fn="gelu-approximate",
             num_embeds_ada_norm=1000,
             norm_type="ada_norm_single",

@@ -1,0 +1,187 @@
+"""Stands in the place of a denoiser: a compiled folder, called as the diffusers model that it was made from.
+
+Shapes: R rows of one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
+from intaglio.pipeline.nesting import flatten
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class DenoiserOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
+    """What diffusers' denoisers return unless a tuple is asked for."""
+
+    sample: torch.Tensor
+
+
+class CompiledDenoiser(nn.Module):
+    """A denoiser that ONNX Runtime executes. Everything but the computation is as in the original.
+
+    It takes what the original takes, in the same order, at the shapes and timesteps that it was compiled for. Where
+    layers have a scale for each denoising step, the step is found from the timestep. A learned variance is not computed
+    and not in `config` either, so that pipelines look for none.
+    """
+
+    def __init__(self, graph: Graph, session: onnxruntime.InferenceSession) -> None:
+        super().__init__()
+        self.graph, self._session = graph, session
+        # in a tuple, as it is no submodule: its weights are nowhere
+        self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__["_original"][0]
+            if original is None:
+                raise
+            return getattr(original, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
+        """As the original. Raises CallError for what it was not compiled for."""
+        arguments = self.graph.interface.arguments
+        if len(args) > len(arguments):
+            raise CallError(f"called with {len(args)} arguments, but it takes {', '.join(arguments)}")
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        whole = given.pop("return_dict", True)
+        inputs = self._inputs(dict(flatten(given)))
+        feed = {name: value.numpy() for name, value in inputs.items()}
+        output = torch.from_numpy(self._session.run(None, feed)[0])
+        sample = given[self.graph.interface.sample]
+        output = output.to(sample.dtype)
+        return DenoiserOutput(sample=output) if whole else (output,)
+
+    def _inputs(self, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        """What the graph takes, by name."""
+        graph = self.graph
+        names = [name for name in graph.inputs if name != STEP_INPUT]
+        if absent := [name for name in names if given.get(name) is None]:
+            raise CallError(f"called without {', '.join(absent)}, which it was compiled with")
+        sample = given[graph.interface.sample]
+        assert isinstance(sample, torch.Tensor)  # its input is there
+        inputs = {}
+        for name in names:
+            value = torch.as_tensor(given[name]).detach().cpu()
+            if name == graph.timestep:
+                value = value.reshape(-1).expand(len(sample))
+            inputs[name] = value.to(getattr(torch, graph.inputs[name].dtype)).contiguous()
+        self._check_others(given)
+        self._check_shapes(inputs)
+        if STEP_INPUT in graph.inputs:
+            inputs[STEP_INPUT] = torch.tensor(self._step(inputs))
+        return inputs
+
+    def _check_others(self, given: Mapping[str, object]) -> None:
+        """Raise CallError for arguments that the graph knows nothing of, unless they are what it was compiled with."""
+        compiled = self._defaults() | dict(flatten(self.graph.interface.constants))
+        problems = []
+        for name, value in given.items():
+            if value is None or name in self.graph.inputs:
+                continue
+            if isinstance(value, torch.Tensor):
+                problems.append(f"called with {name}, which it was compiled without")
+            elif value != compiled.get(name):
+                problems.append(f"called with {name} = {value!r}, but compiled with {compiled.get(name)!r}")
+        if problems:
+            raise CallError(*problems)
+
+    def _defaults(self) -> dict[str, object]:
+        """Of the original's arguments."""
+        original = self._original[0]
+        parameters = {} if original is None else inspect.signature(original.forward).parameters
+        return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+    def _check_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Raise CallError for sizes that the graph does not take."""
+        sizes: dict[str, int] = {}
+        problems = []
+        for name, value in inputs.items():
+            wanted = self.graph.inputs[name].shape
+            if len(wanted) != value.dim():
+                problems.append(f"{name} has the shape {tuple(value.shape)}, but {_shape(wanted)} is taken")
+                continue
+            for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
+                if there != (size if isinstance(size, int) else sizes.setdefault(size, there)):
+                    taken = size if isinstance(size, int) else sizes[size]
+                    problems.append(f"{name} has {there} at axis {axis}, but {taken} is taken")
+        if problems:
+            raise CallError(*problems)
+
+    def _step(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """The step whose timestep is nearest. Raises CallError for one beyond the first or the last."""
+        from intaglio.pipeline.quant.modules import StepClock
+
+        timesteps = self.graph.timesteps
+        if self.graph.timestep is None or len(timesteps) == 1:
+            return 0
+        given = inputs[self.graph.timestep]
+        timestep = float(given[0])
+        if (given != given[0]).any():
+            raise CallError("rows at different timesteps: layers have one scale for all rows of a call")
+        last, first = min(timesteps), max(timesteps)
+        apart = (first - last) / (len(timesteps) - 1)
+        if not last - apart <= timestep <= first + apart:
+            raise CallError(
+                f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
+                " compile with the scheduler that it is used with"
+            )
+        return StepClock(timesteps).index(timestep)
+
+
+def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ()) -> CompiledDenoiser:
+    """The denoiser of a compiled folder, `build/<recipe>/<target>`, for the place of a pipeline's own.
+
+    `threads`: of ONNX Runtime, 0 for one a core; `providers`: those wanted beside the CPU's. Raises RecipeError where
+    the folder holds no graph that ONNX Runtime executes.
+    """
+    from intaglio.exporters._session import open_session
+
+    root = Path(folder)
+    if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
+        raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
+    graph = Graph.load(root)
+    return CompiledDenoiser(graph, open_session(graph.path, threads=threads, providers=providers)).eval()
+
+
+def _original(interface: Interface, channels: int | str) -> nn.Module | None:
+    """The model without weights, for its attributes; None where it is no class of diffusers."""
+    if not interface.kind:
+        return None
+    import accelerate
+    import diffusers
+
+    kind: Any = getattr(diffusers, interface.kind, None)
+    if kind is None:
+        raise RecipeError(f"compiled from {interface.kind}, which diffusers {diffusers.__version__} does not have")
+    with accelerate.init_empty_weights():
+        original: nn.Module = kind.from_config(dict(interface.config))
+    if "out_channels" in interface.config and isinstance(channels, int):
+        original.register_to_config(out_channels=channels)  # type: ignore[operator]  # a method of diffusers
+    return original
+
+
+def _shape(sizes: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, sizes))})"

@@ -1,0 +1,206 @@
+"""Pipelines of diffusers draw with the compiled denoiser what they draw with their own."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from harness import Artifacts, run_pass
+
+import intaglio
+from intaglio.exporters._session import graph_denoise
+from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.runtime import CompiledDenoiser
+from intaglio.passes.calibrate import Calibrate
+from intaglio.passes.distill import Distill
+from intaglio.passes.merge import MergeAdapters
+from intaglio.passes.uniform import UniformPlan
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
+from intaglio.pipeline.record import record
+from intaglio.pipeline.target import load_target
+
+STEPS = 3
+QUIET = {"num_inference_steps": STEPS, "output_type": "latent"}
+
+
+def dit() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,  # as it learns a variance
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8)
+    pipe = diffusers.DiTPipeline(transformer.eval(), vae.eval(), diffusers.DDIMScheduler())
+    return pipe, {"class_labels": [1, 2], "num_inference_steps": STEPS, "output_type": "np"}
+
+
+def sd15() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=unet.eval(), scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False, **parts
+    )
+    return pipe, texts() | {"height": 8, "width": 8} | QUIET
+
+
+def pixart() -> tuple[Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        cross_attention_dim=64,
+        sample_size=8,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    pipe = diffusers.PixArtAlphaPipeline(transformer=transformer.eval(), scheduler=scheduler, **parts)
+    mask = {"prompt_attention_mask": torch.ones(2, 5), "negative_prompt_attention_mask": torch.ones(2, 5)}
+    call = {"height": 64, "width": 64, "use_resolution_binning": False, "negative_prompt": None}
+    return pipe, texts() | mask | call | QUIET
+
+
+def texts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(2, 5, 32, generator=generator) for n in ("prompt_embeds", "negative_prompt_embeds")}
+
+
+def place_of(pipe: Any) -> str:
+    return "unet" if getattr(pipe, "unet", None) is not None else "transformer"
+
+
+def drawn(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    return torch.as_tensor(pipe(**call, generator=torch.Generator().manual_seed(0)).images)
+
+
+def exported(pipe: Any, call: dict[str, Any], folder: Path) -> Artifacts:
+    """The float graph of a pipeline's denoiser, from what a run of it gives the denoiser."""
+    pipe.set_progress_bar_config(disable=True)
+    getattr(pipe, place_of(pipe)).save_pretrained(folder / "model" / place_of(pipe))
+    pipe.scheduler.save_pretrained(folder / "model/scheduler")
+    ref = ModelRef(path="model", sampling_steps=STEPS)
+    if isinstance(pipe, diffusers.DiTPipeline):
+        ref = ref.model_copy(update={"guidance": 4.0})
+    else:
+        record(pipe, call | {"guidance_scale": 1.0}).save(folder / "conditions.safetensors")
+        ref = ref.model_copy(update={"conditions": "conditions.safetensors"})
+    start: Artifacts = {MODEL: Checkpoint.resolve(ref, folder), TARGET: load_target("onnxruntime-cpu")}
+    start |= run_pass(Calibrate(samples=2), start, folder / "calibrate")
+    return start | run_pass(ExportFloat(), start, folder / "export")
+
+
+def quantized(artifacts: Artifacts, schemes: tuple[str, ...], folder: Path) -> Artifacts:
+    steps = (UniformPlan(schemes=schemes), Distill(updates=0, input_rate=0), MergeAdapters(), ExportQdq())
+    for step in steps:
+        artifacts = artifacts | run_pass(step, artifacts, folder / step.name)
+    return artifacts
+
+
+def loaded(artifacts: Artifacts, key: Any, folder: Path) -> CompiledDenoiser:
+    folder.mkdir()
+    artifacts[key].save(folder)
+    return intaglio.load(folder, threads=1)
+
+
+@pytest.mark.parametrize("make", [dit, sd15, pixart])
+def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, tmp_path):
+    pipe, call = make()
+    artifacts = exported(pipe, call, tmp_path)
+    expected = drawn(pipe, call)
+    setattr(pipe, place_of(pipe), loaded(artifacts, FLOAT_GRAPH, tmp_path / "float"))
+    # some times the order of float32 sums, as every step builds on the one before
+    torch.testing.assert_close(drawn(pipe, call), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def by_step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], CompiledDenoiser]:
+    """A pipeline and its denoiser with a scale for each denoising step."""
+    folder = tmp_path_factory.mktemp("by_step")
+    pipe, call = dit()
+    artifacts = quantized(exported(pipe, call, folder), ("w8a8_step",), folder)
+    return pipe, call, loaded(artifacts, GRAPH, folder / "graph")
+
+
+def test_scales_of_steps_are_found_from_the_timestep(by_step):
+    pipe, call, denoiser = by_step
+    graph = denoiser.graph
+    assert graph.timesteps == (666.0, 333.0, 0.0)
+    deployed = graph_denoise(graph, threads=1)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for near, timestep in ((700, 666), (340, 333), (1, 0)):  # other step counts meet other timesteps
+        inputs = {"hidden_states": x, "timestep": torch.full((2,), near), "class_labels": torch.tensor([1, 2])}
+        assert torch.equal(denoiser(**inputs).sample, deployed(inputs)), timestep
+    expected, original = drawn(pipe, call), pipe.transformer
+    pipe.transformer = denoiser
+    try:
+        error = (drawn(pipe, call) - expected).square().mean() / expected.var()
+    finally:
+        pipe.transformer = original
+    assert 1e-4 < error < 0.05  # random weights: what rounding does to their pictures, guided 4 times, is not little
+
+
+def called(denoiser: CompiledDenoiser, **changes: Any) -> Any:
+    usual = {
+        "hidden_states": torch.zeros(2, 4, 8, 8),
+        "timestep": torch.tensor([999, 999]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    return denoiser(**{n: v for n, v in (usual | changes).items() if v is not None})
+
+
+def test_outputs_are_as_the_original_returns_them(by_step):
+    pipe, _, denoiser = by_step
+    x, labels = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
+    (first,) = denoiser(x, torch.tensor(666), labels, return_dict=False)
+    assert torch.equal(denoiser(x, 666, class_labels=labels).sample, first)
+    assert denoiser(x.double(), 666, labels).sample.dtype == torch.float64
+    assert (denoiser.dtype, denoiser.device, denoiser.training) == (torch.float32, torch.device("cpu"), False)
+    assert denoiser.config.sample_size == pipe.transformer.config.sample_size == 8
+    assert denoiser.config.out_channels == 4  # no variance
+    assert denoiser.patch_size == 2  # of the original, as everything that it does not have itself
+    assert not list(denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_labels": None}, "called without class_labels, which it was compiled with"),
+        ({"hidden_states": torch.zeros(2, 4, 8, 16)}, "hidden_states has 16 at axis 3, but 8 is taken"),
+        ({"hidden_states": torch.zeros(4, 8, 8)}, r"shape \(4, 8, 8\), but \(batch, 4, 8, 8\) is taken"),
+        ({"class_labels": torch.tensor([1])}, "class_labels has 1 at axis 0, but 2 is taken"),
+        ({"timestep": 5000}, "timestep 5000, but its scales are of 3 steps from 666 to 0"),
+        ({"timestep": torch.tensor([666, 333])}, "rows at different timesteps"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "compiled with None"),
+    ],
+)
+def test_a_call_that_it_was_not_compiled_for_is_refused(by_step, changes, message):
+    with pytest.raises(CallError, match=message):
+        called(by_step[2], **{"timestep": torch.tensor(666)} | changes)
+
+
+def test_a_folder_without_a_graph_is_told_so(tmp_path):
+    with pytest.raises(RecipeError, match=r"no graph.json and model.onnx: give the folder of a target"):
+        intaglio.load(tmp_path)
