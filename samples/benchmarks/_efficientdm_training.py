@@ -21,7 +21,7 @@ from full_size import peak_bytes
 
 from intaglio.passes._objective import Error, WholeOutput
 from intaglio.passes._start import begin
-from intaglio.passes._trainer import Trainer
+from intaglio.passes._trainer import ROUND, Trainer
 from intaglio.passes.distill import Distill
 from intaglio.pipeline import Context, Recipe, Store, compile
 from intaglio.pipeline.denoiser import Denoise, Sampler
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 OURS, QAT, QAT_OWN_LOSS = "ours", "qat", "qat on our loss"
+QAT_EVERY = 5
+"""Checks between two points of its curve, which has many: a ratio of time is too large by less than such a step."""
 Curve = Sequence[tuple[int, float, float]]
 """Update, CPU seconds since the first one, held-out error; in order."""
 
@@ -67,6 +69,8 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     if training.kind == OURS:
         task.add_adapters(task.layers)
     trainer = trained(options, task.layers, objective, ctx)
+    if training.kind == QAT:
+        trainer.every = QAT_EVERY
     trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
     trainer.train()
     return {
@@ -98,9 +102,13 @@ def output_error(denoise: Denoise, sampler: Sampler, clock: StepClock | None, tr
 
 
 class Timed(Trainer):
-    """Notes the held-out error against the CPU seconds of training, its own checks and roll-outs included."""
+    """Notes the held-out error against the CPU seconds of training, its own checks and roll-outs included.
+
+    At every `every`-th of its checks, the first and the last among them.
+    """
 
     probe: Callable[[], float]
+    every = 1
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -118,8 +126,10 @@ class Timed(Trainer):
         error = super()._held_out_error()
         if self.done not in self.curve:
             self.spent_s += time.process_time() - self.mark
-            self.curve[self.done] = (self.spent_s, self.probe())
-            self._invalidate()
+            check, left = divmod(self.done, ROUND)
+            if left or self.done == self.options.updates or not check % self.every:
+                self.curve[self.done] = (self.spent_s, self.probe())
+                self._invalidate()
         self.mark = time.process_time()
         return error
 
