@@ -40,9 +40,9 @@ def open_session(
     """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
 
     `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
-    writes the kernels' times to and names. `data`: the folder of the tensors that a model in
-    memory keeps in files. `mapped`: weights stay in their file, where else the layouts that kernels like are copies of
-    them all, and values are freed as soon as can be; slower. Raises what ONNX Runtime raises.
+    writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
+    `mapped`: weights stay in their file, where else the layouts that kernels like are copies of them all, and values
+    are freed as soon as can be; slower. Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
