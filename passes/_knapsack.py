@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, csr_array, hstack, vstack
 
 from intaglio.pipeline.errors import StepFailed
@@ -23,13 +24,21 @@ from intaglio.pipeline.errors import StepFailed
 Floats = NDArray[np.float64]
 Chosen = NDArray[np.intp]
 """The option of each layer, in the order of layers (L)."""
-Integral = NDArray[np.int_]
-"""1 for what is chosen or not, 0 for what may be in between (O)."""
 
 UNIT = 1000.0
 """What budgets and the least loss are for HiGHS, whose tolerances are absolute, 1e-6: so they are met to 1e-9."""
+CORES = (300, 1000)
+"""How many options more than one a layer are tried, before all are that are worth it."""
 INFEASIBLE = 2
-"""Status of `milp`."""
+"""Status of `milp` and `linprog`."""
+
+
+class _Mixed(NamedTuple):
+    """The optimum where options may be mixed, and what each option costs that it does not have (O), both in `unit`."""
+
+    unit: float
+    least: float
+    reduced: Floats
 
 
 @dataclass(frozen=True)
@@ -54,60 +63,90 @@ class Knapsack:
         """The least of this cost within the limits."""
         return self._least(self.costs[cost], limits)
 
+    def bound(self, limits: Mapping[str, float]) -> float | None:
+        """No choice within the limits loses less: the optimum where options may be mixed. None: nothing is within."""
+        mixed = self._mixed(self.loss, limits)
+        return None if mixed is None else mixed.least * mixed.unit
+
     def nearest(self, limits: Mapping[str, float]) -> Chosen:
         """What is over none of the limits times t, for the smallest t."""
         options = len(self.loss)
-        over = csr_array(np.full((len(limits), 1), -UNIT))
-        within = LinearConstraint(hstack([self._used(limits), over]), -np.inf, 0)
-        bounds = Bounds(0, np.append(np.ones(options), np.inf))
-        t = np.append(np.zeros(options), UNIT)
-        chosen = self._chosen(self._solve(t, [within], np.append(np.ones(options, int), 0), bounds))
+        often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, np.zeros(len(limits)))
+        t = csr_array(np.append(np.zeros(len(self._often)), np.full(len(limits), -UNIT))[:, None])
+        chosen = self._solve(
+            np.append(np.zeros(options), UNIT),
+            LinearConstraint(hstack([vstack([self._structure, self._used(limits)]), t]), *often),
+            np.append(np.ones(options, int), 0),
+            Bounds(0, np.append(np.ones(options), np.inf)),
+        )
         assert chosen is not None  # any choice is within limits that are far enough away
         return chosen
 
-    def bound(self, limits: Mapping[str, float]) -> float | None:
-        """No choice within the limits loses less: the optimum where options may be mixed. None: nothing is within."""
-        unit = self._unit(self.loss, limits)
-        return None if unit is None else unit * float(self._mixed(self.loss / unit, limits).fun)
-
     def _least(self, amount: Floats, limits: Mapping[str, float]) -> Chosen | None:
-        unit = self._unit(amount, limits)
-        if unit is None:
-            return None
-        return self._chosen(self._solve(amount / unit, self._within(limits), np.ones(len(amount), int)))
+        """Tried first on those options that cost least beside the relaxed optimum.
 
-    def _unit(self, amount: Floats, limits: Mapping[str, float]) -> float | None:
-        """A thousandth of about the least that is possible, where options may be mixed; None: nothing is possible."""
+        What is found there says which of the others could still be better: an option costs at least its reduced cost.
+        """
+        mixed = self._mixed(amount, limits)
+        if mixed is None:
+            return None
+        rows = vstack([self._structure, self._used(limits)]).tocsc()
+        often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, [UNIT] * len(limits))
+        ranked = np.sort(mixed.reduced)
+        chosen, found = None, np.inf
+        for more in (*CORES, len(amount)):
+            reach = min(ranked[min(int(self.layer[-1]) + more, len(amount) - 1)], found - mixed.least)
+            core = np.flatnonzero(mixed.reduced <= reach)
+            within = LinearConstraint(rows[:, core], *often)
+            picked = self._solve(amount[core] / mixed.unit, within, np.ones(len(core), int), Bounds(0, 1))
+            if picked is not None and amount[core[picked]].sum() / mixed.unit < found:
+                chosen, found = core[picked], amount[core[picked]].sum() / mixed.unit
+            if chosen is not None and found - mixed.least <= max(reach, self.gap * found):
+                break
+        return chosen
+
+    def _mixed(self, amount: Floats, limits: Mapping[str, float]) -> _Mixed | None:
+        """None where nothing is possible. Solved twice: how large the optimum is says how exactly it is to be found."""
         unit = max(float(amount.max()), 1e-30) / UNIT
-        mixed = self._mixed(amount / unit, limits)
-        if mixed.status == INFEASIBLE:
-            return None
-        least = float(mixed.fun) / UNIT
-        return unit * least if least > 1e-9 else unit  # below that is rounding: nothing is lost
-
-    def _mixed(self, amount: Floats, limits: Mapping[str, float]) -> OptimizeResult:
-        return self._solve(amount, self._within(limits), np.zeros(len(amount), int))
+        for _ in range(2):
+            with _stdout_to_stderr():
+                relaxed = linprog(  # type: ignore[call-overload]  # its stubs know no sparse matrices
+                    amount / unit,
+                    A_ub=self._used(limits),
+                    b_ub=np.full(len(limits), UNIT),
+                    A_eq=self._structure,
+                    b_eq=self._often,
+                    bounds=(0, None),
+                )
+            if relaxed.status == INFEASIBLE:
+                return None
+            found = _Mixed(unit, float(relaxed.fun), relaxed.lower.marginals)
+            if found.least < 1e-9 * UNIT:  # rounding: nothing is lost
+                break
+            unit *= found.least / UNIT
+        return found
 
     def _solve(
-        self, amount: Floats, within: list[LinearConstraint], integral: Integral, bounds: Bounds | None = None
-    ) -> OptimizeResult:
-        """The least amount. It may have one more variable than there are options."""
-        more = csr_array((self._structure.shape[0], len(amount) - len(self.loss)))
-        structure = LinearConstraint(hstack([self._structure, more]), self._often, self._often)
+        self, amount: Floats, within: LinearConstraint, integral: NDArray[np.int_], bounds: Bounds
+    ) -> NDArray[np.intp] | None:
+        """What is chosen of these, for the least amount; None where nothing is within."""
         with _stdout_to_stderr():
-            return milp(
+            result = milp(
                 amount,
                 integrality=integral,
-                bounds=bounds or Bounds(0, 1),
-                constraints=[structure, *within],
-                options={"mip_rel_gap": self.gap},
+                bounds=bounds,
+                constraints=within,
+                options={"mip_rel_gap": self.gap / 2},
             )
-
-    def _within(self, limits: Mapping[str, float]) -> list[LinearConstraint]:
-        return [LinearConstraint(self._used(limits), -np.inf, UNIT)] if limits else []
+        if result.x is None:
+            if result.status == INFEASIBLE:
+                return None
+            raise StepFailed(f"no plan found: {result.message}")
+        return np.flatnonzero((result.x > 0.5) & (integral > 0))
 
     def _used(self, limits: Mapping[str, float]) -> csr_array:
-        return csr_array(np.stack([self.costs[name] / limit * UNIT for name, limit in limits.items()]))
+        shares = [self.costs[name] / limit * UNIT for name, limit in limits.items()]
+        return csr_array(np.array(shares).reshape(len(limits), len(self.loss)))
 
     @cached_property
     def _structure(self) -> csr_array:
@@ -123,13 +162,6 @@ class Knapsack:
     @property
     def _often(self) -> Floats:
         return np.append(np.ones(int(self.layer[-1]) + 1), np.zeros(len(self.equal)))
-
-    def _chosen(self, result: OptimizeResult) -> Chosen | None:
-        if result.x is None:
-            if result.status == INFEASIBLE:
-                return None
-            raise StepFailed(f"no plan found: {result.message}")
-        return np.flatnonzero(result.x[: len(self.loss)] > 0.5)
 
 
 @contextmanager
