@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from intaglio.passes._knapsack import Knapsack
 from intaglio.passes.assign import AssignPrecision, Budget
+from intaglio.pipeline import Recipe
+from intaglio.pipeline.binding import bind
 from intaglio.pipeline.cost import bit_operations, latency_s
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
@@ -224,7 +226,9 @@ def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
 
 def test_a_profile_is_found_beside_the_recipe_and_is_part_of_the_options(tmp_path):
     (tmp_path / "fast.json").write_text(json.dumps(profile({"float": {"l0": 1.5}})[0]))
-    step = AssignPrecision.model_validate({"profile": "fast.json"}, context={"base": tmp_path})
+    text = "{model: m, targets: [onnxruntime-cpu], steps: [calibrate, sensitivity, assign: {profile: fast.json}]}"
+    ((*_, assign),) = (chain.steps for chain in bind(Recipe.parse(text), base=tmp_path))
+    step = assign.configured
     assert step.model_dump()["profile"][0]["layers"]["l0"]["microseconds"] == 1.5
     assert AssignPrecision.model_validate(step.model_dump(mode="json")) == step
 
