@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -87,6 +87,7 @@ class ProfileLayers(Pass):
             part = rest[operator] if owner is None else layers[owner]
             part[:] = map(sum, zip(part, times[1:], strict=True))
         found = _profile(
+            "onnxruntime",
             f"onnxruntime {onnxruntime.__version__}, {session.get_providers()[0]}, {self.threads or 'all'} threads",
             self.runs,
             self.rows,
@@ -139,11 +140,12 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
             f"{times}: names no node of {graph.path} in {len(took)} kernels: give what --exportLayerInfo wrote as well,"
             " with --profilingVerbosity=detailed"
         )
-    return _profile("trtexec", runs, None, plan, found, rest)
+    return _profile("tensorrt", "trtexec", runs, None, plan, found, rest)
 
 
 def _profile(
-    runtime: str,
+    runtime: Literal["onnxruntime", "tensorrt"],
+    made_by: str,
     runs: int,
     rows: int | None,
     plan: QuantPlan,
@@ -162,7 +164,15 @@ def _profile(
     }
     missing = tuple(layer.name for layer in plan.layers if layer.name not in layers)
     by_time = dict(sorted(rest.items(), key=lambda item: (-item[1], item[0])))
-    return Profile(runtime=runtime, runs=runs, rows=rows, layers=measured, rest_microseconds=by_time, missing=missing)
+    return Profile(
+        runtime=runtime,
+        made_by=made_by,
+        runs=runs,
+        rows=rows,
+        layers=measured,
+        rest_microseconds=by_time,
+        missing=missing,
+    )
 
 
 def _feed(graph: Graph, rows: int, ctx: Context) -> dict[str, NDArray[np.generic]]:

@@ -106,7 +106,7 @@ class AssignPrecision(Pass):
     @field_validator("profile")
     @classmethod
     def _comparable(cls, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
-        for what, found in (("rows", {p.rows for p in profiles}), ("runtimes", {p.runtime for p in profiles})):
+        for what, found in (("rows", {p.rows for p in profiles}), ("tools", {p.made_by for p in profiles})):
             if len(found) > 1:
                 raise ValueError(f"measured with different {what}, {' and '.join(sorted(map(str, found)))}")
         return profiles
@@ -114,7 +114,7 @@ class AssignPrecision(Pass):
     def check(self, target: Target) -> None:
         """Raises TargetError when the target runs none of the schemes for a kind of layer, or not one that is named.
 
-        Also for a device that it does not have, or none where one is needed.
+        Also for a device that it does not have, or none where one is needed, and for a profile of another runtime.
         """
         problems = [
             f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for a {op}, not {name}"
@@ -125,6 +125,10 @@ class AssignPrecision(Pass):
         devices = [device.name for device in target.devices]
         if self.device is not None and self.device not in devices:
             problems.append(f"assign.device: {target.name} has no {self.device!r}{did_you_mean(self.device, devices)}")
+        problems += [
+            f"assign.profile: measured by {made_by}, but {target.name} is for {target.runtime}"
+            for made_by in sorted({p.made_by for p in self.profile if not target.runtime.startswith(p.runtime)})
+        ]
         if self.budget.latency is not None and not devices and not self.profile:
             problems.append(
                 f"assign.budget.latency: {target.name} lists no device to estimate times for: name files of"
@@ -137,10 +141,10 @@ class AssignPrecision(Pass):
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
         problem = self._problem(table, workload, target, ctx)
-        limits = self.budget.limits
-        if self.point is None:
-            chosen = problem.best(limits)
-        plans = problem.front({name: limit for name, limit in limits.items() if name != "size"}, self.front)
+        others = {name: limit for name, limit in self.budget.limits.items() if name != "size"}
+        limits = self.budget.limits if self.point is None else others
+        chosen = problem.best(limits)
+        plans = problem.front(others, self.front)
         if self.point is not None:
             if self.point >= len(plans):
                 raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")

@@ -332,7 +332,7 @@ def _print_profile(title: str, profile: Profile) -> None:
     rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
     missing = [(name, "no kernel", "", "") for name in profile.missing]
     called = "" if profile.rows is None else f" of {profile.rows} rows"
-    title = f"{title}: {profile.runtime}, medians of {profile.runs} calls{called}"
+    title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
     _print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
 
 

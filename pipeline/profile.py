@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +20,7 @@ class LayerTime(BaseModel):
 
 
 class Profile(BaseModel):
-    """Medians over `runs` calls with `rows` rows; `rows` is None where whoever measured does not say.
+    """Medians over `runs` calls with `rows` rows; `rows` is None where who measured, `made_by`, does not say.
 
     `rest_microseconds` has what belongs to no layer, by operator or by the runtime's own name; `missing` are the
     plan's layers of which no kernel was found.
@@ -28,7 +28,8 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    runtime: str
+    runtime: Literal["onnxruntime", "tensorrt"]
+    made_by: str
     runs: int = Field(ge=1)
     rows: int | None = Field(None, ge=1)
     layers: Mapping[str, LayerTime]

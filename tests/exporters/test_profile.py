@@ -48,7 +48,8 @@ def for_tensorrt(tmp_path):
 def test_every_layer_is_timed_in_its_scheme(for_onnxruntime, tmp_path):
     found = run_pass(ProfileLayers(runs=3, rows=4), for_onnxruntime, tmp_path / "scratch")[PROFILE]
     assert (found.rows, found.runs) == (4, 3)
-    assert found.runtime.startswith("onnxruntime 1.")
+    assert found.runtime == "onnxruntime"
+    assert found.made_by.startswith("onnxruntime 1.")
     assert {name: time.scheme for name, time in found.layers.items()} == {n: s.name for n, s in WANTED.items()}
     assert found.layers["a"].bytes == 64 * 32 + 4 * 32 * 2
     assert found.layers["b"].bytes == 64 * 64 * 5 // 8 + 4 * 64 * 2
@@ -132,7 +133,13 @@ def test_kernels_of_tensorrt_are_read_by_the_nodes_in_their_names(for_tensorrt, 
     took = {name: time.microseconds for name, time in found.layers.items()}
     assert took == pytest.approx({"a": 5.0, "b": 10 * 64 / (64 + 96), "c": 10 * 96 / (64 + 96)})
     assert found.rest_microseconds == {"{ForeignNode[a/MatMul...c/MatMul]}": 500.0, "__myl_Softmax_1": 250.0}
-    assert (found.runtime, found.runs, found.rows, found.missing) == ("trtexec", 10, None, ("folded",))
+    assert (found.runtime, found.made_by, found.runs, found.rows, found.missing) == (
+        "tensorrt",
+        "trtexec",
+        10,
+        None,
+        ("folded",),
+    )
 
 
 def test_names_without_nodes_are_looked_up_in_the_layer_information(for_tensorrt, tmp_path):

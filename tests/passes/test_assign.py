@@ -173,7 +173,7 @@ def profile(microseconds: dict[str, dict[str, float]], **about: object) -> list[
     found = []
     for scheme, times in microseconds.items():
         layers = {n: LayerTime(scheme=scheme, microseconds=t, bytes=1) for n, t in times.items()}
-        about = {"runtime": "onnxruntime 1", "runs": 3, "rows": 2, **about}
+        about = {"runtime": "tensorrt", "made_by": "trtexec", "runs": 3, "rows": 2, **about}
         found.append(Profile(layers=layers, rest_microseconds={}, **about).model_dump(mode="json"))
     return found
 
@@ -182,10 +182,14 @@ def test_measured_times_take_the_place_of_the_roofline(tmp_path):
     artifacts = given(*ERRORS[:2]) | {TARGET: load_target("onnxruntime-cpu")}  # which has no device
     times = {"float": {"l0": 10, "l1": 20}, "w8a8_token": {"l0": 12, "l1": 5}, "w4a16": {"l0": 4, "l1": 30}}
     for scheme, measured in times.items():
-        (tmp_path / f"{scheme}.json").write_text(json.dumps(profile({scheme: measured})[0]))
+        (tmp_path / f"{scheme}.json").write_text(
+            json.dumps(profile({scheme: measured}, runtime="onnxruntime", made_by="ort")[0])
+        )
     step = AssignPrecision(
         profile=[str(tmp_path / f"{s}.json") for s in times], budget=Budget(latency=0.35), schemes=EVERY
     )
+    with pytest.raises(TargetError, match=r"measured by ort, but tensorrt-rtx is for tensorrt-rtx$"):
+        step.check(RTX)
     step.check(artifacts[TARGET])
     made = run_pass(step, artifacts, tmp_path)
     # (12 + 5) / 30 is too much, (4 + 5) / 30 is not
@@ -227,7 +231,7 @@ def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
 
 
 def test_a_profile_is_found_beside_the_recipe_and_is_part_of_the_options(tmp_path):
-    (tmp_path / "fast.json").write_text(json.dumps(profile({"float": {"l0": 1.5}})[0]))
+    (tmp_path / "fast.json").write_text(json.dumps(profile({"float": {"l0": 1.5}}, runtime="onnxruntime")[0]))
     text = "{model: m, targets: [onnxruntime-cpu], steps: [calibrate, sensitivity, assign: {profile: fast.json}]}"
     ((*_, assign),) = (chain.steps for chain in bind(Recipe.parse(text), base=tmp_path))
     step = assign.configured
