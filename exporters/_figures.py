@@ -14,6 +14,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from intaglio.pipeline.front import Front, Point
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -275,6 +276,70 @@ def heat_colours() -> tuple[str, ...]:
     palette = _magma_palette()
     places = [3 * (30 + 225 * level // (HEAT_LEVELS - 1)) for level in range(HEAT_LEVELS)]
     return tuple("#" + bytes(palette[place : place + 3]).hex() for place in places)
+
+
+# front
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One plan at its place in [0, 1] of the plot, y downwards, and what it says when asked."""
+
+    left: float
+    top: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class FrontFigure:
+    """Predicted quality over size. Points as an SVG polyline takes them; ticks are (place, label)."""
+
+    points: str
+    dots: tuple[Dot, ...]
+    chosen: Dot | None
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+def front_figure(front: Front) -> FrontFigure | None:
+    """None where there are fewer than two points to draw; where nothing is lost there is no finite PSNR to draw."""
+    drawn = [(i, point) for i, point in enumerate(front.points) if point.loss > 0]
+    if len(drawn) < 2:
+        return None
+    shown = [front.chosen] * (front.chosen.loss > 0) + [point for _, point in drawn]
+    low_size, high_size = _padded([point.costs["size"] for point in shown])
+    low_db, high_db = _padded([point.psnr_db for point in shown])
+
+    def left(size: float) -> float:
+        return (size - low_size) / (high_size - low_size)
+
+    def top(psnr_db: float) -> float:
+        return (high_db - psnr_db) / (high_db - low_db)
+
+    def dot(point: Point, title: str) -> Dot:
+        return Dot(left(point.costs["size"]), top(point.psnr_db), f"{title}\n{_point_tip(point)}")
+
+    dots = tuple(dot(point, f"point {i}") for i, point in drawn)
+    return FrontFigure(
+        points=" ".join(f"{one.left:.4f},{one.top:.4f}" for one in dots),
+        dots=dots,
+        chosen=dot(front.chosen, "the plan") if front.chosen.loss > 0 else None,
+        x_ticks=tuple((left(v), _tick_label(v)) for v in _ticks(low_size, high_size)),
+        y_ticks=tuple((top(v), _tick_label(v)) for v in _ticks(low_db, high_db)),
+    )
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis with some room beyond the values."""
+    pad = 0.06 * (max(values) - min(values)) or 0.5
+    return min(values) - pad, max(values) + pad
+
+
+def _point_tip(point: Point) -> str:
+    costs = (f"{name} {number(cost)}" for name, cost in point.costs.items())
+    names = list(point.schemes.values())
+    schemes = (f"{names.count(name)} {name}" for name in _in_order(names))
+    return "\n".join((f"{number(point.psnr_db)} dB", *costs, ", ".join(schemes)))
 
 
 # curve

@@ -33,14 +33,16 @@ def open_session(
     threads: int = 0,
     providers: Sequence[str] = (),
     optimized: Path | None = None,
+    profile: Path | None = None,
     data: Path | None = None,
     mapped: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
 
-    `optimized`: a file to write the graph to that is executed. `data`: the folder of the tensors that a model in
-    memory keeps in files. `mapped`: weights stay in their file, where else the layouts that kernels like are copies of
-    them all, and values are freed as soon as can be; slower. Raises what ONNX Runtime raises.
+    `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
+    writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
+    `mapped`: weights stay in their file, where else the layouts that kernels like are copies of them all, and values
+    are freed as soon as can be; slower. Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
@@ -57,6 +59,8 @@ def open_session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
         )
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]

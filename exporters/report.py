@@ -19,6 +19,7 @@ from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.keys import (
     ADAPTER,
     ENGINE,
+    FRONT,
     GRAPH,
     LATENCY,
     MODEL,
@@ -53,8 +54,9 @@ class WriteReport(Pass):
     """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
 
     name: ClassVar[str] = "report"
+    version: ClassVar[int] = 2
     requires = frozenset({MODEL, TARGET, PLAN, ADAPTER, GRAPH, ENGINE, VERIFICATION, LATENCY})
-    wants = frozenset({SENSITIVITY})
+    wants = frozenset({SENSITIVITY, FRONT})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
@@ -80,6 +82,7 @@ class WriteReport(Pass):
             schemes=figures.scheme_rows(plan),
             bit_maps=figures.bit_maps(plan),
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
+            front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss),
             samples=figures.sample_figure(verification.samples, self.samples),
             sizes=_sizes(state[GRAPH], state[ENGINE], verification),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -35,3 +36,26 @@ def siblings(seen: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
     for name, x in seen.items():
         groups.setdefault(id(x), []).append(name)
     return [tuple(names) for names in groups.values()]
+
+
+class SameInputs:
+    """Groups layers by the tensor that they read, as they are called. Keeps no tensor."""
+
+    def __init__(self) -> None:
+        self._readers: dict[int, tuple[weakref.ref[torch.Tensor], list[str]]] = {}
+        self._groups: list[list[str]] = []
+
+    def note(self, name: str, x: torch.Tensor) -> None:
+        """The layer is called with x, which lives until it has been read by all that read it."""
+        tensor, names = self._readers.get(id(x), (None, []))
+        if tensor is None or tensor() is not x:  # else a new tensor has the id of one that is gone
+            names = []
+            self._readers[id(x)] = weakref.ref(x), names
+            self._groups.append(names)
+        if name not in names:
+            names.append(name)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Of two layers or more, in the order of calls."""
+        return tuple(tuple(names) for names in self._groups if len(names) > 1)

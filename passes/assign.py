@@ -1,43 +1,75 @@
-"""Decide the scheme of every layer: the least summed sensitivity that fits the budget."""
+"""Decide the scheme of every layer: the least summed sensitivity that fits the budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
+from intaglio.pipeline.cost import bit_operations
+from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
+from intaglio.pipeline.front import Front
+from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, illegal, known_schemes
+from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import OpKind, Target
+from intaglio.pipeline.workload import Workload
 
-Choices = Mapping[str, Mapping[str, LayerScheme]]
+if TYPE_CHECKING:
+    from intaglio.passes._budgets import Problem
+    from intaglio.passes._latency import Latencies
+
+DEFAULT_SIZE = 0.52
+"""Of fp16, where no budget is given."""
 
 
 class Budget(BaseModel):
-    """What a plan may cost."""
+    """What a plan may cost: the quantizable layers, relative to all of them in float. Without any, size is 0.52."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: float = Field(0.52, gt=0, le=1, description="bytes of the quantizable layers, relative to fp16")
+    size: float | None = Field(None, gt=0, le=1, description="bytes, relative to fp16")
+    latency: float | None = Field(None, gt=0, description="time, by assign.profile or else the device's roofline")
+    bops: float | None = Field(
+        None, gt=0, le=1, description="multiplications, each counted as weight bits x input bits; 16 x 16 in float"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _never_empty(cls, written: object) -> object:
+        empty = isinstance(written, dict) and all(limit is None for limit in written.values())
+        return {"size": DEFAULT_SIZE} if empty else written
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is given."""
+        return {name: limit for name, limit in self.model_dump().items() if limit is not None}
 
 
 class AssignPrecision(Pass):
-    """A multiple-choice knapsack, solved by HiGHS: one legal scheme a layer, least summed error, size within budget."""
+    """One legal scheme a layer, the least summed error within all budgets: a multiple-choice knapsack, by HiGHS.
+
+    Beside the plan it gives the front: plans from the smallest to the one with the least error, within the other
+    budgets. `point` takes one of them in place of the plan for `budget.size`.
+    """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
-    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
 
-    budget: Budget = Budget()
+    budget: Budget = Field(
+        Budget(), description="what the layers may cost relative to float, any of: size (fp16 bytes), latency, bops"
+    )
     schemes: Mapping[OpKind, tuple[str, ...]] = Field(
         {"linear": ("w8a8_token", "w4a16"), "conv": ("w8a8_step", "w4a16")},
         description="schemes to choose from, for each kind of layer",
@@ -46,6 +78,16 @@ class AssignPrecision(Pass):
         "float", description="target: round outputs of convolutions where the target runs them on integers only then"
     )
     keep: tuple[str, ...] = Field((), description="layers that stay in float, by name")
+    same_input: bool = Field(False, description="layers that read the same tensor, such as q, k and v, round it alike")
+    profile: tuple[Profile, ...] = Field(
+        (),
+        description="files of `intaglio profile`, of plans of this model: what was measured takes the roofline's place",
+    )
+    device: str | None = Field(None, description="of the target's, for the roofline; None: the first it lists")
+    samples: int = Field(1, ge=1, description="samples that are denoised at once, for the roofline")
+    front: int = Field(16, ge=0, description="sizes for which plans are made beside; those that bring nothing are left")
+    point: int | None = Field(None, ge=0, description="take this plan of the front, from 0, in place of budget.size")
+    mip_rel_gap: float = Field(1e-4, ge=0, lt=1, description="summed error above the optimum, relative, at most")
 
     @field_validator("schemes")
     @classmethod
@@ -53,38 +95,134 @@ class AssignPrecision(Pass):
         known_schemes(name for names in schemes.values() for name in names)
         return schemes
 
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _read(cls, written: object, info: ValidationInfo) -> object:
+        """Files become what is in them, so that the step runs again when they change."""
+        base = (info.context or {}).get("base", Path())
+        each = written if isinstance(written, list | tuple) else [written]
+        return [_profile(base / one) if isinstance(one, str) else one for one in each]
+
+    @field_validator("profile")
+    @classmethod
+    def _comparable(cls, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
+        for what, found in (("rows", {p.rows for p in profiles}), ("tools", {p.made_by for p in profiles})):
+            if len(found) > 1:
+                raise ValueError(f"measured with different {what}, {' and '.join(sorted(map(str, found)))}")
+        return profiles
+
     def check(self, target: Target) -> None:
-        """Raises TargetError when the target runs none of the schemes for a kind of layer, or not one that is named."""
+        """Raises TargetError when the target runs none of the schemes for a kind of layer, or not one that is named.
+
+        Also for a device that it does not have, or none where one is needed, and for a profile of another runtime.
+        """
         problems = [
             f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for a {op}, not {name}"
             for op, names in self.schemes.items()
             for name in names
             if name not in target.formats[op]
         ]
+        devices = [device.name for device in target.devices]
+        if self.device is not None and self.device not in devices:
+            problems.append(f"assign.device: {target.name} has no {self.device!r}{did_you_mean(self.device, devices)}")
+        problems += [
+            f"assign.profile: measured by {made_by}, but {target.name} is for {target.runtime}"
+            for made_by in sorted({p.made_by for p in self.profile if not target.runtime.startswith(p.runtime)})
+        ]
+        if self.budget.latency is not None and not devices and not self.profile:
+            problems.append(
+                f"assign.budget.latency: {target.name} lists no device to estimate times for: name files of"
+                " `intaglio profile` in assign.profile, or leave this budget out"
+            )
         if problems:
             raise TargetError(*problems)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         table, target = state[SENSITIVITY], state[TARGET]
-        measured = {name for schemes in table.schemes.values() for name in schemes}
-        if absent := sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES)):
-            raise RecipeError(
-                *(f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent)
-            )
-        unknown = sorted(set(self.keep) - {layer.name for layer in table.layers})
-        if unknown:
-            raise RecipeError(*(f"assign.keep: the model has no quantizable layer {name!r}" for name in unknown))
-        choices = {layer.name: self._choices(layer, table, target) for layer in table.layers}
-        limit = self.budget.size * sum(layer.size_bytes(FLOAT) for layer in table.layers)
-        plan = QuantPlan(table.layers, solve(table, choices, limit))
+        workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
+        problem = self._problem(table, workload, target, ctx)
+        others = {name: limit for name, limit in self.budget.limits.items() if name != "size"}
+        limits = self.budget.limits if self.point is None else others
+        chosen = problem.best(limits)
+        plans = problem.front(others, self.front)
+        if self.point is not None:
+            if self.point >= len(plans):
+                raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")
+            chosen = plans[self.point]
+        front = Front(tuple(map(problem.point, plans)), problem.point(chosen))
+        plan = QuantPlan(table.layers, problem.schemes(chosen))
+        costs = (
+            f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items()
+        )
         ctx.log.info(
-            "%d of %d layers quantized, %.2f bits a weight, %.3f of fp16 bytes",
+            "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB",
             sum(s != FLOAT for s in plan.schemes.values()),
             len(plan.layers),
             plan.weight_bits_mean,
-            plan.size_bytes / limit * self.budget.size,
+            ", ".join(costs),
+            front.chosen.psnr_db,
         )
-        return {PLAN: plan}
+        return {PLAN: plan, FRONT: front}
+
+    def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
+        """What can be chosen, and what it costs as far as that is known. Raises RecipeError for what is not."""
+        from intaglio.passes._budgets import Option, build_problem
+
+        self._check_inputs(table, workload)
+        options = [
+            Option(layer, name, scheme)
+            for layer in table.layers
+            for name, scheme in self._choices(layer, table, target).items()
+        ]
+        amounts: dict[str, Callable[[Layer, LayerScheme], float]] = {"size": lambda layer, s: layer.size_bytes(s)}
+        if (latencies := self._latencies(table.layers, workload, target)) is not None:
+            amounts["latency"] = lambda layer, scheme: 1e6 * latencies.seconds(layer, scheme)
+            if self.profile:
+                measured = sum(latencies.is_measured(option.layer, option.scheme) for option in options)
+                ctx.log.info("%d of %d pairs of layer and scheme were measured", measured, len(options))
+        if workload is not None:
+            amounts["bops"] = lambda layer, scheme: bit_operations(layer, scheme, workload.rows[layer.name])
+        names = {layer.name for layer in table.layers}
+        groups = workload.same_input if workload is not None and self.same_input else ()
+        together = [[name for name in group if name in names] for group in groups]
+        return build_problem(
+            options,
+            [table.total(option.layer.name, option.measured) for option in options],
+            {name: [amount(option.layer, option.scheme) for option in options] for name, amount in amounts.items()},
+            {name: sum(amount(layer, FLOAT) for layer in table.layers) for name, amount in amounts.items()},
+            [group for group in together if len(group) > 1],
+            self.mip_rel_gap,
+        )
+
+    def _check_inputs(self, table: Sensitivity, workload: Workload | None) -> None:
+        problems = []
+        measured = {name for schemes in table.schemes.values() for name in schemes}
+        absent = sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES))
+        problems += [f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent]
+        layers = {layer.name for layer in table.layers}
+        problems += [
+            f"assign.keep: the model has no quantizable layer {name!r}" for name in sorted(set(self.keep) - layers)
+        ]
+        if self.profile and not any(profile.layers.keys() & layers for profile in self.profile):
+            problems.append(f"assign.profile: has none of the model's {len(layers)} layers: it is of another model")
+        if workload is None:
+            estimated = self.budget.latency is not None and not self.profile
+            wanted = {"budget.latency": estimated, "budget.bops": self.budget.bops, "same_input": self.same_input}
+            problems += [
+                f"assign.{option}: nothing before it records what the layers are called with, as calibrate does"
+                for option, given in wanted.items()
+                if given
+            ]
+        if problems:
+            raise RecipeError(*problems)
+
+    def _latencies(self, layers: Sequence[Layer], workload: Workload | None, target: Target) -> Latencies | None:
+        """None where nothing is known of times."""
+        from intaglio.passes._latency import Latencies, roofline
+
+        devices = [device for device in target.devices if self.device in (None, device.name)]
+        bound = roofline(workload, self.samples, devices[0]) if devices and workload is not None else None
+        return None if bound is None and not self.profile else Latencies.of(self.profile, layers, bound)
 
     def _choices(self, layer: Layer, table: Sensitivity, target: Target) -> dict[str, LayerScheme]:
         """The layer's measured, allowed and legal schemes, as the target executes them; float if there is none.
@@ -102,34 +240,11 @@ class AssignPrecision(Pass):
         return with_output(scheme) if rounds and isinstance(scheme.input, IntInput) else scheme
 
 
-def solve(table: Sensitivity, choices: Choices, limit_bytes: float) -> dict[str, LayerScheme]:
-    """The choice for each layer with the least summed error within the limit. Raises RecipeError when nothing fits."""
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
-
-    options = [(layer, name) for layer in table.layers for name in choices[layer.name]]
-    bytes_of = np.array([layer.size_bytes(choices[layer.name][name]) for layer, name in options], float)
-    error = np.array([table.total(layer.name, name) for layer, name in options])
-    row = {layer.name: i for i, layer in enumerate(table.layers)}
-    rows = [row[layer.name] for layer, _ in options]
-    one_each = coo_array((np.ones(len(options)), (rows, range(len(options)))), shape=(len(row), len(options)))
-    smallest = sum(min(layer.size_bytes(s) for s in choices[layer.name].values()) for layer in table.layers)
-    if smallest > limit_bytes:
-        whole = sum(layer.size_bytes(FLOAT) for layer in table.layers)
-        raise RecipeError(
-            f"assign.budget.size: {limit_bytes / whole:.3f} of fp16 is {limit_bytes:.0f} bytes, but the smallest"
-            f" legal plan takes {smallest} bytes: allow at least {smallest / whole:.3f}, or schemes with fewer bits"
-        )
-    largest = max(float(error.max()), 1e-30)  # HiGHS stops at absolute tolerances: bring the objective near 1
-    result = milp(
-        error / largest,
-        integrality=np.ones(len(options), np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each.tocsc(), 1, 1), LinearConstraint(bytes_of / limit_bytes, -np.inf, 1)],
-        options={"mip_rel_gap": 1e-4},
-    )
-    if result.x is None:
-        raise RecipeError(f"assign: no plan found: {result.message}")
-    chosen = [option for option, x in zip(options, result.x, strict=True) if x > 0.5]
-    return {layer.name: choices[layer.name][name] for layer, name in chosen}
+def _profile(path: Path) -> Profile:
+    """Raises ValueError for what is not a file of `intaglio profile`."""
+    try:
+        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}: not what `intaglio profile` writes: {error.errors()[0]['msg']}") from error

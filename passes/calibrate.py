@@ -12,7 +12,7 @@ from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.estimate import ModelCost
-from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.keys import MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 
 class Calibrate(Pass):
-    """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step."""
+    """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step.
+
+    Of the first call, also how many rows each layer sees, and which layers read the same input.
+    """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
-    provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
@@ -46,9 +49,11 @@ class Calibrate(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch
 
+        from intaglio.passes._layer_inputs import SameInputs
         from intaglio.pipeline.checkpoint import layer_table
         from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with, on_device
         from intaglio.pipeline.trajectory import Trajectory
+        from intaglio.pipeline.workload import Workload
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
@@ -58,6 +63,9 @@ class Calibrate(Pass):
             raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
         half = self.precision == "float16"
         seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
+        calls: list[Call] = []
+        rows: dict[str, int] = {}
+        readers = SameInputs()
         hooks = []
         for layer in layer_table(model.module):
 
@@ -66,7 +74,11 @@ class Calibrate(Pass):
                 args: tuple[torch.Tensor, ...],
                 output: torch.Tensor,
                 name: str = layer.name,
+                out_features: int = layer.n,
             ) -> None:
+                if not calls:
+                    rows[name] = rows.get(name, 0) + output.numel() // out_features
+                    readers.note(name, args[0])
                 low, high = (end.item() for end in args[0].detach().aminmax())
                 seen["low"][name] = min(seen["low"].get(name, low), low)
                 seen["high"][name] = max(seen["high"].get(name, high), high)
@@ -77,7 +89,6 @@ class Calibrate(Pass):
                     seen["output"][name] = max(seen["output"].get(name, 0.0), product.abs().amax().item())
 
             hooks.append(model.module.get_submodule(layer.name).register_forward_hook(note))
-        calls: list[Call] = []
         ranges: list[dict[str, dict[str, float]]] = []
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
             start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
@@ -113,9 +124,12 @@ class Calibrate(Pass):
             half=half,
         )
         whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
-        rows = whole.outputs.shape[1]
-        ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), rows, len(low))
-        return {TRAJECTORY: whole}
+        ctx.log.info(
+            "recorded %d calls of %d rows, input ranges of %d layers", len(calls), whole.outputs.shape[1], len(low)
+        )
+        samples = len(start.noise)
+        workload = Workload({name: rows[name] / samples for name in sorted(rows)}, readers.groups)
+        return {TRAJECTORY: whole, WORKLOAD: workload}
 
 
 def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:

@@ -97,7 +97,7 @@ def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey]) -> Iterator[Boun
 def _bind_step(step: Step, base: Path) -> BoundStep:
     source = find_pass(step.uses, base)
     try:
-        configured = source.pass_class.model_validate(dict(step.options))
+        configured = source.pass_class.model_validate(dict(step.options), context={"base": base})
     except ValidationError as error:
         raise RecipeError(*validation_problems(error, source.pass_class)) from error
     return BoundStep(step.name, configured, source.origin, source.source_sha256)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,10 @@ from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context, terminal
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import GRAPH, LINT, TARGET
+from intaglio.pipeline.keys import GRAPH, LINT, PLAN, PROFILE, TARGET
+from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.processes import processes
+from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
 from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
@@ -164,6 +167,46 @@ def lint_command(
             raise typer.Exit(1)
 
 
+@app.command("profile")
+def profile_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target's folder of what a run wrote.")],
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the call that is timed.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Calls that are timed.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = None,
+    trtexec: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What trtexec --exportProfile wrote: read, nothing is run.")
+    ] = None,
+    layers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What trtexec --exportLayerInfo wrote, beside --trtexec.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the times as JSON, for assign.profile.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the times as JSON.")] = False,
+) -> None:
+    """Say how long each layer of a compiled graph takes, which `assign.profile` can count with."""
+    with _reported(), tempfile.TemporaryDirectory() as scratch:
+        if not (folder / "graph.json").is_file():
+            raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
+        found = find_pass("intaglio.exporters.profile:ProfileLayers", Path()).pass_class
+        graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(folder.resolve().name)
+        if trtexec is not None:
+            profile = sys.modules[found.__module__].read_trtexec(graph, plan, trtexec, layers)
+        else:
+            if not found.applies(target):
+                raise RecipeError(f"{target.name} is not for ONNX Runtime: give trtexec's --exportProfile as --trtexec")
+            given = {"rows": rows, "runs": runs, "threads": threads}
+            step = found.model_validate({name: n for name, n in given.items() if n is not None})
+            state = State({GRAPH: graph, PLAN: plan, TARGET: target}, reader="profile")
+            profile = State(step.run(state, Context(scratch=Path(scratch), seed=0)), reader="profile")[PROFILE]
+        if out is not None:
+            out.write_text(profile.to_json(), encoding="utf-8")
+        if as_json:
+            print(profile.to_json(), end="")
+        elif out is None:
+            _print_profile(str(folder), profile)
+
+
 @contextmanager
 def _reported() -> Iterator[None]:
     """Ends the command with one message and its exit code, without a traceback, where the user can act on it."""
@@ -280,6 +323,17 @@ def _print_target(target: Target) -> None:
     for fact in target.facts:
         lines += ["", fact.fact, f"    [{fact.source}]"]
     print("\n".join(lines))
+
+
+def _print_profile(title: str, profile: Profile) -> None:
+    """The longest first; what belongs to no layer below."""
+    layers = sorted(profile.layers.items(), key=lambda item: -item[1].microseconds)
+    rows = [(name, time.scheme, f"{time.microseconds:,.1f}", f"{time.bytes:,}") for name, time in layers]
+    rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
+    missing = [(name, "no kernel", "", "") for name in profile.missing]
+    called = "" if profile.rows is None else f" of {profile.rows} rows"
+    title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
+    _print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
 
 
 def _described(name: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How long a layer takes at least, from what its device does at most.
+"""What a layer costs: how long it takes at least, from what its device does at most, and its bit operations.
 
 Shapes: R rows (tokens, or pixels that a convolution gives), N out features, K in features.
 """
@@ -32,3 +32,8 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
     operations = 2 * rows * layer.n * layer.k
     tera = device.int8_tops if isinstance(scheme.input, IntInput) else device.fp16_tflops
     return max(moved_bytes / (device.bandwidth_gb_s * 1e9), operations / (tera * 1e12))
+
+
+def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
+    """Multiplications on R rows, each counted as bits of the weight times bits of the input."""
+    return rows * layer.n * layer.k * scheme.weight_bits * scheme.input_bits

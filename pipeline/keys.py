@@ -3,19 +3,24 @@
 from intaglio.pipeline.artifact import Key
 from intaglio.pipeline.checkpoint import Checkpoint
 from intaglio.pipeline.findings import Findings
+from intaglio.pipeline.front import Front
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.quantized import Adapter, Quantized
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import Target
 from intaglio.pipeline.trajectory import Trajectory
 from intaglio.pipeline.verification import Latency, Report, Verification
+from intaglio.pipeline.workload import Workload
 
 MODEL = Key("MODEL", Checkpoint)
 TARGET = Key("TARGET", Target)
 TRAJECTORY = Key("TRAJECTORY", Trajectory)
+WORKLOAD = Key("WORKLOAD", Workload)
 SENSITIVITY = Key("SENSITIVITY", Sensitivity)
 PLAN = Key("PLAN", QuantPlan, published=True)
+FRONT = Key("FRONT", Front, published=True)
 ADAPTER = Key("ADAPTER", Adapter)
 QUANTIZED = Key("QUANTIZED", Quantized)
 FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
@@ -24,4 +29,5 @@ LINT = Key("LINT", Findings)
 ENGINE = Key("ENGINE", Engine, published=True)
 VERIFICATION = Key("VERIFICATION", Verification)
 LATENCY = Key("LATENCY", Latency)
+PROFILE = Key("PROFILE", Profile, published=True)
 REPORT = Key("REPORT", Report, published=True)

@@ -179,7 +179,7 @@ class QuantPlan:
     def weight_bits_mean(self) -> float:
         """Bits a weight, weighted by parameters; 16 for a layer in float."""
         total = sum(layer.n * layer.k for layer in self.layers)
-        return sum(layer.n * layer.k * _weight_bits(self.schemes[layer.name]) for layer in self.layers) / total
+        return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
 
     def save(self, root: Path) -> None:
         """Write plan.json, and balance.safetensors where a layer is balanced."""
@@ -210,7 +210,3 @@ class QuantPlan:
         from intaglio.pipeline.quant.balance import load_balances
 
         return cls(layers, schemes, load_balances(root / "balance.safetensors"))
-
-
-def _weight_bits(scheme: LayerScheme) -> int:
-    return scheme.weight.bits if isinstance(scheme.weight, IntWeight) else 16

@@ -123,6 +123,16 @@ class LayerScheme(_Value):
     output: OutputFormat = Float()
 
     @property
+    def weight_bits(self) -> int:
+        """16 in float."""
+        return self.weight.bits if isinstance(self.weight, IntWeight) else 16
+
+    @property
+    def input_bits(self) -> int:
+        """16 in float."""
+        return self.input.bits if isinstance(self.input, IntInput) else 16
+
+    @property
     def name(self) -> str:
         """The scheme's short name, as targets and tables use it."""
         rounded = "o8" if isinstance(self.output, IntOutput) else ""

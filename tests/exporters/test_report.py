@@ -20,10 +20,12 @@ from intaglio.exporters.report import WriteReport
 from intaglio.pipeline.artifact import AnyKey, Artifact, State
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.front import Front, Point
 from intaglio.pipeline.graph import Engine, Graph, TensorSpec
 from intaglio.pipeline.keys import (
     ADAPTER,
     ENGINE,
+    FRONT,
     GRAPH,
     LATENCY,
     MODEL,
@@ -354,6 +356,43 @@ def test_a_plan_that_was_made_without_measurement_is_said(made):
     page = Page(write(made).html)
     assert "No layer was measured alone" in page.text("sensitivity")
     assert not page.found("sensitivity", "table")
+
+
+def points(*losses: float) -> tuple[Point, ...]:
+    schemes = {layer.name: scheme.name for layer, scheme in zip(LAYERS, SCHEMES, strict=True)}
+    return tuple(Point({"size": 0.3 + 0.1 * i, "latency": 0.5}, loss, schemes) for i, loss in enumerate(losses))
+
+
+def test_the_front_is_drawn_with_the_plan_marked(made):
+    plans = points(4e-2, 4e-3, 4e-4, 0.0)
+    made[FRONT] = Front(plans, plans[1])
+    page = Page(write(made).html)
+    dots = page.found("front", "i", r"^dot$")
+    (ring,) = page.found("front", "i", "ring")
+    assert len(dots) == 3  # nothing is lost in the fourth
+    assert ring["style"] == dots[1]["style"]
+    assert dots[1]["title"].splitlines() == [
+        *("point 1", "30.0 dB", "size 0.400", "latency 0.500"),
+        "1 float, 2 w8a8_token, 1 w8a8_step, 1 w4a16",
+    ]
+    places = [tuple(map(float, re.findall(r"([\d.]+)%", dot["style"]))) for dot in dots]
+    assert [left for left, _ in places] == sorted(left for left, _ in places)
+    assert places[0][1] - places[1][1] == pytest.approx(places[1][1] - places[2][1], abs=0.2)  # 10 dB apart
+    (line,) = page.found("front", "polyline")
+    assert [float(p.split(",")[0]) for p in line["points"].split()] == pytest.approx(
+        [left / 100 for left, _ in places], abs=1e-3
+    )
+    assert "size, relative to float16" in page.text("front")
+    assert "20" in page.text("front").split()  # a tick of decibels
+
+
+def test_without_a_front_there_is_nothing_to_draw(made):
+    assert "No other plans were made" in Page(write(made).html).text("front")
+    plans = points(4e-2)
+    made[FRONT] = Front(plans, plans[0])
+    assert not Page(write(made).html).found("front", "svg")
+    made[FRONT] = Front(points(4e-2, 4e-3), points(0.0)[0])
+    assert not Page(write(made).html).found("front", "i", "ring")
 
 
 def test_a_look_into_the_whole_graph_is_reported(made):

@@ -1,21 +1,36 @@
 import itertools
+import json
+import math
+import os
 
+import numpy as np
 import pytest
 from harness import run_pass
+from pydantic import ValidationError
+from scipy.optimize import Bounds, LinearConstraint, milp
 
-from intaglio.passes.assign import AssignPrecision, Budget, solve
+from intaglio.passes._knapsack import Knapsack, _stdout_to_stderr
+from intaglio.passes.assign import AssignPrecision, Budget
+from intaglio.pipeline import Recipe
+from intaglio.pipeline.binding import bind
+from intaglio.pipeline.cost import bit_operations, latency_s
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.keys import PLAN, SENSITIVITY, TARGET
+from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.profile import LayerTime, Profile
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import load_target
+from intaglio.pipeline.workload import Workload
 
-SCHEMES = {"float": FLOAT, "w8a8_token": W8A8_TOKEN, "w4a16": w4a16(16)}
+SCHEMES = {"float": FLOAT, "w8a8_token": W8A8_TOKEN, "w4a16": w4a16(32)}
+ERRORS = ((1e-6, 5e-4), (2e-6, 3e-4), (3e-6, 9e-4), (1e-7, 2e-5), (4e-6, 1e-4))
+EVERY = {"linear": tuple(SCHEMES)}
+RTX = load_target("tensorrt-rtx")
 
 
 def table(*errors: tuple[float, float]) -> Sensitivity:
-    layers = tuple(Layer(name=f"l{i}", op="linear", shape=(8 * (i + 1), 32), bias=False) for i in range(len(errors)))
+    layers = tuple(Layer(name=f"l{i}", op="linear", shape=(8 * (i + 1), 64), bias=False) for i in range(len(errors)))
     error = {
         layer.name: {"float": (0.0,), "w8a8_token": (e8,), "w4a16": (e4,)}
         for layer, (e8, e4) in zip(layers, errors, strict=True)
@@ -23,24 +38,305 @@ def table(*errors: tuple[float, float]) -> Sensitivity:
     return Sensitivity(layers, ((0, 1),), (1.0,), {layer.name: SCHEMES for layer in layers}, error)
 
 
-def test_solution_is_the_best_of_all_plans():
-    t = table((1e-6, 5e-4), (2e-6, 3e-4), (3e-6, 9e-4), (1e-7, 2e-5), (4e-6, 1e-4))
-    names = [layer.name for layer in t.layers]
-    limit = 0.45 * sum(layer.size_bytes(FLOAT) for layer in t.layers)
-    plans = (dict(zip(names, pick, strict=True)) for pick in itertools.product(SCHEMES, repeat=len(names)))
-
-    def size(plan: dict[str, str]) -> int:
-        return sum(layer.size_bytes(SCHEMES[plan[layer.name]]) for layer in t.layers)
-
-    best = min((p for p in plans if size(p) <= limit), key=lambda p: sum(t.total(n, s) for n, s in p.items()))
-    found = solve(t, t.schemes, limit)
-    assert {n: s.name for n, s in found.items()} == best
+def given(*errors: tuple[float, float], rows: tuple[float, ...] = (16, 4096, 256, 1, 1024), same_input=()):
+    """A table of layers, how many rows they see, and a target with a device."""
+    t = table(*errors)
+    workload = Workload({layer.name: n for layer, n in zip(t.layers, rows, strict=False)}, same_input)
+    return {SENSITIVITY: t, TARGET: RTX, WORKLOAD: workload}
 
 
-def test_impossible_budget_says_what_is_possible():
-    t = table((1e-6, 1e-4))
-    with pytest.raises(RecipeError, match=r"smallest legal plan takes \d+ bytes: allow at least 0\.\d+"):
-        solve(t, t.schemes, 10.0)
+def costs(artifacts, plan: dict[str, str]) -> dict[str, float]:
+    """Of a plan, relative to float, worked out layer by layer."""
+    rows, layers, device = artifacts[WORKLOAD].rows, artifacts[SENSITIVITY].layers, RTX.devices[0]
+    amounts = {
+        "size": lambda layer, s: layer.size_bytes(s),
+        "latency": lambda layer, s: latency_s(layer, s, int(rows[layer.name]), device),
+        "bops": lambda layer, s: bit_operations(layer, s, rows[layer.name]),
+    }
+    return {
+        n: sum(f(x, SCHEMES[plan[x.name]]) for x in layers) / sum(f(x, FLOAT) for x in layers)
+        for n, f in amounts.items()
+    }
+
+
+def every_plan(artifacts) -> list[dict[str, str]]:
+    names = [layer.name for layer in artifacts[SENSITIVITY].layers]
+    return [dict(zip(names, pick, strict=True)) for pick in itertools.product(SCHEMES, repeat=len(names))]
+
+
+def loss(artifacts, plan: dict[str, str]) -> float:
+    return sum(artifacts[SENSITIVITY].total(n, s) for n, s in plan.items())
+
+
+def named(plan) -> dict[str, str]:
+    return {n: s.name for n, s in plan.schemes.items()}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"size": 0.45},
+        {"latency": 0.8},
+        {"bops": 0.3},
+        {"size": 0.6, "latency": 0.75},
+        {"size": 0.5, "bops": 0.27},
+        {"size": 0.45, "latency": 0.7, "bops": 0.26},
+    ],
+)
+def test_the_plan_is_the_best_of_all_that_are_within_every_budget(limits, tmp_path):
+    artifacts = given(*ERRORS)
+    within = [p for p in every_plan(artifacts) if all(costs(artifacts, p)[n] <= limit for n, limit in limits.items())]
+    best = min(within, key=lambda p: loss(artifacts, p))
+    assert 0 < len(within) < 3**5
+    made = run_pass(AssignPrecision(budget=Budget(**limits), schemes=EVERY), artifacts, tmp_path)
+    assert named(made[PLAN]) == best
+    chosen = made[FRONT].chosen
+    assert chosen.costs == pytest.approx(costs(artifacts, best), rel=1e-12)
+    assert chosen.loss == pytest.approx(loss(artifacts, best), rel=1e-12)
+    assert chosen.psnr_db == pytest.approx(10 * math.log10(4 / loss(artifacts, best)))
+
+
+def test_without_any_budget_the_size_is_half():
+    assert Budget().limits == Budget(size=None, latency=None).limits == {"size": 0.52}
+    assert Budget(latency=0.7).limits == {"latency": 0.7}
+    assert AssignPrecision.model_validate({"budget": {"bops": 0.5}}).budget.limits == {"bops": 0.5}
+
+
+def test_a_budget_that_no_plan_meets_says_what_is_possible(tmp_path):
+    artifacts = given(*ERRORS)
+    sizes = [sum(layer.size_bytes(s) for layer in artifacts[SENSITIVITY].layers) for s in (FLOAT, w4a16(32))]
+    whole, smallest = sizes
+    allowed = math.ceil(1000 * smallest / whole) / 1000
+    text = (
+        rf"assign\.budget\.size: 0\.2 of float is {0.2 * whole:,.0f} bytes, but the least of all legal plans is"
+        rf" {smallest:,} bytes: allow at least {allowed}"
+    )
+    with pytest.raises(RecipeError, match=text):
+        run_pass(AssignPrecision(budget=Budget(size=0.2), schemes=EVERY), artifacts, tmp_path)
+    run_pass(AssignPrecision(budget=Budget(size=allowed), schemes=EVERY), artifacts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("limits", "alone"),
+    [({"size": 0.36, "latency": 0.7}, True), ({"size": 0.36, "latency": 0.7, "bops": 0.2}, False)],
+)
+def test_budgets_that_cannot_be_met_together_say_the_least_common_factor(limits, alone, tmp_path):
+    artifacts = given(*ERRORS)
+    factor = min(max(costs(artifacts, p)[n] / x for n, x in limits.items()) for p in every_plan(artifacts))
+    assert factor > 1
+    with pytest.raises(RecipeError) as raised:
+        run_pass(AssignPrecision(budget=Budget(**limits), schemes=EVERY), artifacts, tmp_path)
+    rounded = math.ceil(factor * 1000) / 1000
+    size = math.ceil(360 * rounded) / 1000
+    assert f"times {rounded:g} can, the least such factor: size {size:g} and" in str(raised.value)
+    assert ("can be met one by one, but not together" in str(raised.value)) == alone
+    relaxed, tight = (Budget(**{n: x * f for n, x in limits.items()}) for f in (rounded, rounded - 0.002))
+    run_pass(AssignPrecision(budget=relaxed, schemes=EVERY), artifacts, tmp_path)
+    with pytest.raises(RecipeError, match="the least such factor"):
+        run_pass(AssignPrecision(budget=tight, schemes=EVERY), artifacts, tmp_path)
+
+
+def test_a_latency_budget_needs_a_device_or_a_profile(tmp_path):
+    step = AssignPrecision(budget=Budget(latency=0.5))
+    step.check(RTX)
+    with pytest.raises(TargetError, match="onnxruntime-cpu lists no device to estimate times for"):
+        step.check(load_target("onnxruntime-cpu"))
+    with pytest.raises(TargetError, match=r"tensorrt-rtx has no 'rtx-4080': did you mean 'rtx-4090'\?"):
+        AssignPrecision(device="rtx-4080").check(RTX)
+    artifacts = given(*ERRORS)
+    del artifacts[WORKLOAD]
+    with pytest.raises(RecipeError, match=r"assign\.budget\.latency: nothing before it records"):
+        run_pass(step, artifacts, tmp_path)
+
+
+def test_layers_on_one_input_round_it_alike_if_that_is_asked_for(tmp_path):
+    # apart, l0 would take w4a16, whose input is float, and l2 w8a8
+    artifacts = given((1e-3, 1e-5), (1e-4, 1e-3), (1e-6, 1e-3), same_input=(("l0", "l2"), ("l1", "gone")))
+    apart = run_pass(AssignPrecision(budget=Budget(size=0.6)), artifacts, tmp_path)[PLAN]
+    assert named(apart) == {"l0": "w4a16", "l1": "w8a8_token", "l2": "w8a8_token"}
+    alike = run_pass(AssignPrecision(budget=Budget(size=0.6), same_input=True), artifacts, tmp_path)[PLAN]
+    assert alike.schemes["l0"].input == alike.schemes["l2"].input
+    plans = [p for p in every_plan(artifacts) if "float" not in p.values() and p["l0"] == p["l2"]]
+    best = min((p for p in plans if costs(artifacts, p)["size"] <= 0.6), key=lambda p: loss(artifacts, p))
+    assert named(alike) == best
+
+
+def test_layers_on_one_input_without_a_common_format_are_an_error(tmp_path):
+    artifacts = given(*ERRORS, same_input=(("l0", "l1"),))
+    step = AssignPrecision(schemes={"linear": ("w8a8_token",)}, same_input=True, keep=("l1",))
+    with pytest.raises(RecipeError, match=r"l0 \(w8a8_token\), l1 \(float\) read one tensor and have no format"):
+        run_pass(step, artifacts, tmp_path)
+
+
+def profile(microseconds: dict[str, dict[str, float]], **about: object) -> list[dict[str, object]]:
+    """One profile for each scheme, as `intaglio profile` writes them."""
+    found = []
+    for scheme, times in microseconds.items():
+        layers = {n: LayerTime(scheme=scheme, microseconds=t, bytes=1) for n, t in times.items()}
+        about = {"runtime": "tensorrt", "made_by": "trtexec", "runs": 3, "rows": 2, **about}
+        found.append(Profile(layers=layers, rest_microseconds={}, **about).model_dump(mode="json"))
+    return found
+
+
+def test_measured_times_take_the_place_of_the_roofline(tmp_path):
+    artifacts = given(*ERRORS[:2]) | {TARGET: load_target("onnxruntime-cpu")}  # which has no device
+    times = {"float": {"l0": 10, "l1": 20}, "w8a8_token": {"l0": 12, "l1": 5}, "w4a16": {"l0": 4, "l1": 30}}
+    for scheme, measured in times.items():
+        (tmp_path / f"{scheme}.json").write_text(
+            json.dumps(profile({scheme: measured}, runtime="onnxruntime", made_by="ort")[0])
+        )
+    step = AssignPrecision(
+        profile=[str(tmp_path / f"{s}.json") for s in times], budget=Budget(latency=0.35), schemes=EVERY
+    )
+    with pytest.raises(TargetError, match=r"measured by ort, but tensorrt-rtx is for tensorrt-rtx$"):
+        step.check(RTX)
+    step.check(artifacts[TARGET])
+    made = run_pass(step, artifacts, tmp_path)
+    # (12 + 5) / 30 is too much, (4 + 5) / 30 is not
+    assert named(made[PLAN]) == {"l0": "w4a16", "l1": "w8a8_token"}
+    assert made[FRONT].chosen.costs["latency"] == pytest.approx(9 / 30)
+
+
+def test_what_was_not_measured_is_scaled_from_the_nearest_that_was(tmp_path, caplog):
+    artifacts = given(*ERRORS[:3])
+    layers = {layer.name: layer for layer in artifacts[SENSITIVITY].layers}
+
+    def bound(name, scheme):
+        return latency_s(layers[name], scheme, int(artifacts[WORKLOAD].rows[name]), RTX.devices[0])
+
+    step = AssignPrecision(
+        profile=profile({"w4a16": {"l0": 7.0, "l1": 11.0}}), budget=Budget(size=1), keep=("l1", "l2")
+    )
+    with caplog.at_level("INFO"):
+        found = run_pass(step, artifacts, tmp_path)[FRONT].chosen.costs["latency"]
+    assert "1 of 4 pairs of layer and scheme were measured" in caplog.text
+    whole = {n: t * bound(n, FLOAT) / bound(n, w4a16(32)) for n, t in (("l0", 7.0), ("l1", 11.0))}
+    whole["l2"] = 18.0 / (bound("l0", w4a16(32)) + bound("l1", w4a16(32))) * bound("l2", FLOAT)
+    quantized = 7.0 * bound("l0", W8A8_TOKEN) / bound("l0", w4a16(32))
+    assert found == pytest.approx((quantized + whole["l1"] + whole["l2"]) / sum(whole.values()))
+
+
+def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
+    other = AssignPrecision(profile=profile({"float": {"x": 1.0}}))
+    with pytest.raises(RecipeError, match=r"assign\.profile: has none of the model's 5 layers"):
+        run_pass(other, given(*ERRORS), tmp_path)
+    two = profile({"float": {"l0": 1.0}}) + profile({"w4a16": {"l0": 1.0}}, rows=8)
+    with pytest.raises(ValidationError, match="measured with different rows, 2 and 8"):
+        AssignPrecision(profile=two)
+    with pytest.raises(ValidationError, match=r"gone\.json: cannot be read: No such file"):
+        AssignPrecision(profile="gone.json")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValidationError, match=r"plan\.json: not what `intaglio profile` writes"):
+        AssignPrecision(profile=[str(tmp_path / "plan.json")])
+
+
+def test_a_profile_is_found_beside_the_recipe_and_is_part_of_the_options(tmp_path):
+    (tmp_path / "fast.json").write_text(json.dumps(profile({"float": {"l0": 1.5}}, runtime="onnxruntime")[0]))
+    text = "{model: m, targets: [onnxruntime-cpu], steps: [calibrate, sensitivity, assign: {profile: fast.json}]}"
+    ((*_, assign),) = (chain.steps for chain in bind(Recipe.parse(text), base=tmp_path))
+    step = assign.configured
+    assert step.model_dump()["profile"][0]["layers"]["l0"]["microseconds"] == 1.5
+    assert AssignPrecision.model_validate(step.model_dump(mode="json")) == step
+
+
+def test_the_front_goes_from_the_smallest_plan_to_the_best_and_every_point_can_be_taken(measured, tmp_path):
+    artifacts = measured | {TARGET: RTX}
+    schemes = {"linear": ("float", "w8a8_token", "w4a16"), "conv": ("float", "w8a8_step", "w4a16")}
+    made = run_pass(AssignPrecision(schemes=schemes), artifacts, tmp_path)
+    front = made[FRONT]
+    assert len(front.points) >= 12
+    sizes = [p.costs["size"] for p in front.points]
+    losses = [p.loss for p in front.points]
+    assert sizes == sorted(set(sizes))
+    assert losses == sorted(set(losses), reverse=True)
+    layers, t = made[PLAN].layers, artifacts[SENSITIVITY]
+    whole = sum(layer.size_bytes(FLOAT) for layer in layers)
+    smallest = sum(min(layer.size_bytes(s) for s in t.schemes[layer.name].values()) for layer in layers)
+    assert sizes[0] == pytest.approx(smallest / whole, rel=1e-4)
+    assert (losses[-1], front.points[-1].psnr_db) == (0.0, math.inf)
+    for point in front.points:
+        assert point.loss == pytest.approx(sum(t.total(n, s) for n, s in point.schemes.items()))
+        assert set(point.costs) == {"size", "latency", "bops"}
+        # nothing that is not larger than the point is better
+        assert all(other.loss >= point.loss for other in front.points if other.costs["size"] <= point.costs["size"])
+    taken = run_pass(AssignPrecision(schemes=schemes, point=7), artifacts, tmp_path)
+    assert named(taken[PLAN]) == front.points[7].schemes
+    assert (taken[FRONT].points, taken[FRONT].chosen) == (front.points, front.points[7])
+    count = len(front.points)
+    with pytest.raises(RecipeError, match=rf"assign\.point: no 99: the front has {count} points, counted from 0"):
+        run_pass(AssignPrecision(schemes=schemes, point=99), artifacts, tmp_path)
+
+
+def test_the_front_keeps_to_the_other_budgets_and_round_trips(tmp_path):
+    artifacts = given(*ERRORS)
+    front = run_pass(AssignPrecision(budget=Budget(size=0.6, bops=0.27), schemes=EVERY), artifacts, tmp_path)[FRONT]
+    assert max(point.costs["bops"] for point in front.points) <= 0.27
+    within = [p for p in every_plan(artifacts) if costs(artifacts, p)["bops"] <= 0.27]
+    for point in front.points:
+        size = point.costs["size"] * (1 + 1e-9)
+        best = min(loss(artifacts, p) for p in within if costs(artifacts, p)["size"] <= size)
+        assert point.loss == pytest.approx(best, rel=1e-4)
+    front.save(tmp_path)
+    assert type(front).load(tmp_path) == front
+    assert run_pass(AssignPrecision(front=0), artifacts, tmp_path)[FRONT].points == ()
+
+
+def test_a_hundred_layers_within_three_budgets_are_solved_to_a_thousandth():
+    rng = np.random.default_rng(0)
+    layers, formats = 100, 6
+    bits = np.array([(16, 16), (8, 8), (8, 8), (4, 16), (4, 8), (4, 4)])
+    weights, rows = rng.integers(1, 100, layers), rng.choice([1, 64, 1024], layers)
+    worst = np.array([0, 1, 1.5, 20, 25, 300])
+    error = 10 ** rng.normal(-6, 1, (layers, 1)) * worst * 10 ** rng.normal(0, 0.1, (layers, formats))
+    size = weights[:, None] * bits[:, 0] / (16 * weights.sum())
+    bops = (weights * rows)[:, None] * bits.prod(1) / (256 * (weights * rows).sum())
+    time = rng.uniform(0.5, 1, (layers, 1)) * np.array([1, 0.5, 0.45, 0.9, 0.55, 0.5]) / layers
+    problem = Knapsack(
+        np.repeat(np.arange(layers), formats),
+        error.ravel(),
+        {"size": size.ravel(), "latency": time.ravel(), "bops": bops.ravel()},
+        gap=1e-3,
+    )
+    limits = {"size": 0.35, "latency": 0.45, "bops": 0.2}
+    chosen = problem.best(limits)
+    assert len(chosen) == layers
+    assert (problem.layer[chosen] == np.arange(layers)).all()
+    for name, limit in limits.items():
+        assert problem.costs[name][chosen].sum() <= limit * (1 + 1e-9)
+    # the bound is that of mixed options: what it leaves open are steps of a few layers
+    assert problem.bound(limits) <= problem.loss[chosen].sum() <= problem.bound(limits) * 1.02
+    unit = problem.bound(limits) / 1000
+    whole = milp(
+        problem.loss / unit,
+        integrality=np.ones(layers * formats),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(np.kron(np.eye(layers), np.ones(formats)), 1, 1),
+            LinearConstraint([1000 * problem.costs[n] / limit for n, limit in limits.items()], -np.inf, 1000),
+        ],
+        options={"mip_rel_gap": 1e-5},
+    )
+    assert whole.mip_dual_bound * (1 - 1e-9) <= problem.loss[chosen].sum() / unit <= whole.mip_dual_bound * (1 + 1e-3)
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(capfd):
+    with _stdout_to_stderr():
+        os.write(1, b"noise\n")
+    print("result")
+    assert capfd.readouterr() == ("result\n", "noise\n")
+
+
+def test_the_roofline_is_that_of_the_named_device_and_of_so_many_samples(tmp_path):
+    artifacts = given(*ERRORS[:2], rows=(1.5, 4096)) | {TARGET: load_target("tensorrt-10")}
+    device = next(device for device in artifacts[TARGET].devices if device.name == "h100-sxm")
+    step = AssignPrecision(device="h100-sxm", samples=3, budget=Budget(size=1))
+    plan, front = (run_pass(step, artifacts, tmp_path)[key] for key in (PLAN, FRONT))
+    assert named(plan) == {"l0": "w8a8_token", "l1": "w8a8_token"}
+    quantized, whole = (
+        sum(latency_s(layer, s, rows, device) for layer, rows in zip(plan.layers, (5, 3 * 4096), strict=True))
+        for s in (W8A8_TOKEN, FLOAT)
+    )
+    assert front.chosen.costs["latency"] == pytest.approx(quantized / whole)
 
 
 def test_default_budget_keeps_8_bits(measured, tmp_path):

@@ -8,11 +8,12 @@ from quantizing import with_plan
 from safetensors import safe_open
 from tiny import save_folder, tiny_dit
 
+from intaglio.passes._layer_inputs import SameInputs
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill import Distill
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.keys import ADAPTER, MODEL, TRAJECTORY
+from intaglio.pipeline.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
 
 
@@ -85,6 +86,40 @@ def test_ranges_are_around_the_middle_where_a_scheme_shifts(calibrated):
     torch.testing.assert_close(ranges.shift[name], (high + low) / 2)
     assert torch.equal(ranges.amax[other], trajectory.amax[other])
     assert set(ranges.shift) == {name}
+
+
+def test_rows_are_those_of_one_sample_with_guidance(calibrated):
+    rows = calibrated[WORKLOAD].rows
+    assert set(rows) == set(calibrated[TRAJECTORY].amax)
+    assert rows["pos_embed.proj"] == 2 * 16  # pixels that the convolution gives: 8 x 8 in patches of 2 x 2
+    assert rows["transformer_blocks.1.attn1.to_q"] == 2 * 16
+    assert rows["transformer_blocks.1.norm1.linear"] == 2
+    assert rows["proj_out_1"] == 2
+
+
+def test_layers_that_read_one_tensor_are_found(calibrated):
+    attention = ("to_q", "to_k", "to_v")
+    assert calibrated[WORKLOAD].same_input == tuple(
+        tuple(f"transformer_blocks.{block}.attn1.{name}" for name in attention) for block in (0, 1)
+    )
+
+
+def test_equal_tensors_and_new_ones_in_an_old_place_are_not_the_same_input():
+    found = SameInputs()
+    x = torch.ones(3)
+    for name in ("a", "b", "a"):
+        found.note(name, x)
+    found.note("c", x.clone())
+    for name in ("d", "e"):
+        y = torch.ones(3)
+        found.note(name, y)
+        del y  # the next one may get its id
+    assert found.groups == (("a", "b"),)
+
+
+def test_the_workload_survives_the_store(calibrated, tmp_path):
+    calibrated[WORKLOAD].save(tmp_path)
+    assert type(calibrated[WORKLOAD]).load(tmp_path) == calibrated[WORKLOAD]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from intaglio.pipeline.cost import latency_s
+from intaglio.pipeline.cost import bit_operations, latency_s
 from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a16, with_output
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16, with_output
 from intaglio.pipeline.target import Device
 
 DEVICE = Device(
@@ -46,3 +46,9 @@ def test_a_layer_takes_what_its_bytes_or_its_operations_take(
     layer: Layer, scheme: LayerScheme, rows: int, expected_s: float
 ) -> None:
     assert latency_s(layer, scheme, rows, DEVICE) == pytest.approx(expected_s, rel=1e-12)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [(FLOAT, 256), (W8A8_TOKEN, 64), (w4a16(64), 64), (w4a8_token(64), 32)])
+def test_bit_operations_are_products_times_bits_of_both_operands(scheme: LayerScheme, bits: int) -> None:
+    assert bit_operations(LINEAR, scheme, 10) == 10 * 2000 * 1000 * bits
+    assert bit_operations(CONV, scheme, 10) == 10 * 100 * 50 * 9 * bits

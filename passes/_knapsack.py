@@ -1,0 +1,182 @@
+"""One option for each layer, the least loss within all budgets: a multiple-choice knapsack of several dimensions.
+
+Shapes: O options of all L layers, those of a layer side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import coo_array, csr_array, hstack, vstack
+
+from intaglio.pipeline.errors import StepFailed
+
+Floats = NDArray[np.float64]
+Chosen = NDArray[np.intp]
+"""The option of each layer, in the order of layers (L)."""
+
+UNIT = 1000.0
+"""What budgets and the least loss are for HiGHS, whose tolerances are absolute, 1e-6: so they are met to 1e-9."""
+CORES = (300, 1000)
+"""How many options more than one a layer are tried, before all are that are worth it."""
+INFEASIBLE = 2
+"""Status of `milp` and `linprog`."""
+
+
+class _Mixed(NamedTuple):
+    """The optimum where options may be mixed, and what each option costs that it does not have (O), both in `unit`."""
+
+    unit: float
+    least: float
+    reduced: Floats
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """`layer` says whose each option is (O). A limit is for the sum of the chosen options' costs of the same name.
+
+    Of every two sets of options in `equal`, one is chosen from as often as from the other. `gap` is how far from the
+    optimum the loss may be, relative to it.
+    """
+
+    layer: NDArray[np.intp]
+    loss: Floats
+    costs: Mapping[str, Floats]
+    equal: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+    gap: float = 1e-4
+
+    def best(self, limits: Mapping[str, float]) -> Chosen | None:
+        """The least loss within the limits; None where nothing is within them."""
+        return self._least(self.loss, limits)
+
+    def cheapest(self, cost: str, limits: Mapping[str, float]) -> Chosen | None:
+        """The least of this cost within the limits."""
+        return self._least(self.costs[cost], limits)
+
+    def bound(self, limits: Mapping[str, float]) -> float | None:
+        """No choice within the limits loses less: the optimum where options may be mixed. None: nothing is within."""
+        mixed = self._mixed(self.loss, limits)
+        return None if mixed is None else mixed.least * mixed.unit
+
+    def nearest(self, limits: Mapping[str, float]) -> Chosen:
+        """What is over none of the limits times t, for the smallest t."""
+        options = len(self.loss)
+        often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, np.zeros(len(limits)))
+        t = csr_array(np.append(np.zeros(len(self._often)), np.full(len(limits), -UNIT))[:, None])
+        chosen = self._solve(
+            np.append(np.zeros(options), UNIT),
+            LinearConstraint(hstack([vstack([self._structure, self._used(limits)]), t]), *often),
+            np.append(np.ones(options, int), 0),
+            Bounds(0, np.append(np.ones(options), np.inf)),
+        )
+        assert chosen is not None  # any choice is within limits that are far enough away
+        return chosen
+
+    def _least(self, amount: Floats, limits: Mapping[str, float]) -> Chosen | None:
+        """Tried first on those options that cost least beside the relaxed optimum.
+
+        What is found there says which of the others could still be better: an option costs at least its reduced cost.
+        """
+        mixed = self._mixed(amount, limits)
+        if mixed is None:
+            return None
+        rows = vstack([self._structure, self._used(limits)]).tocsc()
+        often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, [UNIT] * len(limits))
+        ranked = np.sort(mixed.reduced)
+        chosen, found = None, np.inf
+        for more in (*CORES, len(amount)):
+            reach = min(ranked[min(int(self.layer[-1]) + more, len(amount) - 1)], found - mixed.least)
+            core = np.flatnonzero(mixed.reduced <= reach)
+            within = LinearConstraint(rows[:, core], *often)
+            picked = self._solve(amount[core] / mixed.unit, within, np.ones(len(core), int), Bounds(0, 1))
+            if picked is not None and amount[core[picked]].sum() / mixed.unit < found:
+                chosen, found = core[picked], amount[core[picked]].sum() / mixed.unit
+            if chosen is not None and found - mixed.least <= max(reach, self.gap * found):
+                break
+        return chosen
+
+    def _mixed(self, amount: Floats, limits: Mapping[str, float]) -> _Mixed | None:
+        """None where nothing is possible. Solved twice: how large the optimum is says how exactly it is to be found."""
+        unit = max(float(amount.max()), 1e-30) / UNIT
+        for _ in range(2):
+            with _stdout_to_stderr():
+                relaxed = linprog(  # type: ignore[call-overload]  # its stubs know no sparse matrices
+                    amount / unit,
+                    A_ub=self._used(limits),
+                    b_ub=np.full(len(limits), UNIT),
+                    A_eq=self._structure,
+                    b_eq=self._often,
+                    bounds=(0, None),
+                )
+            if relaxed.status == INFEASIBLE:
+                return None
+            found = _Mixed(unit, float(relaxed.fun), relaxed.lower.marginals)
+            if found.least < 1e-9 * UNIT:  # rounding: nothing is lost
+                break
+            unit *= found.least / UNIT
+        return found
+
+    def _solve(
+        self, amount: Floats, within: LinearConstraint, integral: NDArray[np.int_], bounds: Bounds
+    ) -> NDArray[np.intp] | None:
+        """What is chosen of these, for the least amount; None where nothing is within."""
+        with _stdout_to_stderr():
+            result = milp(
+                amount,
+                integrality=integral,
+                bounds=bounds,
+                constraints=within,
+                options={"mip_rel_gap": self.gap / 2},
+            )
+        if result.x is None:
+            if result.status == INFEASIBLE:
+                return None
+            raise StepFailed(f"no plan found: {result.message}")
+        return np.flatnonzero((result.x > 0.5) & (integral > 0))
+
+    def _used(self, limits: Mapping[str, float]) -> csr_array:
+        shares = [self.costs[name] / limit * UNIT for name, limit in limits.items()]
+        return csr_array(np.array(shares).reshape(len(limits), len(self.loss)))
+
+    @cached_property
+    def _structure(self) -> csr_array:
+        """Rows that say what is chosen how often: one option of each layer, sets of `equal` as often as each other."""
+        options = len(self.loss)
+        one_each = coo_array((np.ones(options), (self.layer, np.arange(options))))
+        balance = np.zeros((len(self.equal), options))
+        for row, (some, others) in zip(balance, self.equal, strict=True):
+            row[list(some)] += 1
+            row[list(others)] -= 1
+        return csr_array(vstack([one_each, csr_array(balance)]))
+
+    @property
+    def _often(self) -> Floats:
+        return np.append(np.ones(int(self.layer[-1]) + 1), np.zeros(len(self.equal)))
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints lines for its developers now and then, where a command's results go."""
+    if sys.platform == "win32":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,47 @@
+"""What else could have been decided: plans of which none is both smaller and better than another."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan. Costs are those of the quantizable layers relative to float, by name of the budget, as far as known.
+
+    `loss` is the predicted mean squared error of the final samples, `schemes` are their names by layer.
+    """
+
+    costs: Mapping[str, float]
+    loss: float
+    schemes: Mapping[str, str]
+
+    @property
+    def psnr_db(self) -> float:
+        """Predicted, of samples in [-1, 1]; infinite where nothing is lost."""
+        return 10 * math.log10(4 / self.loss) if self.loss > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Front:
+    """Points by growing size and falling loss, and the one that became the plan, which may lie between them."""
+
+    points: tuple[Point, ...]
+    chosen: Point
+
+    def save(self, root: Path) -> None:
+        """Write front.json, a line for each point."""
+        lines = ",\n  ".join(json.dumps(asdict(point)) for point in self.points)
+        chosen = json.dumps(asdict(self.chosen))
+        (root / "front.json").write_text(f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen}\n}}\n')
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read front.json."""
+        content = json.loads((root / "front.json").read_text())
+        return cls(tuple(Point(**point) for point in content["points"]), Point(**content["chosen"]))
