@@ -1,0 +1,214 @@
+"""What each layer's rounding does to the output of recorded calls: screened for all layers at once, or one by one.
+
+Processes share the work, and what is done is kept in files. Shapes: R rows of a call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from intaglio.passes._replay import Replay
+from intaglio.passes._screen import Forms, Screen
+from intaglio.pipeline.blocks import find_units
+from intaglio.pipeline.metrics import Metric, MetricContext
+
+if TYPE_CHECKING:
+    from intaglio.passes._rounded import RoundedLayers
+    from intaglio.pipeline.context import Context
+    from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler
+    from intaglio.pipeline.trajectory import Trajectory
+
+T = TypeVar("T")
+Errors = dict[str, dict[str, list[list[float]]]]
+"""By layer and label; of each bucket one error a sample."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows on which every layer is measured, the same ones at every step.
+
+    With guidance every sample has its conditional and its null row. Without, it has one, or with `swapped` a second one
+    under the condition of another sample. All first rows come before all second ones.
+    """
+
+    sampler: Sampler
+    trajectory: Trajectory
+    samples: tuple[int, ...]
+    swapped: bool = False
+
+    @classmethod
+    def of(cls, sampler: Sampler, trajectory: Trajectory, rows: int, *, swapped: bool = False) -> Batch:
+        """Evenly spread samples, as many as fill the rows."""
+        copies = 2 if swapped else sampler.rows_per_sample
+        count = trajectory.outputs.shape[1] // sampler.rows_per_sample
+        wanted = min(count, max(1, rows // copies))
+        return cls(sampler, trajectory, tuple(range(0, count, count // wanted))[:wanted], swapped)
+
+    @property
+    def copies(self) -> int:
+        """Rows of each sample."""
+        return 2 if self.swapped else self.sampler.rows_per_sample
+
+    @property
+    def rows(self) -> int:
+        """Of a call."""
+        return self.copies * len(self.samples)
+
+    def inputs(self, step: int) -> dict[str, torch.Tensor]:
+        """Of the call at a step."""
+        count = self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
+        inputs = self.trajectory.call(step, self.sampler.rows_of(self.samples, count))
+        if not self.swapped:
+            return inputs
+        other = {name: value.roll(1, 0) for name, value in inputs.items() if name in self.trajectory.conditions}
+        return {n: v if n in self.trajectory.shared else torch.cat([v, other.get(n, v)]) for n, v in inputs.items()}
+
+    def row(self, step: int, row: int) -> dict[str, torch.Tensor]:
+        """Inputs of one row alone."""
+        shared = self.trajectory.shared
+        return {n: value if n in shared else value[[row]] for n, value in self.inputs(step).items()}
+
+    def changed(self, step: int, generator: torch.Generator) -> dict[str, Inputs]:
+        """The call as it is, with other noise in the place of the samples, and with other conditions."""
+        plain = self.inputs(step)
+        sample = self.sampler.names.sample
+        noise = torch.randn(plain[sample].shape, generator=generator)
+        conditions = {name: plain[name].flip(0) for name in self.trajectory.conditions}
+        return {"plain": plain, "noise": {**plain, sample: noise}, "conditions": {**plain, **conditions}}
+
+    def context(self, frame_axis: int) -> MetricContext:
+        """What metrics may know."""
+        partner = torch.arange(self.rows).roll(len(self.samples)) if self.copies == 2 else None
+        return MetricContext(partner, frame_axis)
+
+    def by_sample(self, error_R: torch.Tensor) -> list[float]:
+        """The mean over the rows of each sample: rows of one sample are no independent measurements."""
+        means: list[float] = error_R.double().reshape(self.copies, -1).mean(0).tolist()
+        return means
+
+
+class Progress:
+    """What was measured so far, by all processes, in files that a stopped run finds again, one line a measurement."""
+
+    def __init__(self, ctx: Context, kind: str) -> None:
+        self._processes = ctx.processes
+        self._file = ctx.scratch / f"{kind}.{ctx.processes.index}.jsonl"
+        self._done: dict[str, Any] = {}
+        for file in sorted(ctx.scratch.glob(f"{kind}.*.jsonl")):
+            for line in file.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # empty, or cut off when the run was stopped
+                    name, value = json.loads(line)
+                    self._done[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
+
+    def get(self, name: str, measure: Callable[[], T]) -> T:
+        """The value kept for `name`, or else measured now and kept."""
+        if name not in self._done:
+            self._done[name] = measure()
+            with self._file.open("a") as file:
+                file.write("\n" + json.dumps([name, self._done[name]]) + "\n")
+        found: T = self._done[name]
+        return found
+
+    def gathered(self) -> dict[str, Any]:
+        """What all processes have. Every one of them calls this."""
+        parts = self._processes.gather(self._done)
+        return {name: value for part in parts for name, value in part.items()}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Errors of a model's layers, each in some forms, at one step of every bucket."""
+
+    ctx: Context
+    denoise: Denoise
+    rounded: RoundedLayers
+    batch: Batch
+    steps: Sequence[int]
+    forms: Forms
+    reuse: bool = True
+
+    def screen(self, probes: int) -> Errors:
+        """Predicted relative squared errors, of all layers and forms."""
+        progress = Progress(self.ctx, "screened")
+        screen = Screen(self.rounded, self.denoise, self.forms)
+        places = list(itertools.product(range(len(self.steps)), range(self.batch.rows)))
+
+        def predict(bucket: int, row: int) -> dict[str, object]:
+            step = self.rounded.clock.step = self.steps[bucket]
+            generators = [self.ctx.torch_rng("probe", bucket, row, i) for i in range(probes)]
+            predicted, output = screen.errors(self.batch.row(step, row), generators)
+            return {"energy": float(output.square().sum()), "errors": predicted}
+
+        with self.ctx.progress("screening", len(places)) as advance:
+            for bucket, row in places[self.ctx.processes.index :: self.ctx.processes.count]:
+                progress.get(f"{bucket}:{row}", partial(predict, bucket, row))
+                advance(self.ctx.processes.count)
+        done = progress.gathered()
+        found: Errors = {name: {label: [] for label in forms} for name, forms in self.forms.items()}
+        for bucket in range(len(self.steps)):
+            rows = [done[f"{bucket}:{row}"] for row in range(self.batch.rows)]
+            energy = sum(row["energy"] for row in rows) / len(rows)
+            for name, forms in self.forms.items():
+                for label in forms:
+                    squared = torch.tensor([row["errors"][name][label] for row in rows], dtype=torch.float64)
+                    found[name][label].append(self.batch.by_sample(squared / energy))
+        return found
+
+    def measure(
+        self,
+        wanted: Mapping[str, Sequence[str]],
+        metrics: Mapping[str, Mapping[str, Metric]],
+        context: MetricContext,
+    ) -> dict[str, Errors]:
+        """Errors of these layers and labels, by the name of each of the layer's metrics. Leaves the model as it was."""
+        module, progress = self.rounded.module, Progress(self.ctx, "measured")
+        units = find_units(module)
+        members = {u: [n for n in wanted if n == u or n.startswith(f"{u}.")] for u in units}
+        places = [(b, u) for b in range(len(self.steps)) for u, names in members.items() if names]
+        replay, place = None, -1
+        with self.ctx.progress("sensitivity", sum(map(len, wanted.values())) * len(self.steps)) as advance:
+            for bucket, unit in places[self.ctx.processes.index :: self.ctx.processes.count]:
+                every = [(name, label) for name in members[unit] for label in wanted[name]]
+                left = [(name, label) for name, label in every if f"{bucket}:{name}:{label}" not in progress]
+                advance(self.ctx.processes.count * (len(every) - len(left)))
+                if not left:
+                    continue
+                step = self.rounded.clock.step = self.steps[bucket]
+                if replay is None or place != bucket:
+                    replay, place = Replay(module, self.denoise, self.batch.inputs(step), reuse=self.reuse), bucket
+                with replay.unit(unit, [name for name, _ in left]) as exact:
+                    if self.reuse and not exact:
+                        self.ctx.log.warning("%s: computed whole, as replaying what precedes it changes it", unit)
+                    for name, label in left:
+                        compare = partial(self._errors, replay, name, label, metrics[name], context)
+                        progress.get(f"{bucket}:{name}:{label}", compare)
+                        advance(self.ctx.processes.count)
+        if replay is not None and self.reuse:
+            self.ctx.log.info("outputs kept to be replayed: %.1f MB", replay.whole.size_bytes / 1e6)
+        done = progress.gathered()
+        found: dict[str, Errors] = {}
+        for name, labels in wanted.items():
+            for label, metric in itertools.product(labels, metrics[name]):
+                errors = [done[f"{bucket}:{name}:{label}"][metric] for bucket in range(len(self.steps))]
+                found.setdefault(metric, {}).setdefault(name, {})[label] = errors
+        return found
+
+    def _errors(
+        self, replay: Replay, name: str, label: str, metrics: Mapping[str, Metric], context: MetricContext
+    ) -> dict[str, list[float]]:
+        """By metric and sample, with this layer rounded."""
+        with self.rounded.alone(name, self.forms[name][label]):
+            output = replay.call(name)
+        compared = {metric: each.compare(output, replay.output, context) for metric, each in metrics.items()}
+        return {metric: self.batch.by_sample(error_R) for metric, error_R in compared.items()}
