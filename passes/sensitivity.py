@@ -120,7 +120,8 @@ class MeasureSensitivity(Pass):
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 1 + model.from_units + share * measured * model.from_layer
-        drift = sum(name.startswith("w4") for name in schemes) * model.layers * one * self.drift_samples
+        drawn = sum(name.startswith("w4") for name in schemes) * model.layers
+        drift = (drawn + bool(drawn)) * one * self.drift_samples
         return round(4 * self.rows + self.buckets * self.rows * a_bucket + whole + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -230,15 +231,16 @@ class MeasureSensitivity(Pass):
         model = sampler.model
         start = sampler.start(self.drift_samples, ctx.torch_rng("drift"))
         denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
-        reference = sampler.sample(denoise, start)
+        progress, processes = Progress(ctx, "drift"), ctx.processes
+        own = pairs[processes.index :: processes.count]
+        reference = sampler.sample(denoise, start) if own else start.noise
 
         def measure(name: str, scheme: str) -> float:
             with rounded.alone(name, table.schemes[name][scheme]):
                 return float((sampler.sample(denoise, start) - reference).square().mean())
 
-        progress, processes = Progress(ctx, "drift"), ctx.processes
         with ctx.progress("drift of samples", len(pairs)) as advance:
-            for name, scheme in pairs[processes.index :: processes.count]:
+            for name, scheme in own:
                 progress.get(f"{name}:{scheme}", partial(measure, name, scheme))
                 advance(processes.count)
         done, drift = progress.gathered(), dict[str, dict[str, float]]()

@@ -40,15 +40,13 @@ class Plain(nn.Module):
 class Counting(nn.Module):
     """A block that acts on more than what it returns: every call adds to what all blocks see."""
 
-    calls = [0]
-
-    def __init__(self) -> None:
+    def __init__(self, seen: list[int]) -> None:
         super().__init__()
-        self.layer = nn.Linear(8, 8)
+        self.layer, self.seen = nn.Linear(8, 8), seen
 
     def forward(self, x):
-        self.calls[0] += 1
-        return self.layer(x) * self.calls[0]
+        self.seen[0] += 1
+        return self.layer(x) * self.seen[0]
 
 
 class Products(TorchFunctionMode):
@@ -134,11 +132,11 @@ def test_without_reuse_all_is_computed():
 
 
 def test_modules_that_do_more_than_return_are_computed_whole():
-    module = nn.Module()
-    module.blocks = nn.ModuleList(Counting() for _ in range(3))
+    module, seen = nn.Module(), [0]
+    module.blocks = nn.ModuleList(Counting(seen) for _ in range(3))
 
     def denoise(inputs):
-        Counting.calls[0] = 0
+        seen[0] = 0
         y = inputs["x"]
         for block in module.blocks:
             y = block(y)
