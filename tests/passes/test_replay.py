@@ -5,7 +5,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from intaglio.passes._replay import Replay, record, replayed
-from intaglio.pipeline.blocks import find_units
 from intaglio.pipeline.checkpoint import layer_table
 
 
@@ -161,16 +160,3 @@ def test_replayed_modules_are_as_they_were_afterwards():
         with replayed(module, recording.returned):
             module(x=torch.zeros(3, 8))
         assert torch.equal(module(**inputs), recording.output)
-
-
-def test_units_are_blocks_and_what_is_beside_them():
-    assert list(find_units(tiny_unet()))[:5] == [
-        "conv_in",
-        "time_proj",
-        "time_embedding",
-        "class_embedding",
-        "down_blocks.0",
-    ]
-    nested = nn.Module()
-    nested.stages = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.ReLU()]), nn.Linear(1, 1)])
-    assert list(find_units(nested)) == ["stages.0.0", "stages.0.1", "stages.1"]
