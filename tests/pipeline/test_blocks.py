@@ -21,7 +21,9 @@ def test_units_are_blocks_and_what_is_beside_them():
         "down_blocks.0",
     ]
     nested = torch.nn.Module()
-    nested.stages = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.ReLU()]), torch.nn.Linear(1, 1)])
+    nested.stages = torch.nn.ModuleList(
+        [torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.ReLU()]), torch.nn.Linear(1, 1)]
+    )
     assert list(find_units(nested)) == ["stages.0.0", "stages.0.1", "stages.1"]
 
 
