@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from intaglio.pipeline.metrics import Metric, MetricContext
 
 if TYPE_CHECKING:
     from intaglio.passes._rounded import RoundedLayers
-    from intaglio.pipeline.context import Context
+    from intaglio.pipeline.context import Advance, Context
     from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler
     from intaglio.pipeline.trajectory import Trajectory
 
@@ -172,37 +173,51 @@ class Study:
         context: MetricContext,
     ) -> dict[str, Errors]:
         """Errors of these layers and labels, by the name of each of the layer's metrics. Leaves the model as it was."""
-        module, progress = self.rounded.module, Progress(self.ctx, "measured")
-        units = find_units(module)
-        members = {u: [n for n in wanted if n == u or n.startswith(f"{u}.")] for u in units}
-        places = [(b, u) for b in range(len(self.steps)) for u, names in members.items() if names]
-        replay, place = None, -1
-        with self.ctx.progress("sensitivity", sum(map(len, wanted.values())) * len(self.steps)) as advance:
-            for bucket, unit in places[self.ctx.processes.index :: self.ctx.processes.count]:
-                every = [(name, label) for name in members[unit] for label in wanted[name]]
-                left = [(name, label) for name, label in every if f"{bucket}:{name}:{label}" not in progress]
-                advance(self.ctx.processes.count * (len(every) - len(left)))
-                if not left:
-                    continue
-                step = self.rounded.clock.step = self.steps[bucket]
-                if replay is None or place != bucket:
-                    replay, place = Replay(module, self.denoise, self.batch.inputs(step), reuse=self.reuse), bucket
-                with replay.unit(unit, [name for name, _ in left]) as exact:
-                    if self.reuse and not exact:
-                        self.ctx.log.warning("%s: computed whole, as replaying what precedes it changes it", unit)
-                    for name, label in left:
-                        compare = partial(self._errors, replay, name, label, metrics[name], context)
-                        progress.get(f"{bucket}:{name}:{label}", compare)
-                        advance(self.ctx.processes.count)
-        if replay is not None and self.reuse:
-            self.ctx.log.info("outputs kept to be replayed: %.1f MB", replay.whole.size_bytes / 1e6)
+        progress = Progress(self.ctx, "measured")
+        units = find_units(self.rounded.module)
+        members = {u: [(n, k) for n in wanted if n == u or n.startswith(f"{u}.") for k in wanted[n]] for u in units}
+        places = [(b, u) for b in range(len(self.steps)) for u, pairs in members.items() if pairs]
+        own = places[self.ctx.processes.index :: self.ctx.processes.count]
+        with self.ctx.progress("sensitivity", len(self.steps) * sum(map(len, wanted.values()))) as advance:
+            for bucket, group in itertools.groupby(own, key=itemgetter(0)):
+                todo = {unit: members[unit] for _, unit in group}
+                self._measure_at(bucket, todo, metrics, context, progress, advance)
         done = progress.gathered()
         found: dict[str, Errors] = {}
         for name, labels in wanted.items():
             for label, metric in itertools.product(labels, metrics[name]):
-                errors = [done[f"{bucket}:{name}:{label}"][metric] for bucket in range(len(self.steps))]
+                errors = [done[_key(bucket, name, label)][metric] for bucket in range(len(self.steps))]
                 found.setdefault(metric, {}).setdefault(name, {})[label] = errors
         return found
+
+    def _measure_at(
+        self,
+        bucket: int,
+        todo: Mapping[str, Sequence[tuple[str, str]]],
+        metrics: Mapping[str, Mapping[str, Metric]],
+        context: MetricContext,
+        progress: Progress,
+        advance: Advance,
+    ) -> None:
+        """Layers and labels, by unit, at the step of one bucket. What is replayed is free when this returns."""
+        left = {u: [pair for pair in pairs if _key(bucket, *pair) not in progress] for u, pairs in todo.items()}
+        advance(self.ctx.processes.count * (sum(map(len, todo.values())) - sum(map(len, left.values()))))
+        if not any(left.values()):
+            return
+        step = self.rounded.clock.step = self.steps[bucket]
+        replay = Replay(self.rounded.module, self.denoise, self.batch.inputs(step), reuse=self.reuse)
+        if self.reuse and bucket == 0:
+            self.ctx.log.info("outputs kept to be replayed: %.1f MB", replay.whole.size_bytes / 1e6)
+        for unit, pairs in left.items():
+            if not pairs:
+                continue
+            with replay.unit(unit, [name for name, _ in pairs]) as exact:
+                if self.reuse and not exact:
+                    self.ctx.log.warning("%s: computed whole, as replaying what precedes it changes it", unit)
+                for name, label in pairs:
+                    compare = partial(self._errors, replay, name, label, metrics[name], context)
+                    progress.get(_key(bucket, name, label), compare)
+                    advance(self.ctx.processes.count)
 
     def _errors(
         self, replay: Replay, name: str, label: str, metrics: Mapping[str, Metric], context: MetricContext
@@ -212,3 +227,7 @@ class Study:
             output = replay.call(name)
         compared = {metric: each.compare(output, replay.output, context) for metric, each in metrics.items()}
         return {metric: self.batch.by_sample(error_R) for metric, error_R in compared.items()}
+
+
+def _key(bucket: int, name: str, label: str) -> str:
+    return f"{bucket}:{name}:{label}"

@@ -73,7 +73,8 @@ class MeasureSensitivity(Pass):
     metrics: Mapping[Group, str] = Field(
         METRICS,
         description="what ranks layers within their group: those that read conditions alone are content, all others"
-        " visual; mse, structure, edges, condition-swap, temporal, or of a plug-in; mse where one does not apply",
+        " visual; mse, structure, edges, condition-swap, temporal, or of a plug-in; mse where one does not apply; with"
+        " another than mse the whole group is measured",
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
