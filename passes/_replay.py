@@ -41,8 +41,17 @@ class Recording:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def record(module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection[str]) -> Recording:
-    """Of `call`, which calls the module; `kept` names the modules whose outputs are of interest."""
+class _Over(Exception):
+    """The last module of interest has ended: what comes after it need not be computed."""
+
+
+def record(
+    module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection[str], until: str | None = None
+) -> Recording:
+    """Of `call`, which calls the module; `kept` names the modules whose outputs are of interest.
+
+    It ends with the module `until`, without an output, if one is named.
+    """
     recording, ticks = Recording(), itertools.count()
 
     def begin(_: nn.Module, __: object, name: str) -> None:
@@ -52,13 +61,16 @@ def record(module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection
         recording.ended[name] = next(ticks)
         if name in kept:
             recording.returned.setdefault(name, []).append(_copied(output))
+        if name == until:
+            raise _Over
 
     hooks = []
     for name, part in module.named_modules():
         hooks.append(part.register_forward_pre_hook(partial(begin, name=name)))
         hooks.append(part.register_forward_hook(partial(end, name=name)))
     try:
-        recording.output = call()
+        with contextlib.suppress(_Over):
+            recording.output = call()
     finally:
         for hook in hooks:
             hook.remove()
@@ -107,8 +119,11 @@ class Replay:
         return self.whole.output
 
     @contextlib.contextmanager
-    def unit(self, name: str, layers: Sequence[str]) -> Iterator[bool]:
-        """For these layers of a unit. Yields whether anything is replayed."""
+    def unit(self, name: str, layers: Sequence[str], *, check: bool = True) -> Iterator[bool]:
+        """For these layers of a unit. Yields whether anything is replayed.
+
+        Without `check` the replayed call ends with the unit, and is taken to repeat the recorded one.
+        """
         known = [layer for layer in layers if layer in self.whole.began]
         if not (self.reuse and known):
             yield False
@@ -116,8 +131,8 @@ class Replay:
         kept = {inner for layer in known for inner in self._inside(name, layer)}
         before = self._before(min(known, key=self.whole.began.__getitem__), name)
         with torch.no_grad(), replayed(self.module, before):
-            again = record(self.module, partial(self.denoise, self.inputs), kept)
-        exact = torch.equal(again.output, self.output)
+            again = record(self.module, partial(self.denoise, self.inputs), kept, None if check else name)
+        exact = not check or torch.equal(again.output, self.output)
         self._unit, self._inner = (name, again.returned) if exact else ("", {})
         try:
             yield exact

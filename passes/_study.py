@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -138,6 +138,8 @@ class Study:
     steps: Sequence[int]
     forms: Forms
     reuse: bool = True
+    repeats: dict[str, bool] = field(default_factory=dict)
+    """Whether calls replayed for a unit are what they were, as found at the first step at which it is measured."""
 
     def screen(self, probes: int) -> Errors:
         """Predicted relative squared errors, of all layers and forms."""
@@ -211,9 +213,11 @@ class Study:
         for unit, pairs in left.items():
             if not pairs:
                 continue
-            with replay.unit(unit, [name for name, _ in pairs]) as exact:
-                if self.reuse and not exact:
+            names = [name for name, _ in pairs] if self.repeats.get(unit, True) else []
+            with replay.unit(unit, names, check=unit not in self.repeats) as exact:
+                if self.reuse and not exact and unit not in self.repeats:
                     self.ctx.log.warning("%s: computed whole, as replaying what precedes it changes it", unit)
+                self.repeats[unit] = exact
                 for name, label in pairs:
                     compare = partial(self._errors, replay, name, label, metrics[name], context)
                     progress.get(_key(bucket, name, label), compare)

@@ -120,10 +120,10 @@ class MeasureSensitivity(Pass):
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
-        a_bucket = screening + 1 + model.from_units + share * measured * model.from_layer
+        a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
         drawn = sum(name.startswith("w4") for name in schemes) * model.layers
         drift = (drawn + bool(drawn)) * one * self.drift_samples
-        return round(4 * self.rows + self.buckets * self.rows * a_bucket + whole + drift)
+        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.passes._layer_groups import layer_groups

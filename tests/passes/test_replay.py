@@ -81,22 +81,22 @@ def denoise_with(module):
     return denoise
 
 
-def places(replay: Replay, module: nn.Module):
+def places(replay: Replay, module: nn.Module, *, check: bool = True):
     """Every layer, with its unit open."""
     for unit in replay.units:
         names = [layer.name for layer in layer_table(module) if layer.name == unit or layer.name.startswith(f"{unit}.")]
-        with replay.unit(unit, names) as exact:
+        with replay.unit(unit, names, check=check) as exact:
             for name in names:
                 assert exact
                 yield name
 
 
-@pytest.mark.parametrize("make", [plain, dit, unet])
-def test_a_call_from_a_layer_on_is_the_whole_call_to_the_bit(make):
+@pytest.mark.parametrize(("make", "check"), [(plain, True), (dit, True), (unet, True), (unet, False)])
+def test_a_call_from_a_layer_on_is_the_whole_call_to_the_bit(make, check):
     module, inputs = make()
     replay = Replay(module, denoise_with(module), inputs)
     changed = 0
-    for name in places(replay, module):
+    for name in places(replay, module, check=check):
         layer = module.get_submodule(name)
         with torch.no_grad():
             weight = layer.weight.clone()
@@ -120,6 +120,15 @@ def test_only_what_comes_after_a_layer_is_computed():
         counts[name] = products.count
     assert counts["ends"] == 10
     assert [counts[f"blocks.{i}.{n}"] for i in range(4) for n in ("first", "second")] == [10, 9, 8, 7, 6, 5, 4, 3]
+
+
+def test_a_unit_that_is_not_checked_costs_what_is_in_it():
+    """Two layers of a block, and the outer one in front."""
+    module, inputs = plain()
+    replay = Replay(module, denoise_with(module), inputs)
+    for check, count in ((True, 10 - 2 * 2), (False, 1 + 2)):
+        with Products() as products, replay.unit("blocks.2", ["blocks.2.first", "blocks.2.second"], check=check):
+            assert products.count == count
 
 
 def test_without_reuse_all_is_computed():
