@@ -24,6 +24,25 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def find_units(module: nn.Module) -> dict[str, nn.Module]:
+    """The model cut at its blocks: members of module lists, and modules beside them that hold no list. In its order."""
+    from torch import nn
+
+    found: dict[str, nn.Module] = {}
+
+    def cut(name: str, part: nn.Module, listed: bool) -> None:
+        container = isinstance(part, nn.ModuleList | nn.ModuleDict)
+        if not container and (listed or not any(isinstance(inner, nn.ModuleList) for inner in part.modules())):
+            found[name] = part
+            return
+        for child_name, child in part.named_children():
+            cut(f"{name}.{child_name}" if name else child_name, child, container)
+
+    for name, child in module.named_children():
+        cut(name, child, False)
+    return found
+
+
 @contextlib.contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """The backward pass computes the activations in these blocks anew, instead of keeping them (Chen et al. 2016)."""

@@ -1,6 +1,7 @@
 """Finds the class behind a pass reference: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
 
-A name is an entry point of the group `intaglio.passes`, of this distribution or of any other.
+A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
+in the group `intaglio.metrics`.
 """
 
 import hashlib
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import ModuleType
 
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
+from intaglio.pipeline.metrics import Metric
 from intaglio.pipeline.pass_base import Pass
 
 GROUP = "intaglio.passes"
+METRICS = "intaglio.metrics"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,35 @@ def find_pass(reference: str, base: Path) -> PassSource:
 @cache
 def named_passes() -> dict[str, EntryPoint]:
     """All entry points, by name and sorted. Raises RecipeError when two distributions own one name."""
+    return _named(GROUP, "pass")
+
+
+@cache
+def named_metrics() -> dict[str, EntryPoint]:
+    """As `named_passes`."""
+    return _named(METRICS, "metric")
+
+
+def find_metric(name: str) -> Metric:
+    """Raises RecipeError for what cannot be found, ContractError for what is no metric."""
+    points = named_metrics()
+    if name not in points:
+        raise RecipeError(f"no metric {name!r}{did_you_mean(name, points)}")
+    module_name, _, class_name = points[name].value.partition(":")
+    made = getattr(_import(module_name, name), class_name, None)
+    if missing := [method for method in ("applies", "compare") if not callable(getattr(made, method, None))]:
+        raise ContractError(f"metric {name}: {points[name].value} does not define {', '.join(missing)}")
+    assert made is not None  # it has the methods
+    metric: Metric = made()
+    return metric
+
+
+def _named(group: str, kind: str) -> dict[str, EntryPoint]:
     owners: dict[str, dict[str, EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=group):
         owners.setdefault(point.name, {})[f"{_owner(point)} ({point.value})"] = point
     clashes = [
-        f"pass {name!r} is provided twice, by {' and by '.join(sorted(points))}: uninstall one of them"
+        f"{kind} {name!r} is provided twice, by {' and by '.join(sorted(points))}: uninstall one of them"
         for name, points in sorted(owners.items())
         if len(points) > 1
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +22,14 @@ class Sensitivity:
     the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
     `drift[layer][scheme]` is that error measured, on whole trajectories, where it was: a rounded weight pushes every
     step the same way, which no sum over steps predicts.
+
+    `stderr` is the standard error of each of those means, over samples; empty where there was one sample. `measured`
+    lists the schemes that each layer was rounded alone in; errors of others are `screened` ones, the first-order
+    prediction, times what the measured ones of the scheme are to theirs in the median. `rank_correlation` is
+    Spearman's, of the two. `apart[layer][scheme]` has the error of the `weight` alone and of the `input` alone.
+
+    `groups` is the group of each layer, `metrics` that of each group, and `ranked[layer][scheme][bucket]` its error
+    where it is another one than the mean squared error.
     """
 
     layers: tuple[Layer, ...]
@@ -30,15 +39,50 @@ class Sensitivity:
     """Measured schemes by layer name and scheme name."""
     error: Mapping[str, Mapping[str, tuple[float, ...]]]
     drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stderr: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    screened: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    ranked: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    rank_correlation: float | None = None
 
     def total(self, layer: str, scheme: str) -> float:
+        """Mean squared error of the final samples, moved within its group to where the group's metric finds it.
+
+        t = d r * (sum d) / (sum d r), r = m / e, summed over the group's layers and schemes: d is the error of the
+        samples, e what the mean squared error of outputs predicts of it, m the same sum over buckets of the metric's
+        errors. What a group costs beside others is what it was; with the mean squared error itself, so is every layer.
+        """
+        return self._totals.get((layer, scheme), 0.0) if layer in self.ranked else self._squared(layer, scheme)
+
+    @cached_property
+    def _totals(self) -> dict[tuple[str, str], float]:
+        """Of the layers that another metric ranks."""
+        totals: dict[tuple[str, str], float] = {}
+        for group in sorted({self.groups[layer] for layer in self.ranked}):
+            ranked = {(n, s): e for n, by in self.ranked.items() if self.groups[n] == group for s, e in by.items()}
+            squared = {pair: self._squared(*pair) for pair in ranked}
+            moved = {
+                pair: squared[pair] * self._weighed(errors) / predicted if (predicted := self.predicted(*pair)) else 0.0
+                for pair, errors in ranked.items()
+            }
+            scale = sum(squared.values()) / (sum(moved.values()) or 1.0)
+            totals |= {pair: scale * error for pair, error in moved.items()}
+        return totals
+
+    def _squared(self, layer: str, scheme: str) -> float:
         """Mean squared error of the final samples: measured, or else predicted."""
         measured = self.drift.get(layer, {}).get(scheme)
         return self.predicted(layer, scheme) if measured is None else measured
 
     def predicted(self, layer: str, scheme: str) -> float:
         """Mean squared error of the final samples, as the errors of the buckets' outputs predict it."""
-        return sum(w * e for w, e in zip(self.weights, self.error[layer][scheme], strict=True))
+        return self._weighed(self.error[layer][scheme])
+
+    def _weighed(self, errors: tuple[float, ...]) -> float:
+        return sum(w * e for w, e in zip(self.weights, errors, strict=True))
 
     def save(self, root: Path) -> None:
         """Write sensitivity.json."""
@@ -49,6 +93,14 @@ class Sensitivity:
             "schemes": {n: {s: v.model_dump(mode="json") for s, v in by.items()} for n, by in self.schemes.items()},
             "error": self.error,
             "drift": self.drift,
+            "stderr": self.stderr,
+            "screened": self.screened,
+            "measured": self.measured,
+            "apart": self.apart,
+            "groups": self.groups,
+            "metrics": self.metrics,
+            "ranked": self.ranked,
+            "rank_correlation": self.rank_correlation,
         }
         (root / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -61,6 +113,18 @@ class Sensitivity:
             tuple((first, last) for first, last in content["buckets"]),
             tuple(content["weights"]),
             {n: {s: LayerScheme(**v) for s, v in by.items()} for n, by in content["schemes"].items()},
-            {n: {s: tuple(e) for s, e in by.items()} for n, by in content["error"].items()},
+            _tuples(content["error"]),
             content["drift"],
+            _tuples(content["stderr"]),
+            _tuples(content["screened"]),
+            {n: tuple(schemes) for n, schemes in content["measured"].items()},
+            {n: _tuples(by) for n, by in content["apart"].items()},
+            content["groups"],
+            content["metrics"],
+            _tuples(content["ranked"]),
+            content["rank_correlation"],
         )
+
+
+def _tuples(errors: Mapping[str, Mapping[str, Iterable[float]]]) -> dict[str, dict[str, tuple[float, ...]]]:
+    return {name: {key: tuple(values) for key, values in by.items()} for name, by in errors.items()}

@@ -1,18 +1,46 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from harness import Artifacts, run_pass
 from pydantic import ValidationError
+from tiny import save_folder, tiny_dit
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from intaglio.passes._layer_groups import layer_groups
+from intaglio.passes._study import Batch
 from intaglio.passes.sensitivity import MeasureSensitivity
+from intaglio.pipeline import Recipe, Store
 from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.estimate import measure_cost
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.runner import compile
 from intaglio.pipeline.sensitivity import Sensitivity
+from intaglio.pipeline.target import load_target
 
 ROUNDED = "transformer_blocks.1.norm1.linear"
 """The layer that is rounded alone, at 4 bits."""
+
+
+RECIPE = """
+model: {path: model, sampling_steps: 4, guidance: 2.0}
+targets: [onnxruntime-cpu]
+steps:
+  - calibrate: {samples: 4}
+  - sensitivity: {buckets: 2, rows: 2, drift_samples: 1}
+"""
+NO_DRIFT = {"drift_below_db": -100}
+"""No error of samples is as large."""
+CONTENT = {f"transformer_blocks.{i}.norm1.linear" for i in range(2)} | {"proj_out_1"}
+"""Layers of the DiT that read timestep and class alone."""
 
 
 def test_every_layer_has_every_scheme_its_shape_admits(measured):
@@ -22,13 +50,9 @@ def test_every_layer_has_every_scheme_its_shape_admits(measured):
     assert set(table.error["pos_embed.proj"]) == {"float", "w8a8_step"}  # K = 12 admits no group
 
 
-def test_named_schemes_alone_are_measured(measured, tmp_path):
-    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_token", "w4a8_token"))
-    done = {layer.name: {} for layer in measured[SENSITIVITY].layers}
-    name = "transformer_blocks.0.attn1.to_q"
-    del done[name]
-    (tmp_path / "measured.json").write_text(json.dumps(done))  # as if the others were done
-    error = run_pass(step, measured, tmp_path)[SENSITIVITY].error[name]
+def test_named_schemes_alone_are_measured(calibrated, tmp_path):
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_token", "w4a8_token"), probes=0, **NO_DRIFT)
+    error = run_pass(step, calibrated, tmp_path)[SENSITIVITY].error["transformer_blocks.0.attn1.to_q"]
     assert set(error) == {"float", "w8a8_token", "w4a8_token"}
     assert 0 < error["w8a8_token"][0] < error["w4a8_token"][0]
 
@@ -46,18 +70,25 @@ def test_fewer_bits_cost_more_and_float_nothing(measured):
 
 
 def test_stopped_measurement_goes_on_where_it_was(measured, tmp_path):
+    """The last line was cut off: that layer is measured again."""
     table = measured[SENSITIVITY]
-    done = {name: {s: [42.0] * 2 for s in schemes} for name, schemes in list(table.error.items())[:20]}
-    (tmp_path / "measured.json").write_text(json.dumps(done))
-    resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
     names = [layer.name for layer in table.layers]
+    done = [
+        [f"{bucket}:{name}:{scheme}", {"mse": [42.0, 42.0], "condition-swap": [42.0, 42.0]}]
+        for name in names[:20]
+        for scheme in table.error[name]
+        for bucket in range(2)
+    ]
+    lines = [json.dumps(each) for each in done]
+    (tmp_path / "measured.0.jsonl").write_text("\n".join(lines) + "\n" + lines[0].replace(names[0], names[20])[:-5])
+    resumed = run_pass(MeasureSensitivity(buckets=2, rows=4, probes=0, **NO_DRIFT), measured, tmp_path)[SENSITIVITY]
     assert resumed.error[names[0]]["w8a8_step"] == (42.0, 42.0)
-    assert resumed.error[names[20]] == table.error[names[20]]
+    again = json.loads((tmp_path / "measured.0.jsonl").read_text().splitlines()[-1])
+    assert again[0].split(":")[1] == names[20]
+    assert 0 < resumed.error[names[20]]["w8a8_step"][1] < 1
 
 
 def test_total_weighs_buckets(measured):
-    from dataclasses import replace
-
     table = replace(measured[SENSITIVITY], weights=(0.5, 2.0), error={"a": {"w4a16": (1.0, 5.0)}})
     assert table.total("a", "w4a16") == pytest.approx(10.5)
 
@@ -65,8 +96,7 @@ def test_total_weighs_buckets(measured):
 def test_a_layer_that_changes_the_samples_is_measured_on_whole_trajectories(measured, tmp_path):
     """With a rounded layer, and noise, of its own; a measurement of another run has other noise: a factor of four."""
     step = MeasureSensitivity(buckets=2, rows=4, drift_below_db=60, drift_samples=8)
-    (tmp_path / "measured.json").write_text(json.dumps(measured[SENSITIVITY].error))
-    table = run_pass(step, measured, tmp_path)[SENSITIVITY]
+    table = replace(run_pass(step, measured, tmp_path)[SENSITIVITY], ranked={})  # by the mean squared error alone
     assert table.total(ROUNDED, "w4a16") == table.drift[ROUNDED]["w4a16"]
     assert 0.25 < table.drift[ROUNDED]["w4a16"] / error_of_samples(measured, table) < 4
     visible = 4 / 10**6
@@ -79,8 +109,7 @@ def test_drift_goes_on_where_it_was(measured, tmp_path):
     table = measured[SENSITIVITY]
     drawn = [f"{name}:{scheme}" for name, by in table.drift.items() for scheme in by]
     done = {name: 42.0 + i for i, name in enumerate(drawn)}
-    (tmp_path / "measured.json").write_text(json.dumps(table.error))
-    (tmp_path / "drift.json").write_text(json.dumps(done))
+    (tmp_path / "drift.1.jsonl").write_text("\n".join(map(json.dumps, done.items())))
     resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
     assert {f"{name}:{scheme}": d for name, by in resumed.drift.items() for scheme, d in by.items()} == done
     assert len(done) > 2
@@ -101,3 +130,174 @@ def error_of_samples(measured: Artifacts, table: Sensitivity) -> float:
     quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, StepClock(trajectory.timesteps), {})
     moved = sampler.sample(denoise_with(model.module, model), start)
     return float((moved - reference).square().mean())
+
+
+def test_a_measured_error_is_that_of_the_rounded_model(measured):
+    """Equal to the bit to quantizing the layer and calling the whole model; the standard error is over samples."""
+    table, trajectory, model = measured[SENSITIVITY], measured[TRAJECTORY], measured[MODEL].open()
+    denoise, clock = denoise_with(model.module, model), StepClock(trajectory.timesteps)
+    assert "w4a16" in table.measured[ROUNDED]
+    rows, clock.step = [0, 4, 8, 12], 3  # samples 0 and 4, with and without their class; the middle of the second half
+    with torch.no_grad():
+        reference = denoise(trajectory.call(3, rows))
+        quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, clock, {})
+        off = denoise(trajectory.call(3, rows)) - reference
+    by_row = off.flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).mean()
+    first, second = by_row.double().reshape(2, 2).mean(0).tolist()
+    assert table.error[ROUNDED]["w4a16"][1] == (first + second) / 2
+    assert table.stderr[ROUNDED]["w4a16"][1] == pytest.approx(abs(first - second) / 2)
+
+
+def test_the_prediction_ranks_layers_as_their_measurement_does(measured):
+    table = measured[SENSITIVITY]
+    pairs = sum(len(by) - 1 for by in table.error.values())
+    assert pairs / 2 <= sum(map(len, table.measured.values())) < pairs
+    assert 0.9 < table.rank_correlation <= 1
+    for name, schemes in table.measured.items():
+        for scheme in {"w8a8_token", "w4a16"} & set(schemes):
+            # four rows of two probes in each of two buckets: 16 draws of a relative deviation of sqrt(2), three of them
+            assert 0.3 < table.screened[name][scheme][1] / table.error[name][scheme][1] < 3
+
+
+def test_what_is_not_measured_is_predicted_as_the_measured_ones_say(measured):
+    table = measured[SENSITIVITY]
+    ratios = {
+        table.error[name][scheme][bucket] / table.screened[name][scheme][bucket]
+        for name, by in table.screened.items()
+        for scheme in by
+        for bucket in range(2)
+        if scheme == "w8a8_token" and scheme not in table.measured[name]
+    }
+    assert len(ratios) > 2
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_layers_whose_prediction_is_off_are_measured_in_all_schemes(measured, tmp_path):
+    step = MeasureSensitivity(buckets=2, rows=4, direct=0.1, agree=1.05, **NO_DRIFT)
+    table = run_pass(step, measured, tmp_path)[SENSITIVITY]
+    whole = {name for name, schemes in table.measured.items() if len(schemes) == len(table.error[name]) - 1}
+    assert whole - CONTENT
+    worst = max((n for n in table.error if "w4a16" in table.screened[n]), key=lambda n: sum(table.screened[n]["w4a16"]))
+    assert "w4a16" in table.measured[worst]
+
+
+def test_weight_and_input_have_errors_of_their_own(measured, tmp_path):
+    """Together near their sum: roundings of weight and input are independent."""
+    table = measured[SENSITIVITY]
+    parts = table.apart[ROUNDED]
+    assert parts["w4a16"] == {"weight": table.error[ROUNDED]["w4a16"], "input": (0.0, 0.0)}
+    assert parts["w8a8_step"]["weight"] == parts["w8a8_token"]["weight"] != parts["w8a8_token"]["input"]
+    step = MeasureSensitivity(buckets=1, rows=4, probes=0, apart="measured", schemes=("w8a8_token",), **NO_DRIFT)
+    exact = run_pass(step, measured, tmp_path)[SENSITIVITY]
+    name = "transformer_blocks.0.ff.net.2"
+    (weight,), (x,), (both,) = (*exact.apart[name]["w8a8_token"].values(), exact.error[name]["w8a8_token"])
+    assert 0.5 < (weight + x) / both < 2
+    assert min(weight, x) > 0
+
+
+def test_groups_are_found_and_ranked_by_their_metric(measured):
+    """Within the group the metric decides, all of it costs what the mean squared error says."""
+    table = measured[SENSITIVITY]
+    assert {name for name, group in table.groups.items() if group == "content"} == CONTENT
+    assert table.metrics == {"visual": "mse", "content": "condition-swap"}
+    assert set(table.ranked) == CONTENT
+    pairs = [(name, scheme) for name in CONTENT for scheme in table.ranked[name]]
+    squared = replace(table, ranked={})
+    assert sum(table.total(*p) for p in pairs) == pytest.approx(sum(squared.total(*p) for p in pairs))
+    assert any(table.total(*p) != pytest.approx(squared.total(*p), rel=0.01) for p in pairs)
+    assert table.total(ROUNDED.replace("1.norm1.linear", "0.attn1.to_q"), "w4a16") == squared.total(
+        ROUNDED.replace("1.norm1.linear", "0.attn1.to_q"), "w4a16"
+    )
+
+
+def test_total_moves_errors_within_their_group_alone():
+    """By hand: r = 2 / 1 and 1 / 3, moved 1 * 2 and 3 / 3, scaled by (1 + 3) / (2 + 1)."""
+    errors = {"a": {"w8": (1.0,)}, "b": {"w8": (3.0,)}, "c": {"w8": (5.0,)}}
+    groups = {"a": "content", "b": "content", "c": "visual"}
+    ranked = {"a": {"w8": (2.0,)}, "b": {"w8": (1.0,)}}
+    table = Sensitivity((), ((0, 1),), (1.0,), {}, errors, groups=groups, ranked=ranked)
+    assert [table.total(name, "w8") for name in "abc"] == pytest.approx([8 / 3, 4 / 3, 5.0])
+
+
+def test_without_guidance_samples_have_partners_under_another_condition(calibrated):
+    model, trajectory = calibrated[MODEL].open(), calibrated[TRAJECTORY]
+    batch = Batch.of(Sampler(model, 4, 1.0), trajectory, 8, swapped=True)
+    inputs, context = batch.inputs(2), batch.context(2)
+    assert context.partner.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert torch.equal(inputs["hidden_states"][:4], inputs["hidden_states"][4:])
+    labels = inputs["class_labels"].tolist()
+    assert labels[4:] == [labels[3], *labels[:3]]
+
+
+def test_layers_that_read_conditions_alone_are_content():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.time, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x, t, text):
+            return self.out(self.query(x) * self.key(text) + self.time(t))
+
+    torch.manual_seed(0)
+    module = Cross()
+    plain = {name: torch.randn(2, 8) for name in ("x", "t", "text")}
+    calls = {
+        "plain": plain,
+        "noise": {**plain, "x": -plain["x"]},
+        "conditions": {**plain, "text": plain["text"].flip(0)},
+    }
+    groups = layer_groups(module, lambda inputs: module(**inputs), calls, ["query", "key", "time", "out"])
+    assert groups == {"query": "visual", "key": "content", "time": "visual", "out": "visual"}
+
+
+def test_unknown_metrics_are_refused_before_anything_runs():
+    step = MeasureSensitivity(metrics={"content": "condition-swop"})
+    assert step.metrics["visual"] == "mse"
+    with pytest.raises(RecipeError, match=r"sensitivity\.metrics\.content: no metric 'condition-swop': did you mean"):
+        step.check(load_target("onnxruntime-cpu"))
+    with pytest.raises(ValidationError, match="visuel"):
+        MeasureSensitivity(metrics={"visuel": "mse"})
+
+
+@pytest.mark.parametrize("options", [{"direct": 0.4, "agree": 1e9}, {"probes": 0}, {"probes": 0, "apart": "measured"}])
+def test_rows_are_estimated_as_they_are_computed(calibrated, options, tmp_path):
+    """By products, of a model all of whose layers have the scheme; group metrics aside, which measure more."""
+    step = MeasureSensitivity(
+        buckets=1, rows=4, schemes=("w8a8_step",), metrics={"content": "mse"}, **options, **NO_DRIFT
+    )
+    model = calibrated[MODEL].open()
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        denoise_with(model.module, model)(calibrated[TRAJECTORY].call(0, [0]))
+    with FlopCounterMode(display=False) as all_of_it:
+        run_pass(step, calibrated, tmp_path)
+    counted = all_of_it.get_total_flops() / one.get_total_flops()
+    assert step.forward_rows(measure_cost(calibrated[MODEL])) == pytest.approx(counted, rel=0.1)
+
+
+def test_a_table_is_what_was_saved(measured, tmp_path):
+    measured[SENSITIVITY].save(tmp_path)
+    assert Sensitivity.load(tmp_path) == measured[SENSITIVITY]
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    """To the bit, from the same trajectories, all estimates and drift included."""
+    save_folder(tiny_dit(), tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = Recipe.parse(RECIPE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `torchrun` has it
+    calibrated = recipe.model_copy(update={"steps": recipe.steps[:1]})
+    compile(calibrated, Store(tmp_path / "one"), base=tmp_path)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    compiled = compile(recipe, Store(tmp_path / "one"), base=tmp_path)["onnxruntime-cpu"]
+    torch.set_num_threads(threads)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "intaglio"]
+    command = [*launcher, "run", "recipe.yaml", "--store", "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    store, one = Store(tmp_path / "two"), compiled[SENSITIVITY]
+    (record,) = (record for record in store.records() if record.step == "sensitivity")
+    assert one.rank_correlation is not None
+    assert one.drift
+    assert store.load(SENSITIVITY, record.outputs["SENSITIVITY"]) == one

@@ -1,7 +1,7 @@
 import torch
 from tiny import tiny_dit, tiny_unet
 
-from intaglio.pipeline.blocks import find_blocks, recomputed
+from intaglio.pipeline.blocks import find_blocks, find_units, recomputed
 
 
 def test_blocks_are_the_outermost_members_of_module_lists():
@@ -10,6 +10,21 @@ def test_blocks_are_the_outermost_members_of_module_lists():
     assert unet[:4] == ["down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1"]
     assert "mid_block.resnets.1" in unet
     assert find_blocks(torch.nn.Linear(2, 2)) == {}
+
+
+def test_units_are_blocks_and_what_is_beside_them():
+    assert list(find_units(tiny_unet()))[:5] == [
+        "conv_in",
+        "time_proj",
+        "time_embedding",
+        "class_embedding",
+        "down_blocks.0",
+    ]
+    nested = torch.nn.Module()
+    nested.stages = torch.nn.ModuleList(
+        [torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.ReLU()]), torch.nn.Linear(1, 1)]
+    )
+    assert list(find_units(nested)) == ["stages.0.0", "stages.0.1", "stages.1"]
 
 
 def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():

@@ -1,0 +1,54 @@
+"""One layer at a time as a scheme has it, in a model that stays in full precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.quant.spec import LayerScheme
+    from intaglio.pipeline.trajectory import Trajectory
+
+
+class RoundedLayers:
+    """The layers of a model in every form that is asked for. Scales are fitted once; no rounded weight is kept."""
+
+    def __init__(self, module: nn.Module, trajectory: Trajectory) -> None:
+        self.module, self.trajectory = module, trajectory
+        self.clock = StepClock(trajectory.timesteps)
+        self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
+
+    def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
+        """Outside the model, around its weight."""
+        key = (name, form)
+        if key not in self._made:
+            tables = (table.get(name) for table in self.trajectory.ranges({name: form}))
+            self._made[key] = QuantizedLayer(self.module.get_submodule(name), form, self.clock, *tables)  # type: ignore[arg-type]  # a Linear or Conv2d, and tables in their order
+        return self._made[key]
+
+    @torch.no_grad()
+    def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
+        """Of the layer in this form."""
+        layer = self.layer(name, form)
+        y: torch.Tensor = layer(x)
+        layer.invalidate()
+        return y
+
+    @contextlib.contextmanager
+    def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
+        """With this one layer in the model in this form."""
+        parent, _, child = name.rpartition(".")
+        layer, original = self.layer(name, form), self.module.get_submodule(name)
+        setattr(self.module.get_submodule(parent), child, layer)
+        try:
+            yield
+        finally:
+            setattr(self.module.get_submodule(parent), child, original)
+            layer.invalidate()

@@ -1,0 +1,187 @@
+"""What it costs to know how much every layer minds being rounded: CPU seconds of three estimates, and of modelopt's.
+
+    OMP_NUM_THREADS=1 python samples/benchmarks/sensitivity_speed.py [samples/emoji-unet.yaml] [--json]
+
+All on the same rows of the same recorded calls, in the same formats: 8-bit weights and inputs, and 4-bit weights. Each
+layer rounded alone, with the whole model computed and with calls that begin at the layer (which give the same numbers,
+to the bit); all layers predicted by backward passes; and `modelopt.torch.quantization.auto_quantize`, by its gradients
+where they work, else by the KL divergence of its outputs. Fitting scales is part of every time.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from _efficientdm_peers import blocks, channel, quiet, tensor
+from scipy.stats import spearmanr
+
+from intaglio.passes._findings import MSE, forms_of
+from intaglio.passes._rounded import RoundedLayers
+from intaglio.passes._study import Batch, Errors, Study
+from intaglio.pipeline import Context, Recipe, Step, Store, compile
+from intaglio.pipeline.checkpoint import Checkpoint, layer_table
+from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.pipeline.estimate import measure_cost
+from intaglio.pipeline.keys import TRAJECTORY
+from intaglio.pipeline.metrics import MetricContext, RelativeError
+from intaglio.pipeline.plan import structural_schemes
+
+SCHEMES = ("w8a8_step", "w4a16")
+GROUP = 32
+FORMATS = {
+    "w8a8_step": (channel(8), tensor(8)),
+    "w4a16": (blocks(-1), None),
+}
+"""Weight and input of each scheme as modelopt has it; its 4-bit formats are for linear layers."""
+Scores = dict[tuple[str, str], float]
+"""By layer and scheme."""
+
+
+def main(
+    recipe_file: Annotated[Path, typer.Argument()] = Path(__file__).parents[1] / "emoji-dit.yaml",
+    buckets: int = 1,
+    rows: int = 8,
+    probes: int = 2,
+    rounds: Annotated[int, typer.Option(help="by turns; the least CPU seconds of each count")] = 2,
+    samples: Annotated[int, typer.Option(help="trajectories that are recorded")] = 8,
+    store: Path = Path(".intaglio/store"),
+    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+) -> None:
+    recipe = Recipe.read(recipe_file)
+    record = Step(uses="calibrate", options={"samples": samples})
+    short = recipe.model_copy(update={"steps": (record,), "targets": recipe.targets[:1]})
+    trajectory = compile(short, Store(store), base=recipe_file.parent)[recipe.targets[0]][TRAJECTORY]
+    checkpoint = Checkpoint.resolve(recipe.model, recipe_file.parent)
+    count = len(trajectory.timesteps)
+    steps = [round(count * (i + 0.5) / buckets) for i in range(buckets)]
+
+    def study(*, reuse: bool) -> Study:
+        model = checkpoint.open()
+        model.module.requires_grad_(False)
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        layers = [layer for layer in layer_table(model.module) if layer.name in trajectory.amax]
+        admitted = {layer.name: structural_schemes(layer, (GROUP,), SCHEMES) for layer in layers}
+        forms = {name: forms_of({s.name: s for s in schemes}, parts=False) for name, schemes in admitted.items()}
+        batch = Batch.of(sampler, trajectory, rows)
+        rounded = RoundedLayers(model.module, trajectory)
+        scratch = Path(tempfile.mkdtemp(dir=folder))  # a new one: no measurement is found from before
+        return Study(Context(scratch), denoise_with(model.module, model), rounded, batch, steps, forms, reuse)
+
+    def direct(*, reuse: bool) -> Scores:
+        made = study(reuse=reuse)
+        metrics = {name: {MSE: RelativeError()} for name in made.forms}
+        return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
+
+    ways = {
+        "whole": lambda: direct(reuse=False),
+        "replayed": lambda: direct(reuse=True),
+        "screened": lambda: totals(study(reuse=True).screen(probes)),
+        "theirs": lambda: auto_quantized(checkpoint, study(reuse=False), method),
+    }
+    scores: dict[str, Scores] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        method, failure = "gradient", ""
+        try:
+            ways["theirs"]()
+        except RuntimeError as e:
+            method, failure = "kl_div", str(e)
+        for way, work in [*ways.items()] * rounds:
+            began = time.process_time()
+            scores[way] = work()
+            seconds[way].append(time.process_time() - began)
+    whole, replayed, screened, theirs = scores.values()
+    whole_s, replayed_s, screened_s, theirs_s = (min(taken) for taken in seconds.values())
+    common = sorted(theirs.keys() & whole.keys())
+    figures = {
+        "layers": len({name for name, _ in whole}),
+        "layers_and_schemes": len(whole),
+        "calls_of_rows": f"{buckets} of {rows}",
+        "direct_without_reuse_cpu_s": whole_s,
+        "direct_cpu_s": replayed_s,
+        "screen_cpu_s": screened_s,
+        "auto_quantize_cpu_s": theirs_s,
+        "auto_quantize_method": method,
+        "auto_quantize_by_gradient": failure or "runs",
+        "same_numbers_with_reuse": whole == replayed,
+        "share_of_products_from_a_layer_on": measure_cost(checkpoint).from_layer,
+        "prefix_reuse_speedup": whole_s / replayed_s,
+        "screen_speedup_over_direct": replayed_s / screened_s,
+        "speedup_over_auto_quantize": theirs_s / replayed_s,
+        "screen_speedup_over_auto_quantize": theirs_s / screened_s,
+        "screen_rank_correlation": rank(screened, whole, sorted(whole)),
+        "auto_quantize_rank_correlation": rank(theirs, whole, common),
+        **{
+            f"{who}_rank_correlation_{scheme}": rank(scores, whole, [pair for pair in common if pair[1] == scheme])
+            for (who, scores), scheme in itertools.product([("screen", screened), ("auto_quantize", theirs)], SCHEMES)
+        },
+    }
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
+
+
+def totals(errors: Errors) -> Scores:
+    """The mean over buckets and samples."""
+    return {
+        (name, label): sum(map(sum, found)) / sum(map(len, found))
+        for name, by in errors.items()
+        for label, found in by.items()
+    }
+
+
+def rank(scores: Scores, direct: Scores, pairs: list[tuple[str, str]]) -> float:
+    """Spearman's."""
+    return float(spearmanr([scores[pair] for pair in pairs], [direct[pair] for pair in pairs]).statistic)
+
+
+def auto_quantized(checkpoint: Checkpoint, study: Study, method: str) -> Scores:
+    """modelopt's scores on the same calls."""
+    import modelopt.torch.quantization as mtq
+
+    calls = [study.batch.inputs(step) for step in study.steps]
+    model = checkpoint.open()
+    with quiet():
+        _, state = mtq.auto_quantize(
+            model.module,
+            constraints={"effective_bits": 8.0},
+            quantization_formats=[_format(*FORMATS[scheme]) for scheme in SCHEMES],
+            data_loader=calls,
+            forward_step=lambda module, call: denoise_with(module, model)(call),
+            loss_func=(lambda output, _: output.square().mean()) if method == "gradient" else None,
+            num_calib_steps=len(calls),
+            num_score_steps=len(calls),
+            method=method,
+        )
+    return _scores(state)
+
+
+def _format(weight: Any, x: Any) -> dict[str, Any]:
+    entries = [{"quantizer_name": "*", "enable": False}]
+    for name, quantizer in (("weight", weight), ("input", x)):
+        if quantizer is not None:
+            entries.append({"quantizer_name": f"*{name}_quantizer", "cfg": dict(quantizer)})
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
+def _scores(state: Any) -> Scores:
+    """By scheme, which are told apart by their weights' bits."""
+    schemes = {"(effective-bits: 8.0)": "w8a8_step", "(effective-bits: 4.0)": "w4a16"}
+    return {
+        (layer, scheme): float(score)
+        for stats in state["candidate_stats"].values()
+        for layer in stats["module_names"]
+        for form, score in zip(stats["formats"], stats["scores"], strict=True)
+        for bits, scheme in schemes.items()
+        if str(form).endswith(bits)
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
