@@ -8,10 +8,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import nn
 
 from intaglio.pipeline.errors import CallError, RecipeError
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-class DenoiserOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
+class DenoiserOutput(NamedTuple):
     """What diffusers' denoisers return unless a tuple is asked for."""
 
     sample: torch.Tensor

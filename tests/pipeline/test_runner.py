@@ -273,4 +273,4 @@ def test_two_runs_on_one_store_run_each_step_once(tmp_path: Path) -> None:
 
 def test_exit_codes_are_distinct() -> None:
     codes = [error.exit_code for error in IntaglioError.__subclasses__()]
-    assert sorted(codes) == [2, 3, 4, 5, 6, 7]
+    assert sorted(codes) == [2, 3, 4, 5, 6, 7, 8]
