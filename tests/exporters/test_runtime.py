@@ -49,9 +49,10 @@ def sd15() -> tuple[Any, dict[str, Any]]:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
         cross_attention_dim=32,
         attention_head_dim=4,
         norm_num_groups=8,
