@@ -131,9 +131,9 @@ def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOp
     return options
 
 
-def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0) -> Denoise:
+def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Denoise:
     """The graph as a denoiser: takes a call's inputs by name and finds the graph's `step` from the timestep."""
-    session = open_session(graph.path, optimize=optimize, threads=threads)
+    session = open_session(graph.path, optimize=optimize, threads=threads, providers=providers)
 
     def denoise(inputs: Inputs) -> torch.Tensor:
         return torch.from_numpy(session.run(None, _feed(graph, inputs))[0])

@@ -18,7 +18,7 @@ from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
 from intaglio.pipeline.nesting import flatten
 
 if TYPE_CHECKING:
-    import onnxruntime
+    from intaglio.pipeline.denoiser import Denoise
 
 
 class DenoiserOutput(NamedTuple):
@@ -35,11 +35,12 @@ class CompiledDenoiser(nn.Module):
     and not in `config` either, so that pipelines look for none.
     """
 
-    def __init__(self, graph: Graph, session: onnxruntime.InferenceSession) -> None:
+    def __init__(self, graph: Graph, denoise: Denoise) -> None:
         super().__init__()
-        self.graph, self._session = graph, session
+        self.graph, self._denoise = graph, denoise
         # in a tuple, as it is no submodule: its weights are nowhere
         self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
+        self._compiled_with = self._defaults() | dict(flatten(graph.interface.constants))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -67,14 +68,13 @@ class CompiledDenoiser(nn.Module):
         given = dict(zip(arguments, args, strict=False)) | kwargs
         whole = given.pop("return_dict", True)
         inputs = self._inputs(dict(flatten(given)))
-        feed = {name: value.numpy() for name, value in inputs.items()}
-        output = torch.from_numpy(self._session.run(None, feed)[0])
+        output = self._denoise(inputs)
         sample = given[self.graph.interface.sample]
         output = output.to(sample.dtype)
         return DenoiserOutput(sample=output) if whole else (output,)
 
     def _inputs(self, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
-        """What the graph takes, by name."""
+        """What the graph takes beside the step, by name."""
         graph = self.graph
         names = [name for name in graph.inputs if name != STEP_INPUT]
         if absent := [name for name in names if given.get(name) is None]:
@@ -89,21 +89,20 @@ class CompiledDenoiser(nn.Module):
             inputs[name] = value.to(getattr(torch, graph.inputs[name].dtype)).contiguous()
         self._check_others(given)
         self._check_shapes(inputs)
-        if STEP_INPUT in graph.inputs:
-            inputs[STEP_INPUT] = torch.tensor(self._step(inputs))
+        if STEP_INPUT in graph.inputs and graph.timestep is not None:
+            self._check_timestep(inputs[graph.timestep])
         return inputs
 
     def _check_others(self, given: Mapping[str, object]) -> None:
         """Raise CallError for arguments that the graph knows nothing of, unless they are what it was compiled with."""
-        compiled = self._defaults() | dict(flatten(self.graph.interface.constants))
         problems = []
         for name, value in given.items():
             if value is None or name in self.graph.inputs:
                 continue
             if isinstance(value, torch.Tensor):
                 problems.append(f"called with {name}, which it was compiled without")
-            elif value != compiled.get(name):
-                problems.append(f"called with {name} = {value!r}, but compiled with {compiled.get(name)!r}")
+            elif value != (compiled := self._compiled_with.get(name)):
+                problems.append(f"called with {name} = {value!r}, but compiled with {compiled!r}")
         if problems:
             raise CallError(*problems)
 
@@ -129,14 +128,11 @@ class CompiledDenoiser(nn.Module):
         if problems:
             raise CallError(*problems)
 
-    def _step(self, inputs: Mapping[str, torch.Tensor]) -> int:
-        """The step whose timestep is nearest. Raises CallError for one beyond the first or the last."""
-        from intaglio.pipeline.quant.modules import StepClock
-
+    def _check_timestep(self, given: torch.Tensor) -> None:
+        """Raise CallError for one beyond the first or the last of those that there are scales for, or for several."""
         timesteps = self.graph.timesteps
-        if self.graph.timestep is None or len(timesteps) == 1:
-            return 0
-        given = inputs[self.graph.timestep]
+        if len(timesteps) == 1:
+            return
         timestep = float(given[0])
         if (given != given[0]).any():
             raise CallError("rows at different timesteps: layers have one scale for all rows of a call")
@@ -147,7 +143,6 @@ class CompiledDenoiser(nn.Module):
                 f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
                 " compile with the scheduler that it is used with"
             )
-        return StepClock(timesteps).index(timestep)
 
 
 def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ()) -> CompiledDenoiser:
@@ -156,13 +151,13 @@ def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ())
     `threads`: of ONNX Runtime, 0 for one a core; `providers`: those wanted beside the CPU's. Raises RecipeError where
     the folder holds no graph that ONNX Runtime executes.
     """
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters._session import graph_denoise
 
     root = Path(folder)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
         raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
     graph = Graph.load(root)
-    return CompiledDenoiser(graph, open_session(graph.path, threads=threads, providers=providers)).eval()
+    return CompiledDenoiser(graph, graph_denoise(graph, threads=threads, providers=providers)).eval()
 
 
 def _original(interface: Interface, channels: int | str) -> nn.Module | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from intaglio.pipeline.hooks import before_calls
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -37,16 +39,11 @@ def _seen(module: nn.Module, call: partial[torch.Tensor], layers: Sequence[str])
     """What tells one input of a layer from another, by layer: its shape and two moments of every call."""
     found: dict[str, tuple[object, ...]] = dict.fromkeys(layers, ())
 
-    def note(_: nn.Module, args: tuple[torch.Tensor, ...], name: str) -> None:
+    def note(name: str, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach().double()
         place = torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device)
         found[name] += (x.shape, float(x.sum()), float(x.flatten() @ place))
 
-    hooks = [module.get_submodule(name).register_forward_pre_hook(partial(note, name=name)) for name in layers]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with before_calls({name: module.get_submodule(name) for name in layers}, note), torch.no_grad():
+        call()
     return found

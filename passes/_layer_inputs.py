@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from intaglio.pipeline.hooks import before_calls
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -17,25 +19,17 @@ if TYPE_CHECKING:
 def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, torch.Tensor]:
     """By layer name; of a layer that is called more than once, the last. A layer that is not called is not there."""
     seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad():
-            denoise(call)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with before_calls(layers, lambda name, args: seen.__setitem__(name, args[0])), torch.no_grad():
+        denoise(call)
     return seen
 
 
 def siblings(seen: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Names of layers that read the same tensor, together, in the order in which they are called."""
-    groups: dict[int, list[str]] = {}
+    same = SameInputs()
     for name, x in seen.items():
-        groups.setdefault(id(x), []).append(name)
-    return [tuple(names) for names in groups.values()]
+        same.note(name, x)
+    return same.readers
 
 
 class SameInputs:
@@ -56,6 +50,11 @@ class SameInputs:
             names.append(name)
 
     @property
+    def readers(self) -> list[tuple[str, ...]]:
+        """Of every tensor, in the order of calls."""
+        return [tuple(names) for names in self._groups]
+
+    @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """Of two layers or more, in the order of calls."""
-        return tuple(tuple(names) for names in self._groups if len(names) > 1)
+        return tuple(names for names in self.readers if len(names) > 1)

@@ -188,7 +188,7 @@ def profile_command(
     with _reported(), tempfile.TemporaryDirectory() as scratch:
         if not (folder / "graph.json").is_file():
             raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
-        found = find_pass("intaglio.exporters.profile:ProfileLayers", Path()).pass_class
+        found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(folder.resolve().name)
         if trtexec is not None:
             profile = sys.modules[found.__module__].read_trtexec(graph, plan, trtexec, layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,17 +65,14 @@ def _shares(module: nn.Module, layers: Iterable[str], call: Callable[[], object]
     """By layer that is called, the share of the call's products that begin with it or come after it."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from intaglio.pipeline.hooks import before_calls
+
     before: dict[str, int] = {}
     counter = FlopCounterMode(display=False)
 
-    def begin(_: nn.Module, __: object, name: str) -> None:
+    def begin(name: str, _: tuple[object, ...]) -> None:
         before.setdefault(name, counter.get_total_flops())
 
-    hooks = [module.get_submodule(name).register_forward_pre_hook(partial(begin, name=name)) for name in layers]
-    try:
-        with counter:
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with before_calls({name: module.get_submodule(name) for name in layers}, begin), counter:
+        call()
     return {name: 1 - done / max(1, counter.get_total_flops()) for name, done in before.items()}

@@ -12,9 +12,7 @@ Shapes: B batch, M captions, L words, F frames, H W pixels.
 """
 
 import hashlib
-import io
 import json
-import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +23,14 @@ import torch
 import typer
 from diffusers import DDIMScheduler, LatteTransformer3DModel, PixArtTransformer2DModel
 from PIL import Image
-from train_emoji import GUIDANCE, Training, sampling_scheduler, save_grid
+from train_emoji import GUIDANCE, Training, read_emoji, sample, sampling_scheduler, save_grid
 
+from intaglio.pipeline.checkpoint import Factory
 from intaglio.pipeline.record import Recording
 
 WORDS, EMBEDDING = 4, 32
 """Words of a caption, and numbers that a word is embedded in."""
+CONDITION = "encoder_hidden_states"
 GROUPS = ("Animals & Nature", "Food & Drink")
 ACTORS = ("cat", "dog", "tiger", "pig", "frog", "apple", "tangerine", "watermelon", "avocado", "strawberry")
 WAYS: Mapping[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -83,20 +83,12 @@ def embed(captions: tuple[str, ...]) -> torch.Tensor:
 
 def load_named(archive: Path, size: int) -> dict[str, torch.Tensor]:
     """Pictures (4, H, W) in [0, 1] with alpha by lower-case name, of `GROUPS`."""
-    with tarfile.open(archive) as tar:
-        files = {m.name: m for m in tar.getmembers()}
-
-        def read(name: str) -> bytes:
-            return tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # a regular file by construction
-
-        entries = [e for e in json.loads(read("package/emoji.json")) if e["has_img_google"] and e["category"] in GROUPS]
-        found = {}
-        for entry in sorted(entries, key=lambda e: e["sort_order"]):
-            rgba = Image.open(io.BytesIO(read(f"package/img/google/64/{entry['image']}"))).convert("RGBA")
-            pixels = np.array(rgba.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
-            name = entry["name"] or entry["short_name"].replace("-", " ")
-            found[name.lower()] = torch.from_numpy(pixels).permute(2, 0, 1)
-        return found
+    found = {}
+    for entry, rgba in read_emoji(archive, GROUPS):
+        pixels = np.array(rgba.resize((size, size), Image.Resampling.LANCZOS), np.float32) / 255
+        name = entry["name"] or entry["short_name"].replace("-", " ")
+        found[name.lower()] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return found
 
 
 def pictures(archive: Path) -> Task:
@@ -177,25 +169,11 @@ def clips(archive: Path) -> Task:
 TASKS: Mapping[str, Callable[[Path], Task]] = {"emoji-pixart": pictures, "emoji-latte": clips}
 
 
-@torch.no_grad()
-def sample(
-    net: torch.nn.Module, scheduler: DDIMScheduler, texts: torch.Tensor, task: Task, steps: int, guidance: float
-) -> torch.Tensor:
-    """DDIM samples in [-1, 1], of the captions embedded in `texts`: (B, L, EMBEDDING)."""
-    scheduler.set_timesteps(steps)
-    x = torch.randn(len(texts), *task.shape, generator=torch.Generator().manual_seed(1))
-    both = torch.cat([texts, torch.zeros_like(texts)])
-    for t in scheduler.timesteps:
-        found = net(
-            torch.cat([x, x]),
-            timestep=t.expand(2 * len(texts)),
-            encoder_hidden_states=both,
-            return_dict=False,
-            **task.constants,
-        )[0]
-        cond, free = found.float().chunk(2)
-        x = scheduler.step(free + guidance * (cond - free), t, x).prev_sample
-    return x
+def drawn(net: torch.nn.Module, scheduler: DDIMScheduler, texts: torch.Tensor, task: Task) -> torch.Tensor:
+    """DDIM samples of the captions embedded in `texts`: (B, L, EMBEDDING)."""
+    given, null = {CONDITION: texts}, {CONDITION: torch.zeros_like(texts)}
+    model = Factory(net, scheduler, task.shape, conditions=given, null=null, constants=task.constants)
+    return sample(model, 20, GUIDANCE, given, null, 1)
 
 
 def save_samples(x: torch.Tensor, path: Path) -> None:
@@ -230,17 +208,17 @@ def main(
         pick = torch.randint(len(texts), (batch,), generator=rng)
         kept = (torch.rand(batch, generator=rng) >= 0.1).float().reshape(-1, 1, 1)
         x0 = torch.stack([task.draw(int(m), rng) for m in pick])
-        return x0, {"encoder_hidden_states": texts[pick] * kept, **task.constants}
+        return x0, {CONDITION: texts[pick] * kept, **task.constants}
 
     def preview(path: Path) -> None:
-        save_samples(sample(ema, sampling, texts[shown], task, 20, GUIDANCE), path)
+        save_samples(drawn(ema, sampling, texts[shown], task), path)
 
     loss, seconds = Training(model, steps, rate, seed, work).run(net, ema, draw, preview)
     folder = out / model
     ema.half().save_pretrained(folder / task.folder)
     sampling.save_pretrained(folder / "scheduler")
-    null = {"encoder_hidden_states": torch.zeros(1, WORDS, EMBEDDING)}
-    Recording(task.shape, conditions={"encoder_hidden_states": texts}, null=null, constants=task.constants).save(
+    null = {CONDITION: torch.zeros(1, WORDS, EMBEDDING)}
+    Recording(task.shape, conditions={CONDITION: texts}, null=null, constants=task.constants).save(
         folder / "conditions.safetensors"
     )
     (folder / "captions.json").write_text(json.dumps(task.captions, indent=1) + "\n")
@@ -259,7 +237,7 @@ def main(
         mse=loss,
     )
     (folder / "README.md").write_text(text)
-    save_samples(sample(ema.float(), sampling, texts[shown], task, 20, GUIDANCE), out.parent / f"{model}.png")
+    save_samples(drawn(ema.float(), sampling, texts[shown], task), out.parent / f"{model}.png")
 
 
 if __name__ == "__main__":

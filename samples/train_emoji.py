@@ -15,10 +15,10 @@ import json
 import os
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.denoiser import CLASS_LABELS, Inputs, Sampler, Start, denoise_with
 
 SIZE = 32
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
@@ -66,24 +69,29 @@ artists: it is small, it was trained on few images, and much of what it draws it
 """
 
 
-def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images (M, 3, H, W) uint8 on white, labels (M,), and the sorted class names."""
+def read_emoji(archive: Path, groups: Collection[str]) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """What the archive says of every emoji of these groups, and its picture with alpha, 64x64; in Unicode's order."""
     with tarfile.open(archive) as tar:
         files = {m.name: m for m in tar.getmembers()}
 
         def read(name: str) -> bytes:
             return tar.extractfile(files[name]).read()  # type: ignore[union-attr]  # a regular file by construction
 
-        entries = [e for e in json.loads(read("package/emoji.json")) if e["has_img_google"] and e["category"] in GROUPS]
-        names = sorted({e["subcategory"] for e in entries})
-        images, labels = [], []
+        entries = [e for e in json.loads(read("package/emoji.json")) if e["has_img_google"] and e["category"] in groups]
         for entry in sorted(entries, key=lambda e: e["sort_order"]):
-            rgba = Image.open(io.BytesIO(read(f"package/img/google/64/{entry['image']}"))).convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            rgb = Image.alpha_composite(white, rgba).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            images.append(torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
-            labels.append(names.index(entry["subcategory"]))
-    return torch.stack(images), torch.tensor(labels), names
+            yield entry, Image.open(io.BytesIO(read(f"package/img/google/64/{entry['image']}"))).convert("RGBA")
+
+
+def load_emoji(archive: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images (M, 3, H, W) uint8 on white, labels (M,), and the sorted class names."""
+    images, subgroups = [], []
+    for entry, rgba in read_emoji(archive, GROUPS):
+        white = Image.new("RGBA", rgba.size, "white")
+        rgb = Image.alpha_composite(white, rgba).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        images.append(torch.from_numpy(np.array(rgb)).permute(2, 0, 1))
+        subgroups.append(entry["subcategory"])
+    names = sorted(set(subgroups))
+    return torch.stack(images), torch.tensor([names.index(subgroup) for subgroup in subgroups]), names
 
 
 def build(model: str, classes: int) -> torch.nn.Module:
@@ -139,25 +147,19 @@ def sampling_scheduler() -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
-def sample(
-    net: torch.nn.Module,
-    scheduler: DDIMScheduler,
-    labels: torch.Tensor,
-    null: int,
-    steps: int,
-    guidance: float,
-    seed: int,
+def sample(model: Factory, steps: int, guidance: float, given: Inputs, null: Inputs, seed: int) -> torch.Tensor:
+    """Samples in [-1, 1], one for each row of the conditions `given`, guided away from those that are `null`."""
+    rows = len(next(iter(given.values())))
+    noise = torch.randn(rows, *model.sample_shape, generator=torch.Generator().manual_seed(seed))
+    return Sampler(model, steps, guidance).sample(denoise_with(model.module, model), Start(noise, given, null))
+
+
+def drawn(
+    net: torch.nn.Module, scheduler: DDIMScheduler, labels: torch.Tensor, null: int, steps: int, guidance: float
 ) -> torch.Tensor:
-    """DDIM samples (B, 3, H, W) in [-1, 1]."""
-    scheduler.set_timesteps(steps)
-    x = torch.randn(len(labels), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    for t in scheduler.timesteps:
-        both = torch.cat([labels, torch.full_like(labels, null)])
-        predicted = net(torch.cat([x, x]), timestep=t.expand(2 * len(labels)), class_labels=both, return_dict=False)[0]
-        cond, free = predicted.float().chunk(2)
-        x = scheduler.step(free + guidance * (cond - free), t, x).prev_sample
-    return x
+    """DDIM samples (B, 3, H, W) of these classes."""
+    model = Factory(net, scheduler, (3, SIZE, SIZE), classes=null)
+    return sample(model, steps, guidance, {CLASS_LABELS: labels}, {CLASS_LABELS: torch.full_like(labels, null)}, 1)
 
 
 def save_grid(x_B3HW: torch.Tensor, path: Path, columns: int) -> None:
@@ -272,7 +274,7 @@ def main(
         return images[pick].float() / 127.5 - 1, {"class_labels": label}
 
     def preview(path: Path) -> None:
-        save_grid(sample(ema, sampling, shown, null, 20, GUIDANCE, 1), path, columns=8)
+        save_grid(drawn(ema, sampling, shown, null, 20, GUIDANCE), path, columns=8)
 
     loss, seconds = Training(model, steps, rate, seed, work).run(net, ema, draw, preview)
     folder = out / model
@@ -296,7 +298,7 @@ def main(
     )
     (folder / "README.md").write_text(text)
     careful = DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear", timestep_spacing="trailing")
-    save_grid(sample(ema.float(), careful, shown, null, 50, 2.0, 1), out.parent / f"{model}.png", columns=8)
+    save_grid(drawn(ema.float(), careful, shown, null, 50, 2.0), out.parent / f"{model}.png", columns=8)
 
 
 if __name__ == "__main__":

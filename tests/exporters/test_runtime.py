@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from harness import Artifacts, run_pass
+from quantizing import with_plan
 
 import intaglio
 from intaglio.exporters._session import graph_denoise
@@ -14,12 +15,10 @@ from intaglio.exporters.onnx_float import ExportFloat
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.runtime import CompiledDenoiser
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill import Distill
-from intaglio.passes.merge import MergeAdapters
-from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
+from intaglio.pipeline.quant.spec import W8A8_STEP
 from intaglio.pipeline.record import record
 from intaglio.pipeline.target import load_target
 
@@ -113,13 +112,6 @@ def exported(pipe: Any, call: dict[str, Any], folder: Path) -> Artifacts:
     return start | run_pass(ExportFloat(), start, folder / "export")
 
 
-def quantized(artifacts: Artifacts, schemes: tuple[str, ...], folder: Path) -> Artifacts:
-    steps = (UniformPlan(schemes=schemes), Distill(updates=0, input_rate=0), MergeAdapters(), ExportQdq())
-    for step in steps:
-        artifacts = artifacts | run_pass(step, artifacts, folder / step.name)
-    return artifacts
-
-
 def loaded(artifacts: Artifacts, key: Any, folder: Path) -> CompiledDenoiser:
     folder.mkdir()
     artifacts[key].save(folder)
@@ -141,8 +133,8 @@ def by_step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, An
     """A pipeline and its denoiser with a scale for each denoising step."""
     folder = tmp_path_factory.mktemp("by_step")
     pipe, call = dit()
-    artifacts = quantized(exported(pipe, call, folder), ("w8a8_step",), folder)
-    return pipe, call, loaded(artifacts, GRAPH, folder / "graph")
+    artifacts = with_plan(exported(pipe, call, folder), lambda _: W8A8_STEP)
+    return pipe, call, loaded(run_pass(ExportQdq(), artifacts, folder / "qdq"), GRAPH, folder / "graph")
 
 
 def test_scales_of_steps_are_found_from_the_timestep(by_step):
