@@ -61,7 +61,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})

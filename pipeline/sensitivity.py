@@ -49,28 +49,31 @@ class Sensitivity:
     rank_correlation: float | None = None
 
     def total(self, layer: str, scheme: str) -> float:
-        """Mean squared error of the final samples, moved within its group to where the group's metric finds it.
+        """Mean squared error of the final samples, times what its group's metric finds the layer to be worth.
 
-        t = d r * (sum d) / (sum d r), r = m / e, summed over the group's layers and schemes: d is the error of the
-        samples, e what the mean squared error of outputs predicts of it, m the same sum over buckets of the metric's
-        errors. What a group costs beside others is what it was; with the mean squared error itself, so is every layer.
+        f = c (sum d r) / (sum d), r = m / e, summed over the layer's schemes: d is the error of the samples, e what the
+        mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors; c keeps the
+        group's whole error what it was. A metric ranks layers, while the squared error chooses among a layer's schemes.
         """
-        return self._totals.get((layer, scheme), 0.0) if layer in self.ranked else self._squared(layer, scheme)
+        return self._squared(layer, scheme) * self._factors.get(layer, 1.0)
 
     @cached_property
-    def _totals(self) -> dict[tuple[str, str], float]:
+    def _factors(self) -> dict[str, float]:
         """Of the layers that another metric ranks."""
-        totals: dict[tuple[str, str], float] = {}
-        for group in sorted({self.groups[layer] for layer in self.ranked}):
-            ranked = {(n, s): e for n, by in self.ranked.items() if self.groups[n] == group for s, e in by.items()}
-            squared = {pair: self._squared(*pair) for pair in ranked}
-            moved = {
-                pair: squared[pair] * self._weighed(errors) / predicted if (predicted := self.predicted(*pair)) else 0.0
-                for pair, errors in ranked.items()
-            }
-            scale = sum(squared.values()) / (sum(moved.values()) or 1.0)
-            totals |= {pair: scale * error for pair, error in moved.items()}
-        return totals
+        squared, moved = {}, {}
+        for layer, by in self.ranked.items():
+            squared[layer] = sum(self._squared(layer, scheme) for scheme in by)
+            moved[layer] = sum(
+                self._squared(layer, scheme) * self._weighed(errors) / predicted
+                for scheme, errors in by.items()
+                if (predicted := self.predicted(layer, scheme))
+            )
+        factors: dict[str, float] = {}
+        for group in {self.groups[layer] for layer in self.ranked}:
+            layers = [layer for layer in self.ranked if self.groups[layer] == group and squared[layer]]
+            kept = sum(squared[layer] for layer in layers) / (sum(moved[layer] for layer in layers) or 1.0)
+            factors |= {layer: kept * moved[layer] / squared[layer] for layer in layers}
+        return factors
 
     def _squared(self, layer: str, scheme: str) -> float:
         """Mean squared error of the final samples: measured, or else predicted."""
