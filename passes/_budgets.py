@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from intaglio.passes._knapsack import Chosen, Knapsack
+from intaglio.pipeline.cost import activation_bytes
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.front import Point
 from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.quant.spec import LayerScheme
+from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 
 UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations"}
 """Of what the budgets are shares of."""
@@ -104,6 +105,25 @@ class Problem:
 def _up(share: float) -> float:
     """To three decimals, never below; what rounding in float64 adds does not count."""
     return math.ceil(share * 1000 - 1e-6) / 1000
+
+
+def within_activation(options: Sequence[Option], rows: Mapping[str, float], limit: float) -> list[Option]:
+    """Those whose layer reads and gives at most `limit` of what the largest does in float; `rows` by layer name.
+
+    Raises RecipeError for layers that are left without any.
+    """
+    most = max(activation_bytes(option.layer, FLOAT, rows[option.layer.name]) for option in options)
+    share = [activation_bytes(o.layer, o.scheme, rows[o.layer.name]) / most for o in options]
+    least: dict[str, float] = {}
+    for option, cost in zip(options, share, strict=True):
+        least[option.layer.name] = min(cost, least.get(option.layer.name, cost))
+    if above := [name for name, cost in least.items() if cost > limit]:
+        raise RecipeError(
+            f"assign.budget.activation: {limit:g} of {most:,.0f} bytes a sample is {limit * most:,.0f}, but"
+            f" {', '.join(above)} take more in every legal scheme: allow at least {_up(max(least.values())):g}, or"
+            " schemes that round inputs, and outputs of convolutions"
+        )
+    return [option for option, cost in zip(options, share, strict=True) if cost <= limit]
 
 
 def build_problem(

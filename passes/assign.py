@@ -31,7 +31,10 @@ DEFAULT_SIZE = 0.52
 
 
 class Budget(BaseModel):
-    """What a plan may cost: the quantizable layers, relative to all of them in float. Without any, size is 0.52."""
+    """What a plan may cost: the quantizable layers, relative to all of them in float. Without any, size is 0.52.
+
+    Of `activation` the largest layer counts, of the others the sum.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,6 +42,9 @@ class Budget(BaseModel):
     latency: float | None = Field(None, gt=0, description="time, by assign.profile or else the device's roofline")
     bops: float | None = Field(
         None, gt=0, le=1, description="multiplications, each counted as weight bits x input bits; 16 x 16 in float"
+    )
+    activation: float | None = Field(
+        None, gt=0, le=1, description="the most that one layer reads and gives, in bytes, relative to the most in float"
     )
 
     @model_validator(mode="before")
@@ -49,8 +55,8 @@ class Budget(BaseModel):
 
     @property
     def limits(self) -> dict[str, float]:
-        """What is given."""
-        return {name: limit for name, limit in self.model_dump().items() if limit is not None}
+        """Those of sums that are given."""
+        return {n: limit for n, limit in self.model_dump(exclude={"activation"}).items() if limit is not None}
 
 
 class AssignPrecision(Pass):
@@ -68,7 +74,7 @@ class AssignPrecision(Pass):
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
 
     budget: Budget = Field(
-        Budget(), description="what the layers may cost relative to float, any of: size (fp16 bytes), latency, bops"
+        Budget(), description="what the layers may cost relative to float: size (fp16 bytes), latency, bops, activation"
     )
     schemes: Mapping[OpKind, tuple[str, ...]] = Field(
         {"linear": ("w8a8_token", "w4a16"), "conv": ("w8a8_step", "w4a16")},
@@ -166,7 +172,7 @@ class AssignPrecision(Pass):
 
     def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
         """What can be chosen, and what it costs as far as that is known. Raises RecipeError for what is not."""
-        from intaglio.passes._budgets import Option, build_problem
+        from intaglio.passes._budgets import Option, build_problem, within_activation
 
         self._check_inputs(table, workload)
         options = [
@@ -174,6 +180,8 @@ class AssignPrecision(Pass):
             for layer in table.layers
             for name, scheme in self._choices(layer, table, target).items()
         ]
+        if self.budget.activation is not None and workload is not None:
+            options = within_activation(options, workload.rows, self.budget.activation)
         amounts: dict[str, Callable[[Layer, LayerScheme], float]] = {"size": lambda layer, s: layer.size_bytes(s)}
         if (latencies := self._latencies(table.layers, workload, target)) is not None:
             amounts["latency"] = lambda layer, scheme: 1e6 * latencies.seconds(layer, scheme)
@@ -207,7 +215,8 @@ class AssignPrecision(Pass):
             problems.append(f"assign.profile: has none of the model's {len(layers)} layers: it is of another model")
         if workload is None:
             estimated = self.budget.latency is not None and not self.profile
-            wanted = {"budget.latency": estimated, "budget.bops": self.budget.bops, "same_input": self.same_input}
+            wanted = {"budget.latency": estimated, "budget.bops": self.budget.bops}
+            wanted |= {"budget.activation": self.budget.activation, "same_input": self.same_input}
             problems += [
                 f"assign.{option}: nothing before it records what the layers are called with, as calibrate does"
                 for option, given in wanted.items()

@@ -1,4 +1,4 @@
-"""What a layer costs: how long it takes at least, from what its device does at most, and its bit operations.
+"""What a layer costs: how long it takes at least, from what its device does at most, bit operations, activations.
 
 Shapes: R rows (tokens, or pixels that a convolution gives), N out features, K in features.
 """
@@ -25,13 +25,18 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
     stored, x: (R, K) and y: (R, N); a convolution with a kernel of k numbers has its x as (R, K // k) in memory, for as
     many pixels as it gives. An input with codes is multiplied on integers.
     """
-    kernel = layer.k // layer.shape[1]
-    x_bytes = 1 if isinstance(scheme.input, IntInput) else FLOAT_BYTES
-    y_bytes = 1 if isinstance(scheme.output, IntOutput) else FLOAT_BYTES
-    moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + rows * (layer.k // kernel * x_bytes + layer.n * y_bytes)
+    moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
     tera = device.int8_tops if isinstance(scheme.input, IntInput) else device.fp16_tflops
     return max(moved_bytes / (device.bandwidth_gb_s * 1e9), operations / (tera * 1e12))
+
+
+def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
+    """Bytes of x and y, with one byte for a number that is rounded."""
+    kernel = layer.k // layer.shape[1]
+    x_bytes = 1 if isinstance(scheme.input, IntInput) else FLOAT_BYTES
+    y_bytes = 1 if isinstance(scheme.output, IntOutput) else FLOAT_BYTES
+    return rows * (layer.k // kernel * x_bytes + layer.n * y_bytes)
 
 
 def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:

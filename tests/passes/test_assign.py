@@ -102,6 +102,20 @@ def test_without_any_budget_the_size_is_half():
     assert AssignPrecision.model_validate({"budget": {"bops": 0.5}}).budget.limits == {"bops": 0.5}
 
 
+def test_the_largest_layer_is_within_the_budget_of_activations(tmp_path):
+    """By hand: l1 moves 4096 x (64 x 2 + 16 x 2) bytes in float and 4096 x (64 + 16 x 2) in W8A8, l4 0.325 of that."""
+    artifacts = given(*ERRORS)
+    plan = named(run_pass(AssignPrecision(budget=Budget(activation=0.6), schemes=EVERY), artifacts, tmp_path)[PLAN])
+    assert plan == {"l0": "float", "l1": "w8a8_token", "l2": "float", "l3": "float", "l4": "float"}
+    both = Budget(activation=0.6, size=0.45)
+    made = run_pass(AssignPrecision(budget=both, schemes=EVERY), artifacts, tmp_path)
+    assert all(point.schemes["l1"] == "w8a8_token" for point in made[FRONT].points)
+    assert made[FRONT].chosen.costs["size"] <= 0.45
+    text = r"activation: 0\.5 of 655,360 bytes a sample is 327,680, but l1 take more .* allow at least 0\.6, or"
+    with pytest.raises(RecipeError, match=text):
+        run_pass(AssignPrecision(budget=Budget(activation=0.5), schemes=EVERY), artifacts, tmp_path)
+
+
 def test_a_budget_that_no_plan_meets_says_what_is_possible(tmp_path):
     artifacts = given(*ERRORS)
     sizes = [sum(layer.size_bytes(s) for layer in artifacts[SENSITIVITY].layers) for s in (FLOAT, w4a16(32))]
