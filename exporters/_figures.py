@@ -140,7 +140,7 @@ def scheme_rows(plan: QuantPlan) -> tuple[SchemeRow, ...]:
                 scheme_meaning(one),
                 len(layers),
                 sum(layer.n * layer.k for layer in layers) / parameters,
-                sum(layer.size_bytes(plan.schemes[layer.name]) for layer in layers),
+                sum(map(plan.layer_bytes, layers)),
             )
         )
     return tuple(rows)
@@ -189,7 +189,7 @@ def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
     stacks: dict[str, dict[str, dict[str, Cell]]] = {}
     for layer in plan.layers:
         stack, block, role = split_name(layer.name)
-        stacks.setdefault(stack, {}).setdefault(role, {})[block] = _plan_cell(layer, plan.schemes[layer.name])
+        stacks.setdefault(stack, {}).setdefault(role, {})[block] = _plan_cell(plan, layer)
     maps = []
     for stack, roles in sorted(stacks.items(), key=lambda item: not item[0]):
         columns = sorted({block for cells in roles.values() for block in cells}, key=lambda block: int(block or 0))
@@ -198,8 +198,9 @@ def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
     return tuple(maps)
 
 
-def _plan_cell(layer: Layer, scheme: LayerScheme) -> Cell:
-    tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{layer.size_bytes(scheme):,} bytes"
+def _plan_cell(plan: QuantPlan, layer: Layer) -> Cell:
+    scheme = plan.schemes[layer.name]
+    tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{plan.layer_bytes(layer):,} bytes"
     return Cell(scheme_css(scheme), scheme_code(scheme), tip)
 
 
@@ -253,7 +254,7 @@ def heat_map(sensitivity: Sensitivity, plan: QuantPlan) -> HeatMap:
         planned = plan.schemes[layer.name]
         *_, role = split_name(layer.name)
         groups = tuple(cells(layer, name) for name in (planned.name, *schemes))
-        return HeatRow(role, layer.name, _plan_cell(layer, planned), groups)
+        return HeatRow(role, layer.name, _plan_cell(plan, layer), groups)
 
     planned = [layer for layer in sensitivity.layers if layer.name in plan.schemes]
     blocks = tuple(

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from intaglio.exporters._layer import LAYER_KEY
+from intaglio.exporters._layer import BRANCH, LAYER_KEY
 from intaglio.exporters._quantized_graph import constant, dequantized, producer
 
 _HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -68,7 +68,7 @@ PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "M
 
 
 def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float]) -> None:
-    """Compute in float16 all but what needs float32, such as the nodes of `layers`. Changes `model`.
+    """Compute in float16 all but what needs float32, such as the nodes of `layers`, branches aside. Changes `model`.
 
     `amax`: the largest magnitude of values that were seen, by name.
     """
@@ -87,7 +87,7 @@ def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapp
         for node in graph
         if node.op_type in CAREFUL
         or node.domain not in ("", "ai.onnx")
-        or node.metadata_props.get(LAYER_KEY) in layers
+        or (node.metadata_props.get(LAYER_KEY) in layers and f"/{BRANCH}/" not in str(node.name))
         or not any(_is_float(value) for value in node.inputs)
         or any(use.node.graph is not graph for value in node.outputs for use in value.uses())
         or not all(_within(value, amax) for value in (*_given(node.inputs), *node.outputs))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LAYER_KEY = "intaglio.layer"
 """Node metadata: the name of the layer that the node belongs to."""
+BRANCH = "branch"
+"""In the names of nodes: what a layer computes in float beside its product."""
 INPUT_CODES = "/input/QuantizeLinear"
 """How the name of a node ends that makes the codes of a layer's input."""
 

@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from intaglio.exporters._layer import LAYER_KEY, Site
+from intaglio.exporters._layer import BRANCH, LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
 from intaglio.pipeline.quant.balance import hadamard
+from intaglio.pipeline.quant.branch import Branch
 from intaglio.pipeline.quant.packing import pack_int4
 from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight
 from intaglio.pipeline.quantized import QuantizedLayerData
@@ -151,17 +152,31 @@ class Writer:
         return self.graph.initializers[name]
 
     def write(self, call: Call, product: Product) -> ir.Value:
-        """y = product(x) * amax + (shift * rowsum(w) + b), in this order; without amax where the input is float."""
+        """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
         rounded = self._rounded_input(call)
         y = product(self, call, rounded.x)
         if isinstance(call.data.scheme.output, IntOutput):
             y = self._rounded_output(call, y)
         if rounded.amax is not None:
             y = self.op(call, "amax/Mul", [y, rounded.amax])
+        if call.data.branch is not None:
+            y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
         bias = None if call.site.bias is None else self._bias(call, call.site.bias)
         if rounded.shift is not None:
             bias = self._shifted_bias(call, rounded.shift, bias)
         return y if bias is None else self.op(call, "bias/Add", [y, bias])
+
+    def _branch(self, call: Call, branch: Branch) -> ir.Value:
+        """(x down^T) up^T, of the input in its basis, in float."""
+        layer, x = call.site.layer, self._input(call)
+        down, up = branch.down_RK.numpy(), branch.up_NR.numpy()
+        if call.op == "linear":
+            low = self.op(call, f"{BRANCH}/down/MatMul", [x, self.constant(f"{layer}/{BRANCH}/down", down.T)])
+            return self.op(call, f"{BRANCH}/up/MatMul", [low, self.constant(f"{layer}/{BRANCH}/up", up.T)])
+        down = down.reshape(-1, *call.site.weight().shape[1:])
+        window = dict(call.site.product.attributes)
+        low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
+        return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
 
     def _rounded_input(self, call: Call) -> Rounded:
         """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""

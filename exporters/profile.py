@@ -157,7 +157,7 @@ def _profile(
         layer.name: LayerTime(
             scheme=plan.schemes[layer.name].name,
             microseconds=layers[layer.name],
-            bytes=layer.size_bytes(plan.schemes[layer.name]),
+            bytes=plan.layer_bytes(layer),
         )
         for layer in plan.layers
         if layer.name in layers

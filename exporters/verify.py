@@ -120,7 +120,7 @@ class Verify(Pass):
             figures["parity_layer_rel_l2_max"],
         )
         result = Verification(figures, parity, samples, departures)
-        half = {n for n, m in layers.items() if halves and not isinstance(m.scheme.input, IntInput)}
+        half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
         self._judge(result, half, halves=halves)
         return {VERIFICATION: result}
 

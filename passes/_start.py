@@ -41,7 +41,8 @@ def begin(
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     model.module.requires_grad_(False)
     clock = StepClock(trajectory.timesteps)
-    replaced = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
+    ranges = trajectory.ranges(plan.schemes, plan.balances)
+    replaced = quantize_model(model.module, plan.schemes, clock, *ranges, branch=plan.branches)
     model.module.to(ctx.device)
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)

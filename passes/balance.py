@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.pipeline.quant.balance import Balance, LayerBalance
+    from intaglio.pipeline.quant.branch import Branch
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
@@ -36,7 +37,8 @@ class BalanceLayers(Pass):
     """In exact numbers every layer computes what it did; its basis is the one in which its output is nearest to that.
 
     Channels are scaled first and rotated then, weights are rounded once, after both (ViDiT-Q section 4.2: the scale
-    evens out what is static, the rotation what changes). Layers that read the same input share a basis.
+    evens out what is static, the rotation what changes). Layers that read the same input share a basis. On request a
+    part of low rank is taken off 4-bit weights first, and added in float (SVDQuant, Li et al. 2025).
     """
 
     name: ClassVar[str] = "balance"
@@ -49,6 +51,12 @@ class BalanceLayers(Pass):
         (0.3, 0.5, 0.7), description="shares of a channel's magnitude that move into the weight; all are compared"
     )
     block: int = Field(128, ge=1, le=4096, description="channels that are rotated together, at most; 1 rotates none")
+    branch: int = Field(
+        0,
+        ge=0,
+        description="rank of what stays in float16 of each 4-bit weight, its largest singular directions; 0: nothing."
+        " Weights with less than four times as many channels, in or out, have none",
+    )
     gain_db: float = Field(0.5, ge=0, description="least gain in SQNR that is worth the work in front of a layer")
     steps: int = Field(4, ge=1, description="timesteps at which bases are compared")
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
@@ -89,6 +97,12 @@ class BalanceLayers(Pass):
         balances = self._with_ranges(
             chosen, (layer_inputs(layers, denoise, trajectory.call(step, rows)) for step in range(count))
         )
+        branches = {
+            name: branch
+            for name, scheme in schemes.items()
+            if (branch := _branch(layers[name], scheme, chosen[name][0] if name in chosen else None, self.branch))
+            is not None
+        }
         gains = [gain for _, gain in chosen.values()]
         ctx.log.info(
             "%d of %d layers are balanced, %.1f dB gained on average",
@@ -96,7 +110,9 @@ class BalanceLayers(Pass):
             len(layers),
             sum(gains) / max(1, len(gains)),
         )
-        return {PLAN: plan.balanced(balances)}
+        if branches:
+            ctx.log.info("%d have a branch of rank %d", len(branches), self.branch)
+        return {PLAN: plan.balanced(balances, branches)}
 
     def _sample(self, x: torch.Tensor, ctx: Context, name: str, step: int) -> torch.Tensor:
         """Some tokens of a linear layer's input, (tokens, C); all places of a convolution's."""
@@ -110,11 +126,11 @@ class BalanceLayers(Pass):
 
     def _choose(self, parts: Parts, x: Sequence[torch.Tensor], ctx: Context) -> tuple[Balance, float] | None:
         """The basis with the least error of the outputs, and what it gains in dB; None where that is too little."""
-        plain = _error(parts, x, None)
+        plain = _error(parts, x, None, self.branch)
         bases = list(self._bases(parts, x, ctx))
         if plain == 0 or not bases:
             return None
-        errors = [_error(parts, x, basis) for basis in bases]
+        errors = [_error(parts, x, basis, self.branch) for basis in bases]
         best = min(range(len(bases)), key=errors.__getitem__)
         gain = 10 * math.log10(plain / max(errors[best], 1e-30))
         return (bases[best], gain) if gain > self.gain_db else None
@@ -173,7 +189,17 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
     return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
 
 
-def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None) -> float:
+def _branch(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
+    """Of a weight of 4 bits that is large enough."""
+    from intaglio.pipeline.quant.branch import Branch
+
+    w = layer.weight if basis is None else basis.weight(layer.weight)
+    small = min(w.flatten(1).shape) < 4 * rank
+    four = isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4
+    return Branch.of(w.flatten(1), rank) if rank and four and not small else None
+
+
+def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank: int = 0) -> float:
     """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
     import torch
 
@@ -190,7 +216,8 @@ def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None) -> fl
             if isinstance(scheme.input, IntInput) and scheme.input.shifted:
                 amax_S, shift_S = half_range(low_S, high_S)
             plain = scheme.model_copy(update={"output": Float()})
-            rounded = QuantizedLayer(layer, plain, clock, amax_S, None, shift_S, basis)
+            branch = _branch(layer, scheme, basis, rank)
+            rounded = QuantizedLayer(layer, plain, clock, amax_S, None, shift_S, basis, branch=branch)
             for clock.step, part in enumerate(x):
                 y = layer(part)
                 total += float((rounded(part) - y).square().sum() / y.square().sum().clamp_min(1e-30))

@@ -45,11 +45,13 @@ class MergeAdapters(Pass):
         merged = {}
         for layer in plan.layers:
             scheme, balance = plan.schemes[layer.name], ranges.balance.get(layer.name)
+            branch = plan.branches.get(layer.name)
             if not isinstance(scheme.weight, IntWeight):
                 continue
             learnt = adapter.layers[layer.name]
             w = module.get_submodule(layer.name).get_parameter("weight").detach()
             w_NK = (w if balance is None else balance.weight(w)).flatten(1)
+            w_NK = w_NK if branch is None else branch.rest(w_NK)
             if learnt.codes is not None:
                 first = affine.product_scale(*affine.fit(w_NK, scheme.weight))
                 w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight, adapter.distance)
@@ -76,5 +78,6 @@ class MergeAdapters(Pass):
                 shift_T if stepped else None,
                 balance,
                 factor_T,
+                branch,
             )
         return {QUANTIZED: Quantized(timesteps, merged)}

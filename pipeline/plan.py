@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -33,6 +34,7 @@ from intaglio.pipeline.quant.spec import (
 
 if TYPE_CHECKING:
     from intaglio.pipeline.quant.balance import LayerBalance
+    from intaglio.pipeline.quant.branch import Branch
     from intaglio.pipeline.target import Target
 
 USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
@@ -140,11 +142,13 @@ class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
 
     `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
+    `branches` has those of which a part of the weight stays in float.
     """
 
     layers: tuple[Layer, ...]
     schemes: Mapping[str, LayerScheme]
     balances: Mapping[str, LayerBalance] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named, planned = {layer.name for layer in self.layers}, set(self.schemes)
@@ -154,6 +158,10 @@ class QuantPlan:
         channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, IntWeight)}
         if wrong := sorted(n for n, b in self.balances.items() if len(b.balance.scale_C) != channels.get(n)):
             raise ContractError(f"a balance is for a quantized layer, with a scale for each input channel: {wrong}")
+        weights = {n.name: (n.n, n.k) for n in self.layers if n.name in channels}
+        shapes = {n: (len(b.up_NR), b.down_RK.shape[1]) for n, b in self.branches.items()}
+        if wrong := sorted(n for n, shape in shapes.items() if shape != weights.get(n)):
+            raise ContractError(f"a branch is for a quantized layer, of its weight's shape: {wrong}")
 
     def check(self, target: Target) -> None:
         """Raise TargetError that lists every layer whose scheme the target cannot execute."""
@@ -162,18 +170,27 @@ class QuantPlan:
             raise TargetError(*reasons)
 
     def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
-        """A plan with these layers changed; those in float have no balance any more."""
+        """A plan with these layers changed; those in float have no balance and no branch any more."""
         schemes = {**self.schemes, **changes}
-        return QuantPlan(self.layers, schemes, {n: b for n, b in self.balances.items() if schemes[n] != FLOAT})
+        balances = {n: b for n, b in self.balances.items() if schemes[n] != FLOAT}
+        branches = {n: b for n, b in self.branches.items() if schemes[n] != FLOAT}
+        return QuantPlan(self.layers, schemes, balances, branches)
 
-    def balanced(self, balances: Mapping[str, LayerBalance]) -> QuantPlan:
-        """A plan with these layers in another basis, beside those that are already."""
-        return QuantPlan(self.layers, self.schemes, {**self.balances, **balances})
+    def balanced(
+        self, balances: Mapping[str, LayerBalance], branches: Mapping[str, Branch] = MappingProxyType({})
+    ) -> QuantPlan:
+        """A plan with these layers in another basis, and with these branches, beside those that are already."""
+        return QuantPlan(self.layers, self.schemes, {**self.balances, **balances}, {**self.branches, **branches})
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all quantizable layers."""
-        return sum(layer.size_bytes(self.schemes[layer.name]) for layer in self.layers)
+        return sum(map(self.layer_bytes, self.layers))
+
+    def layer_bytes(self, layer: Layer) -> int:
+        """With its branch."""
+        branch = self.branches.get(layer.name)
+        return layer.size_bytes(self.schemes[layer.name]) + (0 if branch is None else branch.size_bytes)
 
     @property
     def weight_bits_mean(self) -> float:
@@ -182,14 +199,15 @@ class QuantPlan:
         return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
 
     def save(self, root: Path) -> None:
-        """Write plan.json, and balance.safetensors where a layer is balanced."""
+        """Write plan.json, balance.safetensors where a layer is balanced, branch.safetensors where one has a branch."""
         rows = [
             {
                 **layer.model_dump(mode="json"),
                 "scheme": (scheme := self.schemes[layer.name]).name,
                 **scheme.model_dump(mode="json"),
-                "size_bytes": layer.size_bytes(scheme),
+                "size_bytes": self.layer_bytes(layer),
                 **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
+                **({"branch": self.branches[layer.name].rank} if layer.name in self.branches else {}),
             }
             for layer in self.layers
         ]
@@ -197,6 +215,10 @@ class QuantPlan:
             from intaglio.pipeline.quant.balance import save_balances
 
             save_balances(self.balances, root / "balance.safetensors")
+        if self.branches:
+            from intaglio.pipeline.quant.branch import save_branches
+
+            save_branches(self.branches, root / "branch.safetensors")
         (root / "plan.json").write_text(json.dumps({"layers": rows}, indent=1) + "\n")
 
     @classmethod
@@ -205,8 +227,15 @@ class QuantPlan:
         rows = json.loads((root / "plan.json").read_text())["layers"]
         layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias", "padded")}) for r in rows)
         schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
-        if not (root / "balance.safetensors").exists():
+        balances, branches = root / "balance.safetensors", root / "branch.safetensors"
+        if not balances.exists() and not branches.exists():
             return cls(layers, schemes)
         from intaglio.pipeline.quant.balance import load_balances
+        from intaglio.pipeline.quant.branch import load_branches
 
-        return cls(layers, schemes, load_balances(root / "balance.safetensors"))
+        return cls(
+            layers,
+            schemes,
+            load_balances(balances) if balances.exists() else {},
+            load_branches(branches) if branches.exists() else {},
+        )

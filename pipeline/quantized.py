@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from intaglio.pipeline.quant.balance import Balance
+    from intaglio.pipeline.quant.branch import Branch
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class QuantizedLayerData:
     A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
     largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
     `shift_T` is the middle of its range and `amax_T` half the width. `factor_T` (T,) is what the magnitude of a token
-    is multiplied by, where its range is clipped. Codes and input ranges are in the basis of
+    is multiplied by, where its range is clipped. Codes, input ranges and the branch beside them are in the basis of
     `balance`.
     """
 
@@ -96,6 +97,7 @@ class QuantizedLayerData:
     shift_T: torch.Tensor | None = None
     balance: Balance | None = None
     factor_T: torch.Tensor | None = None
+    branch: Branch | None = None
 
     @property
     def stepped(self) -> bool:
@@ -123,6 +125,7 @@ class Quantized:
         import torch
         from safetensors.torch import save_file
 
+        from intaglio.pipeline.quant.branch import branch_tensors
         from intaglio.pipeline.quant.packing import pack_int4
 
         tensors = {}
@@ -144,6 +147,7 @@ class Quantized:
                 tensors[f"{name}:factor"] = layer.factor_T.contiguous()
             if layer.balance is not None:
                 tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
+        tensors |= branch_tensors({n: v.branch for n, v in self.layers.items() if v.branch is not None})
         save_file(tensors, root / "quantized.safetensors")
         content = {
             "timesteps": self.timesteps,
@@ -162,10 +166,12 @@ class Quantized:
         from safetensors.torch import load_file
 
         from intaglio.pipeline.quant.balance import Balance
+        from intaglio.pipeline.quant.branch import branches_of
         from intaglio.pipeline.quant.packing import unpack_int4
 
         content = json.loads((root / "quantized.json").read_text())
         tensors = load_file(root / "quantized.safetensors")
+        branches = branches_of(tensors)
         layers = {}
         for name, facts in content["layers"].items():
             scheme, codes = LayerScheme(**facts["scheme"]), tensors[f"{name}:codes"]
@@ -181,5 +187,6 @@ class Quantized:
                 tensors.get(f"{name}:shift"),
                 Balance(tensors[f"{name}:balance"], facts["rotated"]) if "rotated" in facts else None,
                 tensors.get(f"{name}:factor"),
+                branches.get(name),
             )
         return cls(tuple(content["timesteps"]), layers)

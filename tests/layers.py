@@ -16,6 +16,7 @@ from intaglio.pipeline.graph import Graph, TensorSpec
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
 from intaglio.pipeline.quant.balance import Balance
+from intaglio.pipeline.quant.branch import Branch
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
 from intaglio.pipeline.target import Target, load_target
 
@@ -94,6 +95,7 @@ def make(
     balances: Mapping[str, Balance] | None = None,
     shift: Mapping[str, torch.Tensor] | None = None,
     seen: Mapping[str, float] = MappingProxyType({}),
+    branches: Mapping[str, Branch] = MappingProxyType({}),
 ) -> tuple[Graph, dict[str, QuantizedLayer]]:
     """The layers quantized, written for the runtime, and their simulation; where no ranges are given: RANGES."""
     graph = float_graph(folder, layers, shapes, seen)
@@ -116,6 +118,7 @@ def make(
         ranges["output_amax"],
         ranges["shift"] | dict(shift or {}),
         balances or {},
+        branch=branches,
     )
     artifacts = {
         FLOAT_GRAPH: graph,

@@ -79,6 +79,7 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
                 getattr(m, "output_amax_T", None),
                 getattr(m, "shift_T", None),
                 m.balance,
+                branch=m.branch,
             )
             for name, m in layers.items()
         },

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from intaglio.pipeline.quant import affine
 from intaglio.pipeline.quant.balance import Balance
+from intaglio.pipeline.quant.branch import Branch
 from intaglio.pipeline.quant.spec import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class QuantizedLayer(nn.Module):
     Invariant: with the same input it makes the same integer codes as the exported node.
     The product of `adapter_b` (N, rank) and `adapter_a` (rank, K) is added to the weight before it is rounded
     (QALoRA, EfficientDM Eq. 5). A balance puts input and weight into another basis before either is rounded; the
-    adapter, and the input's ranges, are in that basis. `factor_T` multiplies the magnitude that a token is divided by.
+    adapter, the input's ranges and the branch are in that basis; what the branch computes is no part of the weight.
+    `factor_T` multiplies the magnitude that a token is divided by.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class QuantizedLayer(nn.Module):
         shift_T: torch.Tensor | None = None,
         balance: Balance | None = None,
         factor_T: torch.Tensor | None = None,
+        branch: Branch | None = None,
         *,
         fit: bool = True,
     ) -> None:
@@ -93,7 +96,7 @@ class QuantizedLayer(nn.Module):
         self.factor_T: torch.Tensor | None
         self.input_scales: InputScales | None = None
         self.full_precision = False
-        self.layer, self.scheme, self.clock, self.balance = layer, scheme, clock, balance
+        self.layer, self.scheme, self.clock, self.balance, self.branch = layer, scheme, clock, balance, branch
         self.adapter_a: nn.Parameter | None = None
         self.adapter_b: nn.Parameter | None = None
         self._base_NK: torch.Tensor | None = None
@@ -145,9 +148,9 @@ class QuantizedLayer(nn.Module):
         return w_NK if self.adapter_a is None or self.adapter_b is None else w_NK + self.adapter_b @ self.adapter_a
 
     def base_weight(self) -> torch.Tensor:
-        """The model's own weight, in the basis in which it is rounded: (N, K)."""
+        """The model's own weight, in the basis in which it is rounded, without its branch: (N, K)."""
         w = self.layer.weight if self.balance is None else self.balance.weight(self.layer.weight)
-        return w.flatten(1)
+        return w.flatten(1) if self.branch is None else self.branch.rest(w.flatten(1))
 
     def start_from(self, q_NK: torch.Tensor, distance: float) -> None:
         """Train from the weight nearest to the model's own that is at most `distance` scales from these codes."""
@@ -209,6 +212,12 @@ class QuantizedLayer(nn.Module):
     def balanced(self, x: torch.Tensor) -> torch.Tensor:
         """The input in the basis in which it is rounded."""
         return x if self.balance is None else self.balance.input(x, -1 if isinstance(self.layer, nn.Linear) else -3)
+
+    def _branched(self, x: torch.Tensor, branch: Branch) -> torch.Tensor:
+        """(x down^T) up^T, of an input in its basis."""
+        down, up = branch.down_RK.to(x), branch.up_NR.to(x)
+        low = self._apply_layer(x, down.reshape(-1, *self.layer.weight.shape[1:]))
+        return low @ up.T if isinstance(self.layer, nn.Linear) else functional.conv2d(low, up[..., None, None])
 
     def input_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes of the input, as floats, the magnitude that its unit range stands for, (..., 1) or (), and the shift.
@@ -280,17 +289,20 @@ class QuantizedLayer(nn.Module):
         if self.full_precision:
             y: torch.Tensor = self.layer(x)
             return y
-        weight = self.rounded_weight()
+        weight, x = self.rounded_weight(), self.balanced(x)
+        shift = None
         if isinstance(self.scheme.input, IntInput):
-            q, amax, shift = self.input_codes(x)
+            q, amax, shift = self.balanced_codes(x)
             if isinstance(self.scheme.output, IntOutput):
                 y = self._rounded_product(q, weight, amax, self.scheme.input.bits) * amax
             else:
                 y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax
-            if shift is not None:
-                y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         else:
-            y = self._apply_layer(self.balanced(x), weight)
+            y = self._apply_layer(x, weight)
+        if self.branch is not None:
+            y = y + self._branched(x, self.branch)
+        if shift is not None:
+            y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
 
     def _of_channels(self, values_N: torch.Tensor) -> torch.Tensor:
@@ -320,6 +332,7 @@ def quantize_model(
     shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
     balance: Mapping[str, Balance] = MappingProxyType({}),
     factor: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    branch: Mapping[str, Branch] = MappingProxyType({}),
     *,
     fit: bool = True,
 ) -> dict[str, QuantizedLayer]:
@@ -327,8 +340,8 @@ def quantize_model(
 
     `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
     output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
-    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,). `fit` is False where `set_codes`
-    brings the weight scales. Returns the new layers by name.
+    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,); `branch` the parts of weights
+    that stay in float. `fit` is False where `set_codes` brings the weight scales. Returns the new layers by name.
     """
     replaced = {}
     for name in sorted(schemes):
@@ -339,7 +352,7 @@ def quantize_model(
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
         parent, _, child = name.rpartition(".")
         tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, fit=fit)
+        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, branch.get(name), fit=fit)
         setattr(model.get_submodule(parent), child, replaced[name])
     return replaced
 
@@ -356,8 +369,9 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     shift = {name: data.shift_T for name, data in quantized.layers.items() if data.shift_T is not None}
     balance = {name: data.balance for name, data in quantized.layers.items() if data.balance is not None}
     factor = {name: data.factor_T for name, data in quantized.layers.items() if data.factor_T is not None}
+    branch = {name: data.branch for name, data in quantized.layers.items() if data.branch is not None}
     schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor, fit=False)
+    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor, branch, fit=False)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]

@@ -23,6 +23,7 @@ from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.balance import Balance
+from intaglio.pipeline.quant.branch import Branch
 from intaglio.pipeline.quant.modules import QuantizedLayer
 from intaglio.pipeline.quant.spec import Float, IntInput, PerStep
 
@@ -42,6 +43,7 @@ class Case:
     zeros: bool = False
     ones: bool = False
     balance: Balance | None = None
+    rank: int = 0
 
     def layer(self, *, padded: bool) -> torch.nn.Module:
         match self.sizes:
@@ -49,6 +51,10 @@ class Case:
                 return torch.nn.Linear(k, n, self.bias)
             case (c, n, kernel, stride, padding):
                 return torch.nn.Conv2d(c, n, kernel, stride, padding if padded else 0, bias=self.bias)
+
+
+def eighths(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randint(-2, 3, (rows, columns), generator=torch.Generator().manual_seed(seed)) / 8
 
 
 def powers_of_two(channels: int) -> torch.Tensor:
@@ -66,6 +72,8 @@ LINEAR = {
     "scaled": Case((64, 96), (2, 5, 64), balance=Balance(powers_of_two(64))),
     "rotated": Case((192, 32), (2, 5, 192), step=1, balance=Balance(powers_of_two(192), 64)),
     "rotated-rows": Case((64, 32), (4, 64), balance=Balance(powers_of_two(64), 16)),
+    "branch": Case((96, 64), (2, 3, 96), rank=8),
+    "branch-rotated": Case((64, 32), (2, 5, 64), balance=Balance(powers_of_two(64), 16), rank=4),
 }
 CONV = {
     "stride-2": Case((64, 32, 3, 2, 1), (2, 64, 6, 6)),
@@ -75,6 +83,7 @@ CONV = {
     "scaled": Case((64, 32, 3, 1, 1), (2, 64, 4, 4), balance=Balance(powers_of_two(64))),
     "rotated": Case((64, 32, 3, 2, 1), (2, 64, 6, 6), balance=Balance(powers_of_two(64), 16)),
     "rotated-pointwise": Case((128, 32, 1, 1, 0), (2, 128, 3, 3), step=1, balance=Balance(powers_of_two(128), 64)),
+    "branch": Case((32, 48, 3, 2, 1), (2, 32, 6, 6), balance=Balance(powers_of_two(32)), rank=16),
 }
 
 
@@ -100,7 +109,7 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
         generator = torch.Generator().manual_seed(seed)
         weight = layers[name].weight.data
         x[name] = torch.randn(case.shape, generator=generator) * case.magnitude
-        if case.balance is not None:  # of such values the sums are exact in any order, and so are the codes
+        if case.balance is not None or case.rank:  # sums of such values are exact in any order, and so are codes
             weight.copy_(torch.randint(-128, 129, weight.shape, generator=generator) / 512)
             x[name] = torch.round(x[name] * 32) / 32
         if case.zeros:
@@ -114,12 +123,17 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
     shift = {n: RANGES["shift"] * c.magnitude for n, c in cases.items()}
     shapes = {name: case.shape for name, case in cases.items()}
     balances = {name: case.balance for name, case in cases.items() if case.balance is not None}
+    branches = {}
+    for name, case in cases.items():
+        if case.rank:
+            n, k = layers[name].weight.flatten(1).shape
+            branches[name] = Branch(eighths(case.rank, k, 5), eighths(n, case.rank, 6))
     schemes = dict.fromkeys(cases, scheme)
     with torch.no_grad():
         seen = {
             f"{n}.{end}": float(v.abs().max()) for n, m in layers.items() for end, v in (("x", x[n]), ("y", m(x[n])))
         }
-    graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift, seen)
+    graph, made = make(folder, layers, shapes, schemes, runtime, amax, balances, shift, seen, branches)
     return Written(row, runtime, graph, made, cases, x)
 
 
@@ -135,6 +149,12 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
         x = oracle.balanced(x, d, block, 1 if window else -1)
         w = oracle.balanced(w, 1 / d, block, 1) / block
     w, k = w.reshape(len(w), -1), w[0].size
+    beside = 0
+    if layer.branch is not None:
+        down, up = (part.numpy() for part in (layer.branch.down_RK, layer.branch.up_NR))
+        w = w - up @ down
+        low = oracle.product(x, down.reshape(-1, *shape[1:]), **window)
+        beside = oracle.product(low, up.reshape(*up.shape, *[1] * (len(shape) - 2)))
     bias = 0 if layer.layer.bias is None else layer.layer.bias.detach().numpy()
     scale = layer.weight_scale.detach().numpy()
     if layer.weight_group is not None:
@@ -145,13 +165,13 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
         case Float():
             spread = np.repeat(scale, 32, axis=1)
             y = oracle.weight_only(x, eight.reshape(shape), spread, bias, **window)
-            return four, oracle.Computed(np.zeros(0), y)
+            return four, oracle.Computed(np.zeros(0), y + beside)
         case IntInput(bits=bits, granularity=granularity, shifted=shifted):
             step = case.step
             ranges = None
             if isinstance(granularity, PerStep):
                 ranges = (layer.amax_T[step].item(), layer.shift_T[step].item() if shifted else 0.0)
-            return four, oracle.layer(
+            computed = oracle.layer(
                 x,
                 eight.reshape(shape),
                 scale[:, 0],
@@ -162,6 +182,7 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
                 output_amax=None if isinstance(layer.scheme.output, Float) else layer.output_amax_T[step].item(),
                 **window,
             )
+            return four, computed._replace(y=computed.y + beside)
 
 
 ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme}-{row.runtimes[-1]}") for row in LOWERINGS]
@@ -187,7 +208,7 @@ def test_codes_are_the_same_everywhere(written):
             if not optimize and computed.unrounded is not None:
                 y = without_ties(y, computed)
             tolerance = TOLERANCE
-            if written.runtime != "onnxruntime" and not rounds_input:  # about integers all is float32
+            if written.runtime != "onnxruntime" and (case.rank or not rounds_input):  # about integers all is float32
                 tolerance = HALF_TOLERANCE * (1 if case.balance is None else 3)  # a scale and a rotation in float16 too
             assert rel_l2(y, computed.y) < tolerance, (name, optimize)
             if rounds_input:
@@ -219,10 +240,9 @@ def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     engine = run_pass(build, {GRAPH: written.graph, TARGET: target}, tmp_path)[ENGINE]
     rotations = sum(c.balance is not None and c.balance.block > 1 for c in written.cases.values())
+    beside = rotations + sum(2 for c in written.cases.values() if c.rank)
     products = len(written.cases)
-    assert (engine.int8_gemm, engine.fp_gemm) == (
-        (products, rotations) if written.row.integer else (0, products + rotations)
-    )
+    assert (engine.int8_gemm, engine.fp_gemm) == ((products, beside) if written.row.integer else (0, products + beside))
     if target.runtime == "tensorrt-rtx":
         assert any("Int4" in layer for layer in engine.layers) == written.row.scheme.startswith("w4")
 

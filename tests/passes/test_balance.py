@@ -90,3 +90,28 @@ def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):
     moved = seen * chosen.balance.scale_C
     assert chosen.low_T[2] == moved.min()
     assert chosen.high_T[2] == moved.max()
+
+
+def test_a_branch_takes_what_is_large_of_a_weight_of_4_bits(planned, tmp_path):
+    """Its layers are nearer than without; what it costs is counted, and it is there again when the plan is read."""
+    names = [f"transformer_blocks.0.attn1.to_{i}" for i in "qkv"]
+    eight = "transformer_blocks.1.ff.net.2"
+    mixed = planned | {PLAN: planned[PLAN].replace({eight: W8A8_TOKEN})}
+    plan = run_pass(BalanceLayers(steps=1, rows=2, branch=4), mixed, tmp_path)[PLAN]
+    assert set(names) <= plan.branches.keys()
+    assert eight not in plan.branches
+    layers = {layer.name: layer for layer in plan.layers}
+    n, k = layers[names[0]].shape
+    added = plan.layer_bytes(layers[names[0]]) - layers[names[0]].size_bytes(plan.schemes[names[0]])
+    assert (n, k, added) == (64, 64, 4 * (64 + 64) * 2)
+    assert plan.size_bytes == sum(map(plan.layer_bytes, plan.layers))
+    model, trajectory = planned[MODEL].open(), planned[TRAJECTORY]
+    modules = {name: model.module.get_submodule(name) for name in names}
+    (x, *_) = layer_inputs(modules, denoise_with(model.module, model), trajectory.call(1)).values()
+    parts = {name: (modules[name], plan.schemes[name]) for name in names}
+    assert _error(parts, [x], None, 4) < 0.9 * _error(parts, [x], None)
+    plan.save(tmp_path)
+    read = QuantPlan.load(tmp_path).branches
+    assert read.keys() == plan.branches.keys()
+    assert torch.equal(read[names[0]].up_NR, plan.branches[names[0]].up_NR)
+    assert names[0] not in plan.replace({names[0]: FLOAT}).branches
