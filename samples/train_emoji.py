@@ -147,6 +147,11 @@ def sampling_scheduler() -> DDIMScheduler:
     )
 
 
+def careful_scheduler() -> DDIMScheduler:
+    """All steps that are learnt, to look at what was."""
+    return DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear", timestep_spacing="trailing")
+
+
 def sample(model: Factory, steps: int, guidance: float, given: Inputs, null: Inputs, seed: int) -> torch.Tensor:
     """Samples in [-1, 1], one for each row of the conditions `given`, guided away from those that are `null`."""
     rows = len(next(iter(given.values())))
@@ -297,8 +302,7 @@ def main(
         guidance=GUIDANCE,
     )
     (folder / "README.md").write_text(text)
-    careful = DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear", timestep_spacing="trailing")
-    save_grid(drawn(ema.float(), careful, shown, null, 50, 2.0), out.parent / f"{model}.png", columns=8)
+    save_grid(drawn(ema.float(), careful_scheduler(), shown, null, 50, 2.0), out.parent / f"{model}.png", columns=8)
 
 
 if __name__ == "__main__":

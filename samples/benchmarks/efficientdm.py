@@ -50,8 +50,8 @@ GROUPS = [32]
 """Of 4-bit weights, as the peers have."""
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
+UPDATES: Mapping[str, int] = {"emoji-dit": 120, "emoji-unet": 240}
 DISTILL: Mapping[str, Any] = {
-    "updates": 120,
     "samples": 4,
     "start": "gptq",
     "rollout": 0.25,
@@ -60,31 +60,40 @@ DISTILL: Mapping[str, Any] = {
 }
 
 
-def ours(**changes: Any) -> tuple[Step, ...]:
-    return (BALANCE, Step(uses="distill", options={**DISTILL, **changes}))
+def ours(model: str, **changes: Any) -> tuple[Step, ...]:
+    return (BALANCE, Step(uses="distill", options={**DISTILL, "updates": UPDATES[model], **changes}))
 
 
 ROUNDED, UNTRAINED, OURS = "round to nearest", "ours without distillation", "ours"
-VARIANTS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
-    plan: {
+BRANCHED = "ours without distillation, a branch of rank 8"
+
+
+def variants(model: str, plan: str) -> dict[str, tuple[Step, ...]]:
+    found = {
         ROUNDED: (Step(uses="distill", options={"updates": 0, "input_rate": 0}),),
-        UNTRAINED: ours(updates=0),
-        OURS: ours(),
+        UNTRAINED: ours(model, updates=0),
+        OURS: ours(model),
     }
-    for plan in PLANS
-}
-ABLATIONS: Mapping[str, Mapping[str, tuple[Step, ...]]] = {
-    "W4A4": {
-        "ours, one rate for all layers": ours(scale_aware="off"),
-        "ours, inputs as calibrated": ours(input_rate=0),
-        "ours, without roll-outs": ours(rollout=0),
-        "ours, from the nearest codes, not balanced": ours(start="round")[1:],
-        "ours, 5 times the updates": ours(updates=5 * DISTILL["updates"]),
-    }
-}
-"""With the first seed alone."""
+    if plan != "W8A8":
+        found[BRANCHED] = (Step(uses="balance", options={"branch": 8}), found[UNTRAINED][1])
+    return found
+
+
 TRAINED = "W4A4"
-"""The plan of the comparison with QAT."""
+"""The plan of the ablations, and of the comparison with QAT."""
+
+
+def ablations(model: str) -> dict[str, tuple[Step, ...]]:
+    """With the first seed alone."""
+    return {
+        "ours, one rate for all layers": ours(model, scale_aware="off"),
+        "ours, inputs as calibrated": ours(model, input_rate=0),
+        "ours, without roll-outs": ours(model, rollout=0),
+        "ours, from the nearest codes, not balanced": ours(model, start="round")[1:],
+        "ours, 5 times the updates": ours(model, updates=5 * UPDATES[model]),
+    }
+
+
 QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e-3}
 """What QAT on the denoiser's own objective does otherwise: it starts from the nearest codes, not balanced."""
 
@@ -273,7 +282,7 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
 
     from intaglio.passes.distill import Distill
 
-    *before, last = VARIANTS[TRAINED][OURS]
+    *before, last = ours(bench.model)
     base, options = Path(__file__).parent, Distill(**last.options)
     plain, balanced = bench.planned(0, TRAINED), bench.planned(0, TRAINED, *before)
     held = bench.held_out()
@@ -360,7 +369,7 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablations: bool) -> Figures:
+def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablated: bool) -> Figures:
     """Everything of one model, the ablations last."""
     from _efficientdm_peers import PEERS
 
@@ -368,7 +377,7 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablat
     found: Figures = {"full_precision": reference(bench), "variants": {}, "peers": {}, "best_peer": {}}
     for plan in PLANS:
         rows = found["variants"][plan] = {}
-        for name, steps in VARIANTS[plan].items():
+        for name, steps in variants(bench.model, plan).items():
             rows[name] = []
             for seed in range(seeds):
                 say(bench, f"{plan}, seed {seed}: {name}")
@@ -380,10 +389,9 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablat
     found["figures"] = derived(found["variants"], found["best_peer"]["W4A8"]["seeds"])
     if data is not None:
         found["training"] = training(bench, data, updates)
-    for plan, variants in ABLATIONS.items() if ablations else ():
-        for name, steps in variants.items():
-            say(bench, f"{plan}: {name}")
-            found["variants"][plan][name] = [variant(bench, plan, steps, 0, first=True)]
+    for name, steps in ablations(bench.model).items() if ablated else ():
+        say(bench, f"{TRAINED}: {name}")
+        found["variants"][TRAINED][name] = [variant(bench, TRAINED, steps, 0, first=True)]
     return found
 
 
@@ -406,7 +414,9 @@ def main(
     samples: Annotated[int, typer.Option(min=2, help="drawn with the first seed, for features and KID")] = 64,
     compared: Annotated[int, typer.Option(min=1, help="of these, drawn with every seed, for PSNR, SSIM, SQNR")] = 32,
     qat_updates: Annotated[int, typer.Option(help="budget of QAT")] = 1200,
-    ablations: Annotated[bool, typer.Option(help="with the first seed, what each part of the method adds")] = True,
+    ablated: Annotated[
+        bool, typer.Option("--ablations/--no-ablations", help="with the first seed, what each part of the method adds")
+    ] = True,
     data: Annotated[Path | None, typer.Option(help="the npm archive, for QAT")] = None,
     work: Annotated[Path | None, typer.Option(help="a folder for store and results; kept, and used again")] = None,
     out: Annotated[Path | None, typer.Option(help="a folder for grids of samples and curves of training")] = None,
@@ -421,7 +431,7 @@ def main(
     with folder(work) as place:
         for model in models or MODELS:
             bench = Bench(model, place, samples, min(compared, samples))
-            found[model] = evaluate(bench, seeds, data, qat_updates, ablations=ablations)
+            found[model] = evaluate(bench, seeds, data, qat_updates, ablated=ablated)
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 grid(bench, found[model], out / f"{model}-efficientdm.png")
