@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from intaglio.pipeline.front import Front, Point
+from intaglio.pipeline.pictures import Colours, as_image, picture
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -466,7 +467,7 @@ def sample_figure(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigu
     reduced = math.ceil(math.sqrt(height * width / GRID_PIXELS_MAX))
     fit = max(GRID_PIXELS_MAX * reduced**2 // (height * width), 1)
     shown = min(total, count, fit)
-    colour = _Colours(found[0][0])
+    colour = Colours(found[0][0])
     grids = [Grid(title, note, tuple(map(_png, _pooled(colour(x[:shown]), reduced)))) for x, title, note in found]
     if "full_precision" in samples and "deployed" in samples:
         full, deployed = (colour(samples[key][:shown].float()) for key in ("full_precision", "deployed"))
@@ -478,36 +479,14 @@ def sample_figure(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigu
     return SampleFigure(tuple(grids), columns, shown, total, (width, height), channels, reduced, distance)
 
 
-def sample_picture(samples: Mapping[str, torch.Tensor], count: int, enlarged: int = 3) -> bytes | None:
+def sample_picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
     """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
-    import torch
-    from PIL.Image import Resampling
-
     found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
     if not found or any(x.ndim != 4 for x in found):
         return None
-    colour = _Colours(found[0])
-    image = _image(torch.cat([torch.cat(list(colour(x)), dim=2) for x in found], dim=1))
     file = io.BytesIO()
-    image.resize((image.width * enlarged, image.height * enlarged), Resampling.NEAREST).save(file, "PNG", optimize=True)
+    picture(found, columns=count).save(file, "PNG", optimize=True)
     return file.getvalue()
-
-
-class _Colours:
-    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1]; one map for all, so that grids compare."""
-
-    def __init__(self, reference_BCHW: torch.Tensor) -> None:
-        channels = reference_BCHW.shape[1]
-        self.kept = 3 if channels >= 3 else 1
-        self.low: torch.Tensor | float = -1.0
-        self.span: torch.Tensor | float = 2.0
-        if channels not in (1, 3):
-            kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
-            self.low = kept.amin((0, 2, 3), keepdim=True)
-            self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
-
-    def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return ((x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span).clamp(0, 1)
 
 
 def _error_grid(error_B1HW: torch.Tensor, reduced: int) -> Grid:
@@ -527,14 +506,7 @@ def _pooled(x_BCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> 
 
 
 def _png(x_CHW: torch.Tensor) -> str:
-    return _data_uri(_image(x_CHW))
-
-
-def _image(x_CHW: torch.Tensor) -> Image:
-    from PIL.Image import fromarray
-
-    levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
-    return fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+    return _data_uri(as_image(x_CHW))
 
 
 def _magma_png(x_1HW: torch.Tensor) -> str:

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import onnxruntime
-import torch
 
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import STEP_INPUT, Graph
-from intaglio.pipeline.quant.modules import StepClock
 from intaglio.pipeline.target import load_target
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from intaglio.exporters._departure import Values
+    from intaglio.pipeline.context import Context
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 CPU = "CPUExecutionProvider"
@@ -133,6 +132,8 @@ def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOp
 
 def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Denoise:
     """The graph as a denoiser: takes a call's inputs by name and finds the graph's `step` from the timestep."""
+    import torch
+
     session = open_session(graph.path, optimize=optimize, threads=threads, providers=providers)
 
     def denoise(inputs: Inputs) -> torch.Tensor:
@@ -146,6 +147,9 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
 
     What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
     """
+    import onnx
+    import torch
+
     model = onnx.load(graph.path, load_external_data=False)
     there = {value.name for value in model.graph.output} | set(graph.inputs)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
@@ -160,8 +164,20 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
     return values
 
 
+def noise_feed(graph: Graph, rows: int, ctx: Context) -> dict[str, NDArray[np.generic]]:
+    """Noise for floating-point inputs and ones for others, at the sizes that the graph was exported with."""
+    feed = {}
+    for name, spec in graph.inputs.items():
+        shape = [axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape]
+        noise = ctx.rng("input", name).standard_normal(shape) if spec.dtype.startswith("float") else np.ones(shape)
+        feed[name] = np.zeros((), np.int64) if name == STEP_INPUT else np.asarray(noise, spec.dtype)
+    return feed
+
+
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
     """What ONNX Runtime takes: a call's inputs, and the step whose timestep is nearest."""
+    from intaglio.pipeline.quant.modules import StepClock
+
     feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
     if STEP_INPUT in graph.inputs:
         clock = StepClock(graph.timesteps)

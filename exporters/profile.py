@@ -15,7 +15,7 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.graph import STEP_INPUT, Graph
+from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, PLAN, PROFILE, TARGET
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import QuantPlan
@@ -23,9 +23,7 @@ from intaglio.pipeline.profile import LayerTime, Profile
 from intaglio.pipeline.target import Target
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
-    from numpy.typing import NDArray
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _NO_NAME = re.compile(r" \+ | \|\| |\.\.\.|[\s()\[\]{},\x1e]+")
@@ -59,7 +57,7 @@ class ProfileLayers(Pass):
         import onnx
         import onnxruntime
 
-        from intaglio.exporters._session import open_session
+        from intaglio.exporters._session import noise_feed, open_session
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
         if not self.applies(target):
@@ -72,7 +70,7 @@ class ProfileLayers(Pass):
             optimized=optimized,
             profile=ctx.scratch / "kernels",
         )
-        feed = _feed(graph, self.rows, ctx)
+        feed = noise_feed(graph, self.rows, ctx)
         with ctx.progress("runs", self.runs + 1) as advance:
             for _ in range(self.runs + 1):
                 session.run(None, feed)
@@ -173,18 +171,6 @@ def _profile(
         rest_microseconds=by_time,
         missing=missing,
     )
-
-
-def _feed(graph: Graph, rows: int, ctx: Context) -> dict[str, NDArray[np.generic]]:
-    """Noise for floating-point inputs and ones for others, at the sizes that the graph was exported with."""
-    import numpy as np
-
-    feed = {}
-    for name, spec in graph.inputs.items():
-        shape = [axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape]
-        noise = ctx.rng("input", name).standard_normal(shape) if spec.dtype.startswith("float") else np.ones(shape)
-        feed[name] = np.zeros((), np.int64) if name == STEP_INPUT else np.asarray(noise, spec.dtype)
-    return feed
 
 
 def _kernels(events: Iterable[Mapping[str, Any]], calls: int) -> Iterator[tuple[str, str, Sequence[float]]]:

@@ -247,13 +247,22 @@ class Checkpoint:
 
     def layers(self) -> tuple[Layer, ...]:
         """The layer table. A folder's weights are not read. Raises RecipeError as `open` does."""
+        return layer_table(self._empty())
+
+    def parameter_count(self) -> int:
+        """Of the denoiser. Reads and raises what `layers` does."""
+        return sum(parameter.numel() for parameter in self._empty().parameters())
+
+    def _empty(self) -> nn.Module:
+        """The denoiser, of a folder without its weights."""
         if self.entry:
-            return layer_table(self._call_factory().module)
+            return self._call_factory().module
         import accelerate
 
         kind, folder = self._diffusers_class()
         with accelerate.init_empty_weights():
-            return layer_table(kind.from_config(kind.load_config(folder, local_files_only=True)))
+            module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
+        return module
 
     def _diffusers_class(self) -> tuple[Any, Path]:
         """Of the denoiser, and its folder."""

@@ -6,10 +6,10 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 import typer
@@ -17,13 +17,15 @@ import yaml
 from pydantic import JsonValue
 
 from intaglio.pipeline.artifact import Outputs, State
+from intaglio.pipeline.bench import Bench, EngineFigures
 from intaglio.pipeline.context import Context, terminal
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import GRAPH, LINT, PLAN, PROFILE, TARGET
+from intaglio.pipeline.keys import GRAPH, LINT, MODEL, PLAN, PROFILE, TARGET
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.processes import processes
 from intaglio.pipeline.profile import Profile
+from intaglio.pipeline.publish import made_from
 from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
 from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
@@ -47,6 +49,7 @@ InsertOption = Annotated[list[str], typer.Option("--insert", metavar="after:STEP
 StoreOption = Annotated[
     Path, typer.Option("--store", metavar="DIR", envvar="INTAGLIO_STORE", help="Where finished steps are kept.")
 ]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="One target's folder of what a run wrote.")]
 DEFAULT_STORE = Path(".intaglio/store")
 
 
@@ -137,8 +140,8 @@ def _print_rules(wanted: bool) -> None:
     """The command needs no model then: it ends here."""
     if wanted:
         with _reported():
-            module = sys.modules[find_pass("lint", Path()).pass_class.__module__]
-        for rule in module.RULES:
+            rules = _module_of("lint").RULES
+        for rule in rules:
             print(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
         raise typer.Exit
 
@@ -169,7 +172,7 @@ def lint_command(
 
 @app.command("profile")
 def profile_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target's folder of what a run wrote.")],
+    folder: Folder,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the call that is timed.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Calls that are timed.")] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = None,
@@ -191,7 +194,7 @@ def profile_command(
         found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(folder.resolve().name)
         if trtexec is not None:
-            profile = sys.modules[found.__module__].read_trtexec(graph, plan, trtexec, layers)
+            profile = _module_of("profile").read_trtexec(graph, plan, trtexec, layers)
         else:
             if not found.applies(target):
                 raise RecipeError(f"{target.name} is not for ONNX Runtime: give trtexec's --exportProfile as --trtexec")
@@ -205,6 +208,70 @@ def profile_command(
             print(profile.to_json(), end="")
         elif out is None:
             _print_profile(str(folder), profile)
+
+
+@app.command("sample")
+def sample_command(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture, such as grid.png.")],
+    rows: Annotated[
+        list[int],
+        typer.Option("--class", "--row", metavar="N", help="A class, or row of what was recorded; several in turn."),
+    ] = [],  # noqa: B006
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to draw, by the whole pipeline.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The whole diffusers pipeline for --prompt: its folder or hub id.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; those of the recipe if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 8,
+    compare: Annotated[bool, typer.Option("--compare", help="Full precision above, from the same noise.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Draw samples with a compiled graph, in ONNX Runtime, as its recipe samples."""
+    with _reported(), tempfile.TemporaryDirectory() as scratch:
+        import intaglio
+        from intaglio.pipeline import pictures
+
+        pictures.check_file(out)
+        checkpoint = made_from(folder, Store(store), MODEL)
+        steps = steps or checkpoint.ref.sampling_steps
+        wanted = pictures.Drawing(samples, steps, tuple(rows), prompt, pipeline, compare)
+        drawn = pictures.draw(checkpoint, intaglio.load(folder), wanted, Context(Path(scratch), seed))
+        pictures.save_picture(drawn, out)
+        distances = pictures.distances(drawn)
+        if as_json:
+            print(
+                json.dumps({"out": str(out), "samples": samples, "steps": steps, "seed": seed, **distances}, indent=1)
+            )
+            return
+        print(f"{out}: {samples} samples, {steps} steps", end="")
+        print(", {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances) if compare else "")
+
+
+@app.command("bench")
+def bench_command(
+    folder: Folder,
+    rounds: Annotated[int, typer.Option(min=1, help="Trajectories of each engine, by turns.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a call; one sample with guidance has two.")] = 2,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Say how fast, how large and how hungry for memory the graph is, beside full precision in the same run."""
+    with _reported(), tempfile.TemporaryDirectory() as scratch:
+        run = _module_of("benchmark").bench
+        found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
+        if as_json:
+            print(found.to_json(), end="")
+        else:
+            _print_bench(str(folder), found)
+
+
+def _module_of(name: str) -> ModuleType:
+    """Where the pass of this name is, and what else belongs to it."""
+    return sys.modules[find_pass(name, Path()).pass_class.__module__]
 
 
 @contextmanager
@@ -334,6 +401,38 @@ def _print_profile(title: str, profile: Profile) -> None:
     called = "" if profile.rows is None else f" of {profile.rows} rows"
     title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
     _print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
+
+
+def _print_bench(title: str, bench: Bench) -> None:
+    """A column for each engine, the ratios below, then what was not measured."""
+
+    def mega(count: int | None) -> str:
+        return "-" if count is None else f"{count / 1e6:,.2f} MB"
+
+    def row(name: str, text: Callable[[EngineFigures], str]) -> tuple[str, ...]:
+        return name, *map(text, bench.engines.values())
+
+    rows = [
+        row("files", lambda e: mega(e.file_bytes)),
+        row("load, first in its process", lambda e: f"{e.load_ms:,.0f} ms"),
+        row("memory, resident", lambda e: mega(e.resident_bytes)),
+        row("memory, peak", lambda e: mega(e.peak_bytes)),
+        row("call, median", lambda e: f"{e.latency_ms:,.2f} ms"),
+        row("call, quartiles", lambda e: "{:,.2f} to {:,.2f} ms".format(*e.latency_ms_quartiles)),
+        row("call, CPU time", lambda e: f"{e.cpu_ms:,.2f} ms"),
+        row(f"trajectory of {bench.steps} steps", lambda e: f"{e.trajectory_ms:,.1f} ms"),
+    ]
+    run = f"{bench.provider}, {bench.rows} rows, {bench.threads or 'all'} threads, {bench.rounds} rounds"
+    _print_table(f"{title}: {run}", ("", *bench.engines), rows)
+    print(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
+    print(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
+    if bench.peak_memory_ratio is not None:
+        print(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
+    print(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
+    for name, why in bench.left_out.items():
+        print(f"{name}: left out, {why}")
+    for name, command in bench.filled_by.items():
+        print(f"{name}: not measured here: {command}")
 
 
 def _described(name: str) -> Iterator[str]:

@@ -84,15 +84,22 @@ class Sampler:
         """As the denoiser takes it."""
         return t if self.model.timestep_scale == 1.0 else t * self.model.timestep_scale
 
-    def start(self, batch: int, generator: torch.Generator) -> Start:
-        """Noise and random conditions for `batch` samples."""
+    @property
+    def condition_rows(self) -> int:
+        """How many rows of conditions there are to draw from: classes, or what was recorded; 0 without conditions."""
+        return len(next(iter(self._conditions.values()), ()))
+
+    def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
+        """Noise and conditions for `batch` samples: random ones, or these rows of them in turn."""
         noise = torch.randn(batch, *self.model.sample_shape, generator=generator)
         if not self._conditions:
             return Start(noise, {}, {})
-        count = len(next(iter(self._conditions.values())))
-        drawn = torch.randint(count, (batch,), generator=generator)
-        conditions = {name: rows[drawn] for name, rows in self._conditions.items()}
-        null = {name: rows[drawn if len(rows) > 1 else drawn * 0] for name, rows in self._null.items()}
+        if rows:
+            drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
+        else:
+            drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
+        conditions = {name: table[drawn] for name, table in self._conditions.items()}
+        null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
         return Start(noise, conditions, null)
 
     def rows(self, x: torch.Tensor, t: torch.Tensor, start: Start) -> dict[str, torch.Tensor]:

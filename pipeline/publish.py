@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from intaglio.pipeline.artifact import AnyKey
+from intaglio.pipeline.artifact import A, AnyKey, Key
 from intaglio.pipeline.errors import ContractError, RecipeError
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store, file_digest, remove_tree
@@ -45,6 +45,24 @@ def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenanc
             folder.rename(old)
         fresh.rename(folder)
         remove_tree(old)
+
+
+def made_from(folder: Path, store: Store, key: Key[A]) -> A:
+    """The artifact of the run that wrote `folder`, from the store. Raises RecipeError where it is not there."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"{folder}: no {MANIFEST}: give one target's folder of what `intaglio run` wrote") from e
+    digests: dict[str, str] = dict(manifest["start"])
+    for step in manifest["steps"]:
+        digests |= step["outputs"]
+    digest = digests.get(key.name)
+    if digest is None or not store.object_folder(digest).is_dir():
+        raise RecipeError(
+            f"{folder}: its {key} is not in {store.root}: name the store of its run with --store, or run its recipe"
+            " again, which brings back what is missing"
+        )
+    return store.load(key, digest)
 
 
 def _copy(source: Path, folder: Path, key: AnyKey) -> None:
