@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from intaglio.exporters._departure import Values
-    from intaglio.pipeline.context import Context
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 CPU = "CPUExecutionProvider"
@@ -164,23 +163,41 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
     return values
 
 
-def noise_feed(graph: Graph, rows: int, ctx: Context) -> dict[str, NDArray[np.generic]]:
-    """Noise for floating-point inputs and ones for others, at the sizes that the graph was exported with."""
-    feed = {}
+def usual_shapes(graph: Graph, rows: int) -> dict[str, tuple[int, ...]]:
+    """Of the inputs, at the sizes that the graph was exported with."""
+    return {
+        name: tuple(axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape)
+        for name, spec in graph.inputs.items()
+    }
+
+
+def noise_feed(
+    graph: Graph, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, step: int = 0
+) -> dict[str, NDArray[np.generic]]:
+    """Inputs of a call that shows nothing: noise in floating point, ones elsewhere, and the step with its timestep."""
+    feed: dict[str, NDArray[np.generic]] = {}
     for name, spec in graph.inputs.items():
-        shape = [axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape]
-        noise = ctx.rng("input", name).standard_normal(shape) if spec.dtype.startswith("float") else np.ones(shape)
-        feed[name] = np.zeros((), np.int64) if name == STEP_INPUT else np.asarray(noise, spec.dtype)
+        if name == STEP_INPUT:
+            feed[name] = np.array(step, np.int64)
+        elif name == graph.timestep and graph.timesteps:
+            feed[name] = np.full(shapes[name], graph.timesteps[step], spec.dtype)
+        elif spec.dtype.startswith("float"):
+            feed[name] = rng.standard_normal(shapes[name]).astype(spec.dtype)
+        else:
+            feed[name] = np.ones(shapes[name], spec.dtype)
     return feed
 
 
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
     """What ONNX Runtime takes: a call's inputs, and the step whose timestep is nearest."""
-    from intaglio.pipeline.quant.modules import StepClock
-
     feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
     if STEP_INPUT in graph.inputs:
-        clock = StepClock(graph.timesteps)
-        step = 0 if graph.timestep is None else clock.index(float(inputs[graph.timestep][0]))
-        feed[STEP_INPUT] = np.array(step, np.int64)
+        feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
     return feed
+
+
+def step_index(graph: Graph, inputs: Inputs) -> int:
+    """Of the step whose timestep is nearest."""
+    from intaglio.pipeline.quant.modules import StepClock
+
+    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

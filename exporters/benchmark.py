@@ -23,7 +23,7 @@ from intaglio.pipeline.store import Store
 from intaglio.pipeline.target import Target
 
 if TYPE_CHECKING:
-    from intaglio.exporters._engine import Loaded, Spent
+    from intaglio.exporters._engine_process import Loaded, Spent
 
 CPU = "CPUExecutionProvider"
 
@@ -74,7 +74,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
     Raises RecipeError where the store lacks what is needed, TargetError for a graph that ONNX Runtime refuses.
     """
-    from intaglio.exporters._engine import EngineProcess, Setting
+    from intaglio.exporters._engine_process import EngineProcess, Setting
 
     model, target = made_from(folder, store, MODEL), made_from(folder, store, TARGET)
     graphs = {"float32": made_from(folder, store, FLOAT_GRAPH), "compiled": Graph.load(folder)}

@@ -57,7 +57,7 @@ class ProfileLayers(Pass):
         import onnx
         import onnxruntime
 
-        from intaglio.exporters._session import noise_feed, open_session
+        from intaglio.exporters._session import noise_feed, open_session, usual_shapes
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
         if not self.applies(target):
@@ -70,7 +70,7 @@ class ProfileLayers(Pass):
             optimized=optimized,
             profile=ctx.scratch / "kernels",
         )
-        feed = noise_feed(graph, self.rows, ctx)
+        feed = noise_feed(graph, usual_shapes(graph, self.rows), ctx.rng("input"))
         with ctx.progress("runs", self.runs + 1) as advance:
             for _ in range(self.runs + 1):
                 session.run(None, feed)

@@ -11,7 +11,7 @@ from quantizing import with_plan
 from tiny import tiny_dit
 from typer.testing import CliRunner, Result
 
-from intaglio.exporters._engine import Loaded, Spent
+from intaglio.exporters._engine_process import Loaded, Spent
 from intaglio.exporters.benchmark import _commands, _figures, _speedup, half_graph
 from intaglio.exporters.onnx_float import ExportFloat
 from intaglio.exporters.onnx_qdq import ExportQdq

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
-from intaglio.exporters._session import exact_kernels, noise_feed, open_session
-from intaglio.pipeline.context import Context
+import numpy as np
+
+from intaglio.exporters._session import exact_kernels, noise_feed, open_session, usual_shapes
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import Graph
 
@@ -84,7 +85,7 @@ class _Engine:
             graph.path, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
         )
         seconds = time.perf_counter() - began
-        self.feed = noise_feed(graph, setting.rows, Context(scratch=Path()))
+        self.feed = noise_feed(graph, usual_shapes(graph, setting.rows), np.random.default_rng(0))
         self.session.run(None, self.feed)
         resident, peak = (None if before is None else _bytes(field) - before for field in ("VmRSS", "VmHWM"))
         self.loaded = Loaded(self.session.get_providers()[0], seconds, resident, peak)
