@@ -8,9 +8,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
-LAYER_LIST = "Layers:"
-"""How the message begins."""
-
 # these read 8-bit operands, but compute in floating point
 _FLOATING_KINDS = frozenset({"kgen", "runtime_fusion"})
 

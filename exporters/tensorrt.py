@@ -1,16 +1,17 @@
 """Builds a TensorRT or TensorRT-RTX engine from the ONNX graph, and reads back what the engine executes."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from intaglio.exporters._trt_plan import LAYER_LIST, count_products, find_hazards, read_layers
+from intaglio.exporters._kit.build import BuildError, build_engine
+from intaglio.exporters._trt_plan import count_products, find_hazards, read_layers
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import MissingExtra, StepFailed, TargetError
@@ -19,9 +20,12 @@ from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.target import Target
 
+if TYPE_CHECKING:
+    from tensorrt import IBuilderConfig
+
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
 
-_MODULES: Mapping[str, tuple[str, str]] = {
+MODULES: Mapping[str, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
 }
@@ -70,18 +74,18 @@ class BuildTensorRT(Pass):
     @classmethod
     def applies(cls, target: Target) -> bool:
         """For both runtimes of the TensorRT family."""
-        return target.runtime in _MODULES
+        return target.runtime in MODULES
 
     def check(self, target: Target) -> None:
         """Raises MissingExtra where the engine is to be built here and the builder is not installed."""
-        module, extra = _MODULES[target.runtime]
+        module, extra = MODULES[target.runtime]
         if self._builds_here(target) and find_spec(module) is None:
             raise MissingExtra(extra, f"building for {target.name}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError, with every node the runtime refuses or would compute wrongly."""
         graph, target = state[GRAPH], state[TARGET]
-        profile = self._profile(graph)
+        profile = self.profile(graph)
         products = _read_products(graph.path)
         if not self._builds_here(target):
             return {ENGINE: Engine(target.runtime, "on device", None, None, command=self._command(profile))}
@@ -101,7 +105,8 @@ class BuildTensorRT(Pass):
     def _builds_here(self, target: Target) -> bool:
         return target.runtime == "tensorrt-rtx" or self.build_on == "host"
 
-    def _profile(self, graph: Graph) -> Profile:
+    def profile(self, graph: Graph) -> Profile:
+        """Of inputs with a dynamic axis. Raises TargetError for an axis of which no sizes are known."""
         sizes = {axis: (min(ends), ends[0], max(ends)) for axis, ends in graph.sizes.items()} | dict(self.dynamic)
         owners = {axis: name for name, spec in graph.inputs.items() for axis in spec.shape if isinstance(axis, str)}
         if unknown := sorted(owners.keys() - sizes.keys()):
@@ -127,65 +132,42 @@ class BuildTensorRT(Pass):
             "--exportLayerInfo=engine.layers.json",
             "--skipInference",
         ]
-        if profile:
-            for place, end in enumerate(("min", "opt", "max")):
-                shapes = (f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in profile.items())
-                options.append(f"--{end}Shapes={','.join(shapes)}")
-        return shlex.join(["trtexec", *options])
+        return shlex.join(["trtexec", *options, *shape_flags(profile)])
 
     def _build(self, trt: ModuleType, path: Path, profile: Profile, target: Target) -> tuple[bytes, str]:
         """The serialized engine, and the layer list of the builder's log."""
-        errors: list[str] = []
-        lists: list[str] = []
-        log = _listen(trt, errors.append, lists.append)
-        builder = trt.Builder(log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse_from_file(str(path)):
-            raise TargetError(*(_parser_problem(parser.get_error(i)) for i in range(parser.num_errors)))
-        errors.clear()  # the parser may complain about the missing GPU and go on
 
-        config = builder.create_builder_config()
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self.workspace_mib << 20)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if target.runtime == "tensorrt-rtx" and self.compute_capabilities:
-            config.num_compute_capabilities = len(self.compute_capabilities)
-            for place, capability in enumerate(self.compute_capabilities):
-                config.set_compute_capability(getattr(trt.ComputeCapability, capability), place)
-        if profile:
-            shapes = builder.create_optimization_profile()
-            for name, (smallest, usual, largest) in profile.items():
-                shapes.set_shape(name, smallest, usual, largest)
-            config.add_optimization_profile(shapes)
+        def set_gpus(config: "IBuilderConfig") -> None:
+            if target.runtime == "tensorrt-rtx" and self.compute_capabilities:
+                config.num_compute_capabilities = len(self.compute_capabilities)
+                for place, capability in enumerate(self.compute_capabilities):
+                    config.set_compute_capability(getattr(trt.ComputeCapability, capability), place)
 
-        engine = builder.build_serialized_network(network, config)
-        if engine is None:
-            raise TargetError(*(errors or [f"{target.runtime} {trt.__version__} builds no engine and gives no reason"]))
-        return bytes(engine), "\n".join(lists)
+        try:
+            return build_engine(trt, path, profile, self.workspace_mib, set_gpus)
+        except BuildError as error:
+            raise TargetError(*error.problems) from error
+
+
+def shape_flags(profile: Profile) -> list[str]:
+    """The profile as trtexec takes it."""
+    return [
+        f"--{end}Shapes={','.join(f'{name}:{_x(shapes[place])}' for name, shapes in profile.items())}"
+        for place, end in enumerate(("min", "opt", "max"))
+        if profile
+    ]
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _load(target: Target) -> ModuleType:
-    module, extra = _MODULES[target.runtime]
+    module, extra = MODULES[target.runtime]
     try:
         return import_module(module)
     except ImportError as e:
         raise MissingExtra(extra, f"building for {target.name}") from e
-
-
-def _listen(trt: ModuleType, on_error: Callable[[str], None], on_layers: Callable[[str], None]) -> object:
-    """A log that keeps the errors and the layer list, out of tens of thousands of lines."""
-
-    class Log(trt.ILogger):  # type: ignore[name-defined, misc]  # the module is chosen by the target
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: object, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                on_error(message)
-            elif message.startswith(LAYER_LIST):
-                on_layers(message)
-
-    return Log()
 
 
 def _read_products(path: Path) -> frozenset[str]:
@@ -209,16 +191,3 @@ def _read_products(path: Path) -> frozenset[str]:
     if problems:
         raise TargetError(*problems)
     return frozenset(node.name or f"node_of_{node.output[0]}" for node in graph.node if node.op_type in _PRODUCTS)
-
-
-class _ParserError(Protocol):
-    def desc(self) -> str: ...
-    def node_name(self) -> str: ...
-    def node_operator(self) -> str: ...
-
-
-def _parser_problem(error: _ParserError) -> str:
-    """The parser's description is `false` where it does not know the operator; other lines repeat the node's name."""
-    said = [line for line in error.desc().splitlines() if not line.startswith(("Invalid Node", "[checkMacros"))]
-    reason = "the runtime has no such operator" if said == ["false"] else " ".join(said)
-    return f"{error.node_name() or 'graph'} ({error.node_operator() or 'model'}): {reason}"

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -272,6 +273,17 @@ def bench_command(
 def _module_of(name: str) -> ModuleType:
     """Where the pass of this name is, and what else belongs to it."""
     return sys.modules[find_pass(name, Path()).pass_class.__module__]
+
+
+@app.command("kit")
+def kit_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    target: Annotated[str | None, typer.Option(metavar="T", help="Which of several targets for TensorRT.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The archive; default RECIPE-TARGET.tar.gz.")] = None,
+) -> None:
+    """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
+    with _reported():
+        print(import_module("intaglio.exporters.kit").write_kit(folder, out, target))
 
 
 @contextmanager

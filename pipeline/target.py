@@ -89,6 +89,9 @@ class Target(BaseModel):
     name: str
     runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     description: str
+    runtime_version: tuple[int, int] | None = Field(
+        None, description="major and minor of the oldest runtime that it is for, where the device comes with one"
+    )
     opset_max: int = Field(ge=20, description="highest ONNX opset the runtime reads")
     formats: Mapping[OpKind, tuple[str, ...]] = Field(
         description="schemes the runtime executes, for each kind of layer"

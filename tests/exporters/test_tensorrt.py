@@ -253,7 +253,7 @@ def test_an_axis_without_sizes_has_those_it_was_exported_at(tmp_path):
     graph = step_convolution(tmp_path)
     shape = ("batch", 32, "height", 8)
     graph = replace(graph, inputs={"x": TensorSpec("float32", shape)}, sizes={"height": (8, 4)})
-    assert BuildTensorRT()._profile(graph) == {"x": ((1, 32, 4, 8), (2, 32, 8, 8), (8, 32, 8, 8))}
+    assert BuildTensorRT().profile(graph) == {"x": ((1, 32, 4, 8), (2, 32, 8, 8), (8, 32, 8, 8))}
 
 
 def test_sizes_of_an_axis_are_ordered():

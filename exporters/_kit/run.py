@@ -1,0 +1,271 @@
+"""Runs engine.plan on the inputs in selftest/ and holds its outputs against those that are known; then times it.
+
+It needs Python 3.10, NumPy, TensorRT and the CUDA driver, nothing else. Exits with 1 where an output is out of
+tolerance, with 2 where the engine cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tensorrt import Dims, ILogger
+
+    Array = NDArray[Any]
+    Shape = tuple[int, ...]
+
+WARM_UP = 5
+
+
+class RunError(Exception):
+    """The engine cannot be run here, or not on these inputs."""
+
+
+class Execution:
+    """An engine that is ready to run on inputs and outputs which are on the GPU already."""
+
+    def __init__(self, module: ModuleType, plan: bytes, built_by: str = "another TensorRT") -> None:
+        """Raises RunError where the runtime does not take the engine."""
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = module
+        errors: list[str] = []
+
+        class Log(trt.ILogger):  # type: ignore[misc]  # Any where tensorrt is not installed
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: ILogger.Severity, msg: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    errors.append(msg)
+
+        self._log = Log()
+        self._runtime = trt.Runtime(self._log)
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise RunError(
+                f"{module.__name__} {trt.__version__} does not take the engine, which {built_by} built: build it again"
+                f" here: {' '.join(errors) or 'it gives no reason'}"
+            )
+        context = engine.create_execution_context()
+        if context is None:
+            raise RunError(f"no memory to run the engine in: {' '.join(errors) or 'it gives no reason'}")
+        self._engine, self._context, self._errors = engine, context, errors
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a call takes on the GPU beside the weights, its inputs and its outputs."""
+        return int(self._engine.device_memory_size_v2)
+
+    def resize(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The shapes of the outputs for inputs of these shapes. Raises RunError for what it was not built for."""
+        if absent := sorted(set(self.inputs) - shapes.keys()):
+            raise RunError(f"the engine takes {', '.join(absent)} as well")
+        for name in self.inputs:
+            shape, built = shapes[name], _shape(self._engine.get_tensor_shape(name))
+            if shape == built:
+                continue
+            dynamic = -1 in built
+            ends = self._engine.get_tensor_profile_shape(name, 0) if dynamic else (built, built, built)
+            smallest, _, largest = map(_shape, ends)
+            fits = len(shape) == len(smallest) and all(
+                a <= n <= b for a, n, b in zip(smallest, shape, largest, strict=True)
+            )
+            if not fits:
+                raise RunError(f"{name} has the shape {shape}, but the engine is for {smallest} to {largest}")
+            if not self._context.set_input_shape(name, shape):
+                raise RunError(f"{name}: the engine refuses the shape {shape}: {' '.join(self._errors)}")
+        return {name: _shape(self._context.get_tensor_shape(name)) for name in self.outputs}
+
+    def start(self, addresses: Mapping[str, int], stream: int) -> None:
+        """Enqueues one call of the size that `resize` was given; the memory belongs to it until the stream is there."""
+        for name in (*self.inputs, *self.outputs):
+            self._context.set_tensor_address(name, addresses[name])
+        if not self._context.execute_async_v3(stream):
+            raise RunError(f"the engine does not run: {' '.join(self._errors) or 'it gives no reason'}")
+
+
+def _shape(sizes: Dims | Shape) -> Shape:
+    return tuple(int(size) for size in sizes)
+
+
+class Cuda:
+    """The first GPU, by the driver's own library, which is there wherever a GPU is."""
+
+    def __init__(self) -> None:
+        """Raises RunError where there is none."""
+        try:
+            self._driver = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise RunError(f"no CUDA driver, so no GPU to run on: {error}") from error
+        device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuInit", ctypes.c_uint(0))
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(0))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(0))
+        self._stream = stream
+
+    @property
+    def stream(self) -> int:
+        return self._stream.value or 0
+
+    def free_bytes(self) -> int:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
+
+    def allocate(self, size_bytes: int) -> int:
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, size_bytes)))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def upload(self, array: Array) -> int:
+        """The address of a copy."""
+        array = np.ascontiguousarray(array)
+        address = self.allocate(array.nbytes)
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), _host(array), ctypes.c_size_t(array.nbytes))
+        return address
+
+    def download(self, address: int, like: Array) -> Array:
+        """What is there, as the shape and the type of `like`."""
+        array = np.empty_like(like, order="C")
+        self._call("cuMemcpyDtoH_v2", _host(array), ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
+        return array
+
+    def synchronize(self) -> None:
+        self._call("cuStreamSynchronize", self._stream)
+
+    def mark(self) -> ctypes.c_void_p:
+        """A moment on the stream."""
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
+        self._call("cuEventRecord", event, self._stream)
+        return event
+
+    def milliseconds(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        took = ctypes.c_float()
+        self._call("cuEventElapsedTime", ctypes.byref(took), begin, end)
+        return took.value
+
+    def _call(self, name: str, *arguments: object) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
+            raise RunError(f"{name}: CUDA error {code}: {(text.value or b'unknown').decode()}")
+
+
+def _host(array: Array) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def compare(output: Array, expected: Array) -> float:
+    """Relative L2 error; infinite where the shapes differ, or where not every number is finite."""
+    if output.shape != expected.shape or not np.isfinite(output).all():
+        return float("inf")
+    found, known = output.astype(np.float64), expected.astype(np.float64)
+    return float(np.linalg.norm(found - known)) / max(float(np.linalg.norm(known)), 1e-12)
+
+
+def read_case(path: Path) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Inputs and expected outputs, by name."""
+    with np.load(path, allow_pickle=False) as arrays:
+        ends = [{n.partition(".")[2]: arrays[n] for n in arrays.files if n.startswith(f"{end}.")} for end in "io"]
+    return ends[0], ends[1]
+
+
+def run_case(execution: Execution, cuda: Cuda, inputs: dict[str, Array], outputs: dict[str, Array], runs: int) -> Any:
+    """The outputs by name, and how long each of `runs` more calls took on the GPU, in milliseconds."""
+    shapes = execution.resize({name: array.shape for name, array in inputs.items()})
+    wrong = {name: shape for name, shape in shapes.items() if name not in outputs or outputs[name].shape != shape}
+    if wrong:
+        raise RunError(f"the engine's outputs are {wrong}, not those of selftest/: it is of another model")
+    addresses = {name: cuda.upload(array) for name, array in inputs.items()}
+    addresses |= {name: cuda.allocate(outputs[name].nbytes) for name in shapes}
+    try:
+        execution.start(addresses, cuda.stream)
+        cuda.synchronize()
+        found = {name: cuda.download(addresses[name], outputs[name]) for name in shapes}
+        moments = []
+        for _ in range(runs + WARM_UP if runs else 0):
+            begin = cuda.mark()
+            execution.start(addresses, cuda.stream)
+            moments.append((begin, cuda.mark()))
+        cuda.synchronize()
+        return found, [cuda.milliseconds(*ends) for ends in moments[WARM_UP:]]
+    finally:
+        for address in addresses.values():
+            cuda.free(address)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check and time engine.plan.")
+    parser.add_argument("--runs", type=int, default=50, help="calls that are timed")
+    given = parser.parse_args(arguments)
+    here = Path(__file__).resolve().parent
+    kit = json.loads((here / "kit.json").read_text(encoding="utf-8"))
+    try:
+        return _check(here, kit, given.runs)
+    except RunError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _check(here: Path, kit: dict[str, Any], runs: int) -> int:
+    plan = here / "engine.plan"
+    if not plan.is_file():
+        raise RunError("no engine.plan beside it: build it first, as README.md says")
+    cuda = Cuda()
+    try:
+        module = import_module(kit["module"])
+    except ImportError as error:
+        raise RunError(f"no Python module {kit['module']}: {error}") from error
+    free = cuda.free_bytes()
+    execution = Execution(module, plan.read_bytes())
+    taken = free - cuda.free_bytes()
+    failed = 0
+    for number, case in enumerate(kit["selftest"]):
+        inputs, expected = read_case(here / case)
+        found, took = run_case(execution, cuda, inputs, expected, runs if number == 0 else 0)
+        for name, output in found.items():
+            distance = compare(output, expected[name])
+            good = distance <= kit["tolerance"]
+            failed += not good
+            word = "as expected" if good else "WRONG"
+            print(f"{case} {name}: relative L2 error {distance:.2e}, tolerance {kit['tolerance']:.2e}: {word}")
+        if took:
+            rows = " ".join(f"{name}{list(array.shape)}" for name, array in inputs.items())
+            print(f"latency, median of {len(took)} calls: {statistics.median(took):.3f} ms, least {min(took):.3f} ms")
+            print(f"    of {rows}")
+    sizes = {
+        "engine.plan": plan.stat().st_size,
+        "activations": execution.activation_bytes,
+        "taken by both on the GPU": taken,
+        "still free there": cuda.free_bytes(),
+    }
+    print(f"memory: {', '.join(f'{what} {size_bytes / 1e6:.1f} MB' for what, size_bytes in sizes.items())}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
