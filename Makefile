@@ -26,4 +26,6 @@ test: .venv/.dev
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
+	# types alone, as what they depend on is TensorRT itself
+	$(INSTALL) --no-deps tensorrt-stubs
 	touch $@
