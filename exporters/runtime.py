@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
 from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
 from intaglio.pipeline.nesting import flatten
 
 if TYPE_CHECKING:
     from intaglio.pipeline.denoiser import Denoise
+
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 class DenoiserOutput(NamedTuple):
@@ -28,16 +31,16 @@ class DenoiserOutput(NamedTuple):
 
 
 class CompiledDenoiser(nn.Module):
-    """A denoiser that ONNX Runtime executes. Everything but the computation is as in the original.
+    """A denoiser that a runtime executes. Everything but the computation is as in the original.
 
     It takes what the original takes, in the same order, at the shapes and timesteps that it was compiled for. Where
     layers have a scale for each denoising step, the step is found from the timestep. A learned variance is not computed
     and not in `config` either, so that pipelines look for none.
     """
 
-    def __init__(self, graph: Graph, denoise: Denoise) -> None:
+    def __init__(self, graph: Graph, denoise: Denoise, device: str = "cpu") -> None:
         super().__init__()
-        self.graph, self._denoise = graph, denoise
+        self.graph, self._denoise, self._device = graph, denoise, torch.device(device)
         # in a tuple, as it is no submodule: its weights are nowhere
         self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
         self._compiled_with = self._defaults() | dict(flatten(graph.interface.constants))
@@ -58,7 +61,8 @@ class CompiledDenoiser(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        """Of outputs, and of inputs, which are brought there."""
+        return self._device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
         """As the original. Raises CallError for what it was not compiled for."""
@@ -83,7 +87,7 @@ class CompiledDenoiser(nn.Module):
         assert isinstance(sample, torch.Tensor)  # its input is there
         inputs = {}
         for name in names:
-            value = torch.as_tensor(given[name]).detach().cpu()
+            value = torch.as_tensor(given[name]).detach().to(self.device)
             if name == graph.timestep:
                 value = value.reshape(-1).expand(len(sample))
             inputs[name] = value.to(getattr(torch, graph.inputs[name].dtype)).contiguous()
@@ -145,19 +149,29 @@ class CompiledDenoiser(nn.Module):
             )
 
 
-def load(folder: str | Path, *, threads: int = 0, providers: Sequence[str] = ()) -> CompiledDenoiser:
+def load(
+    folder: str | Path, *, backend: str = "onnxruntime", threads: int = 0, providers: Sequence[str] = ()
+) -> CompiledDenoiser:
     """The denoiser of a compiled folder, `build/<recipe>/<target>`, for the place of a pipeline's own.
 
-    `threads`: of ONNX Runtime, 0 for one a core; `providers`: those wanted beside the CPU's. Raises RecipeError where
-    the folder holds no graph that ONNX Runtime executes.
+    `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
+    stream without a copy; those two have not run on a GPU yet. `threads`: of ONNX Runtime, 0 for one a core;
+    `providers`: those wanted beside the CPU's. Raises RecipeError where the folder holds nothing that the backend
+    executes, TargetError where an engine does not run here.
     """
-    from intaglio.exporters._session import graph_denoise
-
     root = Path(folder)
+    if backend not in BACKENDS:
+        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
         raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
     graph = Graph.load(root)
-    return CompiledDenoiser(graph, graph_denoise(graph, threads=threads, providers=providers)).eval()
+    if backend == "onnxruntime":
+        from intaglio.exporters._session import graph_denoise
+
+        return CompiledDenoiser(graph, graph_denoise(graph, threads=threads, providers=providers)).eval()
+    from intaglio.exporters._engine import engine_denoise
+
+    return CompiledDenoiser(graph, engine_denoise(graph, root, backend), device="cuda").eval()
 
 
 def _original(interface: Interface, channels: int | str) -> nn.Module | None:

@@ -63,7 +63,7 @@ def build_engine(
     if profile:
         shapes = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile.items():
-            shapes.set_shape(name, trt.Dims(smallest), trt.Dims(usual), trt.Dims(largest))
+            shapes.set_shape(name, *(trt.Dims(list(shape)) for shape in (smallest, usual, largest)))
         config.add_optimization_profile(shapes)
 
     engine = builder.build_serialized_network(network, config)

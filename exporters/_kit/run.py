@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tensorrt import Dims, ILogger
 
-    Array = NDArray[Any]
-    Shape = tuple[int, ...]
+    Array: TypeAlias = NDArray[Any]
+    Shape: TypeAlias = tuple[int, ...]
 
 WARM_UP = 5
 
@@ -77,20 +77,22 @@ class Execution:
         """The shapes of the outputs for inputs of these shapes. Raises RunError for what it was not built for."""
         if absent := sorted(set(self.inputs) - shapes.keys()):
             raise RunError(f"the engine takes {', '.join(absent)} as well")
+        problems = []
         for name in self.inputs:
             shape, built = shapes[name], _shape(self._engine.get_tensor_shape(name))
             if shape == built:
                 continue
-            dynamic = -1 in built
-            ends = self._engine.get_tensor_profile_shape(name, 0) if dynamic else (built, built, built)
+            ends = self._engine.get_tensor_profile_shape(name, 0) if -1 in built else (built, built, built)
             smallest, _, largest = map(_shape, ends)
-            fits = len(shape) == len(smallest) and all(
+            inside = len(shape) == len(built) and all(
                 a <= n <= b for a, n, b in zip(smallest, shape, largest, strict=True)
             )
-            if not fits:
-                raise RunError(f"{name} has the shape {shape}, but the engine is for {smallest} to {largest}")
-            if not self._context.set_input_shape(name, shape):
-                raise RunError(f"{name}: the engine refuses the shape {shape}: {' '.join(self._errors)}")
+            if not inside:
+                problems.append(f"{name} has the shape {shape}, but the engine is for {smallest} to {largest}")
+            elif not self._context.set_input_shape(name, shape):
+                problems.append(f"{name}: the engine refuses the shape {shape}: {' '.join(self._errors)}")
+        if problems:
+            raise RunError("; ".join(problems))
         return {name: _shape(self._context.get_tensor_shape(name)) for name in self.outputs}
 
     def start(self, addresses: Mapping[str, int], stream: int) -> None:
@@ -102,7 +104,7 @@ class Execution:
 
 
 def _shape(sizes: Dims | Shape) -> Shape:
-    return tuple(int(size) for size in sizes)
+    return tuple(int(sizes[axis]) for axis in range(len(sizes)))
 
 
 class Cuda:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx.parser
 import pytest
+import tensorrt_standin
+from compiled import compiled
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
@@ -21,58 +22,18 @@ from intaglio.exporters import kit
 from intaglio.exporters._kit.run import compare, read_case
 from intaglio.exporters._session import open_session
 from intaglio.pipeline.cli import app
-from intaglio.pipeline.graph import Graph, TensorSpec
 
 SITE = Path(np.__file__).parents[1]
-STANDIN = Path(__file__).with_name("standin.py")
+STANDIN = Path(tensorrt_standin.__file__)
 
-STEP_LINEAR = """
-<ir_version: 10, opset_import: ["": 21]>
-denoiser (float[batch, 16, 64] x, float[batch] timestep, int64 step) => (float[batch, 16, 64] y)
-<float unit = {0.007874016}, int8 zero = {0}, float s0 = {0.002}, float[3] inverse = {0.5, 0.4, 0.3},
- float[3] amax = {2.0, 2.5, 3.333}, int64[2] last = {1, 2}, float milli = {0.001}>
-{
-    r = Gather (inverse, step)
-    a = Gather (amax, step)
-    x1 = Mul (x, r)
-    code = QuantizeLinear (x1, unit, zero)
-    x2 = DequantizeLinear (code, unit, zero)
-    w = DequantizeLinear (codes, s0)
-    y1 = MatMul (x2, w)
-    y2 = Mul (y1, a)
-    t1 = Unsqueeze (timestep, last)
-    t2 = Mul (t1, milli)
-    y = Add (y2, t2)
-}
-"""
-
-RECIPE = """
-model: model
-targets: [tensorrt-10.3-orin, tensorrt-rtx, onnxruntime-cpu]
-steps: [{tensorrt: {workspace_mib: 512, dynamic: {batch: [1, 2, 4]}}}]
-"""
-
-FLAGS = {
-    *(
-        "--onnx",
-        "--saveEngine",
-        "--loadEngine",
-        "--minShapes",
-        "--optShapes",
-        "--maxShapes",
-        "--shapes",
-        "--loadInputs",
-    ),
-    *("--memPoolSize", "--timingCacheFile", "--skipInference", "--maxAuxStreams"),
-    *(
-        "--builderOptimizationLevel",
-        "--profilingVerbosity",
-        "--exportLayerInfo",
-        "--exportProfile",
-        "--exportTimes",
-        "--separateProfileRun",
-    ),
-}
+FLAGS = frozenset(
+    re.findall(
+        r"--\w+",
+        """--onnx --saveEngine --loadEngine --minShapes --optShapes --maxShapes --shapes --loadInputs --memPoolSize
+        --timingCacheFile --skipInference --maxAuxStreams --builderOptimizationLevel --profilingVerbosity
+        --exportLayerInfo --exportProfile --exportTimes --separateProfileRun""",
+    )
+)
 """Those that trtexec has in all versions, by samples/common/sampleOptions.cpp."""
 
 KNOWN = {"100300": FLAGS | {"--stronglyTyped"}, "101602": FLAGS | {"--stronglyTyped"}, "110401": FLAGS}
@@ -109,28 +70,6 @@ int cuEventRecord(void *event, void *given) { *(float *)event = ++now; return gi
 int cuEventElapsedTime(float *took, void *begin, void *end) { *took = *(float *)end - *(float *)begin; return 0; }
 int cuGetErrorString(int code, const char **text) { *text = "refused"; return code - code; }
 """
-
-
-def compiled(folder: Path) -> Path:
-    model = onnx.parser.parse_model(STEP_LINEAR)
-    codes = np.random.default_rng(7).integers(-127, 128, (64, 64)).astype(np.int8)
-    model.graph.initializer.append(numpy_helper.from_array(codes, "codes"))
-    folder.mkdir(parents=True)
-    onnx.save(model, folder / "given.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
-    (folder / "given.onnx").rename(folder / "model.onnx")
-    inputs = {
-        "x": TensorSpec("float32", ("batch", 16, 64)),
-        "timestep": TensorSpec("float32", ("batch",)),
-        "step": TensorSpec("int64", ()),
-    }
-    outputs = {"y": TensorSpec("float32", ("batch", 16, 64))}
-    graph = Graph(folder / "model.onnx", inputs, outputs, timesteps=(900.0, 600.0, 300.0))
-    (folder / "graph").mkdir()
-    graph.save(folder / "graph")
-    (folder / "graph/graph.json").rename(folder / "graph.json")
-    shutil.rmtree(folder / "graph")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
 
 
 @pytest.fixture(scope="module")
