@@ -1,5 +1,6 @@
 """From a compiled folder to pictures and timings, by the command."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from intaglio.pipeline.bench import Bench
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.cli import app
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET, TRAJECTORY
-from intaglio.pipeline.publish import Provenance, publish
+from intaglio.pipeline.publish import Provenance, made_from, publish
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP
 from intaglio.pipeline.target import load_target
 
@@ -206,3 +207,21 @@ def test_commands_for_a_device_name_every_dynamic_input(dit):
     commands = _commands(load_target("tensorrt-11"), dit[FLOAT_GRAPH], rows=2)
     assert "--shapes=hidden_states:2x3x8x8,timestep:2,class_labels:2 " in commands["gpu_latency_ms"]
     assert "tensorrt_rtx --loadEngine" in _commands(load_target("tensorrt-rtx"), dit[FLOAT_GRAPH], 2)["gpu_latency_ms"]
+
+
+def test_the_sample_draws_through_a_pipeline_of_diffusers(folder, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[2] / "samples/draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    store = Store(folder.parent / "store")
+    made = {key: made_from(folder, store, key) for key in (MODEL, FLOAT_GRAPH, GRAPH)}
+    monkeypatch.setattr(draw, "compiled", lambda recipe, store: made)
+    draw.main(Path(), Path("draw.png"), Path(), samples=2, seed=0, rounds=1, threads=1, as_json=True)
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["samples"], figures["steps"]) == (2, 3)
+    assert figures["trajectory_ms"].keys() == {"full_precision", "float32", "compiled"}
+    assert figures["trajectory_speedup_fp32"] > 0
+    full, below = np.split(np.asarray(Image.open("draw.png")).astype(float), 2)
+    psnr = 10 * np.log10(255**2 / np.square(full - below).reshape(96, 2, -1).mean((0, 2)))
+    assert figures["psnr_db"] == pytest.approx(psnr.mean(), abs=0.5)
+    assert figures["psnr_db"] > 12  # random weights, three steps from pure noise
