@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 SEED = 0
 NEIGHBOURS = 3
-TOLERANCE_FACTOR = 4
+TOLERANCE_FACTOR = 3
 """How much further an engine may be from the expected outputs than a call with inputs that a float16 rounding moved.
 
-It rounds to float16 all over, not at the inputs alone, and a code that rounds otherwise moves all that follows.
+A code that rounds otherwise moves all that follows, wherever the first one is: in ONNX's reference, where every float16
+operator rounds, two tiny models are 0.9 to 1.1 times as far.
 """
 TOLERANCE_MIN = 0.01
 TOLERANCE_REASON = (

@@ -15,13 +15,20 @@ import onnx
 import pytest
 import tensorrt_standin
 from compiled import compiled
+from harness import run_pass
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+from quantizing import with_plan
 from typer.testing import CliRunner
 
 from intaglio.exporters import kit
 from intaglio.exporters._kit.run import compare, read_case
 from intaglio.exporters._session import open_session
+from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.pipeline.cli import app
+from intaglio.pipeline.keys import GRAPH, TARGET
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
+from intaglio.pipeline.target import load_target
 
 SITE = Path(np.__file__).parents[1]
 STANDIN = Path(tensorrt_standin.__file__)
@@ -346,6 +353,17 @@ def test_every_case_is_at_its_step_and_one_wrong_scale_is_noticed(orin, build):
     scale.CopyFrom(numpy_helper.from_array(np.float32(0.0021), "s0"))
     wrong = open_session(model.SerializeToString(), optimize=False)
     assert compare(wrong.run(None, inputs)[0], outputs["y"]) > 0.01
+
+
+def test_an_execution_that_rounds_everything_to_float16_passes(dit, tmp_path):
+    artifacts = with_plan(dit, lambda layer: W8A8_TOKEN if layer.op == "linear" else FLOAT)
+    graph = run_pass(ExportQdq(), artifacts | {TARGET: load_target("tensorrt-10.3-orin")}, tmp_path / "qdq")[GRAPH]
+    shapes = {"hidden_states": (2, 3, 8, 8), "timestep": (2,), "class_labels": (2,)}
+    (case,) = kit._cases(graph, shapes)
+    (found,) = ReferenceEvaluator(str(graph.path)).run(None, dict(case.inputs))
+    distance = compare(found, *case.outputs.values())
+    assert 0 < distance <= max(kit.TOLERANCE_MIN, kit.TOLERANCE_FACTOR * case.neighbour_rel_l2)
+    assert distance < 2 * case.neighbour_rel_l2
 
 
 def kit_command(*arguments: str) -> tuple[int, str]:
