@@ -41,7 +41,7 @@ FLAGS = frozenset(
         --exportLayerInfo --exportProfile --exportTimes --separateProfileRun""",
     )
 )
-"""Those that trtexec has in all versions, by samples/common/sampleOptions.cpp."""
+"""Those that 10 and 11 share: sampleOptions.cpp of 8.6 and 10.13, and the guide for migrating trtexec from 10 to 11."""
 
 KNOWN = {"100300": FLAGS | {"--stronglyTyped"}, "101602": FLAGS | {"--stronglyTyped"}, "110401": FLAGS}
 
