@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,25 +36,16 @@ def open_session(
     optimized: Path | None = None,
     profile: Path | None = None,
     data: Path | None = None,
-    mapped: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
 
     `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
     writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
-    `mapped`: weights stay in their file, where else the layouts that kernels like are copies of them all, and values
-    are freed as soon as can be; slower. Raises what ONNX Runtime raises.
+    Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if mapped:
-        # the level above lays convolutions' weights out anew
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
-        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-        options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
@@ -65,6 +59,42 @@ def open_session(
     return onnxruntime.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=[*there, CPU]
     )
+
+
+@contextmanager
+def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
+    """A session on the CPU that holds what it has to: weights stay in their file, and freed memory is given back.
+
+    Slower: weights are not laid out as kernels like it, and blocks of memory are mapped one by one.
+    """
+    options = _options(exact_kernels(), threads=0)
+    # the level above lays convolutions' weights out anew
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
+    options.enable_mem_reuse = False  # a buffer that a later value of its shape takes over is kept until then
+    with _giving_back():
+        yield onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+
+
+@contextmanager
+def _giving_back() -> Iterator[None]:
+    """Memory that is freed goes back to the system: glibc keeps blocks below 32 MB, once some of them were freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+
+
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h: blocks of this many bytes are mapped one by one."""
 
 
 @cache

@@ -415,12 +415,12 @@ def _expected(model: Factory, calls: Calls, output: torch.Tensor) -> list[Expect
 
 def _check_outputs(path: Path, expected: Sequence[Expected], tolerance: float) -> None:
     """Run the graph on calls. Raise StepFailed where it leaves torch."""
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters._session import lean_session
 
-    session = open_session(path, mapped=True)
-    for where, inputs, output in expected:
-        (found,) = _run(session, inputs)
-        _check_output(where, found, output, tolerance)
+    with lean_session(path) as session:
+        for where, inputs, output in expected:
+            (found,) = _run(session, inputs)
+            _check_output(where, found, output, tolerance)
 
 
 def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
@@ -431,16 +431,15 @@ def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Conte
     """
     import numpy as np
 
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters._session import lean_session
 
     beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
     names = _write_with_ends(path, beside)
-    session = open_session(beside, mapped=True)
-    beside.unlink()
     amax = np.zeros(len(names), np.float32)
     rows = range(trajectory.outputs.shape[1])[trajectory.some_rows(RANGE_ROWS)]
     steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int))
-    with ctx.progress("ranges", len(steps) * len(rows)) as advance:
+    with lean_session(beside) as session, ctx.progress("ranges", len(steps) * len(rows)) as advance:
+        beside.unlink()
         for step, row in itertools.product(steps, rows):  # one at a time: scores of attention are large
             inputs, output = trajectory.call(int(step), [row]), trajectory.outputs[step][[row]]
             found, *ends = _run(session, inputs)
