@@ -1,0 +1,267 @@
+"""Denoisers that NVIDIA's Model Optimizer quantized, against what it computes itself, as simulated and as exported."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Artifacts, run_pass
+from pydantic import ValidationError
+from quantizing import rel_l2
+
+from intaglio.exporters._session import graph_denoise
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.passes.import_modelopt import ImportModelopt
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.modules import simulate
+from intaglio.pipeline.quant.spec import IntInput
+from intaglio.pipeline.target import load_target
+
+CHANNEL, TENSOR = {"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}
+TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
+BLOCKS = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
+STEP = 2
+LAYER = "transformer_blocks.0.attn1.to_q"
+
+
+def linear(weight, entering=None, algorithm="max"):
+    """Of linear layers alone."""
+    parts = {"weight": weight} | ({"input": entering} if entering else {})
+    rows = [
+        {"quantizer_name": f"*{n}_quantizer", "parent_class": "nn.Linear", "cfg": dict(c)} for n, c in parts.items()
+    ]
+    return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *rows], "algorithm": algorithm}
+
+
+def shipped(name):
+    """A configuration of Model Optimizer, without the inputs of normalizations."""
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(getattr(mtq, name))
+    config["quant_cfg"].append({"quantizer_name": "*", "parent_class": "nn.LayerNorm", "enable": False})
+    return config
+
+
+CONFIGS = {
+    "INT8 default": (lambda: shipped("INT8_DEFAULT_CFG"), "w8a8_step"),
+    "INT8 SmoothQuant": (lambda: shipped("INT8_SMOOTHQUANT_CFG"), "w8a8_step"),
+    "INT8, inputs by token": (lambda: linear(CHANNEL, TOKEN), "w8a8_token"),
+    "INT8 tensors": (lambda: linear(TENSOR, TENSOR), "w8a8_step"),
+    "INT4 blocks": (lambda: linear(BLOCKS), "w4a16"),
+    "INT4 AWQ": (lambda: linear(BLOCKS, algorithm="awq_lite"), "w4a16"),
+    "INT4 channels, INT8 inputs": (lambda: linear({"num_bits": 4, "axis": 0}, TENSOR), "w4a8_step"),
+}
+
+
+def quantize(start: Artifacts, config, file: Path):
+    """Calibrated on the recorded calls, and saved."""
+    import modelopt.torch.opt as mto
+    import modelopt.torch.quantization as mtq
+
+    model, trajectory = start[MODEL].open(), start[TRAJECTORY]
+
+    def calibrate(module):
+        for step in range(len(trajectory.timesteps)):
+            denoise_with(module, model)(trajectory.call(step))
+
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        mtq.quantize(model.module, config, calibrate)
+    mto.save(model.module, file)
+    return model
+
+
+def take(start: Artifacts, file: Path, **options) -> Artifacts:
+    return start | run_pass(ImportModelopt(path=str(file), **options), start, file.parent / "import")
+
+
+def check(start: Artifacts, config, folder: Path) -> Artifacts:
+    """Codes of weights to the bit; layers, the whole simulation and the graph against Model Optimizer's own output."""
+    theirs = quantize(start, config, folder / "saved.pt")
+    ours = take(start, folder / "saved.pt")
+    for module in theirs.module.modules():
+        if isinstance(module, torch.nn.Embedding):  # as graphs keep tables
+            module.weight.data = module.weight.half().float()
+    seen = {}
+
+    def note(_, args, y, name):
+        seen[name] = args[0], y
+
+    for name in ours[QUANTIZED].layers:
+        theirs.module.get_submodule(name).register_forward_hook(partial(note, name=name))
+    model, call = ours[MODEL].open(), start[TRAJECTORY].call(STEP)
+    simulate(model.module, ours[QUANTIZED])
+    graph = run_pass(ExportQdq(), ours | {TARGET: load_target("onnxruntime-cpu")}, folder / "qdq")[GRAPH]
+    with torch.no_grad():
+        whole = denoise_with(theirs.module, theirs)(call)
+        for name, data in ours[QUANTIZED].layers.items():
+            layer = theirs.module.get_submodule(name)
+            rounded = layer.weight_quantizer(theirs.module.state_dict()[f"{name}.weight"]).flatten(1)
+            scale = affine.product_scale(data.scale_NG, data.group_NG)
+            scale = scale.repeat_interleave(rounded.shape[1] // scale.shape[1], 1)
+            assert (rounded / scale).round().equal(data.codes.float()), name
+            torch.testing.assert_close(data.codes * scale, rounded, rtol=3e-7, atol=0)  # three roundings in float32
+            x, y = seen[name]
+            own = model.module.get_submodule(name)
+            other = 0
+            if isinstance(data.scheme.input, IntInput):
+                q, amax, _ = own.input_codes(x)
+                apart = (layer.input_quantizer(x) / amax * affine.INPUT_HIGH[data.scheme.input.bits] - q).abs().round()
+                other = int(apart.count_nonzero())
+                assert apart.max() <= 1, name
+                assert other <= max(1, 1e-4 * q.numel()), name  # ties, which x / (amax / 127) can round otherwise
+            assert rel_l2(own(x), y) < (2e-6 if other == 0 else 2e-3), name
+        simulated = denoise_with(model.module, model)(call)
+    rounding = rel_l2(whole, start[TRAJECTORY].outputs[STEP])
+    # 4e-7 of each other, where no such tie moves what comes after it
+    assert rel_l2(simulated, whole) < 0.5 * rounding
+    assert rel_l2(graph_denoise(graph)(call), whole) < 0.5 * rounding
+    return ours
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_computes_what_model_optimizer_does(name, dit, tmp_path):
+    config, scheme = CONFIGS[name]
+    plan = check(dit, config(), tmp_path)[PLAN]
+    linear = {layer.name for layer in plan.layers if layer.op == "linear"}
+    assert {plan.schemes[name].name for name in linear} == {scheme}
+    smooth = name in ("INT8 SmoothQuant", "INT4 AWQ")
+    assert plan.balances.keys() == (linear if smooth else set())
+
+
+@pytest.fixture(scope="module")
+def saved(dit, tmp_path_factory):
+    """What `mto.save` writes of INT8 with one scale for each input."""
+    file = tmp_path_factory.mktemp("modelopt") / "saved.pt"
+    quantize(dit, linear(CHANNEL, TENSOR), file)
+    return torch.load(file, weights_only=True)
+
+
+def changed(saved, change: Callable, file: Path) -> Path:
+    """A file with other quantizers; `change` gets their attributes and all tensors."""
+    content = copy.deepcopy(saved)
+    change(
+        content["modelopt_state"]["modelopt_state_dict"][-1][1]["metadata"]["quantizer_state"],
+        content["model_state_dict"],
+    )
+    torch.save(content, file)
+    return file
+
+
+def setting(part: str, name: str = LAYER, **facts) -> Callable:
+    return lambda quantizers, _: quantizers[f"{name}.{part}_quantizer"].update(facts)
+
+
+def in_blocks(size: int, name: str = LAYER, **more) -> Callable:
+    def change(quantizers, tensors):
+        facts = {
+            "_num_bits": 4,
+            "_block_sizes": {-1: size, "type": "static", **more},
+            "_axis": (0,),
+            "_disabled": False,
+        }
+        setting("weight", name, **facts)(quantizers, tensors)
+        weight = tensors[f"{name}.weight"]
+        tensors[f"{name}.weight_quantizer._amax"] = weight.reshape(-1, size).abs().amax(1, keepdim=True)
+
+    return change
+
+
+def tensor(key: str, change: Callable) -> Callable:
+    return lambda _, tensors: tensors.update({key: change(tensors[key])})
+
+
+REFUSED = {
+    "weight in E4M3": setting("weight", _num_bits=(4, 3)),
+    "input in E2M1": setting("input", _num_bits=(2, 1)),
+    "weight in 6 bits": setting("weight", _num_bits=6),
+    "several quantizers in a row for its weight": setting("weight", is_sequential_quantizer=True, num_quantizers=2),
+    "output_quantizer: neither weight nor input": setting("output", _disabled=False),
+    "a rounded input in front of a float weight": setting("weight", _disabled=True),
+    "8-bit weights in front of a float input": setting("input", _disabled=True),
+    "8-bit weights in front of a 4-bit input": setting("input", _num_bits=4),
+    "integers for its groups": in_blocks(32),
+    "weight blocks with .*scale_bits": in_blocks(32, scale_bits=(4, 3)),
+    r"blocks {-1: 2} of a weight \(64, 3, 2, 2\)": in_blocks(2, "pos_embed.proj"),
+    r"blocks of 48 of 64 in features": setting("weight", _num_bits=4, _block_sizes={-1: 48}),
+    "weight scales .* along axis 1": setting("weight", _axis=1),
+    "static input scales along axis -1": setting("input", _axis=-1),
+    "dynamic input scales along axis None": setting("input", _dynamic=True),
+    "an input with narrow_range": setting("input", _narrow_range=True),
+    "more than round: fake_quant is False": setting("weight", _fake_quant=False),
+    "its rotation is not carried over": setting("input", _rotate=True),
+    "never calibrated": lambda _, tensors: tensors.pop(f"{LAYER}.input_quantizer._amax"),
+    "a weight is rounded to -128": tensor(f"{LAYER}.weight_quantizer._amax", lambda amax: amax / 2),
+    "_svdquant_lora_a has no place": lambda _, t: t.update(
+        {f"{LAYER}.weight_quantizer._svdquant_lora_a": torch.ones(1)}
+    ),
+    "pre_quant_scale .* in front of a linear of 64": lambda _, t: t.update(
+        {f"{LAYER}.input_quantizer._pre_quant_scale": torch.ones(2)}
+    ),
+    "proj_out_2.bias: not what the recipe's model has": tensor("proj_out_2.bias", lambda bias: bias + 1),
+    "of another model: it has no proj_out_2.bias": lambda _, tensors: tensors.pop("proj_out_2.bias"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_has_no_exact_form_is_refused(why, saved, dit, tmp_path):
+    with pytest.raises(RecipeError, match=why):
+        take(dit, changed(saved, REFUSED[why], tmp_path / "saved.pt"))
+
+
+def test_layers_that_are_off_stay_in_float(saved, dit, tmp_path):
+    def off(quantizers, _):
+        for part in ("weight", "input"):
+            quantizers[f"{LAYER}.{part}_quantizer"]["_disabled"] = True
+
+    schemes = take(dit, changed(saved, off, tmp_path / "saved.pt"))[PLAN].schemes
+    assert schemes[LAYER].name == "float"
+    assert schemes[LAYER.replace("to_q", "to_k")].name == "w8a8_step"
+
+
+def test_one_error_has_all_problems(saved, dit, tmp_path):
+    def fp8(quantizers, _):
+        for name in quantizers:
+            if name.endswith("weight_quantizer"):
+                quantizers[name]["_num_bits"] = (4, 3)
+        quantizers["norm_out.input_quantizer"]["_disabled"] = False
+
+    with pytest.raises(RecipeError, match=r"17 more: weight in E4M3") as raised:
+        take(dit, changed(saved, fp8, tmp_path / "saved.pt"))
+    assert len(raised.value.problems) == 2
+
+
+def test_ignored_quantizers_are_left_out(saved, dit, tmp_path):
+    file = changed(saved, setting("input", "norm_out", _disabled=False), tmp_path / "saved.pt")
+    with pytest.raises(RecipeError, match=r"norm_out.input_quantizer: neither .* in `ignore`"):
+        take(dit, file)
+    assert take(dit, file, ignore=("norm*.input_quantizer",))[QUANTIZED].layers.keys() >= {LAYER}
+    with pytest.raises(RecipeError, match="ignore: 'norm_on' fits none of its 41 quantizers"):
+        take(dit, file, ignore=("norm_on", "norm_out*"))
+
+
+def test_a_file_is_read_without_running_it(dit, tmp_path):
+    file = tmp_path / "saved.pt"
+    torch.save({"modelopt_state": Path("anything"), "model_state_dict": {}}, file)
+    with pytest.raises(RecipeError, match="cannot be read as tensors and plain values alone"):
+        take(dit, file)
+    torch.save({"weight": torch.ones(1)}, file)
+    with pytest.raises(RecipeError, match="holds no quantized model: write it with modelopt"):
+        take(dit, file)
+
+
+def test_the_file_is_beside_the_recipe_and_part_of_the_key(tmp_path):
+    (tmp_path / "saved.pt").write_bytes(b"a")
+    step = ImportModelopt.model_validate({"path": "saved.pt"}, context={"base": tmp_path})
+    assert step.sha256.startswith("ca978112ca1bbdca")
+    (tmp_path / "saved.pt").write_bytes(b"b")
+    with pytest.raises(ValidationError, match=r"its sha256 is 3e23e8160039594a.*, not ca978112ca1bbdca"):
+        ImportModelopt.model_validate(step.model_dump(), context={"base": tmp_path})
+    with pytest.raises(ValidationError, match=r"absent.pt: cannot be read: No such file"):
+        ImportModelopt(path="absent.pt")
