@@ -108,7 +108,8 @@ class ImportModelopt(Pass):
         layers = layer_table(model.module)
         problems = [*self._left_over(saved, layers)]
         on = {name: q for name, q in saved.quantizers.items() if q.on and not self._ignores(name)}
-        ranks = _ranks(model, trajectory, [n.name for n in layers if f"{n.name}.input_quantizer" in on])
+        dynamic = [n.name for n in layers if (q := on.get(f"{n.name}.input_quantizer")) and q.facts.get("_dynamic")]
+        ranks = _ranks(model, trajectory, dynamic) if dynamic else {}
         taken: dict[str, QuantizedLayerData] = {}
         refused: dict[str, list[str]] = defaultdict(list)
         for layer in layers:
@@ -397,8 +398,8 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> IntInput:
             return IntInput(bits=bits, granularity=PerStep())
     how = "dynamic" if dynamic else "static"
     raise _NotCarried(
-        f"{how} input scales along axis {axis}, blocks {blocks}, of a {layer.op} with an input of {rank} axes: only one"
-        " static scale, or for linear layers a dynamic one for each token"
+        f"{how} input scales along axis {axis}, blocks {blocks}, of a {layer.op}: only one static scale, or for linear"
+        " layers a dynamic one for each token"
     )
 
 
