@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 NOISE = 0.02
 """Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
-Group = Literal["visual", "content"]
-METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap"}
+Group = Literal["visual", "content", "temporal"]
+METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
 
 class MeasureSensitivity(Pass):
@@ -46,7 +46,7 @@ class MeasureSensitivity(Pass):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
     random: ClassVar[bool] = True
@@ -72,9 +72,9 @@ class MeasureSensitivity(Pass):
     )
     metrics: Mapping[Group, str] = Field(
         METRICS,
-        description="what ranks layers within their group: those that read conditions alone are content, all others"
-        " visual; mse, structure, edges, condition-swap, temporal, or of a plug-in; mse where one does not apply; with"
-        " another than mse the whole group is measured",
+        description="what ranks layers within their group: those that read conditions alone are content, those that"
+        " read tokens along frames temporal, all others visual; mse, structure, edges, condition-swap, temporal, or of"
+        " a plug-in; mse where one does not apply; with another than mse the whole group is measured",
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
@@ -147,7 +147,9 @@ class MeasureSensitivity(Pass):
         steps = [(first + past) // 2 for first, past in buckets]
         denoise = denoise_with(model.module, model)
         calls = Batch.of(sampler, trajectory, self.rows).changed(steps[0], ctx.torch_rng("other noise"))
-        groups = layer_groups(model.module, denoise, calls, [layer.name for layer in layers])
+        sample = calls["plain"][sampler.names.sample]
+        frames = (len(sample), sample.shape[self.frame_axis]) if sample.ndim == 5 else None
+        groups = layer_groups(model.module, denoise, calls, [layer.name for layer in layers], frames)
         swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
         batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
         forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}

@@ -4,8 +4,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import tiny_families
 import torch
 from harness import Artifacts, run_pass
 from pydantic import ValidationError
@@ -15,12 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from intaglio.passes._layer_groups import layer_groups
 from intaglio.passes._study import Batch
+from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline import Recipe, Store
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.keys import MODEL, SENSITIVITY, TARGET, TRAJECTORY
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
 from intaglio.pipeline.runner import compile
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -257,6 +261,39 @@ def test_layers_that_read_conditions_alone_are_content():
     }
     groups = layer_groups(module, lambda inputs: module(**inputs), calls, ["query", "key", "time", "out"])
     assert groups == {"query": "visual", "key": "content", "time": "visual", "out": "visual"}
+
+
+def test_layers_that_read_tokens_along_frames_are_temporal(tmp_path):
+    """Latte: 2 frames of 16 places. Its blocks for time, and nothing else, are ranked by differences of frames."""
+    ref = ModelRef(path="tiny_families.py:latte", sampling_steps=2)
+    start = {MODEL: Checkpoint.resolve(ref, Path(tiny_families.__file__).parent)}
+    start |= run_pass(Calibrate(samples=2), start | {TARGET: load_target("onnxruntime-cpu")}, tmp_path / "calibrate")
+    step = MeasureSensitivity(buckets=1, rows=4, schemes=("w8a8_token",), **NO_DRIFT)
+    table = run_pass(step, start, tmp_path / "sensitivity")[SENSITIVITY]
+    in_time = {layer.name for layer in table.layers if layer.name.startswith("temporal_transformer_blocks.")}
+    assert {name for name, group in table.groups.items() if group == "temporal"} == in_time != set()
+    assert table.groups["transformer_blocks.0.attn1.to_q"] == "visual"
+    assert table.groups["transformer_blocks.0.attn2.to_k"] == "content"
+    assert table.metrics == {"visual": "mse", "content": "condition-swap", "temporal": "temporal"}
+    assert in_time < set(table.ranked)
+
+
+def test_as_many_places_as_frames_are_not_taken_for_frames():
+    class Along(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.space, self.time = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            rows, _, frames, places = x.shape
+            y = self.space(x.permute(0, 2, 3, 1).reshape(rows * frames, places, 4))
+            return self.time(y.reshape(rows, frames, places, 4).transpose(1, 2).reshape(rows * places, frames, 4))
+
+    module = Along()
+    for places, group in ((5, "temporal"), (3, "visual"), (1, "visual")):
+        calls = {"plain": {"x": torch.randn(2, 4, 3, places)}}
+        found = layer_groups(module, lambda inputs: module(**inputs), calls, ["space", "time"], frames=(2, 3))
+        assert found == {"space": "visual", "time": group}
 
 
 def test_unknown_metrics_are_refused_before_anything_runs():
