@@ -187,7 +187,7 @@ class QuantizedLayer(nn.Module):
         """The weight as the layer computes with it, in the layer's own shape; cached while nothing trains."""
         match self.scheme.weight:
             case Float():
-                return self.layer.weight
+                return self.base_weight().reshape(self.layer.weight.shape)
             case IntWeight() as form:
                 if self._rounded is not None:
                     return self._rounded

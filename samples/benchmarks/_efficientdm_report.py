@@ -33,7 +33,7 @@ def grid(bench: Any, found: Figures, path: Path) -> None:
         rows[f"{plan} modelopt {best['name']}"] = best["seeds"][0]
     strips = []
     for name, row in rows.items():
-        x = bench.tensors(row)["samples"][:16]
+        x = bench.rows.tensors(row)["samples"][:16]
         pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
         strip = strip.resize((strip.width * ENLARGED, strip.height * ENLARGED), Image.Resampling.NEAREST)

@@ -14,27 +14,23 @@ CPU seconds of QAT begin at its first update, those of ours and of QAT on our lo
 What is done is kept in --work: a killed run goes on, and a variant whose options did not change is not run again.
 """
 
-import hashlib
 import json
-import logging
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+from _rows import Figures, Rows, draw, full_precision, say, simulated, speak
 from full_size import alone, folder
 
 from intaglio.pipeline import Recipe, Step, Store, compile
 from intaglio.pipeline.checkpoint import ModelRef
-from intaglio.pipeline.denoiser import Denoise, Sampler, clocked, denoise_with
+from intaglio.pipeline.denoiser import Denoise, Sampler
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.quant.modules import simulate
 from intaglio.pipeline.runner import CompiledTarget
-from intaglio.pipeline.store import file_digest, write_atomically
+from intaglio.pipeline.store import file_digest
 from intaglio.pipeline.trajectory import Trajectory
 
 # ---- options of all variants -----------------------------------------------------------------------------------------
@@ -101,10 +97,9 @@ QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e
 
 VERSION = 2
 """Raised where a figure is computed otherwise than before."""
-HELD_OUT_SEED, NOISE_SEED = 10_000, 2
+HELD_OUT_SEED = 10_000
 HELD_OUT_SAMPLES = 8
 PICTURES = 16
-Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -135,63 +130,15 @@ class Bench:
         step = Step(uses="calibrate", options={"samples": HELD_OUT_SAMPLES})
         return self.compiled(self.recipe(HELD_OUT_SEED, step))
 
-    def kept(self, make: Callable[[Path], Figures], **depends: Any) -> Figures:
-        """What `make` returns, or did in an earlier run; tensors it writes beside are in the path that it is given."""
-        on = {"version": VERSION, "samples": self.samples, "compared": self.compared, **depends}
-        place = self.work / "rows" / hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()
-        file = place.with_suffix(".json")
-        if not file.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            began = time.process_time()
-            row = {**make(place), "place": place.name, "made_in_cpu_s": time.process_time() - began}
-            write_atomically(file, json.dumps({"row": row, "depends": on}, indent=1) + "\n")
-        return json.loads(file.read_text())["row"]
-
-    def tensors(self, row: Figures) -> dict[str, torch.Tensor]:
-        """What was written beside a row."""
-        from safetensors.torch import load_file
-
-        return load_file(self.work / "rows" / f"{row['place']}.safetensors")
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.work, {"version": VERSION, "samples": self.samples, "compared": self.compared})
 
 
 def reference(bench: Bench) -> Figures:
-    """Full precision: samples, others of the same classes from other noise, and how far apart they are."""
-    from _image_distance import feature_distance, features, kid
-    from safetensors.torch import save_file
-
+    """Full precision."""
     done = bench.held_out()
-
-    def make(place: Path) -> Figures:
-        model = done[MODEL].open()
-        sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
-        sets = {}
-        for name, seed in (("reference", NOISE_SEED), ("others", NOISE_SEED + 1), ("more", NOISE_SEED + 2)):
-            sets[name] = draw(denoise_with(model.module, model), sampler, bench.samples, seed)
-        found = {name: features(x) for name, x in sets.items()}
-        save_file(
-            {"samples": sets["reference"]} | {f"features.{name}": value for name, value in found.items()},
-            place.with_suffix(".safetensors"),
-        )
-        apart = feature_distance(found["reference"], found["others"])
-        return {
-            "feature_distance_of_noises": float(apart.mean()),
-            "feature_distance_of_noises_spread": float(apart.std()),
-            "kid": kid(found["reference"], found["others"]),
-            "kid_again": kid(found["more"], found["others"]),
-        }
-
-    return bench.kept(make, what="reference", model=done.outputs[MODEL])
-
-
-def draw(denoise: Denoise, sampler: Sampler, count: int, seed: int) -> torch.Tensor:
-    """Samples in [-1, 1]. The classes are the same for every seed."""
-    generator = torch.Generator().manual_seed(NOISE_SEED)
-    start = sampler.start(1024, generator).part(slice(count))
-    if seed != NOISE_SEED:
-        noise = torch.randn(start.noise.shape, generator=torch.Generator().manual_seed(seed))
-        start = type(start)(noise, start.conditions, start.null)
-    parts = [start.part(slice(i, i + 16)) for i in range(0, count, 16)]
-    return torch.cat([sampler.sample(denoise, part).clamp(-1, 1) for part in parts])
+    return full_precision(bench.rows, done[MODEL], done.outputs[MODEL], bench.samples)
 
 
 def measure(
@@ -202,8 +149,8 @@ def measure(
     from _image_distance import feature_distance, features, kid, psnr_db, sqnr_db, ssim
     from safetensors.torch import save_file
 
-    whole = bench.tensors(full)
-    x = draw(denoise, sampler, bench.samples if first else bench.compared, NOISE_SEED)
+    whole = bench.rows.tensors(full)
+    x = draw(denoise, sampler, bench.samples if first else bench.compared)
     some, ref = x[: bench.compared], whole["samples"][: bench.compared]
     psnr = psnr_db(some, ref)
     figures = {
@@ -228,13 +175,10 @@ def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first:
     held, full = bench.held_out(), reference(bench)
 
     def make(place: Path) -> Figures:
-        model = done[MODEL].open()
-        sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
-        clock = simulate(model.module, done[QUANTIZED])
-        denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
+        denoise, sampler = simulated(done)
         return measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first)
 
-    return bench.kept(
+    return bench.rows.kept(
         make,
         what="variant",
         model=done.outputs[MODEL],
@@ -257,13 +201,13 @@ def peers(bench: Bench, plan: str, seed: int, names: Sequence[str], *, first: bo
         peer = PEERS[plan][name]
 
         def make(place: Path, name: str = name, peer: Any = peer) -> Figures:
-            say(bench, f"{plan}, seed {seed}: modelopt {name}")
+            say(bench.model, f"{plan}, seed {seed}: modelopt {name}")
             model = done[MODEL].open()
             sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
             denoise = quantized_by(peer, model, done[PLAN], done[TRAJECTORY])
             return measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first)
 
-        rows[name] = bench.kept(
+        rows[name] = bench.rows.kept(
             make,
             what="peer",
             peer=[*map(str, peer), CALIBRATION_ROWS, version("nvidia-modelopt")],
@@ -294,7 +238,7 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
 
     def trained(kind: str, recipe: Recipe, options: Distill) -> Figures:
         def make(place: Path) -> Figures:
-            say(bench, f"{TRAINED}: {kind}, rate {options.rate:g}, {options.updates} updates")
+            say(bench.model, f"{TRAINED}: {kind}, rate {options.rate:g}, {options.updates} updates")
             task = t.Training(kind, recipe, base, bench.work / "store", options, data.resolve())
             found = alone(t.run, task, held[TRAJECTORY], place)
             (place / "distill.pt").unlink()
@@ -303,12 +247,12 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
 
         digest = file_digest(data) if kind == t.QAT else ""
         version = f"{options.version} {options.model_dump_json()}"
-        return bench.kept(make, kind=kind, options=version, data=digest, **depends(recipe))
+        return bench.rows.kept(make, kind=kind, options=version, data=digest, **depends(recipe))
 
     def make_preparation(place: Path) -> Figures:
         return {"cpu_s": alone(t.preparation_cpu_s, balanced, base)}
 
-    prepared = bench.kept(make_preparation, kind="preparation", **depends(balanced))
+    prepared = bench.rows.kept(make_preparation, kind="preparation", **depends(balanced))
     rows = {
         t.OURS: trained(t.OURS, balanced, options),
         t.QAT: trained(t.QAT, plain, options.model_copy(update={**QAT_START, "updates": updates})),
@@ -373,14 +317,14 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablat
     """Everything of one model, the ablations last."""
     from _efficientdm_peers import PEERS
 
-    say(bench, "full precision")
+    say(bench.model, "full precision")
     found: Figures = {"full_precision": reference(bench), "variants": {}, "peers": {}, "best_peer": {}}
     for plan in PLANS:
         rows = found["variants"][plan] = {}
         for name, steps in variants(bench.model, plan).items():
             rows[name] = []
             for seed in range(seeds):
-                say(bench, f"{plan}, seed {seed}: {name}")
+                say(bench.model, f"{plan}, seed {seed}: {name}")
                 rows[name].append(variant(bench, plan, steps, seed, first=seed == 0))
         compared = alone(peers, bench, plan, 0, list(PEERS[plan]), first=True)
         best = max(compared, key=lambda name: compared[name]["psnr_db"])
@@ -390,7 +334,7 @@ def evaluate(bench: Bench, seeds: int, data: Path | None, updates: int, *, ablat
     if data is not None:
         found["training"] = training(bench, data, updates)
     for name, steps in ablations(bench.model).items() if ablated else ():
-        say(bench, f"{TRAINED}: {name}")
+        say(bench.model, f"{TRAINED}: {name}")
         found["variants"][TRAINED][name] = [variant(bench, TRAINED, steps, 0, first=True)]
     return found
 
@@ -444,16 +388,6 @@ def main(
         print(json.dumps({**total, "models": found}))
     else:
         print("least of the models\n" + "\n".join(f"  {name:40} {value}" for name, value in total.items()))
-
-
-def speak() -> None:
-    """Progress goes to stderr."""
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("intaglio").setLevel(logging.INFO)
-
-
-def say(bench: Bench, what: str) -> None:
-    logging.getLogger(f"intaglio.{bench.model}").info(what)
 
 
 if __name__ == "__main__":

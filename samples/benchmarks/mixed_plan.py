@@ -9,6 +9,7 @@ has more bytes than the plan that was found, so it never has more than the found
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from intaglio.pipeline.denoiser import Sampler, Start, clocked, denoise_with
 from intaglio.pipeline.keys import PLAN, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.trajectory import Trajectory
 
@@ -77,22 +79,25 @@ def main(
 
 def share_of_fp16(plan: QuantPlan) -> float:
     """Bytes of the plan relative to fp16."""
-    from intaglio.pipeline.quant.spec import FLOAT
-
     return plan.size_bytes / sum(layer.size_bytes(FLOAT) for layer in plan.layers)
 
 
 def random_plan(eight: QuantPlan, table: Sensitivity, limit_bytes: int, rng: np.random.Generator) -> QuantPlan:
-    """Layers at 4 bits in random order until the plan is as small as `limit_bytes`, then back to 8 where that fits."""
-    plan = eight
-    four = [layer for layer in eight.layers if "w4a16" in table.schemes[layer.name]]
-    order = [four[i] for i in rng.permutation(len(four))]
-    for layer in order:
+    """Layers at 4 bits in random order."""
+    four = {n.name: table.schemes[n.name]["w4a16"] for n in eight.layers if "w4a16" in table.schemes[n.name]}
+    names = list(four)
+    return narrowed(eight, {names[i]: four[names[i]] for i in rng.permutation(len(names))}, limit_bytes)
+
+
+def narrowed(wide: QuantPlan, narrow: Mapping[str, LayerScheme], limit_bytes: int) -> QuantPlan:
+    """Layers get the schemes of `narrow` in its order until the plan fits, then their own again where that fits."""
+    plan = wide
+    for name, scheme in narrow.items():
         if plan.size_bytes <= limit_bytes:
             break
-        plan = plan.replace({layer.name: table.schemes[layer.name]["w4a16"]})
-    for layer in order:
-        larger = plan.replace({layer.name: eight.schemes[layer.name]})
+        plan = plan.replace({name: scheme})
+    for name in narrow:
+        larger = plan.replace({name: wide.schemes[name]})
         if larger.size_bytes <= limit_bytes:
             plan = larger
     return plan

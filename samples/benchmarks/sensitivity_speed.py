@@ -12,6 +12,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from intaglio.passes._rounded import RoundedLayers
 from intaglio.passes._study import Batch, Errors, Study
 from intaglio.pipeline import Context, Recipe, Step, Store, compile
 from intaglio.pipeline.checkpoint import Checkpoint, layer_table
-from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.pipeline.denoiser import Inputs, Sampler, denoise_with
 from intaglio.pipeline.estimate import measure_cost
 from intaglio.pipeline.keys import TRAJECTORY
 from intaglio.pipeline.metrics import MetricContext, RelativeError
@@ -51,10 +52,31 @@ def main(
     store: Path = Path(".intaglio/store"),
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
 ) -> None:
+    figures = speeds(
+        recipe_file, Store(store), buckets=buckets, rows=rows, probes=probes, rounds=rounds, samples=samples
+    )
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
+
+
+def speeds(
+    recipe_file: Path,
+    store: Store,
+    *,
+    buckets: int = 1,
+    rows: int = 8,
+    probes: int = 2,
+    rounds: int = 2,
+    samples: int = 8,
+) -> dict[str, Any]:
+    """CPU seconds, and rank correlations with the first way."""
     recipe = Recipe.read(recipe_file)
     record = Step(uses="calibrate", options={"samples": samples})
     short = recipe.model_copy(update={"steps": (record,), "targets": recipe.targets[:1]})
-    trajectory = compile(short, Store(store), base=recipe_file.parent)[recipe.targets[0]][TRAJECTORY]
+    trajectory = compile(short, store, base=recipe_file.parent)[recipe.targets[0]][TRAJECTORY]
     checkpoint = Checkpoint.resolve(recipe.model, recipe_file.parent)
     count = len(trajectory.timesteps)
     steps = [round(count * (i + 0.5) / buckets) for i in range(buckets)]
@@ -97,7 +119,7 @@ def main(
     whole, replayed, screened, theirs = scores.values()
     whole_s, replayed_s, screened_s, theirs_s = (min(taken) for taken in seconds.values())
     common = sorted(theirs.keys() & whole.keys())
-    figures = {
+    return {
         "layers": len({name for name, _ in whole}),
         "layers_and_schemes": len(whole),
         "calls_of_rows": f"{buckets} of {rows}",
@@ -120,11 +142,6 @@ def main(
             for (who, scores), scheme in itertools.product([("screen", screened), ("auto_quantize", theirs)], SCHEMES)
         },
     }
-    if as_json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
 
 
 def totals(errors: Errors) -> Scores:
@@ -143,15 +160,20 @@ def rank(scores: Scores, direct: Scores, pairs: list[tuple[str, str]]) -> float:
 
 def auto_quantized(checkpoint: Checkpoint, study: Study, method: str) -> Scores:
     """modelopt's scores on the same calls."""
+    formats = [_format(*FORMATS[scheme]) for scheme in SCHEMES]
+    return _scores(auto_quantize(checkpoint, [study.batch.inputs(step) for step in study.steps], formats, method))
+
+
+def auto_quantize(checkpoint: Checkpoint, calls: Sequence[Inputs], formats: Sequence[Any], method: str) -> Any:
+    """What its search knows when it is done."""
     import modelopt.torch.quantization as mtq
 
-    calls = [study.batch.inputs(step) for step in study.steps]
     model = checkpoint.open()
     with quiet():
         _, state = mtq.auto_quantize(
             model.module,
             constraints={"effective_bits": 8.0},
-            quantization_formats=[_format(*FORMATS[scheme]) for scheme in SCHEMES],
+            quantization_formats=list(formats),
             data_loader=calls,
             forward_step=lambda module, call: denoise_with(module, model)(call),
             loss_func=(lambda output, _: output.square().mean()) if method == "gradient" else None,
@@ -159,7 +181,7 @@ def auto_quantized(checkpoint: Checkpoint, study: Study, method: str) -> Scores:
             num_score_steps=len(calls),
             method=method,
         )
-    return _scores(state)
+    return state
 
 
 def _format(weight: Any, x: Any) -> dict[str, Any]:

@@ -371,9 +371,11 @@ def test_a_scheme_that_was_not_measured_is_an_error(measured, tmp_path):
         run_pass(step, measured, tmp_path)
 
 
-def test_unknown_kept_layer_is_an_error(measured, tmp_path):
-    with pytest.raises(RecipeError, match="no quantizable layer 'proj_out_9'"):
-        run_pass(AssignPrecision(keep=("proj_out_9",)), measured, tmp_path)
+@pytest.mark.parametrize("name", ["proj_out_9", "proj_out", "transformer_blocks.0", "to_q"])
+def test_unknown_kept_layer_is_an_error(name, measured, tmp_path):
+    """Parts of names are names of no layer."""
+    with pytest.raises(RecipeError, match=f"no quantizable layer '{name}'"):
+        run_pass(AssignPrecision(keep=(name,)), measured, tmp_path)
 
 
 def test_plan_is_total_and_round_trips(measured, tmp_path):

@@ -46,6 +46,20 @@ def test_an_outlier_channel_is_evened_out(outliers, tmp_path):
     torch.testing.assert_close(y, layer(x[0]), rtol=1e-5, atol=1e-3)  # atol: sums of 64 terms of magnitude 50
 
 
+def test_channels_that_are_never_used_have_finite_scales(outliers, tmp_path):
+    layer, x = outliers
+    for part in x:
+        part[:, 5] = 0
+    layer.weight.data[:, 7] = 0
+    step, ctx = BalanceLayers(), Context(scratch=tmp_path, seed=0)
+    parts = {"a": (layer, w4a4_token(32))}
+    bases = list(step._bases(parts, x, ctx))
+    assert all(math.isfinite(_error(parts, x, basis)) for basis in bases)
+    assert all(basis.scale_C.isfinite().all() and (basis.scale_C != 0).all() for basis in bases)
+    _, gain_db = step._choose(parts, x, ctx)
+    assert gain_db > 3
+
+
 def test_a_basis_that_gains_too_little_is_not_taken(outliers, tmp_path):
     layer, x = outliers
     ctx = Context(scratch=tmp_path, seed=0)

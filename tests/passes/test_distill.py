@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -204,7 +205,7 @@ def test_tables_can_have_other_timesteps(measured, tmp_path):
     assert output_error(planned | {QUANTIZED: finer}) == output_error(planned | {QUANTIZED: plain})
 
 
-def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):
+def test_merge_refuses_a_scale_that_is_not_positive_and_what_is_no_number(distilled, tmp_path):
     from intaglio.pipeline.errors import StepFailed
 
     adapter = distilled[ADAPTER]
@@ -212,6 +213,9 @@ def test_merge_refuses_a_scale_that_is_not_positive(distilled, tmp_path):
     spoilt = replace(adapter, layers={**adapter.layers, name: replace(layer, scale_NG=-layer.scale_NG)})
     with pytest.raises(StepFailed, match="a scale that is not positive"):
         run_pass(MergeAdapters(), {**distilled, ADAPTER: spoilt}, tmp_path)
+    lost = replace(adapter, layers={**adapter.layers, name: replace(layer, b=layer.b * math.nan)})
+    with pytest.raises(StepFailed, match=f"{name}: the merged weight has NaN"):
+        run_pass(MergeAdapters(), {**distilled, ADAPTER: lost}, tmp_path)
 
 
 @pytest.fixture(scope="module")

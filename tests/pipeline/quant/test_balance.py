@@ -7,7 +7,7 @@ from intaglio.pipeline.errors import ContractError
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.balance import Balance, LayerBalance, hadamard
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, Float, LayerScheme, w4a16
 from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
 
@@ -83,6 +83,38 @@ def test_a_layer_in_another_basis_is_near_the_float_one_and_trains_there(scheme)
     assert made.adapter_b.grad.abs().max() > 0
     made.adapter_b.data.fill_(0.01)
     torch.testing.assert_close(made.float_weight(), expected + 0.01 * made.adapter_a.sum(0))
+
+
+def test_a_weight_in_another_basis_is_rounded_once():
+    """From the exact weight of that basis: rounded before the rotation too, it would be further than half a scale."""
+    layer, form = nn.Linear(64, 32), W8A8_TOKEN
+    balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
+    made = QuantizedLayer(layer, form, StepClock((1.0,)), balance=balance)
+    off = (made.rounded_weight() - balance.weight(layer.weight)).abs() / made.code_scale()
+    assert off.max() <= 0.5 * (1 + 1e-5)  # scale / 2, and float32
+    assert off.max() > 0.45
+
+
+def test_where_the_input_alone_is_rounded_the_weight_is_in_its_basis_too():
+    layer, x = nn.Linear(64, 32), random(6, 64)
+    balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
+    form = LayerScheme(weight=Float(), input=W8A8_TOKEN.input)
+    made = QuantizedLayer(layer, form, StepClock((1.0,)), balance=balance)
+    exact = layer(x)
+    assert 0 < (made(x) - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("scheme", [W8A8_TOKEN, W8A8_STEP])
+def test_what_a_layer_was_called_with_leaves_nothing_behind(scheme: LayerScheme):
+    layer, x = nn.Linear(64, 32), random(6, 64)
+    balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
+    made = QuantizedLayer(layer, scheme, StepClock((1.0,)), torch.full((1,), 4.0), balance=balance).requires_grad_(
+        False
+    )
+    before, state = made(x), {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made(100 * random(6, 64, seed=7))
+    assert torch.equal(made(x), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in made.state_dict().items())
 
 
 def test_blocks_are_powers_of_two_that_divide_and_scales_can_be_divided_by():
