@@ -117,7 +117,7 @@ def evaluate(bench: Bench, mixed: float, small: float, random_plans: int) -> Fig
         "ours": bench.planned(limit),
         "network order": given(ends.in_order(limit)),
         "all layers": given(ends.narrow),
-        "auto_quantize": given(ends.four_bits(modelopts(bench, limit))),
+        "auto_quantize": given(ends.fitted(modelopts(bench, limit), limit)),
     }
     chance = {f"random {i}": given(plan) for i, plan in enumerate(ends.random(random_plans, limit))}
     found = {
