@@ -45,9 +45,7 @@ MODELS: Mapping[str, str] = {
 """A recipe that has the model."""
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 NEAREST = (Step(uses="distill", options={"updates": 0, "input_rate": 0}),)
-BALANCED, DISTILLED = (
-    (BALANCE, Step(uses="distill", options={**DISTILL, "updates": updates})) for updates in (0, 120)
-)
+BALANCED, DISTILLED = ((BALANCE, Step(uses="distill", options={**DISTILL, "updates": updates})) for updates in (0, 120))
 VERSION = 1
 """Raised where a figure is computed otherwise than before."""
 
