@@ -55,8 +55,8 @@ class WriteReport(Pass):
 
     name: ClassVar[str] = "report"
     version: ClassVar[int] = 2
-    requires = frozenset({MODEL, TARGET, PLAN, ADAPTER, GRAPH, ENGINE, VERIFICATION, LATENCY})
-    wants = frozenset({SENSITIVITY, FRONT})
+    requires = frozenset({MODEL, TARGET, PLAN, GRAPH, ENGINE, VERIFICATION, LATENCY})
+    wants = frozenset({SENSITIVITY, FRONT, ADAPTER})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
@@ -83,7 +83,7 @@ class WriteReport(Pass):
             bit_maps=figures.bit_maps(plan),
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
-            curve=figures.curve(state[ADAPTER].loss),
+            curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
             samples=figures.sample_figure(verification.samples, self.samples),
             sizes=_sizes(state[GRAPH], state[ENGINE], verification),
             latency=latency,

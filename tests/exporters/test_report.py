@@ -347,7 +347,10 @@ def test_short_and_long_losses():
 
 
 def test_nothing_trained_is_said(made):
+    """Neither by this recipe, nor at all: an imported model brings its integers."""
     made[ADAPTER] = Adapter({})
+    assert "Nothing was trained" in Page(write(made).html).text("distillation")
+    del made[ADAPTER]
     assert "Nothing was trained" in Page(write(made).html).text("distillation")
 
 
