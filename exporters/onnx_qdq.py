@@ -41,7 +41,7 @@ class ExportQdq(Pass):
 
         from intaglio.exporters._group_norm import NAME, spell_out_group_norm
         from intaglio.exporters._half import type_half
-        from intaglio.exporters.onnx_float import tensor_specs
+        from intaglio.exporters._torch_export import tensor_specs
 
         quantized, target = state[QUANTIZED], state[TARGET]
         state[PLAN].check(target)

@@ -16,8 +16,9 @@ from harness import Artifacts, run_pass
 from quantizing import with_plan
 from tiny import save_folder, tiny_dit
 
+from intaglio.exporters._agreement import TOLERANCE
 from intaglio.exporters._session import lean_session
-from intaglio.exporters.onnx_float import TOLERANCE, ExportFloat, _magnitudes
+from intaglio.exporters.onnx_float import ExportFloat, _magnitudes
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifact import AnyKey
