@@ -14,9 +14,12 @@ from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.quant.spec import IntInput
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import onnx_ir as ir
 
     from intaglio.exporters._lowering import Call
+    from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.plan import QuantPlan
     from intaglio.pipeline.quantized import Quantized
     from intaglio.pipeline.target import Target
@@ -36,42 +39,48 @@ class ExportQdq(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError with every layer that the target cannot execute or the graph does not have."""
-        import onnx
-        import onnx_ir as ir
-
-        from intaglio.exporters._group_norm import NAME, spell_out_group_norm
-        from intaglio.exporters._half import type_half
-        from intaglio.exporters._torch_export import tensor_specs
-
         quantized, target = state[QUANTIZED], state[TARGET]
         state[PLAN].check(target)
         _check_same(state[PLAN], quantized)
-        model = ir.load(state[FLOAT_GRAPH].path)
-        if (opset := model.opset_imports[""]) > target.opset_max:
-            raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
-        if NAME in target.limits.unsupported:
-            spell_out_group_norm(model.graph)
-        calls = _find_calls(model.graph, quantized)
-        nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
-        _rewrite(model.graph, calls, target)
-        if target.float_type == "float16":
-            integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
-            type_half(model, integer, state[FLOAT_GRAPH].amax)
-        _remove_unused(model.graph)
-        _halve_tables(model.graph)
-        path = ctx.scratch / "model.onnx"
-        ir.save(model, path, external_data="model.onnx.data")
-        onnx.checker.check_model(path, full_check=True)
-        ctx.log.info("wrote %d of %d layers for %s", len(nodes), len(state[PLAN].layers), target.name)
-        return {
-            GRAPH: replace(
-                state[FLOAT_GRAPH],
-                path=path,
-                inputs=tensor_specs(model.graph.inputs),
-                timesteps=quantized.timesteps if quantized.stepped else (),
-                nodes={name: nodes[name] for name in sorted(nodes)},
-            )
-        }
+        graph = write_lowered(ctx.scratch / "model.onnx", state[FLOAT_GRAPH], quantized, target)
+        ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(state[PLAN].layers), target.name)
+        return {GRAPH: graph}
+
+
+def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target) -> Graph:
+    """A float graph with these layers as integers, as the target executes them, in files of its own.
+
+    Raises TargetError with every layer that the graph does not have, or for an opset that the target does not read.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from intaglio.exporters._group_norm import NAME, spell_out_group_norm
+    from intaglio.exporters._half import type_half
+    from intaglio.exporters._torch_export import tensor_specs
+
+    model = ir.load(graph.path)
+    if (opset := model.opset_imports[""]) > target.opset_max:
+        raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
+    if NAME in target.limits.unsupported:
+        spell_out_group_norm(model.graph)
+    calls = _find_calls(model.graph, quantized)
+    nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
+    _rewrite(model.graph, calls, target)
+    if target.float_type == "float16":
+        integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
+        type_half(model, integer, graph.amax)
+    _remove_unused(model.graph)
+    _halve_tables(model.graph)
+    ir.save(model, path, external_data="model.onnx.data")
+    onnx.checker.check_model(path, full_check=True)
+    return replace(
+        graph,
+        path=path,
+        inputs=tensor_specs(model.graph.inputs),
+        timesteps=quantized.timesteps if quantized.stepped else (),
+        nodes={name: nodes[name] for name in sorted(nodes)},
+    )
 
 
 def _check_same(plan: QuantPlan, quantized: Quantized) -> None:

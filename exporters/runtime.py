@@ -6,7 +6,7 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
-from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
+from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface, TensorSpec
 from intaglio.pipeline.nesting import flatten
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ class CompiledDenoiser(nn.Module):
         self.graph, self._denoise, self._device = graph, denoise, torch.device(device)
         # in a tuple, as it is no submodule: its weights are nowhere
         self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
-        self._compiled_with = self._defaults() | dict(flatten(graph.interface.constants))
+        original = self._original[0]
+        self._compiled_with = {} if original is None else defaults(original.forward)
+        self._compiled_with |= dict(flatten(graph.interface.constants))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,46 +93,11 @@ class CompiledDenoiser(nn.Module):
             if name == graph.timestep:
                 value = value.reshape(-1).expand(len(sample))
             inputs[name] = value.to(getattr(torch, graph.inputs[name].dtype)).contiguous()
-        self._check_others(given)
-        self._check_shapes(inputs)
+        check_others(given, graph.inputs, self._compiled_with)
+        check_shapes(graph.inputs, inputs)
         if STEP_INPUT in graph.inputs and graph.timestep is not None:
             self._check_timestep(inputs[graph.timestep])
         return inputs
-
-    def _check_others(self, given: Mapping[str, object]) -> None:
-        """Raise CallError for arguments that the graph knows nothing of, unless they are what it was compiled with."""
-        problems = []
-        for name, value in given.items():
-            if value is None or name in self.graph.inputs:
-                continue
-            if isinstance(value, torch.Tensor):
-                problems.append(f"called with {name}, which it was compiled without")
-            elif value != (compiled := self._compiled_with.get(name)):
-                problems.append(f"called with {name} = {value!r}, but compiled with {compiled!r}")
-        if problems:
-            raise CallError(*problems)
-
-    def _defaults(self) -> dict[str, object]:
-        """Of the original's arguments."""
-        original = self._original[0]
-        parameters = {} if original is None else inspect.signature(original.forward).parameters
-        return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-
-    def _check_shapes(self, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Raise CallError for sizes that the graph does not take."""
-        sizes: dict[str, int] = {}
-        problems = []
-        for name, value in inputs.items():
-            wanted = self.graph.inputs[name].shape
-            if len(wanted) != value.dim():
-                problems.append(f"{name} has the shape {tuple(value.shape)}, but {_shape(wanted)} is taken")
-                continue
-            for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
-                if there != (size if isinstance(size, int) else sizes.setdefault(size, there)):
-                    taken = size if isinstance(size, int) else sizes[size]
-                    problems.append(f"{name} has {there} at axis {axis}, but {taken} is taken")
-        if problems:
-            raise CallError(*problems)
 
     def _check_timestep(self, given: torch.Tensor) -> None:
         """Raise CallError for one beyond the first or the last of those that there are scales for, or for several."""
@@ -147,6 +114,47 @@ class CompiledDenoiser(nn.Module):
                 f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
                 " compile with the scheduler that it is used with"
             )
+
+
+def check_others(
+    given: Mapping[str, object], inputs: Collection[str], compiled_with: Mapping[str, object], name: str = ""
+) -> None:
+    """Raise CallError for arguments that a graph knows nothing of, unless they are what it was compiled with."""
+    called = f"{name} called".lstrip()
+    problems = []
+    for argument, value in given.items():
+        if value is None or argument in inputs:
+            continue
+        if isinstance(value, torch.Tensor):
+            problems.append(f"{called} with {argument}, which it was compiled without")
+        elif value != (compiled := compiled_with.get(argument)) and (value is not False or compiled is not None):
+            problems.append(f"{called} with {argument} = {value!r}, but compiled with {compiled!r}")
+    if problems:
+        raise CallError(*problems)
+
+
+def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Tensor], name: str = "") -> None:
+    """Raise CallError for sizes that a graph does not take."""
+    before = f"{name}: " if name else ""
+    sizes: dict[str, int] = {}
+    problems = []
+    for tensor, value in inputs.items():
+        wanted = specs[tensor].shape
+        if len(wanted) != value.dim():
+            problems.append(f"{before}{tensor} has the shape {tuple(value.shape)}, but {_shape(wanted)} is taken")
+            continue
+        for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
+            if there != (size if isinstance(size, int) else sizes.setdefault(size, there)):
+                taken = size if isinstance(size, int) else sizes[size]
+                problems.append(f"{before}{tensor} has {there} at axis {axis}, but {taken} is taken")
+    if problems:
+        raise CallError(*problems)
+
+
+def defaults(function: Callable[..., object]) -> dict[str, object]:
+    """Of its arguments."""
+    parameters = inspect.signature(function).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def load(

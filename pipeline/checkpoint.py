@@ -149,7 +149,8 @@ class Checkpoint:
         if ref.path.startswith("hub:"):
             from huggingface_hub import snapshot_download
 
-            patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
+            tokens = ["*/*.txt", "*/*.model"]
+            patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", *tokens]
             return cls._of_folder(Path(snapshot_download(ref.path.removeprefix("hub:"), allow_patterns=patterns)), ref)
         file, colon, _ = ref.path.partition(":")
         if colon and file.endswith(".py"):

@@ -2,6 +2,7 @@
 
 from intaglio.pipeline.artifact import Key
 from intaglio.pipeline.checkpoint import Checkpoint
+from intaglio.pipeline.components import Components, PipelineFolder
 from intaglio.pipeline.findings import Findings
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.graph import Engine, Graph
@@ -15,6 +16,7 @@ from intaglio.pipeline.verification import Latency, Report, Verification
 from intaglio.pipeline.workload import Workload
 
 MODEL = Key("MODEL", Checkpoint)
+PIPELINE = Key("PIPELINE", PipelineFolder)
 TARGET = Key("TARGET", Target)
 TRAJECTORY = Key("TRAJECTORY", Trajectory)
 WORKLOAD = Key("WORKLOAD", Workload)
@@ -26,6 +28,7 @@ QUANTIZED = Key("QUANTIZED", Quantized)
 FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
 GRAPH = Key("GRAPH", Graph, published=True)
 LINT = Key("LINT", Findings)
+COMPONENTS = Key("COMPONENTS", Components, published=True)
 ENGINE = Key("ENGINE", Engine, published=True)
 VERIFICATION = Key("VERIFICATION", Verification)
 LATENCY = Key("LATENCY", Latency)

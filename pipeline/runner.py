@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -93,7 +93,7 @@ def compile(
 
     chains = bind(recipe, start=start, base=base)
     whole = resolved(recipe, chains)
-    shared = _put_start(start_artifacts(recipe, base) if start is None else start, store)
+    shared = _put_start(start_artifacts(recipe, base, chains) if start is None else start, store)
     compiled = {}
     for chain in chains:
         given = shared | _put_start({TARGET: chain.target}, store)
@@ -118,7 +118,7 @@ def plan(
     from intaglio.pipeline.keys import TARGET
 
     chains = bind(recipe, start=start, base=base)
-    artifacts = start_artifacts(recipe, base) if start is None else start
+    artifacts = start_artifacts(recipe, base, chains) if start is None else start
     shared = _put_start(artifacts, store)
     measured = {record.origin: record.seconds for record in store.records()}
     planned = {}
@@ -128,12 +128,16 @@ def plan(
     return _estimated(planned, chains, artifacts)
 
 
-def start_artifacts(recipe: Recipe, base: Path) -> Outputs:
-    """What a chain begins with, its target aside."""
+def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
+    """What chains begin with, their targets aside: what is around the model only where a step reads it."""
     from intaglio.pipeline.checkpoint import Checkpoint
-    from intaglio.pipeline.keys import MODEL
+    from intaglio.pipeline.components import PipelineFolder
+    from intaglio.pipeline.keys import MODEL, PIPELINE
 
-    return {MODEL: Checkpoint.resolve(recipe.model, base)}
+    model = Checkpoint.resolve(recipe.model, base)
+    if not any(PIPELINE in step.requires for chain in chains for step in chain.steps):
+        return {MODEL: model}
+    return {MODEL: model, PIPELINE: PipelineFolder.around(model)}
 
 
 def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:

@@ -1,0 +1,156 @@
+"""A whole pipeline from a compiled folder: diffusers' own class around models that ONNX Runtime executes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from intaglio.exporters.runtime import check_others, check_shapes, defaults, load
+from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
+from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.nesting import flatten, nest
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class CompiledMethod:
+    """One method of a component, called as the original: what it was not compiled for is a CallError."""
+
+    def __init__(
+        self, name: str, graph: Graph, session: onnxruntime.InferenceSession, original: Callable[..., object], kind: Any
+    ) -> None:
+        self.name, self.graph = name, graph
+        self._session, self._kind = session, kind
+        self._compiled_with = defaults(original) | dict(flatten(graph.interface.constants))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. Raises CallError."""
+        arguments = self.graph.interface.arguments
+        if len(args) > len(arguments):
+            raise CallError(f"{self.name} called with {len(args)} arguments, but it takes {', '.join(arguments)}")
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        whole = given.pop("return_dict", True)
+        outputs = self._run(dict(flatten({n: v for n, v in given.items() if not is_generator(v)})))
+        if self._kind is None:
+            return tuple(outputs.values())
+        output = self._kind(**{name: _restored(value) for name, value in nest(outputs).items()})
+        return output.to_tuple() if whole is False else output
+
+    def _run(self, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        """The graph's outputs by flat name."""
+        specs = self.graph.inputs
+        if absent := [name for name in specs if given.get(name) is None]:
+            raise CallError(f"{self.name} called without {', '.join(absent)}, which it was compiled with")
+        tensors = {name: torch.as_tensor(given[name]).detach().cpu() for name in specs}
+        inputs = {n: v.to(getattr(torch, specs[n].dtype)).contiguous() for n, v in tensors.items()}
+        check_others(given, specs, self._compiled_with, self.name)
+        check_shapes(specs, inputs, self.name)
+        found = self._session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return {name: torch.from_numpy(y) for name, y in zip(self.graph.outputs, found, strict=True)}
+
+
+class CompiledComponent(nn.Module):
+    """A text encoder or an autoencoder whose methods ONNX Runtime executes; config and all else are the original's.
+
+    Its weights are nowhere: what was not compiled cannot be called, and says so.
+    """
+
+    def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
+        super().__init__()
+        self._name, self._methods = name, methods
+        self._original = (original,)  # in a tuple, as it is no submodule
+        for path, module in original.named_modules():
+            if path:
+                module.register_forward_pre_hook(_refusing(f"{name}.{path}", methods))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(self.__dict__["_original"][0], name)
+            return self._method(name) if name in METHODS else found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. Raises CallError."""
+        return self._method("forward")(*args, **kwargs)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        return self._methods.get(name) or _refusing(f"{self._name}.{name}", self._methods)
+
+
+def load_pipeline(
+    folder: str | Path, *, threads: int = 0, providers: Sequence[str] = (), **components: Any
+) -> Any:  # a diffusers pipeline
+    """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs.
+
+    No weights are read but those in the graphs. `threads`, `providers`: as of `load`. `components`: those that take the
+    place of the folder's own, such as another scheduler. Raises RecipeError where the folder holds no pipeline.
+    """
+    from intaglio.exporters._session import open_session
+
+    root = Path(folder)
+    if not (root / "pipeline" / INDEX).is_file():
+        raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
+    compiled = Components(root / "pipeline")
+    settings, returns = PipelineFolder(compiled.root), compiled.returns
+    made: dict[str, Any] = dict.fromkeys(settings.absent())
+    for name in settings.classes():
+        if name in components:
+            continue
+        if name == settings.denoiser:
+            made[name] = load(root, threads=threads, providers=providers)
+        elif name not in returns:
+            made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
+        else:
+            original = _without_weights(settings.component_class(name), compiled.root / name)
+            methods = {}
+            for method, kind in returns[name].items():
+                graph = Graph.load(compiled.root / name / method)
+                session = open_session(graph.path, threads=threads, providers=providers)
+                output = output_class(kind) if kind else None
+                methods[method] = CompiledMethod(f"{name}.{method}", graph, session, getattr(original, method), output)
+            made[name] = CompiledComponent(name, original, methods).eval()
+    return settings.kind()(**made | settings.settings() | components)
+
+
+def _without_weights(kind: Any, folder: Path) -> nn.Module:
+    """A model for its attributes, from its configuration alone."""
+    import accelerate
+
+    with accelerate.init_empty_weights():
+        if hasattr(kind, "config_class"):  # transformers
+            original = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        else:
+            original = kind.from_config(kind.load_config(folder, local_files_only=True))
+    return original.eval()  # type: ignore[no-any-return]  # classes of diffusers and transformers
+
+
+def _restored(value: Any) -> Any:
+    """A distribution of latents, where the value is the parameters of one."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution(value["parameters"]) if isinstance(value, dict) else value
+
+
+def _refusing(name: str, methods: Mapping[str, object]) -> Any:
+    """What is in the place of a function that was not compiled."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise CallError(f"{name} was not compiled, of its component only {', '.join(methods)}; its weights are nowhere")
+
+    return refuse

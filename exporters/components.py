@@ -1,0 +1,262 @@
+"""Export what is around the denoiser in a pipeline, text encoders and autoencoder, each in its own precision."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, JsonValue
+
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import RecipeError, StepFailed, TargetError, did_you_mean
+from intaglio.pipeline.graph import Graph, Interface
+from intaglio.pipeline.keys import COMPONENTS, MODEL, PIPELINE, TARGET
+from intaglio.pipeline.pass_base import Pass
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from intaglio.exporters._agreement import Expected
+    from intaglio.exporters._component_calls import MethodCalls
+    from intaglio.exporters._torch_export import Calls, Compute
+    from intaglio.pipeline.denoiser import Inputs
+    from intaglio.pipeline.quantized import QuantizedLayerData
+    from intaglio.pipeline.target import Target
+
+Precision: TypeAlias = Literal["float", "w4a16", "none"]
+
+PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
+"""What a pipeline draws where no call says more."""
+
+
+class ExportComponents(Pass):
+    """Each graph computes what torch does on the calls of a run of the pipeline, at any number of rows.
+
+    float is what the target computes in; w4a16 rounds the weights, and the graph computes what torch does with them so.
+    """
+
+    name: ClassVar[str] = "components"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PIPELINE, TARGET})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS})
+    random: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
+
+    precision: Mapping[str, Precision] = Field(
+        {}, description="by component: float, which others have, w4a16, or none, which leaves it out of the pipeline"
+    )
+    call: Mapping[str, JsonValue] = Field(
+        {}, description="what the pipeline is called with to see its models called; without `prompt`, two of ours"
+    )
+    other_call: Mapping[str, JsonValue] | None = Field(
+        None, description="what is another in a second call: axes that have another size there are dynamic"
+    )
+    image_to_image: bool = Field(False, description="also compile the encoder of what decodes the pictures")
+    groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+    opset: int = Field(21, ge=21, le=22, description="ONNX opset, as of export-float")
+
+    def check(self, target: Target) -> None:
+        """Raises TargetError for an opset that the target does not read."""
+        if self.opset > target.opset_max:
+            raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises StepFailed where a graph does not compute what torch does, RecipeError for what cannot be compiled."""
+        from torch import nn
+
+        from intaglio.exporters._component_calls import output_with
+        from intaglio.pipeline.components import Components
+
+        folder, target = state[PIPELINE], state[TARGET]
+        without = [name for name, precision in self.precision.items() if precision == "none"]
+        self._check_names(folder.classes(), folder.denoiser)
+        pipe = folder.open(state[MODEL].open().module, without)
+        models = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module) and n != folder.denoiser}
+        usual, other = self._recorded(pipe, models, state[MODEL].ref.sampling_steps, ctx)
+        del pipe
+        gc.collect()  # the denoiser
+        written, work = ctx.scratch / "pipeline", ctx.scratch / "work"
+        shutil.rmtree(written, ignore_errors=True)
+        returns: dict[str, dict[str, str]] = {}
+        with ctx.progress("components", len(usual)) as advance:
+            for name, module in models.items():
+                precision, integers = self.precision.get(name, "float"), {}
+                methods = [calls for calls in usual if calls.component == name]
+                kinds = {calls.method: _class_of(output_with(module, calls, calls.inputs[0])) for calls in methods}
+                if precision == "w4a16":
+                    integers = _round_weights(module, target, self.groups)
+                for calls in methods:
+                    shutil.rmtree(work, ignore_errors=True)
+                    work.mkdir()
+                    graph = self._graph(module, calls, other.get(calls.name), integers, target, work)
+                    place = written / name / calls.method
+                    place.mkdir(parents=True)
+                    graph.save(place)
+                    ctx.log.info("%s in %s, %.1f MB", calls.name, precision, graph.size_bytes / 1e6)
+                    advance()
+                returns[name] = kinds
+        return {COMPONENTS: Components.write(written, folder, returns, without)}
+
+    def _check_names(self, there: Mapping[str, object], denoiser: str) -> None:
+        """Raise RecipeError for precisions of what is no component, or the denoiser."""
+        problems = [
+            f"precision.{name}: the pipeline has no such component{did_you_mean(name, there)}"
+            for name in self.precision
+            if name not in there
+        ]
+        if denoiser in self.precision:
+            problems.append(f"precision.{denoiser}: the denoiser's precision is its plan's: leave it out here")
+        if problems:
+            raise RecipeError(*problems)
+
+    def _recorded(
+        self, pipe: Any, models: Mapping[str, nn.Module], steps: int, ctx: Context
+    ) -> tuple[list[MethodCalls], dict[str, MethodCalls]]:
+        """The calls of all methods, and those of the other call by name of method."""
+        import torch
+
+        from intaglio.exporters._component_calls import encode_calls, record_calls
+
+        def recorded(call: Mapping[str, JsonValue]) -> list[MethodCalls]:
+            parameters = inspect.signature(pipe.__call__).parameters
+            usual = {
+                "prompt": list(PROMPTS),
+                "num_inference_steps": steps,
+                "output_type": "pt",
+                "generator": ctx.torch_rng("call"),
+            }
+            given = {n: v for n, v in usual.items() if n in parameters} | dict(call)
+            needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+            if missing := [name for name in needed if name not in given]:
+                raise RecipeError(f"call: {type(pipe).__name__} also takes {', '.join(missing)}: give it here")
+            with torch.no_grad():
+                found = record_calls(pipe, models, given)
+                if self.image_to_image:
+                    decoders = [c for c in found if c.method == "decode" and hasattr(models[c.component], "encode")]
+                    found += [encode_calls(calls, models[calls.component]) for calls in decoders]
+            return found
+
+        usual = recorded(self.call)
+        called = {calls.component for calls in usual}
+        if idle := [name for name in models if name not in called]:
+            raise RecipeError(
+                *(f"{name} is never called: give a `call` that does, or leave it out: {name}: none" for name in idle)
+            )
+        other = {} if self.other_call is None else {c.name: c for c in recorded({**self.call, **self.other_call})}
+        return usual, other
+
+    def _graph(
+        self,
+        module: nn.Module,
+        calls: MethodCalls,
+        other: MethodCalls | None,
+        integers: Mapping[str, QuantizedLayerData],
+        target: Target,
+        work: Path,
+    ) -> Graph:
+        """One method's graph as the target executes it, held against torch."""
+        from intaglio.exporters._agreement import HALF_TOLERANCE, TOLERANCE, check_outputs, find_magnitudes
+        from intaglio.exporters._component_calls import compute_with
+        from intaglio.exporters._torch_export import Calls, write_graph
+        from intaglio.exporters.onnx_qdq import write_lowered
+        from intaglio.pipeline.quantized import Quantized
+
+        compute = compute_with(module, calls)
+        both = Calls(calls.inputs[0], None if other is None else other.inputs[0], calls.shared)
+        expected = list(_expected(compute, calls, both))
+        graph = write_graph(
+            work / "model.onnx",
+            module,
+            compute,
+            both,
+            tuple(expected[0].outputs),
+            opset=self.opset,
+            called=calls.name,
+        )
+        gc.collect()  # the wrapped module is in a cycle
+        graph = replace(graph, interface=Interface(arguments=calls.arguments, constants=calls.constants))
+        check_outputs(graph.path, expected, TOLERANCE)
+        half = target.float_type == "float16"
+        if not half and not integers:
+            return graph
+        if half:
+            graph = replace(graph, amax=find_magnitudes(graph.path, _every_row(compute, calls), TOLERANCE))
+        there = Quantized((), {name: data for name, data in integers.items() if name in graph.nodes})
+        (work / "lowered").mkdir()
+        lowered = write_lowered(work / "lowered" / "model.onnx", graph, there, target)
+        check_outputs(lowered.path, expected, HALF_TOLERANCE if half else TOLERANCE)
+        return lowered
+
+
+def _class_of(output: Any) -> str:
+    """`module:name`, or nothing for a tuple or a tensor."""
+    return f"{type(output).__module__}:{type(output).__name__}" if isinstance(output, Mapping) else ""
+
+
+def _expected(compute: Compute, calls: MethodCalls, both: Calls) -> Iterator[Expected]:
+    """What torch returns for one row, for two, and at the other size."""
+    yield _called(compute, f"{calls.name} at 1 row", both.with_rows(both.usual, 1))
+    yield _called(compute, f"{calls.name} at 2 rows", both.with_rows(both.usual, 2))
+    if both.other is not None:
+        yield _called(compute, f"{calls.name} at the other size", both.other)
+
+
+def _every_row(compute: Compute, calls: MethodCalls) -> Iterator[Expected]:
+    """What torch returns for each recorded row alone."""
+    for inputs in calls.inputs:
+        for row in range(max(len(v) for n, v in inputs.items() if n not in calls.shared)):
+            alone = {name: value if name in calls.shared else value[[row]] for name, value in inputs.items()}
+            yield _called(compute, f"{calls.name} at 1 row", alone)
+
+
+def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
+    """What torch returns. Raises StepFailed where that is NaN, or one number everywhere, such as a black picture."""
+    import torch
+
+    from intaglio.exporters._agreement import Expected
+
+    with torch.no_grad():
+        outputs = compute(inputs)
+    for name, value in outputs.items():
+        if not value.is_floating_point() or value.numel() < 2:
+            continue
+        if not value.isfinite().all():
+            raise StepFailed(f"{where} torch itself returns {name} with NaN or Inf")
+        if value.min() == value.max():
+            raise StepFailed(f"{where} torch itself returns {name} that is {float(value.min()):g} everywhere")
+    return Expected(where, inputs, outputs)
+
+
+def _round_weights(module: nn.Module, target: Target, groups: tuple[int, ...]) -> dict[str, QuantizedLayerData]:
+    """Round the weights that the target has in w4a16, and tables of embeddings to float16. Changes `module`."""
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.checkpoint import layer_table
+    from intaglio.pipeline.plan import illegal, structural_schemes
+    from intaglio.pipeline.quant import affine
+    from intaglio.pipeline.quant.spec import IntWeight
+    from intaglio.pipeline.quantized import QuantizedLayerData
+
+    rounded = {}
+    with torch.no_grad():
+        for layer in layer_table(module):
+            *_, scheme = structural_schemes(layer, groups, ("w4a16",))
+            form, weight = scheme.weight, module.get_submodule(layer.name).get_parameter("weight")
+            if not isinstance(form, IntWeight) or illegal(layer, scheme, target) is not None:
+                continue
+            w_NK = weight.flatten(1)
+            scale_NG, _ = affine.fit(w_NK, form)
+            codes = affine.quantize(w_NK, scale_NG, form)
+            weight.copy_(affine.dequantize(codes, scale_NG, form).reshape(weight.shape))
+            rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG, None)
+        for table in module.modules():
+            if isinstance(table, nn.Embedding):
+                table.weight.copy_(affine.half_table(table.weight))
+    return rounded

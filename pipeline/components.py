@@ -1,0 +1,168 @@
+"""A whole pipeline: the folder of its models and settings, and what the models around the denoiser were compiled to."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
+from intaglio.pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
+METHODS = ("forward", "encode", "decode")
+"""What pipelines call of their models."""
+FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.py")
+"""Files of a model that are not read."""
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *FOREIGN)
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A diffusers pipeline as `save_pretrained` writes it, but for its denoiser, which is the MODEL."""
+
+    root: Path
+
+    @classmethod
+    def around(cls, model: Checkpoint) -> PipelineFolder:
+        """The folder that the model is in. Raises RecipeError where that is no pipeline's."""
+        if model.entry or not (model.root / INDEX).is_file():
+            raise RecipeError(
+                f"model: {model.ref.path} has no {INDEX}: only a whole pipeline, as diffusers' save_pretrained"
+                " writes it, has components to compile"
+            )
+        return cls(model.root)
+
+    def save(self, root: Path) -> None:
+        """Copy the index and the folders of all components but the denoiser."""
+        keep = shutil.ignore_patterns(*FOREIGN)
+        shutil.copy(self.root / INDEX, root / INDEX)
+        for name in self.classes():
+            if name != self.denoiser and (self.root / name).is_dir():
+                shutil.copytree(self.root / name, root / name, ignore=keep)
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(root)
+
+    def classes(self) -> dict[str, tuple[str, str]]:
+        """By component that is there, its library and its class in it."""
+        return {
+            name: (value[0], value[1])
+            for name, value in self.index().items()
+            if isinstance(value, list) and value[0] is not None
+        }
+
+    def absent(self) -> list[str]:
+        """Components that the pipeline does without."""
+        return [name for name, value in self.index().items() if isinstance(value, list) and value[0] is None]
+
+    def settings(self) -> dict[str, object]:
+        """What the pipeline is made with beside its components."""
+        return {n: v for n, v in self.index().items() if not n.startswith("_") and not isinstance(v, list)}
+
+    @property
+    def denoiser(self) -> str:
+        """The component that is the denoiser."""
+        return next(name for name in DENOISER_FOLDERS if name in self.classes())
+
+    def kind(self) -> Any:
+        """The pipeline's class. Raises RecipeError where diffusers has none of its name."""
+        return _named("diffusers", str(self.index()["_class_name"]))
+
+    def component_class(self, name: str) -> Any:
+        """Raises RecipeError where the class is not installed."""
+        library, kind = self.classes()[name]
+        return _named(library, kind)
+
+    def open(self, denoiser: nn.Module, without: Collection[str]) -> Any:
+        """The pipeline in torch and float32, these components left out."""
+        import torch
+
+        given = {self.denoiser: denoiser, **dict.fromkeys(without)}
+        pipe = self.kind().from_pretrained(
+            self.root, **given, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def index(self) -> dict[str, Any]:
+        """What the pipeline is made of."""
+        index: dict[str, Any] = json.loads((self.root / INDEX).read_text(encoding="utf-8"))
+        return index
+
+
+@dataclass(frozen=True)
+class Components:
+    """The folder `pipeline` of a compiled one: a pipeline's without weights, and graphs in their place.
+
+    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what class each
+    method's output has.
+    """
+
+    root: Path
+
+    def save(self, root: Path) -> None:
+        """Copy it."""
+        shutil.copytree(self.root, root / "pipeline")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(root / "pipeline")
+
+    @classmethod
+    def write(
+        cls, root: Path, folder: PipelineFolder, returns: Mapping[str, Mapping[str, str]], without: Collection[str]
+    ) -> Self:
+        """Into the folder with the graphs, what is needed beside them: every file but weights. Changes the folder."""
+        keep = shutil.ignore_patterns(*WEIGHTS)
+        for name in folder.classes():
+            if (folder.root / name).is_dir() and name not in (folder.denoiser, *without):
+                shutil.copytree(folder.root / name, root / name, ignore=keep, dirs_exist_ok=True)
+        index = folder.index() | {name: [None, None] for name in without}
+        (root / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (root / "components.json").write_text(json.dumps(returns, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        return cls(root)
+
+    @property
+    def returns(self) -> dict[str, dict[str, str]]:
+        """By component and method that are compiled, the class of the output: `module:name`, or nothing for a tuple."""
+        found: dict[str, dict[str, str]] = json.loads((self.root / "components.json").read_text(encoding="utf-8"))
+        return found
+
+
+def _named(library: str, kind: str) -> Any:
+    """A class by the name that an index has for it: a pipeline's own models are in a module of the pipeline's name."""
+    module = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+    try:
+        return getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as e:
+        raise RecipeError(f"model: {INDEX} names {kind} of {library}, which is not installed here: {e}") from e
+
+
+def output_class(returns: str) -> Any:
+    """The class that `module:name` is. Raises RecipeError where it is not installed, or of no library of models."""
+    module, _, name = returns.partition(":")
+    try:
+        if module.partition(".")[0] not in LIBRARIES:
+            raise ImportError(f"only {' and '.join(LIBRARIES)} have outputs")
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise RecipeError(f"compiled with outputs of the class {returns}, which is not here: {e}") from e
+
+
+def is_generator(value: object) -> bool:
+    """One of torch, or a list of them: nothing is drawn in a graph."""
+    import torch
+
+    return isinstance(value, torch.Generator) or (isinstance(value, list) and any(map(is_generator, value)))

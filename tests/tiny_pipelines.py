@@ -1,0 +1,146 @@
+"""Whole pipelines of diffusers around tiny models with random weights, text encoders and tokenizers among them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import tiny_families
+import torch
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel
+
+LENGTH = 8
+"""Tokens of a text."""
+
+
+def clip_tokenizer() -> transformers.CLIPTokenizer:
+    """One token a letter."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: place for place, token in enumerate(tokens)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=LENGTH)
+
+
+def t5_tokenizer() -> transformers.T5Tokenizer:
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -5.0)]
+    pieces = [*special, *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+
+
+def clip(projection: int | None = None, width: int = 64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=width,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        projection_dim=projection or 64,
+        bos_token_id=512,
+        eos_token_id=513,
+    )
+    kind = transformers.CLIPTextModel if projection is None else transformers.CLIPTextModelWithProjection
+    return kind(config).eval()
+
+
+def t5() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=29, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2)
+    return transformers.T5EncoderModel(config).eval()
+
+
+def vae(channels: int = 4, quant_conv: bool = True) -> diffusers.AutoencoderKL:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        latent_channels=channels,
+        sample_size=16,
+        use_quant_conv=quant_conv,
+        use_post_quant_conv=quant_conv,
+    ).eval()
+
+
+def sd() -> diffusers.StableDiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=tiny_families.sd15().module,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl() -> diffusers.StableDiffusionXLPipeline:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(width=32),
+        text_encoder_2=clip(64, width=32),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=tiny_families.sdxl().module,
+        scheduler=diffusers.EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+
+
+def pixart() -> diffusers.PixArtAlphaPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        cross_attention_dim=64,
+        sample_size=8,
+        caption_channels=64,
+        use_additional_conditions=False,
+    )
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5(),
+        vae=vae(),
+        transformer=transformer.eval(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def sd3() -> diffusers.StableDiffusion3Pipeline:
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=tiny_families.sd3().module,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(16, quant_conv=False),
+        text_encoder=clip(32, width=32),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(32, width=32),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux() -> diffusers.FluxPipeline:
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae(16, quant_conv=False),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=tiny_families.flux().module,
+    )
+
+
+CALLS: dict[Callable[[], Any], dict[str, Any]] = {
+    sd: {"height": 16, "width": 16},
+    sdxl: {"height": 16, "width": 16},
+    pixart: {"height": 16, "width": 16, "use_resolution_binning": False, "max_sequence_length": LENGTH},
+    sd3: {"height": 16, "width": 16, "max_sequence_length": LENGTH},
+    flux: {"height": 16, "width": 16, "max_sequence_length": LENGTH},
+}
+"""What else each is called with."""
