@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,9 @@ def load_pipeline(
                 output = output_class(kind) if kind else None
                 methods[method] = CompiledMethod(f"{name}.{method}", graph, session, getattr(original, method), output)
             made[name] = CompiledComponent(name, original, methods).eval()
-    return settings.kind()(**made | settings.settings() | components)
+    kind = settings.kind()
+    taken = inspect.signature(kind).parameters
+    return kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:

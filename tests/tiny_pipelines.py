@@ -27,13 +27,13 @@ def t5_tokenizer() -> transformers.T5Tokenizer:
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
 
 
-def clip(projection: int | None = None, width: int = 64) -> torch.nn.Module:
+def clip(projection: int | None = None, width: int = 64, layers: int = 1) -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
         vocab_size=514,
         hidden_size=width,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
         projection_dim=projection or 64,
@@ -46,30 +46,48 @@ def clip(projection: int | None = None, width: int = 64) -> torch.nn.Module:
 
 def t5() -> torch.nn.Module:
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=29, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2)
+    config = transformers.T5Config(vocab_size=29, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
     return transformers.T5EncoderModel(config).eval()
 
 
 def vae(channels: int = 4, quant_conv: bool = True) -> diffusers.AutoencoderKL:
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32,),
         norm_num_groups=8,
         latent_channels=channels,
-        sample_size=16,
+        shift_factor=0.1,
+        sample_size=8,
         use_quant_conv=quant_conv,
         use_post_quant_conv=quant_conv,
     ).eval()
 
 
+def small_vae() -> diffusers.AutoencoderTiny:
+    torch.manual_seed(0)
+    widths = {f"{part}_block_out_channels": (32,) for part in ("encoder", "decoder")}
+    counts = {f"num_{part}_blocks": (1,) for part in ("encoder", "decoder")}
+    return diffusers.AutoencoderTiny(**widths, **counts).eval()
+
+
 def sd() -> diffusers.StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
     return diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(),
         tokenizer=clip_tokenizer(),
-        unet=tiny_families.sd15().module,
+        unet=unet.eval(),
         scheduler=diffusers.DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -80,7 +98,7 @@ def sd() -> diffusers.StableDiffusionPipeline:
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
     return diffusers.StableDiffusionXLPipeline(
         vae=vae(),
-        text_encoder=clip(width=32),
+        text_encoder=clip(width=32, layers=2),
         text_encoder_2=clip(64, width=32),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
@@ -104,7 +122,7 @@ def pixart() -> diffusers.PixArtAlphaPipeline:
     return diffusers.PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5(),
-        vae=vae(),
+        vae=small_vae(),
         transformer=transformer.eval(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
@@ -137,10 +155,10 @@ def flux() -> diffusers.FluxPipeline:
 
 
 CALLS: dict[Callable[[], Any], dict[str, Any]] = {
-    sd: {"height": 16, "width": 16},
-    sdxl: {"height": 16, "width": 16},
-    pixart: {"height": 16, "width": 16, "use_resolution_binning": False, "max_sequence_length": LENGTH},
+    sd: {"height": 8, "width": 8},
+    sdxl: {"height": 8, "width": 8},
+    pixart: {"height": 8, "width": 8, "use_resolution_binning": False, "max_sequence_length": LENGTH},
     sd3: {"height": 16, "width": 16, "max_sequence_length": LENGTH},
-    flux: {"height": 16, "width": 16, "max_sequence_length": LENGTH},
+    flux: {"height": 8, "width": 8, "max_sequence_length": LENGTH},
 }
 """What else each is called with."""

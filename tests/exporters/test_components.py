@@ -1,0 +1,221 @@
+"""Whole pipelines draw with compiled models what they draw with their own."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnx
+import pytest
+import tiny_pipelines
+import torch
+from harness import Artifacts, run_pass
+from numpy.typing import NDArray
+from quantizing import with_plan
+
+import intaglio
+from intaglio.exporters.components import ExportComponents
+from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.passes.calibrate import Calibrate
+from intaglio.pipeline import Recipe
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.components import PipelineFolder
+from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
+from intaglio.pipeline.keys import COMPONENTS, FLOAT_GRAPH, GRAPH, MODEL, PIPELINE, TARGET
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
+from intaglio.pipeline.record import record
+from intaglio.pipeline.runner import plan
+from intaglio.pipeline.target import load_target
+
+STEPS = 2
+PROMPT = ["a boat", "the sea"]
+
+
+def start(make: Callable[[], Any], folder: Path, target: str = "onnxruntime-cpu") -> tuple[Any, Artifacts]:
+    """A pipeline, and what the step reads of its folder: a stored copy, so that nothing else is read."""
+    pipe = make()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "model")
+    call = tiny_pipelines.CALLS[make] | {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "latent"}
+    record(pipe, call | {"guidance_scale": 1.0}).save(folder / "conditions.safetensors")
+    ref = ModelRef(path="model", sampling_steps=STEPS, conditions="conditions.safetensors")
+    model = Checkpoint.resolve(ref, folder)
+    (folder / "stored").mkdir()
+    PipelineFolder.around(model).save(folder / "stored")
+    return pipe, {MODEL: model, PIPELINE: PipelineFolder(folder / "stored"), TARGET: load_target(target)}
+
+
+def compiled(make: Callable[[], Any], artifacts: Artifacts, folder: Path, **options: Any) -> Path:
+    """The folder that the step's artifact is published to."""
+    step = ExportComponents(**{"call": tiny_pipelines.CALLS[make]} | options)
+    made = run_pass(step, artifacts, folder / "scratch")[COMPONENTS]
+    (folder / "out").mkdir()
+    made.save(folder / "out")
+    return folder / "out"
+
+
+def drawn(pipe: Any, make: Callable[[], Any], **call: Any) -> NDArray[np.float32]:
+    pipe.set_progress_bar_config(disable=True)
+    usual = tiny_pipelines.CALLS[make] | {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "np"}
+    return pipe(**usual | call, generator=torch.Generator().manual_seed(0)).images
+
+
+def redrawn(pipe: Any, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Image to image, by the class that diffusers has for it."""
+    other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    call = {"prompt": PROMPT, "image": pictures, "strength": 1.0, "num_inference_steps": STEPS, "output_type": "np"}
+    return other(**call, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifacts, Path]:
+    """Stable Diffusion, what it is compiled from, and its folder: all components in float, the denoiser in W8A8."""
+    folder = tmp_path_factory.mktemp("sd")
+    pipe, artifacts = start(tiny_pipelines.sd, folder)
+    out = compiled(tiny_pipelines.sd, artifacts, folder, image_to_image=True)
+    artifacts |= run_pass(Calibrate(samples=2), artifacts, folder / "calibrate")
+    artifacts |= run_pass(ExportFloat(), artifacts, folder / "export")
+    (folder / "float").mkdir()
+    artifacts[FLOAT_GRAPH].save(folder / "float")
+    artifacts = with_plan(artifacts, lambda layer: W8A8_TOKEN if layer.op == "linear" else FLOAT)
+    run_pass(ExportQdq(), artifacts, folder / "qdq")[GRAPH].save(out)
+    return pipe, artifacts, out
+
+
+def test_a_folder_is_a_pipeline_that_draws_the_same(sd):
+    pipe, _, out = sd
+    expected = drawn(pipe, tiny_pipelines.sd)
+    made = intaglio.load_pipeline(out, threads=1, unet=intaglio.load(out.parent / "float", threads=1))
+    assert type(made) is diffusers.StableDiffusionPipeline
+    models = [part for part in made.components.values() if isinstance(part, torch.nn.Module)]
+    assert len(models) == 3
+    assert not [parameter for model in models for parameter in model.parameters()]
+    found = drawn(made, tiny_pipelines.sd)
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # some times the order of float32 sums
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(redrawn(made, expected), redrawn(pipe, expected), atol=1e-4)
+    one = {"prompt": "a", "guidance_scale": 1.0}  # another number of rows
+    np.testing.assert_allclose(drawn(made, tiny_pipelines.sd, **one), drawn(pipe, tiny_pipelines.sd, **one), atol=1e-4)
+
+
+def test_its_quantized_denoiser_draws_nearly_the_same(sd):
+    pipe, _, out = sd
+    error = drawn(intaglio.load_pipeline(out, threads=1), tiny_pipelines.sd) - drawn(pipe, tiny_pipelines.sd)
+    assert 30 < -10 * np.log10(np.square(error).mean()) < 80  # dB, and not the graph in float
+
+
+def test_what_was_not_compiled_is_refused(sd):
+    pipe = intaglio.load_pipeline(sd[2], threads=1)
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS, "height": 8, "width": 8}
+    with pytest.raises(CallError, match=r"text_encoder.forward called with output_hidden_states = True, but compiled"):
+        pipe(**call, clip_skip=1)
+    with pytest.raises(CallError, match=r"vae.decode: z has 16 at axis 3, but 8 is taken"):
+        pipe.vae.decode(torch.zeros(1, 4, 8, 16))
+    with pytest.raises(CallError, match=r"text_encoder.final_layer_norm was not compiled, of its component only for"):
+        pipe.text_encoder.final_layer_norm(torch.zeros(1, 8, 64))
+    with pytest.raises(CallError, match=r"vae.forward was not compiled, of its component only decode, encode"):
+        pipe.vae(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(CallError, match=r"vae.decode called without z"):
+        pipe.vae.decode()
+
+
+def test_attributes_and_outputs_are_the_originals(sd):
+    pipe, _, out = sd
+    made = intaglio.load_pipeline(out, threads=1)
+    assert made.vae.config.scaling_factor == pipe.vae.config.scaling_factor
+    assert (made.vae.dtype, made.vae.device) == (torch.float32, torch.device("cpu"))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = pipe.text_encoder(ids)
+    found = made.text_encoder(ids)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output)
+    assert isinstance(made.text_encoder(ids, return_dict=False), tuple)
+
+
+def test_hidden_states_of_several_text_encoders_are_there(tmp_path):
+    make = tiny_pipelines.sdxl
+    pipe, artifacts = start(make, tmp_path)
+    latent = {"height": 64, "width": 64, "output_type": "latent"}  # without its own, it takes an autoencoder by 8
+    out = compiled(make, artifacts, tmp_path, precision={"vae": "none"}, call=latent)
+    made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet, vae=pipe.vae)
+    np.testing.assert_allclose(drawn(made, make), drawn(pipe, make), atol=1e-4)
+
+
+def test_precisions_are_by_component_and_half_is_as_near_as_it_says(tmp_path):
+    make = tiny_pipelines.pixart
+    pipe, artifacts = start(make, tmp_path, "tensorrt-rtx")
+    out = compiled(make, artifacts, tmp_path, precision={"text_encoder": "w4a16"}, other_call={"height": 16})
+    graphs = {n: onnx.load(out / "pipeline" / n / "model.onnx") for n in ("text_encoder/forward", "vae/decode")}
+    types = {n: {t.data_type for t in graph.graph.initializer} for n, graph in graphs.items()}
+    assert onnx.TensorProto.INT4 in types["text_encoder/forward"]
+    assert onnx.TensorProto.INT4 not in types["vae/decode"]
+    assert onnx.TensorProto.FLOAT16 in types["vae/decode"]
+    made = intaglio.load_pipeline(out, threads=1, transformer=pipe.transformer)
+    latents = torch.randn(3, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    for z in (latents, latents[:, :, :8]):  # both sizes, another number of rows
+        with torch.no_grad():
+            expected = pipe.vae.decode(z).sample
+        found = made.vae.decode(z).sample
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 5e-3
+    inputs = {"input_ids": torch.arange(3, 19).reshape(2, 8), "attention_mask": torch.ones(2, 8)}
+    with torch.no_grad():
+        (expected,) = pipe.text_encoder(**inputs).values()
+    (found,) = made.text_encoder(**inputs).values()
+    error = float((found - expected).norm() / expected.norm())
+    assert 0.01 < error < 0.3  # 4 bits, of random weights
+
+
+def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
+    make, artifacts = tiny_pipelines.sd, sd[1]
+
+    call = tiny_pipelines.CALLS[make]
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(RecipeError, match=message):
+            run_pass(ExportComponents(**{"call": call} | options), artifacts, tmp_path / "scratch")
+
+    refused("text_encoders: the pipeline has no such component: did you mean", precision={"text_encoders": "float"})
+    refused("precision.unet: the denoiser's precision is its plan's", precision={"unet": "float"})
+    refused("vae is never called: give a `call` that does, or", call=call | {"output_type": "latent"})
+
+
+def test_a_black_picture_is_refused(sd, tmp_path):
+    make, artifacts = tiny_pipelines.sd, sd[1]
+    shutil.copytree(artifacts[PIPELINE].root, tmp_path / "stored")
+    artifacts = artifacts | {PIPELINE: PipelineFolder(tmp_path / "stored")}
+    vae = tiny_pipelines.vae()
+    for value, message in ((0.0, "sample that is 0 everywhere"), (float("nan"), "sample with NaN or Inf")):
+        with torch.no_grad():
+            vae.decoder.conv_out.weight.zero_()
+            vae.decoder.conv_out.bias.fill_(value)
+        vae.save_pretrained(tmp_path / "stored/vae")
+        with pytest.raises(StepFailed, match=f"vae.decode at 1 row torch itself returns {message}"):
+            run_pass(ExportComponents(call=tiny_pipelines.CALLS[make]), artifacts, tmp_path / "scratch")
+
+
+def test_a_recipe_reads_what_is_around_the_model_only_where_a_step_does(sd, store):
+    folder = sd[1][MODEL].root.parent
+    recipe = Recipe(
+        model=sd[1][MODEL].ref,
+        targets=("onnxruntime-cpu",),
+        steps=("intaglio.exporters.components:ExportComponents",),
+    )
+    (planned,) = plan(recipe, store, base=folder)["onnxruntime-cpu"]
+    assert planned.status == "runs"
+    stored = {path.name for path in (store.root / "objects").glob("*/*")}
+    assert {"model_index.json", "text_encoder", "tokenizer", "vae"} <= stored
+    assert "unet" not in stored  # it is in the model
+
+
+def test_only_a_whole_pipeline_has_components(tmp_path):
+    tiny_pipelines.vae().save_pretrained(tmp_path / "model/unet")
+    with pytest.raises(RecipeError, match=r"model: model has no model_index.json: only a whole pipeline"):
+        PipelineFolder.around(Checkpoint.resolve(ModelRef(path="model"), tmp_path))
+    with pytest.raises(RecipeError, match=r"no pipeline/model_index.json: compile a whole pipeline with the step"):
+        intaglio.load_pipeline(tmp_path)
