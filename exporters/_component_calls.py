@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from intaglio.pipeline.components import METHODS, is_generator
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.nesting import flatten, in_order, nest
+from intaglio.pipeline.record import as_constant
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,8 +134,9 @@ def _method_calls(module: nn.Module, name: str, method: str, seen: list[dict[str
     for given in seen:
         tensors = {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
         inputs.append({n: tensors[n].detach().clone() for n in in_order(tensors, arguments)})
-        others = {n: v for n, v in given.items() if n not in tensors and n != "return_dict" and not is_generator(v)}
-        constants.append({n: v for n, v in others.items() if v is not None})
+        others = {n: v for n, v in given.items() if n not in tensors and v is not None and not is_generator(v)}
+        others.pop("return_dict", None)
+        constants.append({n: as_constant(f"{n} of {name}.{method}", v) for n, v in others.items()})
     ways = {f"{', '.join(call)} and {fixed}" for call, fixed in zip(inputs, constants, strict=True)}
     if len(ways) > 1:
         raise StepFailed(

@@ -179,7 +179,7 @@ def _divide(
         if name in (sample_name, "timestep", "return_dict") or first is None:
             continue
         if not isinstance(first, torch.Tensor):
-            constants[name] = _constant(name, first)
+            constants[name] = as_constant(name, first)
         elif name in shared or first.ndim == 0 or len(first) != len(calls[0][sample_name]):
             common[name] = _kept(first)
         else:
@@ -193,7 +193,8 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
     return kept.float() if kept.is_floating_point() else kept
 
 
-def _constant(name: str, value: object) -> object:
+def as_constant(name: str, value: object) -> object:
+    """What JSON makes of it. Raises RecipeError for what it cannot hold."""
     try:
         return json.loads(json.dumps(value))
     except TypeError as e:

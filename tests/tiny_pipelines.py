@@ -78,7 +78,7 @@ def sd() -> diffusers.StableDiffusionPipeline:
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
+        up_block_types=("UpBlock2D",),
         cross_attention_dim=64,
         attention_head_dim=4,
         norm_num_groups=8,

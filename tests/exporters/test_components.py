@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from quantizing import with_plan
 
 import intaglio
+from intaglio.exporters._component_calls import record_calls
 from intaglio.exporters.components import ExportComponents
 from intaglio.exporters.onnx_float import ExportFloat
 from intaglio.exporters.onnx_qdq import ExportQdq
@@ -197,6 +198,27 @@ def test_a_black_picture_is_refused(sd, tmp_path):
         vae.save_pretrained(tmp_path / "stored/vae")
         with pytest.raises(StepFailed, match=f"vae.decode at 1 row torch itself returns {message}"):
             run_pass(ExportComponents(call=tiny_pipelines.CALLS[make]), artifacts, tmp_path / "scratch")
+
+
+class Part(torch.nn.Module):
+    """A component that takes anything."""
+
+    def forward(self, x, y=None):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ([{"x": torch.ones(1), "y": 1}, {"x": torch.ones(1)}], "part.forward is called in 2 ways, but one can be comp"),
+        ([{"x": torch.ones(1), "y": np.ones(1)}], "y of part.forward is a ndarray: only numbers, texts and their list"),
+    ],
+)
+def test_a_component_is_called_in_one_way_with_what_a_graph_can_take(calls, message):
+    part = Part()
+    with pytest.raises((RecipeError, StepFailed), match=message):
+        record_calls(lambda: [part(**call) for call in calls], {"part": part}, {})
+    assert "forward" not in part.__dict__  # as it was
 
 
 def test_a_recipe_reads_what_is_around_the_model_only_where_a_step_does(sd, store):
