@@ -63,11 +63,11 @@ def vae(channels: int = 4, quant_conv: bool = True) -> diffusers.AutoencoderKL:
     ).eval()
 
 
-def small_vae() -> diffusers.AutoencoderTiny:
+def small_vae(channels: int) -> diffusers.AutoencoderTiny:
     torch.manual_seed(0)
     widths = {f"{part}_block_out_channels": (32,) for part in ("encoder", "decoder")}
     counts = {f"num_{part}_blocks": (1,) for part in ("encoder", "decoder")}
-    return diffusers.AutoencoderTiny(**widths, **counts).eval()
+    return diffusers.AutoencoderTiny(**widths, **counts, latent_channels=channels).eval()
 
 
 def sd() -> diffusers.StableDiffusionPipeline:
@@ -122,7 +122,7 @@ def pixart() -> diffusers.PixArtAlphaPipeline:
     return diffusers.PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5(),
-        vae=small_vae(),
+        vae=small_vae(4),
         transformer=transformer.eval(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )

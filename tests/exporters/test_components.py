@@ -18,14 +18,12 @@ from quantizing import with_plan
 import intaglio
 from intaglio.exporters._component_calls import record_calls
 from intaglio.exporters.components import ExportComponents
-from intaglio.exporters.onnx_float import ExportFloat
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
-from intaglio.pipeline.keys import COMPONENTS, FLOAT_GRAPH, GRAPH, MODEL, PIPELINE, TARGET
+from intaglio.pipeline.keys import COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.record import record
 from intaglio.pipeline.runner import plan
@@ -35,7 +33,7 @@ STEPS = 2
 PROMPT = ["a boat", "the sea"]
 
 
-def start(make: Callable[[], Any], folder: Path, target: str = "onnxruntime-cpu") -> tuple[Any, Artifacts]:
+def start(make: Callable[[], Any], folder: Path) -> tuple[Any, Artifacts]:
     """A pipeline, and what the step reads of its folder: a stored copy, so that nothing else is read."""
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
@@ -46,7 +44,7 @@ def start(make: Callable[[], Any], folder: Path, target: str = "onnxruntime-cpu"
     model = Checkpoint.resolve(ref, folder)
     (folder / "stored").mkdir()
     PipelineFolder.around(model).save(folder / "stored")
-    return pipe, {MODEL: model, PIPELINE: PipelineFolder(folder / "stored"), TARGET: load_target(target)}
+    return pipe, {MODEL: model, PIPELINE: PipelineFolder(folder / "stored"), TARGET: load_target("onnxruntime-cpu")}
 
 
 def compiled(make: Callable[[], Any], artifacts: Artifacts, folder: Path, **options: Any) -> Path:
@@ -74,27 +72,18 @@ def redrawn(pipe: Any, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Artifacts, Path]:
-    """Stable Diffusion, what it is compiled from, and its folder: all components in float, the denoiser in W8A8."""
+    """Stable Diffusion, what it is compiled from, and its folder, all components in float."""
     folder = tmp_path_factory.mktemp("sd")
     pipe, artifacts = start(tiny_pipelines.sd, folder)
-    out = compiled(tiny_pipelines.sd, artifacts, folder, image_to_image=True)
-    artifacts |= run_pass(Calibrate(samples=2), artifacts, folder / "calibrate")
-    artifacts |= run_pass(ExportFloat(), artifacts, folder / "export")
-    (folder / "float").mkdir()
-    artifacts[FLOAT_GRAPH].save(folder / "float")
-    artifacts = with_plan(artifacts, lambda layer: W8A8_TOKEN if layer.op == "linear" else FLOAT)
-    run_pass(ExportQdq(), artifacts, folder / "qdq")[GRAPH].save(out)
-    return pipe, artifacts, out
+    return pipe, artifacts, compiled(tiny_pipelines.sd, artifacts, folder, image_to_image=True)
 
 
 def test_a_folder_is_a_pipeline_that_draws_the_same(sd):
     pipe, _, out = sd
     expected = drawn(pipe, tiny_pipelines.sd)
-    made = intaglio.load_pipeline(out, threads=1, unet=intaglio.load(out.parent / "float", threads=1))
+    made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet)
     assert type(made) is diffusers.StableDiffusionPipeline
-    models = [part for part in made.components.values() if isinstance(part, torch.nn.Module)]
-    assert len(models) == 3
-    assert not [parameter for model in models for parameter in model.parameters()]
+    assert not [*made.vae.parameters(), *made.text_encoder.parameters()]
     found = drawn(made, tiny_pipelines.sd)
     np.testing.assert_allclose(found, expected, atol=1e-4)  # some times the order of float32 sums
     assert expected.std() > 0.1
@@ -103,14 +92,37 @@ def test_a_folder_is_a_pipeline_that_draws_the_same(sd):
     np.testing.assert_allclose(drawn(made, tiny_pipelines.sd, **one), drawn(pipe, tiny_pipelines.sd, **one), atol=1e-4)
 
 
-def test_its_quantized_denoiser_draws_nearly_the_same(sd):
-    pipe, _, out = sd
-    error = drawn(intaglio.load_pipeline(out, threads=1), tiny_pipelines.sd) - drawn(pipe, tiny_pipelines.sd)
-    assert 30 < -10 * np.log10(np.square(error).mean()) < 80  # dB, and not the graph in float
+def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
+    model = dit[MODEL].open()
+    pipe = diffusers.DiTPipeline(model.module, tiny_pipelines.small_vae(3), model.scheduler)
+    pipe.save_pretrained(tmp_path / "model")
+    folder = PipelineFolder.around(Checkpoint.resolve(ModelRef(path="model"), tmp_path))
+    artifacts = dit | {PIPELINE: folder, TARGET: load_target("tensorrt-rtx")}
+    with pytest.raises(RecipeError, match="call: DiTPipeline also takes class_labels: give it here"):
+        run_pass(ExportComponents(), artifacts, tmp_path / "scratch")
+    call = {"class_labels": [1, 2], "guidance_scale": 1.0}
+    made = run_pass(ExportComponents(call=call), artifacts, tmp_path / "scratch")[COMPONENTS]
+    quantized = with_plan(artifacts, lambda layer: W8A8_TOKEN if layer.op == "linear" else FLOAT)
+    graph = run_pass(ExportQdq(), quantized, tmp_path / "qdq")[GRAPH]
+    (tmp_path / "out").mkdir()
+    for artifact in (made, graph):
+        artifact.save(tmp_path / "out")
+    loaded = intaglio.load_pipeline(tmp_path / "out", threads=1)
+    found, expected = (
+        each(**call, num_inference_steps=STEPS, output_type="np", generator=torch.Generator().manual_seed(0)).images
+        for each in (loaded, pipe)
+    )
+    assert 30 < -10 * np.log10(np.square(found - expected).mean()) < 80  # dB, and not the graph in float
+    latents = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = pipe.vae.decode(latents).sample
+    found = loaded.vae.decode(latents).sample
+    assert found.dtype == torch.float32
+    assert 1e-5 < float((found - expected).norm() / expected.norm()) < 5e-3  # float16
 
 
 def test_what_was_not_compiled_is_refused(sd):
-    pipe = intaglio.load_pipeline(sd[2], threads=1)
+    pipe = intaglio.load_pipeline(sd[2], threads=1, unet=sd[0].unet)
     call = {"prompt": PROMPT, "num_inference_steps": STEPS, "height": 8, "width": 8}
     with pytest.raises(CallError, match=r"text_encoder.forward called with output_hidden_states = True, but compiled"):
         pipe(**call, clip_skip=1)
@@ -126,7 +138,7 @@ def test_what_was_not_compiled_is_refused(sd):
 
 def test_attributes_and_outputs_are_the_originals(sd):
     pipe, _, out = sd
-    made = intaglio.load_pipeline(out, threads=1)
+    made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet)
     assert made.vae.config.scaling_factor == pipe.vae.config.scaling_factor
     assert (made.vae.dtype, made.vae.device) == (torch.float32, torch.device("cpu"))
     ids = torch.arange(8)[None]
@@ -147,29 +159,23 @@ def test_hidden_states_of_several_text_encoders_are_there(tmp_path):
     np.testing.assert_allclose(drawn(made, make), drawn(pipe, make), atol=1e-4)
 
 
-def test_precisions_are_by_component_and_half_is_as_near_as_it_says(tmp_path):
+def test_weights_have_four_bits_on_request_at_any_number_of_tokens(tmp_path):
     make = tiny_pipelines.pixart
-    pipe, artifacts = start(make, tmp_path, "tensorrt-rtx")
-    out = compiled(make, artifacts, tmp_path, precision={"text_encoder": "w4a16"}, other_call={"height": 16})
-    graphs = {n: onnx.load(out / "pipeline" / n / "model.onnx") for n in ("text_encoder/forward", "vae/decode")}
-    types = {n: {t.data_type for t in graph.graph.initializer} for n, graph in graphs.items()}
-    assert onnx.TensorProto.INT4 in types["text_encoder/forward"]
-    assert onnx.TensorProto.INT4 not in types["vae/decode"]
-    assert onnx.TensorProto.FLOAT16 in types["vae/decode"]
+    pipe, artifacts = start(make, tmp_path)
+    call = tiny_pipelines.CALLS[make] | {"height": 64, "width": 64, "output_type": "latent"}
+    precision = {"text_encoder": "w4a16", "vae": "none"}
+    out = compiled(make, artifacts, tmp_path, precision=precision, call=call, other_call={"max_sequence_length": 6})
+    graph = onnx.load(out / "pipeline/text_encoder/forward/model.onnx")
+    assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in graph.graph.initializer}
     made = intaglio.load_pipeline(out, threads=1, transformer=pipe.transformer)
-    latents = torch.randn(3, 4, 16, 8, generator=torch.Generator().manual_seed(0))
-    for z in (latents, latents[:, :, :8]):  # both sizes, another number of rows
+    assert made.vae is None
+    for tokens in (8, 5):
+        inputs = {"input_ids": torch.arange(3, 3 + 2 * tokens).reshape(2, tokens)}
+        inputs["attention_mask"] = torch.ones(2, tokens)
         with torch.no_grad():
-            expected = pipe.vae.decode(z).sample
-        found = made.vae.decode(z).sample
-        assert found.dtype == torch.float32
-        assert float((found - expected).norm() / expected.norm()) < 5e-3
-    inputs = {"input_ids": torch.arange(3, 19).reshape(2, 8), "attention_mask": torch.ones(2, 8)}
-    with torch.no_grad():
-        (expected,) = pipe.text_encoder(**inputs).values()
-    (found,) = made.text_encoder(**inputs).values()
-    error = float((found - expected).norm() / expected.norm())
-    assert 0.01 < error < 0.3  # 4 bits, of random weights
+            (expected,) = pipe.text_encoder(**inputs).values()
+        (found,) = made.text_encoder(**inputs).values()
+        assert 0.01 < float((found - expected).norm() / expected.norm()) < 0.3  # of random weights
 
 
 def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
