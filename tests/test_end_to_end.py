@@ -16,7 +16,7 @@ STEPS = """
   - calibrate: {samples: 8}
   - sensitivity: {buckets: 2, rows: 4}
   - assign: {budget: {size: %s}}
-  - distill: {updates: 40, samples: 4, rank: 4}
+  - distill: {updates: 20, samples: 4, rank: 4}
   - merge
   - export-float
   - export-qdq

@@ -11,9 +11,13 @@ from intaglio.passes._trainer import ROUND, Trainer
 from intaglio.passes.assign import AssignPrecision, Budget
 from intaglio.passes.distill import Distill
 from intaglio.passes.merge import MergeAdapters
+from intaglio.pipeline.artifact import State
+from intaglio.pipeline.context import Context
 from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.plan import Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.processes import Processes
 from intaglio.pipeline.quant import affine
 from intaglio.pipeline.quant.balance import Balance
 from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
@@ -52,6 +56,13 @@ def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_
         assert torch.equal(resumed.layers[name].scale_NG, layer.scale_NG)
         assert layer.b is not None
         assert torch.equal(resumed.layers[name].b, layer.b)
+
+
+def test_more_processes_than_samples_are_refused(planned, tmp_path):
+    state = State({key: planned[key] for key in Distill.requires}, reader="distill")
+    ctx = Context(scratch=tmp_path, seed=0, processes=Processes(index=0, count=5))
+    with pytest.raises(RecipeError, match=r"5 processes share 4 samples an update and \d+ held-out ones"):
+        Distill(samples=4).run(state, ctx)
 
 
 def test_merged_model_equals_the_trained_one(distilled, tmp_path):

@@ -75,12 +75,3 @@ def test_two_processes_make_what_one_does(tmp_path):
         assert (layer.codes != two.layers[name].codes).float().mean() < 0.01
     manifest = json.loads((tmp_path / "build" / "recipe" / "onnxruntime-cpu" / "manifest.json").read_text())
     assert [step["step"] for step in manifest["steps"]][:2] == ["calibrate", "sensitivity"]
-
-
-def test_more_processes_than_samples_are_refused(tmp_path):
-    save_folder(tiny_dit(), tmp_path / "model")
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("samples: 16", "samples: 8"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "intaglio"]
-    done = subprocess.run([*command, "run", "recipe.yaml"], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "2 processes share 4 samples an update and 1 held-out ones" in done.stderr
