@@ -14,7 +14,7 @@ from tiny import save_folder, tiny_dit, tiny_unet
 
 STEPS = """
   - calibrate: {samples: 8}
-  - sensitivity: {buckets: 2, rows: 4}
+  - sensitivity: {buckets: 1, rows: 2}
   - assign: {budget: {size: %s}}
   - distill: {updates: 20, samples: 4, rank: 4}
   - merge

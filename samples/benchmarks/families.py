@@ -9,7 +9,7 @@ the family has one. Then TensorRT-RTX builds the engine, and says how many produ
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ from intaglio.pipeline.runner import CompiledTarget
 PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}
 """By plan: for every layer, the first of these schemes that it admits."""
 ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
+EVERY: Mapping[str, Sequence[str]] = dict.fromkeys(PLANS, (ORT, RTX))
 
 
 class Uniform(Pass):
@@ -54,14 +55,14 @@ class Uniform(Pass):
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a plan came to: relative L2 errors to the simulation, and products on integers and in float."""
+    """What a plan came to: relative L2 errors to the simulation, and the engine's products on integers and in float."""
 
     layers: int
     four_bit: int
     worst_layer: float
     whole: float
-    int8: int
-    floating: int
+    int8: int | None
+    floating: int | None
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,28 @@ class Row:
     plans: Mapping[str, PlanFigures]
 
 
-def measure(family: str, store: Store) -> Row:
-    """Raises what the compiler raises where a layer is not what was simulated, or a graph not what torch computes."""
+def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVERY) -> Row:
+    """`forms` are the targets of each plan; engines are TensorRT-RTX's.
+
+    Raises what the compiler raises where a layer is not what was simulated, or a graph not what torch computes.
+    """
     plans = {}
-    for plan in PLANS:
-        compiled = compile(recipe(family, plan), store, base=Path(__file__).parent)
-        ort, rtx = compiled[ORT], compiled[RTX]
-        checks, engine = (ort[VERIFICATION].figures, rtx[VERIFICATION].figures), rtx[ENGINE]
+    for plan, targets in forms.items():
+        compiled = compile(recipe(family, plan, targets), store, base=Path(__file__).parent)
+        one, checks = compiled[targets[0]], [done[VERIFICATION].figures for done in compiled.values()]
+        engine = compiled[RTX][ENGINE] if RTX in targets else None
         plans[plan] = PlanFigures(
-            layers=len(rtx[GRAPH].nodes),
-            four_bit=sum(scheme.name.startswith("w4") for scheme in rtx[PLAN].schemes.values()),
+            layers=len(one[GRAPH].nodes),
+            four_bit=sum(scheme.name.startswith("w4") for scheme in one[PLAN].schemes.values()),
             worst_layer=max(figures["parity_layer_rel_l2_max"] for figures in checks),
             whole=max(figures.get(f"parity{size}_rel_l2", 0.0) for figures in checks for size in ("", "_other")),
-            int8=engine.int8_gemm or 0,
-            floating=engine.fp_gemm or 0,
+            int8=None if engine is None else engine.int8_gemm,
+            floating=None if engine is None else engine.fp_gemm,
         )
-    return Row(family, ort[FLOAT_GRAPH].sizes, float_error(family, ort), plans)
+    return Row(family, one[FLOAT_GRAPH].sizes, float_error(family, one), plans)
 
 
-def recipe(family: str, plan: str) -> Recipe:
+def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
     """Two steps of the sampler, weights rounded to nearest, and no judgement of pictures that random weights draw."""
     steps = [
         {"calibrate": {"samples": 2}},
@@ -106,7 +110,7 @@ def recipe(family: str, plan: str) -> Recipe:
         {"verify": {"samples": 1, "gap_db_tolerance": 1e3}},
     ]
     model = {"path": f"./tiny_families.py:{family}", "sampling_steps": 2, "guidance": 2.0}
-    return Recipe.model_validate({"model": model, "targets": [ORT, RTX], "steps": steps})
+    return Recipe.model_validate({"model": model, "targets": list(targets), "steps": steps})
 
 
 def float_error(family: str, compiled: CompiledTarget) -> float:
