@@ -155,11 +155,11 @@ def _speedup(spent: Mapping[str, Sequence[Spent]], times: Callable[[Spent], Sequ
 
 def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
     """What measures on the device, in the folder of model.onnx, what cannot be measured here."""
-    shapes = ",".join(
-        f"{name}:{'x'.join(str(n if isinstance(n, int) else graph.sizes.get(n, (rows,))[0]) for n in spec.shape)}"
-        for name, spec in graph.inputs.items()
-        if any(isinstance(n, str) for n in spec.shape)
-    )
+    from intaglio.exporters._session import usual_shapes
+
+    dynamic = {name for name, spec in graph.inputs.items() if any(isinstance(axis, str) for axis in spec.shape)}
+    usual = usual_shapes(graph, rows)
+    shapes = ",".join(f"{name}:{'x'.join(map(str, usual[name]))}" for name in usual if name in dynamic)
     match target.runtime:
         case "onnxruntime":
             latency = "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"

@@ -236,11 +236,11 @@ def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
 def _round_weights(module: nn.Module, target: Target, groups: tuple[int, ...]) -> dict[str, QuantizedLayerData]:
     """Round the weights that the target has in w4a16, and tables of embeddings to float16. Changes `module`."""
     import torch
-    from torch import nn
 
     from intaglio.pipeline.checkpoint import layer_table
     from intaglio.pipeline.plan import illegal, structural_schemes
     from intaglio.pipeline.quant import affine
+    from intaglio.pipeline.quant.modules import round_tables
     from intaglio.pipeline.quant.spec import IntWeight
     from intaglio.pipeline.quantized import QuantizedLayerData
 
@@ -256,7 +256,5 @@ def _round_weights(module: nn.Module, target: Target, groups: tuple[int, ...]) -
             codes = affine.quantize(w_NK, scale_NG, form)
             weight.copy_(affine.dequantize(codes, scale_NG, form).reshape(weight.shape))
             rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG, None)
-        for table in module.modules():
-            if isinstance(table, nn.Embedding):
-                table.weight.copy_(affine.half_table(table.weight))
+    round_tables(module)
     return rounded

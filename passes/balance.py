@@ -193,10 +193,11 @@ def _branch(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | 
     """Of a weight of 4 bits that is large enough."""
     from intaglio.pipeline.quant.branch import Branch
 
-    w = layer.weight if basis is None else basis.weight(layer.weight)
-    small = min(w.flatten(1).shape) < 4 * rank
     four = isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4
-    return Branch.of(w.flatten(1), rank) if rank and four and not small else None
+    if not rank or not four or min(layer.weight.flatten(1).shape) < 4 * rank:
+        return None
+    w = layer.weight if basis is None else basis.weight(layer.weight)
+    return Branch.of(w.flatten(1), rank)
 
 
 def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank: int = 0) -> float:

@@ -70,24 +70,40 @@ def small_vae(channels: int) -> diffusers.AutoencoderTiny:
     return diffusers.AutoencoderTiny(**widths, **counts, latent_channels=channels).eval()
 
 
-def sd() -> diffusers.StableDiffusionPipeline:
+def sd_unet(up: str = "UpBlock2D") -> diffusers.UNet2DConditionModel:
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
-        up_block_types=("UpBlock2D",),
+        up_block_types=(up,),
         cross_attention_dim=64,
         attention_head_dim=4,
         norm_num_groups=8,
-    )
+    ).eval()
+
+
+def pixart_transformer() -> diffusers.PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=1,
+        cross_attention_dim=64,
+        sample_size=8,
+        caption_channels=64,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def sd() -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae=vae(),
         text_encoder=clip(),
         tokenizer=clip_tokenizer(),
-        unet=unet.eval(),
+        unet=sd_unet(),
         scheduler=diffusers.DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -109,21 +125,11 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
 
 
 def pixart() -> diffusers.PixArtAlphaPipeline:
-    torch.manual_seed(0)
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=1,
-        cross_attention_dim=64,
-        sample_size=8,
-        caption_channels=64,
-        use_additional_conditions=False,
-    )
     return diffusers.PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5(),
         vae=small_vae(4),
-        transformer=transformer.eval(),
+        transformer=pixart_transformer(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
     )
 

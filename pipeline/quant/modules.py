@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import torch
 from torch import nn
@@ -364,19 +364,24 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     Returns the clock that is set to a call's timestep before the call.
     """
     clock = StepClock(quantized.timesteps)
-    amax = {name: data.amax_T for name, data in quantized.layers.items() if data.amax_T is not None}
-    output_amax = {n: data.output_amax_T for n, data in quantized.layers.items() if data.output_amax_T is not None}
-    shift = {name: data.shift_T for name, data in quantized.layers.items() if data.shift_T is not None}
-    balance = {name: data.balance for name, data in quantized.layers.items() if data.balance is not None}
-    factor = {name: data.factor_T for name, data in quantized.layers.items() if data.factor_T is not None}
-    branch = {name: data.branch for name, data in quantized.layers.items() if data.branch is not None}
-    schemes = {name: data.scheme for name, data in quantized.layers.items()}
-    layers = quantize_model(model, schemes, clock, amax, output_amax, shift, balance, factor, branch, fit=False)
+
+    def of_layers(part: str) -> dict[str, Any]:
+        """By layer name, of those that have it."""
+        found = {name: getattr(data, part) for name, data in quantized.layers.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    parts = ("amax_T", "output_amax_T", "shift_T", "balance", "factor_T", "branch")  # in quantize_model's order
+    layers = quantize_model(model, of_layers("scheme"), clock, *map(of_layers, parts), fit=False)
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, IntWeight):
             data = quantized.layers[name]
             layer.set_codes(data.codes, data.scale_NG, data.group_NG)
+    round_tables(model)
+    return clock
+
+
+def round_tables(model: nn.Module) -> None:
+    """Tables of embeddings as graphs keep them, in float16 where that holds them. Changes `model`."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight = nn.Parameter(affine.half_table(module.weight).float(), requires_grad=False)
-    return clock

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import Artifacts, run_pass
 from quantizing import with_plan
+from tiny_pipelines import pixart_transformer, sd_unet
 
 import intaglio
 from intaglio.exporters._session import graph_denoise
@@ -44,39 +45,17 @@ def dit() -> tuple[Any, dict[str, Any]]:
 
 
 def sd15() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     pipe = diffusers.StableDiffusionPipeline(
-        unet=unet.eval(), scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False, **parts
+        unet=sd_unet("CrossAttnUpBlock2D"), scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False, **parts
     )
     return pipe, texts() | {"height": 8, "width": 8} | QUIET
 
 
 def pixart() -> tuple[Any, dict[str, Any]]:
-    torch.manual_seed(0)
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=1,
-        cross_attention_dim=64,
-        sample_size=8,
-        caption_channels=32,
-        use_additional_conditions=False,
-    )
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     scheduler = diffusers.DPMSolverMultistepScheduler()
-    pipe = diffusers.PixArtAlphaPipeline(transformer=transformer.eval(), scheduler=scheduler, **parts)
+    pipe = diffusers.PixArtAlphaPipeline(transformer=pixart_transformer(), scheduler=scheduler, **parts)
     mask = {"prompt_attention_mask": torch.ones(2, 5), "negative_prompt_attention_mask": torch.ones(2, 5)}
     call = {"height": 64, "width": 64, "use_resolution_binning": False, "negative_prompt": None}
     return pipe, texts() | mask | call | QUIET
@@ -84,7 +63,7 @@ def pixart() -> tuple[Any, dict[str, Any]]:
 
 def texts() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {n: torch.randn(2, 5, 32, generator=generator) for n in ("prompt_embeds", "negative_prompt_embeds")}
+    return {n: torch.randn(2, 5, 64, generator=generator) for n in ("prompt_embeds", "negative_prompt_embeds")}
 
 
 def place_of(pipe: Any) -> str:
