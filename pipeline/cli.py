@@ -23,6 +23,7 @@ from intaglio.pipeline.context import Context, terminal
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, MODEL, PLAN, PROFILE, TARGET
+from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.processes import processes
 from intaglio.pipeline.profile import Profile
@@ -284,6 +285,23 @@ def kit_command(
     """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
     with _reported():
         print(import_module("intaglio.exporters.kit").write_kit(folder, out, target))
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print {folder: what departs} as JSON.")] = False,
+) -> None:
+    """Say whether every file is the one that the run delivered, by its manifest. Exits with 1 where one is not."""
+    with _reported():
+        found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
+        if as_json:
+            print(json.dumps({str(each): problems for each, problems in found.items()}, indent=1))
+        else:
+            for each, problems in found.items():
+                print("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
+        if any(found.values()):
+            raise typer.Exit(1)
 
 
 @contextmanager

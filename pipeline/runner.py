@@ -17,7 +17,7 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.processes import Processes, processes
-from intaglio.pipeline.publish import Provenance, publish
+from intaglio.pipeline.publish import Provenance, check_folder, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
 
@@ -92,6 +92,9 @@ def compile(
     from intaglio.pipeline.keys import TARGET
 
     chains = bind(recipe, start=start, base=base)
+    if out is not None and processes().first:
+        for chain in chains:
+            check_folder(out / chain.target.name)
     whole = resolved(recipe, chains)
     shared = _put_start(start_artifacts(recipe, base, chains) if start is None else start, store)
     compiled = {}

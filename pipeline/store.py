@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from intaglio.pipeline.artifact import A, Artifact, Key
 from intaglio.pipeline.errors import StoreError
@@ -52,15 +53,22 @@ class Store:
             raise StoreError(f"{root}: cannot be made a store ({error}): give another folder with --store") from error
 
     def put(self, artifact: Artifact, *, staging: str) -> str:
-        """Saves the artifact and returns its digest. The caller holds the lock of the same name as `staging`."""
+        """Saves the artifact and returns its digest. The caller holds the lock of the same name as `staging`.
+
+        Raises StoreError, and leaves nothing behind, where the disk does not take it.
+        """
         folder = self.root / "staging" / staging
         remove_tree(folder)
         folder.mkdir()
-        artifact.save(folder)
+        try:
+            artifact.save(folder)
+        except (OSError, SafetensorError) as error:
+            remove_tree(folder)
+            raise self._unwritable(f"a {type(artifact).__name__}", error) from error
         digest = tree_digest(folder)
         destination = self.object_folder(digest)
         if not destination.exists():
-            for file in _files(folder):
+            for file in files_below(folder):
                 file.chmod(0o444)
             try:
                 folder.rename(destination)
@@ -102,8 +110,11 @@ class Store:
             yield _read_record(path)
 
     def finish(self, record: RunRecord) -> None:
-        """The step succeeded: writes its record, then removes its scratch folder."""
-        write_atomically(self._record_path(record.key), record.model_dump_json(indent=1) + "\n")
+        """The step succeeded: writes its record, then removes its scratch folder. Raises StoreError as `put` does."""
+        try:
+            write_atomically(self._record_path(record.key), record.model_dump_json(indent=1) + "\n")
+        except OSError as error:
+            raise self._unwritable(f"the record of {record.step}", error) from error
         remove_tree(self.root / "scratch" / record.key)
 
     def scratch(self, key: str) -> Path:
@@ -125,6 +136,11 @@ class Store:
         finally:
             lock.release()
 
+    def _unwritable(self, what: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.root}: {what} cannot be written ({error}): make room there, the same command goes on from here"
+        )
+
     def object_folder(self, digest: str) -> Path:
         return self.root / "objects" / digest
 
@@ -135,7 +151,7 @@ class Store:
 def tree_digest(root: Path) -> str:
     """sha256 over one line a file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count."""
     lines = [
-        f"{file_digest(file)} {file.stat().st_size} {file.relative_to(root).as_posix()}\n" for file in _files(root)
+        f"{file_digest(file)} {file.stat().st_size} {file.relative_to(root).as_posix()}\n" for file in files_below(root)
     ]
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])).encode()).hexdigest()
 
@@ -148,11 +164,15 @@ def file_digest(path: Path) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """The file is there with the whole text, or as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def remove_tree(folder: Path) -> None:
@@ -161,7 +181,8 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _files(root: Path) -> list[Path]:
+def files_below(root: Path) -> list[Path]:
+    """All files of all folders in it."""
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 

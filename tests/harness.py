@@ -39,3 +39,15 @@ def killed_at_save(number: int = 1) -> Iterator[None]:
         patched.setattr("os.replace", dies)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file can grow beyond `room` bytes."""
+    resource = pytest.importorskip("resource", reason="no limits of resources on this system")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from harness import full_disk
 from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 
 from intaglio.pipeline import Recipe, Store, bind, compile
-from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, TargetError
+from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, StoreError, TargetError
 from intaglio.pipeline.runner import StepEvent, plan
 from intaglio.pipeline.store import tree_digest
 
@@ -202,6 +204,28 @@ def test_publishing_spares_a_folder_that_is_not_ours(store: Store, tmp_path: Pat
     with pytest.raises(RecipeError, match="was not written by intaglio: move it"):
         compile(toy_recipe("Append"), store, start=START, out=tmp_path / "out")
     assert (tmp_path / "out/onnxruntime-cpu/thesis.txt").exists()
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_before_its_steps(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ran: list[object] = []
+    with pytest.raises(RecipeError, match=f"cannot be made, as {tmp_path / 'file'} cannot be written to"):
+        compile(toy_recipe("Append"), store, start=START, out=tmp_path / "file/out", on_step=ran.append)
+    assert not ran
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_folder_as_it_was(store: Store, tmp_path: Path) -> None:
+    compile(toy_recipe("Append"), store, start=START, out=tmp_path / "out")
+    before = tree_digest(tmp_path / "out")
+    with ExitStack() as behind_the_step, pytest.raises(StoreError, match=r"out/onnxruntime-cpu: cannot be written \("):
+        compile(
+            toy_recipe(("Append", {"number": 2})),
+            store,
+            start=START,
+            out=tmp_path / "out",
+            on_step=lambda event: event.status == "done" and behind_the_step.enter_context(full_disk(5)),
+        )
+    assert tree_digest(tmp_path / "out") == before
 
 
 def test_two_published_files_of_one_name_are_an_error(store: Store, tmp_path: Path) -> None:

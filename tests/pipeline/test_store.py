@@ -3,12 +3,15 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from harness import full_disk
+from safetensors.numpy import save_file
 from toys import NUMBERS, START, Numbers, toy_recipe
 
 from intaglio.pipeline import Store, compile
 from intaglio.pipeline.errors import StoreError
-from intaglio.pipeline.store import tree_digest, write_atomically
+from intaglio.pipeline.store import RunRecord, tree_digest, write_atomically
 
 
 def test_the_digest_is_of_paths_and_bytes(tmp_path: Path) -> None:
@@ -66,3 +69,27 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be made a store"):
         Store(tmp_path / "file" / "store")
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_same_command_goes_on(store: Store) -> None:
+    record = RunRecord(step="append", origin="o", key="k", ingredients="{}", outputs={}, seconds=1.0)
+    with full_disk(5):
+        with pytest.raises(StoreError, match=r"a Numbers cannot be written \(.*File too large\): make room there"):
+            store.put(Numbers([1, 2, 3]), staging="a")
+        with pytest.raises(StoreError, match="the record of append cannot be written .*the same command goes on"):
+            store.finish(record)
+    assert not list((store.root / "staging").iterdir())
+    assert not list((store.root / "runs").iterdir())
+    store.finish(record)
+    assert store.load(NUMBERS, store.put(Numbers([1, 2, 3]), staging="a")) == Numbers([1, 2, 3])
+
+
+class Weights(Numbers):
+    def save(self, root: Path) -> None:
+        save_file({"weight": np.zeros(4096, np.float32)}, root / "weights.safetensors")
+
+
+def test_weights_that_the_disk_does_not_take_are_an_error_of_the_store(store: Store) -> None:
+    with full_disk(4096), pytest.raises(StoreError, match=r"a Weights cannot be written .*File too large"):
+        store.put(Weights([]), staging="a")
+    assert not list((store.root / "staging").iterdir())
