@@ -90,6 +90,7 @@ def test_every_illegal_layer_is_listed():
 
 
 def test_legal_plan_passes():
+    """A layer that the target cannot execute would raise."""
     QuantPlan((LINEAR, CONV), {"to_q": w4a16(64), "conv": W8A8_STEP}).check(load_target("tensorrt-rtx"))
 
 

@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_same_command_goes_on(store: S
     with full_disk(5):
         with pytest.raises(StoreError, match=r"a Numbers cannot be written \(.*File too large\): make room there"):
             store.put(Numbers([1, 2, 3]), staging="a")
-        with pytest.raises(StoreError, match="the record of append cannot be written .*the same command goes on"):
+        with pytest.raises(StoreError, match=r"the record of append cannot be written .*the same command goes on"):
             store.finish(record)
     assert not list((store.root / "staging").iterdir())
     assert not list((store.root / "runs").iterdir())
