@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -57,6 +58,7 @@ class Calibrate(Pass):
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
+        _check_weights(model.module)
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         check_inputs(sampler)
         if ctx.processes.count > self.samples:
@@ -96,7 +98,10 @@ class Calibrate(Pass):
             for call in sampler.drive(denoise, start):
                 if isinstance(call, Call):
                     if not call.output.isfinite().all():
-                        raise StepFailed(f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}")
+                        raise StepFailed(
+                            f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
+                            f"{_origin(seen)}: mend the model, or start at another timestep"
+                        )
                     calls.append(_rounded(call, sampler) if half else call)
                     ranges.append({end: dict(found) for end, found in seen.items()})
                     for found in seen.values():
@@ -130,6 +135,25 @@ class Calibrate(Pass):
         samples = len(start.noise)
         workload = Workload({name: rows[name] / samples for name in sorted(rows)}, readers.groups)
         return {TRAJECTORY: whole, WORKLOAD: workload}
+
+
+def _check_weights(module: torch.nn.Module) -> None:
+    """Raises RecipeError with every tensor that has NaN or Inf."""
+    problems = []
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            bad = int(tensor.numel() - tensor.isfinite().sum())
+            problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: get the model again")
+    if problems:
+        raise RecipeError(*problems)
+
+
+def _origin(seen: Mapping[str, Mapping[str, float]]) -> str:
+    """The layer that read it first; layers are in the order of their calls."""
+    for name, low in seen["low"].items():
+        if not (math.isfinite(low) and math.isfinite(seen["high"][name])):
+            return f"{name} is the first layer to read them"
+    return "no layer reads them"
 
 
 def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from intaglio.pipeline.checkpoint import ModelRef
 from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.yaml_text import read_yaml
 
 
 class Step(BaseModel):
@@ -62,10 +63,9 @@ class Recipe(BaseModel):
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe") -> Self:
         """Reads YAML. Raises RecipeError with every problem of the text."""
+        written = read_yaml(text, source)
         try:
-            return cls.model_validate(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{source}: not YAML: {error}") from error
+            return cls.model_validate(written)
         except ValidationError as error:
             raise RecipeError(*(f"{source}: {problem}" for problem in validation_problems(error, cls))) from error
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from harness import run_pass
 from quantizing import with_plan
 from safetensors import safe_open
@@ -11,8 +12,8 @@ from tiny import save_folder, tiny_dit
 from intaglio.passes._layer_inputs import SameInputs
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill import Distill
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef
+from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
 
@@ -194,3 +195,33 @@ def test_distill_learns_from_float16_what_it_learns_from_float32(calibrated, hal
     assert losses["half"] != losses["whole"]
     # some inputs round to the other neighbour in 8 bits: other errors, but not larger ones
     assert sum(losses["half"]) == pytest.approx(sum(losses["whole"]), rel=0.2)
+
+
+class Overflows(torch.nn.Module):
+    """NaN behind its first layer at the timesteps below 500."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlet, self.outlet = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 3, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        hot = torch.where(timestep.reshape(-1, 1, 1, 1) < 500, torch.inf, 1.0)
+        y: torch.Tensor = self.outlet(self.inlet(sample) * hot)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "message"),
+    [
+        (None, StepFailed, "NaN or Inf at timestep 499: outlet is the first layer to read them: mend the model"),
+        ("outlet.weight", RecipeError, r"outlet\.weight: 1 of its 12 values are NaN or Inf"),
+    ],
+)
+def test_numbers_that_are_none_are_named(broken, error, message, calibrated, tmp_path, monkeypatch):
+    model = Overflows()
+    if broken is not None:
+        model.get_parameter(broken).data.view(-1)[3] = torch.nan
+    factory = Factory(model.eval(), DDIMScheduler(timestep_spacing="trailing"), (3, 8, 8))
+    monkeypatch.setattr(Checkpoint, "open", lambda _: factory)
+    with pytest.raises(error, match=message):
+        run_pass(Calibrate(samples=1), calibrated, tmp_path / "scratch")
