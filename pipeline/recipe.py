@@ -75,6 +75,8 @@ class Recipe(BaseModel):
             text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from error
         return cls.parse(text, source=str(path))
 
     def insert(self, step: Step, *, after: str) -> Self:

@@ -62,6 +62,12 @@ def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
         Recipe.read(tmp_path / "none.yaml")
 
 
+def test_a_file_that_is_no_text_is_a_recipe_error(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"model: \xc3(")
+    with pytest.raises(RecipeError, match=r"r\.yaml: is no text in UTF-8: invalid continuation byte at byte 7"):
+        Recipe.read(tmp_path / "r.yaml")
+
+
 def test_insert_and_options_give_new_recipes() -> None:
     recipe = Recipe.parse(TEXT)
     longer = recipe.insert(Step.model_validate("report"), after="assign")
