@@ -26,6 +26,6 @@ test: .venv/.dev
 
 .venv/.dev: .venv/.python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
-	# types alone, as what they depend on is TensorRT itself
-	$(INSTALL) --no-deps tensorrt-stubs
+	# types of TensorRT and the schema of Triton alone: the one depends on TensorRT itself, the other on older libraries
+	$(INSTALL) --no-deps tensorrt-stubs tritonclient
 	touch $@

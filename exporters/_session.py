@@ -47,10 +47,7 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
-        )
+        _write_to(optimized, options)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if data is not None:
@@ -58,6 +55,25 @@ def open_session(
     there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]
     return onnxruntime.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=[*there, CPU]
+    )
+
+
+def write_fused(model: Path, out: Path, settings: Mapping[str, str]) -> None:
+    """Writes the graph with the operators in it that it becomes under these settings, for sessions that take none.
+
+    How their weights are laid out is left to the CPU that loads it. Raises what ONNX Runtime raises.
+    """
+    options = _options(settings, threads=1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    _write_to(out, options)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    onnxruntime.InferenceSession(str(model), options, providers=[CPU])
+
+
+def _write_to(optimized: Path, options: onnxruntime.SessionOptions) -> None:
+    options.optimized_model_filepath = str(optimized)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
     )
 
 

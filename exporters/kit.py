@@ -14,13 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from intaglio.exporters._compiled_folder import delivered_name, target_folder, tensorrt_builder
 from intaglio.exporters._kit.build import LOW_MEMORY_MIB
-from intaglio.exporters.tensorrt import MODULES, BuildTensorRT, Profile, shape_flags
-from intaglio.pipeline.errors import RecipeError
+from intaglio.exporters.tensorrt import MODULES, Profile, shape_flags
 from intaglio.pipeline.graph import STEP_INPUT, Graph
-from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import file_digest
-from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.target import load_target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,38 +55,16 @@ def write_kit(folder: Path, out: Path | None = None, target: str | None = None) 
     `folder`: one target of what a run wrote, or all of it with `target`. Raises RecipeError for what is no compiled
     TensorRT target.
     """
-    place = _target_folder(folder, target)
-    name = f"{place.resolve().parent.name}-{place.resolve().name}"
+    place = target_folder(folder, target, MODULES, what="TensorRT", why="a kit is for TensorRT's targets")
+    name = delivered_name(place)
     out = Path(f"{name}.tar.gz") if out is None else out
     _write_archive(out, name, _content(place, name))
     return out
 
 
-def _target_folder(folder: Path, target: str | None) -> Path:
-    """The one that is meant, which must be for TensorRT."""
-    if (folder / "graph.json").is_file():
-        found = {folder.resolve().name: folder}
-    else:
-        there = sorted(path.parent for path in folder.glob("*/graph.json")) if folder.is_dir() else []
-        found = {path.name: path for path in there}
-    if not found:
-        raise RecipeError(f"{folder}: no graph.json in it or in a folder of it: give what `intaglio run` wrote")
-    if target is not None:
-        if target not in found:
-            raise RecipeError(f"{folder}: no target {target!r} in it: there is {', '.join(found)}")
-        found = {target: found[target]}
-    fitting = {n: p for n, p in found.items() if n in target_names() and load_target(n).runtime in MODULES}
-    if not fitting:
-        raise RecipeError(f"{folder}: {', '.join(found)} is not for TensorRT: a kit is for TensorRT's targets")
-    if len(fitting) > 1:
-        raise RecipeError(f"{folder}: several targets for TensorRT: take one with --target: {', '.join(fitting)}")
-    (place,) = fitting.values()
-    return place
-
-
 def _content(folder: Path, name: str) -> dict[str, Content]:
     """All files of the kit but the manifest."""
-    target, graph, builder = load_target(folder.resolve().name), Graph.load(folder), _builder(folder)
+    target, graph, builder = load_target(folder.resolve().name), Graph.load(folder), tensorrt_builder(folder)
     module = MODULES[target.runtime][0]
     engine, model = folder / "engine.plan", {path.name: path for path in sorted(folder.glob("model.onnx*"))}
     profile = builder.profile(graph)
@@ -132,14 +109,6 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
     elif engine.is_file():
         content[engine.name] = engine
     return content
-
-
-def _builder(folder: Path) -> BuildTensorRT:
-    """With the options that the recipe gave it."""
-    recipe = folder / "recipe.yaml"
-    steps = Recipe.read(recipe).steps if recipe.is_file() else ()
-    options = next((step.options for step in steps if step.uses == BuildTensorRT.name), {})
-    return BuildTensorRT.model_validate(options)
 
 
 @dataclass(frozen=True)

@@ -304,6 +304,23 @@ def verify_command(
             raise typer.Exit(1)
 
 
+@app.command("triton")
+def triton_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")],
+    target: Annotated[str | None, typer.Option(metavar="T", help="Which of several targets.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the model; default RECIPE-TARGET.")] = None,
+    version: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
+    vnni: Annotated[
+        bool, typer.Option("--vnni", help="The server's CPU has VNNI: its own 8-bit kernels are exact, and faster.")
+    ] = False,
+) -> None:
+    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
+    with _reported():
+        write = import_module("intaglio.exporters.triton").write_model
+        print(write(folder, out, target=target, name=name, version=version, vnni=vnni))
+
+
 @contextmanager
 def _reported() -> Iterator[None]:
     """Ends the command with one message and its exit code, without a traceback, where the user can act on it."""

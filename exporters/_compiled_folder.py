@@ -1,0 +1,49 @@
+"""Finds the target that is meant in what a run wrote, and the options that its recipe gave the engine's builder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from intaglio.exporters.tensorrt import BuildTensorRT
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.recipe import Recipe
+from intaglio.pipeline.target import load_target, target_names
+
+
+def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *, what: str, why: str) -> Path:
+    """The one target's folder that is meant: `folder`, or one in it. Its runtime must be among `runtimes`.
+
+    Raises RecipeError, which says that others are not for `what`: `why`.
+    """
+    if (folder / "graph.json").is_file():
+        found = {folder.resolve().name: folder}
+    else:
+        there = sorted(path.parent for path in folder.glob("*/graph.json")) if folder.is_dir() else []
+        found = {path.name: path for path in there}
+    if not found:
+        raise RecipeError(f"{folder}: no graph.json in it or in a folder of it: give what `intaglio run` wrote")
+    if target is not None:
+        if target not in found:
+            raise RecipeError(f"{folder}: no target {target!r} in it: there is {', '.join(found)}")
+        found = {target: found[target]}
+    fitting = {n: p for n, p in found.items() if n in target_names() and load_target(n).runtime in runtimes}
+    if not fitting:
+        raise RecipeError(f"{folder}: {', '.join(found)} is not for {what}: {why}")
+    if len(fitting) > 1:
+        raise RecipeError(f"{folder}: several targets for {what}: take one with --target: {', '.join(fitting)}")
+    (place,) = fitting.values()
+    return place
+
+
+def delivered_name(place: Path) -> str:
+    """RECIPE-TARGET, of one target's folder."""
+    return f"{place.resolve().parent.name}-{place.resolve().name}"
+
+
+def tensorrt_builder(place: Path) -> BuildTensorRT:
+    """With the options that the recipe gave it."""
+    recipe = place / "recipe.yaml"
+    steps = Recipe.read(recipe).steps if recipe.is_file() else ()
+    options = next((step.options for step in steps if step.uses == BuildTensorRT.name), {})
+    return BuildTensorRT.model_validate(options)

@@ -1,0 +1,167 @@
+"""Writes a compiled target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or TensorRT backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from intaglio.exporters._compiled_folder import delivered_name, target_folder, tensorrt_builder
+from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
+from intaglio.pipeline.graph import STEP_INPUT, Graph, TensorSpec
+from intaglio.pipeline.store import remove_tree
+from intaglio.pipeline.target import Target, load_target
+
+PLATFORMS: Mapping[str, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+"""By runtime: what Triton calls it."""
+CONFIG = "config.pbtxt"
+BATCH = "batch"
+
+_FLOATS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64"}
+_TYPES = _FLOATS | {n: n.upper() for n in ("bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)))}
+
+
+def write_model(
+    folder: Path,
+    repository: Path,
+    *,
+    target: str | None = None,
+    name: str | None = None,
+    version: int = 1,
+    vnni: bool = False,
+) -> Path:
+    """Writes `name` into the repository and returns where it is; a model that is there gets one more version.
+
+    `folder`: one target of what a run wrote, or all of it with `target`. The version is there whole, or not at all.
+    Raises RecipeError or TargetError for what Triton does not serve, RecipeError for a version or another model that is
+    there, StoreError where the disk does not take it.
+    """
+    why = "it serves ONNX Runtime and TensorRT, and loads no engine of TensorRT-RTX"
+    place = target_folder(folder, target, PLATFORMS, what="Triton", why=why)
+    name = delivered_name(place) if name is None else name
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise RecipeError(f"{name!r} is no name of a model: give one of letters, digits, _, . and - with --name")
+    facts = load_target(place.resolve().name)
+    if vnni and not facts.kernels:
+        raise RecipeError(f"{facts.name}: has no 8-bit kernels to choose from: leave --vnni out")
+    config = _config(place, facts, name)
+    model = repository.resolve() / name
+    _check_place(model, version, config)
+    fresh = repository.resolve().with_name(f".{repository.resolve().name}.{os.getpid()}")
+    try:
+        (fresh / str(version)).mkdir(parents=True)
+        (fresh / CONFIG).write_text(config, encoding="utf-8")
+        _write_version(place, facts, fresh / str(version), vnni=vnni)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        if model.exists():
+            (fresh / str(version)).rename(model / str(version))
+        else:
+            fresh.rename(model)
+    except OSError as error:
+        raise StoreError(f"{model}: cannot be written ({error.strerror or error})") from error
+    finally:
+        remove_tree(fresh)
+    return repository / name
+
+
+def _check_place(model: Path, version: int, config: str) -> None:
+    if not model.exists():
+        return
+    if (model / str(version)).exists():
+        raise RecipeError(f"{model}: has a version {version}: give another --version or --name, or remove it")
+    if not (model / CONFIG).is_file() or (model / CONFIG).read_text(encoding="utf-8") != config:
+        raise RecipeError(f"{model}: is there with another configuration: give another --name, or remove it")
+
+
+def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> None:
+    """The model's files: for a CPU with the kernels in the graph, as Triton passes none of their settings on."""
+    if target.runtime == "tensorrt":
+        shutil.copyfile(place / "engine.plan", out / "model.plan")
+        return
+    from intaglio.exporters._onnx_file import read_proto
+
+    read_proto(place / "model.onnx")  # raises RecipeError for what is damaged or not all there
+    if target.kernels:
+        from intaglio.exporters._session import write_fused
+
+        write_fused(place / "model.onnx", out / "model.onnx", target.kernels[0 if vnni else -1].settings)
+        return
+    for file in sorted(place.glob("model.onnx*")):
+        shutil.copyfile(file, out / file.name)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One input or output as Triton sees it: behind the batch, and with at least one axis."""
+
+    name: str
+    type: str
+    dims: tuple[int, ...]
+    without_axes: bool
+    """The model's own has none behind the batch."""
+
+
+def _config(place: Path, target: Target, name: str) -> str:
+    """Of the model, which is batched where all inputs and outputs begin with the batch."""
+    graph = Graph.load(place)
+    ends = {"input": graph.inputs, "output": graph.outputs}
+    _check(place, target, graph)
+    batched = all(spec.shape[:1] == (BATCH,) for specs in ends.values() for spec in specs.values())
+    largest = next(iter(tensorrt_builder(place).profile(graph).values()))[2][0] if batched else 0
+    gpu = target.runtime == "tensorrt" or target.provider != "CPUExecutionProvider"
+    return _rendered(
+        {
+            "name": name,
+            "platform": PLATFORMS[target.runtime],
+            "max_batch_size": largest,
+            "ends": [(end, [*_tensors(specs, batched=batched)]) for end, specs in ends.items()],
+            "kind": "KIND_GPU" if gpu else "KIND_CPU",
+            "timesteps": " ".join(f"{t:g}" for t in graph.timesteps) if STEP_INPUT in graph.inputs else "",
+        }
+    )
+
+
+def _check(place: Path, target: Target, graph: Graph) -> None:
+    """Raises for what Triton cannot serve."""
+    specs = {**graph.inputs, **graph.outputs}
+    if unknown := [f"{n}: {spec.dtype} is no type of Triton" for n, spec in specs.items() if spec.dtype not in _TYPES]:
+        raise TargetError(*unknown)
+    if target.runtime != "tensorrt":
+        return
+    engine = place / "engine.json"
+    facts = json.loads(engine.read_text(encoding="utf-8")) if engine.is_file() else {}
+    if facts.get("runtime") != target.runtime:
+        raise RecipeError(f"{place}: no engine.json of TensorRT in it: run its recipe with the step `tensorrt`")
+    if not (place / "engine.plan").is_file():
+        command = facts.get("command") or "the step `tensorrt`"
+        raise RecipeError(
+            f"{place}: no engine.plan in it: build it there with the server's GPU and version of TensorRT: {command}"
+        )
+    if scalars := [n for n, spec in specs.items() if not spec.shape]:
+        raise TargetError(
+            f"{', '.join(scalars)}: Triton's TensorRT has no tensors without axes: choose schemes with scales by token,"
+            " or serve a target of ONNX Runtime"
+        )
+
+
+def _tensors(specs: Mapping[str, TensorSpec], *, batched: bool) -> Iterable[_Tensor]:
+    for name, spec in specs.items():
+        dims = tuple(axis if isinstance(axis, int) else -1 for axis in spec.shape[1 if batched else 0 :])
+        # without a batch an empty reshape is refused, and ONNX Runtime's backend takes [1] for a scalar
+        yield _Tensor(name, _TYPES[spec.dtype], dims or (1,), without_axes=batched and not dims)
+
+
+def _rendered(about: Mapping[str, object]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["quote"] = lambda text: json.dumps(text, ensure_ascii=False)
+    text = (files("intaglio.exporters") / "_triton.pbtxt.j2").read_text(encoding="utf-8")
+    return environment.from_string(text).render(about)
