@@ -5,7 +5,6 @@ Shapes: N out features, K in features, G scales a row, C input channels.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -14,37 +13,33 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import Field
 
-from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.passes._imported import (
+    Entering,
+    ImportPass,
+    NotCarried,
+    check_called,
+    layer_data,
+    problems_of,
+    some,
+    take_layers,
+)
+from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.quant.spec import (
-    FLOAT,
-    W8A8_STEP,
-    IntInput,
-    IntWeight,
-    LayerScheme,
-    PerStep,
-    PerToken,
-    TwoLevel,
-    w4a16,
-)
+from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.quant.spec import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from intaglio.pipeline.checkpoint import Factory
     from intaglio.pipeline.quant.balance import Balance
     from intaglio.pipeline.quantized import QuantizedLayerData
     from intaglio.pipeline.trajectory import Trajectory
 
-GROUPS = (128, 64, 32)
-"""Sizes that a block is split into, the largest that fits."""
 ZERO_AMAX = 2.0**-24
 """A largest magnitude up to which Model Optimizer rounds everything to zero."""
 USUAL = {
@@ -59,7 +54,7 @@ USUAL = {
 """Attributes of a quantizer that mean plain symmetric rounding."""
 
 
-class ImportModelopt(Pass):
+class ImportModelopt(ImportPass):
     """The model's plan and integers are those of a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
     Codes are equal to the bit, scales to a rounding of float32; an input with one scale has it at every timestep. The
@@ -68,90 +63,39 @@ class ImportModelopt(Pass):
     """
 
     name: ClassVar[str] = "import-modelopt"
-    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
-    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, QUANTIZED})
-    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     path: str = Field(description="a file of modelopt.torch.opt.save, beside the recipe")
-    sha256: str = Field("", description="of the file, as it has to be; empty: as it is")
     ignore: tuple[str, ...] = Field(
         (), description="quantizers that are left out, such as `*.norm*.input_quantizer`: more exact there than it was"
     )
-    _file: Path = PrivateAttr()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _digested(cls, written: object, info: ValidationInfo) -> object:
-        """The step runs again when the file changes."""
-        if not isinstance(written, dict) or not isinstance(written.get("path"), str):
-            return written
-        file = _base(info.context) / written["path"]
-        try:
-            with file.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise ValueError(f"{written['path']}: cannot be read: {error.strerror}") from error
-        if (wanted := written.get("sha256") or found) != found:
-            raise ValueError(f"{written['path']}: its sha256 is {found}, not {wanted}")
-        return {**written, "sha256": found}
-
-    def model_post_init(self, context: Mapping[str, Path] | None) -> None:
-        self._file = _base(context) / self.path
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError with everything that the file holds and that cannot be carried over."""
         from intaglio.pipeline.checkpoint import layer_table
-        from intaglio.pipeline.quant.balance import LayerBalance
-        from intaglio.pipeline.quantized import Quantized
 
-        model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], _read(self._file)
+        model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], _read(self._place)
         layers = layer_table(model.module)
-        problems = [*self._left_over(saved, layers)]
         on = {name: q for name, q in saved.quantizers.items() if q.on and not self._ignores(name)}
         dynamic = [n.name for n in layers if (q := on.get(f"{n.name}.input_quantizer")) and q.facts.get("_dynamic")]
         ranks = _ranks(model, trajectory, dynamic) if dynamic else {}
-        taken: dict[str, QuantizedLayerData] = {}
-        refused: dict[str, list[str]] = defaultdict(list)
-        for layer in layers:
+
+        def take(layer: Layer) -> QuantizedLayerData | None:
             weight, entering = (on.get(f"{layer.name}.{part}_quantizer") for part in ("weight", "input"))
-            try:
-                balance = _balance(layer, saved.quantizers.get(f"{layer.name}.input_quantizer"))
-                if weight is None:
-                    _check_float(entering, balance)
-                    continue
-                if layer.name not in trajectory.amax:
-                    raise _NotCarried("the model never calls it")
-                w = saved.tensors.get(f"{layer.name}.weight")
-                if w is None or tuple(w.shape) != layer.shape:
-                    raise _NotCarried("the file has no weight of its shape")
-                taken[layer.name] = _taken(layer, w, weight, entering, balance, ranks.get(layer.name, 0))
-            except _NotCarried as reason:
-                refused[str(reason)].append(layer.name)
-        problems += [f"{_some(names)}: {reason}" for reason, names in refused.items()]
-        quantized = {*taken, *(name for names in refused.values() for name in names)}
-        problems += _differing(model.module, saved, quantized)
-        if problems:
-            raise RecipeError(*(f"{self.path}: {problem}" for problem in problems))
-        plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
-        balances = {}
-        for name, data in taken.items():
-            if data.balance is None:
-                continue
-            if data.amax_T is None:  # no entry is larger
-                amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
-            else:
-                amax_T = data.amax_T.expand(len(trajectory.timesteps))
-            balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
-        plan = plan.balanced(balances)
-        ctx.log.info(
-            "%d of %d layers from Model Optimizer %s, %.2f bits a weight",
-            len(taken),
-            len(layers),
-            saved.version,
-            plan.weight_bits_mean,
-        )
-        # one entry: its scales are of no step
-        return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], taken)}
+            balance = _balance(layer, saved.quantizers.get(f"{layer.name}.input_quantizer"))
+            if weight is None:
+                _check_float(entering, balance)
+                return None
+            check_called(layer, trajectory)
+            w = saved.tensors.get(f"{layer.name}.weight")
+            if w is None or tuple(w.shape) != layer.shape:
+                raise NotCarried("the file has no weight of its shape")
+            codes, scale_NG = _codes(layer, w, weight)
+            rounded = None if entering is None else _input(layer, entering, ranks.get(layer.name, 0))
+            return layer_data(layer, weight.facts["_num_bits"], codes, scale_NG, rounded, balance)
+
+        taken, refused = take_layers(layers, take)
+        problems = [*self._left_over(saved, layers), *problems_of(model.module, saved.tensors, taken, refused)]
+        return self._outputs(f"Model Optimizer {saved.version}", layers, taken, problems, trajectory, ctx)
 
     def _ignores(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
@@ -165,7 +109,7 @@ class ImportModelopt(Pass):
         own = {f"{layer.name}.{part}_quantizer" for layer in layers for part in ("weight", "input")}
         if others := [name for name in on if name not in own and not self._ignores(name)]:
             yield (
-                f"{_some(others)}: neither weight nor input of a linear layer or an ungrouped 2-D convolution, which is"
+                f"{some(others)}: neither weight nor input of a linear layer or an ungrouped 2-D convolution, which is"
                 " all that is rounded here: switch them off in Model Optimizer, or name them in `ignore`"
             )
         held = {name: {"_amax", "_pre_quant_scale"} if name.endswith(".input_quantizer") else {"_amax"} for name in own}
@@ -174,10 +118,6 @@ class ImportModelopt(Pass):
                 yield f"{name}: {', '.join(unknown)} has no place here"
             if q.facts.get("_rotate", False) not in (False, None):
                 yield f"{name}: its rotation is not carried over"
-
-
-class _NotCarried(Exception):
-    """Why a layer has no exact form here."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +139,6 @@ class _Saved:
     tensors: Mapping[str, torch.Tensor]
     quantizers: Mapping[str, _Quantizer]
     version: str
-
-
-def _base(context: Mapping[str, Path] | None) -> Path:
-    return (context or {}).get("base", Path())
 
 
 def _read(file: Path) -> _Saved:
@@ -248,23 +184,6 @@ def _ranks(model: Factory, trajectory: Trajectory, names: Collection[str]) -> di
     return found
 
 
-def _differing(module: nn.Module, saved: _Saved, quantized: Collection[str]) -> Iterator[str]:
-    """What the graph takes from the model, and the file has otherwise."""
-    from_file = {f"{name}.weight" for name in quantized}
-    ours = {name: value for name, value in module.state_dict().items() if name not in from_file}
-    theirs = {name: value for name, value in saved.tensors.items() if name not in from_file}
-    if ours.keys() != theirs.keys():
-        missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-        parts = [f"has no {_some(missing)}"] * bool(missing) + [f"has {_some(surplus)}"] * bool(surplus)
-        yield f"is of another model: it {' and '.join(parts)}"
-        return
-    if other := [n for n, value in ours.items() if not value.to(theirs[n].dtype).equal(theirs[n])]:
-        yield (
-            f"{_some(other)}: not what the recipe's model has, which the graph is made from: name the weights that were"
-            " quantized in model.path"
-        )
-
-
 def _balance(layer: Layer, entering: _Quantizer | None) -> Balance | None:
     """What the input is multiplied by, also where its quantizer is off."""
     from intaglio.pipeline.quant.balance import Balance
@@ -275,60 +194,19 @@ def _balance(layer: Layer, entering: _Quantizer | None) -> Balance | None:
     if scale is None:
         return None
     if layer.op != "linear" or scale.numel() != layer.k:
-        raise _NotCarried(f"a pre_quant_scale {tuple(scale.shape)} in front of a {layer.op} of {layer.k} in features")
+        raise NotCarried(f"a pre_quant_scale {tuple(scale.shape)} in front of a {layer.op} of {layer.k} in features")
     try:
         return Balance(scale.float().flatten())
     except ValueError as error:
-        raise _NotCarried(f"its pre_quant_scale: {error}") from error
+        raise NotCarried(f"its pre_quant_scale: {error}") from error
 
 
 def _check_float(entering: _Quantizer | None, balance: Balance | None) -> None:
-    """Raises _NotCarried where a layer with a float weight is not as the model has it."""
+    """Raises NotCarried where a layer with a float weight is not as the model has it."""
     if entering is not None:
-        raise _NotCarried("a rounded input in front of a float weight: save before fold_weight, or round neither")
+        raise NotCarried("a rounded input in front of a float weight: save before fold_weight, or round neither")
     if balance is not None:
-        raise _NotCarried("a pre_quant_scale in front of a float weight")
-
-
-def _taken(
-    layer: Layer, w: torch.Tensor, weight: _Quantizer, entering: _Quantizer | None, balance: Balance | None, rank: int
-) -> QuantizedLayerData:
-    """Raises _NotCarried for what has no exact form."""
-    import torch
-
-    from intaglio.pipeline.quantized import QuantizedLayerData
-
-    codes, scale_NG = _codes(layer, w, weight)
-    rounded = None if entering is None else _input(layer, entering, rank)
-    amax_T = None
-    if entering is not None and rounded is not None and isinstance(rounded.granularity, PerStep):
-        amax_T = _static_amax(entering)
-    group_NG = None
-    match weight.facts["_num_bits"], rounded:
-        case 8, IntInput(bits=8):
-            if scale_NG.shape[1] != 1:
-                raise _NotCarried("8-bit weights in blocks: only with one scale for each output channel")
-            if (low := int(codes.min())) < -127:
-                raise _NotCarried(f"a weight is rounded to {low}, and 8-bit codes end at -127: use narrow_range")
-            scheme = LayerScheme(weight=W8A8_STEP.weight, input=rounded)
-        case 4, None:
-            group = _group(layer, scale_NG)
-            scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
-        case 4, IntInput():
-            if not (scale_NG == scale_NG[:, :1]).all():
-                raise _NotCarried(
-                    "4-bit weights with a float scale for each block in front of a rounded input: their product on"
-                    " integers takes one float scale a row and integers for its groups. Leave the input in float, use"
-                    " one scale for each output channel, or let `distill` round the weights"
-                )
-            group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]
-            group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)
-            scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=rounded)
-        case bits, None:
-            raise _NotCarried(f"{bits}-bit weights in front of a float input: only 4-bit weights are")
-        case bits, other:
-            raise _NotCarried(f"{bits}-bit weights in front of a {other.bits}-bit input")
-    return QuantizedLayerData(scheme, codes, scale_NG.contiguous(), amax_T, group_NG, balance=balance)
+        raise NotCarried("a pre_quant_scale in front of a float weight")
 
 
 def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,7 +225,7 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[torch.
     elif amax.numel() == layer.n and axis in (0, (0,)):
         amax_NG = amax.reshape(-1, 1)
     else:
-        raise _NotCarried(f"weight scales {tuple(amax.shape)} along axis {axis}")
+        raise NotCarried(f"weight scales {tuple(amax.shape)} along axis {axis}")
     high = 2 ** (bits - 1) - 1
     low = -high if quantizer.facts.get("_narrow_range", False) else -high - 1
     inverse_NG = torch.where(amax_NG <= ZERO_AMAX, 0.0, high / amax_NG)
@@ -357,79 +235,63 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[torch.
 
 
 def _block_amax(layer: Layer, amax: torch.Tensor, blocks: Mapping[int, int]) -> torch.Tensor:
-    """(N, G), where blocks are neighbouring input features and fill them: else raises _NotCarried."""
+    """(N, G), where blocks are neighbouring input features and fill them: else raises NotCarried."""
     rank = len(layer.shape)
     (axis, size), *others = ((axis % rank, size) for axis, size in blocks.items())
     if others or axis != 1 or layer.op != "linear":
-        raise _NotCarried(f"blocks {dict(blocks)} of a weight {layer.shape}: only of a linear layer, along its input")
+        raise NotCarried(f"blocks {dict(blocks)} of a weight {layer.shape}: only of a linear layer, along its input")
     if layer.k % size:
-        raise _NotCarried(f"blocks of {size} of {layer.k} in features: only those that fill them")
+        raise NotCarried(f"blocks of {size} of {layer.k} in features: only those that fill them")
     return amax.reshape(layer.n, layer.k // size)
 
 
-def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
-    """The largest group size that blocks can be split into: several neighbours then have one scale."""
-    block = layer.k // scale_NG.shape[1]
-    group = next((size for size in GROUPS if block % size == 0 and size < layer.k), None)
-    if group is None:
-        raise _NotCarried(
-            f"4-bit weights in blocks of {block} of {layer.k} in features: groups here have 32, 64 or 128"
-        )
-    return group
-
-
-def _split(scale_NG: torch.Tensor, count: int) -> torch.Tensor:
-    """With `count` scales a row, each as many times as it takes."""
-    return scale_NG.repeat_interleave(count // scale_NG.shape[1], dim=1)
-
-
-def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> IntInput:
-    """Raises _NotCarried for what is neither one static scale nor a dynamic one for each token."""
+def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
+    """Raises NotCarried for what is neither one static scale nor a dynamic one for each token."""
     bits = _bits("input", quantizer)
     if quantizer.facts.get("_narrow_range", False):
-        raise _NotCarried("an input with narrow_range: its smallest code would be another")
+        raise NotCarried("an input with narrow_range: its smallest code would be another")
     axis, blocks = quantizer.facts.get("_axis"), quantizer.facts.get("_block_sizes") or {}
     dynamic = bool(quantizer.facts.get("_dynamic", False))
     by_token = axis == tuple(range(rank - 1)) or {k: v for k, v in blocks.items() if k != "type"} == {-1: None}
     match bits:
         case 4 | 8 if dynamic and by_token and layer.op == "linear":
-            return IntInput(bits=bits, granularity=PerToken())
+            return Entering(IntInput(bits=bits, granularity=PerToken()))
         case 4 | 8 if not dynamic and axis is None and not blocks:
-            return IntInput(bits=bits, granularity=PerStep())
+            return Entering(IntInput(bits=bits, granularity=PerStep()), _static_amax(quantizer))
     how = "dynamic" if dynamic else "static"
-    raise _NotCarried(
+    raise NotCarried(
         f"{how} input scales along axis {axis}, blocks {blocks}, of a {layer.op}: only one static scale, or for linear"
         " layers a dynamic one for each token"
     )
 
 
 def _bits(what: str, quantizer: _Quantizer) -> int:
-    """Raises _NotCarried for other numbers than integers of 4 or 8 bits, rounded as usual."""
+    """Raises NotCarried for other numbers than integers of 4 or 8 bits, rounded as usual."""
     if quantizer.facts.get("is_sequential_quantizer"):
-        raise _NotCarried(f"several quantizers in a row for its {what}")
+        raise NotCarried(f"several quantizers in a row for its {what}")
     bits: object = quantizer.facts.get("_num_bits")
     if bits not in (4, 8):
         shown = f"E{bits[0]}M{bits[1]}" if isinstance(bits, tuple) else f"{bits} bits"
-        raise _NotCarried(f"{what} in {shown}: only integers of 4 or 8 bits")
+        raise NotCarried(f"{what} in {shown}: only integers of 4 or 8 bits")
     if other := [n for n, usual in USUAL.items() if quantizer.facts.get(n, usual) != usual]:
         shown = ", ".join(f"{n.removeprefix('_')} is {quantizer.facts[n]}" for n in other)
-        raise _NotCarried(f"the quantizer of its {what} does more than round: {shown}")
+        raise NotCarried(f"the quantizer of its {what} does more than round: {shown}")
     assert isinstance(bits, int)  # 4 or 8
     return bits
 
 
 def _blocks(quantizer: _Quantizer) -> dict[int, int]:
-    """Sizes by axis; raises _NotCarried for scales that are rounded, or found when it runs."""
+    """Sizes by axis; raises NotCarried for scales that are rounded, or found when it runs."""
     written: Mapping[Any, Any] = quantizer.facts.get("_block_sizes") or {}
     if extra := {key: v for key, v in written.items() if not isinstance(key, int) and (key, v) != ("type", "static")}:
-        raise _NotCarried(f"weight blocks with {extra}")
+        raise NotCarried(f"weight blocks with {extra}")
     return {key: size for key, size in written.items() if isinstance(key, int) and size is not None}
 
 
 def _amax(quantizer: _Quantizer) -> torch.Tensor:
     amax = quantizer.tensors.get("_amax")
     if amax is None or not amax.isfinite().all():
-        raise _NotCarried("a quantizer that was never calibrated")
+        raise NotCarried("a quantizer that was never calibrated")
     return amax
 
 
@@ -439,11 +301,5 @@ def _static_amax(quantizer: _Quantizer) -> torch.Tensor:
 
     amax = _amax(quantizer)
     if amax.numel() != 1:
-        raise _NotCarried(f"input scales {tuple(amax.shape)}: only one")
+        raise NotCarried(f"input scales {tuple(amax.shape)}: only one")
     return amax.float().reshape(1).clamp_min(TOKEN_EPS)
-
-
-def _some(names: Iterable[str]) -> str:
-    """Up to three of them, and how many more."""
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -197,7 +197,7 @@ REFUSED = {
     "an input with narrow_range": setting("input", _narrow_range=True),
     "more than round: fake_quant is False": setting("weight", _fake_quant=False),
     "never calibrated": buffer("input_quantizer._amax", torch.tensor(torch.nan)),
-    "a weight is rounded to -128": halved,
+    "are -128, and 8-bit weights here end at -127": halved,
     "a pre_quant_scale .* in front of a linear": buffer("input_quantizer._pre_quant_scale", torch.ones(2)),
 }
 LEFT_OVER = {

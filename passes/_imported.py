@@ -1,0 +1,237 @@
+"""What passes share that take over a denoiser quantized elsewhere: its integers and scales, exactly or not at all.
+
+Shapes: N out features, K in features, G scales a row, T denoising steps: one entry, as these scales are of no step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+
+from intaglio.pipeline.artifact import AnyKey, Outputs
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.plan import Layer, QuantPlan
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.quant.balance import Balance
+    from intaglio.pipeline.quantized import QuantizedLayerData
+    from intaglio.pipeline.trajectory import Trajectory
+
+GROUPS = (128, 64, 32)
+"""Sizes that a block is split into, the largest that fits."""
+
+
+class ImportPass(Pass):
+    """Its files are part of its key: the step runs again when one changes. Nothing in them is run."""
+
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, QUANTIZED})
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+
+    path: str
+    sha256: str = Field("", description="of what is read there, as it has to be; empty: as it is")
+    _place: Path = PrivateAttr()
+
+    @classmethod
+    def files(cls, place: Path) -> list[Path]:
+        """Those that are read, of what `path` names. Raises ValueError where there are none."""
+        return [place]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digested(cls, written: object, info: ValidationInfo) -> object:
+        if not isinstance(written, dict) or not isinstance(written.get("path"), str):
+            return written
+        try:
+            found = _digest(cls.files(_base(info.context) / written["path"]))
+        except OSError as error:
+            raise ValueError(f"{written['path']}: cannot be read: {error.strerror}") from error
+        if (wanted := written.get("sha256") or found) != found:
+            raise ValueError(f"{written['path']}: its sha256 is {found}, not {wanted}")
+        return {**written, "sha256": found}
+
+    def model_post_init(self, context: Mapping[str, Path] | None) -> None:
+        self._place = _base(context) / self.path
+
+    def _outputs(
+        self,
+        origin: str,
+        layers: tuple[Layer, ...],
+        taken: Mapping[str, QuantizedLayerData],
+        problems: Iterable[str],
+        trajectory: Trajectory,
+        ctx: Context,
+    ) -> Outputs:
+        """The plan and the integers; layers that were not taken stay in float. Raises RecipeError with the problems."""
+        from intaglio.pipeline.quant.balance import LayerBalance
+        from intaglio.pipeline.quantized import Quantized
+
+        if said := [f"{self.path}: {problem}" for problem in problems]:
+            raise RecipeError(*said)
+        plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
+        balances = {}
+        for name, data in taken.items():
+            if data.balance is None:
+                continue
+            if data.amax_T is None:  # no entry is larger
+                amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
+            else:
+                amax_T = data.amax_T.expand(len(trajectory.timesteps))
+            balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
+        plan = plan.balanced(balances)
+        bits = plan.weight_bits_mean
+        ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
+        # one entry: its scales are of no step
+        return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
+
+
+def _base(context: Mapping[str, Path] | None) -> Path:
+    return (context or {}).get("base", Path())
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of one file its sha256, of several that of their names and sha256s."""
+    found = {}
+    for file in files:
+        with file.open("rb") as opened:
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in found.items()).encode()).hexdigest()
+
+
+class NotCarried(Exception):
+    """Why a layer has no exact form here."""
+
+
+@dataclass(frozen=True)
+class Entering:
+    """How a layer rounds its input, with what that takes: `amax_T` by step, `factor_T` of each token's magnitude."""
+
+    form: IntInput
+    amax_T: torch.Tensor | None = None
+    factor_T: torch.Tensor | None = None
+
+
+def take_layers(
+    layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerData | None]
+) -> tuple[dict[str, QuantizedLayerData], dict[str, list[str]]]:
+    """What became of those that `take` gives, and the names of those that it refuses by reason."""
+    taken: dict[str, QuantizedLayerData] = {}
+    refused: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        try:
+            if (data := take(layer)) is not None:
+                taken[layer.name] = data
+        except NotCarried as reason:
+            refused[str(reason)].append(layer.name)
+    return taken, refused
+
+
+def check_called(layer: Layer, trajectory: Trajectory) -> None:
+    """Raises NotCarried where the recorded calls never reach the layer."""
+    if layer.name not in trajectory.amax:
+        raise NotCarried("the model never calls it")
+
+
+def problems_of(
+    module: nn.Module,
+    rest: Mapping[str, torch.Tensor],
+    taken: Collection[str],
+    refused: Mapping[str, list[str]],
+) -> Iterator[str]:
+    """The refusals, and where `rest`, what the file holds beside quantized weights, is not what the model has."""
+    yield from (f"{some(names)}: {reason}" for reason, names in refused.items())
+    quantized = {f"{n}.weight" for n in (*taken, *(n for names in refused.values() for n in names))}
+    ours = {name: value for name, value in module.state_dict().items() if name not in quantized}
+    theirs = {name: value for name, value in rest.items() if name not in quantized}
+    if ours.keys() != theirs.keys():
+        missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        parts = [f"has no {some(missing)}"] * bool(missing) + [f"has {some(surplus)}"] * bool(surplus)
+        yield f"is of another model: it {' and '.join(parts)}"
+        return
+    if other := [n for n, value in ours.items() if not value.to(theirs[n].dtype).equal(theirs[n])]:
+        yield (
+            f"{some(other)}: not what the recipe's model has, which the graph is made from: name the weights that were"
+            " quantized in model.path"
+        )
+
+
+def layer_data(
+    layer: Layer,
+    bits: int,
+    codes: torch.Tensor,
+    scale_NG: torch.Tensor,
+    entering: Entering | None,
+    balance: Balance | None = None,
+) -> QuantizedLayerData:
+    """Codes (N, K) int8 and scales as they are. Raises NotCarried for what has no exact form."""
+    import torch
+
+    from intaglio.pipeline.quantized import QuantizedLayerData
+
+    group_NG = None
+    match bits, entering:
+        case 8, Entering(form=IntInput(bits=8)):
+            if scale_NG.shape[1] != 1:
+                raise NotCarried("8-bit weights in blocks: only with one scale for each output channel")
+            if below := int((codes < -127).sum()):
+                raise NotCarried(
+                    f"{below} of its {codes.numel()} codes are -128, and 8-bit weights here end at -127: round them"
+                    " within 127 on both sides (narrow_range)"
+                )
+            scheme = LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
+        case 4, None:
+            group = _group(layer, scale_NG)
+            scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
+        case 4, Entering():
+            if not (scale_NG == scale_NG[:, :1]).all():
+                raise NotCarried(
+                    "4-bit weights with a float scale for each block in front of a rounded input: their product on"
+                    " integers takes one float scale a row and integers for its groups. Leave the input in float, use"
+                    " one scale for each output channel, or let `distill` round the weights"
+                )
+            group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]
+            group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)
+            scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
+        case _, None:
+            raise NotCarried(f"{bits}-bit weights in front of a float input: only 4-bit weights are")
+        case _, Entering():
+            raise NotCarried(f"{bits}-bit weights in front of a {entering.form.bits}-bit input")
+    amax_T, factor_T = (None, None) if entering is None else (entering.amax_T, entering.factor_T)
+    return QuantizedLayerData(
+        scheme, codes, scale_NG.contiguous(), amax_T, group_NG, balance=balance, factor_T=factor_T
+    )
+
+
+def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
+    """The largest group size that blocks can be split into: several neighbours then have one scale."""
+    block = layer.k // scale_NG.shape[1]
+    group = next((size for size in GROUPS if block % size == 0 and size < layer.k), None)
+    if group is None:
+        raise NotCarried(f"4-bit weights in blocks of {block} of {layer.k} in features: groups here have 32, 64 or 128")
+    return group
+
+
+def _split(scale_NG: torch.Tensor, count: int) -> torch.Tensor:
+    """With `count` scales a row, each as many times as it takes."""
+    return scale_NG.repeat_interleave(count // scale_NG.shape[1], dim=1)
+
+
+def some(names: Iterable[str]) -> str:
+    """Up to three of them, and how many more."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,78 @@
+"""Reads what torchao writes to safetensors: parts of tensors, and in the file's metadata what they are parts of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from intaglio.passes._imported import Entering, NotCarried
+from intaglio.passes._saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
+from intaglio.pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.pipeline.plan import Layer
+
+NAMES = "tensor_names"
+"""In the metadata of a file: the tensors that it holds in parts or whole. Each has facts under its own name."""
+
+
+def read_torchao(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> SavedWeights:
+    """Raises RecipeError for metadata that is not torchao's."""
+    weights, problems = {}, []
+    held: set[str] = set()
+    try:
+        for name in json.loads(metadata[NAMES]):
+            facts = json.loads(metadata[name])
+            if facts["_type"] == "Tensor":
+                continue
+            module, _, parameter = name.rpartition(".")
+            names = {part: f"{module}._{parameter}_{part}" for part in facts["_tensor_data_names"]}
+            held.update(names.values())
+            if parameter != "weight":
+                problems.append(f"{name}: is quantized, and only weights are here")
+                continue
+            parts = {part: tensors[key] for part, key in names.items()}
+            weights[module] = partial(_weight, facts["_type"], facts["_data"], parts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(f"its metadata is not torchao's, or tensors are missing: {error!r}") from error
+    rest = {key: value for key, value in tensors.items() if key not in held}
+    return SavedWeights("torchao", weights, rest, tuple(problems))
+
+
+def _weight(kind: str, facts: Mapping[str, Any], parts: Mapping[str, torch.Tensor], layer: Layer) -> Weight:
+    match kind:
+        case "Int8Tensor":
+            bits, entering = 8, _entering(facts.get("act_quant_kwargs"), parts)
+        case "IntxUnpackedToInt8Tensor":
+            bits, entering = int(facts["target_dtype"]["_data"].removeprefix("int")), None
+            if facts["activation_quantization"] is not None:
+                raise NotCarried("inputs by token with zero points: here a code of 0 is 0 (symmetric)")
+        case _:
+            raise NotCarried(f"a {kind}: only Int8Tensor and IntxUnpackedToInt8Tensor hold plain symmetric codes")
+    if "act_pre_scale" in parts:
+        raise NotCarried("act_pre_scale: what its input is multiplied by is not carried over")
+    check_symmetric(parts.get("zero_point"), "weights")
+    return checked(layer, bits, parts["qdata"], parts["scale"], entering)
+
+
+def _entering(kwargs: Mapping[str, Any] | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
+    if kwargs is None:
+        return None
+    facts = kwargs["_data"]
+    granularity, mapping = facts["granularity"]["_type"], facts["mapping_type"]["_data"]
+    if mapping != "SYMMETRIC":
+        raise NotCarried(f"inputs mapped {mapping}: here a code of 0 is 0 (SYMMETRIC)")
+    if facts.get("reduce_range"):
+        raise NotCarried("inputs of 7 bits (reduce_range): only of 4 or 8")
+    check_symmetric(parts.get("act_quant_zero_point"), "inputs")
+    match granularity, "act_quant_scale" in parts:
+        case "PerRow", False:
+            return by_token(8)
+        case "PerTensor", True:
+            return static(8, parts["act_quant_scale"])
+    how = "static" if "act_quant_scale" in parts else "dynamic"
+    raise NotCarried(f"{how} inputs {granularity}: only dynamic ones PerRow, and static ones PerTensor")

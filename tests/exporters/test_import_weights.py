@@ -1,0 +1,390 @@
+"""Weights that compressed-tensors and torchao quantized, against what the libraries compute."""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Artifacts, run_pass
+from pydantic import ValidationError
+from quantizing import rel_l2
+from safetensors.torch import load_file, save_file
+
+from intaglio.exporters._session import graph_denoise
+from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.passes.import_weights import ImportWeights
+from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.quant import affine
+from intaglio.pipeline.quant.modules import simulate
+from intaglio.pipeline.target import load_target
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHANNEL8 = {"num_bits": 8, "strategy": "channel"}
+CHANNEL4 = {"num_bits": 4, "strategy": "channel"}
+BLOCKS4 = {"num_bits": 4, "strategy": "group", "group_size": 32}
+TOKEN = {"num_bits": 8, "strategy": "token", "dynamic": True}
+TENSOR = {"num_bits": 8, "strategy": "tensor"}
+GROUPS = {
+    "w8a8_token": ("re:.*attn1.*", CHANNEL8, TOKEN),
+    "w4a16": ("re:.*ff.net.0.proj", BLOCKS4, None),
+    "w8a8_step": ("re:.*ff.net.2", CHANNEL8, TENSOR),
+    "w4a8_step": ("re:.*norm1.linear", CHANNEL4, TENSOR),
+}
+STEP = 2
+
+
+def take(start: Artifacts, path: Path) -> Artifacts:
+    return start | run_pass(ImportWeights(path=str(path)), start, Path("import"))
+
+
+def compressed(start: Artifacts, groups, folder: Path):
+    """What compressed-tensors saved, with 8-bit weights within 127, and the model as it computes before it is saved."""
+    ct = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    schemes = {
+        name: ct.QuantizationScheme(
+            targets=[target],
+            weights=ct.QuantizationArgs(**weights),
+            input_activations=None if entering is None else ct.QuantizationArgs(**entering),
+        )
+        for name, (target, weights, entering) in groups.items()
+    }
+    model = start[MODEL].open()
+    ct.apply_quantization_config(model.module, ct.QuantizationConfig(config_groups=schemes))
+    quantized = {n: m for n, m in model.module.named_modules() if getattr(m, "quantization_scheme", None) is not None}
+    for name, module in quantized.items():
+        args, w = module.quantization_scheme.weights, module.weight.data
+        blocks = w.unflatten(1, (-1, args.group_size)) if args.group_size else w
+        scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
+        narrow = 127.5 / 127 if args.num_bits == 8 else 1
+        module.weight_scale.data = narrow * scale.reshape(module.weight_scale.shape)
+        entering = module.quantization_scheme.input_activations
+        if entering is not None and not entering.dynamic:
+            module.input_scale.data = (start[TRAJECTORY].amax[name].amax() / 127.5).reshape(1)
+        module.quantization_status = ct.QuantizationStatus.FROZEN
+    theirs = copy.deepcopy(model)
+    compressor = ModelCompressor.from_pretrained_model(model.module)
+    compressor.compress_model(model.module)
+    model.module.save_pretrained(folder)
+    compressor.update_config(folder)
+    return theirs, quantized
+
+
+def test_it_computes_what_compressed_tensors_does(dit, tmp_path):
+    theirs, quantized = compressed(dit, GROUPS, tmp_path / "saved")
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    ours = take(dit, tmp_path / "saved")
+    schemes = {name: scheme.name for name, scheme in ours[PLAN].schemes.items() if scheme.name != "float"}
+    expected = {n: next(name for name, (target, *_) in GROUPS.items() if re.match(target[3:], n)) for n in quantized}
+    assert schemes == expected
+    assert set(expected.values()) == GROUPS.keys()
+    seen = {}
+    for name in quantized:
+        theirs.module.get_submodule(name).register_forward_hook(
+            lambda _, args, y, name=name: seen.update({name: (args[0], y)})
+        )
+    model, call = ours[MODEL].open(), dit[TRAJECTORY].call(STEP)
+    simulate(model.module, ours[QUANTIZED])
+    with torch.no_grad():
+        whole = denoise_with(theirs.module, theirs)(call)
+        for name, data in ours[QUANTIZED].layers.items():
+            layer, own, (x, y) = theirs.module.get_submodule(name), model.module.get_submodule(name), seen[name]
+            args = layer.quantization_scheme.weights
+            rounded = fake_quantize(layer.weight, layer.weight_scale, layer.weight_zero_point, args)
+            scale = affine.product_scale(data.scale_NG, data.group_NG)
+            assert affine.dequantize(data.codes, scale, data.scheme.weight).equal(rounded), name
+            # one code of a token, its largest, may be rounded otherwise
+            assert rel_l2(own(x), y) < (2e-3 if schemes[name] == "w8a8_token" else 2e-6), name
+        simulated = denoise_with(model.module, model)(call)
+    rounding = rel_l2(whole, dit[TRAJECTORY].outputs[STEP])
+    assert rel_l2(simulated, whole) < 0.2 * rounding
+    graph = run_pass(ExportQdq(), ours | {TARGET: load_target("onnxruntime-cpu")}, tmp_path / "qdq")[GRAPH]
+    assert rel_l2(graph_denoise(graph)(call), simulated) < 0.1 * rounding
+
+
+def test_a_token_is_rounded_in_the_steps_of_its_largest_magnitude(dit, tmp_path):
+    """As the scale max|x| / 127.5 has it; only at the largest itself, 127.5 codes, may either side be taken."""
+    folder = torchao(dit, {LAYER: int8()}, tmp_path)
+    ours = take(dit, folder)
+    module = ours[MODEL].open().module
+    simulate(module, ours[QUANTIZED])
+    x = torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(1))
+    q, amax, _ = module.get_submodule(LAYER).input_codes(x)
+    largest = x.abs().amax(-1, keepdim=True)
+    expected = (x.double() / (largest.double() / 127.5)).round().clamp(-128, 127)
+    off = q != expected
+    assert not (off & (x.abs() != largest)).any()
+    assert (q - expected).abs().max() <= 1
+    torch.testing.assert_close(amax, largest * (127 / 127.5))
+
+
+LAYER = "transformer_blocks.0.attn1.to_q"
+DTYPE = {"_type": "torch.dtype", "_data": "float32"}
+
+
+def int8(granularity="PerRow", mapping="SYMMETRIC", reduce_range=False, dynamic=True, **parts):
+    """As torchao 0.18 writes an Int8Tensor: facts, and the parts of a weight (64, 64)."""
+    kwargs = {
+        "_type": "QuantizeTensorToInt8Kwargs",
+        "_data": {
+            "granularity": {"_type": granularity, "_data": {"dim": -1}},
+            "mapping_type": {"_type": "MappingType", "_data": mapping},
+            "reduce_range": reduce_range,
+        },
+    }
+    data = {"act_quant_kwargs": kwargs if dynamic else None, "reduce_range": reduce_range, "block_size": [1, 64]}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "qdata": torch.randint(-127, 128, (64, 64), generator=generator).to(torch.int8),
+        "scale": torch.rand(64, 1, generator=generator) + 0.1,
+        "zero_point": torch.zeros(64, 1, dtype=torch.int8),
+    }
+    return {"_type": "Int8Tensor", "_data": data | {"dtype": DTYPE}}, tensors | parts
+
+
+def intx(bits=4, blocks=2, activation=None, kind="IntxUnpackedToInt8Tensor", **parts):
+    """As it writes an IntxUnpackedToInt8Tensor."""
+    data = {
+        "target_dtype": {"_type": "torch.dtype", "_data": f"int{bits}"},
+        "block_size": [1, 64 // blocks],
+        "dtype": DTYPE,
+        "activation_quantization": activation,
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "qdata": torch.randint(-8, 8, (64, 64), generator=generator).to(torch.int8),
+        "scale": torch.rand(64, blocks, generator=generator) + 0.1,
+        "zero_point": torch.zeros(64, blocks, dtype=torch.int8),
+    }
+    return {"_type": kind, "_data": data}, tensors | parts
+
+
+def torchao(start: Artifacts, weights, folder: Path) -> Path:
+    """The model with these weights in the place of its own, as torchao's `flatten_tensor_state_dict` names parts."""
+    tensors, metadata, names = {}, {}, []
+    for name, value in start[MODEL].open().module.state_dict().items():
+        names.append(name)
+        module = name.removesuffix(".weight")
+        if module in weights and module != name:
+            facts, parts = weights[module]
+            metadata[name] = json.dumps(facts | {"_tensor_data_names": [*parts]})
+            tensors |= {f"{module}._weight_{part}": part_value for part, part_value in parts.items()}
+        else:
+            metadata[name] = json.dumps({"_type": "Tensor"})
+            tensors[name] = value.contiguous()
+    folder = folder / "saved"
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={**metadata, "tensor_names": json.dumps(names)})
+    return folder
+
+
+def test_weights_of_torchao_keep_their_codes_and_scales(dit, tmp_path):
+    other = LAYER.replace("to_q", "to_k")
+    static = int8("PerTensor", act_quant_scale=torch.tensor([[0.02]]))
+    weights = {LAYER: int8(), other: intx(), LAYER.replace("to_q", "to_v"): static}
+    ours = take(dit, torchao(dit, weights, tmp_path) / WEIGHTS)
+    for (name, (_, parts)), scheme in zip(weights.items(), ("w8a8_token", "w4a16", "w8a8_step"), strict=True):
+        data = ours[QUANTIZED].layers[name]
+        assert data.scheme.name == ours[PLAN].schemes[name].name == scheme
+        assert data.codes.equal(parts["qdata"])
+        assert data.scale_NG.equal(parts["scale"])
+    torch.testing.assert_close(data.amax_T, torch.tensor([0.02 * 127]))
+    assert ours[QUANTIZED].layers.keys() == weights.keys()
+
+
+def test_the_library_itself_writes_such_files(dit, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    def save(config, layers):
+        module = dit[MODEL].open().module
+        quantization.quantize_(module, config, filter_fn=lambda _, name: name in layers)
+        state = {n: v.data if type(v) is torch.nn.Parameter else v for n, v in module.state_dict().items()}
+        tensors, metadata = flatten_tensor_state_dict(state)
+        save_file(tensors, tmp_path / WEIGHTS, metadata=metadata)
+        return module
+
+    four = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(32))
+    module = save(four, {LAYER})
+    data = take(dit, tmp_path)[QUANTIZED].layers[LAYER]
+    weight = module.get_submodule(LAYER).weight.dequantize()
+    assert affine.dequantize(data.codes, data.scale_NG, data.scheme.weight).equal(weight)
+    save(quantization.Int8DynamicActivationInt8WeightConfig(), {LAYER})
+    with pytest.raises(RecipeError, match=r"to_q: \d+ of its 4096 codes are -128"):  # its scale is max|w| / 127.5
+        take(dit, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved(dit, tmp_path_factory) -> Path:
+    """All linear layers in 8 bits, with inputs by token."""
+    folder = tmp_path_factory.mktemp("compressed") / "saved"
+    compressed(dit, {"w8a8": ("Linear", CHANNEL8, TOKEN)}, folder)
+    return folder
+
+
+def setting(part: str, **facts) -> Callable:
+    """The group of a layer by its own name, which is nearer than its class."""
+
+    def change(config, tensors, name):
+        group = copy.deepcopy(config["config_groups"]["group_0"])
+        group["targets"] = [name]
+        group[part] = facts if group[part] is None else group[part] | facts
+        config["config_groups"][name] = group
+
+    return change
+
+
+def tensor(part: str, value: torch.Tensor) -> Callable:
+    return lambda _, tensors, name: tensors.update({f"{name}.{part}": value})
+
+
+def lowest(config, tensors, name):
+    tensors[f"{name}.weight"].view(-1)[:3] = -128
+
+
+def in_blocks(config, tensors, name):
+    setting("weights", num_bits=4, strategy="group")(config, tensors, name)
+    config["config_groups"][name]["input_activations"] = None
+    scale = tensors[f"{name}.weight_scale"]
+    tensors[f"{name}.weight_scale"] = scale.expand(-1, 4).contiguous()
+
+
+def unscaled(config, tensors, name):
+    del tensors[f"{name}.weight_scale"]
+    tensors[f"{name}.weight_packed"] = torch.zeros(1, 1, dtype=torch.int32)
+
+
+def nothing(config, tensors, name):
+    setting("weights")(config, tensors, name)
+    config["config_groups"][name]["weights"] = None
+
+
+REFUSED = {
+    r"3 of its \d+ codes are -128, and 8-bit weights here end at -127": lowest,
+    "weights in float8 by channel: only integers of 4 or 8 bits": setting("weights", type="float"),
+    "weights in int6 by channel: only integers": setting("weights", num_bits=6),
+    "weights in int8 by block: only with scales by": setting("weights", strategy="block"),
+    "weights in int8 by channel with zero points": setting("weights", symmetric=False),
+    "weights with zero points": tensor("weight_zero_point", torch.ones(1, dtype=torch.int8)),
+    "another order": tensor("weight_g_idx", torch.zeros(64, dtype=torch.int32)),
+    "blocks of 16 of 64 in features: groups here have 32, 64 or 128": in_blocks,
+    "8-bit weights in front of a 4-bit input": setting("input_activations", num_bits=4),
+    "inputs of 6 bits": setting("input_activations", num_bits=6),
+    "inputs in float8 by token": setting("input_activations", type="float"),
+    "inputs in int8 by token with zero points": setting("input_activations", symmetric=False),
+    "dynamic inputs in int8 by tensor": setting("input_activations", strategy="tensor"),
+    "static input scales None": setting("input_activations", strategy="tensor", dynamic=False),
+    "outputs in int8 by tensor": setting("output_activations", num_bits=8, strategy="tensor"),
+    "no group of config_groups rounds its weight": nothing,
+    "no weight_scale": unscaled,
+    r"scales \(3, 1\) for a weight": tensor("weight_scale", torch.ones(3, 1)),
+    "not above zero": tensor("weight_scale", torch.zeros(1)),
+}
+
+
+def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
+    config, tensors = json.loads((saved / "config.json").read_text()), load_file(saved / WEIGHTS)
+    quantized = config["quantization_config"]
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.k == 64]
+    layers += [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.k != 64]
+    names = list(REFUSED)
+    expected = list(zip(sorted(names, key=lambda why: "blocks" not in why), layers, strict=False))
+    assert len(expected) == len(REFUSED)
+    quantized["transform_config"] = {"config_groups": {"u": {}}}
+    quantized["kv_cache_scheme"] = {"num_bits": 8}
+    for why, name in expected:
+        REFUSED[why](quantized, tensors, name)
+    tensors["pos_embed.proj.weight_scale"] = torch.ones(64, 1)
+    tensors["proj_out_9.weight_packed"] = torch.zeros(1, 1, dtype=torch.int32)
+    tensors[f"{layers[-1]}.bias"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / WEIGHTS)
+    expected += [
+        ("its rotations are not carried over", "transform_config"),
+        ("attention stays in float", "kv_cache_scheme"),
+        ("the weight of a conv: only those of linear layers", "pos_embed.proj"),
+        ("no layer of the model that can be quantized", "proj_out_9"),
+        ("not what the recipe's model has", f"{layers[-1]}.bias"),
+    ]
+    with pytest.raises(RecipeError, match=r"\d+ problems:") as raised:
+        take(dit, tmp_path)
+    said = raised.value.problems
+    missing = [(n, why) for why, n in expected if not any(re.search(f"{re.escape(n)}.*{why}", each) for each in said)]
+    assert missing == []
+    assert len(said) == len(expected)
+
+
+REFUSED_OF_TORCHAO = {
+    "8-bit weights in front of a float input": int8(dynamic=False),
+    r"3 of its 4096 codes are -128": int8(
+        qdata=torch.cat([torch.tensor([-128] * 3), torch.ones(4093)]).reshape(64, 64).char()
+    ),
+    "inputs mapped ASYMMETRIC": int8(mapping="ASYMMETRIC"),
+    "inputs of 7 bits": int8(reduce_range=True),
+    "dynamic inputs PerTensor": int8("PerTensor"),
+    "static inputs PerRow": int8(act_quant_scale=torch.ones(1, 1)),
+    "act_pre_scale": int8(act_pre_scale=torch.ones(64)),
+    "weights with zero points": intx(zero_point=torch.ones(64, 2, dtype=torch.int8)),
+    "inputs by token with zero points": intx(activation="INT8_ASYM_PER_TOKEN"),
+    "6-bit weights in front of a float input": intx(bits=6),
+    "blocks of 16 of 64 in features": intx(blocks=4),
+    "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),
+    r"codes \(64, 32\) for a weight \(64, 64\)": intx(qdata=torch.zeros(64, 32, dtype=torch.int8)),
+}
+
+
+def test_what_torchao_has_and_is_not_carried_over(dit, tmp_path):
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.shape == (64, 64)]
+    assert len(layers) >= 8
+    names = list(REFUSED_OF_TORCHAO)
+    for start in range(0, len(names), len(layers)):
+        expected = dict(zip(layers, names[start:], strict=False))
+        weights = {name: REFUSED_OF_TORCHAO[why] for name, why in expected.items()}
+        with pytest.raises(RecipeError, match=f"{len(expected)} problems:") as raised:
+            take(dit, torchao(dit, weights, tmp_path))
+        said = raised.value.problems
+        found = [any(re.search(f"{re.escape(n)}: .*{why}", each) for each in said) for n, why in expected.items()]
+        assert all(found), said
+
+
+def test_files_of_others(dit, tmp_path):
+    save_file({"proj.weight._data": torch.ones(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(RecipeError, match="quanto's weights have no form here"):
+        take(dit, tmp_path)
+    save_file({"proj.weight": torch.ones(1)}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(RecipeError, match=r"'gptq' as quantization_config\.quant_method"):
+        take(dit, tmp_path)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    with pytest.raises(RecipeError, match="is none of compressed-tensors: config_groups: Field required"):
+        take(dit, tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"half")
+    with pytest.raises(RecipeError, match=r"model\.safetensors: cannot be read"):
+        take(dit, tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS, metadata={"tensor_names": '["a"]'})
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RecipeError, match="metadata is not torchao's, or tensors are missing: KeyError"):
+        take(dit, tmp_path)
+
+
+def test_all_its_files_are_part_of_the_key(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    with pytest.raises(ValidationError, match=r"saved: no \*\.safetensors in it"):
+        ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})
+    (folder / "b.safetensors").write_bytes(b"b")
+    steps = [ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})]
+    for name in ("a.safetensors", "config.json"):
+        (folder / name).write_bytes(b"a")
+        steps.append(ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path}))
+    assert len({step.sha256 for step in steps}) == 3
+    with pytest.raises(ValidationError, match=r"its sha256 is .*, not"):
+        ImportWeights.model_validate(steps[0].model_dump(), context={"base": tmp_path})
