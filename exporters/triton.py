@@ -90,9 +90,31 @@ def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> Non
         from intaglio.exporters._session import write_fused
 
         write_fused(place / "model.onnx", out / "model.onnx", target.kernels[0 if vnni else -1].settings)
+        if not vnni and (wide := wide_int8_weights(out / "model.onnx")):
+            raise TargetError(
+                f"ONNX Runtime leaves {len(wide)} weights int8 on this CPU, such as {wide[0]}, and CPUs without VNNI"
+                " add their products wrongly: write it on another machine, or with --vnni for a server that has it"
+            )
         return
     for file in sorted(place.glob("model.onnx*")):
         shutil.copyfile(file, out / file.name)
+
+
+def wide_int8_weights(model: Path) -> list[str]:
+    """Constants that enter a product on integers as int8 and go beyond 64: two of their products fill 16 bits."""
+    import onnx
+
+    from intaglio.exporters.onnxruntime import INTEGER_PRODUCTS
+
+    graph = onnx.load(model).graph
+    codes = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    read = {name for node in graph.node if node.op_type in INTEGER_PRODUCTS for name in node.input}
+    wide = []
+    for name in sorted(read & codes.keys()):
+        values = onnx.numpy_helper.to_array(codes[name])
+        if max(int(values.max()), -int(values.min())) > 64:
+            wide.append(name)
+    return wide
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import re
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from intaglio.exporters._session import noise_feed, open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.triton import write_model
+from intaglio.exporters.triton import wide_int8_weights, write_model
 from intaglio.pipeline.cli import app
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
 from intaglio.pipeline.graph import Graph
@@ -117,7 +118,7 @@ def test_a_graph_with_a_step_takes_it_as_one_number_and_computes_the_same(cpu):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit):
+def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit, monkeypatch):
     schemes = {"attn1": w4a16(32), "ff": W8A8_TOKEN}
     artifacts = with_plan(
         dit, lambda layer: next((scheme for part, scheme in schemes.items() if f".{part}." in layer.name), FLOAT)
@@ -145,11 +146,14 @@ def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit):
     (found,) = served(model, 1, feed)
     np.testing.assert_array_equal(found, expected)
     own = write_model(folder, Path("repository"), name="vnni", vnni=True)
-    proto = onnx.load(own / "1/model.onnx", load_external_data=False)
-    tensors = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
-    assert {tensors[n.input[1]] for n in proto.graph.node if n.op_type == "MatMulIntegerToFloat"} == {
-        onnx.TensorProto.INT8
-    }
+    assert len(wide_int8_weights(own / "1/model.onnx")) == len(weights)
+    monkeypatch.setattr(
+        "intaglio.exporters._session.write_fused",
+        lambda _, out, __: copytree(own / "1", out.parent, dirs_exist_ok=True),
+    )
+    with pytest.raises(TargetError, match=f"leaves {len(weights)} weights int8 on this CPU"):
+        write_model(folder, Path("repository"), name="portable")
+    assert not Path("repository/portable").exists()
 
 
 def test_a_graph_for_a_gpu_stays_as_it_is():
