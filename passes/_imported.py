@@ -188,11 +188,6 @@ def layer_data(
         case 8, Entering(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
                 raise NotCarried("8-bit weights in blocks: only with one scale for each output channel")
-            if below := int((codes < -127).sum()):
-                raise NotCarried(
-                    f"{below} of its {codes.numel()} codes are -128, and 8-bit weights here end at -127: round them"
-                    " within 127 on both sides (narrow_range)"
-                )
             scheme = LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
         case 4, None:
             group = _group(layer, scale_NG)

@@ -176,10 +176,6 @@ def buffer(part: str, value: torch.Tensor) -> Callable:
     return lambda _, tensors, name: tensors.update({f"{name}.{part}": value})
 
 
-def halved(_, tensors, name):
-    tensors[f"{name}.weight_quantizer._amax"] /= 2
-
-
 REFUSED = {
     "weight in E4M3": setting("weight", _num_bits=(4, 3)),
     "input in E2M1": setting("input", _num_bits=(2, 1)),
@@ -197,7 +193,6 @@ REFUSED = {
     "an input with narrow_range": setting("input", _narrow_range=True),
     "more than round: fake_quant is False": setting("weight", _fake_quant=False),
     "never calibrated": buffer("input_quantizer._amax", torch.tensor(torch.nan)),
-    "are -128, and 8-bit weights here end at -127": halved,
     "a pre_quant_scale .* in front of a linear": buffer("input_quantizer._pre_quant_scale", torch.ones(2)),
 }
 LEFT_OVER = {

@@ -43,7 +43,7 @@ def take(start: Artifacts, path: Path) -> Artifacts:
 
 
 def compressed(start: Artifacts, groups, folder: Path):
-    """What compressed-tensors saved, with 8-bit weights within 127, and the model as it computes before it is saved."""
+    """What compressed-tensors saved, and the model as it computes before it is saved."""
     ct = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization.utils import calculate_qparams
@@ -63,8 +63,7 @@ def compressed(start: Artifacts, groups, folder: Path):
         args, w = module.quantization_scheme.weights, module.weight.data
         blocks = w.unflatten(1, (-1, args.group_size)) if args.group_size else w
         scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args)
-        narrow = 127.5 / 127 if args.num_bits == 8 else 1
-        module.weight_scale.data = narrow * scale.reshape(module.weight_scale.shape)
+        module.weight_scale.data = scale.reshape(module.weight_scale.shape)
         entering = module.quantization_scheme.input_activations
         if entering is not None and not entering.dynamic:
             module.input_scale.data = (start[TRAJECTORY].amax[name].amax() / 127.5).reshape(1)
@@ -104,6 +103,7 @@ def test_it_computes_what_compressed_tensors_does(dit, tmp_path):
             # one code of a token, its largest, may be rounded otherwise
             assert rel_l2(own(x), y) < (2e-3 if schemes[name] == "w8a8_token" else 2e-6), name
         simulated = denoise_with(model.module, model)(call)
+    assert any(data.codes.amin() == -128 for data in ours[QUANTIZED].layers.values())  # scales are max|w| / 127.5
     rounding = rel_l2(whole, dit[TRAJECTORY].outputs[STEP])
     assert rel_l2(simulated, whole) < 0.2 * rounding
     graph = run_pass(ExportQdq(), ours | {TARGET: load_target("onnxruntime-cpu")}, tmp_path / "qdq")[GRAPH]
@@ -143,7 +143,7 @@ def int8(granularity="PerRow", mapping="SYMMETRIC", reduce_range=False, dynamic=
     data = {"act_quant_kwargs": kwargs if dynamic else None, "reduce_range": reduce_range, "block_size": [1, 64]}
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        "qdata": torch.randint(-127, 128, (64, 64), generator=generator).to(torch.int8),
+        "qdata": torch.randint(-128, 128, (64, 64), generator=generator).to(torch.int8),
         "scale": torch.rand(64, 1, generator=generator) + 0.1,
         "zero_point": torch.zeros(64, 1, dtype=torch.int8),
     }
@@ -217,9 +217,9 @@ def test_the_library_itself_writes_such_files(dit, tmp_path):
     data = take(dit, tmp_path)[QUANTIZED].layers[LAYER]
     weight = module.get_submodule(LAYER).weight.dequantize()
     assert affine.dequantize(data.codes, data.scale_NG, data.scheme.weight).equal(weight)
-    save(quantization.Int8DynamicActivationInt8WeightConfig(), {LAYER})
-    with pytest.raises(RecipeError, match=r"to_q: \d+ of its 4096 codes are -128"):  # its scale is max|w| / 127.5
-        take(dit, tmp_path)
+    module = save(quantization.Int8DynamicActivationInt8WeightConfig(), {LAYER})
+    data = take(dit, tmp_path)[QUANTIZED].layers[LAYER]
+    assert data.codes.equal(module.get_submodule(LAYER).weight.qdata)
 
 
 @pytest.fixture(scope="module")
@@ -246,10 +246,6 @@ def tensor(part: str, value: torch.Tensor) -> Callable:
     return lambda _, tensors, name: tensors.update({f"{name}.{part}": value})
 
 
-def lowest(config, tensors, name):
-    tensors[f"{name}.weight"].view(-1)[:3] = -128
-
-
 def in_blocks(config, tensors, name):
     setting("weights", num_bits=4, strategy="group")(config, tensors, name)
     config["config_groups"][name]["input_activations"] = None
@@ -268,7 +264,6 @@ def nothing(config, tensors, name):
 
 
 REFUSED = {
-    r"3 of its \d+ codes are -128, and 8-bit weights here end at -127": lowest,
     "weights in float8 by channel: only integers of 4 or 8 bits": setting("weights", type="float"),
     "weights in int6 by channel: only integers": setting("weights", num_bits=6),
     "weights in int8 by block: only with scales by": setting("weights", strategy="block"),
@@ -324,9 +319,6 @@ def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
 
 REFUSED_OF_TORCHAO = {
     "8-bit weights in front of a float input": int8(dynamic=False),
-    r"3 of its 4096 codes are -128": int8(
-        qdata=torch.cat([torch.tensor([-128] * 3), torch.ones(4093)]).reshape(64, 64).char()
-    ),
     "inputs mapped ASYMMETRIC": int8(mapping="ASYMMETRIC"),
     "inputs of 7 bits": int8(reduce_range=True),
     "dynamic inputs PerTensor": int8("PerTensor"),
