@@ -19,8 +19,7 @@ import numpy as np
 from intaglio.exporters._session import exact_kernels, noise_feed, open_session, usual_shapes
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import Graph
-
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from intaglio.pipeline.memory import forget_peak, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _Engine:
     def __init__(self, setting: Setting) -> None:
         graph = Graph.load(setting.folder)
         exact_kernels()  # sessions of its own, which are not to be counted
-        before = _forget_peak()
+        before = forget_peak()
         began = time.perf_counter()
         self.session = open_session(
             graph.path, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
@@ -87,7 +86,8 @@ class _Engine:
         seconds = time.perf_counter() - began
         self.feed = noise_feed(graph, usual_shapes(graph, setting.rows), np.random.default_rng(0))
         self.session.run(None, self.feed)
-        resident, peak = (None if before is None else _bytes(field) - before for field in ("VmRSS", "VmHWM"))
+        resident = None if before is None else resident_bytes("VmRSS") - before
+        peak = None if before is None else resident_bytes("VmHWM") - before
         self.loaded = Loaded(self.session.get_providers()[0], seconds, resident, peak)
 
     def call(self, count: int) -> Spent:
@@ -114,18 +114,3 @@ def _load(setting: Setting) -> Loaded:
 
 def _call(setting: Setting, count: int) -> Spent:
     return _engine(setting).call(count)
-
-
-def _forget_peak() -> int | None:
-    """From here on the peak counts; resident bytes now. None where there is no Linux to ask."""
-    try:
-        _FORGET.write_text("5")
-    except OSError:
-        return None
-    return _bytes("VmRSS")
-
-
-def _bytes(field: str) -> int:
-    """VmRSS: now; VmHWM: at most."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024

@@ -15,6 +15,7 @@ from intaglio.pipeline.artifact import A, AnyKey, Key, Outputs, State
 from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
+from intaglio.pipeline.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.processes import Processes, processes
 from intaglio.pipeline.publish import Provenance, check_folder, publish
@@ -89,18 +90,21 @@ def compile(
     `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
     `base`: the folder that paths in the recipe are relative to.
     """
-    from intaglio.pipeline.keys import TARGET
+    from intaglio.pipeline.keys import MODEL, TARGET
 
     chains = bind(recipe, start=start, base=base)
     if out is not None and processes().first:
         for chain in chains:
             check_folder(out / chain.target.name)
     whole = resolved(recipe, chains)
-    shared = _put_start(start_artifacts(recipe, base, chains) if start is None else start, store)
+    artifacts = start_artifacts(recipe, base, chains) if start is None else start
+    shared = _put_start(artifacts, store)
     compiled = {}
     for chain in chains:
         given = shared | _put_start({TARGET: chain.target}, store)
         outputs = dict(given)
+        if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
+            check_memory(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
         runs = []
         for position, step in enumerate(chain.steps, start=1):
             place = Place(chain.target.name, step.name, position, len(chain.steps))
@@ -179,7 +183,7 @@ def _run_step(
             tell(StepEvent(place, "hit", record.seconds))
             return record
         tell(StepEvent(place, "runs"))
-        began = time.perf_counter()
+        began, counted = time.perf_counter(), forget_peak() is not None
         outputs: Outputs = {}
         if every.first or step.configured.shared:
             state = State({each: store.load(each, inputs[each]) for each in step.requires}, reader=step.name)
@@ -199,6 +203,7 @@ def _run_step(
                 ingredients=ingredients,
                 outputs=digests,
                 seconds=round(time.perf_counter() - began, 3),
+                peak_bytes=resident_bytes("VmHWM") if counted else None,
             )
             store.finish(record)
         record = every.agree(record)

@@ -38,6 +38,8 @@ class RunRecord(BaseModel):
     outputs: Mapping[str, str]
     """Key name -> digest."""
     seconds: float
+    peak_bytes: int | None = None
+    """The most memory that the process held at once, what it held before among it; None where that is not known."""
 
 
 class Store:

@@ -25,6 +25,7 @@ from intaglio.pipeline.artifact import AnyKey
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.memory import forget_peak, resident_bytes
 from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
 from intaglio.pipeline.trajectory import Trajectory
@@ -85,7 +86,7 @@ def test_ranges_are_taken_as_values_come(tmp_path: Path):
     count, value_bytes = 32, 1 << 24
     record_chain(2, value_bytes, tmp_path)
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    forget_peak()
     record_chain(count, value_bytes, tmp_path)
     assert resident_bytes("VmHWM") - before <= count / 2 * value_bytes
 
@@ -95,7 +96,7 @@ def test_a_lean_session_keeps_no_buffer_for_a_later_value(tmp_path: Path):
     (tmp_path / "model.onnx").write_bytes(onnx.parser.parse_model(RETURNING).SerializeToString())
     with lean_session(tmp_path / "model.onnx") as session:
         before = resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+        forget_peak()
         session.run(None, {"x": np.ones(1, np.float32)})
     assert 60e6 <= resident_bytes("VmHWM") - before <= 80e6
 
@@ -131,12 +132,6 @@ def record_chain(count: int, value_bytes: int, folder: Path) -> None:
     _magnitudes(folder / "chain.onnx", trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS: now; VmHWM: at most since the process began, or since its peak was forgotten."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
-
-
 def run(step: str, folder: Path) -> None:
     state = {key: key.type.load(folder / key.name) for key in STEPS[step].requires}
     run_pass(STEPS[step](), state, folder / step)
@@ -145,7 +140,7 @@ def run(step: str, folder: Path) -> None:
 def main(step: str, folder: Path) -> None:
     """Print how far the step takes this process beyond where it is after the same step on a tiny model."""
     run(step, folder / "small")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    forget_peak()
     before = resident_bytes("VmRSS")
     run(step, folder / "large")
     print(resident_bytes("VmHWM") - before)

@@ -1,0 +1,53 @@
+"""A model that does not fit is refused before it is read, and what steps took is on record."""
+
+import numpy as np
+import pytest
+from tiny import save_folder, tiny_dit
+from toys import START, toy_recipe
+
+from intaglio.pipeline import Recipe, Store, compile, memory
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.store import RunRecord
+
+
+def test_a_model_that_does_not_fit_is_refused_before_any_step(store, tmp_path, monkeypatch):
+    save_folder(tiny_dit(), tmp_path / "model")
+    recipe = Recipe.parse("{model: model, targets: [onnxruntime-cpu], steps: [calibrate]}")
+    count = sum(parameter.numel() for parameter in tiny_dit().parameters())
+    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(count) - 1)
+    ran = []
+    with pytest.raises(RecipeError, match=rf"has {count:,} parameters, .* at least 0\.5 GB, and there are 0\.5"):
+        compile(recipe, store, base=tmp_path, on_step=ran.append)
+    assert ran == []
+    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(count))
+    compile(recipe, store, base=tmp_path, on_step=ran.append)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 0)
+    compile(recipe, store, base=tmp_path, on_step=ran.append)  # takes nothing: it is all in the store
+    assert [event.status for event in ran] == ["runs", "done", "hit"]
+
+
+@pytest.mark.parametrize("text", ["123456789\n", "max\n"])
+def test_the_machine_has_what_a_group_allows(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_GROUPS", ())
+    whole = memory.machine_bytes()
+    assert whole > 1e9
+    (tmp_path / "limit").write_text(text)
+    monkeypatch.setattr(memory, "_GROUPS", (str(tmp_path / "limit"),))
+    assert memory.machine_bytes() == (whole if text == "max\n" else 123456789)
+
+
+def test_the_peak_counts_from_when_it_was_forgotten():
+    if memory.forget_peak() is None:
+        pytest.skip("no Linux to ask")
+    before = memory.resident_bytes("VmRSS")
+    np.ones(50_000_000, np.uint8)
+    assert 45e6 <= memory.resident_bytes("VmHWM") - before <= 70e6
+    memory.forget_peak()
+    assert memory.resident_bytes("VmHWM") - before <= 20e6
+
+
+def test_a_record_has_the_peak_of_its_step_and_an_older_one_is_read_without(store: Store):
+    (record,) = compile(toy_recipe("Append"), store, start=START)["onnxruntime-cpu"].runs
+    assert record.peak_bytes is None or record.peak_bytes > 10e6
+    older = record.model_dump_json(exclude={"peak_bytes"})
+    assert RunRecord.model_validate_json(older).peak_bytes is None
