@@ -22,14 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.progress import Progress, track
 
+from intaglio.pipeline.context import terminal
 from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.store import Store, files_below, tree_digest
 
@@ -54,6 +55,7 @@ steps:
 TIMED = ("benchmark", "report")
 """Steps whose results hold times."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+T = TypeVar("T")
 Digests = Mapping[str, Mapping[str, str]]
 
 
@@ -162,10 +164,14 @@ class Bench:
         return [*run.half_written(), *(f"{step} made something else" for step in different)]
 
 
+def bar(items: Sequence[T], name: str) -> Iterable[T]:
+    return track(items, name, transient=True, console=terminal(), disable=not terminal().is_terminal)
+
+
 def kills(bench: Bench, count: int) -> Tally:
     """A run goes on until it ends, however often it is killed; then the next one begins."""
     tally, chain = Tally(), 0
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, console=terminal(), disable=not terminal().is_terminal) as progress:
         task = progress.add_task("kills", total=count)
         while tally.tried < count:
             run, problems_of = bench.fresh(f"kill-{chain}"), list[list[str]]()
@@ -200,7 +206,7 @@ def killed(run: Run, bench: Bench, by: signal.Signals) -> list[str] | None:
 def full_disks(bench: Bench, count: int) -> Tally:
     tally = Tally()
     sizes = sorted({file.stat().st_size for file in files_below(bench.undisturbed.store)} - {0})
-    for size in track(bench.rng.sample(sizes, min(count, len(sizes))), "full disks", transient=True):
+    for size in bar(bench.rng.sample(sizes, min(count, len(sizes))), "full disks"):
         run = bench.fresh(f"disk-{size}")
         code, said = run.ended(run.start(largest_file=size - 1))
         problems = [] if code in (5, 6) and "Traceback" not in said else [f"{size}: ended with {code}: {said[-300:]}"]
@@ -212,7 +218,7 @@ def full_disks(bench: Bench, count: int) -> Tally:
 def damages(bench: Bench, damage: Callable[[Path], None], name: str) -> Tally:
     """One object after the other."""
     tally = Tally()
-    for each in track(sorted((bench.undisturbed.store / "objects").iterdir()), name, transient=True):
+    for each in bar(sorted((bench.undisturbed.store / "objects").iterdir()), name):
         run = bench.copied(name)
         damage(run.store / "objects" / each.name)
         code, said = run.ended(run.start())
@@ -244,7 +250,7 @@ def flip(rng: random.Random) -> Callable[[Path], None]:
 def companies(bench: Bench) -> Tally:
     """Two runs on one store, then four."""
     tally = Tally()
-    for count in track((2, 4), "company", transient=True):
+    for count in bar((2, 4), "company"):
         run = bench.fresh(f"company-{count}")
         processes = [run.start() for _ in range(count)]
         ends = [run.ended(process) for process in processes]
