@@ -15,7 +15,7 @@ from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, illegal, known_schemes
+from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, SchemeName, illegal
 from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -76,7 +76,7 @@ class AssignPrecision(Pass):
     budget: Budget = Field(
         Budget(), description="what the layers may cost relative to float: size (fp16 bytes), latency, bops, activation"
     )
-    schemes: Mapping[OpKind, tuple[str, ...]] = Field(
+    schemes: Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         {"linear": ("w8a8_token", "w4a16"), "conv": ("w8a8_step", "w4a16")},
         description="schemes to choose from, for each kind of layer",
     )
@@ -95,13 +95,7 @@ class AssignPrecision(Pass):
     point: int | None = Field(None, ge=0, description="take this plan of the front, from 0, in place of budget.size")
     mip_rel_gap: float = Field(1e-4, ge=0, lt=1, description="summed error above the optimum, relative, at most")
 
-    @field_validator("schemes")
-    @classmethod
-    def _known(cls, schemes: Mapping[OpKind, tuple[str, ...]]) -> Mapping[OpKind, tuple[str, ...]]:
-        known_schemes(name for names in schemes.values() for name in names)
-        return schemes
-
-    @field_validator("profile", mode="before")
+    @field_validator("profile", mode="before", json_schema_input_type=str | tuple[str | Profile, ...])
     @classmethod
     def _read(cls, written: object, info: ValidationInfo) -> object:
         """Files become what is in them, so that the step runs again when they change."""
@@ -209,7 +203,8 @@ class AssignPrecision(Pass):
         problems += [f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent]
         layers = {layer.name for layer in table.layers}
         problems += [
-            f"assign.keep: the model has no quantizable layer {name!r}" for name in sorted(set(self.keep) - layers)
+            f"assign.keep: the model has no quantizable layer {name!r}{did_you_mean(name, layers)}"
+            for name in sorted(set(self.keep) - layers)
         ]
         if self.profile and not any(profile.layers.keys() & layers for profile in self.profile):
             problems.append(f"assign.profile: has none of the model's {len(layers)} layers: it is of another model")

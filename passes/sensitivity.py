@@ -18,7 +18,7 @@ from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, known_schemes, structural_schemes
+from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class MeasureSensitivity(Pass):
 
     buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
     rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
-    schemes: tuple[str, ...] = Field(
+    schemes: tuple[SchemeName, ...] = Field(
         USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; every one costs as much time"
     )
     probes: int = Field(
@@ -82,12 +82,6 @@ class MeasureSensitivity(Pass):
     )
     drift_samples: int = Field(4, ge=1, description="samples drawn for each layer and scheme measured so")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
-
-    @field_validator("schemes")
-    @classmethod
-    def _known(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
-        known_schemes(schemes)
-        return schemes
 
     @field_validator("metrics")
     @classmethod

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.keys import MODEL, PLAN, TARGET
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, illegal, known_schemes, structural_schemes
+from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, SchemeName, illegal, structural_schemes
 
 
 class UniformPlan(Pass):
@@ -24,15 +24,11 @@ class UniformPlan(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
-    schemes: tuple[str, ...] = Field(min_length=1, description="names of schemes, the most wanted first")
-    ends: tuple[str, ...] = Field((), description="the same for the first and the last layer; none listed: as others")
+    schemes: tuple[SchemeName, ...] = Field(min_length=1, description="names of schemes, the most wanted first")
+    ends: tuple[SchemeName, ...] = Field(
+        (), description="the same for the first and the last layer; none listed: as others"
+    )
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
-
-    @field_validator("schemes", "ends")
-    @classmethod
-    def _known(cls, schemes: tuple[str, ...]) -> tuple[str, ...]:
-        known_schemes(schemes)
-        return schemes
 
     def run(self, state: State, ctx: Context) -> Outputs:
         layers, target = state[MODEL].layers(), state[TARGET]

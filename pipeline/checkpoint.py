@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.errors import IntaglioError, RecipeError, did_you_mean
 from intaglio.pipeline.lora import find_lora, fuse_lora_
 from intaglio.pipeline.plan import Layer
 
@@ -183,6 +184,12 @@ class Checkpoint:
         return None
 
     @property
+    def config_file(self) -> Path:
+        """Of a folder's denoiser."""
+        assert self._denoiser_folder is not None  # `resolve` made sure
+        return self._denoiser_folder / "config.json"
+
+    @property
     def name(self) -> str:
         """The diffusers class of the denoiser, or `file.py:factory`."""
         if self.entry:
@@ -225,17 +232,20 @@ class Checkpoint:
         there = {role: path for role, path in recordings.items() if path.is_file()}
         return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
 
-    def open(self) -> Factory:
+    def open(self, *, weights: bool = True) -> Factory:
         """The denoiser in float32 and evaluation mode, its LoRAs fused, its scheduler, conditions and sample shape.
 
-        Raises RecipeError where it needs to be told more.
+        Without `weights` it is on torch's meta device, and no weights are read. Raises RecipeError where it needs to be
+        told more.
         """
         from intaglio.pipeline.record import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
         usual, other = recorded.get("conditions"), recorded.get("other_size")
-        made = self._call_factory() if self.entry else self._open_folder(usual)
-        for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True)):
+        made = self._call_factory() if self.entry else self._open_folder(usual, weights)
+        if not weights:
+            made.module.to("meta")
+        for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
             fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
         if usual is not None:
             made = usual.given_to(made)
@@ -248,14 +258,14 @@ class Checkpoint:
 
     def layers(self) -> tuple[Layer, ...]:
         """The layer table. A folder's weights are not read. Raises RecipeError as `open` does."""
-        return layer_table(self._empty())
+        return layer_table(self.empty())
 
     def parameter_count(self) -> int:
         """Of the denoiser. Reads and raises what `layers` does."""
-        return sum(parameter.numel() for parameter in self._empty().parameters())
+        return sum(parameter.numel() for parameter in self.empty().parameters())
 
-    def _empty(self) -> nn.Module:
-        """The denoiser, of a folder without its weights."""
+    def empty(self) -> nn.Module:
+        """The denoiser, of a folder without its weights. Raises RecipeError as `open` does."""
         if self.entry:
             return self._call_factory().module
         import accelerate
@@ -275,11 +285,12 @@ class Checkpoint:
             raise RecipeError(f"model: diffusers {diffusers.__version__} has no class {self.name}")
         return kind, self._denoiser_folder
 
-    def _open_folder(self, recording: Recording | None) -> Factory:
+    def _open_folder(self, recording: Recording | None, weights: bool) -> Factory:
         import torch
 
         kind, folder = self._diffusers_class()
-        module = kind.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True)
+        settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
+        module = kind.from_pretrained(folder, **settings) if weights else self.empty()
         shape = _sample_shape(module.config) if recording is None else recording.sample_shape
         return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
 
@@ -298,15 +309,28 @@ class Checkpoint:
         if spec is None or spec.loader is None:
             raise RecipeError(f"model: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with self._blamed():
+            spec.loader.exec_module(module)
         factory: Callable[[], Factory] | None = getattr(module, name, None)
         if factory is None:
-            raise RecipeError(f"model: {file} has no function {name}")
-        made = factory()
+            functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+            raise RecipeError(f"model: {file} has no function {name}{did_you_mean(name, functions)}")
+        with self._blamed():
+            made = factory()
         if not isinstance(made, Factory):
             raise RecipeError(f"model: {self.entry} returned a {type(made).__name__}, not an intaglio Factory")
         made.module.eval()
         return made
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """What the factory's file raises is said to come from it."""
+        try:
+            yield
+        except IntaglioError:
+            raise
+        except Exception as error:
+            raise RecipeError(f"model: {self.entry} raised {type(error).__name__}: {error}") from error
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:

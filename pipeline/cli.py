@@ -3,47 +3,94 @@
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, UnionType
-from typing import Annotated, Literal, Union, get_args, get_origin
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 import yaml
 from pydantic import JsonValue
+from typer.core import TyperGroup
 
 from intaglio.pipeline.artifact import Outputs, State
-from intaglio.pipeline.bench import Bench, EngineFigures
+from intaglio.pipeline.bench import Bench
 from intaglio.pipeline.context import Context, terminal
-from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes
+from intaglio.pipeline.explain import Explanation, explain, explain_pass, lint_rules, names_by_kind
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, MODEL, PLAN, PROFILE, TARGET
 from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.printing import (
+    duration,
+    flattened,
+    plan_row,
+    print_bench,
+    print_json,
+    print_machine,
+    print_profile,
+    print_table,
+    print_target,
+    target_rows,
+)
 from intaglio.pipeline.processes import processes
-from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.publish import made_from
 from intaglio.pipeline.recipe import Recipe, Step
 from intaglio.pipeline.registry import find_pass, named_passes
-from intaglio.pipeline.runner import PlannedStep, StepEvent, compile, plan
+from intaglio.pipeline.runner import StepEvent, compile, plan
+from intaglio.pipeline.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.store import Store
-from intaglio.pipeline.target import Target, load_target, target_names
+from intaglio.pipeline.target import load_target, target_names
 
-INTERRUPTED = 130
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.json"
 
+
+class _Commands(TyperGroup):
+    """Ends a command with one message and its exit code where the user can act; the traceback comes with --debug."""
+
+    def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # whoever read the output has enough: typer ends quietly
+            raise
+        except KeyboardInterrupt:
+            message, exit_code = "interrupted: the same command goes on from here", INTERRUPTED
+        except (IntaglioError, OSError) as error:
+            if ctx.params["debug"]:
+                traceback.print_exception(error)
+            message, exit_code = str(error), 1
+            if isinstance(error, IntaglioError):
+                exit_code = error.exit_code
+            elif error.filename is not None:
+                message = f"{error.filename}: {error.strerror}"
+        print(f"intaglio: {message}", file=sys.stderr)
+        raise typer.Exit(exit_code)
+
+
 app = typer.Typer(
-    help="Compiles a diffusion model into quantized ONNX graphs and TensorRT engines.",
-    add_completion=False,
+    cls=_Commands,
+    epilog=f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in exit_codes().items())}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def all_names() -> list[str]:
+    """What can be explained, for the shell."""
+    return [name for names in names_by_kind().values() for name in names]
+
+
+def json_option(what: str) -> Any:
+    """The option --json, which every command has."""
+    return typer.Option("--json", help=f"Print {what} as JSON.")
+
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.FIELD=V", help="Another value for an option.")]
@@ -60,6 +107,13 @@ def main() -> None:
     app()
 
 
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from, as a traceback.")] = False,
+) -> None:
+    """Compiles a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group looks at --debug
+
+
 @app.command("run")
 def run_command(
     recipe: RecipePath,
@@ -67,17 +121,38 @@ def run_command(
     insert: InsertOption = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results, one folder a target.")] = None,
     store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, json_option("{target: where its results are, and every step}")] = False,
 ) -> None:
     """Run a recipe. Run again after an interruption, it goes on where it was."""
-    with _reported():
-        _log_to_terminal()
-        changed = _changed(recipe, set_, insert)
-        folder = Path("build") / recipe.stem if out is None else out
-        compiled = compile(changed, Store(store), out=folder, on_step=_log_step, base=recipe.parent)
-        for target, result in compiled.items() if processes().first else ():
-            assert result.folder is not None  # `out` was given
-            report = result.folder / REPORT_FILE
-            print(f"{target}: {report if report.is_file() else result.folder}")
+    _log_to_terminal()
+    changed = _changed(recipe, set_, insert)
+    folder = Path("build") / recipe.stem if out is None else out
+    events: list[StepEvent] = []
+
+    def tell(event: StepEvent) -> None:
+        events.append(event)
+        _log_step(event)
+
+    compiled = compile(changed, Store(store), out=folder, on_step=tell, base=recipe.parent)
+    if not processes().first:
+        return
+    found = {target: _results(target, result.folder, events) for target, result in compiled.items()}
+    if as_json:
+        print_json(found)
+        return
+    for target, results in found.items():
+        print(f"{target}: {results['report'] or results['folder']}")
+
+
+def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> dict[str, Any]:
+    assert folder is not None  # `out` was given
+    report = folder / REPORT_FILE
+    steps = [
+        {"step": event.place.step, "status": event.status, "seconds": event.seconds}
+        for event in events
+        if event.place.target == target and event.status != "runs"
+    ]
+    return {"folder": str(folder), "report": str(report) if report.is_file() else None, "steps": steps}
 
 
 @app.command("plan")
@@ -86,90 +161,205 @@ def plan_command(
     set_: SetOption = [],  # noqa: B006
     insert: InsertOption = [],  # noqa: B006
     store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, json_option("{target: steps}")] = False,
 ) -> None:
     """Say what a run would take from the store, what it would do, and how long that took before."""
-    with _reported():
-        planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
-        for target, steps in planned.items():
-            _print_table(target, ("step", "", "took, or will take"), [_plan_row(step) for step in steps])
+    planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
+    if as_json:
+        print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
+        return
+    for target, steps in planned.items():
+        print_table(target, ("step", "", "took, or will take"), [plan_row(step) for step in steps])
+
+
+@app.command("doctor")
+def doctor_command(
+    imports: Annotated[
+        bool, typer.Option("--imports", help="Import every package, torch too: what is broken is found, in seconds.")
+    ] = False,
+    as_json: Annotated[bool, json_option("all that is found")] = False,
+) -> None:
+    """Say what is installed here, and what can be done with it. Exits with 1 where nothing can be compiled."""
+    from intaglio.pipeline.doctor import examine
+
+    found = examine(imports)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_machine(found)
+    if not any(each["compile"].here for each in found.targets.values()):
+        raise typer.Exit(1)
+
+
+@app.command("init")
+def init_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A diffusers folder, ./file.py:factory, or hub:owner/name.")
+    ],
+    target: Annotated[
+        list[str],
+        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on, once for each."),
+    ] = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    as_json: Annotated[bool, json_option("what was found in the model")] = False,
+) -> None:
+    """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
+    from intaglio.pipeline.starter import look_at, recipe_text
+
+    if out.exists() and not force:
+        raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out}: there is no folder {out.parent}")
+    found = look_at(model, tuple(target), out.parent)
+    out.write_text(recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name), encoding="utf-8")
+    if as_json:
+        print_json({"out": str(out), **found.to_json()})
+    else:
+        print(f"{out}: {found.summary}")
+        for number, line in enumerate(found.next_steps(str(out)), start=1):
+            print(f"  {number}. {line}")
+
+
+@app.command("explain")
+def explain_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", autocompletion=all_names, help="A pass, target, scheme, rule, metric, artifact."
+        ),
+    ] = None,
+    as_json: Annotated[bool, json_option("{kind: all that is known}")] = False,
+) -> None:
+    """Say all that is known of a name, or list the names that there are."""
+    if name is None:
+        kinds = names_by_kind()
+        if as_json:
+            print_json(kinds)
+            return
+        for kind, names in kinds.items():
+            print(f"{kind}: {', '.join(names)}")
+        return
+    found = explain(name)
+    if as_json:
+        print_json({each.kind: each.to_json() for each in found})
+        return
+    for position, each in enumerate(found):
+        print("\n" * bool(position), end="")
+        if each.kind == "target":
+            print_target(load_target(each.name))
+        else:
+            print("\n".join(each.lines()))
+
+
+@app.command("schema")
+def schema_command(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"Where it goes, such as {SCHEMA_FILE}.")] = None,
+    as_json: Annotated[bool, json_option("where it was written; the schema itself is JSON in any case")] = False,
+) -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them."""
+    from intaglio.pipeline.schema import editor_line, recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=1) + "\n"
+    if out is None:
+        print(text, end="")
+        return
+    out.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"out": str(out)})
+    else:
+        print(f"{out}: begin recipes beside it with `{editor_line(out.name)}`")
 
 
 @app.command("passes")
-def passes_command() -> None:
+def passes_command(
+    as_json: Annotated[bool, json_option("{pass: all that is known of it, or why it cannot be imported}")] = False,
+) -> None:
     """List the passes, with their options."""
-    with _reported():
-        for name in named_passes():
-            print(name)
-            for line in _described(name):
-                print(f"    {line}")
+    found = {name: _described(name) for name in named_passes()}
+    if as_json:
+        print_json({n: {"fault": each} if isinstance(each, str) else each.to_json() for n, each in found.items()})
+        return
+    for name, each in found.items():
+        lines = [each] if isinstance(each, str) else [each.doc.partition("\n")[0], *each.option_lines()]
+        print(name)
+        for line in lines:
+            print(f"    {line}")
 
 
 @app.command("targets")
 def targets_command(
-    name: Annotated[str | None, typer.Argument(metavar="TARGET", help="One of them, with all facts.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print {target: all that is known of it} as JSON.")] = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGET", autocompletion=target_names, help="One of them, with all facts."),
+    ] = None,
+    as_json: Annotated[bool, json_option("{target: all that is known of it}")] = False,
 ) -> None:
     """List the targets a recipe can name, or say all that is known of one, and where each fact comes from."""
-    with _reported():
-        targets = [load_target(each) for each in (target_names() if name is None else [name])]
-        if as_json:
-            print(json.dumps({target.name: target.model_dump(mode="json") for target in targets}, indent=1))
-        elif name is None:
-            columns = ("target", "opset", "linear", "conv", "device", "memory", "GB/s", "fp16 TFLOPS", "int8 TOPS")
-            _print_table("", columns, [row for target in targets for row in _target_rows(target)])
-        else:
-            _print_target(targets[0])
+    targets = [load_target(each) for each in (target_names() if name is None else [name])]
+    if as_json:
+        print_json({target.name: target.model_dump(mode="json") for target in targets})
+    elif name is None:
+        columns = ("target", "opset", "linear", "conv", "device", "memory", "GB/s", "fp16 TFLOPS", "int8 TOPS")
+        print_table("", columns, [row for target in targets for row in target_rows(target)])
+    else:
+        print_target(targets[0])
 
 
 @app.command("show")
 def show_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print {target: metrics} as JSON.")] = False,
+    as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
     """Print the metrics of every target in a folder of results."""
-    with _reported():
-        metrics = _read_metrics(folder)
-        if as_json:
-            print(json.dumps(metrics, indent=1))
-            return
-        flat = {target: dict(_flattened(found)) for target, found in metrics.items()}
-        names = list(dict.fromkeys(name for found in flat.values() for name in found))
-        rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
-        _print_table(str(folder), ("metric", *flat), rows)
-
-
-def _print_rules(wanted: bool) -> None:
-    """The command needs no model then: it ends here."""
-    if wanted:
-        with _reported():
-            rules = _module_of("lint").RULES
-        for rule in rules:
-            print(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
-        raise typer.Exit
+    metrics = _read_metrics(folder)
+    if as_json:
+        print_json(metrics)
+        return
+    flat = {target: dict(flattened(found)) for target, found in metrics.items()}
+    names = list(dict.fromkeys(name for found in flat.values() for name in found))
+    rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
+    print_table(str(folder), ("metric", *flat), rows)
 
 
 @app.command("lint")
 def lint_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An ONNX model, by whomever.")],
-    target: Annotated[str, typer.Option(metavar="T", help="What it is to run on; see `intaglio targets`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
-    rules: Annotated[
-        bool,
-        typer.Option("--rules", callback=_print_rules, is_eager=True, help="List the rules, and what each looks for."),
-    ] = False,
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL.onnx", help="An ONNX model, by whomever.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on; see `intaglio targets`."),
+    ] = None,
+    as_json: Annotated[bool, json_option("the findings")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="List the rules, and what each looks for.")] = False,
 ) -> None:
     """Say what the target would refuse, compute wrongly or not on integers. Exits with 1 where there are errors."""
-    with _reported():
-        artifacts: Outputs = {GRAPH: Graph(model, {}, {}), TARGET: load_target(target)}
-        step = find_pass("lint", Path()).pass_class.model_validate({"refuse": "nothing"})
-        found = State(step.run(State(artifacts, reader="lint"), Context(scratch=Path())), reader="lint")[LINT]
-        if as_json:
-            print(found.to_json())
-        else:
-            rows = [(f.level, f.rule, f.node, f"{f.message}: {f.fix}") for f in found.findings]
-            _print_table(f"{model}: {len(rows)} findings", ("", "rule", "node", "what to do"), rows)
-        if found.at("error"):
-            raise typer.Exit(1)
+    if rules:
+        _print_rules(as_json)
+        return
+    if model is None or target is None:
+        raise RecipeError("lint: give an ONNX model and its --target, or --rules")
+    artifacts: Outputs = {GRAPH: Graph(model, {}, {}), TARGET: load_target(target)}
+    step = find_pass("lint", Path()).pass_class.model_validate({"refuse": "nothing"})
+    found = State(step.run(State(artifacts, reader="lint"), Context(scratch=Path())), reader="lint")[LINT]
+    if as_json:
+        print(found.to_json())
+    else:
+        rows = [(f.level, f.rule, f.node, f"{f.message}: {f.fix}") for f in found.findings]
+        print_table(f"{model}: {len(rows)} findings", ("", "rule", "node", "what to do"), rows)
+    if found.at("error"):
+        raise typer.Exit(1)
+
+
+def _print_rules(as_json: bool) -> None:
+    rules = lint_rules()
+    if as_json:
+        facts = ("level", "finds", "fix", "why")
+        print_json({name: {fact: getattr(rule, fact) for fact in facts} for name, rule in rules.items()})
+        return
+    for rule in rules.values():
+        print(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
 
 
 @app.command("profile")
@@ -187,10 +377,10 @@ def profile_command(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the times as JSON, for assign.profile.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the times as JSON.")] = False,
+    as_json: Annotated[bool, json_option("the times")] = False,
 ) -> None:
     """Say how long each layer of a compiled graph takes, which `assign.profile` can count with."""
-    with _reported(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         if not (folder / "graph.json").is_file():
             raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
         found = find_pass("profile", Path()).pass_class
@@ -209,7 +399,7 @@ def profile_command(
         if as_json:
             print(profile.to_json(), end="")
         elif out is None:
-            _print_profile(str(folder), profile)
+            print_profile(str(folder), profile)
 
 
 @app.command("sample")
@@ -229,10 +419,10 @@ def sample_command(
     samples: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 8,
     compare: Annotated[bool, typer.Option("--compare", help="Full precision above, from the same noise.")] = False,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
     """Draw samples with a compiled graph, in ONNX Runtime, as its recipe samples."""
-    with _reported(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         import intaglio
         from intaglio.pipeline import pictures
 
@@ -244,9 +434,7 @@ def sample_command(
         pictures.save_picture(drawn, out)
         distances = pictures.distances(drawn)
         if as_json:
-            print(
-                json.dumps({"out": str(out), "samples": samples, "steps": steps, "seed": seed, **distances}, indent=1)
-            )
+            print_json({"out": str(out), "samples": samples, "steps": steps, "seed": seed, **distances})
             return
         print(f"{out}: {samples} samples, {steps} steps", end="")
         print(", {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances) if compare else "")
@@ -259,16 +447,16 @@ def bench_command(
     rows: Annotated[int, typer.Option(min=1, help="Rows of a call; one sample with guidance has two.")] = 2,
     threads: Annotated[int, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
     """Say how fast, how large and how hungry for memory the graph is, beside full precision in the same run."""
-    with _reported(), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         run = _module_of("benchmark").bench
         found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
         if as_json:
             print(found.to_json(), end="")
         else:
-            _print_bench(str(folder), found)
+            print_bench(str(folder), found)
 
 
 def _module_of(name: str) -> ModuleType:
@@ -279,59 +467,58 @@ def _module_of(name: str) -> ModuleType:
 @app.command("kit")
 def kit_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
-    target: Annotated[str | None, typer.Option(metavar="T", help="Which of several targets for TensorRT.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets for TensorRT."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The archive; default RECIPE-TARGET.tar.gz.")] = None,
+    as_json: Annotated[bool, json_option("where it was written")] = False,
 ) -> None:
     """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
-    with _reported():
-        print(import_module("intaglio.exporters.kit").write_kit(folder, out, target))
+    written: Path = import_module("intaglio.exporters.kit").write_kit(folder, out, target)
+    if as_json:
+        print_json({"out": str(written)})
+    else:
+        print(written)
 
 
 @app.command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print {folder: what departs} as JSON.")] = False,
+    as_json: Annotated[bool, json_option("{folder: what departs}")] = False,
 ) -> None:
     """Say whether every file is the one that the run delivered, by its manifest. Exits with 1 where one is not."""
-    with _reported():
-        found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
-        if as_json:
-            print(json.dumps({str(each): problems for each, problems in found.items()}, indent=1))
-        else:
-            for each, problems in found.items():
-                print("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
-        if any(found.values()):
-            raise typer.Exit(1)
+    found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
+    if as_json:
+        print_json({str(each): problems for each, problems in found.items()})
+    else:
+        for each, problems in found.items():
+            print("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
+    if any(found.values()):
+        raise typer.Exit(1)
 
 
 @app.command("triton")
 def triton_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
     out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")],
-    target: Annotated[str | None, typer.Option(metavar="T", help="Which of several targets.")] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets.")
+    ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the model; default RECIPE-TARGET.")] = None,
     version: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
     vnni: Annotated[
         bool, typer.Option("--vnni", help="The server's CPU has VNNI: its own 8-bit kernels are exact, and faster.")
     ] = False,
+    as_json: Annotated[bool, json_option("where it was written")] = False,
 ) -> None:
     """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
-    with _reported():
-        write = import_module("intaglio.exporters.triton").write_model
-        print(write(folder, out, target=target, name=name, version=version, vnni=vnni))
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Ends the command with one message and its exit code, without a traceback, where the user can act on it."""
-    try:
-        yield
-    except IntaglioError as error:
-        print(f"intaglio: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("intaglio: interrupted: the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    write = import_module("intaglio.exporters.triton").write_model
+    written: Path = write(folder, out, target=target, name=name, version=version, vnni=vnni)
+    if as_json:
+        print_json({"out": str(written)})
+    else:
+        print(written)
 
 
 def _log_to_terminal() -> None:
@@ -351,9 +538,9 @@ def _log_step(event: StepEvent) -> None:
         case "runs":
             what = "runs"
         case "done":
-            what = f"done in {_duration(event.seconds)}"
+            what = f"done in {duration(event.seconds)}"
         case "hit":
-            what = f"is in the store (took {_duration(event.seconds)})"
+            what = f"is in the store (took {duration(event.seconds)})"
     logging.getLogger(__name__).info("%s %d/%d %s %s", place.target, place.position, place.count, place.step, what)
 
 
@@ -391,124 +578,12 @@ def _parsed(value: str, text: str) -> JsonValue:
     return parsed
 
 
-def _plan_row(step: PlannedStep) -> tuple[str, str, str]:
-    status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
-    if step.seconds is not None:
-        return step.step, status, _duration(step.seconds)
-    return step.step, "runs", "seconds" if step.estimate_s is None else f"about {_duration(step.estimate_s)}"
-
-
-def _target_rows(target: Target) -> Iterator[tuple[str, ...]]:
-    """A row for each device, and one where there is none."""
-    formats = (_in_short(target.formats[op]) for op in ("linear", "conv"))
-    about: tuple[str, ...] = (target.name, str(target.opset_max), *formats)
-    for device in target.devices:
-        figures = (device.bandwidth_gb_s, device.fp16_tflops, device.int8_tops)
-        yield *about, device.description, f"{device.memory_gb:g} GB", *(f"{figure:g}" for figure in figures)
-        about = ("",) * len(about)
-    if not target.devices:
-        yield *about, "-", *("",) * 4
-
-
-def _in_short(schemes: Sequence[str]) -> str:
-    """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
-    return " ".join(dict.fromkeys(found[0] for scheme in schemes if (found := re.match(r"w\d+a\d+", scheme))))
-
-
-def _print_target(target: Target) -> None:
-    limits = target.limits
-    lines = [
-        f"{target.name}: {target.description}",
-        f"runtime     {target.runtime}, opsets up to {target.opset_max}",
-        *(f"{op:<11} {', '.join(schemes)}" for op, schemes in target.formats.items()),
-        f"groups of   {', '.join(map(str, target.group_sizes))} input features",
-        f"codes       {target.activation_dtype} inputs; reads {', '.join(limits.code_types)}",
-        f"integers    {', '.join(limits.integer_products) or 'no product'}",
-    ]
-    if target.kernels:
-        lines.append(
-            f"kernels     {', else '.join(kernels.name for kernels in target.kernels)}: the first that are exact"
-        )
-    for device in target.devices:
-        figures = f"{device.memory_gb:g} GB, {device.bandwidth_gb_s:g} GB/s"
-        peak = f"{device.fp16_tflops:g} TFLOPS in float16, {device.int8_tops:g} TOPS in int8"
-        lines += ["", f"{device.description}, compute capability {device.compute_capability}: {figures}, {peak}"]
-        lines.append(f"    [{device.source}]")
-    for fact in target.facts:
-        lines += ["", fact.fact, f"    [{fact.source}]"]
-    print("\n".join(lines))
-
-
-def _print_profile(title: str, profile: Profile) -> None:
-    """The longest first; what belongs to no layer below."""
-    layers = sorted(profile.layers.items(), key=lambda item: -item[1].microseconds)
-    rows = [(name, time.scheme, f"{time.microseconds:,.1f}", f"{time.bytes:,}") for name, time in layers]
-    rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
-    missing = [(name, "no kernel", "", "") for name in profile.missing]
-    called = "" if profile.rows is None else f" of {profile.rows} rows"
-    title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
-    _print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
-
-
-def _print_bench(title: str, bench: Bench) -> None:
-    """A column for each engine, the ratios below, then what was not measured."""
-
-    def mega(count: int | None) -> str:
-        return "-" if count is None else f"{count / 1e6:,.2f} MB"
-
-    def row(name: str, text: Callable[[EngineFigures], str]) -> tuple[str, ...]:
-        return name, *map(text, bench.engines.values())
-
-    rows = [
-        row("files", lambda e: mega(e.file_bytes)),
-        row("load, first in its process", lambda e: f"{e.load_ms:,.0f} ms"),
-        row("memory, resident", lambda e: mega(e.resident_bytes)),
-        row("memory, peak", lambda e: mega(e.peak_bytes)),
-        row("call, median", lambda e: f"{e.latency_ms:,.2f} ms"),
-        row("call, quartiles", lambda e: "{:,.2f} to {:,.2f} ms".format(*e.latency_ms_quartiles)),
-        row("call, CPU time", lambda e: f"{e.cpu_ms:,.2f} ms"),
-        row(f"trajectory of {bench.steps} steps", lambda e: f"{e.trajectory_ms:,.1f} ms"),
-    ]
-    run = f"{bench.provider}, {bench.rows} rows, {bench.threads or 'all'} threads, {bench.rounds} rounds"
-    _print_table(f"{title}: {run}", ("", *bench.engines), rows)
-    print(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
-    print(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
-    if bench.peak_memory_ratio is not None:
-        print(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
-    print(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
-    for name, why in bench.left_out.items():
-        print(f"{name}: left out, {why}")
-    for name, command in bench.filled_by.items():
-        print(f"{name}: not measured here: {command}")
-
-
-def _described(name: str) -> Iterator[str]:
-    """The first line of its docstring, then one line an option; or why it cannot be imported."""
+def _described(name: str) -> Explanation | str:
+    """Or why it cannot be imported."""
     try:
-        pass_class = find_pass(name, Path()).pass_class
+        return explain_pass(name)
     except IntaglioError as error:
-        yield str(error)
-        return
-    yield (pass_class.__doc__ or "").strip().partition("\n")[0]
-    for option, info in pass_class.model_fields.items():
-        default = "required" if info.is_required() else f"= {info.get_default(call_default_factory=True)!r}"
-        yield f"{option}: {_type_name(info.annotation)} {default}  {info.description or ''}".rstrip()
-
-
-def _type_name(annotation: object) -> str:
-    """`tuple[int, ...]`, `Budget`, `'device' | 'host'`"""
-    inner = get_args(annotation)
-    match get_origin(annotation):
-        case None:
-            return "..." if annotation is Ellipsis else getattr(annotation, "__name__", str(annotation))
-        case origin if origin is Annotated:
-            return _type_name(inner[0])
-        case origin if origin is Literal:
-            return " | ".join(map(repr, inner))
-        case origin if origin in (Union, UnionType):
-            return " | ".join(map(_type_name, inner))
-        case origin:
-            return f"{origin.__name__}[{', '.join(map(_type_name, inner))}]"
+        return str(error)
 
 
 def _read_metrics(folder: Path) -> dict[str, JsonValue]:
@@ -517,34 +592,3 @@ def _read_metrics(folder: Path) -> dict[str, JsonValue]:
     if not files:
         raise RecipeError(f"{folder}: no */{METRICS_FILE} in it: give the folder that `intaglio run --out` wrote")
     return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
-
-
-def _flattened(metrics: JsonValue, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"a": {"b": 1}}` -> `("a.b", "1")`"""
-    match metrics:
-        case dict():
-            for name, inner in metrics.items():
-                yield from _flattened(inner, f"{prefix}.{name}" if prefix else name)
-        case float():
-            yield prefix, f"{metrics:.4g}"
-        case str():
-            yield prefix, metrics
-        case _:
-            yield prefix, json.dumps(metrics)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)

@@ -250,9 +250,10 @@ def check_inputs(sampler: Sampler) -> None:
     model = sampler.model
     start = sampler.start(1, torch.Generator().manual_seed(0))
     inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
+    device = next((parameter.device for parameter in model.module.parameters()), inputs[model.names.sample].device)
     try:
         with torch.no_grad():
-            denoise_with(model.module, model)(inputs)
+            denoise_with(model.module, model)({name: value.to(device) for name, value in inputs.items()})
     except (AttributeError, TypeError, ValueError) as e:  # what None makes of a tensor's operations
         if not sampler.names.absent:
             raise

@@ -1,8 +1,13 @@
 """Every error a user can meet, with the exit code of the command that ends in it."""
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import ClassVar, Self
+
+INTERRUPTED = 130
+LISTED = 24
+"""Names of what there is that a message lists, where none is near."""
 
 
 class IntaglioError(Exception):
@@ -67,6 +72,14 @@ class MissingExtra(IntaglioError):
         super().__init__(f"{purpose} needs the extra {extra!r}: pip install 'intaglio[{extra}]'")
 
 
+def exit_codes() -> dict[int, str]:
+    """What each exit code of the command means."""
+    kinds = sorted(IntaglioError.__subclasses__(), key=lambda kind: kind.exit_code, reverse=True)
+    meant = {kind.exit_code: re.split("[.:]", kind.__doc__ or "")[0] for kind in kinds}  # of one code the first
+    own = {0: "All is well", 1: "A check found errors, or a file cannot be read or written", INTERRUPTED: "Interrupted"}
+    return dict(sorted((meant | own).items()))
+
+
 def numbered(problems: Sequence[str]) -> str:
     """A heading with the count, then one numbered line for each problem."""
     lines = (f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
@@ -74,10 +87,13 @@ def numbered(problems: Sequence[str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?`, or the list of what there is."""
+    """`: did you mean 'x'?`, whatever the case, or what there is: all of it up to `LISTED`."""
     choices = sorted(known)
-    match get_close_matches(word, choices, n=1):
+    folded = {choice.casefold(): choice for choice in choices}
+    match get_close_matches(word.casefold(), folded, n=1):
         case [near]:
-            return f": did you mean {near!r}?"
-        case _:
-            return f": there is {', '.join(choices)}" if choices else ": there is none"
+            return f": did you mean {folded[near]!r}?"
+        case _ if not choices:
+            return ": there is none"
+    more = f" and {len(choices) - LISTED} more" if len(choices) > LISTED else ""
+    return f": there is {', '.join(choices[:LISTED])}{more}"

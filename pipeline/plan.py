@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
-from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.errors import ContractError, TargetError, did_you_mean
 from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
@@ -57,10 +57,16 @@ SCHEME_NAMES = (
 )
 
 
-def known_schemes(names: Iterable[str]) -> None:
-    """Raises ValueError for names of no scheme."""
-    if unknown := sorted(set(names) - set(SCHEME_NAMES)):
-        raise ValueError(f"unknown schemes {', '.join(unknown)}: there is {', '.join(SCHEME_NAMES)}")
+def _known_scheme(name: str) -> str:
+    if name not in SCHEME_NAMES:
+        raise ValueError(f"no scheme {name!r}{did_you_mean(name, SCHEME_NAMES)}")
+    return name
+
+
+SchemeName: TypeAlias = Annotated[
+    str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": list(SCHEME_NAMES)})
+]
+"""Of an option of a pass."""
 
 
 class Layer(BaseModel):

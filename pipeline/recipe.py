@@ -1,9 +1,9 @@
 """What the user wrote: a model, targets, a seed and the steps in order."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     seed: int = 0
     steps: tuple[Step, ...] = Field(min_length=1)
 
-    @field_validator("model", mode="before")
+    @field_validator("model", mode="before", json_schema_input_type=str | ModelRef)
     @classmethod
     def _path_alone(cls, written: object) -> object:
         return {"path": written} if isinstance(written, str) else written
@@ -115,13 +115,31 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
     for detail in error.errors(include_url=False):
         place = ".".join(map(str, detail["loc"])) or "the whole"
         if detail["type"] == "extra_forbidden":
-            hint = did_you_mean(place, model.model_fields) if len(detail["loc"]) == 1 else ""
-            problems.append(f"{place}: no such option{hint}")
+            *path, name = detail["loc"]
+            problems.append(f"{place}: no such option{did_you_mean(str(name), _options(model, path))}")
         elif detail["type"] == "missing":
             problems.append(f"{place}: is missing")
         else:
-            problems.append(f"{place}: {detail['msg']} (got {_shortened(detail['input'])})")
+            said = detail["msg"].removeprefix("Value error, ")
+            problems.append(f"{place}: {said} (got {_shortened(detail['input'])})")
     return tuple(problems)
+
+
+def _options(model: type[BaseModel], path: Iterable[int | str]) -> set[str]:
+    """Names of the options at this place in a model: in it, or in what its fields hold."""
+    there = {model}
+    for part in path:  # the place in a list and the key of a mapping are of the same model
+        fields = [inner.model_fields[part] for inner in there if part in inner.model_fields]
+        there = {inner for field in fields for inner in _models(field.annotation)} if fields else there
+    return {name for inner in there for name in inner.model_fields}
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """Those that a type is made of."""
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def _shortened(written: object) -> str:

@@ -58,6 +58,18 @@ def named_passes() -> dict[str, EntryPoint]:
     return _named(GROUP, "pass")
 
 
+def pass_classes() -> dict[str, type[Pass] | None]:
+    """Of all named passes; None for one that cannot be imported."""
+
+    def found(name: str) -> type[Pass] | None:
+        try:
+            return _from_name(name).pass_class
+        except IntaglioError:
+            return None
+
+    return {name: found(name) for name in named_passes()}
+
+
 @cache
 def named_metrics() -> dict[str, EntryPoint]:
     """As `named_passes`."""

@@ -1,6 +1,7 @@
 """What one runtime on one device can execute, as data."""
 
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -126,6 +127,7 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_")))
 
 
+@cache
 def load_target(name: str) -> Target:
     """Raises RecipeError for an unknown name."""
     if name not in target_names():

@@ -380,7 +380,7 @@ def test_the_command_packs_the_target_that_is_asked_for(build):
     ("arguments", "message"),
     [
         ([], "several targets for TensorRT: take one with --target: tensorrt-10.16-orin, tensorrt-10.3-orin"),
-        (["--target", "tensorrt-10.3"], "no target 'tensorrt-10.3' in it: there is"),
+        (["--target", "tensorrt-10.3"], "no target 'tensorrt-10.3' in it: did you mean 'tensorrt-10.3-orin'"),
         (["--target", "onnxruntime-cpu"], "onnxruntime-cpu is not for TensorRT"),
     ],
 )

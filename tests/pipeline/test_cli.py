@@ -1,5 +1,6 @@
 """The command as a user meets it: output, messages, exit codes."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.cli import app
+from intaglio.pipeline.errors import exit_codes
 from intaglio.pipeline.target import Target, load_target, target_names
 
 RECIPE = """
@@ -42,6 +44,17 @@ def test_run_publishes_and_names_each_target(tmp_path: Path) -> None:
     assert "tensorrt-rtx 2/4 append is in the store" in result.stderr
 
 
+def test_run_as_json_says_where_and_what_ran() -> None:
+    found = json.loads(run("--json").stdout)["tensorrt-rtx"]
+    assert (found["folder"], found["report"]) == ("out/tensorrt-rtx", None)
+    assert [(step["step"], step["status"]) for step in found["steps"]] == [
+        ("begin", "hit"),
+        ("append", "hit"),
+        ("add", "done"),
+        ("score", "hit"),
+    ]
+
+
 def test_set_and_insert_change_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from toys import Append\n\n\nclass Mine(Append):\n    name = 'mine'\n")
     result = run("--insert", "after:append=./mine.py:Mine", "--set", "mine.number=7", "--set", "append.number=3")
@@ -66,6 +79,10 @@ def test_plan_says_what_would_run() -> None:
     rows = [line.split() for line in planned.splitlines() if line.split()[:1] == ["begin"] or "append " in line]
     assert [row[1:4] for row in rows] == [["in", "the", "store"], ["runs", "0.0", "s"]] * 2
     assert planned.count("runs if an earlier output changes") == 4
+    steps = json.loads(intaglio("plan", "recipes/toy.yaml", "--json").stdout)["tensorrt-rtx"]
+    assert [(step["step"], step["status"]) for step in steps] == [
+        (name, "hit") for name in ("begin", "append", "add", "score")
+    ]
 
 
 def test_show_prints_the_metrics_of_every_target() -> None:
@@ -86,6 +103,10 @@ def test_passes_lists_options(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = intaglio("passes").stdout
     assert "Append\n    Refines NUMBERS.\n    number: int = 1  what is appended\n" in listed
     assert "Missing: no class 'Missing'" in listed
+    found = json.loads(intaglio("passes", "--json").stdout)
+    option = {"type": "int", "description": "what is appended", "default": 1}
+    assert found["Append"]["facts"]["options"] == {"number": option}
+    assert found["Missing"]["fault"].startswith("Missing: no class 'Missing'")
 
 
 def test_targets_lists_all_with_a_row_for_each_device() -> None:
@@ -141,6 +162,45 @@ def test_an_error_is_one_message_and_an_exit_code(step: str, exit_code: int, mes
     assert result.stdout == ""
 
 
+def test_a_traceback_comes_with_debug_alone_and_the_exit_code_stays() -> None:
+    debugged = intaglio("--debug", "run", "recipes/toy.yaml", "--insert", "after:append=toys:Fail")
+    assert debugged.exit_code == 5
+    assert "Traceback" in debugged.stderr
+    assert "ZeroDivisionError: no way" in debugged.stderr
+
+
+def test_a_file_that_cannot_be_written_is_one_message() -> None:
+    result = intaglio("schema", "--out", "nowhere/recipe.schema.json")
+    assert result.exit_code == 1
+    assert result.stderr == "intaglio: nowhere/recipe.schema.json: No such file or directory\n"
+
+
+def test_help_says_every_exit_code() -> None:
+    shown = " ".join(intaglio("--help").stdout.split())
+    assert list(exit_codes()) == [0, 1, 2, 3, 4, 5, 6, 7, 8, 130]
+    assert all(f"{code} {meaning}" in shown for code, meaning in exit_codes().items())
+
+
+def test_every_command_takes_json() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert "as_json" in inspect.signature(command.callback).parameters, command.name
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("intaglio targets tensorrt-r", ["tensorrt-rtx"]),
+        ("intaglio explain w8a8_", ["w8a8_token", "w8a8_step"]),
+        ("intaglio lint --target onnxruntime-cp", ["onnxruntime-cpu"]),
+        ("intaglio doc", ["doctor"]),
+    ],
+)
+def test_the_shell_completes_names(words: str, completed: list[str]) -> None:
+    env = {"_INTAGLIO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert CliRunner().invoke(app, [], prog_name="intaglio", env=env).stdout.split() == completed
+
+
 def test_a_store_that_cannot_be_used_exits_with_6(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert run("--store", "file/store").exit_code == 6
@@ -154,6 +214,8 @@ def test_a_store_that_cannot_be_used_exits_with_6(tmp_path: Path) -> None:
         (("--set", "append.number=["), "the value is not YAML"),
         (("--set", "apend.number=1"), "no step 'apend' in the recipe: did you mean 'append'"),
         (("--insert", "append=toys:Add"), "write it as after:STEP=PASS"),
+        (("--insert", "after:append=calibrat"), "no pass 'calibrat': did you mean 'calibrate'"),
+        (("--set", "append.numbr=2"), "append: numbr: no such option: did you mean 'number'"),
     ],
 )
 def test_a_bad_option_says_how_to_write_it(arguments: tuple[str, ...], message: str) -> None:

@@ -38,3 +38,5 @@ def test_did_you_mean() -> None:
     assert did_you_mean("asign", ["assign", "merge"]) == ": did you mean 'assign'?"
     assert did_you_mean("zzz", ["merge", "assign"]) == ": there is assign, merge"
     assert did_you_mean("zzz", []) == ": there is none"
+    assert did_you_mean("PLAM", ["Plan", "merge"]) == ": did you mean 'Plan'?"
+    assert did_you_mean("zzz", [f"{n:02}" for n in range(30)]).endswith("22, 23 and 6 more")

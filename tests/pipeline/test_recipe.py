@@ -1,10 +1,11 @@
 """The YAML of a recipe, and what the command line changes in it."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from intaglio.pipeline import Recipe, Step
+from intaglio.pipeline import Recipe, Step, bind
 from intaglio.pipeline.errors import RecipeError
 
 TEXT = """
@@ -49,6 +50,28 @@ def test_every_problem_of_the_text_is_listed() -> None:
         "target",
     ]
     assert "r.yaml: target: no such option: did you mean 'targets'?" in caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        ("{path: m, guidanse: 2}", "model.guidanse: no such option: did you mean 'guidance'"),
+        ("{path: m, loras: [{path: a, scal: 1}]}", "model.loras.0.scal: no such option: did you mean 'scale'"),
+    ],
+)
+def test_options_at_any_depth_are_guessed(model: str, problem: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(problem)):
+        Recipe.parse(f"{{model: {model}, targets: [a], steps: [b]}}")
+
+
+def test_options_of_a_pass_are_guessed_at_any_depth() -> None:
+    options = "{budget: {sice: 1}, schemes: {conv: [w8a8_stepp]}}"
+    with pytest.raises(RecipeError) as caught:
+        bind(Recipe.parse(f"{{model: m, targets: [onnxruntime-cpu], steps: [{{assign: {options}}}]}}"))
+    assert caught.value.problems == (
+        "assign: budget.sice: no such option: did you mean 'size'?",
+        "assign: schemes.conv.0: no scheme 'w8a8_stepp': did you mean 'w8a8_step'? (got 'w8a8_stepp')",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "just words", "{a: ["])

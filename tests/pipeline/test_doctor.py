@@ -1,0 +1,115 @@
+"""What the machine is said to have, and that nothing broken ends the examination."""
+
+import json
+import re
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from intaglio.pipeline import doctor
+from intaglio.pipeline.cli import app
+from intaglio.pipeline.doctor import PACKAGES, examine
+from intaglio.pipeline.target import load_target, target_names
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_it_says_what_is_here() -> None:
+    found = examine()
+    assert found.packages["torch"].version == version("torch")
+    assert found.packages["onnx"].works
+    assert found.providers["CPUExecutionProvider"]
+    assert found.kernels in [kernels.name for kernels in load_target("onnxruntime-cpu").kernels]
+    assert found.memory_bytes is None or found.memory_bytes > 2**28
+    assert tuple(found.targets) == target_names()
+    cpu = found.targets["onnxruntime-cpu"]
+    assert all(ability.here for ability in cpu.values())
+    orin = found.targets["tensorrt-10.3-orin"]
+    assert (orin["compile"].here, orin["verify"].here) == (True, True)
+    assert orin["run"].here == bool(found.gpus)
+
+
+def test_a_broken_module_is_a_fault_and_takes_away_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        if name == "onnxruntime":
+            raise ImportError("libsomething.so.13: cannot open\nshared object file")
+        return sys.modules.get(name)
+
+    monkeypatch.setattr(doctor, "import_module", broken)
+    found = examine()
+    faults = {package.fault for package in found.packages.values()} - {None}
+    assert faults == {"ImportError: libsomething.so.13: cannot open shared object file"}
+    assert not found.providers
+    cpu = found.targets["onnxruntime-cpu"]
+    assert not any(ability.here for ability in cpu.values())
+    assert cpu["compile"].how == "onnxruntime is broken"
+
+
+def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name.startswith(("tensorrt", "torch")) else "1.0")
+    found = examine()
+    assert found.targets["tensorrt-rtx"]["build"] == doctor.Ability(False, "pip install 'intaglio[rtx]'")
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["targets"]["tensorrt-rtx"]["compile"] == {
+        "here": False,
+        "how": "pip install intaglio",
+    }
+
+
+@pytest.mark.parametrize(
+    ("capability", "target", "build", "run"),
+    [
+        (
+            "8.7",
+            "tensorrt-10.3-orin",
+            (True, "trtexec, see `intaglio kit`"),
+            (False, "pip install 'intaglio[tensorrt]'"),
+        ),
+        ("8.9", "tensorrt-10.3-orin", (False, "on the device, see `intaglio kit`"), (False, "on the device")),
+        ("8.9", "tensorrt-rtx", (True, "tensorrt_rtx 1.0"), (True, "some GPU")),
+    ],
+)
+def test_engines_are_built_and_run_on_gpus_that_fit(
+    capability: str, target: str, build: object, run: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"tensorrt-cu12": None, "tensorrt": None}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setattr(doctor, "import_module", lambda name: sys.modules.get(name, SimpleNamespace()))
+    monkeypatch.setattr(doctor, "_gpus", lambda: (doctor.Gpu("some GPU", 8 * 10**9, capability),))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/src/tensorrt/bin/trtexec")
+    found = examine().targets[target]
+    assert (found["build"].here, found["build"].how) == build
+    assert (found["run"].here, found["run"].how) == run
+
+
+def test_the_command_shows_every_package_and_target() -> None:
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "250"})
+    assert result.exit_code == 0, result.stderr
+    assert all(name in result.stdout for name in (*target_names(), "trtexec", "nvidia-modelopt"))
+    assert "tensorrt-cu12" not in result.stdout or version_or_hint(result.stdout)
+
+
+def version_or_hint(shown: str) -> bool:
+    return re.search(r"tensorrt-cu12 +(\d|not here: pip install 'intaglio\[tensorrt\]')", shown) is not None
+
+
+def test_the_extras_it_names_are_there_and_hold_the_package() -> None:
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    named = {p.distributions[0]: found[1] for p in PACKAGES if (found := re.search(r"\[(\w+)\]", p.install))}
+    assert named == {"peft": "lora", "tensorrt-rtx-cu12": "rtx", "tensorrt-cu12": "tensorrt"}
+    assert all(name in extras[extra] for name, extra in named.items())
+
+
+def test_torch_is_not_imported_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # the import fails
+    monkeypatch.setattr(doctor, "_has_driver", lambda: False)
+    assert doctor._gpus() == ()
+    monkeypatch.setattr(doctor, "_has_driver", lambda: True)
+    found = examine()
+    assert found.faults["gpus"].startswith("ModuleNotFoundError: import of torch halted")

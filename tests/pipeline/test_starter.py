@@ -1,0 +1,183 @@
+"""The first recipe for a model: what it says is so, and it runs as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PixArtTransformer2DModel
+from tiny import save_folder, tiny_dit
+from typer.testing import CliRunner, Result
+
+from intaglio.pipeline import Recipe, bind
+from intaglio.pipeline.cli import app
+from intaglio.pipeline.record import Recording
+
+FACTORY = """
+import torch
+from diffusers import DDIMScheduler
+from intaglio.pipeline.checkpoint import Factory
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        return self.body(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+
+
+def make():
+    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+
+
+def plain():
+    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))
+
+
+def broken():
+    import no_such_module
+"""
+
+
+def init(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["init", *arguments])
+
+
+def test_a_folder_without_its_weights_is_described_and_planned(tmp_path: Path) -> None:
+    module = tiny_dit()
+    save_folder(module, tmp_path / "models/dit")
+    (weights,) = (tmp_path / "models/dit").rglob("*.safetensors")
+    weights.rename(tmp_path / "aside")
+    (tmp_path / "recipes").mkdir()
+    result = init("models/dit", "--target", "onnxruntime-cpu", "--out", "recipes/dit.yaml")
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "recipes/dit.yaml").read_text()
+    parameters = sum(p.numel() for p in module.parameters())
+    assert (
+        f"# DiTTransformer2DModel: {parameters / 1e6:.1f} M parameters, {4 * parameters / 1e6:.1f} MB in float32."
+        in text
+    )
+    assert "1 conv, 20 linear" in text
+    assert "class_labels, of 4 classes" in text
+    recipe = Recipe.read(tmp_path / "recipes/dit.yaml")
+    assert (recipe.model.path, recipe.targets) == ("../models/dit", ("onnxruntime-cpu",))
+    assert [step.name for step in recipe.steps] == [
+        *("calibrate", "sensitivity", "assign", "distill", "merge", "export-float", "export-qdq", "lint"),
+        *("onnxruntime", "verify", "benchmark", "report"),
+    ]
+    assert bind(recipe, base=tmp_path / "recipes")
+    weights.parent.joinpath(weights.name).write_bytes((tmp_path / "aside").read_bytes())
+    planned = CliRunner().invoke(app, ["plan", "recipes/dit.yaml"])
+    assert planned.exit_code == 0, planned.stderr
+    assert "calibrate" in planned.stdout
+
+
+def test_the_budget_is_what_eight_bits_take(tmp_path: Path) -> None:
+    from intaglio.pipeline.plan import QuantPlan, illegal
+    from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN
+    from intaglio.pipeline.starter import look_at
+    from intaglio.pipeline.target import load_target
+
+    save_folder(tiny_dit(), tmp_path / "dit")
+    found = look_at("dit", ("tensorrt-rtx",), tmp_path)
+    target = load_target("tensorrt-rtx")
+    eight = {layer.name: W8A8_STEP if layer.op == "conv" else W8A8_TOKEN for layer in found.layers}
+    schemes = {n.name: FLOAT if illegal(n, eight[n.name], target) else eight[n.name] for n in found.layers}
+    plan = QuantPlan(found.layers, schemes)
+    relative = plan.size_bytes / plan.replace(dict.fromkeys(schemes, FLOAT)).size_bytes
+    assert relative <= found.size < relative + 0.01
+    assert found.least < found.size
+
+
+def test_a_model_that_takes_more_is_told_how_it_is_recorded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, num_layers=1, cross_attention_dim=64, sample_size=8,
+        caption_channels=64, use_additional_conditions=False,
+    )  # fmt: skip
+    save_folder(module, tmp_path / "pixart")
+    result = init("pixart", "--json", "--target", "onnxruntime-cpu")
+    found = json.loads(result.stdout)
+    assert "PixArtTransformer2DModel also takes encoder_hidden_states" in found["lacks"]
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "from intaglio.pipeline.record import record" in text
+    refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert "no file conditions.safetensors beside the recipe" in refused.stderr
+    rows = {"encoder_hidden_states": torch.zeros(2, 3, 64)}
+    Recording((4, 8, 8), conditions=rows).save(tmp_path / "conditions.safetensors")
+    again = init("pixart", "--json", "--force", "--target", "onnxruntime-cpu")
+    found = json.loads(again.stdout)
+    assert (found["lacks"], found["conditions"]) == (None, "conditions.safetensors")
+    assert found["takes"] == "encoder_hidden_states, of 2 rows"
+    assert CliRunner().invoke(app, ["plan", "recipe.yaml"]).exit_code == 0
+
+
+def test_a_whole_pipeline_lends_its_steps_guidance_and_components(tmp_path: Path) -> None:
+    from tiny_pipelines import sd_unet
+
+    sd_unet().save_pretrained(tmp_path / "sd/unet")
+    DDIMScheduler().save_pretrained(tmp_path / "sd/scheduler")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / "sd" / name).mkdir()
+    for name in ("vae", "text_encoder"):
+        (tmp_path / "sd" / name / "model.safetensors").touch()
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+    }
+    (tmp_path / "sd/model_index.json").write_text(json.dumps(index))
+    assert init("sd", "--target", "onnxruntime-cpu").exit_code == 0
+    text = (tmp_path / "recipe.yaml").read_text()
+    recipe = Recipe.parse(text)
+    assert (recipe.model.sampling_steps, recipe.model.guidance) == (50, 7.5)
+    assert "vae (AutoencoderKL), text_encoder (CLIPTextModel)" in text
+    uncommented = text.replace("  # - components", "  - components")
+    assert "components" in [step.name for step in Recipe.parse(uncommented).steps]
+    assert "DiffusionPipeline.from_pretrained('sd')" in text
+
+
+def test_a_factory_is_named_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    assert init("net.py:make", "--target", "onnxruntime-cpu").exit_code == 0
+    recipe = Recipe.read(tmp_path / "recipe.yaml")
+    assert recipe.model.path == "./net.py:make"
+    planned = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert planned.exit_code == 0, planned.stderr
+
+
+def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "recipe.schema.json").touch()
+    init("net.py:make", "--target", "onnxruntime-cpu")
+    assert (tmp_path / "recipe.yaml").read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "no folder nowhere: give a diffusers folder"),
+        (("owner/name",), "or `hub:owner/name` to download it"),
+        (("net.py:mak",), "net.py has no function mak: did you mean 'make'"),
+        (("net.py:plain",), "net.py:plain has neither Linear nor Conv2d layers"),
+        (("net.py:broken",), "net.py:broken raised ModuleNotFoundError: No module named 'no_such_module'"),
+        (("net.py:make", "--target", "onnxruntime-cup"), "did you mean 'onnxruntime-cpu'"),
+        (("net.py:make", "--out", "there.yaml"), "there.yaml: is there: give another --out, or --force"),
+        (("net.py:make", "--out", "no/recipe.yaml"), "no/recipe.yaml: there is no folder no"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "there.yaml").write_text("mine")
+    result = init(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+    assert not (tmp_path / "recipe.yaml").exists()
