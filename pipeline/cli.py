@@ -62,16 +62,24 @@ class _Commands(TyperGroup):
             raise
         except KeyboardInterrupt:
             message, exit_code = "interrupted: the same command goes on from here", INTERRUPTED
-        except (IntaglioError, OSError) as error:
+        except (IntaglioError, OSError, json.JSONDecodeError) as error:
             if ctx.params["debug"]:
                 traceback.print_exception(error)
-            message, exit_code = str(error), 1
-            if isinstance(error, IntaglioError):
-                exit_code = error.exit_code
-            elif error.filename is not None:
-                message = f"{error.filename}: {error.strerror}"
+            message, exit_code = _told(error)
         print(f"intaglio: {message}", file=sys.stderr)
         raise typer.Exit(exit_code)
+
+
+def _told(error: IntaglioError | OSError | json.JSONDecodeError) -> tuple[str, int]:
+    """Its message and exit code."""
+    match error:
+        case IntaglioError():
+            return str(error), error.exit_code
+        case OSError(filename=str(name), strerror=str(reason)):
+            return f"{name}: {reason}", 1
+        case json.JSONDecodeError():
+            return f"a file is damaged, `intaglio --debug` says where it is read: {error}", 1
+    return str(error), 1
 
 
 app = typer.Typer(

@@ -224,6 +224,15 @@ def test_a_bad_option_says_how_to_write_it(arguments: tuple[str, ...], message: 
     assert message in result.stderr
 
 
+def test_a_damaged_file_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "out/onnxruntime-cpu").mkdir(parents=True)
+    (tmp_path / "out/onnxruntime-cpu/metrics.json").write_text("{")
+    result = intaglio("show", "out")
+    assert result.exit_code == 1
+    assert "intaglio: a file is damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_show_without_results_says_what_to_give() -> None:
     result = intaglio("show", ".")
     assert result.exit_code == 2
