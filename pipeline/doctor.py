@@ -222,9 +222,9 @@ def _abilities(target: Target, machine: Machine) -> dict[str, Ability]:
     verify = lacks or machine.faults.get("kernels", "")
     engine = _session_abilities if target.runtime == "onnxruntime" else _engine_abilities
     return {
-        "compile": Ability(not lacks, lacks or "the graph, and lint"),
+        "compile": Ability(not lacks, lacks or "yes"),
         **engine(target, machine),
-        "verify": Ability(not verify, verify or "in ONNX Runtime on the CPU"),
+        "verify": Ability(not verify, verify or "yes, on the CPU"),
     }
 
 
@@ -245,10 +245,10 @@ def _engine_abilities(target: Target, machine: Machine) -> dict[str, Ability]:
     fitting = [gpu.name for gpu in machine.gpus if ahead or gpu.compute_capability in listed]
     if not fitting:
         absent = "needs a GPU" if ahead else "on the device"
-        built = Ability(found.works, builder) if ahead else Ability(False, "on the device, see `intaglio kit`")
+        built = Ability(found.works, builder) if ahead else Ability(False, "on the device, by intaglio kit")
         return {"build": built, "run": Ability(False, absent)}
     if not found.works and machine.trtexec is not None and not ahead:
-        return {"build": Ability(True, "trtexec, see `intaglio kit`"), "run": Ability(False, builder)}
+        return {"build": Ability(True, "trtexec, by intaglio kit"), "run": Ability(False, builder)}
     return {"build": Ability(found.works, builder), "run": Ability(found.works, fitting[0] if found.works else builder)}
 
 

@@ -13,16 +13,21 @@ from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.runner import PlannedStep
 from intaglio.pipeline.target import Target
 
+WIDE = 10_000
+"""Characters of a line where nobody's terminal ends."""
+
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    headed = (Column(name, overflow="fold") for name in columns)
+    table = Table(*headed, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty(), markup=False, emoji=False).print(table)
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width, soft_wrap=width is not None, markup=False, emoji=False).print(table)
 
 
 def print_json(content: object) -> None:
@@ -51,8 +56,9 @@ def print_machine(machine: Machine) -> None:
 
     print_table("", ("package", "", "for"), [(name, state(p), p.serves) for name, p in machine.packages.items()])
     columns = ("target", "compile", "build the engine", "run", "verify")
-    marks = {True: "yes", False: "no"}
-    rows = [(n, *(f"{marks[a.here]}: {a.how}" for a in each.values())) for n, each in machine.targets.items()]
+    rows = [
+        (name, *(a.how if a.here else f"no: {a.how}" for a in each.values())) for name, each in machine.targets.items()
+    ]
     print_table("", columns, rows)
 
 

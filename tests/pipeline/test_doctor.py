@@ -31,7 +31,6 @@ def test_it_says_what_is_here() -> None:
     assert all(ability.here for ability in cpu.values())
     orin = found.targets["tensorrt-10.3-orin"]
     assert (orin["compile"].here, orin["verify"].here) == (True, True)
-    assert orin["run"].here == bool(found.gpus)
 
 
 def test_a_broken_module_is_a_fault_and_takes_away_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,10 +67,10 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
         (
             "8.7",
             "tensorrt-10.3-orin",
-            (True, "trtexec, see `intaglio kit`"),
+            (True, "trtexec, by intaglio kit"),
             (False, "pip install 'intaglio[tensorrt]'"),
         ),
-        ("8.9", "tensorrt-10.3-orin", (False, "on the device, see `intaglio kit`"), (False, "on the device")),
+        ("8.9", "tensorrt-10.3-orin", (False, "on the device, by intaglio kit"), (False, "on the device")),
         ("8.9", "tensorrt-rtx", (True, "tensorrt_rtx 1.0"), (True, "some GPU")),
     ],
 )
@@ -88,15 +87,13 @@ def test_engines_are_built_and_run_on_gpus_that_fit(
     assert (found["run"].here, found["run"].how) == run
 
 
-def test_the_command_shows_every_package_and_target() -> None:
+def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name.startswith("tensorrt") else installed(name))
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "250"})
     assert result.exit_code == 0, result.stderr
     assert all(name in result.stdout for name in (*target_names(), "trtexec", "nvidia-modelopt"))
-    assert "tensorrt-cu12" not in result.stdout or version_or_hint(result.stdout)
-
-
-def version_or_hint(shown: str) -> bool:
-    return re.search(r"tensorrt-cu12 +(\d|not here: pip install 'intaglio\[tensorrt\]')", shown) is not None
+    assert "not here: pip install 'intaglio[tensorrt]'" in result.stdout
 
 
 def test_the_extras_it_names_are_there_and_hold_the_package() -> None:
