@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.target import load_target, target_names
 
@@ -25,7 +25,7 @@ def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *
         raise RecipeError(f"{folder}: no graph.json in it or in a folder of it: give what `intaglio run` wrote")
     if target is not None:
         if target not in found:
-            raise RecipeError(f"{folder}: no target {target!r} in it: there is {', '.join(found)}")
+            raise RecipeError(f"{folder}: no target {target!r} in it{did_you_mean(target, found)}")
         found = {target: found[target]}
     fitting = {n: p for n, p in found.items() if n in target_names() and load_target(n).runtime in runtimes}
     if not fitting:

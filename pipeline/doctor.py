@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
+from intaglio.pipeline.memory import machine_bytes
 from intaglio.pipeline.registry import find_pass
 from intaglio.pipeline.target import Target, load_target, target_names
 
@@ -102,6 +103,7 @@ class Machine:
     cpu_features: Mapping[str, bool] | None
     """None where the system does not say."""
     memory_bytes: int | None
+    """With swap, as far as this process may have it."""
     packages: Mapping[str, Found]
     """By distribution."""
     providers: Mapping[str, bool]
@@ -130,7 +132,7 @@ def examine(imports: bool = False) -> Machine:
         cpu=_cpu_name(),
         cores=os.cpu_count(),
         cpu_features=_cpu_features(),
-        memory_bytes=_memory_bytes(),
+        memory_bytes=_asked(faults, "memory", machine_bytes),
         packages=packages,
         providers=providers or {},
         kernels=kernels,
@@ -285,10 +287,3 @@ def _cpu_info() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return None

@@ -20,6 +20,7 @@ from intaglio.pipeline.binding import bind
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
 from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.memory import least_bytes
 from intaglio.pipeline.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT
 from intaglio.pipeline.recipe import Recipe, Step
@@ -92,6 +93,7 @@ class Found:
             "class": self.kind,
             "parameters": self.parameters,
             "float_bytes": 4 * self.parameters,
+            "least_memory_bytes": least_bytes(self.parameters),
             "layers": dict(Counter(layer.op for layer in self.layers)),
             "blocks": self.blocks,
             "sampling": asdict(self.sampling),
@@ -186,6 +188,7 @@ def _about(found: Found, name: str) -> Iterator[str]:
     million, float_bytes = found.parameters / 1e6, 4 * found.parameters
     held = sum(layer.n * layer.k for layer in found.layers) / found.parameters
     yield f"{found.kind}: {million:.1f} M parameters, {float_bytes / 1e6:,.1f} MB in float32."
+    yield f"Compiling it takes at least {least_bytes(found.parameters) / 1e9:.1f} GB of memory."
     yield f"Layers that can be quantized: {found.counts}, with {held:.1%} of the parameters."
     if found.takes:
         yield f"Beside sample and timestep it takes {found.takes}."

@@ -18,12 +18,19 @@ targets: [onnxruntime-cpu, tensorrt-rtx]
 steps: ['toys:Begin', {'toys:Append': {number: 2}}, 'toys:Add', 'toys:Score']
 """
 
+MODEL = """
+def make():
+    import torch
+    from intaglio.pipeline.checkpoint import Factory
+    return Factory(torch.nn.Linear(1, 1), None, (1,))
+"""
+
 
 @pytest.fixture(autouse=True)
 def _recipe(tmp_path: Path) -> None:
     """recipes/toy.yaml, with a model beside it."""
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/model.py").write_text("def make():\n    raise NotImplementedError\n")
+    (tmp_path / "recipes/model.py").write_text(MODEL)
     (tmp_path / "recipes/toy.yaml").write_text(RECIPE)
 
 
