@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-import yaml
 from pydantic import JsonValue
 from typer.core import TyperGroup
 
@@ -47,6 +46,7 @@ from intaglio.pipeline.runner import StepEvent, compile, plan
 from intaglio.pipeline.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.store import Store
 from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.yaml_text import read_yaml
 
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.json"
@@ -177,7 +177,7 @@ def plan_command(
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
         return
     for target, steps in planned.items():
-        print_table(target, ("step", "", "took, or will take"), [plan_row(step) for step in steps])
+        print_table(target, ("step", "", "took, or will take", "held"), [plan_row(step) for step in steps])
 
 
 @app.command("doctor")
@@ -579,10 +579,7 @@ def _beside_recipe(uses: str, recipe: Path) -> str:
 
 
 def _parsed(value: str, text: str) -> JsonValue:
-    try:
-        parsed: JsonValue = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text}: the value is not YAML") from error
+    parsed: JsonValue = read_yaml(value, f"--set {text}")  # type: ignore[assignment]  # of plain values
     return parsed
 
 

@@ -71,7 +71,9 @@ class PlannedStep:
     step: str
     status: Literal["hit", "runs", "depends"]
     seconds: float | None
-    """What the pass took when it last ran; None when it never did."""
+    """What the pass took when it last ran on this model; None when it never did."""
+    peak_bytes: int | None = None
+    """The most memory that the process held then."""
     estimate_s: float | None = None
     """What it should take, by the number of rows it computes; only where it never ran and says how many."""
 
@@ -127,7 +129,7 @@ def plan(
     chains = bind(recipe, start=start, base=base)
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
     shared = _put_start(artifacts, store)
-    measured = {record.origin: record.seconds for record in store.records()}
+    measured = {(record.origin, _model_of(record)): record for record in store.records()}
     planned = {}
     for chain in chains:
         given = shared | _put_start({TARGET: chain.target}, store)
@@ -235,9 +237,17 @@ def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
     return outputs
 
 
+def _model_of(record: RunRecord) -> str | None:
+    """The digest of the model that the step read."""
+    digest: str | None = json.loads(record.ingredients)["inputs"].get("MODEL")
+    return digest
+
+
 def _plan_chain(
-    chain: Chain, given: Digests, seed: int, store: Store, measured: Mapping[str, float]
+    chain: Chain, given: Digests, seed: int, store: Store, measured: Mapping[tuple[str, str | None], RunRecord]
 ) -> Iterator[PlannedStep]:
+    from intaglio.pipeline.keys import MODEL
+
     known = dict(given)
     for step in chain.steps:
         decidable = step.requires <= known.keys()
@@ -246,9 +256,11 @@ def _plan_chain(
             known.pop(key, None)
         if record is not None:
             known |= {key: record.outputs[key.name] for key in step.provides}
-            yield PlannedStep(step.name, "hit", record.seconds)
+            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes)
         else:
-            yield PlannedStep(step.name, "runs" if decidable else "depends", measured.get(step.origin))
+            last = measured.get((step.origin, known.get(MODEL) if MODEL in step.requires else None))
+            seconds, held = (None, None) if last is None else (last.seconds, last.peak_bytes)
+            yield PlannedStep(step.name, "runs" if decidable else "depends", seconds, held)
 
 
 def _estimated(

@@ -218,7 +218,7 @@ def test_a_store_that_cannot_be_used_exits_with_6(tmp_path: Path) -> None:
     [
         (("--set", "append=1"), "write it as STEP.FIELD=VALUE"),
         (("--set", "append.number"), "write it as STEP.FIELD=VALUE"),
-        (("--set", "append.number=["), "the value is not YAML"),
+        (("--set", "append.number=["), "not YAML: expected the node content"),
         (("--set", "apend.number=1"), "no step 'apend' in the recipe: did you mean 'append'"),
         (("--insert", "append=toys:Add"), "write it as after:STEP=PASS"),
         (("--insert", "after:append=calibrat"), "no pass 'calibrat': did you mean 'calibrate'"),

@@ -13,7 +13,9 @@ from harness import full_disk
 from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 
 from intaglio.pipeline import Recipe, Store, bind, compile
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, StoreError, TargetError
+from intaglio.pipeline.keys import MODEL
 from intaglio.pipeline.runner import StepEvent, plan
 from intaglio.pipeline.store import tree_digest
 
@@ -176,6 +178,18 @@ def test_plan_says_what_would_run(store: Store) -> None:
     statuses(recipe, store)
     assert planned(recipe) == [("append", "hit", True), ("add", "hit", True)]
     assert planned(recipe.with_option("append", ("number",), 7)) == [("append", "runs", True), ("add", "depends", True)]
+
+
+def test_what_a_step_took_on_another_model_says_nothing(store: Store, tmp_path: Path) -> None:
+    recipe = toy_recipe("Begin", "Add")
+    models = []
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(f"def make(): ...  # {name}\n")
+        models.append({MODEL: Checkpoint.resolve(ModelRef(path=f"./{name}.py:make"), tmp_path)})
+    compile(recipe, store, start=models[0])
+    one, other = ({s.step: s.seconds for s in plan(recipe, store, start=m)["onnxruntime-cpu"]} for m in models)
+    assert one["begin"] is not None
+    assert other == {"begin": None, "add": one["add"]}
 
 
 def test_published_files_the_recipe_and_the_manifest(store: Store, tmp_path: Path) -> None:
