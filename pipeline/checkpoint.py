@@ -179,8 +179,10 @@ class Checkpoint:
     def _denoiser_folder(self) -> Path | None:
         for name in DENOISER_FOLDERS:
             config = self.root / name / "config.json"
-            if config.is_file() and "_class_name" in json.loads(config.read_text()):
-                return self.root / name
+            if config.is_file():
+                with _blamed(str(config)):
+                    if "_class_name" in json.loads(config.read_text(encoding="utf-8")):
+                        return self.root / name
         return None
 
     @property
@@ -271,7 +273,7 @@ class Checkpoint:
         import accelerate
 
         kind, folder = self._diffusers_class()
-        with accelerate.init_empty_weights():
+        with _blamed(f"{self.name} of {folder}"), accelerate.init_empty_weights():
             module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
         return module
 
@@ -280,19 +282,28 @@ class Checkpoint:
         import diffusers
 
         assert self._denoiser_folder is not None  # `resolve` made sure
-        kind = getattr(diffusers, self.name, None)
-        if kind is None:
-            raise RecipeError(f"model: diffusers {diffusers.__version__} has no class {self.name}")
-        return kind, self._denoiser_folder
+        return _class_of(self.name, diffusers.ModelMixin), self._denoiser_folder
 
     def _open_folder(self, recording: Recording | None, weights: bool) -> Factory:
+        module = self._weighed() if weights else self.empty()
+        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
+        return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
+
+    def _weighed(self) -> Any:
+        """The denoiser with all of its weights. Raises RecipeError where some are not there, or none in safetensors."""
         import torch
 
         kind, folder = self._diffusers_class()
+        if not any(folder.glob("*.safetensors")):
+            raise RecipeError(f"model: no safetensors in {folder}, and no other weights are read: save them as such")
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
-        module = kind.from_pretrained(folder, **settings) if weights else self.empty()
-        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
-        return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
+        with _blamed(f"{self.name} of {folder}"):
+            module, info = kind.from_pretrained(folder, output_loading_info=True, **settings)
+        if missing := sorted(info["missing_keys"]):
+            raise RecipeError(
+                f"model: {len(missing)} weights of {self.name} are not in {folder}, such as {missing[0]}: get it again"
+            )
+        return module
 
     def _scheduler(self) -> Scheduler:
         import diffusers
@@ -300,8 +311,9 @@ class Checkpoint:
         folder = self.root / "scheduler"
         if not folder.is_dir():
             return diffusers.DDIMScheduler()  # type: ignore[no-any-return]  # diffusers has no types
-        config = json.loads((folder / "scheduler_config.json").read_text())
-        return getattr(diffusers, config["_class_name"]).from_pretrained(folder)  # type: ignore[no-any-return]  # diffusers has no types
+        with _blamed(f"the scheduler of {folder}"):
+            name = _class_name(folder, "scheduler_config.json")
+            return _class_of(name, diffusers.SchedulerMixin).from_pretrained(folder, local_files_only=True)  # type: ignore[no-any-return]  # diffusers has no types
 
     def _call_factory(self) -> Factory:
         file, _, name = self.entry.partition(":")
@@ -309,28 +321,39 @@ class Checkpoint:
         if spec is None or spec.loader is None:
             raise RecipeError(f"model: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
-        with self._blamed():
+        with _blamed(self.entry):
             spec.loader.exec_module(module)
         factory: Callable[[], Factory] | None = getattr(module, name, None)
         if factory is None:
             functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
             raise RecipeError(f"model: {file} has no function {name}{did_you_mean(name, functions)}")
-        with self._blamed():
+        with _blamed(self.entry):
             made = factory()
         if not isinstance(made, Factory):
             raise RecipeError(f"model: {self.entry} returned a {type(made).__name__}, not an intaglio Factory")
         made.module.eval()
         return made
 
-    @contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """What the factory's file raises is said to come from it."""
-        try:
-            yield
-        except IntaglioError:
-            raise
-        except Exception as error:
-            raise RecipeError(f"model: {self.entry} raised {type(error).__name__}: {error}") from error
+
+@contextmanager
+def _blamed(origin: str) -> Iterator[None]:
+    """What the user's files raise is said to come from them."""
+    try:
+        yield
+    except IntaglioError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"model: {origin} raised {type(error).__name__}: {error}") from error
+
+
+def _class_of(name: object, kind: type) -> Any:
+    """The class of diffusers with this name. Raises RecipeError where it has none of that kind."""
+    import diffusers
+
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise RecipeError(f"model: diffusers {diffusers.__version__} has no {kind.__name__} {name}")
+    return found
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:
@@ -351,8 +374,8 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _class_name(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"])
+def _class_name(folder: Path, file: str = "config.json") -> str:
+    return str(json.loads((folder / file).read_text(encoding="utf-8"))["_class_name"])
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict

@@ -92,6 +92,45 @@ def test_what_is_no_model_is_one_clear_error(path: str, message: str, tmp_path: 
         Checkpoint.resolve(ModelRef(path=path), tmp_path)
 
 
+CONFIG = "transformer/config.json"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+class Attack:
+    def __reduce__(self) -> object:
+        return pytest.fail, ("a pickle was read",)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (WEIGHTS, None, "no safetensors in .*transformer, and no other weights are read"),
+        (WEIGHTS, b"", "DiTTransformer2DModel of .*transformer raised"),
+        (WEIGHTS, b"\xff" * 100, "DiTTransformer2DModel of .*transformer raised"),
+        (WEIGHTS, (1 << 60).to_bytes(8, "little") + b"{}", "DiTTransformer2DModel of .*transformer raised"),
+        (WEIGHTS, (2).to_bytes(8, "little") + b"{}", r"\d+ weights of DiTTransformer2DModel are not in .*, such as"),
+        (CONFIG, b"", "config.json raised JSONDecodeError"),
+        (CONFIG, b"[" * 100_000, "config.json raised RecursionError"),
+        (CONFIG, b"\xff\xfe", "config.json raised UnicodeDecodeError"),
+        (CONFIG, b'{"_class_name": ["os", "system"]}', r"has no ModelMixin \['os', 'system'\]"),
+        (CONFIG, b'{"_class_name": "DDIMScheduler"}', "has no ModelMixin DDIMScheduler"),
+        (CONFIG, b'{"_class_name": "DiTTransformer2DModel", "num_layers": "x"}', "transformer raised TypeError"),
+        (SCHEDULER, b"{}", "the scheduler of .* raised KeyError: '_class_name'"),
+        (SCHEDULER, b'{"_class_name": "DiTTransformer2DModel"}', "has no SchedulerMixin DiTTransformer2DModel"),
+    ],
+)
+def test_a_folder_that_is_damaged_or_hostile_is_one_clear_error(file, content, message, tmp_path):
+    """Nothing in it is run, and no weight is left as it was made up."""
+    save_folder(tiny_dit(), tmp_path)
+    torch.save(Attack(), tmp_path / "transformer/diffusion_pytorch_model.bin")
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(path=str(tmp_path)), Path()).open()
+
+
 def test_factory_that_is_not_there_is_one_clear_error(tmp_path):
     (tmp_path / "net.py").write_text(FACTORY)
     with pytest.raises(RecipeError, match=r"net.py has no function mak"):
