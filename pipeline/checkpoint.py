@@ -152,7 +152,9 @@ class Checkpoint:
 
             tokens = ["*/*.txt", "*/*.model"]
             patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", *tokens]
-            return cls._of_folder(Path(snapshot_download(ref.path.removeprefix("hub:"), allow_patterns=patterns)), ref)
+            with _blamed(ref.path):
+                folder = Path(snapshot_download(ref.path.removeprefix("hub:"), allow_patterns=patterns))
+            return cls._of_folder(folder, ref)
         file, colon, _ = ref.path.partition(":")
         if colon and file.endswith(".py"):
             path = (base / file).resolve()

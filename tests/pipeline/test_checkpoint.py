@@ -92,6 +92,20 @@ def test_what_is_no_model_is_one_clear_error(path: str, message: str, tmp_path: 
         Checkpoint.resolve(ModelRef(path=path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("hub:nobody/nothing", "raised LocalEntryNotFoundError: .* outgoing traffic has been disabled"),
+        ("hub:../../etc", "raised HFValidationError"),
+    ],
+)
+def test_a_hub_id_is_asked_for_by_name_and_offline_it_is_one_clear_error(path, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(path=path), tmp_path)
+
+
 CONFIG = "transformer/config.json"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
