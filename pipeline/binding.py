@@ -48,12 +48,12 @@ class Chain:
 def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = Path()) -> tuple[Chain, ...]:
     """One chain for each target. Runs nothing; raises one error with every problem of the recipe.
 
-    `start`: the keys there are before the first step, MODEL and PIPELINE if not given; TARGET is always there.
+    `start`: the keys there are before the first step, MODEL and PIPELINE if not given; TARGET and PROVENANCE always are.
     `base`: the folder that paths in the recipe are relative to.
     """
-    from intaglio.pipeline.keys import MODEL, PIPELINE, TARGET
+    from intaglio.pipeline.keys import MODEL, PIPELINE, PROVENANCE, TARGET
 
-    given = {TARGET, *((MODEL, PIPELINE) if start is None else start)}
+    given: set[AnyKey] = {TARGET, PROVENANCE, *((MODEL, PIPELINE) if start is None else start)}
     found = _Problems()
     targets = []
     for name in recipe.targets:

@@ -8,6 +8,7 @@ from intaglio.pipeline.front import Front
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.profile import Profile
+from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.quantized import Adapter, Quantized
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import Target
@@ -18,6 +19,7 @@ from intaglio.pipeline.workload import Workload
 MODEL = Key("MODEL", Checkpoint)
 PIPELINE = Key("PIPELINE", PipelineFolder)
 TARGET = Key("TARGET", Target)
+PROVENANCE = Key("PROVENANCE", Provenance)
 TRAJECTORY = Key("TRAJECTORY", Trajectory)
 WORKLOAD = Key("WORKLOAD", Workload)
 SENSITIVITY = Key("SENSITIVITY", Sensitivity)

@@ -4,28 +4,17 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from intaglio.pipeline.artifact import A, AnyKey, Key
 from intaglio.pipeline.errors import ContractError, RecipeError, StoreError
 from intaglio.pipeline.manifest import MANIFEST, DeliveredFile, DeliveredStep, Manifest
-from intaglio.pipeline.recipe import Recipe
-from intaglio.pipeline.store import RunRecord, Store, file_digest, files_below, remove_tree
+from intaglio.pipeline.provenance import Provenance
+from intaglio.pipeline.store import Store, file_digest, files_below, remove_tree
 
 RECIPE = "recipe.yaml"
 VERSIONS = ("intaglio", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the files of one target were made from."""
-
-    recipe: Recipe
-    start: Mapping[str, str]
-    """Key name -> digest of what there was before the first step."""
-    runs: tuple[RunRecord, ...]
 
 
 def check_folder(folder: Path) -> None:

@@ -18,7 +18,8 @@ from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
 from intaglio.pipeline.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.processes import Processes, processes
-from intaglio.pipeline.publish import Provenance, check_folder, publish
+from intaglio.pipeline.provenance import Provenance
+from intaglio.pipeline.publish import check_folder, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
 
@@ -92,7 +93,7 @@ def compile(
     `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
     `base`: the folder that paths in the recipe are relative to.
     """
-    from intaglio.pipeline.keys import MODEL, TARGET
+    from intaglio.pipeline.keys import MODEL, PROVENANCE, TARGET
 
     chains = bind(recipe, start=start, base=base)
     if out is not None and processes().first:
@@ -100,15 +101,17 @@ def compile(
             check_folder(out / chain.target.name)
     whole = resolved(recipe, chains)
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
-    shared = _put_start(artifacts, store)
+    shared = _put(artifacts, store)
     compiled = {}
     for chain in chains:
-        given = shared | _put_start({TARGET: chain.target}, store)
+        given = shared | _put({TARGET: chain.target}, store)
         outputs = dict(given)
         if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
             check_memory(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
-        runs = []
+        runs: list[RunRecord] = []
         for position, step in enumerate(chain.steps, start=1):
+            if PROVENANCE in step.requires:
+                outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
             place = Place(chain.target.name, step.name, position, len(chain.steps))
             record = _run_step(step, outputs, recipe.seed, store, on_step, place)
             outputs |= {key: record.outputs[key.name] for key in step.provides}
@@ -127,13 +130,14 @@ def plan(
     from intaglio.pipeline.keys import TARGET
 
     chains = bind(recipe, start=start, base=base)
+    whole = resolved(recipe, chains)
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
-    shared = _put_start(artifacts, store)
+    shared = _put(artifacts, store)
     measured = {(record.origin, _model_of(record)): record for record in store.records()}
     planned = {}
     for chain in chains:
-        given = shared | _put_start({TARGET: chain.target}, store)
-        planned[chain.target.name] = tuple(_plan_chain(chain, given, recipe.seed, store, measured))
+        given = shared | _put({TARGET: chain.target}, store)
+        planned[chain.target.name] = tuple(_plan_chain(chain, given, whole, store, measured))
     return _estimated(planned, chains, artifacts)
 
 
@@ -244,18 +248,22 @@ def _model_of(record: RunRecord) -> str | None:
 
 
 def _plan_chain(
-    chain: Chain, given: Digests, seed: int, store: Store, measured: Mapping[tuple[str, str | None], RunRecord]
+    chain: Chain, given: Digests, recipe: Recipe, store: Store, measured: Mapping[tuple[str, str | None], RunRecord]
 ) -> Iterator[PlannedStep]:
-    from intaglio.pipeline.keys import MODEL
+    from intaglio.pipeline.keys import MODEL, PROVENANCE
 
     known = dict(given)
-    for step in chain.steps:
+    runs: list[RunRecord] = []
+    for position, step in enumerate(chain.steps):
+        if PROVENANCE in step.requires and len(runs) == position:  # else it is not known what comes before
+            known |= _put({PROVENANCE: Provenance(recipe, _by_name(given), tuple(runs))}, store)
         decidable = step.requires <= known.keys()
-        record = store.find(run_key(step, known, seed)[0]) if decidable else None
-        for key in step.provides:
+        record = store.find(run_key(step, known, recipe.seed)[0]) if decidable else None
+        for key in (PROVENANCE, *step.provides):
             known.pop(key, None)
         if record is not None:
             known |= {key: record.outputs[key.name] for key in step.provides}
+            runs.append(record)
             yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes)
         else:
             last = measured.get((step.origin, known.get(MODEL) if MODEL in step.requires else None))
@@ -291,7 +299,7 @@ def _estimated(
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
 
 
-def _put_start(artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
+def _put(artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
     with store.lock("start"):
         return {key: store.put(each, staging="start") for key, each in artifacts.items()}
 

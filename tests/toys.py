@@ -12,7 +12,7 @@ from pydantic import Field
 
 from intaglio.pipeline import Context, Key, Outputs, Pass, Recipe, State, Target
 from intaglio.pipeline.errors import MissingExtra, TargetError
-from intaglio.pipeline.keys import MODEL, TARGET
+from intaglio.pipeline.keys import MODEL, PROVENANCE, TARGET
 
 
 @dataclass
@@ -58,6 +58,16 @@ class Append(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         return {NUMBERS: Numbers([*state[NUMBERS].values, self.number])}
+
+
+class Origin(Append):
+    """Appends how many steps came before."""
+
+    name = "origin"
+    wants = frozenset({PROVENANCE})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        return {NUMBERS: Numbers([*state[NUMBERS].values, len(state[PROVENANCE].runs)])}
 
 
 class Add(Pass):

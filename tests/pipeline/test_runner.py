@@ -15,7 +15,7 @@ from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 from intaglio.pipeline import Recipe, Store, bind, compile
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, StoreError, TargetError
-from intaglio.pipeline.keys import MODEL
+from intaglio.pipeline.keys import MODEL, PROVENANCE
 from intaglio.pipeline.runner import StepEvent, plan
 from intaglio.pipeline.store import tree_digest
 
@@ -58,6 +58,24 @@ def test_equal_outputs_let_what_follows_hit(store: Store) -> None:
     """Another pass with the same numbers out."""
     statuses(toy_recipe("Append", "Mutate"), store)
     assert statuses(toy_recipe("Same", "Mutate"), store) == ["same done", "mutate hit"]
+
+
+def test_a_step_may_want_what_came_before_it(store: Store) -> None:
+    recipe = toy_recipe("Append", "Origin", "Add", seed=3)
+    compiled = compile(recipe, store, start=START)["onnxruntime-cpu"]
+    origin = compiled[PROVENANCE]
+    assert origin.recipe.seed == 3
+    assert dict(origin.recipe.steps[0].options) == {"number": 1}
+    assert set(origin.start) == {"NUMBERS", "TARGET"}
+    assert origin.runs == compiled.runs[:1]
+    assert compiled[NUMBERS].values == [1, 1, 1]  # as many steps as came before
+    assert [step.status for step in plan(recipe, store, start=START)["onnxruntime-cpu"]] == ["hit"] * 3
+    other = toy_recipe("Append", "Origin", ("Add", {}), seed=4)
+    assert [step.status for step in plan(other, store, start=START)["onnxruntime-cpu"]] == ["hit", "runs", "depends"]
+    assert statuses(other, store) == ["append hit", "origin done", "add hit"]
+    changed = recipe.with_option("append", ("number",), 7)
+    planned = [step.status for step in plan(changed, store, start=START)["onnxruntime-cpu"]]
+    assert planned == ["runs", "depends", "depends"]
 
 
 def test_the_seed_counts_for_random_passes_only(store: Store) -> None:
@@ -121,10 +139,12 @@ def test_bind_reports_everything_at_once() -> None:
 
 
 def test_bind_finds_a_missing_input_and_says_where_it_comes_from() -> None:
-    with pytest.raises(RecipeError, match="add, onnxruntime-cpu: needs NUMBERS, but only TARGET are there: put a step"):
+    with pytest.raises(
+        RecipeError, match="add, onnxruntime-cpu: needs NUMBERS, but only PROVENANCE, TARGET are there: put a step"
+    ):
         bind(toy_recipe("Add"), start={})
     with pytest.raises(
-        RecipeError, match="needs SUM, but only NUMBERS, TARGET are there: move it after 'add'"
+        RecipeError, match="needs SUM, but only NUMBERS, PROVENANCE, TARGET are there: move it after 'add'"
     ) as caught:
         bind(toy_recipe("ReadSum", "Add", targets=TWO_TARGETS), start=START)
     assert len(caught.value.problems) == 2
