@@ -1,37 +1,23 @@
-"""Turns plans, errors, losses and samples into figures: plain values that the report's template only has to lay out.
-
-Shapes: B samples, C channels, H W pixels.
-"""
+"""Turns plans, errors and losses into figures: plain values that a template only has to lay out."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from intaglio.pipeline.front import Front, Point
-from intaglio.pipeline.pictures import Colours, as_image, picture
-from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, QuantPlan
+from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
 
 HEAT_LEVELS = 10
 HEAT_DECADES_MAX = 8
 HEAT_LABELS_MAX = 6
 CURVE_POINTS_MAX = 1000
 OUTSIDE = "Outside the blocks"
-
-GRID_PIXELS_MAX = 384 * 384
-"""Of one sample grid: four of them stay below 2.4 MB as text even if they are noise, which PNG cannot compress."""
 
 MAGMA = ("000004", "180f3d", "440f76", "721f81", "9e2f7f", "cd4071", "f1605d", "fd9668", "feca8d", "fcfdbf")
 """Ten equally spaced colours of matplotlib's magma: dark is small; also without colour vision."""
@@ -71,6 +57,13 @@ def size(size_bytes: float | None) -> str:
     return f"{size_bytes:.0f} bytes"
 
 
+def short_size(size_bytes: float) -> str:
+    """At most four characters: `66k`, `1.2M`."""
+    power = next((p for p in (3, 2, 1) if size_bytes >= 999.5 * 1000 ** (p - 1)), 0)
+    scaled = size_bytes / 1000**power
+    return f"{scaled:.{int(power > 1 and scaled < 9.95)}f}{['', 'k', 'M', 'G'][power]}"
+
+
 def percent(share: float) -> str:
     """`0.256` -> `25.6%`"""
     return f"{100 * share:.1f}%"
@@ -96,8 +89,16 @@ class SchemeRow:
 
 
 def scheme_css(scheme: LayerScheme) -> str:
-    """CSS class of a scheme; the unusual ones share one."""
-    return f"s-{scheme.name}" if scheme.name in USUAL_SCHEMES else "s-other"
+    """CSS class of a scheme: a colour for its bits, two for those of W8A8."""
+    match scheme.weight, scheme.input:
+        case IntWeight(bits=8), IntInput(bits=8, granularity=granularity):
+            return f"s-w8a8_{'token' if isinstance(granularity, PerToken) else 'step'}"
+        case IntWeight(bits=4), _:
+            return f"s-w4a{scheme.input_bits}"
+        case IntWeight() | IntInput(), _:
+            return "s-other"
+        case _:
+            return "s-float"
 
 
 def scheme_code(scheme: LayerScheme) -> str:
@@ -157,11 +158,12 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One coloured square: CSS class, the characters in it, and what it says when asked."""
+    """One coloured square: CSS class, the characters in it, what it says when asked, and a second line."""
 
     css: str
     text: str
     tip: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
 def _plan_cell(plan: QuantPlan, layer: Layer) -> Cell:
     scheme = plan.schemes[layer.name]
     tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{plan.layer_bytes(layer):,} bytes"
-    return Cell(scheme_css(scheme), scheme_code(scheme), tip)
+    return Cell(scheme_css(scheme), scheme_code(scheme), tip, short_size(plan.layer_bytes(layer)))
 
 
 # heat map
@@ -275,7 +277,7 @@ def _heat_css(error: float, low: int, high: int) -> str:
 
 def heat_colours() -> tuple[str, ...]:
     """One for each level, from small to large; none so dark that it drowns in a dark page."""
-    palette = _magma_palette()
+    palette = magma_palette()
     places = [3 * (30 + 225 * level // (HEAT_LEVELS - 1)) for level in range(HEAT_LEVELS)]
     return tuple("#" + bytes(palette[place : place + 3]).hex() for place in places)
 
@@ -418,106 +420,73 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     return ticks
 
 
-# samples
+# strip
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The same seeds from one implementation: PNG images as data URIs."""
+class Lane:
+    """One dot for each sample at its place in [0, 1], and their mean."""
 
     title: str
-    note: str
-    images: tuple[str, ...]
+    dots: tuple[Dot, ...]
+    mean: str
+    mean_left: float
 
 
 @dataclass(frozen=True)
-class SampleFigure:
-    """Grids side by side, and the difference of deployed and full precision, `gain` times, as the last."""
+class Strip:
+    """PSNR of every sample, a lane for each implementation; ticks are (place, label)."""
 
-    grids: tuple[Grid, ...]
-    columns: int
-    shown: int
+    lanes: tuple[Lane, ...]
     total: int
-    pixels: tuple[int, int]
-    """Width and height of a sample."""
-    channels: int
-    reduced: int
-    """How many pixels of a sample, along each axis, became one of the page."""
-    deployed_simulated_max: float | None
-
-    @property
-    def latent(self) -> bool:
-        """Whether the samples are no images, but what a decoder makes images from."""
-        return self.channels not in (1, 3)
+    ticks: tuple[tuple[float, str], ...]
 
 
-_GRIDS = (
-    ("full_precision", "Full precision", "the model as it was given"),
-    ("simulated", "Simulated", "its quantization, in PyTorch"),
-    ("deployed", "Deployed", "the ONNX graph, in ONNX Runtime"),
-)
-
-
-def sample_figure(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | None:
-    """The first `count` samples (B, C, H, W), fewer or smaller if the page would get too large; None if no images."""
-    found = [(samples[key].float(), title, note) for key, title, note in _GRIDS if key in samples]
-    if not found or any(x.ndim != 4 for x, *_ in found):
+def strip(psnr_db: Mapping[str, Sequence[float]]) -> Strip | None:
+    """By the titles of the lanes; None where there is none."""
+    every = [db for lane in psnr_db.values() for db in lane]
+    if not every:
         return None
-    total, channels, height, width = found[0][0].shape
-    reduced = math.ceil(math.sqrt(height * width / GRID_PIXELS_MAX))
-    fit = max(GRID_PIXELS_MAX * reduced**2 // (height * width), 1)
-    shown = min(total, count, fit)
-    colour = Colours(found[0][0])
-    grids = [Grid(title, note, tuple(map(_png, _pooled(colour(x[:shown]), reduced)))) for x, title, note in found]
-    if "full_precision" in samples and "deployed" in samples:
-        full, deployed = (colour(samples[key][:shown].float()) for key in ("full_precision", "deployed"))
-        grids.append(_error_grid((deployed - full).abs().mean(1, keepdim=True), reduced))
-    distance = None
-    if "simulated" in samples and "deployed" in samples:
-        distance = float((samples["deployed"].float() - samples["simulated"].float()).abs().max())
-    columns = math.ceil(math.sqrt(shown))
-    return SampleFigure(tuple(grids), columns, shown, total, (width, height), channels, reduced, distance)
+    low, high = _padded(every)
+
+    def left(db: float) -> float:
+        return (db - low) / (high - low)
+
+    lanes = (
+        Lane(
+            title,
+            tuple(Dot(left(db), 0.5, f"sample {i}: {number(db, 4)} dB") for i, db in enumerate(lane, start=1)),
+            number(fmean(lane), 4),
+            left(fmean(lane)),
+        )
+        for title, lane in psnr_db.items()
+    )
+    return Strip(tuple(lanes), len(every) // len(psnr_db), tuple((left(v), _tick_label(v)) for v in _ticks(low, high)))
 
 
-def sample_picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
-    """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
-    found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
-    if not found or any(x.ndim != 4 for x in found):
-        return None
-    file = io.BytesIO()
-    picture(found, columns=count).save(file, "PNG", optimize=True)
-    return file.getvalue()
+# bars
 
 
-def _error_grid(error_B1HW: torch.Tensor, reduced: int) -> Grid:
-    """Amplified by the power of two that brings the largest error nearest to white, 4096 at most."""
-    largest = float(error_B1HW.max())
-    gain = 2 ** min(max(math.floor(math.log2(1 / largest)), 0), 12) if largest > 0 else 1
-    images = tuple(map(_magma_png, _pooled(error_B1HW * gain, reduced, keep_peaks=True)))
-    return Grid("Difference", f"|deployed {MINUS} full precision|, {TIMES} {gain}", images)
+def log_shares(errors: Mapping[str, float]) -> dict[str, float]:
+    """Lengths of bars: one for the largest error, a hundredth or more for the smallest; zero for none."""
+    drawn = [math.log10(e) for e in errors.values() if 0 < e < math.inf]
+    if not drawn:
+        return dict.fromkeys(errors, 0.0)
+    low, high = min(math.floor(min(drawn)), max(drawn) - 1), max(drawn)
+
+    def share(error: float) -> float:
+        if not error > 0:
+            return 0.0
+        return max((math.log10(error) - low) / (high - low), 0.01) if error < math.inf else 1.0
+
+    return {name: share(error) for name, error in errors.items()}
 
 
-def _pooled(x_BCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> torch.Tensor:
-    from torch.nn.functional import avg_pool2d, max_pool2d
-
-    if reduced == 1:
-        return x_BCHW
-    return max_pool2d(x_BCHW, reduced) if keep_peaks else avg_pool2d(x_BCHW, reduced)
+# colours
 
 
-def _png(x_CHW: torch.Tensor) -> str:
-    return _data_uri(as_image(x_CHW))
-
-
-def _magma_png(x_1HW: torch.Tensor) -> str:
-    from PIL.Image import fromarray
-
-    image = fromarray((x_1HW[0].clamp(0, 1) * 255).round().byte().numpy())
-    image.putpalette(_magma_palette())
-    return _data_uri(image)
-
-
-def _magma_palette() -> list[int]:
+def magma_palette() -> list[int]:
+    """256 colours, as an image with a palette takes them."""
     anchors = [tuple(bytes.fromhex(colour)) for colour in MAGMA]
     palette = []
     for level in range(256):
@@ -525,9 +494,3 @@ def _magma_palette() -> list[int]:
         near, far = anchors[place], anchors[min(place + 1, len(anchors) - 1)]
         palette += [round(a + (b - a) * within / 255) for a, b in zip(near, far, strict=True)]
     return palette
-
-
-def _data_uri(image: Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from intaglio.exporters import _figures as figures
+from intaglio.exporters._grids import Drawn, SampleFigure, sample_figure
+from intaglio.exporters._page import render
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.graph import Engine, Graph
@@ -22,20 +24,24 @@ from intaglio.pipeline.keys import (
     FRONT,
     GRAPH,
     LATENCY,
+    LINT,
     MODEL,
     PLAN,
+    PROVENANCE,
     REPORT,
     SENSITIVITY,
     TARGET,
     VERIFICATION,
 )
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.pictures import picture, psnr_db
 from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.quant.spec import IntWeight
 from intaglio.pipeline.verification import Latency, Report, Verification
 
 if TYPE_CHECKING:
-    import jinja2
+    import torch
 
 MEASURED = (
     "psnr_db",
@@ -54,9 +60,9 @@ class WriteReport(Pass):
     """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH, ENGINE, VERIFICATION, LATENCY})
-    wants = frozenset({SENSITIVITY, FRONT, ADAPTER})
+    wants = frozenset({SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
@@ -69,7 +75,8 @@ class WriteReport(Pass):
         metrics = {"model": model.name, "target": target.name} | collect_metrics(
             plan, state[GRAPH], state[ENGINE], verification, latency
         )
-        html = _template().render(
+        html = render(
+            "report.html.j2",
             model=metrics["model"],
             sampling=model.ref,
             target=target,
@@ -84,16 +91,18 @@ class WriteReport(Pass):
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
-            samples=figures.sample_figure(verification.samples, self.samples),
+            samples=_comparison(verification.samples, self.samples),
+            strip=figures.strip(_psnr_db(verification.samples)),
+            parity_shares=figures.log_shares({name: parity.rel_l2 for name, parity in verification.layers.items()}),
+            lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
+            origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
             sizes=_sizes(state[GRAPH], state[ENGINE], verification),
             latency=latency,
             latencies=_latencies(latency),
-            dash=figures.DASH,
-            heat_colours=figures.heat_colours(),
             versions={name: _version(name) for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
-        return {REPORT: Report(html, metrics, figures.sample_picture(verification.samples, 8))}
+        return {REPORT: Report(html, metrics, _picture(verification.samples, 8))}
 
 
 def collect_metrics(
@@ -124,6 +133,72 @@ def collect_metrics(
             "fp_gemm": engine.fp_gemm,
         },
     }
+
+
+_IMPLEMENTATIONS = {
+    "full_precision": ("Full precision", "the model as it was given"),
+    "simulated": ("Simulated", "its quantization, in PyTorch"),
+    "deployed": ("Deployed", "the ONNX graph, in ONNX Runtime"),
+}
+
+
+def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | None:
+    drawn = {key: Drawn(*about, samples[key]) for key, about in _IMPLEMENTATIONS.items() if key in samples}
+    pairs = [pair for pair in (("full_precision", "deployed"), ("simulated", "deployed")) if {*pair} <= drawn.keys()]
+    return sample_figure(drawn, pairs, count)
+
+
+def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """By title, of what was drawn beside full precision."""
+    if "full_precision" not in samples:
+        return {}
+    return {
+        title: psnr_db(samples[key], samples["full_precision"]).tolist()
+        for key, (title, _) in _IMPLEMENTATIONS.items()
+        if key in samples and key != "full_precision"
+    }
+
+
+def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
+    """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
+    found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
+    if not found or any(x.ndim != 4 for x in found):
+        return None
+    file = io.BytesIO()
+    picture(found, columns=count).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+@dataclass(frozen=True)
+class PastStep:
+    """A step before the report."""
+
+    name: str
+    pass_version: str
+    took: str
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What makes the page again, and what it was made from."""
+
+    command: str
+    recipe: str
+    model: str
+    seed: int
+    start: list[tuple[str, str]]
+    steps: tuple[PastStep, ...]
+
+
+def _origin(provenance: Provenance) -> Origin:
+    steps = tuple(
+        PastStep(run.step, json.loads(run.ingredients)["pass"], f"{run.seconds:,.1f} s", run.outputs)
+        for run in provenance.runs
+    )
+    start = [(f"{key}, sha256", digest) for key, digest in provenance.start.items()]
+    recipe = provenance.recipe
+    return Origin("intaglio run recipe.yaml", recipe.to_yaml(), recipe.model.path, recipe.seed, start, steps)
 
 
 @dataclass(frozen=True)
@@ -175,20 +250,3 @@ def _version(distribution: str) -> str:
         return version(distribution)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _template() -> jinja2.Template:
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "code": figures.scheme_code,
-        "css": figures.scheme_css,
-        "number": figures.number,
-        "percent": figures.percent,
-        "size": figures.size,
-    }
-    text = (files("intaglio.exporters") / "_report_template.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text)

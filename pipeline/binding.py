@@ -48,7 +48,7 @@ class Chain:
 def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = Path()) -> tuple[Chain, ...]:
     """One chain for each target. Runs nothing; raises one error with every problem of the recipe.
 
-    `start`: the keys there are before the first step, MODEL and PIPELINE if not given; TARGET and PROVENANCE always are.
+    `start`: the keys there are before the first step, MODEL and PIPELINE if not given; TARGET and PROVENANCE always.
     `base`: the folder that paths in the recipe are relative to.
     """
     from intaglio.pipeline.keys import MODEL, PIPELINE, PROVENANCE, TARGET

@@ -122,9 +122,13 @@ def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """PSNR of compiled samples to full precision as `verify` has it, mean and worst; nothing where there is but one."""
     if FULL not in drawn:
         return {}
-    full, compiled = (drawn[name].clamp(-1, 1).flatten(1) for name in (FULL, COMPILED))
-    psnr_B = 10 * (4 / (compiled - full).square().mean(1).clamp_min(1e-20)).log10()
+    psnr_B = psnr_db(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1))
     return {"psnr_db": float(psnr_B.mean()), "psnr_db_min": float(psnr_B.min())}
+
+
+def psnr_db(samples: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """(B,) of samples (B, ...) in [-1, 1]; 206 dB where they are equal."""
+    return 10 * (4 / (samples - full).flatten(1).square().mean(1).clamp_min(1e-20)).log10()
 
 
 def check_file(path: Path) -> None:

@@ -7,137 +7,39 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reporting import EMBED, FIGURES, HOSTILE, LAYERS, Page, artifacts, points
 
-from intaglio.exporters._figures import curve, heat_map, number, sample_figure, size, split_name
+from intaglio.exporters._figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
+from intaglio.exporters._grids import Drawn, sample_figure
 from intaglio.exporters.report import WriteReport
 from intaglio.pipeline.artifact import AnyKey, Artifact, State
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.front import Front, Point
-from intaglio.pipeline.graph import Engine, Graph, TensorSpec
+from intaglio.pipeline.findings import Findings
+from intaglio.pipeline.front import Front
+from intaglio.pipeline.graph import Engine
 from intaglio.pipeline.keys import (
     ADAPTER,
     ENGINE,
     FRONT,
-    GRAPH,
-    LATENCY,
-    MODEL,
+    LINT,
     PLAN,
+    PROVENANCE,
     REPORT,
     SENSITIVITY,
     TARGET,
     VERIFICATION,
 )
-from intaglio.pipeline.plan import Layer, QuantPlan
+from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.quantized import Adapter
 from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.verification import Departure, Latency, LayerParity, Report, Verification
-
-HOSTILE = 'transformer_blocks.1.<script>alert("x")</script>&amp;'
-EMBED = Layer(name="pos_embed.proj", op="conv", shape=(64, 3, 2, 2), bias=True)
-LAYERS = (
-    EMBED,
-    Layer(name="transformer_blocks.0.attn1.to_q", op="linear", shape=(64, 64), bias=True),
-    Layer(name="transformer_blocks.0.ff.net.0.proj", op="linear", shape=(256, 128), bias=False),
-    Layer(name="transformer_blocks.1.attn1.to_q", op="linear", shape=(64, 64), bias=True),
-    Layer(name=HOSTILE, op="linear", shape=(64, 64), bias=True),
-)
-SCHEMES = (FLOAT, W8A8_TOKEN, w4a16(64), W8A8_STEP, W8A8_TOKEN)
-FIGURES = {
-    "psnr_db": 31.42,
-    "psnr_db_min": 24.1,
-    "psnr_simulated_db": 31.54,
-    "fidelity_gap_db": 0.12,
-    "fidelity_gap_error_db": 0.05,
-    "sqnr_db": 28.9,
-    "parity_layer_rel_l2_max": 4.1e-7,
-    "parity_rel_l2": 0.013,
-    "fp16_bytes": 100_000.0,
-}
-MODEL_BYTES = 40_000
-
-
-class Page(HTMLParser):
-    """Every start tag as (section, tag, attributes), and the text of every section."""
-
-    VOID = frozenset({"meta", "img", "col", "line", "polyline"})
-    APART = frozenset({"dd", "dt", "li", "small", "td", "th"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, str, dict[str, str]]] = []
-        self.texts: dict[str, str] = {}
-        self.open: list[str] = []
-        self.section = ""
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = {name: text or "" for name, text in attrs}
-        if tag in ("section", "dl") and named.get("id", named.get("class")) != "facts":
-            self.section = named.get("id", "tiles")
-        self.tags.append((self.section, tag, named))
-        if tag in self.APART:
-            self.handle_data(" ")
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts[self.section] = self.texts.get(self.section, "") + data
-
-    def found(self, section: str, tag: str, css: str = "") -> list[dict[str, str]]:
-        return [
-            attrs
-            for where, name, attrs in self.tags
-            if (where, name) == (section, tag) and re.search(css, attrs.get("class", ""))
-        ]
-
-    def text(self, section: str) -> str:
-        return " ".join(self.texts[section].split())
-
-
-def artifacts(root: Path) -> dict[AnyKey, Artifact]:
-    (root / "transformer").mkdir(parents=True)
-    (root / "transformer" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
-    (root / "model.onnx").write_bytes(bytes(MODEL_BYTES))
-    plan = QuantPlan(LAYERS, {layer.name: scheme for layer, scheme in zip(LAYERS, SCHEMES, strict=True)})
-    measured = {x.name: (FLOAT, W8A8_STEP) if x.op == "conv" else (FLOAT, W8A8_TOKEN, W8A8_STEP) for x in LAYERS}
-    sensitivity = Sensitivity(
-        LAYERS,
-        ((0, 4), (4, 8)),
-        (1.0, 3.0),
-        {name: {s.name: s for s in schemes} for name, schemes in measured.items()},
-        {n: {s.name: (0.0, 0.0) if s == FLOAT else (2e-3, 3e-5) for s in schemes} for n, schemes in measured.items()},
-    )
-    full = torch.full((4, 3, 8, 8), -1.0)
-    samples = {"full_precision": full, "simulated": full + 0.124, "deployed": full + 0.125}
-    parity = {layer.name: LayerParity(4.1e-7, 4096, 3, 1) for layer in LAYERS[1:]}
-    sample = TensorSpec("float32", ("batch", 3, 8, 8))
-    return {
-        MODEL: Checkpoint(root, ModelRef(path="model", sampling_steps=8, guidance=1.5)),
-        TARGET: load_target("onnxruntime-cpu"),
-        SENSITIVITY: sensitivity,
-        PLAN: plan,
-        ADAPTER: Adapter({}, tuple(0.1 * 0.98**i for i in range(100))),
-        GRAPH: Graph(root / "model.onnx", {"sample": sample, "step": TensorSpec("int64", ())}, {"noise": sample}),
-        ENGINE: Engine("onnxruntime", "1.31.1", int8_gemm=3, fp_gemm=2),
-        VERIFICATION: Verification(FIGURES, parity, samples),
-        LATENCY: Latency(rows=8, float32_ms=30.0, compiled_ms=12.0),
-    }
+from intaglio.pipeline.verification import Departure, LayerParity, Report, Verification
 
 
 @pytest.fixture
@@ -227,12 +129,12 @@ def test_headlines(made):
 def test_the_page_needs_no_other_file(made):
     report = write(made)
     for _, tag, attrs in Page(report.html).tags:
-        assert tag not in ("link", "iframe", "object")
+        assert tag not in ("iframe", "object")
         assert attrs.get("src", "data:").startswith("data:")
-        assert attrs.get("href", "#").startswith("#")
+        assert attrs.get("href", "#").startswith(("#", "data:"))
     assert "@import" not in report.html
     assert "url(" not in report.html
-    assert "prefers-color-scheme: dark" in report.html
+    assert "default-src 'none'" in report.html
 
 
 def test_links_lead_to_sections(made):
@@ -241,20 +143,34 @@ def test_links_lead_to_sections(made):
     assert {attrs["href"].removeprefix("#") for attrs in page.found("", "a")} == sections
 
 
-def test_grids_show_the_same_samples_in_order(made):
+def test_sheets_show_the_same_samples_in_order(made):
     page = Page(write(made, samples=3).html)
     images = page.found("samples", "img")
     assert [image["alt"] for image in images] == [
-        f"{title}, sample {i}" for title in ("Full precision", "Simulated", "Deployed", "Difference") for i in (1, 2, 3)
+        *("Full precision, 3 samples", "Simulated, 3 samples", "Deployed, 3 samples"),
+        *("Deployed − full precision, times 16", "Deployed − simulated, times 2048"),
     ]
+    assert [image.get("class") for image in images[:3]] == ["left", None, "right"]
     shown = [decode(image["src"]) for image in images]
-    assert {image.size for image in shown} == {(8, 8)}
+    assert {image.size for image in shown} == {(24, 8)}
     assert shown[0].getpixel((0, 0)) == (0, 0, 0)
-    assert shown[6].getpixel((0, 0)) == (16, 16, 16)  # -0.875 is 1/16 of the way from -1 to 1; 255 / 16 = 15.9
-    assert shown[9].getpixel((0, 0)) == 255  # that sixteenth, 16 times
-    assert "× 16" in page.text("samples")
-    assert "differ by 0.0010 at most" in page.text("samples")
+    assert shown[2].getpixel((23, 7)) == (16, 16, 16)  # -0.875 is 1/16 of the way from -1 to 1; 255 / 16 = 15.9
+    assert shown[3].getpixel((0, 0)) == 255  # that sixteenth, 16 times
+    assert "white is 1/16 of the range" in page.text("samples")
+    assert "Largest of all 4: 0.0010" in page.text("samples")
     assert "3 seeds of 4, 8 × 8 pixels." in page.text("samples")
+
+
+def test_every_sample_has_its_own_psnr(made):
+    page = Page(write(made).html)
+    dots = page.found("samples", "i", "^dot$")
+    assert [dot["title"] for dot in dots[4:6]] == ["sample 1: 30.10 dB", "sample 2: 30.10 dB"]  # 4 / 0.125^2 = 256
+    assert len(dots) == 2 * 4
+    assert strip({}) is None
+    drawn = strip({"one": [20.0, 40.0], "two": [30.0, 30.0]})
+    assert drawn is not None
+    assert [lane.mean for lane in drawn.lanes] == ["30.00", "30.00"]
+    assert drawn.lanes[0].mean_left == drawn.lanes[1].dots[0].left == pytest.approx(0.5)
 
 
 def test_latents_are_normalised_and_said_to_be_latents(made):
@@ -264,25 +180,48 @@ def test_latents_are_normalised_and_said_to_be_latents(made):
     assert "latents with 4 channels: shown are the first three" in page.text("samples")
     images = [decode(image["src"]) for image in page.found("samples", "img")]
     assert images[0].getpixel((0, 0)) == (0, 0, 0)
-    assert images[1].getpixel((7, 7)) == (255, 255, 255)
-    assert images[4].getpixel((0, 0)) == 0  # no difference
+    assert images[0].getpixel((15, 7)) == (255, 255, 255)
+    assert images[2].getpixel((0, 0)) == 0  # no difference
+
+
+def compared(samples: torch.Tensor, count: int = 16):
+    return sample_figure({"full": Drawn("Full precision", "", samples)}, [], count)
 
 
 def test_one_channel_is_grey_and_vectors_are_no_images():
-    grey = sample_figure({"full_precision": torch.ones(1, 1, 4, 4)}, 16)
+    grey = compared(torch.ones(1, 1, 4, 4))
     assert grey is not None
-    assert decode(grey.grids[0].images[0]).mode == "L"
-    assert sample_figure({"full_precision": torch.ones(2, 8)}, 16) is None
+    assert decode(grey.sheets[0].image).mode == "L"
+    assert compared(torch.ones(2, 8)) is None
 
 
 def test_large_samples_become_fewer_or_smaller():
-    many = sample_figure({"full_precision": torch.zeros(16, 3, 128, 128)}, 16)
+    many = compared(torch.zeros(16, 3, 128, 128))
     assert many is not None
     assert (many.shown, many.total, many.reduced) == (9, 16, 1)
-    large = sample_figure({"full_precision": torch.zeros(2, 3, 512, 512)}, 16)
+    large = compared(torch.zeros(2, 3, 512, 512))
     assert large is not None
     assert (large.shown, large.reduced) == (2, 2)
-    assert decode(large.grids[0].images[0]).size == (256, 256)
+    assert decode(large.sheets[0].image).size == (512, 256)
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(16, 4, 4), (13, 4, 3), (8, 4, 2), (7, 7, 1), (3, 3, 1)])
+def test_rows_of_samples_are_full(count, columns, rows):
+    drawn = compared(torch.zeros(count, 3, 4, 4))
+    assert drawn is not None
+    assert (drawn.columns, drawn.rows, drawn.shown) == (columns, rows, columns * rows)
+
+
+def test_a_clip_is_a_line_of_frames():
+    clips = torch.zeros(2, 3, 5, 4, 6)
+    clips[1, :, 4] = 1.0
+    drawn = compared(clips)
+    assert drawn is not None
+    assert (drawn.columns, drawn.rows, drawn.shown, drawn.frames) == (5, 2, 2, 5)
+    sheet = decode(drawn.sheets[0].image)
+    assert sheet.size == (30, 8)
+    assert sheet.getpixel((29, 7)) == (255, 255, 255)
+    assert sheet.getpixel((23, 7)) == (128, 128, 128)
 
 
 def test_the_bit_map_has_one_cell_a_layer(made):
@@ -292,6 +231,7 @@ def test_the_bit_map_has_one_cell_a_layer(made):
     assert cells[EMBED.name]["class"] == "s-float"
     gemm = cells["transformer_blocks.0.ff.net.0.proj"]
     assert gemm["class"] == "s-w4a16"
+    assert "4" + short_size(256 * 128 * 9 // 16 + 4 * 256) in page.text("precision").replace(" ", "")
     # 4.5 bits a weight with the scales of groups of 64, and a float32 for each row
     assert gemm["title"].split("\n")[1:] == ["w4a16", "N = 256, K = 128", f"{256 * 128 * 9 // 16 + 4 * 256:,} bytes"]
 
@@ -361,11 +301,6 @@ def test_a_plan_that_was_made_without_measurement_is_said(made):
     assert not page.found("sensitivity", "table")
 
 
-def points(*losses: float) -> tuple[Point, ...]:
-    schemes = {layer.name: scheme.name for layer, scheme in zip(LAYERS, SCHEMES, strict=True)}
-    return tuple(Point({"size": 0.3 + 0.1 * i, "latency": 0.5}, loss, schemes) for i, loss in enumerate(losses))
-
-
 def test_the_front_is_drawn_with_the_plan_marked(made):
     plans = points(4e-2, 4e-3, 4e-4, 0.0)
     made[FRONT] = Front(plans, plans[1])
@@ -421,6 +356,26 @@ def test_tables_hold_every_layer_input_fact_and_metric(made):
     assert f"torch {torch.__version__}" in provenance
     for name in ("psnr_db", "engine.int8_gemm", "size_ratio_fp16"):
         assert name in provenance
+
+
+def test_findings_of_the_linter_are_listed(made):
+    assert "warning int4-shape node <7> it is odd make it even" in Page(write(made).html).text("lint")
+    made[LINT] = Findings(())
+    assert "No rule of the linter finds anything" in Page(write(made).html).text("lint")
+    del made[LINT]
+    assert "The graph was not linted" in Page(write(made).html).text("lint")
+
+
+def test_the_page_says_what_it_was_made_from(made):
+    provenance = Page(write(made).html).text("provenance")
+    assert "intaglio run recipe.yaml" in provenance
+    assert "seed 11" in provenance
+    assert "model models/tiny" in provenance
+    assert "MODEL, sha256 " + "0123abcd" * 8 in provenance
+    assert "assign intaglio.passes.assign:AssignPrecision@4 1.2 s PLAN ab12cd34" in provenance
+    assert "samples: 2" in provenance  # the recipe itself
+    del made[PROVENANCE]
+    assert "Make it again" not in Page(write(made).html).text("provenance")
 
 
 def test_a_hostile_layer_name_stays_text(made):
@@ -488,6 +443,20 @@ def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
 )
 def test_numbers_have_three_digits(quantity, text):
     assert number(quantity) == text
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [(0, "0"), (999, "999"), (65_536, "66k"), (999_600, "1.0M"), (12.3e6, "12M")],
+)
+def test_short_sizes_have_four_characters(size_bytes, text):
+    assert short_size(size_bytes) == text
+
+
+def test_bars_are_logarithmic():
+    shares = log_shares({"a": 1e-3, "b": 1e-5, "none": 0.0, "all": math.inf})
+    assert shares == {"a": 1.0, "b": 0.01, "none": 0.0, "all": 1.0}
+    assert log_shares({"none": 0.0}) == {"none": 0.0}
 
 
 @pytest.mark.parametrize(
