@@ -176,6 +176,7 @@ class PastStep:
     name: str
     pass_version: str
     took: str
+    held: str
     outputs: Mapping[str, str]
 
 
@@ -193,7 +194,13 @@ class Origin:
 
 def _origin(provenance: Provenance) -> Origin:
     steps = tuple(
-        PastStep(run.step, json.loads(run.ingredients)["pass"], f"{run.seconds:,.1f} s", run.outputs)
+        PastStep(
+            run.step,
+            json.loads(run.ingredients)["pass"],
+            f"{run.seconds:,.1f} s",
+            figures.size(run.peak_bytes),
+            run.outputs,
+        )
         for run in provenance.runs
     )
     start = [(f"{key}, sha256", digest) for key, digest in provenance.start.items()]

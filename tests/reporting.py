@@ -122,7 +122,13 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     recipe = Recipe.parse("{model: models/tiny, targets: [onnxruntime-cpu], seed: 11, steps: [{assign: {samples: 2}}]}")
     ingredients = '{"pass": "intaglio.passes.assign:AssignPrecision@4"}'
     run = RunRecord(
-        step="assign", origin="x", key="0", ingredients=ingredients, outputs={"PLAN": "ab12cd34" * 8}, seconds=1.25
+        step="assign",
+        origin="x",
+        key="0",
+        ingredients=ingredients,
+        outputs={"PLAN": "ab12cd34" * 8},
+        seconds=1.25,
+        peak_bytes=1_500_000_000,
     )
     finding = Finding("int4-shape", "warning", "node <7>", "it is odd", "make it even")
     return {

@@ -148,7 +148,7 @@ def test_sheets_show_the_same_samples_in_order(made):
     images = page.found("samples", "img")
     assert [image["alt"] for image in images] == [
         *("Full precision, 3 samples", "Simulated, 3 samples", "Deployed, 3 samples"),
-        *("Deployed − full precision, times 16", "Deployed − simulated, times 2048"),
+        *("Deployed − full precision, times 16", "Deployed − simulated, times 1024"),
     ]
     assert [image.get("class") for image in images[:3]] == ["left", None, "right"]
     shown = [decode(image["src"]) for image in images]
@@ -164,7 +164,7 @@ def test_sheets_show_the_same_samples_in_order(made):
 def test_every_sample_has_its_own_psnr(made):
     page = Page(write(made).html)
     dots = page.found("samples", "i", "^dot$")
-    assert [dot["title"] for dot in dots[4:6]] == ["sample 1: 30.10 dB", "sample 2: 30.10 dB"]  # 4 / 0.125^2 = 256
+    assert [dot["title"] for dot in dots[4:6]] == ["sample 1: 24.08 dB", "sample 2: 24.08 dB"]  # 4 / 0.125^2 = 256
     assert len(dots) == 2 * 4
     assert strip({}) is None
     drawn = strip({"one": [20.0, 40.0], "two": [30.0, 30.0]})
@@ -306,7 +306,7 @@ def test_the_front_is_drawn_with_the_plan_marked(made):
     made[FRONT] = Front(plans, plans[1])
     page = Page(write(made).html)
     dots = page.found("front", "i", r"^dot$")
-    (ring,) = page.found("front", "i", "ring")
+    (ring,) = page.found("front", "i", "dot ring")
     assert len(dots) == 3  # nothing is lost in the fourth
     assert ring["style"] == dots[1]["style"]
     assert dots[1]["title"].splitlines() == [
@@ -330,7 +330,7 @@ def test_without_a_front_there_is_nothing_to_draw(made):
     made[FRONT] = Front(plans, plans[0])
     assert not Page(write(made).html).found("front", "svg")
     made[FRONT] = Front(points(4e-2, 4e-3), points(0.0)[0])
-    assert not Page(write(made).html).found("front", "i", "ring")
+    assert not Page(write(made).html).found("front", "i", "dot ring")
 
 
 def test_a_look_into_the_whole_graph_is_reported(made):
@@ -372,7 +372,7 @@ def test_the_page_says_what_it_was_made_from(made):
     assert "seed 11" in provenance
     assert "model models/tiny" in provenance
     assert "MODEL, sha256 " + "0123abcd" * 8 in provenance
-    assert "assign intaglio.passes.assign:AssignPrecision@4 1.2 s PLAN ab12cd34" in provenance
+    assert "assign intaglio.passes.assign:AssignPrecision@4 1.2 s 1.50 GB PLAN ab12cd34" in provenance
     assert "samples: 2" in provenance  # the recipe itself
     del made[PROVENANCE]
     assert "Make it again" not in Page(write(made).html).text("provenance")
