@@ -47,6 +47,13 @@ def number(quantity: float | None, digits: int = 3) -> str:
     return text.replace("-", MINUS)
 
 
+def amount(quantity: float | None) -> str:
+    """As `number`, but whole where it is whole: `48`."""
+    if quantity is not None and abs(quantity) < 1e6 and quantity == int(quantity):
+        return f"{int(quantity):,}".replace("-", MINUS)
+    return number(quantity)
+
+
 def size(size_bytes: float | None) -> str:
     """In decimal units: `3.31 MB`."""
     if size_bytes is None:

@@ -97,7 +97,7 @@ def sample_figure(
     for one, other in pairs:
         largest = float((drawn[other].samples.float() - drawn[one].samples.float()).abs().max())
         error_N1HW = (colour(found[other]) - colour(found[one])).abs().mean(1, keepdim=True)
-        title = f"{drawn[other].title} {MINUS} {drawn[one].title[0].lower()}{drawn[one].title[1:]}"
+        title = f"{drawn[other].title} {MINUS} {drawn[one].title}"
         errors.append(_error_map(error_N1HW, title, largest, reduced, columns))
     return SampleFigure(
         sheets=tuple(

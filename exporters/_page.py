@@ -27,6 +27,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.globals |= {"dash": figures.DASH, "heat_colours": figures.heat_colours()}
     environment.filters |= {
+        "amount": figures.amount,
         "code": figures.scheme_code,
         "css": figures.scheme_css,
         "number": figures.number,

@@ -330,6 +330,26 @@ def show_command(
     print_table(str(folder), ("metric", *flat), rows)
 
 
+@app.command("diff")
+def diff_command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="One target of what a run wrote, or all of it.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Likewise: targets of one name are compared.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, such as diff.html.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Annotated[bool, json_option("all that differs")] = False,
+) -> None:
+    """Say what differs between two compiled folders: figures, layers, samples, recipes and versions."""
+    module = import_module("intaglio.exporters.difference")
+    found = module.compare(first, second, Store(store))
+    if out is not None:
+        out.write_text(module.page(found), encoding="utf-8")
+    if as_json:
+        print_json([each.to_json() for each in found])
+        return
+    for each in found:
+        print_table(each.title, ("", "A", "B", "B - A", ""), each.rows())
+
+
 @app.command("lint")
 def lint_command(
     model: Annotated[

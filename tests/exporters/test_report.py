@@ -148,7 +148,7 @@ def test_sheets_show_the_same_samples_in_order(made):
     images = page.found("samples", "img")
     assert [image["alt"] for image in images] == [
         *("Full precision, 3 samples", "Simulated, 3 samples", "Deployed, 3 samples"),
-        *("Deployed − full precision, times 16", "Deployed − simulated, times 1024"),
+        *("Deployed − Full precision, times 16", "Deployed − Simulated, times 1024"),
     ]
     assert [image.get("class") for image in images[:3]] == ["left", None, "right"]
     shown = [decode(image["src"]) for image in images]
