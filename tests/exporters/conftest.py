@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser, browser
 from harness import Artifacts, run_pass
 from tiny import save_folder, tiny_dit, tiny_unet
 
@@ -27,3 +29,12 @@ def dit(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 def unet(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """A tiny UNet, likewise."""
     return export(tiny_unet(), tmp_path_factory.mktemp("unet"))
+
+
+@pytest.fixture(scope="session")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser, one for all tests of pages."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from browser import Browser
 from reporting import LAYERS, Page, artifacts
 from typer.testing import CliRunner, Result
 
@@ -129,3 +130,12 @@ def test_what_cannot_be_compared_is_one_message(both: tuple[Path, Path], tmp_pat
     none = diff(both[0], tmp_path / "other")
     assert none.exit_code == 2
     assert "no target is in both" in none.stderr
+
+
+def test_the_page_fits_a_phone(both: tuple[Path, Path], store: Store, tab: Browser) -> None:
+    assert diff(*both, "--store", store.root, "--out", "diff.html").exit_code == 0
+    for dark in (False, True):
+        tab.show(Path("diff.html"), 420, dark=dark)
+        assert tab.evaluate("document.documentElement.scrollWidth") == 420
+        assert tab.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
+    assert tab.problems == []

@@ -1,11 +1,10 @@
 """Pages as a browser shows them: wide and narrow, light and dark, with the keyboard."""
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser, browser
+from browser import Browser
 from PIL import Image
 from reporting import artifacts, points
 
@@ -14,8 +13,6 @@ from intaglio.pipeline.artifact import State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.keys import FRONT, REPORT
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 FIGURES = {
     "samples": (".stage img.left", ".stage img.right", ".controls input", ".error img", ".strip .dot"),
@@ -38,12 +35,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = artifacts(root / "model") | {FRONT: Front(plans, plans[1])}
     WriteReport().run(State(made, reader="report"), Context(root))[REPORT].save(root)
     return root / "report.html"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 def brightness(png: bytes) -> float:
