@@ -87,6 +87,7 @@ def test_the_page_shows_both(both: tuple[Path, Path], store: Store, tmp_path: Pa
         *("Full precision", "A deployed", "B deployed", "B deployed − A deployed"),  # noqa: RUF001 - a minus sign
     ]
     assert [sheet.get("class") for sheet in sheets[:3]] == [None, "left", "right"]
+    assert "The same 4 seeds" in page.text("samples-1")
     assert "1 of 5 layers that both have" in page.text("layers-1")
     assert "size" not in page.text("recipe-1")
     assert "+seed: 7" in page.text("recipe-1")
@@ -139,3 +140,19 @@ def test_the_page_fits_a_phone(both: tuple[Path, Path], store: Store, tab: Brows
         assert tab.evaluate("document.documentElement.scrollWidth") == 420
         assert tab.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
     assert tab.problems == []
+
+
+def test_samples_from_another_start_are_said_not_to_pair(tmp_path: Path, store: Store) -> None:
+    folder = delivered(tmp_path, "a", store)
+    other = delivered(tmp_path, "b", store)
+    made = artifacts(tmp_path / "models" / "c")[VERIFICATION]
+    moved = replace(made, samples={name: x.neg() for name, x in made.samples.items()})
+    manifest = Manifest.read(other)
+    step = manifest.steps[0]
+    digests = {**step.outputs, "VERIFICATION": store.put(moved, staging="x")}
+    steps = (step.model_copy(update={"outputs": digests}),)
+    manifest.model_copy(update={"steps": steps}).write(other)
+    assert diff(folder, other, "--store", store.root, "--out", "diff.html").exit_code == 0
+    samples = Page((tmp_path / "diff.html").read_text("utf-8")).text("samples-1")
+    assert "4 samples of each" in samples
+    assert "Full precision differs" in samples
