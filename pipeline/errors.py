@@ -81,13 +81,23 @@ def exit_codes() -> dict[int, str]:
 
 
 def numbered(problems: Sequence[str]) -> str:
-    """A heading with the count, then one numbered line for each problem."""
+    """A heading with the count, then one numbered line for each problem.
+
+    >>> print(numbered(["no pass 'asign'", "no target 'tensorrt'"]))
+    2 problems:
+      1. no pass 'asign'
+      2. no target 'tensorrt'
+    """
     lines = (f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
     return "\n".join((f"{len(problems)} problems:", *lines))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?`, whatever the case, or what there is: all of it up to `LISTED`."""
+    """The nearest word, whatever the case, or what there is: all of it up to `LISTED`.
+
+    >>> did_you_mean("Asign", ["assign", "merge"]), did_you_mean("x", ["assign", "merge"]), did_you_mean("x", [])
+    (": did you mean 'assign'?", ': there is assign, merge', ': there is none')
+    """
     choices = sorted(known)
     folded = {choice.casefold(): choice for choice in choices}
     match get_close_matches(word.casefold(), folded, n=1):

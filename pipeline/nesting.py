@@ -6,7 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 def flatten(inputs: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Every tensor by its path, and whatever holds no tensor whole: a list of sizes stays one input."""
+    """Every tensor by its path, and whatever holds no tensor whole: a list of sizes stays one input.
+
+    >>> import torch
+    >>> dict(flatten({"added": {"ids": torch.tensor(3)}, "freqs": (torch.tensor(1), None), "sizes": [64, 64]}))
+    {'added.ids': tensor(3), 'freqs.0': tensor(1), 'freqs.1': None, 'sizes': [64, 64]}
+    """
     for name, value in inputs.items():
         children = _children(value)
         if children is None or not any(_has_tensor(child) for child in children.values()):
@@ -16,7 +21,11 @@ def flatten(inputs: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, object]:
-    """The arguments that `flatten` took apart. Children that are numbered become a tuple, others a dict."""
+    """The arguments that `flatten` took apart. Children that are numbered become a tuple, others a dict.
+
+    >>> nest({"added.ids": 3, "freqs.0": 1, "freqs.1": None})
+    {'added': {'ids': 3}, 'freqs': (1, None)}
+    """
     children: dict[str, dict[str, object]] = {}
     nested: dict[str, object] = {}
     for name, leaf in flat.items():
@@ -33,7 +42,11 @@ def nest(flat: Mapping[str, object]) -> dict[str, object]:
 
 
 def in_order(names: Iterable[str], arguments: Iterable[str]) -> tuple[str, ...]:
-    """Flat names in the order in which a signature has their arguments."""
+    """Flat names in the order in which a signature has their arguments.
+
+    >>> in_order(["added.ids", "x"], ["x", "t", "added"])
+    ('x', 'added.ids')
+    """
     places = {argument: place for place, argument in enumerate(arguments)}
     return tuple(sorted(names, key=lambda name: places.get(name.partition(".")[0], len(places))))
 

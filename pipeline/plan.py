@@ -94,7 +94,12 @@ class Layer(BaseModel):
         return math.prod(self.shape[1:])
 
     def size_bytes(self, scheme: LayerScheme, float_bytes: int = 2) -> int:
-        """Bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32."""
+        """Bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32.
+
+        >>> layer = Layer(name="to_q", op="linear", shape=(256, 128), bias=True)
+        >>> [layer.size_bytes(scheme) for scheme in (FLOAT, W8A8_TOKEN, w4a16(64))]
+        [66048, 34816, 20480]
+        """
         match scheme.weight:
             case IntWeight() as form:
                 return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)

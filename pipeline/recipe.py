@@ -14,7 +14,11 @@ from intaglio.pipeline.yaml_text import read_yaml
 
 
 class Step(BaseModel):
-    """One use of a pass. Written `calibrate`, `{assign: {budget: 6}}`, or with all three fields."""
+    """One use of a pass, written as its name, with options, or with all three fields.
+
+    >>> Step.model_validate({"calibrate": {"samples": 8}})
+    Step(name='calibrate', uses='calibrate', options={'samples': 8})
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +66,18 @@ class Recipe(BaseModel):
 
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe") -> Self:
-        """Reads YAML. Raises RecipeError with every problem of the text."""
+        """Reads YAML. Raises RecipeError with every problem of the text.
+
+        >>> recipe = Recipe.parse("{model: models/dit, targets: [tensorrt-rtx], steps: [calibrate, ./my.py:KeepFirst]}")
+        >>> recipe.model.path, recipe.model.sampling_steps, [step.name for step in recipe.steps]
+        ('models/dit', 20, ['calibrate', 'keep-first'])
+        >>> Recipe.parse("{model: models/dit, target: [tensorrt-rtx], steps: []}")
+        Traceback (most recent call last):
+        intaglio.pipeline.errors.RecipeError: 3 problems:
+          1. recipe: targets: is missing
+          2. recipe: steps: Tuple should have at least 1 item after validation, not 0 (got [])
+          3. recipe: target: no such option: did you mean 'targets'?
+        """
         written = read_yaml(text, source)
         try:
             return cls.model_validate(written)
@@ -85,7 +100,12 @@ class Recipe(BaseModel):
         return self.model_copy(update={"steps": (*self.steps[:position], step, *self.steps[position:])})
 
     def with_option(self, step: str, path: tuple[str, ...], option: JsonValue) -> Self:
-        """A recipe where one option of one step, at any depth, is another."""
+        """A recipe where one option of one step, at any depth, is another.
+
+        >>> recipe = Recipe.parse("{model: models/dit, targets: [tensorrt-rtx], steps: [assign: {front: 8}]}")
+        >>> recipe.with_option("assign", ("budget", "size"), 0.3).steps[0].options
+        {'front': 8, 'budget': {'size': 0.3}}
+        """
         position = self._position(step)
         found = self.steps[position]
         changed = found.model_copy(update={"options": _replaced(found.options, path, option)})
@@ -104,7 +124,11 @@ class Recipe(BaseModel):
 
 
 def default_step_name(uses: str) -> str:
-    """`assign` -> `assign`; `./my.py:KeepFirst` -> `keep-first`"""
+    """The pass's own name, or that of its class in kebab-case.
+
+    >>> default_step_name("assign"), default_step_name("./my.py:KeepFirst")
+    ('assign', 'keep-first')
+    """
     _, colon, class_name = uses.rpartition(":")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name).lower() if colon else uses
 

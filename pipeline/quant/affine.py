@@ -71,7 +71,12 @@ def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
 
 
 def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
-    """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q)."""
+    """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
+
+    >>> form = IntWeight(bits=4, granularity=TwoLevel(size=16))
+    >>> eight_bit_codes(torch.full((1, 32), -8, dtype=torch.int8), torch.tensor([[2.0, 15.0]]), form)[0, 15:17].tolist()
+    [-16, -120]
+    """
     return (groups(q_NK, form) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
 
 
@@ -81,7 +86,12 @@ def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> 
 
 
 def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
-    """Integer codes (N, K), int8."""
+    """Integer codes (N, K), int8.
+
+    >>> form = IntWeight(bits=8, granularity=PerChannel())
+    >>> quantize(torch.tensor([[1.0, -0.26, 99.0]]), torch.tensor([[0.5]]), form).tolist()
+    [[2, -1, 127]]
+    """
     codes = w_NK.new_empty(w_NK.shape, dtype=torch.int8)
     for rows in _some_rows(*w_NK.shape):
         codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), form).flatten(1)
@@ -89,7 +99,12 @@ def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> tor
 
 
 def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
-    """s * q, float32 (N, K)."""
+    """s * q, float32 (N, K).
+
+    >>> form = IntWeight(bits=8, granularity=PerChannel())
+    >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), form).tolist()
+    [[1.0, -0.5, 63.5]]
+    """
     return (groups(q_NK.to(torch.float32), form) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
 
 
@@ -182,7 +197,12 @@ def input_scale(bits: int = 8) -> float:
 
 
 def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7)."""
+    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7).
+
+    >>> x = torch.tensor([-1.0, 0.1, 0.5, 2.0])
+    >>> input_codes(x).tolist(), input_codes(x, bits=4).tolist()
+    ([-127.0, 13.0, 64.0, 127.0], [-7.0, 1.0, 3.0, 7.0])
+    """
     high = INPUT_HIGH[bits]
     return round_ste(torch.clamp(x_unit / input_scale(bits), -high - 1, high))
 
@@ -206,7 +226,12 @@ def token_amax(x: torch.Tensor) -> torch.Tensor:
 
 
 def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice."""
+    """Half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice.
+
+    >>> half, middle = token_range(torch.tensor([[-1.0, 0.0, 5.0]]))
+    >>> half.item(), middle.item()
+    (3.0, 2.0)
+    """
     return half_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
 
 

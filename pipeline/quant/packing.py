@@ -7,7 +7,11 @@ from numpy.typing import NDArray
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Codes in [-8, 7] of any shape -> bytes ((size + 1) // 2,); an odd tail is padded with zero."""
+    """Codes in [-8, 7] of any shape -> bytes ((size + 1) // 2,); an odd tail is padded with zero.
+
+    >>> pack_int4(np.array([1, -1, 7], np.int8)).tolist() == [0xF1, 0x07]
+    True
+    """
     flat = codes.reshape(-1)
     if flat.size and (flat.min() < -8 or flat.max() > 7):
         raise ValueError(f"4-bit codes are in [-8, 7], got [{flat.min()}, {flat.max()}]")
@@ -17,7 +21,11 @@ def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Inverse of `pack_int4` for codes of `shape`."""
+    """Inverse of `pack_int4` for codes of `shape`.
+
+    >>> unpack_int4(np.array([0xF1, 0x07], np.uint8), (3,))
+    array([ 1, -1,  7], dtype=int8)
+    """
     size = int(np.prod(shape))
     if packed.size != (size + 1) // 2:
         raise ValueError(f"{packed.size} bytes cannot hold {size} 4-bit codes of shape {shape}")

@@ -78,7 +78,11 @@ class IntWeight(_Value):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not."""
+        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not.
+
+        >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
+        [4.5, 4.125]
+        """
         match self.granularity:
             case PerChannel():
                 return float(self.bits)
@@ -134,7 +138,11 @@ class LayerScheme(_Value):
 
     @property
     def name(self) -> str:
-        """The scheme's short name, as targets and tables use it."""
+        """The scheme's short name, as targets and tables use it.
+
+        >>> [each.name for each in (FLOAT, W8A8_TOKEN, w4a16(64), with_output(w4a8_step(64)), with_shift(W8A8_STEP))]
+        ['float', 'w8a8_token', 'w4a16', 'w4a8o8_step', 'w8a8s_step']
+        """
         rounded = "o8" if isinstance(self.output, IntOutput) else ""
         if rounded and not (isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)):
             raise ValueError(f"an output is rounded only behind an input with a scale a step: {self}")

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
-    """`timesteps`, and `between` more evenly spaced between each two neighbours."""
+    """`timesteps`, and `between` more evenly spaced between each two neighbours.
+
+    >>> refine((900.0, 300.0), between=2)
+    (900.0, 700.0, 500.0, 300.0)
+    """
     finer = timesteps[:1]
     for a, b in itertools.pairwise(timesteps):
         finer += tuple(a + (b - a) * i / (between + 1) for i in range(1, between + 1)) if a != b else ()
@@ -27,19 +31,31 @@ def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
 
 
 def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) -> torch.Tensor:
-    """Each entry becomes the largest at its timestep: solvers of second order call the model twice at some, (T,)."""
+    """Each entry becomes the largest at its timestep: solvers of second order call the model twice at some, (T,).
+
+    >>> largest_of_repeated(torch.tensor([1.0, 4.0, 2.0]), (900.0, 900.0, 300.0)).tolist()
+    [4.0, 4.0, 2.0]
+    """
     t = torch.tensor(timesteps, dtype=torch.float64)
     return torch.where(t == t.unsqueeze(1), values_T, -torch.inf).amax(1)
 
 
 def resample_magnitude(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> torch.Tensor:
-    """Magnitudes at the `wanted` timesteps, (S,): their logarithm is linear between measured ones."""
+    """Magnitudes at the `wanted` timesteps, (S,): their logarithm is linear between measured ones.
+
+    >>> resample_magnitude(torch.tensor([16.0, 1.0]), (900.0, 100.0), (900.0, 500.0, 0.0)).tolist()
+    [16.0, 4.0, 1.0]
+    """
     logs = values_T.double().clamp_min(TOKEN_EPS).log().numpy()
     return _resample(values_T, np.exp(_interpolate(logs, timesteps, wanted)), timesteps, wanted)
 
 
 def resample_linear(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> torch.Tensor:
-    """Values at the `wanted` timesteps, (S,): linear between measured ones."""
+    """Values at the `wanted` timesteps, (S,): linear between measured ones.
+
+    >>> resample_linear(torch.tensor([16.0, 1.0]), (900.0, 100.0), (900.0, 500.0, 0.0)).tolist()
+    [16.0, 8.5, 1.0]
+    """
     return _resample(values_T, _interpolate(values_T.double().numpy(), timesteps, wanted), timesteps, wanted)
 
 
