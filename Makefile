@@ -1,11 +1,13 @@
 # make demo   compile the sample model and name its reports
 # make test   lint, type check and test
 # make docs   the reference of the Python API, build/docs/index.html
+# make sbom   the wheel, and what it is made of as CycloneDX, dist/intaglio.cdx.json
+# make audit  known vulnerabilities of the pinned versions, asked of PyPI
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test docs
+.PHONY: demo test docs sbom audit
 
 demo: .venv/.base
 	$(BIN)/intaglio run samples/emoji-dit.yaml --out build/emoji-dit
@@ -19,6 +21,16 @@ test: .venv/.dev
 
 docs: .venv/.dev
 	$(BIN)/python .ci/reference.py build/docs
+
+sbom: .venv/.dev
+	$(BIN)/hatchling build --target wheel --clean
+	$(BIN)/python .ci/sbom.py dist/intaglio-*.whl dist/intaglio.cdx.json
+
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	# strict: a package that PyPI does not know is not one without vulnerabilities
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 .venv/.python:
 	$(PYTHON) -m venv .venv
