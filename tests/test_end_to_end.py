@@ -84,7 +84,7 @@ def test_a_transformer_compiles_for_both_runtimes_and_killed_runs_end_the_same(t
     recipe.write_text(recipe.read_text().replace(", tensorrt-rtx", ""))
     killed = 0
     command = [sys.executable, "-m", "intaglio", "run", str(recipe), "--out", "broken", "--store", "store-b"]
-    for step in ("calibrate", "sensitivity", "distill", "export-float", "verify"):
+    for step in ("sensitivity", "distill", "export-float"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not scratch_of(step, Path("store-b")):
             time.sleep(0.02)
@@ -93,7 +93,7 @@ def test_a_transformer_compiles_for_both_runtimes_and_killed_runs_end_the_same(t
             killed += 1
         process.wait()
         assert not Path("broken").exists()
-    assert killed == 5
+    assert killed == 3
     resumed = intaglio("run", str(recipe), "--out", "broken", "--store", "store-b")
     assert resumed.returncode == 0, resumed.stderr
     assert digests(Path("broken/onnxruntime-cpu")) == digests(Path("out/onnxruntime-cpu"))

@@ -10,9 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "passes", "exporters")
-HEAVY = frozenset(
-    {"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorrt", "tensorrt_rtx"}
-)
+HEAVY = frozenset({"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorrt", "tensorrt_rtx"})
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,4 +1,4 @@
-"""Every family compiles: what is held here is the matrix that the README shows, but W4A8 in TensorRT's form alone."""
+"""Every family compiles: what is held here is half of the matrix that the README shows, which the benchmark makes."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from intaglio.pipeline import Store
 def test_family(family: str, tmp_path: Path):
     """The passes themselves raise where a layer leaves its simulation by more than 1e-4, or codes by more than ties."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine can be built")
-    row = families.measure(family, Store(tmp_path), {"w8a8": [ORT, RTX], "w4a8": [RTX]})
+    row = families.measure(family, Store(tmp_path), {"w8a8": [ORT], "w4a8": [RTX]})
     assert row.float_error < 1e-5  # the order of float32 sums
     assert row.dynamic.keys() or FAMILIES[family]().other is None
     for plan in row.plans.values():
         assert plan.layers > 0
         assert plan.whole < 0.1  # as far as rounding itself goes: one tie that rounds otherwise moves all that follows
-        assert plan.int8 == plan.layers
+    assert row.plans["w4a8"].int8 == row.plans["w4a8"].layers
     assert row.plans["w4a8"].four_bit > row.plans["w4a8"].layers // 2

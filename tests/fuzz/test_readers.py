@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-SECONDS = 8
+SECONDS = 4
 SEEDS = {
     "recipe": b"model: {path: m}\ntargets: [onnxruntime-cpu]\nsteps: [calibrate, {assign: {budget: &b [*b]}}]\n",
     "manifest": b'{"files": {"a": {"sha256": "0", "size_bytes": 1}}, "seed": 0, "start": {}, "steps": []}',
