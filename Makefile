@@ -5,9 +5,10 @@
 # make audit  known vulnerabilities of the pinned versions, asked of PyPI
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# what is imported is compiled then: most of what is installed never is
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo test docs sbom audit
+.PHONY: demo test types suite docs sbom audit
 
 demo: .venv/.base
 	$(BIN)/intaglio run samples/emoji-dit.yaml --out build/emoji-dit
@@ -15,7 +16,12 @@ demo: .venv/.base
 test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory -j 2 types suite
+
+types:
 	$(BIN)/mypy
+
+suite:
 	# one thread each: of two processes on two cores, threads would wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
