@@ -40,3 +40,25 @@ def save_folder(module: torch.nn.Module, folder: Path) -> Path:
     module.save_pretrained(folder / ("unet" if isinstance(module, UNet2DModel) else "transformer"))
     DDIMScheduler(beta_schedule="linear", timestep_spacing="trailing").save_pretrained(folder / "scheduler")
     return folder
+
+
+FACTORY = """
+import torch
+from diffusers import DDIMScheduler
+from intaglio.pipeline.checkpoint import Factory
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, sample, timestep):
+        return self.body(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
+
+
+def make():
+    torch.manual_seed(0)
+    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+"""
+"""A file with a model factory."""

@@ -2,31 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_folder, tiny_dit, tiny_unet
+from tiny import FACTORY, save_folder, tiny_dit, tiny_unet
 
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
-
-FACTORY = """
-import torch
-from diffusers import DDIMScheduler
-from intaglio.pipeline.checkpoint import Factory
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, sample, timestep):
-        return self.body(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
-
-
-def make():
-    torch.manual_seed(0)
-    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
-"""
 
 
 @pytest.mark.parametrize(("build", "layers"), [(tiny_dit, 21), (tiny_unet, 51)])

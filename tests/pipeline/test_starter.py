@@ -6,31 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
-from tiny import save_folder, tiny_dit
+from tiny import FACTORY, save_folder, tiny_dit
 from typer.testing import CliRunner, Result
 
 from intaglio.pipeline import Recipe, bind
 from intaglio.pipeline.cli import app
 from intaglio.pipeline.record import Recording
 
-FACTORY = """
-import torch
-from diffusers import DDIMScheduler
-from intaglio.pipeline.checkpoint import Factory
-
-
-class Net(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = torch.nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, sample, timestep):
-        return self.body(sample) + timestep.reshape(-1, 1, 1, 1) / 1000
-
-
-def make():
-    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
-
+UNFIT = """
 
 def plain():
     return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))
@@ -144,7 +127,7 @@ def test_a_whole_pipeline_lends_its_steps_guidance_and_components(tmp_path: Path
 
 
 def test_a_factory_is_named_beside_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "net.py").write_text(FACTORY + UNFIT)
     assert init("net.py:make", "--target", "onnxruntime-cpu").exit_code == 0
     recipe = Recipe.read(tmp_path / "recipe.yaml")
     assert recipe.model.path == "./net.py:make"
@@ -153,7 +136,7 @@ def test_a_factory_is_named_beside_the_recipe(tmp_path: Path) -> None:
 
 
 def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "net.py").write_text(FACTORY + UNFIT)
     (tmp_path / "recipe.schema.json").touch()
     init("net.py:make", "--target", "onnxruntime-cpu")
     assert (tmp_path / "recipe.yaml").read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
@@ -173,7 +156,7 @@ def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> No
     ],
 )
 def test_what_cannot_be_done_is_one_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "net.py").write_text(FACTORY + UNFIT)
     (tmp_path / "there.yaml").write_text("mine")
     result = init(*arguments)
     assert result.exit_code == 2
