@@ -16,3 +16,8 @@ def store(tmp_path: Path) -> Store:
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing a test writes lands in the source tree."""
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
