@@ -6,14 +6,13 @@ Shapes: B samples, C channels, F frames, H W pixels; N pictures in R rows of K.
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from intaglio.exporters._figures import MINUS, magma_palette
-from intaglio.pipeline.pictures import Colours, as_image
+from intaglio.pipeline.pictures import Colours, as_image, frames, lines, png
 
 if TYPE_CHECKING:
     import torch
@@ -85,13 +84,13 @@ def sample_figure(
     if not drawn or any(each.samples.ndim not in (4, 5) for each in drawn.values()):
         return None
     first = next(iter(drawn.values())).samples
-    total, channels, *frames, height, width = first.shape
-    clip = math.prod(frames)
+    total, channels, *length, height, width = first.shape
+    clip = math.prod(length)
     reduced = math.ceil(math.sqrt(clip * height * width / pixels_max))
     shown = min(total, count, max(pixels_max * reduced**2 // (clip * height * width), 1))
-    columns = clip if frames else _columns(shown)
-    shown = shown if frames else shown // columns * columns
-    found = {key: _pictures(each.samples[:shown].float()) for key, each in drawn.items()}
+    columns = clip if length else _columns(shown)
+    shown = shown if length else shown // columns * columns
+    found = {key: frames(each.samples[:shown].float()) for key, each in drawn.items()}
     colour = Colours(next(iter(found.values())))
     names, errors = list(drawn), []
     for one, other in pairs:
@@ -125,15 +124,9 @@ def _columns(count: int) -> int:
     )
 
 
-def _pictures(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W): samples as they are, clips frame by frame."""
-    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-
-
 def _tiled(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
     """(C, R H, K W)"""
-    x_RKCHW = x_NCHW.view(-1, columns, *x_NCHW.shape[1:])
-    return x_RKCHW.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return lines(x_NCHW, columns).permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _error_map(error_N1HW: torch.Tensor, title: str, largest: float, reduced: int, columns: int) -> ErrorMap:
@@ -157,6 +150,4 @@ def _pooled(x_NCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> 
 
 
 def _png(image: Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()

@@ -21,6 +21,7 @@ from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.publish import RECIPE
 from intaglio.pipeline.store import Store
+from intaglio.pipeline.verification import dotted
 
 if TYPE_CHECKING:
     import torch
@@ -91,9 +92,7 @@ class Side:
         """Dotted names -> figures; nothing where no report was written."""
         file = self.folder / "metrics.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return {k: v for k, v in found.items() if k != "engine"} | {
-            f"engine.{k}": v for k, v in found.get("engine", {}).items()
-        }
+        return dict(dotted(found))
 
     def figure(self, name: str) -> float | None:
         """None where it was not measured."""

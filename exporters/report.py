@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -34,11 +32,12 @@ from intaglio.pipeline.keys import (
     VERIFICATION,
 )
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.pictures import picture, psnr_db
+from intaglio.pipeline.pictures import picture, png, psnr_db
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.quant.spec import IntWeight
-from intaglio.pipeline.verification import Latency, Report, Verification
+from intaglio.pipeline.verification import Latency, Report, Verification, dotted
+from intaglio.pipeline.versions import find_version
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +83,7 @@ class WriteReport(Pass):
             engine=state[ENGINE],
             verification=verification,
             metrics=metrics,
-            flat_metrics=_flat(metrics),
+            flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
             plan=plan,
             schemes=figures.scheme_rows(plan),
             bit_maps=figures.bit_maps(plan),
@@ -99,7 +98,7 @@ class WriteReport(Pass):
             sizes=_sizes(state[GRAPH], state[ENGINE], verification),
             latency=latency,
             latencies=_latencies(latency),
-            versions={name: _version(name) for name in self.needs},
+            versions={name: find_version(name) or "not installed" for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
         return {REPORT: Report(html, metrics, _picture(verification.samples, 8))}
@@ -164,9 +163,7 @@ def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
     found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
     if not found or any(x.ndim != 4 for x in found):
         return None
-    file = io.BytesIO()
-    picture(found, columns=count).save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return png(picture(found, columns=count))
 
 
 @dataclass(frozen=True)
@@ -240,20 +237,5 @@ def _bars(amounts: Mapping[str, float | None], text: Callable[[float], str]) -> 
     )
 
 
-def _flat(metrics: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Dotted names, and what metrics.json says of them."""
-    rows: dict[str, str] = {}
-    for name, entry in metrics.items():
-        rows |= _flat(entry, f"{prefix}{name}.") if isinstance(entry, dict) else {f"{prefix}{name}": json.dumps(entry)}
-    return rows
-
-
 def _finite(quantity: float | None) -> float | None:
     return quantity if quantity is not None and math.isfinite(quantity) else None
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"

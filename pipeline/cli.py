@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import tempfile
 import traceback
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +26,7 @@ from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.printing import (
     duration,
-    flattened,
+    figure,
     plan_row,
     print_bench,
     print_json,
@@ -40,12 +38,13 @@ from intaglio.pipeline.printing import (
 )
 from intaglio.pipeline.processes import processes
 from intaglio.pipeline.publish import made_from
-from intaglio.pipeline.recipe import Recipe, Step
-from intaglio.pipeline.registry import find_pass, named_passes
+from intaglio.pipeline.recipe import Recipe, Step, beside
+from intaglio.pipeline.registry import find_pass, named_passes, pass_module
 from intaglio.pipeline.runner import StepEvent, compile, plan
 from intaglio.pipeline.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.store import Store
 from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.verification import dotted
 from intaglio.pipeline.yaml_text import read_yaml
 
 REPORT_FILE = "report.html"
@@ -324,7 +323,7 @@ def show_command(
     if as_json:
         print_json(metrics)
         return
-    flat = {target: dict(flattened(found)) for target, found in metrics.items()}
+    flat = {target: {n: figure(each) for n, each in dotted(found)} for target, found in metrics.items()}
     names = list(dict.fromkeys(name for found in flat.values() for name in found))
     rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
     print_table(str(folder), ("metric", *flat), rows)
@@ -414,7 +413,7 @@ def profile_command(
         found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(folder.resolve().name)
         if trtexec is not None:
-            profile = _module_of("profile").read_trtexec(graph, plan, trtexec, layers)
+            profile = pass_module("profile").read_trtexec(graph, plan, trtexec, layers)
         else:
             if not found.applies(target):
                 raise RecipeError(f"{target.name} is not for ONNX Runtime: give trtexec's --exportProfile as --trtexec")
@@ -479,17 +478,12 @@ def bench_command(
 ) -> None:
     """Say how fast, how large and how hungry for memory the graph is, beside full precision in the same run."""
     with tempfile.TemporaryDirectory() as scratch:
-        run = _module_of("benchmark").bench
+        run = pass_module("benchmark").bench
         found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
         if as_json:
             print(found.to_json(), end="")
         else:
             print_bench(str(folder), found)
-
-
-def _module_of(name: str) -> ModuleType:
-    """Where the pass of this name is, and what else belongs to it."""
-    return sys.modules[find_pass(name, Path()).pass_class.__module__]
 
 
 @app.command("kit")
@@ -503,11 +497,14 @@ def kit_command(
     as_json: Annotated[bool, json_option("where it was written")] = False,
 ) -> None:
     """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
-    written: Path = import_module("intaglio.exporters.kit").write_kit(folder, out, target)
+    _print_written(import_module("intaglio.exporters.kit").write_kit(folder, out, target), as_json)
+
+
+def _print_written(file: Path, as_json: bool) -> None:
     if as_json:
-        print_json({"out": str(written)})
+        print_json({"out": str(file)})
     else:
-        print(written)
+        print(file)
 
 
 @app.command("verify")
@@ -542,11 +539,7 @@ def triton_command(
 ) -> None:
     """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
     write = import_module("intaglio.exporters.triton").write_model
-    written: Path = write(folder, out, target=target, name=name, version=version, vnni=vnni)
-    if as_json:
-        print_json({"out": str(written)})
-    else:
-        print(written)
+    _print_written(write(folder, out, target=target, name=name, version=version, vnni=vnni), as_json)
 
 
 def _log_to_terminal() -> None:
@@ -579,7 +572,7 @@ def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
         place, equals, uses = text.partition("=")
         if not (place.startswith("after:") and equals and uses):
             raise RecipeError(f"--insert {text}: write it as after:STEP=PASS")
-        step = Step.model_validate(_beside_recipe(uses, path))
+        step = Step.model_validate(beside(uses, path.parent))
         recipe = recipe.insert(step, after=place.removeprefix("after:"))
     for text in sets:
         place, equals, value = text.partition("=")
@@ -588,14 +581,6 @@ def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
             raise RecipeError(f"--set {text}: write it as STEP.FIELD=VALUE")
         recipe = recipe.with_option(step_name, tuple(option_path), _parsed(value, text))
     return recipe
-
-
-def _beside_recipe(uses: str, recipe: Path) -> str:
-    """A file is given relative to where the command runs; in the recipe it is relative to the recipe."""
-    file, _, class_name = uses.rpartition(":")
-    if not file.endswith(".py"):
-        return uses
-    return f"./{Path(os.path.relpath(file, recipe.parent)).as_posix()}:{class_name}"
 
 
 def _parsed(value: str, text: str) -> JsonValue:
@@ -611,7 +596,7 @@ def _described(name: str) -> Explanation | str:
         return str(error)
 
 
-def _read_metrics(folder: Path) -> dict[str, JsonValue]:
+def _read_metrics(folder: Path) -> dict[str, dict[str, JsonValue]]:
     """target -> metrics"""
     files = sorted(folder.glob(f"*/{METRICS_FILE}"))
     if not files:

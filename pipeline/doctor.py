@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
 from intaglio.pipeline.memory import machine_bytes
-from intaglio.pipeline.registry import find_pass
+from intaglio.pipeline.registry import pass_module
 from intaglio.pipeline.target import Target, load_target, target_names
+from intaglio.pipeline.versions import find_version
 
 T = TypeVar("T")
 
@@ -159,19 +159,12 @@ def _in_words(error: Exception) -> str:
 
 def _packages(imports: bool) -> Iterator[tuple[str, Found]]:
     for package in PACKAGES:
-        there = {name: found for name in package.distributions if (found := _version(name)) is not None}
+        there = {name: found for name in package.distributions if (found := find_version(name)) is not None}
         name = next(iter(there), package.distributions[0])
         faults: dict[str, str] = {}
         if there and (imports or package.module in LIGHT):
             _asked(faults, package.module, lambda module=package.module: import_module(module))  # type: ignore[misc]
         yield name, Found(package.module, there.get(name), faults.get(package.module), package.serves, package.install)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _providers() -> dict[str, bool]:
@@ -256,9 +249,7 @@ def _engine_abilities(target: Target, machine: Machine) -> dict[str, Ability]:
 
 def _engine_modules() -> Mapping[str, tuple[str, str]]:
     """By runtime of the TensorRT family, its module and the extra that installs it."""
-    modules: Mapping[str, tuple[str, str]] = sys.modules[find_pass("tensorrt", Path()).pass_class.__module__].__dict__[
-        "MODULES"
-    ]
+    modules: Mapping[str, tuple[str, str]] = pass_module("tensorrt").MODULES
     return modules
 
 

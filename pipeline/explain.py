@@ -1,7 +1,6 @@
 """All that is known of a name: a pass, a target, a scheme, a rule of `lint`, a metric or an artifact."""
 
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from intaglio.pipeline.artifact import AnyKey, Key
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, structural_schemes
 from intaglio.pipeline.quant.spec import IntInput, IntWeight, LayerScheme
-from intaglio.pipeline.registry import find_metric, find_pass, named_metrics, named_passes, pass_classes
+from intaglio.pipeline.registry import find_metric, find_pass, named_metrics, named_passes, pass_classes, pass_module
 from intaglio.pipeline.runner import installed_version
 from intaglio.pipeline.target import OpKind, load_target, target_names
 
@@ -76,8 +75,7 @@ def names_by_kind() -> dict[str, list[str]]:
 
 def lint_rules() -> Mapping[str, Any]:
     """The rules of `lint` by name: what it is that each looks for is said by the module that has them."""
-    rules = sys.modules[find_pass("lint", Path()).pass_class.__module__].__dict__["RULES"]
-    return {rule.name: rule for rule in rules}
+    return {rule.name: rule for rule in pass_module("lint").RULES}
 
 
 def _in_a_line(fact: object) -> str:

@@ -6,6 +6,7 @@ Shapes: B samples, C channels, F frames, H W pixels; N pictures in R lines of K,
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,14 +158,19 @@ def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int
 
     if parts[0].ndim == 5:
         columns = parts[0].shape[2]
-        parts = [x_BCFHW.transpose(1, 2).flatten(0, 1) for x_BCFHW in parts]
+        parts = [frames(x) for x in parts]
     colour = Colours(parts[0])
-    lines_RPCHW = torch.stack([_lines(colour(x_NCHW), columns) for x_NCHW in parts], dim=1)
+    lines_RPCHW = torch.stack([lines(colour(x_NCHW), columns) for x_NCHW in parts], dim=1)
     image = as_image(lines_RPCHW.permute(2, 0, 1, 3, 4).flatten(1, 3))
     return image.resize((image.width * enlarged, image.height * enlarged), Resampling.NEAREST)
 
 
-def _lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
+def frames(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W): samples as they are, clips (B, C, F, H, W) frame by frame."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
     """(R, C, H, K W), white where the last line has no picture."""
     import torch
 
@@ -197,6 +203,13 @@ def as_image(x_CHW: torch.Tensor) -> Image:
 
     levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
     return fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+
+
+def png(image: Image) -> bytes:
+    """As a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _check(model: Factory, count: int, rows: Sequence[int]) -> None:

@@ -5,8 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from pydantic import JsonValue
-
 from intaglio.pipeline.bench import Bench, EngineFigures
 from intaglio.pipeline.doctor import Found, Machine
 from intaglio.pipeline.profile import Profile
@@ -154,18 +152,15 @@ def print_bench(title: str, bench: Bench) -> None:
         print(f"{name}: not measured here: {command}")
 
 
-def flattened(metrics: JsonValue, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"a": {"b": 1}}` -> `("a.b", "1")`"""
-    match metrics:
-        case dict():
-            for name, inner in metrics.items():
-                yield from flattened(inner, f"{prefix}.{name}" if prefix else name)
+def figure(found: object) -> str:
+    """Of metrics.json."""
+    match found:
         case float():
-            yield prefix, f"{metrics:.4g}"
+            return f"{found:.4g}"
         case str():
-            yield prefix, metrics
+            return found
         case _:
-            yield prefix, json.dumps(metrics)
+            return json.dumps(found)
 
 
 def duration(seconds: float | None) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from intaglio.pipeline.artifact import A, AnyKey, Key
@@ -12,6 +11,7 @@ from intaglio.pipeline.errors import ContractError, RecipeError, StoreError
 from intaglio.pipeline.manifest import MANIFEST, DeliveredFile, DeliveredStep, Manifest
 from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.store import Store, file_digest, files_below, remove_tree
+from intaglio.pipeline.versions import find_version
 
 RECIPE = "recipe.yaml"
 VERSIONS = ("intaglio", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
@@ -85,16 +85,5 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
         steps=tuple(
             DeliveredStep(step=run.step, origin=run.origin, key=run.key, outputs=run.outputs) for run in provenance.runs
         ),
-        versions=_versions(),
+        versions={name: found for name in VERSIONS if (found := find_version(name)) is not None},
     )
-
-
-def _versions() -> dict[str, str]:
-    """Of what is installed."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

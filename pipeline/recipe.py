@@ -1,5 +1,6 @@
 """What the user wrote: a model, targets, a seed and the steps in order."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -131,6 +132,14 @@ def default_step_name(uses: str) -> str:
     """
     _, colon, class_name = uses.rpartition(":")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name).lower() if colon else uses
+
+
+def beside(reference: str, folder: Path) -> str:
+    """`file.py:name` as a recipe in `folder` names it, given relative to where the command runs; others as they are."""
+    file, _, name = reference.rpartition(":")
+    if not file.endswith(".py"):
+        return reference
+    return f"./{Path(os.path.relpath(file, folder)).as_posix()}:{name}"
 
 
 def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple[str, ...]:

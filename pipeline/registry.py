@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
 from intaglio.pipeline.metrics import Metric
@@ -50,6 +51,11 @@ def find_pass(reference: str, base: Path) -> PassSource:
         module = _import(where, reference)
         origin = reference
     return _source(_member(module, class_name, reference), origin)
+
+
+def pass_module(name: str) -> Any:
+    """Where the pass of this name is, and what else belongs to it. Raises what `find_pass` does."""
+    return sys.modules[find_pass(name, Path()).pass_class.__module__]
 
 
 @cache

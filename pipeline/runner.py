@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -22,6 +21,7 @@ from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.publish import check_folder, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
+from intaglio.pipeline.versions import find_version
 
 Digests: TypeAlias = Mapping[AnyKey, str]
 
@@ -172,10 +172,7 @@ def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
 
 def installed_version(distribution: str) -> str:
     """`none` for what is not installed, which is one more version."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "none"
+    return find_version(distribution) or "none"
 
 
 def _run_step(

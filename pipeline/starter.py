@@ -23,7 +23,7 @@ from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.memory import least_bytes
 from intaglio.pipeline.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.recipe import Recipe, Step
+from intaglio.pipeline.recipe import Recipe, Step, beside
 from intaglio.pipeline.registry import find_pass
 from intaglio.pipeline.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.schema import editor_line
@@ -265,11 +265,10 @@ def _usual_targets() -> tuple[str, ...]:
 
 def _beside(model: str, base: Path) -> str:
     """A path is given relative to where the command runs; in the recipe it is relative to the recipe."""
-    file, colon, function = model.rpartition(":")
     if model.startswith("hub:") or Path(model).is_absolute():
         return model
-    if colon and file.endswith(".py"):
-        return f"./{Path(os.path.relpath(file, base)).as_posix()}:{function}"
+    if model.rpartition(":")[0].endswith(".py"):
+        return beside(model, base)
     if not Path(model).is_dir():
         raise RecipeError(
             f"no folder {model}: give a diffusers folder, `./file.py:factory`, or `hub:{model}` to download it"

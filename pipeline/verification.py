@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -85,6 +85,19 @@ class Latency:
     def load(cls, root: Path) -> Self:
         """Read latency.json."""
         return cls(**json.loads((root / "latency.json").read_text()))
+
+
+def dotted(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every figure of metrics.json by its name.
+
+    >>> dict(dotted({"psnr_db": 44.1, "engine": {"int8_gemm": 47}}))
+    {'psnr_db': 44.1, 'engine.int8_gemm': 47}
+    """
+    for name, entry in metrics.items():
+        if isinstance(entry, dict):
+            yield from dotted(entry, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", entry
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import typer
 from intaglio.pipeline import Recipe, Step, Store, compile
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH
+from intaglio.pipeline.memory import resident_bytes
 from intaglio.pipeline.runner import StepEvent
 
 P = ParamSpec("P")
@@ -173,14 +174,8 @@ def spent(began: float) -> Figures:
     return {
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time(),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": resident_bytes("VmHWM"),  # mapped files included
     }
-
-
-def peak_bytes() -> int:
-    """The largest resident set of this process so far, mapped files included."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:

@@ -50,7 +50,7 @@ def test_a_broken_module_is_a_fault_and_takes_away_what_needs_it(monkeypatch: py
 
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name.startswith(("tensorrt", "torch")) else "1.0")
+    monkeypatch.setattr(doctor, "find_version", lambda name: None if name.startswith(("tensorrt", "torch")) else "1.0")
     found = examine()
     assert found.targets["tensorrt-rtx"]["build"] == doctor.Ability(False, "pip install 'intaglio[rtx]'")
     result = CliRunner().invoke(app, ["doctor", "--json"])
@@ -78,7 +78,7 @@ def test_engines_are_built_and_run_on_gpus_that_fit(
     capability: str, target: str, build: object, run: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"tensorrt-cu12": None, "tensorrt": None}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setattr(doctor, "find_version", lambda name: versions.get(name, "1.0"))
     monkeypatch.setattr(doctor, "import_module", lambda name: sys.modules.get(name, SimpleNamespace()))
     monkeypatch.setattr(doctor, "_gpus", lambda: (doctor.Gpu("some GPU", 8 * 10**9, capability),))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/src/tensorrt/bin/trtexec")
@@ -88,8 +88,8 @@ def test_engines_are_built_and_run_on_gpus_that_fit(
 
 
 def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name.startswith("tensorrt") else installed(name))
+    installed = doctor.find_version
+    monkeypatch.setattr(doctor, "find_version", lambda name: None if name.startswith("tensorrt") else installed(name))
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "250"})
     assert result.exit_code == 0, result.stderr
     assert all(name in result.stdout for name in (*target_names(), "trtexec", "nvidia-modelopt"))
