@@ -288,6 +288,7 @@ def test_missing_builder_names_its_extra(tmp_path, monkeypatch, target, module, 
 
 
 def test_device_build_needs_nothing_installed(monkeypatch):
+    """What is missing would raise."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     BuildTensorRT().check(JETSON)
 

@@ -47,6 +47,7 @@ def test_every_sample_fits(validator: Any) -> None:
     ],
 )
 def test_each_spelling_of_a_step_fits(step: object, validator: Any) -> None:
+    """What does not fit would raise."""
     validator.validate(recipe(steps=[step]))
 
 
