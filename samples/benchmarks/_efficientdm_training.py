@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from full_size import peak_bytes
 
 from intaglio.passes._objective import Error, WholeOutput
 from intaglio.passes._start import begin
@@ -26,6 +25,7 @@ from intaglio.passes.distill import Distill
 from intaglio.pipeline import Context, Recipe, Store, compile
 from intaglio.pipeline.denoiser import Denoise, Sampler
 from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.memory import resident_bytes
 from intaglio.pipeline.quant.modules import StepClock
 from intaglio.pipeline.trajectory import Trajectory
 
@@ -77,7 +77,7 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
         "curve": [(update, *point) for update, point in sorted(trainer.curve.items())],
         "started_cpu_s": started_s,
         "training_bytes": trainer.training_bytes(),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": resident_bytes("VmHWM"),
     }
 
 
