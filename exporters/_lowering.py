@@ -435,6 +435,8 @@ _SYMMETRIC = (
         Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
         for scheme in ("w4a8o8_step", "w4a4o8_step")
     ),
+    Lowering("linear", "w8a16", _ORT, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
+    Lowering("conv", "w8a16", _ORT, per_channel, False, "exact; the weight is unpacked when it runs"),
     Lowering("linear", "w4a16", _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
     Lowering("conv", "w4a16", _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
     *(
@@ -481,6 +483,8 @@ _SYMMETRIC = (
         True,
         "becomes an INT8 convolution; scales for each channel are safe there",
     ),
+    Lowering("linear", "w8a16", _TRT, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
+    Lowering("conv", "w8a16", _TRT, per_channel, False, "as of a linear layer"),
     Lowering("linear", "w4a16", _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
     Lowering(
         "conv",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.quantized import QuantizedLayerData
     from intaglio.pipeline.target import Target
 
-Precision: TypeAlias = Literal["float", "w4a16", "none"]
+Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
 
 PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
 """What a pipeline draws where no call says more."""
@@ -39,7 +39,8 @@ PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
 class ExportComponents(Pass):
     """Each graph computes what torch does on the calls of a run of the pipeline, at any number of rows.
 
-    float is what the target computes in; w4a16 rounds the weights, and the graph computes what torch does with them so.
+    float is what the target computes in; w8a16 and w4a16 round the weights, and the graph computes what torch does with
+    them so.
     """
 
     name: ClassVar[str] = "components"
@@ -49,7 +50,8 @@ class ExportComponents(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "onnxscript", "onnx-ir")
 
     precision: Mapping[str, Precision] = Field(
-        {}, description="by component: float, which others have, w4a16, or none, which leaves it out of the pipeline"
+        {},
+        description="by component: float, which others have, w8a16, w4a16, or none, which leaves it out",
     )
     call: Mapping[str, JsonValue] = Field(
         {}, description="what the pipeline is called with to see its models called; without `prompt`, two of ours"
@@ -89,8 +91,8 @@ class ExportComponents(Pass):
                 precision, integers = self.precision.get(name, "float"), {}
                 methods = [calls for calls in usual if calls.component == name]
                 kinds = {calls.method: _class_of(output_with(module, calls, calls.inputs[0])) for calls in methods}
-                if precision == "w4a16":
-                    integers = _round_weights(module, target, self.groups)
+                if precision not in ("float", "none"):
+                    integers = _round_weights(module, precision, target, self.groups)
                 for calls in methods:
                     shutil.rmtree(work, ignore_errors=True)
                     work.mkdir()
@@ -233,8 +235,10 @@ def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
     return Expected(where, inputs, outputs)
 
 
-def _round_weights(module: nn.Module, target: Target, groups: tuple[int, ...]) -> dict[str, QuantizedLayerData]:
-    """Round the weights that the target has in w4a16, and tables of embeddings to float16. Changes `module`."""
+def _round_weights(
+    module: nn.Module, precision: str, target: Target, groups: tuple[int, ...]
+) -> dict[str, QuantizedLayerData]:
+    """Round the weights that the target has in this scheme, and tables of embeddings to float16. Changes `module`."""
     import torch
 
     from intaglio.pipeline.checkpoint import layer_table
@@ -247,7 +251,7 @@ def _round_weights(module: nn.Module, target: Target, groups: tuple[int, ...]) -
     rounded = {}
     with torch.no_grad():
         for layer in layer_table(module):
-            *_, scheme = structural_schemes(layer, groups, ("w4a16",))
+            *_, scheme = structural_schemes(layer, groups, (precision,))
             form, weight = scheme.weight, module.get_submodule(layer.name).get_parameter("weight")
             if not isinstance(form, IntWeight) or illegal(layer, scheme, target) is not None:
                 continue

@@ -20,7 +20,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A16, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
 
 if TYPE_CHECKING:
     import torch
@@ -185,10 +185,10 @@ def layer_data(
 
     group_NG = None
     match bits, entering:
-        case 8, Entering(form=IntInput(bits=8)):
+        case 8, None | Entering(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
                 raise NotCarried("8-bit weights in blocks: only with one scale for each output channel")
-            scheme = LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
+            scheme = W8A16 if entering is None else LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
         case 4, None:
             group = _group(layer, scale_NG)
             scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
@@ -203,7 +203,7 @@ def layer_data(
             group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)
             scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
         case _, None:
-            raise NotCarried(f"{bits}-bit weights in front of a float input: only 4-bit weights are")
+            raise NotCarried(f"{bits}-bit weights in front of a float input: only those of 4 or 8 bits are")
         case _, Entering():
             raise NotCarried(f"{bits}-bit weights in front of a {entering.form.bits}-bit input")
     amax_T, factor_T = (None, None) if entering is None else (entering.amax_T, entering.factor_T)

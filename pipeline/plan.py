@@ -20,6 +20,7 @@ from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
+    W8A16,
     IntInput,
     IntWeight,
     LayerScheme,
@@ -41,6 +42,7 @@ USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
 """Those that are measured where a recipe names none."""
 SCHEME_NAMES = (
     *USUAL_SCHEMES,
+    "w8a16",
     "w4a8_token",
     "w4a8_step",
     "w4a4_token",
@@ -114,7 +116,7 @@ def structural_schemes(
 
     The group size is the first of `groups` that divides K.
     """
-    schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP]
+    schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP, W8A16]
     if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
         schemes += [w4a16(group), w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group)]
     if layer.op == "conv":

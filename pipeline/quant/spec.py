@@ -169,6 +169,7 @@ class LayerScheme(_Value):
 FLOAT = LayerScheme(weight=Float(), input=Float())
 W8A8_TOKEN = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerToken()))
 W8A8_STEP = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerStep()))
+W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Float())
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:

@@ -61,7 +61,7 @@ def ours(model: str, **changes: Any) -> tuple[Step, ...]:
 
 
 ROUNDED, UNTRAINED, OURS = "round to nearest", "ours without distillation", "ours"
-BRANCHED = "ours without distillation, a branch of rank 8"
+BRANCHED, OURS_BRANCHED = f"{UNTRAINED}, a branch of rank 8", f"{OURS}, a branch of rank 8"
 
 
 def variants(model: str, plan: str) -> dict[str, tuple[Step, ...]]:
@@ -71,7 +71,10 @@ def variants(model: str, plan: str) -> dict[str, tuple[Step, ...]]:
         OURS: ours(model),
     }
     if plan != "W8A8":
-        found[BRANCHED] = (Step(uses="balance", options={"branch": 8}), found[UNTRAINED][1])
+        branch = Step(uses="balance", options={"branch": 8})
+        found[BRANCHED] = (branch, found[UNTRAINED][1])
+        if plan == "W4A8":
+            found[OURS_BRANCHED] = (branch, found[OURS][1])
     return found
 
 
@@ -291,9 +294,11 @@ def derived(rows: Mapping[str, Mapping[str, Sequence[Figures]]], best_peer: Sequ
         pairs = zip(of(plan, ROUNDED, "output_mse"), of(plan, OURS, "output_mse"), eight, strict=True)
         by_seed[f"{plan.lower()}_recovered"] = [recovered(*each) for each in pairs]
         by_seed[f"{plan.lower()}_gain_db"] = difference(of(plan, OURS, "psnr_db"), of(plan, ROUNDED, "psnr_db"))
-    by_seed["w4a8_gain_over_best_peer_db"] = difference(
-        of("W4A8", OURS, "psnr_db"), [row["psnr_db"] for row in best_peer]
-    )
+    peer = [row["psnr_db"] for row in best_peer]
+    by_seed["w4a8_gain_over_best_peer_db"] = difference(of("W4A8", OURS, "psnr_db"), peer)
+    branched = zip(of("W4A8", ROUNDED, "output_mse"), of("W4A8", OURS_BRANCHED, "output_mse"), eight, strict=True)
+    by_seed["w4a8_branch_recovered"] = [recovered(*each) for each in branched]
+    by_seed["w4a8_branch_gain_over_best_peer_db"] = difference(of("W4A8", OURS_BRANCHED, "psnr_db"), peer)
     by_seed["w8a8_gain_db"] = difference(of("W8A8", OURS, "psnr_db"), of("W8A8", ROUNDED, "psnr_db"))
     by_seed["w8a8_not_worse"] = [
         float(ours <= rounded) for ours, rounded in zip(of("W8A8", OURS, "output_mse"), eight, strict=True)

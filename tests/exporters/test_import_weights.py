@@ -33,6 +33,7 @@ GROUPS = {
     "w8a8_token": ("re:.*attn1.*", CHANNEL8, TOKEN),
     "w4a16": ("re:.*ff.net.0.proj", BLOCKS4, None),
     "w8a8_step": ("re:.*ff.net.2", CHANNEL8, TENSOR),
+    "w8a16": ("re:.*emb.timestep_embedder.linear_2", CHANNEL8, None),
     "w4a8_step": ("re:.*norm1.linear", CHANNEL4, TENSOR),
 }
 STEP = 2
@@ -189,9 +190,10 @@ def torchao(start: Artifacts, weights, folder: Path) -> Path:
 def test_weights_of_torchao_keep_their_codes_and_scales(dit, tmp_path):
     other = LAYER.replace("to_q", "to_k")
     static = int8("PerTensor", act_quant_scale=torch.tensor([[0.02]]))
-    weights = {LAYER: int8(), other: intx(), LAYER.replace("to_q", "to_v"): static}
+    beside = LAYER.replace("to_q", "to_out.0")
+    weights = {LAYER: int8(), beside: int8(dynamic=False), other: intx(), LAYER.replace("to_q", "to_v"): static}
     ours = take(dit, torchao(dit, weights, tmp_path) / WEIGHTS)
-    for (name, (_, parts)), scheme in zip(weights.items(), ("w8a8_token", "w4a16", "w8a8_step"), strict=True):
+    for (name, (_, parts)), scheme in zip(weights.items(), ("w8a8_token", "w8a16", "w4a16", "w8a8_step"), strict=True):
         data = ours[QUANTIZED].layers[name]
         assert data.scheme.name == ours[PLAN].schemes[name].name == scheme
         assert data.codes.equal(parts["qdata"])
@@ -318,7 +320,6 @@ def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
 
 
 REFUSED_OF_TORCHAO = {
-    "8-bit weights in front of a float input": int8(dynamic=False),
     "inputs mapped ASYMMETRIC": int8(mapping="ASYMMETRIC"),
     "inputs of 7 bits": int8(reduce_range=True),
     "dynamic inputs PerTensor": int8("PerTensor"),
@@ -327,6 +328,7 @@ REFUSED_OF_TORCHAO = {
     "weights with zero points": intx(zero_point=torch.ones(64, 2, dtype=torch.int8)),
     "inputs by token with zero points": intx(activation="INT8_ASYM_PER_TOKEN"),
     "6-bit weights in front of a float input": intx(bits=6),
+    "8-bit weights in blocks": intx(bits=8),
     "blocks of 16 of 64 in features": intx(blocks=4),
     "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),
     r"codes \(64, 32\) for a weight \(64, 64\)": intx(qdata=torch.zeros(64, 32, dtype=torch.int8)),

@@ -163,7 +163,7 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
         four = eight = oracle.weight_codes(w, scale, form.low, form.high, form.group_size or k)
     match layer.scheme.input:
         case Float():
-            spread = np.repeat(scale, 32, axis=1)
+            spread = np.repeat(scale, form.group_size or k, axis=1)
             y = oracle.weight_only(x, eight.reshape(shape), spread, bias, **window)
             return four, oracle.Computed(np.zeros(0), y + beside)
         case IntInput(bits=bits, granularity=granularity, shifted=shifted):

@@ -39,7 +39,7 @@ def test_other_schemes_are_there_when_named():
     rounded = tuple(name.replace("_", "o8_") for name in stepped)
     shifted = tuple(name.replace("_", "s_") for name in stepped)
     known = {s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)}
-    assert known == {"float", "w4a16", *stepped, *rounded, *shifted}
+    assert known == {"float", "w8a16", "w4a16", *stepped, *rounded, *shifted}
     padded = CONV.model_copy(update={"padded": True})
     assert known - {s.name for s in structural_schemes(padded, names=SCHEME_NAMES)} == set(shifted)
     assert set(SCHEME_NAMES) - {s.name for s in structural_schemes(LINEAR, names=SCHEME_NAMES)} == set(rounded)
