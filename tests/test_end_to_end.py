@@ -14,7 +14,7 @@ from tiny import save_folder, tiny_dit, tiny_unet
 
 STEPS = """
   - calibrate: {samples: 8}
-  - sensitivity: {buckets: 1, rows: 2}
+  - sensitivity: {buckets: 1, rows: 2, drift_below_db: 0}
   - assign: {budget: {size: %s}}
   - distill: {updates: 20, samples: 4, rank: 4}
   - merge
@@ -72,7 +72,7 @@ def test_a_transformer_compiles_and_killed_runs_end_as_an_undisturbed_one(tmp_pa
     check_figures("onnxruntime-cpu", json.loads(Path("out/onnxruntime-cpu/metrics.json").read_text()))
     killed = 0
     command = [sys.executable, "-m", "intaglio", "run", str(recipe), "--out", "broken", "--store", "store-b"]
-    for step in ("sensitivity", "distill", "export-float"):
+    for step in ("distill", "export-float"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not scratch_of(step, Path("store-b")):
             time.sleep(0.02)
@@ -81,7 +81,7 @@ def test_a_transformer_compiles_and_killed_runs_end_as_an_undisturbed_one(tmp_pa
             killed += 1
         process.wait()
         assert not Path("broken").exists()
-    assert killed == 3
+    assert killed == 2
     resumed = intaglio("run", str(recipe), "--out", "broken", "--store", "store-b")
     assert resumed.returncode == 0, resumed.stderr
     assert digests(Path("broken/onnxruntime-cpu")) == digests(Path("out/onnxruntime-cpu"))

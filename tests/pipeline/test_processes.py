@@ -18,8 +18,7 @@ model: {path: model, sampling_steps: 4, guidance: 2.0}
 targets: [onnxruntime-cpu]
 steps:
   - calibrate: {samples: 16}
-  - sensitivity: {buckets: 1, rows: 2}
-  - assign: {budget: {size: 0.42}}
+  - uniform: {schemes: [w4a8_token, w8a8_token, w8a8_step]}
   - distill: {updates: 20, samples: 4, rank: 4, rollout: 0.3}
   - merge
 """
@@ -74,4 +73,4 @@ def test_two_processes_make_what_one_does(tmp_path):
     for name, layer in one.layers.items():
         assert (layer.codes != two.layers[name].codes).float().mean() < 0.01
     manifest = json.loads((tmp_path / "build" / "recipe" / "onnxruntime-cpu" / "manifest.json").read_text())
-    assert [step["step"] for step in manifest["steps"]][:2] == ["calibrate", "sensitivity"]
+    assert [step["step"] for step in manifest["steps"]][:2] == ["calibrate", "uniform"]
