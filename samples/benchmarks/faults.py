@@ -1,4 +1,4 @@
-"""What a run survives: kills, a full disk, damage to the store, company, another number of threads.
+"""What a run survives: kills, a full disk, damage to the store, company, other numbers of threads, another CPU.
 
     python samples/benchmarks/faults.py [--kills 100] [--json]
 
@@ -9,6 +9,8 @@ with the digests of an undisturbed run (of all but what holds measured times: la
 `kill`: SIGKILL, SIGTERM and Ctrl-C by turns, at random moments. `full disk`: no file can grow beyond some number of
 bytes, for sizes of the files of an undisturbed store. `flipped byte`, `vanished`: one object of a finished store each;
 damage is to be named, and healed by what the message says. `clock`: all files of the store are from 1980, or 2100.
+`another CPU`: torch computes as on one without AVX, so that digests are others; survived if the plan is the same and
+the deployed samples are as near to full precision, to `SAME_DB`.
 """
 
 import json
@@ -54,6 +56,9 @@ steps:
 """
 TIMED = ("benchmark", "report")
 """Steps whose results hold times."""
+SAME_DB = 0.5
+"""Samples whose PSNR differs by less are as near: what `verify` allows between the deployed ones and the simulated."""
+NO_AVX = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 T = TypeVar("T")
 Digests = Mapping[str, Mapping[str, str]]
@@ -74,16 +79,14 @@ class Run:
     def out(self) -> Path:
         return self.folder / "out"
 
-    def start(
-        self, *, threads: int = 1, hash_seed: int = 0, largest_file: int = resource.RLIM_INFINITY
-    ) -> subprocess.Popen[str]:
+    def start(self, *, largest_file: int = resource.RLIM_INFINITY, **environment: str) -> subprocess.Popen[str]:
         def limit() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
 
         self.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
             [sys.executable, "-m", "intaglio", "run", self.recipe, "--store", self.store, "--out", self.out],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(hash_seed)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -98,6 +101,17 @@ class Run:
     def digests(self) -> Digests:
         (folder,) = compiled_folders(self.out)
         return {step.step: step.outputs for step in Manifest.read(folder).steps if step.step not in TIMED}
+
+    def schemes(self) -> Mapping[str, str]:
+        """Of its plan, by layer."""
+        (folder,) = compiled_folders(self.out)
+        return {layer["name"]: layer["scheme"] for layer in json.loads((folder / "plan.json").read_text())["layers"]}
+
+    def psnr_db(self) -> float:
+        """Of deployed samples to those of full precision."""
+        (folder,) = compiled_folders(self.out)
+        found: float = json.loads((folder / "metrics.json").read_text())["psnr_db"]
+        return found
 
     def half_written(self) -> list[str]:
         """What is visible and not whole."""
@@ -155,9 +169,9 @@ class Bench:
         shutil.copytree(self.undisturbed.store, run.store)
         return run
 
-    def finished(self, run: Run, **conditions: int) -> list[str]:
+    def finished(self, run: Run, **environment: str) -> list[str]:
         """Problems of the same command, given again until it ends."""
-        code, said = run.ended(run.start(**conditions))
+        code, said = run.ended(run.start(**environment))
         if code:
             return [f"ended with {code}: {said[-300:]}"]
         different = [step for step, made in self.expected.items() if run.digests().get(step) != made]
@@ -262,7 +276,22 @@ def repeated(bench: Bench) -> Tally:
     """The same digests again, with other seeds of Python's hashes, and with two threads."""
     tally = Tally()
     for i, threads in enumerate((1, 1, 2)):
-        tally.count(bench.finished(bench.fresh(f"repeated-{i}"), hash_seed=i + 1, threads=threads))
+        tally.count(
+            bench.finished(bench.fresh(f"repeated-{i}"), PYTHONHASHSEED=str(i + 1), OMP_NUM_THREADS=str(threads))
+        )
+    return tally
+
+
+def another_cpu(bench: Bench) -> Tally:
+    run, tally = bench.fresh("another-cpu"), Tally()
+    code, said = run.ended(run.start(**NO_AVX))
+    if code:
+        problems = [f"ended with {code}: {said[-300:]}"]
+    else:
+        apart_db = abs(run.psnr_db() - bench.undisturbed.psnr_db())
+        problems = [f"samples {apart_db:.2f} dB apart"] * (apart_db > SAME_DB)
+        problems += ["another plan"] * (run.schemes() != bench.undisturbed.schemes())
+    tally.count([*problems, *run.half_written()])
     return tally
 
 
@@ -279,6 +308,7 @@ def clocks(bench: Bench) -> Tally:
 
 def faults(bench: Bench, kill_count: int, disk_count: int) -> Iterator[tuple[str, Tally]]:
     yield "run again, 1 and 2 threads", repeated(bench)
+    yield "another CPU", another_cpu(bench)
     yield "2 and 4 runs on one store", companies(bench)
     yield "clock", clocks(bench)
     yield "vanished object", damages(bench, shutil.rmtree, "vanished")
