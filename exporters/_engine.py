@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
+Call: TypeAlias = Callable[["Inputs"], dict[str, torch.Tensor]]
+"""Inputs to outputs, by name."""
+
 
 def engine_denoise(graph: Graph, folder: Path, runtime: str) -> Denoise:
-    """The folder's engine.plan as a denoiser on torch's current GPU and stream.
+    """The folder's engine.plan as a denoiser, as `engine_call` has it."""
+    call, output = engine_call(graph, folder, runtime), next(iter(graph.outputs))
+    return lambda inputs: call(inputs)[output]
+
+
+def engine_call(graph: Graph, folder: Path, runtime: str) -> Call:
+    """The folder's engine.plan on torch's current GPU and stream.
 
     Raises RecipeError where the folder has no engine of this runtime, TargetError where it does not run here.
     """
@@ -53,10 +62,10 @@ def engine_denoise(graph: Graph, folder: Path, runtime: str) -> Denoise:
     return on_tensors(graph, execution, device, lambda: torch.cuda.current_stream(device).cuda_stream)
 
 
-def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream: Callable[[], int]) -> Denoise:
+def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream: Callable[[], int]) -> Call:
     """Takes a call's inputs, which are contiguous and on `device`, by name, and finds the step from the timestep."""
 
-    def denoise(inputs: Inputs) -> torch.Tensor:
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
         tensors = {name: inputs[name] for name in graph.inputs if name != STEP_INPUT}
         if STEP_INPUT in graph.inputs:
             tensors[STEP_INPUT] = torch.tensor(step_index(graph, inputs), device=device)
@@ -68,6 +77,6 @@ def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream:
             execution.start({name: tensor.data_ptr() for name, tensor in tensors.items()}, stream())
         except RunError as error:
             raise CallError(str(error)) from error
-        return tensors[next(iter(graph.outputs))]
+        return {name: tensors[name] for name in graph.outputs}
 
-    return denoise
+    return call

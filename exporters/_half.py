@@ -25,6 +25,8 @@ _TYPES = (_HALF, _FLOAT)
 HALF_EPS = 2.0**-11
 """Largest relative error of rounding to float16, within its normal range."""
 HALF_MAX = 65504.0
+MASKING = 1e30
+"""A constant as large as this stands for infinity: masks have the largest number of float32."""
 AMAX_LOW, AMAX_HIGH = 2.0**-14, 2.0**14
 """Recorded magnitudes that float16 takes: its smallest normal number, and a quarter of its largest one for what was
 not recorded."""
@@ -182,14 +184,20 @@ def _fits(node: ir.Node, place: int) -> bool:
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
     """Whether float16 holds a constant as exactly as a normal number: the array as a whole, or each element.
 
-    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts.
+    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts, and what stands
+    for infinity becomes it.
     """
-    finite = array[np.isfinite(array)].astype(np.float32)
+    finite = array[np.abs(array) < MASKING].astype(np.float32)
     with np.errstate(over="ignore"):
         error = np.abs(finite.astype(np.float16).astype(np.float32) - finite)
     if each:
         return bool(np.all(error <= HALF_EPS * np.abs(finite)))
     return bool(np.linalg.norm(error) <= HALF_EPS * np.linalg.norm(finite))
+
+
+def _halved(array: NDArray[np.float32]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16)
 
 
 def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
@@ -245,7 +253,7 @@ class _Typer:
     def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         name, shape = f"{value.name}/half", ir.Shape(tensor.shape.numpy())
         # read when it is written: a model need not be in memory twice
-        half = ir.LazyTensor(lambda: ir.Tensor(tensor.numpy().astype(np.float16), name=name), _HALF, shape, name=name)
+        half = ir.LazyTensor(lambda: ir.Tensor(_halved(tensor.numpy()), name=name), _HALF, shape, name=name)
         made = ir.Value(name=name, type=ir.TensorType(_HALF), shape=shape, const_value=half)
         self.graph.register_initializer(made)
         return made

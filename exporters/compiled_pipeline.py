@@ -1,4 +1,4 @@
-"""A whole pipeline from a compiled folder: diffusers' own class around models that ONNX Runtime executes."""
+"""A whole pipeline from a compiled folder: diffusers' own class around models that a runtime executes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from intaglio.exporters.runtime import check_others, check_shapes, defaults, load
+from intaglio.exporters.runtime import BACKENDS, check_others, check_shapes, defaults, load
 from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
-from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.nesting import flatten, nest
 
 if TYPE_CHECKING:
-    import onnxruntime
+    from intaglio.exporters._engine import Call
+    from intaglio.pipeline.denoiser import Inputs
 
 
 class CompiledMethod:
     """One method of a component, called as the original: what it was not compiled for is a CallError."""
 
     def __init__(
-        self, name: str, graph: Graph, session: onnxruntime.InferenceSession, original: Callable[..., object], kind: Any
+        self, name: str, graph: Graph, call: Call, original: Callable[..., object], kind: Any, device: torch.device
     ) -> None:
-        self.name, self.graph = name, graph
-        self._session, self._kind = session, kind
+        self.name, self.graph, self.device = name, graph, device
+        self._call, self._kind = call, kind
         self._compiled_with = defaults(original) | dict(flatten(graph.interface.constants))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,16 +49,15 @@ class CompiledMethod:
         specs = self.graph.inputs
         if absent := [name for name in specs if given.get(name) is None]:
             raise CallError(f"{self.name} called without {', '.join(absent)}, which it was compiled with")
-        tensors = {name: torch.as_tensor(given[name]).detach().cpu() for name in specs}
+        tensors = {name: torch.as_tensor(given[name]).detach().to(self.device) for name in specs}
         inputs = {n: v.to(getattr(torch, specs[n].dtype)).contiguous() for n, v in tensors.items()}
         check_others(given, specs, self._compiled_with, self.name)
         check_shapes(specs, inputs, self.name)
-        found = self._session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        return {name: torch.from_numpy(y) for name, y in zip(self.graph.outputs, found, strict=True)}
+        return self._call(inputs)
 
 
 class CompiledComponent(nn.Module):
-    """A text encoder or an autoencoder whose methods ONNX Runtime executes; config and all else are the original's.
+    """A text encoder or an autoencoder whose methods a runtime executes; config and all else are the original's.
 
     Its weights are nowhere: what was not compiled cannot be called, and says so.
     """
@@ -84,7 +84,8 @@ class CompiledComponent(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        """Of outputs, and of inputs, which are brought there."""
+        return next(iter(self._methods.values())).device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises CallError."""
@@ -95,16 +96,22 @@ class CompiledComponent(nn.Module):
 
 
 def load_pipeline(
-    folder: str | Path, *, threads: int = 0, providers: Sequence[str] = (), **components: Any
+    folder: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 0,
+    providers: Sequence[str] = (),
+    **components: Any,
 ) -> Any:  # a diffusers pipeline
-    """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs.
+    """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs or engines.
 
-    No weights are read but those in the graphs. `threads`, `providers`: as of `load`. `components`: those that take the
-    place of the folder's own, such as another scheduler. Raises RecipeError where the folder holds no pipeline.
+    No weights are read but those in them. `backend`, `threads`, `providers`: as of `load`. `components`: those that
+    take the place of the folder's own, such as another scheduler. Raises RecipeError where the folder holds no
+    pipeline, or not what the backend executes, TargetError where an engine does not run here.
     """
-    from intaglio.exporters._session import open_session
-
     root = Path(folder)
+    if backend not in BACKENDS:
+        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
     if not (root / "pipeline" / INDEX).is_file():
         raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
     compiled = Components(root / "pipeline")
@@ -114,7 +121,7 @@ def load_pipeline(
         if name in components:
             continue
         if name == settings.denoiser:
-            made[name] = load(root, threads=threads, providers=providers)
+            made[name] = load(root, backend=backend, threads=threads, providers=providers)
         elif name not in returns:
             made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
         else:
@@ -122,13 +129,31 @@ def load_pipeline(
             methods = {}
             for method, kind in returns[name].items():
                 graph = Graph.load(compiled.root / name / method)
-                session = open_session(graph.path, threads=threads, providers=providers)
+                call, device = _called_by(backend, graph, threads, providers)
                 output = output_class(kind) if kind else None
-                methods[method] = CompiledMethod(f"{name}.{method}", graph, session, getattr(original, method), output)
+                called = getattr(original, method)
+                methods[method] = CompiledMethod(f"{name}.{method}", graph, call, called, output, device)
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
     return kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+
+
+def _called_by(backend: str, graph: Graph, threads: int, providers: Sequence[str]) -> tuple[Call, torch.device]:
+    """A call of the graph in its folder, and where it takes and leaves tensors."""
+    if backend != "onnxruntime":
+        from intaglio.exporters._engine import engine_call
+
+        return engine_call(graph, graph.path.parent, backend), torch.device("cuda")
+    from intaglio.exporters._session import open_session
+
+    session = open_session(graph.path, threads=threads, providers=providers)
+
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
+
+    return call, torch.device("cpu")
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:

@@ -84,11 +84,14 @@ class BuildTensorRT(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError, with every node the runtime refuses or would compute wrongly."""
-        graph, target = state[GRAPH], state[TARGET]
+        return {ENGINE: self.engine(state[GRAPH], state[TARGET], ctx)}
+
+    def engine(self, graph: Graph, target: Target, ctx: Context) -> Engine:
+        """Of one graph. Raises TargetError as `run` does."""
         profile = self.profile(graph)
         products = _read_products(graph.path)
         if not self._builds_here(target):
-            return {ENGINE: Engine(target.runtime, "on device", None, None, command=self._command(profile))}
+            return Engine(target.runtime, "on device", None, None, command=self._command(profile))
         trt = _load(target)
         plan, log = self._build(trt, graph.path, profile, target)
         layers = read_layers(log)
@@ -98,9 +101,7 @@ class BuildTensorRT(Pass):
             raise TargetError(*hazards)
         integer, floating = count_products(layers, products)
         ctx.log.info("%d matrix products on integers, %d in floating point", integer, floating)
-        return {
-            ENGINE: Engine(target.runtime, trt.__version__, integer, floating, plan, layers=tuple(map(str, layers)))
-        }
+        return Engine(target.runtime, trt.__version__, integer, floating, plan, layers=tuple(map(str, layers)))
 
     def _builds_here(self, target: Target) -> bool:
         return target.runtime == "tensorrt-rtx" or self.build_on == "host"

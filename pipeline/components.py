@@ -141,6 +141,22 @@ class Components:
         return found
 
 
+@dataclass(frozen=True)
+class ComponentEngines:
+    """What a runtime made of the graphs in the folder `pipeline`: engine.json and engine.plan beside each of them."""
+
+    root: Path
+
+    def save(self, root: Path) -> None:
+        """Copy them."""
+        shutil.copytree(self.root, root / "pipeline")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        return cls(root / "pipeline")
+
+
 def _named(library: str, kind: str) -> Any:
     """A class by the name that an index has for it: a pipeline's own models are in a module of the pipeline's name."""
     module = library if library in LIBRARIES else f"diffusers.pipelines.{library}"

@@ -2,7 +2,7 @@
 
 from intaglio.pipeline.artifact import Key
 from intaglio.pipeline.checkpoint import Checkpoint
-from intaglio.pipeline.components import Components, PipelineFolder
+from intaglio.pipeline.components import ComponentEngines, Components, PipelineFolder
 from intaglio.pipeline.findings import Findings
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.graph import Engine, Graph
@@ -31,6 +31,7 @@ FLOAT_GRAPH = Key("FLOAT_GRAPH", Graph)
 GRAPH = Key("GRAPH", Graph, published=True)
 LINT = Key("LINT", Findings)
 COMPONENTS = Key("COMPONENTS", Components, published=True)
+COMPONENT_ENGINES = Key("COMPONENT_ENGINES", ComponentEngines, published=True)
 ENGINE = Key("ENGINE", Engine, published=True)
 VERIFICATION = Key("VERIFICATION", Verification)
 LATENCY = Key("LATENCY", Latency)

@@ -17,13 +17,15 @@ from quantizing import with_plan
 
 import intaglio
 from intaglio.exporters._component_calls import record_calls
+from intaglio.exporters.component_engines import BuildComponents
 from intaglio.exporters.components import ExportComponents
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
-from intaglio.pipeline.keys import COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
+from intaglio.pipeline.graph import Engine
+from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.record import record
 from intaglio.pipeline.runner import plan
@@ -119,6 +121,15 @@ def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
     found = loaded.vae.decode(latents).sample
     assert found.dtype == torch.float32
     assert 1e-5 < float((found - expected).norm() / expected.norm()) < 5e-3  # float16
+    with pytest.raises(RecipeError, match=r"decode: no engine.plan in it: build it on the device"):
+        intaglio.load_pipeline(tmp_path / "out", backend="tensorrt-rtx", transformer=pipe.transformer)
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    engines = run_pass(BuildComponents(), {COMPONENTS: made, TARGET: artifacts[TARGET]}, tmp_path / "engines")
+    engines[COMPONENT_ENGINES].save(tmp_path / "engines")
+    engine = Engine.load(tmp_path / "engines/pipeline/vae/decode")
+    assert engine.plan is not None
+    assert (engine.runtime, engine.int8_gemm) == ("tensorrt-rtx", 0)
+    assert engine.fp_gemm == sum(isinstance(m, torch.nn.Conv2d) for m in pipe.vae.decoder.modules())
 
 
 def test_what_was_not_compiled_is_refused(sd):

@@ -44,10 +44,10 @@ def case(folder: Path, number: int) -> tuple[dict[str, torch.Tensor], torch.Tens
 
 def test_it_reads_and_writes_where_the_tensors_are(folder):
     engine, streams = execution(folder), []
-    denoise = on_tensors(Graph.load(folder), engine, CPU, lambda: streams.append(STREAM) or STREAM)
+    call = on_tensors(Graph.load(folder), engine, CPU, lambda: streams.append(STREAM) or STREAM)
     for number in range(3):  # at each step
         inputs, expected = case(folder, number)
-        found = denoise(inputs)
+        found = call(inputs)["y"]
         assert torch.equal(found, expected)
         used = engine._context._addresses
         assert (used["x"], used["timestep"], used["y"]) == tuple(
@@ -59,25 +59,26 @@ def test_it_reads_and_writes_where_the_tensors_are(folder):
 
 def test_it_stands_in_the_place_of_a_denoiser(folder):
     graph = Graph.load(folder)
-    denoiser = CompiledDenoiser(graph, on_tensors(graph, execution(folder), CPU, lambda: STREAM))
+    call = on_tensors(graph, execution(folder), CPU, lambda: STREAM)
+    denoiser = CompiledDenoiser(graph, lambda inputs: call(inputs)["y"])
     inputs, expected = case(folder, 1)
     assert torch.equal(denoiser(inputs["x"], 600).sample, expected)
 
 
 def test_a_size_that_the_engine_was_not_built_for_is_refused(folder):
-    denoise = on_tensors(Graph.load(folder), execution(folder), CPU, lambda: STREAM)
+    call = on_tensors(Graph.load(folder), execution(folder), CPU, lambda: STREAM)
     inputs = {"x": torch.zeros(8, 16, 64), "timestep": torch.full((8,), 900.0)}
     with pytest.raises(
         CallError, match=r"x has the shape \(8, 16, 64\), but the engine is for \(1, 16, 64\) to \(4, 1"
     ):
-        denoise(inputs)
+        call(inputs)
 
 
 def test_what_the_runtime_does_not_run_is_an_error(folder):
-    denoise = on_tensors(Graph.load(folder), execution(folder), CPU, lambda: STREAM)
+    call = on_tensors(Graph.load(folder), execution(folder), CPU, lambda: STREAM)
     inputs, _ = case(folder, 0)
     with pytest.raises(CallError, match="the engine does not run: it gives no reason"):
-        denoise(inputs | {"x": inputs["x"] + 1})
+        call(inputs | {"x": inputs["x"] + 1})
 
 
 def test_without_a_gpu_it_says_so(folder, monkeypatch):

@@ -91,6 +91,16 @@ def test_small_elements_count_where_each_one_is_a_scale():
     assert not holds(np.array([1.0, 1e5], np.float32), each=False)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_stands_for_infinity_becomes_it():
+    mask = np.array([0.0, np.finfo(np.float32).min], np.float32)
+    assert holds(mask, each=True)
+    typed = Typed("g (float[4, 8] x) => (float[4, 2] y) { h = MatMul (x, w)  y = Add (h, c) }", w=draw(8, 2), c=mask)
+    assert typed.of("Add") == {HALF}
+    halves = [numpy_helper.to_array(t) for t in typed.half.graph.initializer if t.data_type == HALF]
+    assert [0.0, -np.inf] in [each.tolist() for each in halves]
+
+
 def test_a_tiny_bias_keeps_no_layer_in_float32():
     text = "g (float[4, 8] x) => (float[4, 6] y) { [a_m] h = MatMul (x, w)  [a_b] y = Add (h, b) }"
     assert Typed(text, w=draw(8, 6), b=draw(6) * np.float32(1e-6)).of("Add") == {HALF}

@@ -1,0 +1,39 @@
+"""Builds an engine of every graph around the denoiser, as `tensorrt` does of the denoiser's own."""
+
+import shutil
+from typing import ClassVar
+
+from intaglio.exporters.tensorrt import BuildTensorRT
+from intaglio.pipeline.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.components import ComponentEngines
+from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, TARGET
+
+
+class BuildComponents(BuildTensorRT):
+    """The options are those of `tensorrt`, and hold for all of them."""
+
+    name: ClassVar[str] = "components-tensorrt"
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS, TARGET})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENT_ENGINES})
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises TargetError for every node of a component that the runtime refuses or would compute wrongly."""
+        components, written = state[COMPONENTS], ctx.scratch / "engines"
+        shutil.rmtree(written, ignore_errors=True)
+        methods = [(name, method) for name, returns in components.returns.items() for method in returns]
+        problems = []
+        with ctx.progress("engines", len(methods)) as advance:
+            for name, method in methods:
+                place = written / name / method
+                place.mkdir(parents=True)
+                try:
+                    self.engine(Graph.load(components.root / name / method), state[TARGET], ctx).save(place)
+                except TargetError as error:
+                    problems += [f"{name}.{method}: {problem}" for problem in error.problems]
+                advance()
+        if problems:
+            raise TargetError(*problems)
+        return {COMPONENT_ENGINES: ComponentEngines(written)}
