@@ -102,12 +102,8 @@ class PipelineFolder:
 
 
 @dataclass(frozen=True)
-class Components:
-    """The folder `pipeline` of a compiled one: a pipeline's without weights, and graphs in their place.
-
-    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what class each
-    method's output has.
-    """
+class _OfPipeline:
+    """Files in the folder `pipeline` of a compiled one."""
 
     root: Path
 
@@ -119,6 +115,15 @@ class Components:
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
         return cls(root / "pipeline")
+
+
+@dataclass(frozen=True)
+class Components(_OfPipeline):
+    """The folder `pipeline` of a compiled one: a pipeline's without weights, and graphs in their place.
+
+    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what class each
+    method's output has.
+    """
 
     @classmethod
     def write(
@@ -142,19 +147,8 @@ class Components:
 
 
 @dataclass(frozen=True)
-class ComponentEngines:
+class ComponentEngines(_OfPipeline):
     """What a runtime made of the graphs in the folder `pipeline`: engine.json and engine.plan beside each of them."""
-
-    root: Path
-
-    def save(self, root: Path) -> None:
-        """Copy them."""
-        shutil.copytree(self.root, root / "pipeline")
-
-    @classmethod
-    def load(cls, root: Path) -> Self:
-        """Read what `save` wrote."""
-        return cls(root / "pipeline")
 
 
 def _named(library: str, kind: str) -> Any:
