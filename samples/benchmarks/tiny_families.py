@@ -404,7 +404,7 @@ def hunyuan_video() -> Factory:
         "guidance": torch.full((ROWS,), 6000.0),
     }
     changed = {"encoder_hidden_states": _rows(7, 64), "encoder_attention_mask": _mask(7)}
-    return Factory(module, _flow(), (16, 2, 8, 8), conditions=conditions, other=CallSize((16, 3, 8, 12), changed))
+    return Factory(module, _flow(), (16, 2, 8, 8), conditions=conditions, other=CallSize((16, 2, 8, 12), changed))
 
 
 def latte() -> Factory:

@@ -18,7 +18,7 @@ from quantizing import with_plan
 import intaglio
 from intaglio.exporters._component_calls import record_calls
 from intaglio.exporters.component_engines import BuildComponents
-from intaglio.exporters.components import ExportComponents
+from intaglio.exporters.components import ExportComponents, _round_weights
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
@@ -26,7 +26,7 @@ from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
 from intaglio.pipeline.graph import Engine
 from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN, W8A16
 from intaglio.pipeline.record import record
 from intaglio.pipeline.runner import plan
 from intaglio.pipeline.target import load_target
@@ -170,17 +170,14 @@ def test_hidden_states_of_several_text_encoders_are_there(tmp_path):
     np.testing.assert_allclose(drawn(made, make), drawn(pipe, make), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("precision", "code", "least", "most"), [("w8a16", "INT8", 1e-3, 0.03), ("w4a16", "INT4", 0.01, 0.3)]
-)
-def test_weights_are_rounded_on_request_at_any_number_of_tokens(tmp_path, precision, code, least, most):
+def test_weights_have_four_bits_on_request_at_any_number_of_tokens(tmp_path):
     make = tiny_pipelines.pixart
     pipe, artifacts = start(make, tmp_path)
     call = tiny_pipelines.CALLS[make] | {"height": 64, "width": 64, "output_type": "latent"}
-    parts = {"text_encoder": precision, "vae": "none"}
-    out = compiled(make, artifacts, tmp_path, precision=parts, call=call, other_call={"max_sequence_length": 6})
+    precision = {"text_encoder": "w4a16", "vae": "none"}
+    out = compiled(make, artifacts, tmp_path, precision=precision, call=call, other_call={"max_sequence_length": 6})
     graph = onnx.load(out / "pipeline/text_encoder/forward/model.onnx")
-    assert onnx.TensorProto.DataType.Value(code) in {tensor.data_type for tensor in graph.graph.initializer}
+    assert onnx.TensorProto.INT4 in {tensor.data_type for tensor in graph.graph.initializer}
     made = intaglio.load_pipeline(out, threads=1, transformer=pipe.transformer)
     assert made.vae is None
     for tokens in (8, 5):
@@ -189,7 +186,20 @@ def test_weights_are_rounded_on_request_at_any_number_of_tokens(tmp_path, precis
         with torch.no_grad():
             (expected,) = pipe.text_encoder(**inputs).values()
         (found,) = made.text_encoder(**inputs).values()
-        assert least < float((found - expected).norm() / expected.norm()) < most  # of random weights
+        assert 0.01 < float((found - expected).norm() / expected.norm()) < 0.3  # of random weights
+
+
+def test_eight_bits_are_rounded_to_a_scale_for_each_channel():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Linear(16, 4)).requires_grad_(False)
+    before = [layer.weight.clone() for layer in module]
+    rounded = _round_weights(module, "w8a16", load_target("onnxruntime-cpu"), (32,))
+    assert {data.scheme for data in rounded.values()} == {W8A16}
+    for layer, weight, data in zip(module, before, rounded.values(), strict=True):
+        codes = layer.weight.flatten(1) / data.scale_NG
+        torch.testing.assert_close(codes, data.codes.float())
+        assert codes.abs().amax(1).tolist() == pytest.approx([127] * len(codes))
+        assert 0 < float((layer.weight - weight).abs().max()) <= 0.51 * float(data.scale_NG.max())
 
 
 def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
