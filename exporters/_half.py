@@ -188,8 +188,9 @@ def holds(array: NDArray[np.float32], *, each: bool) -> bool:
     for infinity becomes it.
     """
     finite = array[np.abs(array) < MASKING].astype(np.float32)
-    with np.errstate(over="ignore"):
-        error = np.abs(finite.astype(np.float16).astype(np.float32) - finite)
+    error = np.abs(_halved(finite).astype(np.float32) - finite)
+    if not np.isfinite(error).all():
+        return False
     if each:
         return bool(np.all(error <= HALF_EPS * np.abs(finite)))
     return bool(np.linalg.norm(error) <= HALF_EPS * np.linalg.norm(finite))

@@ -89,6 +89,7 @@ def test_small_elements_count_where_each_one_is_a_scale():
     assert not holds(mixed, each=True)
     assert not holds(np.full(3, 1e-6, np.float32), each=False)
     assert not holds(np.array([1.0, 1e5], np.float32), each=False)
+    assert not holds(np.array([1.0, 1e25], np.float32), each=False)  # whose square float32 does not hold
 
 
 @pytest.mark.filterwarnings("error")
