@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,25 +18,16 @@ from intaglio.pipeline.errors import CallError, MissingExtra, RecipeError, Targe
 from intaglio.pipeline.graph import STEP_INPUT, Engine, Graph
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from intaglio.pipeline.denoiser import Denoise, Inputs
-
-Call: TypeAlias = Callable[["Inputs"], dict[str, torch.Tensor]]
-"""Inputs to outputs, by name."""
+    from intaglio.exporters._departure import Values
+    from intaglio.pipeline.denoiser import Inputs
 
 
-def engine_denoise(graph: Graph, folder: Path, runtime: str) -> Denoise:
-    """The folder's engine.plan as a denoiser, as `engine_call` has it."""
-    call, output = engine_call(graph, folder, runtime), next(iter(graph.outputs))
-    return lambda inputs: call(inputs)[output]
-
-
-def engine_call(graph: Graph, folder: Path, runtime: str) -> Call:
-    """The folder's engine.plan on torch's current GPU and stream.
+def engine_call(graph: Graph, runtime: str) -> Values:
+    """The engine.plan beside the graph, on torch's current GPU and stream: a call's inputs to its outputs, by name.
 
     Raises RecipeError where the folder has no engine of this runtime, TargetError where it does not run here.
     """
+    folder = graph.path.parent
     made = Engine.load(folder) if (folder / "engine.json").is_file() else None
     if made is not None and made.runtime != runtime:
         raise RecipeError(
@@ -62,7 +53,7 @@ def engine_call(graph: Graph, folder: Path, runtime: str) -> Call:
     return on_tensors(graph, execution, device, lambda: torch.cuda.current_stream(device).cuda_stream)
 
 
-def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream: Callable[[], int]) -> Call:
+def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream: Callable[[], int]) -> Values:
     """Takes a call's inputs, which are contiguous and on `device`, by name, and finds the step from the timestep."""
 
     def call(inputs: Inputs) -> dict[str, torch.Tensor]:

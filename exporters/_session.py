@@ -176,15 +176,23 @@ def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOp
 
 
 def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Denoise:
-    """The graph as a denoiser: takes a call's inputs by name and finds the graph's `step` from the timestep."""
+    """The graph as a denoiser: its first output for a call's inputs, as `graph_call` has it."""
+    call = graph_call(graph, optimize=optimize, threads=threads, providers=providers)
+    output = next(iter(graph.outputs))
+    return lambda inputs: call(inputs)[output]
+
+
+def graph_call(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Values:
+    """The graph as a function from a call's inputs to its outputs, by name; its `step` is found from the timestep."""
     import torch
 
     session = open_session(graph.path, optimize=optimize, threads=threads, providers=providers)
 
-    def denoise(inputs: Inputs) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, _feed(graph, inputs))[0])
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        found = session.run(None, _feed(graph, inputs))
+        return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
 
-    return denoise
+    return call
 
 
 def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:

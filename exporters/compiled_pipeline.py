@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from intaglio.exporters.runtime import BACKENDS, check_others, check_shapes, defaults, load
+from intaglio.exporters.runtime import check_backend, check_others, check_shapes, defaults, load, open_call
 from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
-from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
+from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.nesting import flatten, nest
 
 if TYPE_CHECKING:
-    from intaglio.exporters._engine import Call
-    from intaglio.pipeline.denoiser import Inputs
+    from intaglio.exporters._departure import Values
 
 
 class CompiledMethod:
     """One method of a component, called as the original: what it was not compiled for is a CallError."""
 
     def __init__(
-        self, name: str, graph: Graph, call: Call, original: Callable[..., object], kind: Any, device: torch.device
+        self, name: str, graph: Graph, call: Values, original: Callable[..., object], kind: Any, device: torch.device
     ) -> None:
         self.name, self.graph, self.device = name, graph, device
         self._call, self._kind = call, kind
@@ -44,7 +43,7 @@ class CompiledMethod:
         output = self._kind(**{name: _restored(value) for name, value in nest(outputs).items()})
         return output.to_tuple() if whole is False else output
 
-    def _run(self, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    def _run(self, given: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
         """The graph's outputs by flat name."""
         specs = self.graph.inputs
         if absent := [name for name in specs if given.get(name) is None]:
@@ -110,8 +109,7 @@ def load_pipeline(
     pipeline, or not what the backend executes, TargetError where an engine does not run here.
     """
     root = Path(folder)
-    if backend not in BACKENDS:
-        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
+    check_backend(backend)
     if not (root / "pipeline" / INDEX).is_file():
         raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
     compiled = Components(root / "pipeline")
@@ -129,7 +127,7 @@ def load_pipeline(
             methods = {}
             for method, kind in returns[name].items():
                 graph = Graph.load(compiled.root / name / method)
-                call, device = _called_by(backend, graph, threads, providers)
+                call, device = open_call(graph, backend, threads, providers)
                 output = output_class(kind) if kind else None
                 called = getattr(original, method)
                 methods[method] = CompiledMethod(f"{name}.{method}", graph, call, called, output, device)
@@ -137,23 +135,6 @@ def load_pipeline(
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
     return kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
-
-
-def _called_by(backend: str, graph: Graph, threads: int, providers: Sequence[str]) -> tuple[Call, torch.device]:
-    """A call of the graph in its folder, and where it takes and leaves tensors."""
-    if backend != "onnxruntime":
-        from intaglio.exporters._engine import engine_call
-
-        return engine_call(graph, graph.path.parent, backend), torch.device("cuda")
-    from intaglio.exporters._session import open_session
-
-    session = open_session(graph.path, threads=threads, providers=providers)
-
-    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
-        found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-        return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
-
-    return call, torch.device("cpu")
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:

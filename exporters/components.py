@@ -91,7 +91,7 @@ class ExportComponents(Pass):
                 precision, integers = self.precision.get(name, "float"), {}
                 methods = [calls for calls in usual if calls.component == name]
                 kinds = {calls.method: _class_of(output_with(module, calls, calls.inputs[0])) for calls in methods}
-                if precision not in ("float", "none"):
+                if precision != "float":
                     integers = _round_weights(module, precision, target, self.groups)
                 for calls in methods:
                     shutil.rmtree(work, ignore_errors=True)

@@ -133,7 +133,7 @@ def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Conte
 
     from intaglio.exporters._agreement import Expected, find_magnitudes
 
-    rows = list(range(trajectory.outputs.shape[1])[trajectory.some_rows(RANGE_ROWS)])
+    rows = range(trajectory.outputs.shape[1])[trajectory.some_rows(RANGE_ROWS)]
     steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int)).tolist()
     # one at a time, as scores of attention are large; the first one twice in its call, to see that rows are apart
     first, *others = ((step, [row]) for step, row in itertools.product(steps, rows))

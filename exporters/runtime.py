@@ -18,7 +18,7 @@ from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface, TensorSpec
 from intaglio.pipeline.nesting import flatten
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.denoiser import Denoise
+    from intaglio.exporters._departure import Values
 
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -38,9 +38,10 @@ class CompiledDenoiser(nn.Module):
     and not in `config` either, so that pipelines look for none.
     """
 
-    def __init__(self, graph: Graph, denoise: Denoise, device: str = "cpu") -> None:
+    def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
+        """`call` computes what the graph does, on the device; without one, the CPU."""
         super().__init__()
-        self.graph, self._denoise, self._device = graph, denoise, torch.device(device)
+        self.graph, self._call, self._device = graph, call, device or torch.device("cpu")
         # in a tuple, as it is no submodule: its weights are nowhere
         self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
         original = self._original[0]
@@ -74,7 +75,7 @@ class CompiledDenoiser(nn.Module):
         given = dict(zip(arguments, args, strict=False)) | kwargs
         whole = given.pop("return_dict", True)
         inputs = self._inputs(dict(flatten(given)))
-        output = self._denoise(inputs)
+        output = self._call(inputs)[next(iter(self.graph.outputs))]
         sample = given[self.graph.interface.sample]
         output = output.to(sample.dtype)
         return DenoiserOutput(sample=output) if whole else (output,)
@@ -168,18 +169,28 @@ def load(
     executes, TargetError where an engine does not run here.
     """
     root = Path(folder)
-    if backend not in BACKENDS:
-        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
+    check_backend(backend)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
         raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
     graph = Graph.load(root)
+    return CompiledDenoiser(graph, *open_call(graph, backend, threads, providers)).eval()
+
+
+def check_backend(backend: str) -> None:
+    """Raise RecipeError for a name that is none."""
+    if backend not in BACKENDS:
+        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
+
+
+def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> tuple[Values, torch.device]:
+    """What computes a graph that is in its folder, or the engine there, and where it takes and leaves tensors."""
     if backend == "onnxruntime":
-        from intaglio.exporters._session import graph_denoise
+        from intaglio.exporters._session import graph_call
 
-        return CompiledDenoiser(graph, graph_denoise(graph, threads=threads, providers=providers)).eval()
-    from intaglio.exporters._engine import engine_denoise
+        return graph_call(graph, threads=threads, providers=providers), torch.device("cpu")
+    from intaglio.exporters._engine import engine_call
 
-    return CompiledDenoiser(graph, engine_denoise(graph, root, backend), device="cuda").eval()
+    return engine_call(graph, backend), torch.device("cuda")
 
 
 def _original(interface: Interface, channels: int | str) -> nn.Module | None:

@@ -59,8 +59,7 @@ def test_it_reads_and_writes_where_the_tensors_are(folder):
 
 def test_it_stands_in_the_place_of_a_denoiser(folder):
     graph = Graph.load(folder)
-    call = on_tensors(graph, execution(folder), CPU, lambda: STREAM)
-    denoiser = CompiledDenoiser(graph, lambda inputs: call(inputs)["y"])
+    denoiser = CompiledDenoiser(graph, on_tensors(graph, execution(folder), CPU, lambda: STREAM))
     inputs, expected = case(folder, 1)
     assert torch.equal(denoiser(inputs["x"], 600).sample, expected)
 
