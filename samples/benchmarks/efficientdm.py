@@ -290,15 +290,17 @@ def derived(rows: Mapping[str, Mapping[str, Sequence[Figures]]], best_peer: Sequ
 
     eight = of("W8A8", ROUNDED, "output_mse")
     by_seed: dict[str, list[float]] = {}
-    for plan in ("W4A4", "W4A8"):
-        pairs = zip(of(plan, ROUNDED, "output_mse"), of(plan, OURS, "output_mse"), eight, strict=True)
-        by_seed[f"{plan.lower()}_recovered"] = [recovered(*each) for each in pairs]
-        by_seed[f"{plan.lower()}_gain_db"] = difference(of(plan, OURS, "psnr_db"), of(plan, ROUNDED, "psnr_db"))
     peer = [row["psnr_db"] for row in best_peer]
-    by_seed["w4a8_gain_over_best_peer_db"] = difference(of("W4A8", OURS, "psnr_db"), peer)
-    branched = zip(of("W4A8", ROUNDED, "output_mse"), of("W4A8", OURS_BRANCHED, "output_mse"), eight, strict=True)
-    by_seed["w4a8_branch_recovered"] = [recovered(*each) for each in branched]
-    by_seed["w4a8_branch_gain_over_best_peer_db"] = difference(of("W4A8", OURS_BRANCHED, "psnr_db"), peer)
+    for figure, plan, name in (
+        ("w4a4", "W4A4", OURS),
+        ("w4a8", "W4A8", OURS),
+        ("w4a8_branch", "W4A8", OURS_BRANCHED),
+    ):
+        errors = zip(of(plan, ROUNDED, "output_mse"), of(plan, name, "output_mse"), eight, strict=True)
+        by_seed[f"{figure}_recovered"] = [recovered(*each) for each in errors]
+        by_seed[f"{figure}_gain_db"] = difference(of(plan, name, "psnr_db"), of(plan, ROUNDED, "psnr_db"))
+        if plan == "W4A8":
+            by_seed[f"{figure}_gain_over_best_peer_db"] = difference(of(plan, name, "psnr_db"), peer)
     by_seed["w8a8_gain_db"] = difference(of("W8A8", OURS, "psnr_db"), of("W8A8", ROUNDED, "psnr_db"))
     by_seed["w8a8_not_worse"] = [
         float(ours <= rounded) for ours, rounded in zip(of("W8A8", OURS, "output_mse"), eight, strict=True)

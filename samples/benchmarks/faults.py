@@ -34,6 +34,7 @@ from rich.progress import Progress, track
 
 from intaglio.pipeline.context import terminal
 from intaglio.pipeline.manifest import Manifest, compiled_folders
+from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.store import Store, files_below, tree_digest
 
 RECIPE = """
@@ -98,19 +99,18 @@ class Run:
         _, said = process.communicate()
         return process.returncode, said
 
-    def digests(self) -> Digests:
+    @property
+    def delivered(self) -> Path:
+        """The folder of its target."""
         (folder,) = compiled_folders(self.out)
-        return {step.step: step.outputs for step in Manifest.read(folder).steps if step.step not in TIMED}
+        return folder
 
-    def schemes(self) -> Mapping[str, str]:
-        """Of its plan, by layer."""
-        (folder,) = compiled_folders(self.out)
-        return {layer["name"]: layer["scheme"] for layer in json.loads((folder / "plan.json").read_text())["layers"]}
+    def digests(self) -> Digests:
+        return {step.step: step.outputs for step in Manifest.read(self.delivered).steps if step.step not in TIMED}
 
     def psnr_db(self) -> float:
         """Of deployed samples to those of full precision."""
-        (folder,) = compiled_folders(self.out)
-        found: float = json.loads((folder / "metrics.json").read_text())["psnr_db"]
+        found: float = json.loads((self.delivered / "metrics.json").read_text())["psnr_db"]
         return found
 
     def half_written(self) -> list[str]:
@@ -290,7 +290,8 @@ def another_cpu(bench: Bench) -> Tally:
     else:
         apart_db = abs(run.psnr_db() - bench.undisturbed.psnr_db())
         problems = [f"samples {apart_db:.2f} dB apart"] * (apart_db > SAME_DB)
-        problems += ["another plan"] * (run.schemes() != bench.undisturbed.schemes())
+        plans = [QuantPlan.load(each.delivered).schemes for each in (run, bench.undisturbed)]
+        problems += ["another plan"] * (plans[0] != plans[1])
     tally.count([*problems, *run.half_written()])
     return tally
 
