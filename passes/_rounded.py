@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,15 +14,21 @@ from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
 if TYPE_CHECKING:
     from torch import nn
 
+    from intaglio.pipeline.quant.balance import LayerBalance
     from intaglio.pipeline.quant.spec import LayerScheme
     from intaglio.pipeline.trajectory import Trajectory
 
 
 class RoundedLayers:
-    """The layers of a model in every form that is asked for. Scales are fitted once; no rounded weight is kept."""
+    """The layers of a model in every form that is asked for. Scales are fitted once; no rounded weight is kept.
 
-    def __init__(self, module: nn.Module, trajectory: Trajectory) -> None:
-        self.module, self.trajectory = module, trajectory
+    Layers in `balances` are rounded in their basis, whatever the form.
+    """
+
+    def __init__(
+        self, module: nn.Module, trajectory: Trajectory, balances: Mapping[str, LayerBalance] = MappingProxyType({})
+    ) -> None:
+        self.module, self.trajectory, self.balances = module, trajectory, balances
         self.clock = StepClock(trajectory.timesteps)
         self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
 
@@ -29,8 +36,9 @@ class RoundedLayers:
         """Outside the model, around its weight."""
         key = (name, form)
         if key not in self._made:
-            tables = (table.get(name) for table in self.trajectory.ranges({name: form}))
-            self._made[key] = QuantizedLayer(self.module.get_submodule(name), form, self.clock, *tables)  # type: ignore[arg-type]  # a Linear or Conv2d, and tables in their order
+            balances = {name: self.balances[name]} if name in self.balances else {}
+            tables = (table.get(name) for table in self.trajectory.ranges({name: form}, balances))
+            self._made[key] = QuantizedLayer(self.module.get_submodule(name), form, self.clock, *tables)  # type: ignore[arg-type]  # a Linear or Conv2d, tables in their order
         return self._made[key]
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -16,7 +17,7 @@ from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.estimate import ModelCost
-from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.keys import MODEL, PLAN, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
 
@@ -41,13 +42,15 @@ class MeasureSensitivity(Pass):
     """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs.
 
     A few backward passes predict it for all layers at once. Those that matter most are then rounded one by one, and the
-    model is computed from that layer on; so are the other schemes of layers for which the two estimates disagree. Where
-    samples are predicted to change visibly, whole trajectories are drawn with that one layer rounded.
+    model is computed from that layer on; so are the other schemes of layers for which the two estimates disagree.
+    Backward passes through whole trajectories predict what becomes of the samples; where that is visible, they are
+    drawn with that one layer rounded. Behind a plan with balanced layers, these are rounded in the plan's bases.
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
     random: ClassVar[bool] = True
     shared: ClassVar[bool] = True
@@ -59,7 +62,10 @@ class MeasureSensitivity(Pass):
         USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; every one costs as much time"
     )
     probes: int = Field(
-        2, ge=0, description="backward passes a row that predict all layers at once; 0: none, each is rounded alone"
+        2,
+        ge=0,
+        description="backward passes a row, and a drawn sample, that predict all layers at once; 0: none, each is"
+        " rounded alone",
     )
     direct: float = Field(
         0.5, ge=0, le=1, description="share of the layers and schemes that are rounded alone, the worst predicted first"
@@ -80,7 +86,7 @@ class MeasureSensitivity(Pass):
     drift_below_db: float = Field(
         50, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
     )
-    drift_samples: int = Field(4, ge=1, description="samples drawn for each layer and scheme measured so")
+    drift_samples: int = Field(4, ge=1, description="samples that are drawn, to predict errors and to measure them so")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
 
     @field_validator("metrics")
@@ -116,7 +122,8 @@ class MeasureSensitivity(Pass):
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
         drawn = sum(name.startswith("w4") for name in schemes) * model.layers
-        drift = (drawn + bool(drawn)) * one * self.drift_samples
+        along = 1 + self.probes * (2 + len(schemes)) if self.probes else 0
+        drift = (along + drawn + bool(drawn)) * one * self.drift_samples
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -147,11 +154,44 @@ class MeasureSensitivity(Pass):
         swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
         batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
         forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
-        rounded = RoundedLayers(model.module, trajectory)
+        rounded = RoundedLayers(model.module, trajectory, state[PLAN].balances if PLAN in state else {})
         study = Study(ctx, denoise, rounded, batch, steps, forms)
         weights = self._bucket_weights(sampler, buckets, ctx)
         table = self._measured(Sensitivity(layers, buckets, weights, schemes, {}, groups=groups), study)
+        table = replace(table, drift_screened=self._screened_drift(table, sampler, rounded, ctx))
         return {SENSITIVITY: replace(table, drift=self._drift(table, sampler, rounded, ctx))}
+
+    def _screened_drift(
+        self, table: Sensitivity, sampler: Sampler, rounded: RoundedLayers, ctx: Context
+    ) -> dict[str, dict[str, float]]:
+        """Predicted squared error of final samples, one layer rounded all the way; nothing without probes."""
+        from intaglio.passes._screen import Screen
+        from intaglio.passes._study import Progress
+        from intaglio.pipeline.denoiser import clocked, denoise_with
+
+        if not self.probes:
+            return {}
+        model, forms = sampler.model, {name: forms_of(by, parts=False) for name, by in table.schemes.items()}
+        denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
+        screen = Screen(rounded, denoise, forms)
+        start = sampler.start(self.drift_samples, ctx.torch_rng("drift"))
+        progress, processes = Progress(ctx, "drift-screened"), ctx.processes
+
+        def predict(sample: int) -> dict[str, dict[str, float]]:
+            generators = [ctx.torch_rng("drift probe", sample, i) for i in range(self.probes)]
+            return screen.errors_of_samples(sampler, start.part(slice(sample, sample + 1)), generators)
+
+        try:
+            with ctx.progress("screening samples", self.drift_samples) as advance:
+                for sample in range(self.drift_samples)[processes.index :: processes.count]:
+                    progress.get(str(sample), partial(predict, sample))
+                    advance(processes.count)
+        except RuntimeError as e:
+            ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
+        found = list(progress.gathered().values())
+        if len(found) < self.drift_samples:
+            return {}
+        return {n: {label: fmean(each[n][label] for each in found) for label in by} for n, by in forms.items()}
 
     def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
         """With the errors of outputs: predicted for all, measured where they are large or the prediction is off."""

@@ -131,6 +131,10 @@ class Sampler:
     @torch.no_grad()
     def drive(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """Yield every call, and last the samples (B, ...)."""
+        yield from self.followed(denoise, start)
+
+    def followed(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
+        """As `drive`, with gradients of the samples where torch records them."""
         scheduler = self.model.scheduler
         scheduler.set_timesteps(self.steps, **self.model.schedule)
         x = start.noise * getattr(scheduler, "init_noise_sigma", 1.0)

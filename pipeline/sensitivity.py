@@ -20,8 +20,9 @@ class Sensitivity:
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
     `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
     the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
-    `drift[layer][scheme]` is that error measured, on whole trajectories, where it was: a rounded weight pushes every
-    step the same way, which no sum over steps predicts.
+    A rounded weight pushes every step the same way, which no sum over steps predicts: `drift_screened[layer][scheme]`
+    is the error of the final samples to first order along whole trajectories, and `drift[layer][scheme]` that measured
+    on them, where it was.
 
     `stderr` is the standard error of each of those means, over samples; empty where there was one sample. `measured`
     lists the schemes that each layer was rounded alone in; errors of others are `screened` ones, the first-order
@@ -46,6 +47,7 @@ class Sensitivity:
     groups: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
     ranked: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    drift_screened: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rank_correlation: float | None = None
 
     def total(self, layer: str, scheme: str) -> float:
@@ -66,7 +68,7 @@ class Sensitivity:
             moved[layer] = sum(
                 self._squared(layer, scheme) * self._weighed(errors) / predicted
                 for scheme, errors in by.items()
-                if (predicted := self.predicted(layer, scheme))
+                if (predicted := self.predicted_by_outputs(layer, scheme))
             )
         factors: dict[str, float] = {}
         for group in {self.groups[layer] for layer in self.ranked}:
@@ -81,6 +83,11 @@ class Sensitivity:
         return self.predicted(layer, scheme) if measured is None else measured
 
     def predicted(self, layer: str, scheme: str) -> float:
+        """Mean squared error of the final samples: by gradients of them, or else by errors of the buckets' outputs."""
+        along = self.drift_screened.get(layer, {}).get(scheme)
+        return self.predicted_by_outputs(layer, scheme) if along is None else along
+
+    def predicted_by_outputs(self, layer: str, scheme: str) -> float:
         """Mean squared error of the final samples, as the errors of the buckets' outputs predict it."""
         return self._weighed(self.error[layer][scheme])
 
@@ -103,6 +110,7 @@ class Sensitivity:
             "groups": self.groups,
             "metrics": self.metrics,
             "ranked": self.ranked,
+            "drift_screened": self.drift_screened,
             "rank_correlation": self.rank_correlation,
         }
         (root / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -125,6 +133,7 @@ class Sensitivity:
             content["groups"],
             content["metrics"],
             _tuples(content["ranked"]),
+            content["drift_screened"],
             content["rank_correlation"],
         )
 

@@ -1,16 +1,16 @@
 """What a run survives: kills, a full disk, damage to the store, company, other numbers of threads, another CPU.
 
-    python samples/benchmarks/faults.py [--kills 100] [--json]
+    python samples/benchmarks/faults.py [--kills 100] [--only KIND ...] [--json]
 
 A tiny transformer with random weights is compiled for ONNX Runtime by the command, in processes of their own. A fault
 is survived if nothing half-written is ever taken for whole, no message is a traceback, and the same command then ends
 with the digests of an undisturbed run (of all but what holds measured times: latencies, and the report of them).
 
-`kill`: SIGKILL, SIGTERM and Ctrl-C by turns, at random moments. `full disk`: no file can grow beyond some number of
-bytes, for sizes of the files of an undisturbed store. `flipped byte`, `vanished`: one object of a finished store each;
-damage is to be named, and healed by what the message says. `clock`: all files of the store are from 1980, or 2100.
-`another CPU`: torch computes as on one without AVX, so that digests are others; survived if the plan is the same and
-the deployed samples are as near to full precision, to `SAME_DB`.
+`kill`: SIGKILL, SIGTERM and Ctrl-C by turns, at random moments of the time that a run computes. `full disk`: no file
+can grow beyond some number of bytes, for sizes of the files of an undisturbed store. `flipped byte`, `vanished`: one
+object of a finished store each; damage is to be named, and healed by what the message says. `clock`: all files of the
+store are from 1980, or 2100. `another CPU`: torch computes as on one without AVX, so that digests are others; survived
+if the plan is the same and the deployed samples are as near to full precision, to `SAME_DB`.
 """
 
 import json
@@ -24,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import psutil
 import typer
 from rich.progress import Progress, track
 
@@ -137,6 +138,7 @@ class Tally:
         self.tried += 1
         if problems:
             self.lost.append("; ".join(problems))
+            print(f"lost: {self.lost[-1]}", file=sys.stderr)
 
 
 @dataclass
@@ -147,6 +149,7 @@ class Bench:
     undisturbed: Run
     expected: Digests
     seconds: float
+    cpu_s: float
     rng: random.Random
 
     @classmethod
@@ -154,11 +157,12 @@ class Bench:
         families = Path(__file__).with_name("tiny_families.py")
         recipe = place / "recipe.yaml"
         recipe.write_text(RECIPE % Path(os.path.relpath(families, place)).as_posix())
-        run, began = Run(place / "undisturbed", recipe), time.perf_counter()
+        run, began, computed_s = Run(place / "undisturbed", recipe), time.perf_counter(), ended_cpu_s()
         code, said = run.ended(run.start())
         if code:
             raise typer.BadParameter(f"the undisturbed run ended with {code}: {said}")
-        return cls(place, run, run.digests(), time.perf_counter() - began, random.Random(0))
+        seconds, cpu_s = time.perf_counter() - began, ended_cpu_s() - computed_s
+        return cls(place, run, run.digests(), seconds, cpu_s, random.Random(0))
 
     def fresh(self, name: str) -> Run:
         return Run(self.place / name, self.undisturbed.recipe)
@@ -176,6 +180,17 @@ class Bench:
             return [f"ended with {code}: {said[-300:]}"]
         different = [step for step, made in self.expected.items() if run.digests().get(step) != made]
         return [*run.half_written(), *(f"{step} made something else" for step in different)]
+
+
+def ended_cpu_s() -> float:
+    """CPU seconds of all processes of this one that ended, with theirs."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """CPU seconds so far, with those of its processes that ended."""
+    return sum(process.cpu_times()[:4])
 
 
 def bar(items: Sequence[T], name: str) -> Iterable[T]:
@@ -205,11 +220,13 @@ def kills(bench: Bench, count: int) -> Tally:
 
 def killed(run: Run, bench: Bench, by: signal.Signals) -> list[str] | None:
     """What is wrong behind a kill; None where the run ended before it."""
-    process = run.start()
-    try:
-        process.wait(bench.rng.uniform(0.1, 0.9) * bench.seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(by)
+    process, moment_s = run.start(), bench.rng.uniform(0.1, 0.9) * bench.cpu_s
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        if cpu_s(watched) >= moment_s:
+            process.send_signal(by)
+            break
+        time.sleep(0.01)
     code, said = run.ended(process)
     if code == 0:
         return None
@@ -307,32 +324,34 @@ def clocks(bench: Bench) -> Tally:
     return tally
 
 
-def faults(bench: Bench, kill_count: int, disk_count: int) -> Iterator[tuple[str, Tally]]:
-    yield "run again, 1 and 2 threads", repeated(bench)
-    yield "another CPU", another_cpu(bench)
-    yield "2 and 4 runs on one store", companies(bench)
-    yield "clock", clocks(bench)
-    yield "vanished object", damages(bench, shutil.rmtree, "vanished")
-    yield "flipped byte", damages(bench, flip(bench.rng), "flipped")
-    yield "full disk", full_disks(bench, disk_count)
-    yield "kill", kills(bench, kill_count)
-
-
 def main(
     kill_count: Annotated[int, typer.Option("--kills", min=0)] = 100,
     disk_count: Annotated[int, typer.Option("--disks", min=0, help="sizes of files that a full disk refuses")] = 15,
+    only: Annotated[list[str] | None, typer.Option(help="kinds of faults, as they are printed; all if none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
 ) -> None:
+    kinds: dict[str, Callable[[Bench], Tally]] = {
+        "run again, 1 and 2 threads": repeated,
+        "another CPU": another_cpu,
+        "2 and 4 runs on one store": companies,
+        "clock": clocks,
+        "vanished object": lambda bench: damages(bench, shutil.rmtree, "vanished"),
+        "flipped byte": lambda bench: damages(bench, flip(bench.rng), "flipped"),
+        "full disk": lambda bench: full_disks(bench, disk_count),
+        "kill": lambda bench: kills(bench, kill_count),
+    }
+    if unknown := set(only or ()) - set(kinds):
+        raise typer.BadParameter(f"no kind of fault: {', '.join(sorted(unknown))}; there are {', '.join(kinds)}")
     found = {}
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.begin(Path(place))
         if not as_json:
             print(f"{'an undisturbed run takes':28} {bench.seconds:.1f} s\n{'':28} tried  survived  lost")
-        for name, tally in faults(bench, kill_count, disk_count):
+        for name in only or kinds:
+            tally = kinds[name](bench)
             found[name] = {"tried": tally.tried, "survived": tally.survived, "lost": tally.lost}
             if not as_json:
                 print(f"{name:28} {tally.tried:5}  {tally.survived:8}  {len(tally.lost):4}", flush=True)
-                print("".join(f"    {lost}\n" for lost in tally.lost), end="", flush=True)
     if as_json:
         print(json.dumps(found))
     if any(each["lost"] for each in found.values()):

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 import tiny_families
 import torch
 from harness import Artifacts, run_pass
 from pydantic import ValidationError
+from quantizing import with_plan
 from tiny import save_folder, tiny_dit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,8 +26,10 @@ from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.keys import MODEL, SENSITIVITY, TARGET, TRAJECTORY
+from intaglio.pipeline.keys import MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY
+from intaglio.pipeline.quant.balance import Balance, LayerBalance
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
+from intaglio.pipeline.quant.spec import FLOAT, w4a16
 from intaglio.pipeline.runner import compile
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import load_target
@@ -107,6 +111,33 @@ def test_a_layer_that_changes_the_samples_is_measured_on_whole_trajectories(meas
     for layer, by in table.error.items():
         drawn = {scheme for scheme in by if table.predicted(layer, scheme) > visible}
         assert set(table.drift.get(layer, {})) == drawn
+
+
+def test_samples_are_predicted_by_gradients_along_trajectories(measured):
+    """As measured from the same noise, of schemes that samples are drawn for; eight draws of a deviation of sqrt(2)."""
+    table = measured[SENSITIVITY]
+    pairs = [(name, scheme) for name, by in table.drift.items() for scheme in by]
+    ratios = [table.drift[name][scheme] / table.drift_screened[name][scheme] for name, scheme in pairs]
+    assert len(pairs) > 2
+    assert 0.5 < median(ratios) < 2
+    unmeasured = next((n, s) for n, by in table.drift_screened.items() for s in by if s not in table.drift.get(n, {}))
+    assert replace(table, ranked={}).total(*unmeasured) == table.drift_screened[unmeasured[0]][unmeasured[1]] > 0
+
+
+def test_layers_of_a_balanced_plan_are_rounded_in_its_bases(calibrated, tmp_path):
+    """A rotation alone: weights have other errors in it, and what a layer computes in float stays."""
+    name = "transformer_blocks.0.ff.net.2"
+    low, high = (calibrated[TRAJECTORY].low[name] * 4, calibrated[TRAJECTORY].high[name] * 4)
+    flat = torch.ones(calibrated[MODEL].open().module.get_submodule(name).in_features)
+    basis = LayerBalance(Balance.rotated(flat, 16, torch.Generator().manual_seed(0)), low, high)
+    plain = with_plan(calibrated, lambda layer: w4a16(64) if layer.name == name else FLOAT)
+    rotated = plain | {PLAN: plain[PLAN].balanced({name: basis})}
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w4a16",), probes=0, **NO_DRIFT)
+    before, after = (
+        run_pass(step, each, tmp_path / n)[SENSITIVITY].error for n, each in (("a", plain), ("b", rotated))
+    )
+    assert {n for n in before if before[n] != after[n]} == {name}
+    assert 0.2 < after[name]["w4a16"][0] / before[name]["w4a16"][0] < 5
 
 
 def test_drift_goes_on_where_it_was(measured, tmp_path):
