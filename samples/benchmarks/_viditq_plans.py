@@ -56,9 +56,10 @@ class Ends:
         """All layers in fp16."""
         return sum(layer.size_bytes(FLOAT) for layer in self.wide.layers)
 
-    def analysis(self) -> Step:
-        """Sensitivity in the schemes that are used."""
-        return Step(uses="sensitivity", options={"schemes": self._used(NARROW + WIDE)})
+    def analysis(self) -> tuple[Step, ...]:
+        """Sensitivity in the schemes that are used, and in the bases that suit the narrow ones."""
+        sensitivity = Step(uses="sensitivity", options={"schemes": self._used(NARROW + WIDE)})
+        return uniform([*NARROW, *WIDE]), Step(uses="balance", name="bases"), sensitivity
 
     def assigned(self, limit_bytes: int) -> Step:
         """Our plan."""

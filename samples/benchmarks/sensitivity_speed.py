@@ -4,8 +4,9 @@
 
 All on the same rows of the same recorded calls, in the same formats: 8-bit weights and inputs, and 4-bit weights. Each
 layer rounded alone, with the whole model computed and with calls that begin at the layer (which give the same numbers,
-to the bit); all layers predicted by backward passes; and `modelopt.torch.quantization.auto_quantize`, by its gradients
-where they work, else by the KL divergence of its outputs. Fitting scales is part of every time.
+to the bit); all layers predicted by backward passes, of those calls and of whole trajectories; and
+`modelopt.torch.quantization.auto_quantize`, by its gradients where they work, else by the KL divergence of its outputs.
+Fitting scales is part of every time.
 """
 
 import itertools
@@ -22,10 +23,12 @@ from scipy.stats import spearmanr
 
 from intaglio.passes._findings import MSE, forms_of
 from intaglio.passes._rounded import RoundedLayers
+from intaglio.passes._screen import Screen
 from intaglio.passes._study import Batch, Errors, Study
+from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline import Context, Recipe, Step, Store, compile
 from intaglio.pipeline.checkpoint import Checkpoint, layer_table
-from intaglio.pipeline.denoiser import Inputs, Sampler, denoise_with
+from intaglio.pipeline.denoiser import Inputs, Sampler, clocked, denoise_with
 from intaglio.pipeline.estimate import measure_cost
 from intaglio.pipeline.keys import TRAJECTORY
 from intaglio.pipeline.metrics import MetricContext, RelativeError
@@ -98,10 +101,22 @@ def speeds(
         metrics = {name: {MSE: RelativeError()} for name in made.forms}
         return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
 
+    def along() -> Scores:
+        """Of as many samples as `sensitivity` draws."""
+        made, count = study(reuse=True), MeasureSensitivity().drift_samples
+        sampler = made.batch.sampler
+        denoise = clocked(made.denoise, made.rounded.clock, sampler.names.timestep)
+        screen = Screen(made.rounded, denoise, made.forms)
+        start = sampler.start(count, made.ctx.torch_rng("drift"))
+        generators = [made.ctx.torch_rng("probe", i) for i in range(probes)]
+        parts = [screen.errors_of_samples(sampler, start.part(slice(i, i + 1)), generators) for i in range(count)]
+        return {(name, form): sum(part[name][form] for part in parts) for name, by in made.forms.items() for form in by}
+
     ways = {
         "whole": lambda: direct(reuse=False),
         "replayed": lambda: direct(reuse=True),
         "screened": lambda: totals(study(reuse=True).screen(probes)),
+        "along": along,
         "theirs": lambda: auto_quantized(checkpoint, study(reuse=False), method),
     }
     scores: dict[str, Scores] = {}
@@ -116,8 +131,8 @@ def speeds(
             began = time.process_time()
             scores[way] = work()
             seconds[way].append(time.process_time() - began)
-    whole, replayed, screened, theirs = scores.values()
-    whole_s, replayed_s, screened_s, theirs_s = (min(taken) for taken in seconds.values())
+    whole, replayed, screened, _, theirs = scores.values()
+    whole_s, replayed_s, screened_s, along_s, theirs_s = (min(taken) for taken in seconds.values())
     common = sorted(theirs.keys() & whole.keys())
     return {
         "layers": len({name for name, _ in whole}),
@@ -126,6 +141,7 @@ def speeds(
         "direct_without_reuse_cpu_s": whole_s,
         "direct_cpu_s": replayed_s,
         "screen_cpu_s": screened_s,
+        "screen_of_samples_cpu_s": along_s,
         "auto_quantize_cpu_s": theirs_s,
         "auto_quantize_method": method,
         "auto_quantize_by_gradient": failure or "runs",
