@@ -1,8 +1,4 @@
 import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,7 +9,6 @@ import torch
 from harness import Artifacts, run_pass
 from pydantic import ValidationError
 from quantizing import with_plan
-from tiny import save_folder, tiny_dit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +16,6 @@ from intaglio.passes._layer_groups import layer_groups
 from intaglio.passes._study import Batch
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline import Recipe, Store
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
@@ -30,7 +24,6 @@ from intaglio.pipeline.keys import MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY
 from intaglio.pipeline.quant.balance import Balance, LayerBalance
 from intaglio.pipeline.quant.modules import StepClock, quantize_model
 from intaglio.pipeline.quant.spec import FLOAT, w4a16
-from intaglio.pipeline.runner import compile
 from intaglio.pipeline.sensitivity import Sensitivity
 from intaglio.pipeline.target import load_target
 
@@ -38,13 +31,6 @@ ROUNDED = "transformer_blocks.1.norm1.linear"
 """The layer that is rounded alone, at 4 bits."""
 
 
-RECIPE = """
-model: {path: model, sampling_steps: 4, guidance: 2.0}
-targets: [onnxruntime-cpu]
-steps:
-  - calibrate: {samples: 4}
-  - sensitivity: {buckets: 2, rows: 2, drift_samples: 1}
-"""
 NO_DRIFT = {"drift_below_db": -100}
 """No error of samples is as large."""
 CONTENT = {f"transformer_blocks.{i}.norm1.linear" for i in range(2)} | {"proj_out_1"}
@@ -354,27 +340,3 @@ def test_rows_are_estimated_as_they_are_computed(calibrated, options, tmp_path):
 def test_a_table_is_what_was_saved(measured, tmp_path):
     measured[SENSITIVITY].save(tmp_path)
     assert Sensitivity.load(tmp_path) == measured[SENSITIVITY]
-
-
-def test_two_processes_measure_what_one_does(tmp_path):
-    """To the bit, from the same trajectories, all estimates and drift included."""
-    save_folder(tiny_dit(), tmp_path / "model")
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    recipe = Recipe.parse(RECIPE)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as `torchrun` has it
-    calibrated = recipe.model_copy(update={"steps": recipe.steps[:1]})
-    compile(calibrated, Store(tmp_path / "one"), base=tmp_path)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    compiled = compile(recipe, Store(tmp_path / "one"), base=tmp_path)["onnxruntime-cpu"]
-    torch.set_num_threads(threads)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "intaglio"]
-    command = [*launcher, "run", "recipe.yaml", "--store", "two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    store, one = Store(tmp_path / "two"), compiled[SENSITIVITY]
-    (record,) = (record for record in store.records() if record.step == "sensitivity")
-    assert one.rank_correlation is not None
-    assert one.drift
-    assert store.load(SENSITIVITY, record.outputs["SENSITIVITY"]) == one

@@ -1,23 +1,25 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline import Store
-from intaglio.pipeline.keys import ADAPTER, QUANTIZED, TRAJECTORY
+from intaglio.pipeline import Recipe, Store, compile
+from intaglio.pipeline.keys import ADAPTER, QUANTIZED, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.processes import Processes, processes
-from intaglio.pipeline.store import RunRecord
 
 RECIPE = """
 model: {path: model, sampling_steps: 4, guidance: 2.0}
 targets: [onnxruntime-cpu]
 steps:
   - calibrate: {samples: 16}
+  - sensitivity: {buckets: 2, rows: 2, drift_samples: 2}
   - uniform: {schemes: [w4a8_token, w8a8_token, w8a8_step]}
   - distill: {updates: 20, samples: 4, rank: 4, rollout: 0.3}
   - merge
@@ -39,26 +41,52 @@ def test_one_process_keeps_to_itself():
     assert tensor.tolist() == [1, 1, 1]
 
 
-def run(folder: Path, *launcher: str) -> dict[str, RunRecord]:
-    """By step."""
-    command = [sys.executable, *launcher, "-m", "intaglio", "run", "recipe.yaml", "--store", str(folder)]
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As `torchrun` gives each of its processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_by_two(store: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "intaglio"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "run", "recipe.yaml", "--store", str(store)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # one of them speaks
-    return {record.step: record for record in Store(folder).records()}
 
 
-def test_two_processes_make_what_one_does(tmp_path):
+def only_calibrated(store: Path) -> Store:
+    """A copy in which nothing else is on record."""
+    copy = Store(shutil.copytree(store, store.with_name("calibrated")))
+    for file in (copy.root / "runs").iterdir():
+        if json.loads(file.read_text())["step"] != "calibrate":
+            file.unlink()
+    return copy
+
+
+def test_two_processes_make_what_one_does(tmp_path, one_thread):
     save_folder(tiny_dit(), tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    records = [run(tmp_path / "one"), run(tmp_path / "two", *launcher)]
+    recipe = Recipe.parse(RECIPE)
+    run_by_two(tmp_path / "two")
+    compile(recipe, Store(tmp_path / "one"), base=tmp_path)
     stores = [Store(tmp_path / "one"), Store(tmp_path / "two")]
+    records = [{record.step: record for record in store.records()} for store in stores]
 
     def both(step: str, key):
         return [store.load(key, record[step].outputs[key.name]) for store, record in zip(stores, records, strict=True)]
 
+    _, measured = both("sensitivity", SENSITIVITY)
+    from_the_same = recipe.model_copy(update={"steps": recipe.steps[:2]})
+    (done,) = compile(from_the_same, only_calibrated(tmp_path / "two"), base=tmp_path).values()
+    assert done[SENSITIVITY] == measured  # to the bit, all estimates and drift included
+    assert measured.rank_correlation is not None
+    assert measured.drift
+    assert measured.drift_screened
     one, two = both("calibrate", TRAJECTORY)
     assert torch.equal(one.conditions["class_labels"], two.conditions["class_labels"])
     # products of other heights are summed in another order
@@ -73,4 +101,4 @@ def test_two_processes_make_what_one_does(tmp_path):
     for name, layer in one.layers.items():
         assert (layer.codes != two.layers[name].codes).float().mean() < 0.01
     manifest = json.loads((tmp_path / "build" / "recipe" / "onnxruntime-cpu" / "manifest.json").read_text())
-    assert [step["step"] for step in manifest["steps"]][:2] == ["calibrate", "uniform"]
+    assert [step["step"] for step in manifest["steps"]][:2] == ["calibrate", "sensitivity"]
