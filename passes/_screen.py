@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -50,7 +49,7 @@ class Screen:
                 output = self.denoise(inputs)
             for generator in probes:
                 self._products = {}
-                signs = torch.randint(2, output.shape, generator=generator).to(output.dtype) * 2 - 1
+                signs = _signs(output, generator)
                 torch.autograd.grad(output, self._leaves, signs, retain_graph=True, allow_unused=True)
                 for key, product in self._products.items():
                     totals[key] += product**2 / len(probes)
@@ -65,33 +64,54 @@ class Screen:
         """Predicted mean squared error of the samples from `start`, one layer rounded all the way, by layer and label.
 
         |sum_t J_t d_t|^2, J_t = d samples / d y at step t: what a rounded weight does at every step adds up, and counts
-        as the steps that follow leave it. Raises RuntimeError where no gradient comes through the sampler.
+        as the steps that follow leave it. Calls are computed once more on the way back, one at a time. Raises
+        RuntimeError where no gradient comes through the scheduler.
         """
-        names, totals = sampler.names, {(name, label): 0.0 for name, forms in self.forms.items() for label in forms}
-        noise = start.noise.clone().requires_grad_()
+        calls: list[tuple[Inputs, torch.Tensor]] = []
 
         def denoise(inputs: Inputs) -> torch.Tensor:
-            output: torch.Tensor = _Recomputed.apply(inputs[names.sample], inputs, names.sample, self)  # type: ignore[no-untyped-call]  # torch's has no types
-            return output
+            with torch.no_grad():
+                output = self.denoise(inputs)
+            calls.append((inputs, output.detach().requires_grad_()))
+            return calls[-1][1]
 
         with torch.enable_grad():
-            *_, samples = sampler.followed(denoise, replace(start, noise=noise))
+            *_, samples = sampler.followed(denoise, start)
         assert isinstance(samples, torch.Tensor)  # they come last
-        for generator in probes:
-            self._products = {}
-            signs = torch.randint(2, samples.shape, generator=generator).to(samples.dtype) * 2 - 1
-            torch.autograd.grad(samples, noise, signs, retain_graph=True)
-            for key, product in self._products.items():
-                totals[key] += product**2 / (len(probes) * samples.numel())
-        return {name: {label: totals[name, label] for label in forms} for name, forms in self.forms.items()}
+        # what depends on an output through the scheduler alone, and the gradients by it, a list for each probe
+        ends, gradients = [samples], [[_signs(samples, generator)] for generator in probes]
+        products: list[dict[tuple[str, str], float]] = [{} for _ in probes]
+        for inputs, output in reversed(calls):
+            by_output = [torch.autograd.grad(ends, output, by_ends, retain_graph=True)[0] for by_ends in gradients]
+            x = inputs[sampler.names.sample]
+            by_sample = self._pulled_back(inputs, sampler.names.sample, by_output, products)
+            if x.requires_grad:  # not the noise that it all begins with
+                ends.append(x)
+                for by_ends, found in zip(gradients, by_sample, strict=True):
+                    by_ends.append(found)
+        scale = 1 / (len(probes) * samples.numel())
+        return {
+            name: {label: scale * sum(each.get((name, label), 0.0) ** 2 for each in products) for label in forms}
+            for name, forms in self.forms.items()
+        }
 
-    def pulled_back(self, inputs: Inputs, sample: str, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient by the sample, of a call computed once more; what layers do to its product is added up."""
+    def _pulled_back(
+        self,
+        inputs: Inputs,
+        sample: str,
+        by_output: Sequence[torch.Tensor],
+        products: Sequence[dict[tuple[str, str], float]],
+    ) -> list[torch.Tensor]:
+        """Gradients by the sample of one call, for each by its output, to whose products what layers do is added."""
         self._leaves = []
         x = inputs[sample].detach().requires_grad_()
         with torch.enable_grad(), self._noted():
             output = self.denoise({**inputs, sample: x.clone()})  # which the model may write into
-        found: torch.Tensor = torch.autograd.grad(output, [x, *self._leaves], gradient, allow_unused=True)[0]
+        found = []
+        for gradient, self._products in zip(by_output, products, strict=True):
+            found.append(
+                torch.autograd.grad(output, [x, *self._leaves], gradient, retain_graph=True, allow_unused=True)[0]
+            )
         return found
 
     @contextlib.contextmanager
@@ -124,15 +144,5 @@ class Screen:
         return y
 
 
-class _Recomputed(torch.autograd.Function):
-    """A call of the denoiser of which nothing is kept but its inputs: going back computes it again."""
-
-    @staticmethod
-    def forward(ctx: Any, _: torch.Tensor, inputs: Inputs, sample: str, screen: Screen) -> torch.Tensor:
-        ctx.call = inputs, sample, screen
-        return screen.denoise(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, sample, screen = ctx.call
-        return screen.pulled_back(inputs, sample, *gradients), None, None, None
+def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2, like.shape, generator=generator).to(like.dtype) * 2 - 1

@@ -122,7 +122,7 @@ class MeasureSensitivity(Pass):
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
         drawn = sum(name.startswith("w4") for name in schemes) * model.layers
-        along = 1 + self.probes * (2 + len(schemes)) if self.probes else 0
+        along = 2 + len(schemes) + self.probes if self.probes else 0
         drift = (along + drawn + bool(drawn)) * one * self.drift_samples
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + drift)
 
