@@ -1,8 +1,8 @@
 """Where a denoiser is linear and its output one number, a prediction is exact: no probe and no order is left out."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 
 from intaglio.passes._rounded import RoundedLayers
@@ -47,8 +47,20 @@ def test_a_linear_model_is_predicted_exactly(name):
         assert predicted[name][label] == pytest.approx(measured, rel=1e-2)  # differences of near numbers
 
 
-def test_errors_of_samples_are_predicted_along_the_trajectory():
-    """One number through four steps of DDIM: exact but for what rounding does to its own effect, a few percent."""
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(clip_sample=False),
+        diffusers.EulerDiscreteScheduler(),  # scales what the denoiser is called with
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.DPMSolverMultistepScheduler(),  # goes on from former outputs
+        diffusers.UniPCMultistepScheduler(),
+        diffusers.HeunDiscreteScheduler(),  # two calls a step
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_errors_of_samples_are_predicted_along_the_trajectory(scheduler):
+    """One number through four steps: exact but for what rounding does to its own effect: below a tenth."""
 
     class Pointwise(nn.Module):
         def __init__(self) -> None:
@@ -62,7 +74,7 @@ def test_errors_of_samples_are_predicted_along_the_trajectory():
     torch.manual_seed(0)
     module = Pointwise().requires_grad_(False).eval()
     c = {"c": torch.randn(2, 64)}
-    model = Factory(module, DDIMScheduler(clip_sample=False), (1, 1, 1), conditions=c)
+    model = Factory(module, scheduler, (1, 1, 1), conditions=c)
     sampler = Sampler(model, 4, 1.0)
     rounded = RoundedLayers(module, NONE)
     start, denoise = sampler.start(1, torch.Generator().manual_seed(0)), denoise_with(module, model)
@@ -78,7 +90,7 @@ def test_errors_of_samples_are_predicted_along_the_trajectory():
         for label, form in forms.items():
             with rounded.alone(name, form):
                 measured = float((sampler.sample(denoise, start) - reference).square().mean())
-            assert predicted[name][label] == pytest.approx(measured, rel=0.05)
+            assert predicted[name][label] == pytest.approx(measured, rel=0.1)
             assert measured > 0
 
 
