@@ -284,10 +284,13 @@ class MeasureSensitivity(Pass):
         for name, scheme in pairs:
             drift.setdefault(name, {})[scheme] = done[f"{name}:{scheme}"]
         if len(pairs) > 2:
-            predicted = [table.predicted(*pair) for pair in pairs]
-            rank = spearmanr(predicted, [drift[name][scheme] for name, scheme in pairs]).statistic
+            drawn = [drift[name][scheme] for name, scheme in pairs]
+            ways = (table.predicted, table.predicted_by_outputs)
+            ranks = (spearmanr([predict(*pair) for pair in pairs], drawn).statistic for predict in ways)
             ctx.log.info(
-                "drew samples for %d layers and schemes; rank correlation with the prediction %.2f", len(pairs), rank
+                "drew samples for %d layers and schemes; rank correlation with predictions %.2f, by outputs alone %.2f",
+                len(pairs),
+                *ranks,
             )
         return drift
 
