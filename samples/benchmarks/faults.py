@@ -82,8 +82,9 @@ class Run:
         return self.folder / "out"
 
     def start(self, *, largest_file: int = resource.RLIM_INFINITY, **environment: str) -> subprocess.Popen[str]:
-        def limit() -> None:
+        def prepare() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
 
         self.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
@@ -92,7 +93,7 @@ class Run:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=limit,
+            preexec_fn=prepare,
         )
 
     def ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -213,6 +214,8 @@ def kills(bench: Bench, count: int) -> Tally:
             end = bench.finished(run)
             for problems in problems_of:
                 tally.count([*problems, *end])
+            if not terminal().is_terminal:
+                print(f"{tally.tried} of {count} kills", file=sys.stderr)
             shutil.rmtree(run.folder)
             chain += 1
     return tally
