@@ -6,6 +6,7 @@ from statistics import median
 import pytest
 import tiny_families
 import torch
+from diffusers import DDIMScheduler
 from harness import Artifacts, run_pass
 from pydantic import ValidationError
 from quantizing import with_plan
@@ -108,6 +109,15 @@ def test_samples_are_predicted_by_gradients_along_trajectories(measured):
     assert 0.5 < median(ratios) < 2
     unmeasured = next((n, s) for n, by in table.drift_screened.items() for s in by if s not in table.drift.get(n, {}))
     assert replace(table, ranked={}).total(*unmeasured) == table.drift_screened[unmeasured[0]][unmeasured[1]] > 0
+
+
+def test_a_sampler_without_gradients_is_named_and_outputs_are_added_up(calibrated, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(DDIMScheduler, "step", torch.no_grad()(DDIMScheduler.step))
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_step",), **NO_DRIFT)
+    table = replace(run_pass(step, calibrated, tmp_path)[SENSITIVITY], ranked={})
+    assert table.drift_screened == {}
+    assert "no gradient through this sampler" in caplog.text
+    assert table.total(ROUNDED, "w8a8_step") == table.predicted_by_outputs(ROUNDED, "w8a8_step") > 0
 
 
 def test_layers_of_a_balanced_plan_are_rounded_in_its_bases(calibrated, tmp_path):
