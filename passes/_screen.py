@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Forms = Mapping[str, Mapping[str, "LayerScheme"]]
 """By layer name and by label."""
+Products = dict[tuple[str, str], float]
+"""v^T J d by layer name and label, of one direction."""
 
 
 class Screen:
@@ -36,27 +38,23 @@ class Screen:
     def __init__(self, rounded: RoundedLayers, denoise: Denoise, forms: Forms) -> None:
         self.rounded, self.denoise, self.forms = rounded, denoise, forms
         self._leaves: list[torch.Tensor] = []
-        self._products: dict[tuple[str, str], float] = {}
+        self._products: Products = {}
 
     def errors(
         self, inputs: Inputs, probes: Sequence[torch.Generator]
     ) -> tuple[dict[str, dict[str, float]], torch.Tensor]:
         """Predicted squared error of the output for one row, by layer and label, the mean over probes; the output."""
         self._leaves = []
-        totals = {(name, label): 0.0 for name, forms in self.forms.items() for label in forms}
+        products: list[Products] = [{} for _ in probes]
         try:
             with torch.enable_grad(), self._noted():
                 output = self.denoise(inputs)
-            for generator in probes:
-                self._products = {}
+            for generator, self._products in zip(probes, products, strict=True):
                 signs = _signs(output, generator)
                 torch.autograd.grad(output, self._leaves, signs, retain_graph=True, allow_unused=True)
-                for key, product in self._products.items():
-                    totals[key] += product**2 / len(probes)
         except RuntimeError as e:
             raise StepFailed(f"sensitivity: no backward pass through this model ({e}): set sensitivity.probes=0") from e
-        predicted = {name: {label: totals[name, label] for label in forms} for name, forms in self.forms.items()}
-        return predicted, output.detach()
+        return self._mean_squares(products), output.detach()
 
     def errors_of_samples(
         self, sampler: Sampler, start: Start, probes: Sequence[torch.Generator]
@@ -80,7 +78,7 @@ class Screen:
         assert isinstance(samples, torch.Tensor)  # they come last
         # what depends on an output through the scheduler alone, and the gradients by it, a list for each probe
         ends, gradients = [samples], [[_signs(samples, generator)] for generator in probes]
-        products: list[dict[tuple[str, str], float]] = [{} for _ in probes]
+        products: list[Products] = [{} for _ in probes]
         for inputs, output in reversed(calls):
             by_output = [torch.autograd.grad(ends, output, by_ends, retain_graph=True)[0] for by_ends in gradients]
             x = inputs[sampler.names.sample]
@@ -89,9 +87,15 @@ class Screen:
                 ends.append(x)
                 for by_ends, found in zip(gradients, by_sample, strict=True):
                     by_ends.append(found)
-        scale = 1 / (len(probes) * samples.numel())
+        return self._mean_squares(products, samples.numel())
+
+    def _mean_squares(self, products: Sequence[Products], count: int = 1) -> dict[str, dict[str, float]]:
+        """By layer and label the mean over probes, of a sum over `count` numbers the mean over these."""
         return {
-            name: {label: scale * sum(each.get((name, label), 0.0) ** 2 for each in products) for label in forms}
+            name: {
+                label: sum(each.get((name, label), 0.0) ** 2 for each in products) / (len(products) * count)
+                for label in forms
+            }
             for name, forms in self.forms.items()
         }
 
@@ -100,7 +104,7 @@ class Screen:
         inputs: Inputs,
         sample: str,
         by_output: Sequence[torch.Tensor],
-        products: Sequence[dict[tuple[str, str], float]],
+        products: Sequence[Products],
     ) -> list[torch.Tensor]:
         """Gradients by the sample of one call, for each by its output, to whose products what layers do is added."""
         self._leaves = []

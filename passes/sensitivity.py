@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from intaglio.passes._findings import Findings, Pair
     from intaglio.passes._rounded import RoundedLayers
     from intaglio.passes._study import Study
-    from intaglio.pipeline.denoiser import Inputs, Sampler
+    from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler, Start
     from intaglio.pipeline.metrics import Metric
     from intaglio.pipeline.sensitivity import Sensitivity
     from intaglio.pipeline.target import Target
@@ -36,6 +36,21 @@ NOISE = 0.02
 """Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """How samples are drawn, from the same noise whichever layer is rounded."""
+
+    ctx: Context
+    sampler: Sampler
+    denoise: Denoise
+    start: Start
+    rounded: RoundedLayers
+
+    def samples(self) -> torch.Tensor:
+        """With the layers as they are in the model now."""
+        return self.sampler.sample(self.denoise, self.start)
 
 
 class MeasureSensitivity(Pass):
@@ -131,7 +146,7 @@ class MeasureSensitivity(Pass):
         from intaglio.passes._rounded import RoundedLayers
         from intaglio.passes._study import Batch, Study
         from intaglio.pipeline.checkpoint import layer_table
-        from intaglio.pipeline.denoiser import Sampler, denoise_with
+        from intaglio.pipeline.denoiser import Sampler, clocked, denoise_with
         from intaglio.pipeline.sensitivity import Sensitivity
 
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
@@ -158,28 +173,25 @@ class MeasureSensitivity(Pass):
         study = Study(ctx, denoise, rounded, batch, steps, forms)
         weights = self._bucket_weights(sampler, buckets, ctx)
         table = self._measured(Sensitivity(layers, buckets, weights, schemes, {}, groups=groups), study)
-        table = replace(table, drift_screened=self._screened_drift(table, sampler, rounded, ctx))
-        return {SENSITIVITY: replace(table, drift=self._drift(table, sampler, rounded, ctx))}
+        at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
+        drawn = _Drawn(ctx, sampler, at_its_step, sampler.start(self.drift_samples, ctx.torch_rng("drift")), rounded)
+        table = replace(table, drift_screened=self._screened_drift(table, drawn))
+        return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
 
-    def _screened_drift(
-        self, table: Sensitivity, sampler: Sampler, rounded: RoundedLayers, ctx: Context
-    ) -> dict[str, dict[str, float]]:
+    def _screened_drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
         """Predicted squared error of final samples, one layer rounded all the way; nothing without probes."""
         from intaglio.passes._screen import Screen
         from intaglio.passes._study import Progress
-        from intaglio.pipeline.denoiser import clocked, denoise_with
 
         if not self.probes:
             return {}
-        model, forms = sampler.model, {name: forms_of(by, parts=False) for name, by in table.schemes.items()}
-        denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
-        screen = Screen(rounded, denoise, forms)
-        start = sampler.start(self.drift_samples, ctx.torch_rng("drift"))
+        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in table.schemes.items()}
+        screen = Screen(drawn.rounded, drawn.denoise, forms)
         progress, processes = Progress(ctx, "drift-screened"), ctx.processes
 
         def predict(sample: int) -> dict[str, dict[str, float]]:
             generators = [ctx.torch_rng("drift probe", sample, i) for i in range(self.probes)]
-            return screen.errors_of_samples(sampler, start.part(slice(sample, sample + 1)), generators)
+            return screen.errors_of_samples(drawn.sampler, drawn.start.part(slice(sample, sample + 1)), generators)
 
         try:
             with ctx.progress("screening samples", self.drift_samples) as advance:
@@ -249,14 +261,11 @@ class MeasureSensitivity(Pass):
                 wanted[name] = labels
         return wanted
 
-    def _drift(
-        self, table: Sensitivity, sampler: Sampler, rounded: RoundedLayers, ctx: Context
-    ) -> dict[str, dict[str, float]]:
+    def _drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
         """Squared error of final samples, one layer rounded all the way, where it is predicted to be visible."""
         from scipy.stats import spearmanr
 
         from intaglio.passes._study import Progress
-        from intaglio.pipeline.denoiser import clocked, denoise_with
 
         visible = 4 / 10 ** (self.drift_below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
         pairs = [
@@ -265,16 +274,14 @@ class MeasureSensitivity(Pass):
             for scheme in table.error[layer.name]
             if table.predicted(layer.name, scheme) > visible
         ]
-        model = sampler.model
-        start = sampler.start(self.drift_samples, ctx.torch_rng("drift"))
-        denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
+        ctx = drawn.ctx
         progress, processes = Progress(ctx, "drift"), ctx.processes
         own = pairs[processes.index :: processes.count]
-        reference = sampler.sample(denoise, start) if own else start.noise
+        reference = drawn.samples() if own else drawn.start.noise
 
         def measure(name: str, scheme: str) -> float:
-            with rounded.alone(name, table.schemes[name][scheme]):
-                return float((sampler.sample(denoise, start) - reference).square().mean())
+            with drawn.rounded.alone(name, table.schemes[name][scheme]):
+                return float((drawn.samples() - reference).square().mean())
 
         with ctx.progress("drift of samples", len(pairs)) as advance:
             for name, scheme in own:
@@ -284,9 +291,9 @@ class MeasureSensitivity(Pass):
         for name, scheme in pairs:
             drift.setdefault(name, {})[scheme] = done[f"{name}:{scheme}"]
         if len(pairs) > 2:
-            drawn = [drift[name][scheme] for name, scheme in pairs]
+            measured = [drift[name][scheme] for name, scheme in pairs]
             ways = (table.predicted, table.predicted_by_outputs)
-            ranks = (spearmanr([predict(*pair) for pair in pairs], drawn).statistic for predict in ways)
+            ranks = (spearmanr([predict(*pair) for pair in pairs], measured).statistic for predict in ways)
             ctx.log.info(
                 "drew samples for %d layers and schemes; rank correlation with predictions %.2f, by outputs alone %.2f",
                 len(pairs),

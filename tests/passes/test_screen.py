@@ -78,10 +78,8 @@ def test_errors_of_samples_are_predicted_along_the_trajectory(scheduler):
     sampler = Sampler(model, 4, 1.0)
     rounded = RoundedLayers(module, NONE)
     start, denoise = sampler.start(1, torch.Generator().manual_seed(0)), denoise_with(module, model)
-    forms = {
-        "w8": W8A16,
-        "w4": w4a16(32),
-    }  # rounded inputs are others along another trajectory, which is no first order
+    # weights alone: rounded inputs are others along another trajectory, which is no first order
+    forms = {"w8": W8A16, "w4": w4a16(32)}
     names = ("inner", "condition", "outlet")
     screen = Screen(rounded, denoise, dict.fromkeys(names, forms))
     predicted = screen.errors_of_samples(sampler, start, [torch.Generator().manual_seed(1)])

@@ -77,9 +77,8 @@ def test_a_plan_beats_others_where_it_does_so_however_it_is_rounded():
     assert (worse["plan_beats_uniform"], worse["plan_beats_auto_quantize"]) == (False, False)
     assert worse["gain_over_uniform_nearest_db"] == pytest.approx(-0.3)
     assert better["gain_over_best_random_nearest_db"] == 5
-    assert (
-        better["sensitivity_speedup"] == 2
-    )  # five times, half of the layers measured, all predicted, 1 + 6 / 2; once 5 s
+    # five times, half of the layers measured and all predicted, 1 + 6 / 2; and once 5 s
+    assert better["sensitivity_speedup"] == 2
     total = summary([better, worse])
     assert (total["plan_beats_uniform"], total["gain_over_uniform_nearest_db"]) == (False, pytest.approx(-0.3))
 
