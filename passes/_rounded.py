@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from intaglio.pipeline.trajectory import Trajectory
 
 
+KEPT_BYTES = 2**28
+"""Of rounded weights, kept from call to call. With few tokens, rounding a weight takes longer than its product."""
+
+
 class RoundedLayers:
-    """The layers of a model in every form that is asked for. Scales are fitted once; no rounded weight is kept.
+    """The layers of a model in every form that is asked for. Scales are fitted once, and weights rounded as long as
+    there is room to keep them; others are rounded for every call.
 
     Layers in `balances` are rounded in their basis, whatever the form.
     """
@@ -31,6 +36,7 @@ class RoundedLayers:
         self.module, self.trajectory, self.balances = module, trajectory, balances
         self.clock = StepClock(trajectory.timesteps)
         self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
+        self._kept: dict[tuple[str, LayerScheme], int] = {}
 
     def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
         """Outside the model, around its weight."""
@@ -44,10 +50,17 @@ class RoundedLayers:
     @torch.no_grad()
     def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
         """Of the layer in this form."""
-        layer = self.layer(name, form)
-        y: torch.Tensor = layer(x)
-        layer.invalidate()
+        y: torch.Tensor = self.layer(name, form)(x)
+        self._leave(name, form)
         return y
+
+    def _leave(self, name: str, form: LayerScheme) -> None:
+        """Keep the rounded weight of a layer that was called, if there is room."""
+        layer = self.layer(name, form)
+        self._kept.setdefault((name, form), layer.layer.weight.nbytes)
+        if sum(self._kept.values()) > KEPT_BYTES:
+            del self._kept[name, form]
+            layer.invalidate()
 
     @contextlib.contextmanager
     def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
@@ -59,4 +72,4 @@ class RoundedLayers:
             yield
         finally:
             setattr(self.module.get_submodule(parent), child, original)
-            layer.invalidate()
+            self._leave(name, form)

@@ -2,20 +2,25 @@
 
     OMP_NUM_THREADS=1 python samples/benchmarks/plan_agreement.py samples/emoji-dit.yaml [--json]
 
-Float, W8A8 and W4A16 everywhere are compiled and timed layer by layer in ONNX Runtime, which is the profile. With it
-`assign` makes mixed plans at several sizes; these are compiled and timed too, by turns with the first ones. Latency is
-that of the quantizable layers relative to float, one thread. Bytes are those of the graph's files without what is no
-weight of these layers, relative to fp16.
+Float, W8A8 and W4A16 everywhere, and mixed plans of several sizes, are compiled and timed layer by layer in ONNX
+Runtime, all of them by turns. Times of the first three are the profile by which `assign` predicts the latency of the
+mixed ones. Latency is that of the quantizable layers relative to float, one thread. Bytes are those of the graph's
+files without what is no weight of these layers, relative to fp16. What `profile` counts of a call, layers and the rest,
+is held against the whole call as `bench` times it, by turns as well.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
 
+from intaglio.exporters._engine_process import EngineProcess, Setting
+from intaglio.exporters.benchmark import CPU
 from intaglio.exporters.profile import ProfileLayers
 from intaglio.pipeline import Recipe, Step, Store, compile
 from intaglio.pipeline.artifact import State
@@ -53,58 +58,69 @@ def main(
     def plain(schemes: list[str]) -> CompiledTarget:
         return compiled(before["calibrate"], Step(uses="uniform", options={"schemes": schemes}), *ROUND, *EXPORT)
 
-    def mixed(size: str, profiles: Sequence[Path]) -> CompiledTarget:
+    def assigned(size: str, profiles: Sequence[Path] = ()) -> tuple[Step, ...]:
         options = {"budget": {"size": float(size)}, "conv_output": "target", "profile": [str(p) for p in profiles]}
-        return compiled(*before.values(), Step(uses="assign", options=options), *ROUND, *EXPORT)
+        return (*before.values(), Step(uses="assign", options=options))
 
+    first = {name: plain(schemes) for name, schemes in PLAIN.items()}
+    mixed = {size: compiled(*assigned(size), *ROUND, *EXPORT) for size in sizes.split(",")}
+    rounds_of, of_calls = profiled({**first, **mixed}, rounds, rows)
     with tempfile.TemporaryDirectory() as folder:
-        first = {name: plain(schemes) for name, schemes in PLAIN.items()}
-        files = []
-        for name, profile in profiled(first, rounds, rows).items():
-            files.append(Path(folder) / f"{name}.json")
-            files[-1].write_text(profile.to_json())
-        plans = {size: mixed(size, files) for size in sizes.split(",")}
-    times = {n: total(p) for n, p in profiled({"float": first["float"], **plans}, rounds, rows).items()}
-    found = []
-    for size, done in plans.items():
-        said = done[FRONT].chosen.costs
-        found.append(
-            {
-                "weight_bits": done[PLAN].weight_bits_mean,
-                "size_predicted": said["size"],
-                "size_measured": size_of_layers(first["float"], done),
-                "latency_predicted": said["latency"],
-                "latency_measured": times[size] / times["float"],
-            }
-        )
+        files = [Path(folder) / f"{name}.json" for name in first]
+        for name, file in zip(first, files, strict=True):
+            file.write_text(sorted(rounds_of[name], key=total)[rounds // 2].to_json())
+        costs = {size: compiled(*assigned(size, files))[FRONT].chosen.costs for size in mixed}
+    found = [
+        {
+            "weight_bits": done[PLAN].weight_bits_mean,
+            "size_predicted": costs[size]["size"],
+            "size_measured": size_of_layers(first["float"], done),
+            "latency_predicted": costs[size]["latency"],
+            "latency_measured": median(map(ratio, rounds_of[size], rounds_of["float"])),
+        }
+        for size, done in mixed.items()
+    ]
     apart = {
         what: max(abs(row[f"{what}_measured"] / row[f"{what}_predicted"] - 1) for row in found)
         for what in ("size", "latency")
     }
     if as_json:
-        print(json.dumps({"plans": found, "largest_difference": apart}))
+        print(json.dumps({"plans": found, "largest_difference": apart, "profile_to_bench": of_calls}))
         return
     for row in found:
         print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
     print("measured to predicted, at most: " + ", ".join(f"{what} {100 * d:.1f} %" for what, d in apart.items()))
+    print(f"all kernels of a profile, to the call as bench times it: {of_calls:.3f}")
 
 
-def profiled(plans: Mapping[str, CompiledTarget], rounds: int, rows: int) -> dict[str, Profile]:
-    """Of every plan: the round whose layers took the median of all rounds, which are by turns."""
+def profiled(plans: Mapping[str, CompiledTarget], rounds: int, rows: int) -> tuple[dict[str, list[Profile]], float]:
+    """Of every plan one profile a round, by turns, and all kernels' time relative to the calls that `bench` times."""
     found: dict[str, list[Profile]] = {name: [] for name in plans}
-    step = ProfileLayers(rows=rows)
-    for _ in range(rounds):
-        for name, done in plans.items():
-            state = State({key: done[key] for key in (GRAPH, PLAN, TARGET)}, reader=step.name)
-            with tempfile.TemporaryDirectory() as scratch:
-                outputs = step.run(state, Context(Path(scratch), 0))
-                found[name].append(State(outputs, reader=step.name)[PROFILE])
-    return {name: sorted(each, key=total)[len(each) // 2] for name, each in found.items()}
+    of_calls, step = list[float](), ProfileLayers(rows=rows)
+    with ExitStack() as stack:
+        graphs = {name: done[GRAPH].path.parent for name, done in plans.items()}
+        settings = {name: Setting(folder, rows, step.threads, CPU, True) for name, folder in graphs.items()}
+        engines = {name: stack.enter_context(EngineProcess(setting)) for name, setting in settings.items()}
+        for _ in range(rounds):
+            for name, done in plans.items():
+                state = State({key: done[key] for key in (GRAPH, PLAN, TARGET)}, reader=step.name)
+                with tempfile.TemporaryDirectory() as scratch:
+                    outputs = step.run(state, Context(Path(scratch), 0))
+                profile = State(outputs, reader=step.name)[PROFILE]
+                kernels = total(profile) + sum(profile.rest_microseconds.values())
+                of_calls.append(kernels / (1e6 * median(engines[name].call(step.runs).clock)))
+                found[name].append(profile)
+    return found, median(of_calls)
 
 
 def total(profile: Profile) -> float:
     """Microseconds of the layers."""
     return sum(time.microseconds for time in profile.layers.values())
+
+
+def ratio(profile: Profile, to: Profile) -> float:
+    """Of the layers' times."""
+    return total(profile) / total(to)
 
 
 def size_of_layers(whole: CompiledTarget, done: CompiledTarget) -> float:
