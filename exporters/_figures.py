@@ -219,11 +219,12 @@ def _plan_cell(plan: QuantPlan, layer: Layer) -> Cell:
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One layer: its scheme in the plan, and for every column group one cell a bucket."""
+    """One layer: its scheme in the plan, what samples lose by it, and for every column group one cell a bucket."""
 
     role: str
     name: str
     scheme: Cell
+    samples: Cell
     groups: tuple[tuple[Cell, ...], ...]
 
 
@@ -260,11 +261,19 @@ def heat_map(sensitivity: Sensitivity, plan: QuantPlan) -> HeatMap:
         # the page adds layer, scheme and steps from the cell's row and column: there can be ten thousands of cells
         return tuple(Cell(_heat_css(e, low, high), "", number(e)) for e in row)
 
+    def samples(layer: Layer, scheme: str) -> Cell:
+        error = sensitivity.error_of_samples(layer.name, scheme) if scheme in sensitivity.error[layer.name] else 0.0
+        if not 0 < error < math.inf:
+            return Cell("", "", "")
+        found = "drawn" if scheme in sensitivity.drift.get(layer.name, {}) else "predicted"
+        psnr_db = 10 * math.log10(4 / error)  # samples lie in [-1, 1]
+        return Cell("", f"{psnr_db:.0f}", f"{layer.name}\n{psnr_db:.1f} dB PSNR of the samples, {found}")
+
     def row(layer: Layer) -> HeatRow:
         planned = plan.schemes[layer.name]
         *_, role = split_name(layer.name)
         groups = tuple(cells(layer, name) for name in (planned.name, *schemes))
-        return HeatRow(role, layer.name, _plan_cell(plan, layer), groups)
+        return HeatRow(role, layer.name, _plan_cell(plan, layer), samples(layer, planned.name), groups)
 
     planned = [layer for layer in sensitivity.layers if layer.name in plan.schemes]
     blocks = tuple(

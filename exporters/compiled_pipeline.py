@@ -10,23 +10,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from intaglio.exporters.runtime import check_backend, check_others, check_shapes, defaults, load, open_call
+from intaglio.exporters.runtime import ONNXRUNTIME, check_others, check_shapes, defaults, device_of, load, open_call
 from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.nesting import flatten, nest
+from intaglio.pipeline.target import load_target
 
 if TYPE_CHECKING:
     from intaglio.exporters._departure import Values
 
 
 class CompiledMethod:
-    """One method of a component, called as the original: what it was not compiled for is a CallError."""
+    """One method of a component, called as the original: what it was not compiled for is a CallError.
+
+    It computes on `device`; outputs are brought `home`, where the pipeline's tensors are.
+    """
 
     def __init__(
-        self, name: str, graph: Graph, call: Values, original: Callable[..., object], kind: Any, device: torch.device
+        self,
+        name: str,
+        graph: Graph,
+        call: Values,
+        original: Callable[..., object],
+        kind: Any,
+        device: torch.device,
+        home: torch.device,
     ) -> None:
-        self.name, self.graph, self.device = name, graph, device
+        self.name, self.graph, self.device, self.home = name, graph, device, home
         self._call, self._kind = call, kind
         self._compiled_with = defaults(original) | dict(flatten(graph.interface.constants))
 
@@ -52,7 +63,7 @@ class CompiledMethod:
         inputs = {n: v.to(getattr(torch, specs[n].dtype)).contiguous() for n, v in tensors.items()}
         check_others(given, specs, self._compiled_with, self.name)
         check_shapes(specs, inputs, self.name)
-        return self._call(inputs)
+        return {name: value.to(self.home) for name, value in self._call(inputs).items()}
 
 
 class CompiledComponent(nn.Module):
@@ -83,8 +94,8 @@ class CompiledComponent(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of outputs, and of inputs, which are brought there."""
-        return next(iter(self._methods.values())).device
+        """Of outputs; inputs can be anywhere."""
+        return next(iter(self._methods.values())).home
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises CallError."""
@@ -104,33 +115,36 @@ def load_pipeline(
 ) -> Any:  # a diffusers pipeline
     """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs or engines.
 
-    No weights are read but those in them. `backend`, `threads`, `providers`: as of `load`. `components`: those that
-    take the place of the folder's own, such as another scheduler. Raises RecipeError where the folder holds no
-    pipeline, or not what the backend executes, TargetError where an engine does not run here.
+    No weights are read but those in them. `backend`, `threads`, `providers`: as of `load`; components
+    compiled for ONNX Runtime run in it beside engines. `components`: those that take the place of the folder's own,
+    such as another scheduler. Raises RecipeError where the folder holds no pipeline, or not what the backend executes,
+    TargetError where an engine does not run here.
     """
     root = Path(folder)
-    check_backend(backend)
+    home = device_of(backend)
     if not (root / "pipeline" / INDEX).is_file():
         raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
     compiled = Components(root / "pipeline")
-    settings, returns = PipelineFolder(compiled.root), compiled.returns
+    settings, there = PipelineFolder(compiled.root), compiled.compiled
     made: dict[str, Any] = dict.fromkeys(settings.absent())
     for name in settings.classes():
         if name in components:
             continue
         if name == settings.denoiser:
             made[name] = load(root, backend=backend, threads=threads, providers=providers)
-        elif name not in returns:
+        elif name not in there:
             made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
         else:
             original = _without_weights(settings.component_class(name), compiled.root / name)
+            own = ONNXRUNTIME if load_target(there[name].target).runtime == ONNXRUNTIME else backend
             methods = {}
-            for method, kind in returns[name].items():
+            for method, kind in there[name].returns.items():
                 graph = Graph.load(compiled.root / name / method)
-                call, device = open_call(graph, backend, threads, providers)
+                call = open_call(graph, own, threads, providers)
                 output = output_class(kind) if kind else None
-                called = getattr(original, method)
-                methods[method] = CompiledMethod(f"{name}.{method}", graph, call, called, output, device)
+                methods[method] = CompiledMethod(
+                    f"{name}.{method}", graph, call, getattr(original, method), output, device_of(own), home
+                )
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters

@@ -10,10 +10,11 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, TARGET
+from intaglio.pipeline.target import load_target
 
 
 class BuildComponents(BuildTensorRT):
-    """The options are those of `tensorrt`, and hold for all of them."""
+    """The options are those of `tensorrt`, and hold for all of them. Components for ONNX Runtime need none."""
 
     name: ClassVar[str] = "components-tensorrt"
     requires: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS, TARGET})
@@ -23,14 +24,15 @@ class BuildComponents(BuildTensorRT):
         """Raises TargetError for every node of a component that the runtime refuses or would compute wrongly."""
         components, written = state[COMPONENTS], ctx.scratch / "engines"
         shutil.rmtree(written, ignore_errors=True)
-        methods = [(name, method) for name, returns in components.returns.items() for method in returns]
-        problems = []
+        compiled, problems = components.compiled, list[str]()
+        targets = {name: load_target(one.target) for name, one in compiled.items()}
+        methods = [(name, m) for name, one in compiled.items() if self.applies(targets[name]) for m in one.returns]
         with ctx.progress("engines", len(methods)) as advance:
             for name, method in methods:
                 place = written / name / method
                 place.mkdir(parents=True)
                 try:
-                    self.engine(Graph.load(components.root / name / method), state[TARGET], ctx).save(place)
+                    self.engine(Graph.load(components.root / name / method), targets[name], ctx).save(place)
                 except TargetError as error:
                     problems += [f"{name}.{method}: {problem}" for problem in error.problems]
                 advance()

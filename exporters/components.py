@@ -17,6 +17,7 @@ from intaglio.pipeline.errors import RecipeError, StepFailed, TargetError, did_y
 from intaglio.pipeline.graph import Graph, Interface
 from intaglio.pipeline.keys import COMPONENTS, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.target import Target, load_target
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from intaglio.exporters._torch_export import Calls, Compute
     from intaglio.pipeline.denoiser import Inputs
     from intaglio.pipeline.quantized import QuantizedLayerData
-    from intaglio.pipeline.target import Target
 
 Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
 
@@ -44,6 +44,7 @@ class ExportComponents(Pass):
     """
 
     name: ClassVar[str] = "components"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PIPELINE, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS})
     random: ClassVar[bool] = True
@@ -52,6 +53,9 @@ class ExportComponents(Pass):
     precision: Mapping[str, Precision] = Field(
         {},
         description="by component: float, which others have, w8a16, w4a16, or none, which leaves it out",
+    )
+    targets: Mapping[str, str] = Field(
+        {}, description="by component: the target it is compiled for, where that is not the recipe's"
     )
     call: Mapping[str, JsonValue] = Field(
         {}, description="what the pipeline is called with to see its models called; without `prompt`, two of ours"
@@ -64,18 +68,19 @@ class ExportComponents(Pass):
     opset: int = Field(21, ge=21, le=22, description="ONNX opset, as of export-float")
 
     def check(self, target: Target) -> None:
-        """Raises TargetError for an opset that the target does not read."""
-        if self.opset > target.opset_max:
-            raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
+        """Raises RecipeError for names of no target, TargetError for an opset that a target does not read."""
+        for each in (target, *map(load_target, self.targets.values())):
+            if self.opset > each.opset_max:
+                raise TargetError(f"opset {self.opset}, but {each.name} reads up to {each.opset_max}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises StepFailed where a graph does not compute what torch does, RecipeError for what cannot be compiled."""
         from torch import nn
 
         from intaglio.exporters._component_calls import output_with
-        from intaglio.pipeline.components import Components
+        from intaglio.pipeline.components import Compiled, Components
 
-        folder, target = state[PIPELINE], state[TARGET]
+        folder = state[PIPELINE]
         without = [name for name, precision in self.precision.items() if precision == "none"]
         self._check_names(folder.classes(), folder.denoiser)
         pipe = folder.open(state[MODEL].open().module, without)
@@ -85,10 +90,11 @@ class ExportComponents(Pass):
         gc.collect()  # the denoiser
         written, work = ctx.scratch / "pipeline", ctx.scratch / "work"
         shutil.rmtree(written, ignore_errors=True)
-        returns: dict[str, dict[str, str]] = {}
+        compiled: dict[str, Compiled] = {}
         with ctx.progress("components", len(usual)) as advance:
             for name, module in models.items():
                 precision, integers = self.precision.get(name, "float"), {}
+                target = load_target(self.targets[name]) if name in self.targets else state[TARGET]
                 methods = [calls for calls in usual if calls.component == name]
                 kinds = {calls.method: _class_of(output_with(module, calls, calls.inputs[0])) for calls in methods}
                 if precision != "float":
@@ -100,20 +106,24 @@ class ExportComponents(Pass):
                     place = written / name / calls.method
                     place.mkdir(parents=True)
                     graph.save(place)
-                    ctx.log.info("%s in %s, %.1f MB", calls.name, precision, graph.size_bytes / 1e6)
+                    ctx.log.info("%s in %s for %s, %.1f MB", calls.name, precision, target.name, graph.size_bytes / 1e6)
                     advance()
-                returns[name] = kinds
-        return {COMPONENTS: Components.write(written, folder, returns, without)}
+                compiled[name] = Compiled(target.name, kinds)
+        return {COMPONENTS: Components.write(written, folder, compiled, without)}
 
     def _check_names(self, there: Mapping[str, object], denoiser: str) -> None:
-        """Raise RecipeError for precisions of what is no component, or the denoiser."""
+        """Raise RecipeError for precisions and targets of what is no component, or the denoiser."""
+        options: Mapping[str, Mapping[str, str]] = {"precision": self.precision, "targets": self.targets}
         problems = [
-            f"precision.{name}: the pipeline has no such component{did_you_mean(name, there)}"
-            for name in self.precision
+            f"{option}.{name}: the pipeline has no such component{did_you_mean(name, there)}"
+            for option, by in options.items()
+            for name in by
             if name not in there
         ]
         if denoiser in self.precision:
             problems.append(f"precision.{denoiser}: the denoiser's precision is its plan's: leave it out here")
+        if denoiser in self.targets:
+            problems.append(f"targets.{denoiser}: the denoiser's target is the recipe's: leave it out here")
         if problems:
             raise RecipeError(*problems)
 

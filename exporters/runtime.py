@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from intaglio.exporters._departure import Values
 
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+ONNXRUNTIME = "onnxruntime"
+BACKENDS = (ONNXRUNTIME, "tensorrt", "tensorrt-rtx")
 
 
 class DenoiserOutput(NamedTuple):
@@ -168,29 +169,29 @@ def load(
     `providers`: those wanted beside the CPU's. Raises RecipeError where the folder holds nothing that the backend
     executes, TargetError where an engine does not run here.
     """
-    root = Path(folder)
-    check_backend(backend)
+    root, device = Path(folder), device_of(backend)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
         raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
     graph = Graph.load(root)
-    return CompiledDenoiser(graph, *open_call(graph, backend, threads, providers)).eval()
+    return CompiledDenoiser(graph, open_call(graph, backend, threads, providers), device).eval()
 
 
-def check_backend(backend: str) -> None:
-    """Raise RecipeError for a name that is none."""
+def device_of(backend: str) -> torch.device:
+    """Where it takes and leaves tensors. Raises RecipeError for a name that is none."""
     if backend not in BACKENDS:
         raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
+    return torch.device("cpu" if backend == ONNXRUNTIME else "cuda")
 
 
-def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> tuple[Values, torch.device]:
-    """What computes a graph that is in its folder, or the engine there, and where it takes and leaves tensors."""
-    if backend == "onnxruntime":
+def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> Values:
+    """What computes a graph that is in its folder, or the engine there, on tensors where the backend takes them."""
+    if backend == ONNXRUNTIME:
         from intaglio.exporters._session import graph_call
 
-        return graph_call(graph, threads=threads, providers=providers), torch.device("cpu")
+        return graph_call(graph, threads=threads, providers=providers)
     from intaglio.exporters._engine import engine_call
 
-    return engine_call(graph, backend), torch.device("cuda")
+    return engine_call(graph, backend)
 
 
 def _original(interface: Interface, channels: int | str) -> nn.Module | None:

@@ -83,7 +83,7 @@ class MeasureSensitivity(Pass):
         " rounded alone",
     )
     direct: float = Field(
-        0.5, ge=0, le=1, description="share of the layers and schemes that are rounded alone, the worst predicted first"
+        0.1, ge=0, le=1, description="share of the layers and schemes that are rounded alone, the worst predicted first"
     )
     agree: float = Field(
         3.0, gt=1, description="factor between prediction and measurement beyond which all of a layer is measured"

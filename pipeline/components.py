@@ -6,7 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -118,16 +118,25 @@ class _OfPipeline:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What a component was compiled for, and the class that each of its methods returns."""
+
+    target: str
+    returns: Mapping[str, str]
+    """`module:name`, or nothing for a tuple."""
+
+
+@dataclass(frozen=True)
 class Components(_OfPipeline):
     """The folder `pipeline` of a compiled one: a pipeline's without weights, and graphs in their place.
 
-    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what class each
-    method's output has.
+    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what each component
+    was compiled for, and what class each method's output has.
     """
 
     @classmethod
     def write(
-        cls, root: Path, folder: PipelineFolder, returns: Mapping[str, Mapping[str, str]], without: Collection[str]
+        cls, root: Path, folder: PipelineFolder, compiled: Mapping[str, Compiled], without: Collection[str]
     ) -> Self:
         """Into the folder with the graphs, what is needed beside them: every file but weights. Changes the folder."""
         keep = shutil.ignore_patterns(*WEIGHTS)
@@ -136,14 +145,15 @@ class Components(_OfPipeline):
                 shutil.copytree(folder.root / name, root / name, ignore=keep, dirs_exist_ok=True)
         index = folder.index() | {name: [None, None] for name in without}
         (root / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        (root / "components.json").write_text(json.dumps(returns, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        content = {name: asdict(one) for name, one in compiled.items()}
+        (root / "components.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return cls(root)
 
     @property
-    def returns(self) -> dict[str, dict[str, str]]:
-        """By component and method that are compiled, the class of the output: `module:name`, or nothing for a tuple."""
-        found: dict[str, dict[str, str]] = json.loads((self.root / "components.json").read_text(encoding="utf-8"))
-        return found
+    def compiled(self) -> dict[str, Compiled]:
+        """By name of the component."""
+        content = json.loads((self.root / "components.json").read_text(encoding="utf-8"))
+        return {name: Compiled(**one) for name, one in content.items()}
 
 
 @dataclass(frozen=True)

@@ -57,16 +57,16 @@ class Sensitivity:
         mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors; c keeps the
         group's whole error what it was. A metric ranks layers, while the squared error chooses among a layer's schemes.
         """
-        return self._squared(layer, scheme) * self._factors.get(layer, 1.0)
+        return self.error_of_samples(layer, scheme) * self._factors.get(layer, 1.0)
 
     @cached_property
     def _factors(self) -> dict[str, float]:
         """Of the layers that another metric ranks."""
         squared, moved = {}, {}
         for layer, by in self.ranked.items():
-            squared[layer] = sum(self._squared(layer, scheme) for scheme in by)
+            squared[layer] = sum(self.error_of_samples(layer, scheme) for scheme in by)
             moved[layer] = sum(
-                self._squared(layer, scheme) * self._weighed(errors) / predicted
+                self.error_of_samples(layer, scheme) * self._weighed(errors) / predicted
                 for scheme, errors in by.items()
                 if (predicted := self.predicted_by_outputs(layer, scheme))
             )
@@ -77,7 +77,7 @@ class Sensitivity:
             factors |= {layer: kept * moved[layer] / squared[layer] for layer in layers}
         return factors
 
-    def _squared(self, layer: str, scheme: str) -> float:
+    def error_of_samples(self, layer: str, scheme: str) -> float:
         """Mean squared error of the final samples: measured, or else predicted."""
         measured = self.drift.get(layer, {}).get(scheme)
         return self.predicted(layer, scheme) if measured is None else measured

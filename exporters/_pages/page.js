@@ -44,9 +44,9 @@
   const heat = document.querySelector(".heat");
   const groups = heat && heat.tHead.rows[0].cells, steps = heat && heat.dataset.steps.split("|");
   const place = (cell) => {  // layer, scheme and steps of a cell of the heat map
-    if (!heat || cell.tagName !== "TD" || !heat.contains(cell) || cell.cellIndex < 2) return "";
-    const column = cell.cellIndex - 2, stride = steps.length + 1;  // one empty cell before each group
-    const layer = cell.parentNode.cells[0], group = groups[3 + 2 * Math.floor(column / stride)];
+    if (!heat || cell.tagName !== "TD" || !heat.contains(cell) || cell.cellIndex < 3) return "";
+    const column = cell.cellIndex - 3, stride = steps.length + 1;  // one empty cell before each group
+    const layer = cell.parentNode.cells[0], group = groups[4 + 2 * Math.floor(column / stride)];
     return `${layer.title || layer.dataset.tip}\n${group.textContent}, steps ${steps[column % stride - 1]}\nerror `;
   };
   const show = (event) => {

@@ -22,7 +22,7 @@ from intaglio.exporters.components import ExportComponents, _round_weights
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.pipeline import Recipe
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.components import PipelineFolder
+from intaglio.pipeline.components import Components, PipelineFolder
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
 from intaglio.pipeline.graph import Engine
 from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
@@ -132,6 +132,34 @@ def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
     assert engine.fp_gemm == sum(isinstance(m, torch.nn.Conv2d) for m in pipe.vae.decoder.modules())
 
 
+def test_a_component_can_have_a_target_of_its_own(sd, tmp_path):
+    """What is compiled for ONNX Runtime stays in float32, has no engine, and runs in it beside engines."""
+    pipe, artifacts, _ = sd
+    artifacts = artifacts | {TARGET: load_target("tensorrt-rtx")}
+    out = compiled(tiny_pipelines.sd, artifacts, tmp_path, targets={"text_encoder": "onnxruntime-cpu"})
+    made = Components(out / "pipeline")
+    assert {n: one.target for n, one in made.compiled.items()} == {
+        "text_encoder": "onnxruntime-cpu",
+        "vae": "tensorrt-rtx",
+    }
+    halves = {
+        path.parts[-3]: sum(node.op_type == "Cast" for node in onnx.load(path, load_external_data=False).graph.node)
+        for path in out.glob("pipeline/*/*/model.onnx")
+    }
+    assert halves["vae"] > halves["text_encoder"]
+    tokens = torch.arange(8)[None]
+    encoder = intaglio.load_pipeline(out, threads=1, unet=pipe.unet, vae=pipe.vae).text_encoder
+    with torch.no_grad():
+        expected = pipe.text_encoder(tokens).last_hidden_state
+    torch.testing.assert_close(encoder(tokens).last_hidden_state, expected, atol=1e-5, rtol=1e-4)
+    beside = intaglio.load_pipeline(out, backend="tensorrt-rtx", unet=pipe.unet, vae=pipe.vae).text_encoder
+    assert (encoder.device.type, beside.device.type) == ("cpu", "cuda")  # its outputs go where the engines are
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    engines = run_pass(BuildComponents(), {COMPONENTS: made, TARGET: artifacts[TARGET]}, tmp_path / "engines")
+    engines[COMPONENT_ENGINES].save(tmp_path / "engines")
+    assert [p.parts[-3] for p in (tmp_path / "engines").glob("pipeline/*/*/engine.plan")] == ["vae"]
+
+
 def test_what_was_not_compiled_is_refused(sd):
     pipe = intaglio.load_pipeline(sd[2], threads=1, unet=sd[0].unet)
     call = {"prompt": PROMPT, "num_inference_steps": STEPS, "height": 8, "width": 8}
@@ -212,6 +240,8 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
             run_pass(ExportComponents(**{"call": call} | options), artifacts, tmp_path / "scratch")
 
     refused("text_encoders: the pipeline has no such component: did you mean", precision={"text_encoders": "float"})
+    refused("targets.text_encoders: the pipeline has no such", targets={"text_encoders": "onnxruntime-cpu"})
+    refused("targets.unet: the denoiser's target is the recipe's", targets={"unet": "onnxruntime-cpu"})
     refused("precision.unet: the denoiser's precision is its plan's", precision={"unet": "float"})
     refused("vae is never called: give a `call` that does, or", call=call | {"output_type": "latent"})
 
