@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 NOISE = 0.02
 """Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
+DRAWN = 0.15
+"""Share of layers for which samples are drawn in 4 bits, about, before any is measured: that of emoji-dit."""
+OUTPUTS_DB = 20
+"""By how much errors of outputs promise better samples than there are, for some layers."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -56,14 +60,14 @@ class _Drawn:
 class MeasureSensitivity(Pass):
     """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs.
 
-    A few backward passes predict it for all layers at once. Those that matter most are then rounded one by one, and the
-    model is computed from that layer on; so are the other schemes of layers for which the two estimates disagree.
-    Backward passes through whole trajectories predict what becomes of the samples; where that is visible, they are
-    drawn with that one layer rounded. Behind a plan with balanced layers, these are rounded in the plan's bases.
+    A few backward passes predict it for all layers at once. Some are then rounded alone, and the model is computed from
+    that layer on; so are the other schemes of layers for which the two estimates disagree. Backward passes through whole
+    trajectories predict what becomes of the samples; where that is much, they are drawn with that one layer rounded.
+    Behind a plan with balanced layers, these are rounded in the plan's bases.
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
@@ -83,7 +87,10 @@ class MeasureSensitivity(Pass):
         " rounded alone",
     )
     direct: float = Field(
-        0.1, ge=0, le=1, description="share of the layers and schemes that are rounded alone, the worst predicted first"
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the layers and schemes that are rounded alone, from the worst predicted on",
     )
     agree: float = Field(
         3.0, gt=1, description="factor between prediction and measurement beyond which all of a layer is measured"
@@ -99,7 +106,7 @@ class MeasureSensitivity(Pass):
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
-        50, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
+        40, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
     )
     drift_samples: int = Field(4, ge=1, description="samples that are drawn, to predict errors and to measure them so")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
@@ -123,7 +130,7 @@ class MeasureSensitivity(Pass):
             raise RecipeError(*problems)
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Of the prediction, of calls from every layer on, of samples: for the buckets' weights and for 4-bit layers.
+        """Of the prediction, of calls from every layer on, of samples: for the buckets' weights and some 4-bit layers.
 
         A backward pass counts as a forward one: it has as many products, as weights need no gradients.
         """
@@ -136,9 +143,9 @@ class MeasureSensitivity(Pass):
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
-        drawn = sum(name.startswith("w4") for name in schemes) * model.layers
+        drawn = DRAWN * sum(name.startswith("w4") for name in schemes) * model.layers
         along = 2 + len(schemes) + self.probes if self.probes else 0
-        drift = (along + drawn + bool(drawn)) * one * self.drift_samples
+        drift = (along + drawn + (drawn > 0)) * one * self.drift_samples
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -245,11 +252,13 @@ class MeasureSensitivity(Pass):
         return {layer: found[group] for layer, group in groups.items()}
 
     def _first(self, findings: Findings) -> set[Pair]:
-        """What is measured whatever comes of it: the worst predicted, and all of which a prediction says nothing."""
+        """What is measured whatever comes of it: some, evenly from the worst predicted to the least, with which others
+        are compared, and all of which a prediction says nothing."""
         expected = {pair: findings.expected(pair) for pair in findings.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
         unknown = {pair for pair in ordered if expected[pair] == 0 or len(findings.metrics[pair[0]]) > 1}
-        return {*ordered[: math.ceil(self.direct * len(ordered))], *unknown}
+        count = math.ceil(self.direct * len(ordered))
+        return {*(ordered[i * len(ordered) // count] for i in range(count)), *unknown}
 
     def _labels(self, chosen: set[Pair], study: Study) -> dict[str, list[str]]:
         """What is measured of each layer: the chosen schemes, with their parts if those are measured too."""
@@ -267,7 +276,8 @@ class MeasureSensitivity(Pass):
 
         from intaglio.passes._study import Progress
 
-        visible = 4 / 10 ** (self.drift_below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
+        below_db = self.drift_below_db + (0 if table.drift_screened else OUTPUTS_DB)
+        visible = 4 / 10 ** (below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
         pairs = [
             (layer.name, scheme)
             for layer in table.layers

@@ -6,7 +6,8 @@ All on the same rows of the same recorded calls, in the same formats: 8-bit weig
 layer rounded alone, with the whole model computed and with calls that begin at the layer (which give the same numbers,
 to the bit); all layers predicted by backward passes, of those calls and of whole trajectories; and
 `modelopt.torch.quantization.auto_quantize`, by its gradients where they work, else by the KL divergence of its outputs.
-Fitting scales is part of every time.
+Fitting scales is part of every time. So is everything of the pass itself, with its options as they are. With `--drawn`
+samples are drawn from eight noises with every layer rounded alone, and all ways are ranked against what became of them.
 """
 
 import itertools
@@ -27,15 +28,20 @@ from intaglio.passes._screen import Screen
 from intaglio.passes._study import Batch, Errors, Study
 from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline import Context, Recipe, Step, Store, compile
+from intaglio.pipeline.artifact import State
 from intaglio.pipeline.checkpoint import Checkpoint, layer_table
-from intaglio.pipeline.denoiser import Inputs, Sampler, clocked, denoise_with
+from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler, clocked, denoise_with
 from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.keys import TRAJECTORY
+from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.metrics import MetricContext, RelativeError
 from intaglio.pipeline.plan import structural_schemes
+from intaglio.pipeline.quant.spec import FLOAT
+from intaglio.pipeline.sensitivity import Sensitivity
 
 SCHEMES = ("w8a8_step", "w4a16")
 GROUP = 32
+DRAWN = 8
+"""Samples that ranks are held against."""
 FORMATS = {
     "w8a8_step": (channel(8), tensor(8)),
     "w4a16": (blocks(-1), None),
@@ -53,11 +59,11 @@ def main(
     rounds: Annotated[int, typer.Option(help="by turns; the least CPU seconds of each count")] = 2,
     samples: Annotated[int, typer.Option(help="trajectories that are recorded")] = 8,
     store: Path = Path(".intaglio/store"),
+    drawn: Annotated[bool, typer.Option(help="rank against samples too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
 ) -> None:
-    figures = speeds(
-        recipe_file, Store(store), buckets=buckets, rows=rows, probes=probes, rounds=rounds, samples=samples
-    )
+    options = {"buckets": buckets, "rows": rows, "probes": probes, "rounds": rounds, "samples": samples}
+    figures = speeds(recipe_file, Store(store), drawn=drawn, **options)
     if as_json:
         print(json.dumps(figures))
         return
@@ -74,8 +80,9 @@ def speeds(
     probes: int = 2,
     rounds: int = 2,
     samples: int = 8,
+    drawn: bool = False,
 ) -> dict[str, Any]:
-    """CPU seconds, and rank correlations with the first way."""
+    """CPU seconds, and rank correlations with the first way and, if samples are drawn, with these."""
     recipe = Recipe.read(recipe_file)
     record = Step(uses="calibrate", options={"samples": samples})
     short = recipe.model_copy(update={"steps": (record,), "targets": recipe.targets[:1]})
@@ -101,22 +108,46 @@ def speeds(
         metrics = {name: {MSE: RelativeError()} for name in made.forms}
         return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
 
-    def along() -> Scores:
-        """Of as many samples as `sensitivity` draws."""
-        made, count = study(reuse=True), MeasureSensitivity().drift_samples
-        sampler = made.batch.sampler
-        denoise = clocked(made.denoise, made.rounded.clock, sampler.names.timestep)
-        screen = Screen(made.rounded, denoise, made.forms)
-        start = sampler.start(count, made.ctx.torch_rng("drift"))
-        generators = [made.ctx.torch_rng("probe", i) for i in range(probes)]
-        parts = [screen.errors_of_samples(sampler, start.part(slice(i, i + 1)), generators) for i in range(count)]
-        return {(name, form): sum(part[name][form] for part in parts) for name, by in made.forms.items() for form in by}
+    def along(count: int, probes: int) -> Scores:
+        """Of whole trajectories, as `sensitivity` predicts them."""
+        made = study(reuse=True)
+        screen = Screen(made.rounded, clock(made), made.forms)
+        start = made.batch.sampler.start(count, made.ctx.torch_rng("drift"))
+        found: Scores = dict.fromkeys(((name, form) for name, by in made.forms.items() for form in by), 0.0)
+        for i in range(count):
+            generators = [made.ctx.torch_rng("probe", i, j) for j in range(probes)]
+            part = screen.errors_of_samples(made.batch.sampler, start.part(slice(i, i + 1)), generators)
+            found = {(name, form): total + part[name][form] for (name, form), total in found.items()}
+        return found
+
+    def clock(made: Study) -> Denoise:
+        return clocked(made.denoise, made.rounded.clock, made.batch.sampler.names.timestep)
+
+    def of_samples() -> Scores:
+        """Squared errors of samples, each layer rounded alone."""
+        made = study(reuse=True)
+        sampler, denoise = made.batch.sampler, clock(made)
+        start = sampler.start(DRAWN, made.ctx.torch_rng("drawn"))
+        reference, found = sampler.sample(denoise, start), {}
+        for name, form in [(name, form) for name, forms in made.forms.items() for form in forms]:
+            with made.rounded.alone(name, made.forms[name][form]):
+                found[name, form] = float((sampler.sample(denoise, start) - reference).square().mean())
+        return found
+
+    def whole_step() -> Scores:
+        step = MeasureSensitivity(schemes=SCHEMES, groups=(GROUP,))
+        state = State({MODEL: checkpoint, TRAJECTORY: trajectory}, reader=step.name)
+        table = step.run(state, Context(Path(tempfile.mkdtemp(dir=folder))))[SENSITIVITY]
+        assert isinstance(table, Sensitivity)  # it is what the step provides
+        return {(n, s): table.error_of_samples(n, s) for n, by in table.error.items() for s in by if s != FLOAT.name}
 
     ways = {
         "whole": lambda: direct(reuse=False),
         "replayed": lambda: direct(reuse=True),
         "screened": lambda: totals(study(reuse=True).screen(probes)),
-        "along": along,
+        "along": lambda: along(MeasureSensitivity().drift_samples, probes),
+        "along_one": lambda: along(1, 1),
+        "step": whole_step,
         "theirs": lambda: auto_quantized(checkpoint, study(reuse=False), method),
     }
     scores: dict[str, Scores] = {}
@@ -131,8 +162,9 @@ def speeds(
             began = time.process_time()
             scores[way] = work()
             seconds[way].append(time.process_time() - began)
-    whole, replayed, screened, _, theirs = scores.values()
-    whole_s, replayed_s, screened_s, along_s, theirs_s = (min(taken) for taken in seconds.values())
+        drawn_scores = of_samples() if drawn else {}
+    whole, replayed, screened, _, _, _, theirs = scores.values()
+    whole_s, replayed_s, screened_s, along_s, one_s, step_s, theirs_s = (min(taken) for taken in seconds.values())
     common = sorted(theirs.keys() & whole.keys())
     return {
         "layers": len({name for name, _ in whole}),
@@ -142,6 +174,8 @@ def speeds(
         "direct_cpu_s": replayed_s,
         "screen_cpu_s": screened_s,
         "screen_of_samples_cpu_s": along_s,
+        "screen_of_one_sample_cpu_s": one_s,
+        "step_cpu_s": step_s,
         "auto_quantize_cpu_s": theirs_s,
         "auto_quantize_method": method,
         "auto_quantize_by_gradient": failure or "runs",
@@ -156,6 +190,10 @@ def speeds(
         **{
             f"{who}_rank_correlation_{scheme}": rank(scores, whole, [pair for pair in common if pair[1] == scheme])
             for (who, scores), scheme in itertools.product([("screen", screened), ("auto_quantize", theirs)], SCHEMES)
+        },
+        **{
+            f"{way}_rank_correlation_to_samples": rank(scores[way], drawn_scores, common)
+            for way in (scores if drawn else ())
         },
     }
 

@@ -65,9 +65,8 @@ def seed(ours: float, theirs: float) -> dict[str, dict[str, object]]:
 SPEED = {
     "direct_without_reuse_cpu_s": 10.0,
     "screen_cpu_s": 1.0,
-    "direct_cpu_s": 6.0,
     "auto_quantize_cpu_s": 20.0,
-    "screen_of_samples_cpu_s": 5.0,
+    "step_cpu_s": 25.0,
 }
 
 
@@ -77,7 +76,7 @@ def test_a_plan_beats_others_where_it_does_so_however_it_is_rounded():
     assert (worse["plan_beats_uniform"], worse["plan_beats_auto_quantize"]) == (False, False)
     assert worse["gain_over_uniform_nearest_db"] == pytest.approx(-0.3)
     assert better["gain_over_best_random_nearest_db"] == 5
-    # five times, half of the layers measured and all predicted, 1 + 6 / 2; and once 5 s
+    # the step is of five parts of the trajectory, the other times are of one
     assert better["sensitivity_speedup"] == 2
     total = summary([better, worse])
     assert (total["plan_beats_uniform"], total["gain_over_uniform_nearest_db"]) == (False, pytest.approx(-0.3))
