@@ -1,5 +1,7 @@
 """What every test starts from."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ def store(tmp_path: Path) -> Store:
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing a test writes lands in the source tree."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_table_of_functions() -> Iterator[None]:
+    """torch makes its table of ONNX functions anew for every export, which takes longer than to export a tiny model."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
