@@ -56,14 +56,12 @@ class Screen:
             raise StepFailed(f"sensitivity: no backward pass through this model ({e}): set sensitivity.probes=0") from e
         return self._mean_squares(products), output.detach()
 
-    def errors_of_samples(
-        self, sampler: Sampler, start: Start, probes: Sequence[torch.Generator]
-    ) -> dict[str, dict[str, float]]:
+    def errors_of_samples(self, sampler: Sampler, start: Start, probe: torch.Generator) -> dict[str, dict[str, float]]:
         """Predicted mean squared error of the samples from `start`, one layer rounded all the way, by layer and label.
 
         |sum_t J_t d_t|^2, J_t = d samples / d y at step t: what a rounded weight does at every step adds up, and counts
-        as the steps that follow leave it. Calls are computed once more on the way back, one at a time. Raises
-        RuntimeError where no gradient comes through the scheduler.
+        as the steps that follow leave it. One direction: the next sample says more than another one. Calls are computed
+        once more on the way back, one at a time. Raises RuntimeError where no gradient comes through the scheduler.
         """
         calls: list[tuple[Inputs, torch.Tensor]] = []
 
@@ -76,18 +74,17 @@ class Screen:
         with torch.enable_grad():
             *_, samples = sampler.followed(denoise, start)
         assert isinstance(samples, torch.Tensor)  # they come last
-        # what depends on an output through the scheduler alone, and the gradients by it, a list for each probe
-        ends, gradients = [samples], [[_signs(samples, generator)] for generator in probes]
-        products: list[Products] = [{} for _ in probes]
+        self._products = {}
+        # what depends on an output through the scheduler alone, and the gradients by it
+        ends, gradients = [samples], [_signs(samples, probe)]
         for inputs, output in reversed(calls):
-            by_output = [torch.autograd.grad(ends, output, by_ends, retain_graph=True)[0] for by_ends in gradients]
+            (by_output,) = torch.autograd.grad(ends, output, gradients, retain_graph=True)
             x = inputs[sampler.names.sample]
-            by_sample = self._pulled_back(inputs, sampler.names.sample, by_output, products)
+            by_sample = self._pulled_back(inputs, sampler.names.sample, by_output)
             if x.requires_grad:  # not the noise that it all begins with
                 ends.append(x)
-                for by_ends, found in zip(gradients, by_sample, strict=True):
-                    by_ends.append(found)
-        return self._mean_squares(products, samples.numel())
+                gradients.append(by_sample)
+        return self._mean_squares([self._products], samples.numel())
 
     def _mean_squares(self, products: Sequence[Products], count: int = 1) -> dict[str, dict[str, float]]:
         """By layer and label the mean over probes, of a sum over `count` numbers the mean over these."""
@@ -99,24 +96,14 @@ class Screen:
             for name, forms in self.forms.items()
         }
 
-    def _pulled_back(
-        self,
-        inputs: Inputs,
-        sample: str,
-        by_output: Sequence[torch.Tensor],
-        products: Sequence[Products],
-    ) -> list[torch.Tensor]:
-        """Gradients by the sample of one call, for each by its output, to whose products what layers do is added."""
+    def _pulled_back(self, inputs: Inputs, sample: str, by_output: torch.Tensor) -> torch.Tensor:
+        """The gradient by the sample of one call from that by its output; what layers do is added to the products."""
         self._leaves = []
         x = inputs[sample].detach().requires_grad_()
         with torch.enable_grad(), self._noted():
             output = self.denoise({**inputs, sample: x.clone()})  # which the model may write into
-        found = []
-        for gradient, self._products in zip(by_output, products, strict=True):
-            found.append(
-                torch.autograd.grad(output, [x, *self._leaves], gradient, retain_graph=True, allow_unused=True)[0]
-            )
-        return found
+        by_sample, *_ = torch.autograd.grad(output, [x, *self._leaves], by_output, allow_unused=True)
+        return by_sample
 
     @contextlib.contextmanager
     def _noted(self) -> Iterator[None]:

@@ -83,8 +83,11 @@ class MeasureSensitivity(Pass):
     probes: int = Field(
         2,
         ge=0,
-        description="backward passes a row, and a drawn sample, that predict all layers at once; 0: none, each is"
+        description="backward passes a row that predict errors of outputs for all layers at once; 0: none, each layer is"
         " rounded alone",
+    )
+    samples: int = Field(
+        16, ge=0, description="samples whose errors are predicted for all layers at once, by a backward pass each"
     )
     direct: float = Field(
         0.1,
@@ -108,7 +111,7 @@ class MeasureSensitivity(Pass):
     drift_below_db: float = Field(
         40, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
     )
-    drift_samples: int = Field(4, ge=1, description="samples that are drawn, to predict errors and to measure them so")
+    drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure that")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
 
     @field_validator("metrics")
@@ -144,9 +147,9 @@ class MeasureSensitivity(Pass):
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
         drawn = DRAWN * sum(name.startswith("w4") for name in schemes) * model.layers
-        along = 2 + len(schemes) + self.probes if self.probes else 0
-        drift = (along + drawn + (drawn > 0)) * one * self.drift_samples
-        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + drift)
+        drift = (drawn + (drawn > 0)) * one * self.drift_samples
+        along = (2 + len(schemes) + 1) * one * self.samples
+        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.passes._layer_groups import layer_groups
@@ -181,34 +184,36 @@ class MeasureSensitivity(Pass):
         weights = self._bucket_weights(sampler, buckets, ctx)
         table = self._measured(Sensitivity(layers, buckets, weights, schemes, {}, groups=groups), study)
         at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
-        drawn = _Drawn(ctx, sampler, at_its_step, sampler.start(self.drift_samples, ctx.torch_rng("drift")), rounded)
+        start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
+        drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
         table = replace(table, drift_screened=self._screened_drift(table, drawn))
+        drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
         return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
 
     def _screened_drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
-        """Predicted squared error of final samples, one layer rounded all the way; nothing without probes."""
+        """Predicted squared error of final samples, one layer rounded all the way; nothing without a gradient."""
         from intaglio.passes._screen import Screen
         from intaglio.passes._study import Progress
 
-        if not self.probes:
+        if not self.samples:
             return {}
         ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in table.schemes.items()}
         screen = Screen(drawn.rounded, drawn.denoise, forms)
         progress, processes = Progress(ctx, "drift-screened"), ctx.processes
 
         def predict(sample: int) -> dict[str, dict[str, float]]:
-            generators = [ctx.torch_rng("drift probe", sample, i) for i in range(self.probes)]
-            return screen.errors_of_samples(drawn.sampler, drawn.start.part(slice(sample, sample + 1)), generators)
+            start = drawn.start.part(slice(sample, sample + 1))
+            return screen.errors_of_samples(drawn.sampler, start, ctx.torch_rng("drift probe", sample))
 
         try:
-            with ctx.progress("screening samples", self.drift_samples) as advance:
-                for sample in range(self.drift_samples)[processes.index :: processes.count]:
+            with ctx.progress("screening samples", self.samples) as advance:
+                for sample in range(self.samples)[processes.index :: processes.count]:
                     progress.get(str(sample), partial(predict, sample))
                     advance(processes.count)
         except RuntimeError as e:
             ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
         found = list(progress.gathered().values())
-        if len(found) < self.drift_samples:
+        if len(found) < self.samples:
             return {}
         return {n: {label: fmean(each[n][label] for each in found) for label in by} for n, by in forms.items()}
 

@@ -108,15 +108,15 @@ def speeds(
         metrics = {name: {MSE: RelativeError()} for name in made.forms}
         return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
 
-    def along(count: int, probes: int) -> Scores:
+    def along(count: int) -> Scores:
         """Of whole trajectories, as `sensitivity` predicts them."""
         made = study(reuse=True)
         screen = Screen(made.rounded, clock(made), made.forms)
         start = made.batch.sampler.start(count, made.ctx.torch_rng("drift"))
         found: Scores = dict.fromkeys(((name, form) for name, by in made.forms.items() for form in by), 0.0)
         for i in range(count):
-            generators = [made.ctx.torch_rng("probe", i, j) for j in range(probes)]
-            part = screen.errors_of_samples(made.batch.sampler, start.part(slice(i, i + 1)), generators)
+            sample, probe = start.part(slice(i, i + 1)), made.ctx.torch_rng("probe", i)
+            part = screen.errors_of_samples(made.batch.sampler, sample, probe)
             found = {(name, form): total + part[name][form] for (name, form), total in found.items()}
         return found
 
@@ -145,8 +145,8 @@ def speeds(
         "whole": lambda: direct(reuse=False),
         "replayed": lambda: direct(reuse=True),
         "screened": lambda: totals(study(reuse=True).screen(probes)),
-        "along": lambda: along(MeasureSensitivity().drift_samples, probes),
-        "along_one": lambda: along(1, 1),
+        "along": lambda: along(MeasureSensitivity().samples),
+        "along_one": lambda: along(1),
         "step": whole_step,
         "theirs": lambda: auto_quantized(checkpoint, study(reuse=False), method),
     }
