@@ -56,12 +56,16 @@ class Screen:
             raise StepFailed(f"sensitivity: no backward pass through this model ({e}): set sensitivity.probes=0") from e
         return self._mean_squares(products), output.detach()
 
-    def errors_of_samples(self, sampler: Sampler, start: Start, probe: torch.Generator) -> dict[str, dict[str, float]]:
+    def errors_of_samples(
+        self, sampler: Sampler, start: Start, probe: torch.Generator
+    ) -> tuple[dict[str, dict[str, float]], list[float]]:
         """Predicted mean squared error of the samples from `start`, one layer rounded all the way, by layer and label.
 
         |sum_t J_t d_t|^2, J_t = d samples / d y at step t: what a rounded weight does at every step adds up, and counts
         as the steps that follow leave it. One direction: the next sample says more than another one. Calls are computed
-        once more on the way back, one at a time. Raises RuntimeError where no gradient comes through the scheduler.
+        once more on the way back, one at a time. Also, for each call, the mean squared error of the samples that white
+        noise in its output would make, over the noise's relative squared magnitude: |J_t|^2 in the same direction.
+        Raises RuntimeError where no gradient comes through the scheduler.
         """
         calls: list[tuple[Inputs, torch.Tensor]] = []
 
@@ -77,14 +81,16 @@ class Screen:
         self._products = {}
         # what depends on an output through the scheduler alone, and the gradients by it
         ends, gradients = [samples], [_signs(samples, probe)]
+        weights = []
         for inputs, output in reversed(calls):
             (by_output,) = torch.autograd.grad(ends, output, gradients, retain_graph=True)
+            weights.append(float(by_output.square().sum() * output.detach().square().mean()) / samples.numel())
             x = inputs[sampler.names.sample]
             by_sample = self._pulled_back(inputs, sampler.names.sample, by_output)
             if x.requires_grad:  # not the noise that it all begins with
                 ends.append(x)
                 gradients.append(by_sample)
-        return self._mean_squares([self._products], samples.numel())
+        return self._mean_squares([self._products], samples.numel()), weights[::-1]
 
     def _mean_squares(self, products: Sequence[Products], count: int = 1) -> dict[str, dict[str, float]]:
         """By layer and label the mean over probes, of a sum over `count` numbers the mean over these."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from intaglio.passes._study import Study
     from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler, Start
     from intaglio.pipeline.metrics import Metric
+    from intaglio.pipeline.quant.spec import LayerScheme
     from intaglio.pipeline.sensitivity import Sensitivity
     from intaglio.pipeline.target import Target
 
@@ -40,6 +41,11 @@ OUTPUTS_DB = 20
 """By how much errors of outputs promise better samples than there are, for some layers."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
+
+
+_Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
+"""Squared error of final samples, one layer rounded all the way, by layer and scheme; and what a call's error makes of
+them: nothing if not known."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,9 @@ class MeasureSensitivity(Pass):
     """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs.
 
     A few backward passes predict it for all layers at once. Some are then rounded alone, and the model is computed from
-    that layer on; so are the other schemes of layers for which the two estimates disagree. Backward passes through whole
-    trajectories predict what becomes of the samples; where that is much, they are drawn with that one layer rounded.
-    Behind a plan with balanced layers, these are rounded in the plan's bases.
+    that layer on; so are the other schemes of layers for which the two estimates disagree. Backward passes through
+    whole trajectories predict what becomes of the samples; where that is much, they are drawn with that one layer
+    rounded. Behind a plan with balanced layers, these are rounded in the plan's bases.
     """
 
     name: ClassVar[str] = "sensitivity"
@@ -83,8 +89,8 @@ class MeasureSensitivity(Pass):
     probes: int = Field(
         2,
         ge=0,
-        description="backward passes a row that predict errors of outputs for all layers at once; 0: none, each layer is"
-        " rounded alone",
+        description="backward passes a row that predict errors of outputs for all layers at once; 0: none, each layer"
+        " is rounded alone",
     )
     samples: int = Field(
         16, ge=0, description="samples whose errors are predicted for all layers at once, by a backward pass each"
@@ -133,12 +139,12 @@ class MeasureSensitivity(Pass):
             raise RecipeError(*problems)
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Of the prediction, of calls from every layer on, of samples: for the buckets' weights and some 4-bit layers.
+        """Of the predictions, of calls from every layer on, and of samples for some 4-bit layers.
 
         A backward pass counts as a forward one: it has as many products, as weights need no gradients.
         """
         one = model.steps * model.rows_per_sample
-        whole = (1 + self.buckets) * one * max(1, self.rows // 2)
+        whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
         schemes = set(self.schemes) - {"float"}
         usual = structural_schemes(Layer(name="", op="linear", shape=(64, 1280), bias=True), self.groups, self.schemes)
         forms = forms_of({s.name: s for s in usual}, parts=self.apart != "no")
@@ -181,27 +187,26 @@ class MeasureSensitivity(Pass):
         forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
         rounded = RoundedLayers(model.module, trajectory, state[PLAN].balances if PLAN in state else {})
         study = Study(ctx, denoise, rounded, batch, steps, forms)
-        weights = self._bucket_weights(sampler, buckets, ctx)
-        table = self._measured(Sensitivity(layers, buckets, weights, schemes, {}, groups=groups), study)
         at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
         start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
         drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
-        table = replace(table, drift_screened=self._screened_drift(table, drawn))
+        errors, by_call = self._along(drawn, schemes)
+        weights = _sums(by_call, buckets) if by_call else self._bucket_weights(sampler, buckets, ctx)
+        empty = Sensitivity(layers, buckets, weights, schemes, {}, groups=groups, drift_screened=errors)
+        table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
         return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
 
-    def _screened_drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
-        """Predicted squared error of final samples, one layer rounded all the way; nothing without a gradient."""
+    def _along(self, drawn: _Drawn, schemes: Mapping[str, Mapping[str, LayerScheme]]) -> _Predicted:
+        """Of samples, by one backward pass through each of their trajectories; nothing where no gradient comes back."""
         from intaglio.passes._screen import Screen
         from intaglio.passes._study import Progress
 
-        if not self.samples:
-            return {}
-        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in table.schemes.items()}
+        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in schemes.items()}
         screen = Screen(drawn.rounded, drawn.denoise, forms)
         progress, processes = Progress(ctx, "drift-screened"), ctx.processes
 
-        def predict(sample: int) -> dict[str, dict[str, float]]:
+        def predict(sample: int) -> _Predicted:
             start = drawn.start.part(slice(sample, sample + 1))
             return screen.errors_of_samples(drawn.sampler, start, ctx.torch_rng("drift probe", sample))
 
@@ -213,9 +218,11 @@ class MeasureSensitivity(Pass):
         except RuntimeError as e:
             ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
         found = list(progress.gathered().values())
-        if len(found) < self.samples:
-            return {}
-        return {n: {label: fmean(each[n][label] for each in found) for label in by} for n, by in forms.items()}
+        if not found or len(found) < self.samples:
+            return {}, []
+        every, weights = zip(*found, strict=True)
+        errors = {n: {label: fmean(each[n][label] for each in every) for label in by} for n, by in forms.items()}
+        return errors, [fmean(each) for each in zip(*weights, strict=True)]
 
     def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
         """With the errors of outputs: predicted for all, measured where they are large or the prediction is off."""
@@ -348,3 +355,8 @@ class MeasureSensitivity(Pass):
                 advance(ctx.processes.count)
         every = {bucket: weight for part in ctx.processes.gather(weights) for bucket, weight in part.items()}
         return tuple(every[bucket] for bucket in range(len(buckets)))
+
+
+def _sums(by_call: Sequence[float], buckets: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    """Over the calls of each bucket."""
+    return tuple(sum(by_call[first:past]) for first, past in buckets)

@@ -116,7 +116,7 @@ def speeds(
         found: Scores = dict.fromkeys(((name, form) for name, by in made.forms.items() for form in by), 0.0)
         for i in range(count):
             sample, probe = start.part(slice(i, i + 1)), made.ctx.torch_rng("probe", i)
-            part = screen.errors_of_samples(made.batch.sampler, sample, probe)
+            part, _ = screen.errors_of_samples(made.batch.sampler, sample, probe)
             found = {(name, form): total + part[name][form] for (name, form), total in found.items()}
         return found
 

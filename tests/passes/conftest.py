@@ -21,6 +21,13 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 @pytest.fixture(scope="session")
-def measured(calibrated: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    step = MeasureSensitivity(buckets=2, rows=4)
-    return calibrated | run_pass(step, calibrated, tmp_path_factory.mktemp("scratch"))
+def sensitivity() -> MeasureSensitivity:
+    """The samples that it predicts are those that it draws."""
+    return MeasureSensitivity(buckets=2, rows=4, samples=8, drift_samples=8, drift_below_db=50)
+
+
+@pytest.fixture(scope="session")
+def measured(
+    calibrated: Artifacts, sensitivity: MeasureSensitivity, tmp_path_factory: pytest.TempPathFactory
+) -> Artifacts:
+    return calibrated | run_pass(sensitivity, calibrated, tmp_path_factory.mktemp("scratch"))

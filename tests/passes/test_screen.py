@@ -82,7 +82,7 @@ def test_errors_of_samples_are_predicted_along_the_trajectory(scheduler):
     forms = {"w8": W8A16, "w4": w4a16(32)}
     names = ("inner", "condition", "outlet")
     screen = Screen(rounded, denoise, dict.fromkeys(names, forms))
-    predicted = screen.errors_of_samples(sampler, start, torch.Generator().manual_seed(1))
+    predicted, _ = screen.errors_of_samples(sampler, start, torch.Generator().manual_seed(1))
     reference = sampler.sample(denoise, start)
     for name in names:
         for label, form in forms.items():

@@ -136,12 +136,12 @@ def test_layers_of_a_balanced_plan_are_rounded_in_its_bases(calibrated, tmp_path
     assert 0.2 < after[name]["w4a16"][0] / before[name]["w4a16"][0] < 5
 
 
-def test_drift_goes_on_where_it_was(measured, tmp_path):
+def test_drift_goes_on_where_it_was(measured, sensitivity, tmp_path):
     table = measured[SENSITIVITY]
     drawn = [f"{name}:{scheme}" for name, by in table.drift.items() for scheme in by]
     done = {name: 42.0 + i for i, name in enumerate(drawn)}
     (tmp_path / "drift.1.jsonl").write_text("\n".join(map(json.dumps, done.items())))
-    resumed = run_pass(MeasureSensitivity(buckets=2, rows=4), measured, tmp_path)[SENSITIVITY]
+    resumed = run_pass(sensitivity, measured, tmp_path)[SENSITIVITY]
     assert {f"{name}:{scheme}": d for name, by in resumed.drift.items() for scheme, d in by.items()} == done
     assert len(done) > 2
 
@@ -149,7 +149,14 @@ def test_drift_goes_on_where_it_was(measured, tmp_path):
 def test_bucket_weights_predict_the_error_of_the_samples(measured):
     """One layer at 4 bits: predicted and measured squared error of the samples agree within a factor of four."""
     table = measured[SENSITIVITY]
-    assert 0.25 < table.predicted(ROUNDED, "w4a16") / error_of_samples(measured, table) < 4
+    assert 0.25 < table.predicted_by_outputs(ROUNDED, "w4a16") / error_of_samples(measured, table) < 4
+
+
+def test_buckets_weigh_by_gradients_what_they_do_by_noise_in_them(measured, tmp_path):
+    step = MeasureSensitivity(buckets=2, rows=16, schemes=("w8a8_step",), samples=0, direct=0, probes=1, **NO_DRIFT)
+    by_noise = run_pass(step, measured, tmp_path)[SENSITIVITY].weights
+    for by_gradients, drawn in zip(measured[SENSITIVITY].weights, by_noise, strict=True):
+        assert 0.5 < by_gradients / drawn < 2
 
 
 def error_of_samples(measured: Artifacts, table: Sensitivity) -> float:

@@ -34,7 +34,7 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     per_row = estimate["calibrate"] / (4 * 8 * 2)
     assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2)
     along = (2 + 3 + 1) * 16  # once and again, three schemes, and back
-    sampled = (1 + 2) * 4 * 2 * 2 + along * 4 * 2 + (1 + 0.15 * 21) * 4 * 2 * 4
+    sampled = along * 4 * 2 + (1 + 0.15 * 21) * 4 * 2 * 4
     fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 + 6)  # six forms: three schemes, an 8-bit weight, two kinds of input
     measured = estimate["sensitivity"] / per_row - fixed
     assert 2 * 4 * (0.1 * 3 * 21 * 0.5) < measured < 2 * 4 * (0.1 * 3 * 21 * 0.8) + 4 * 3
