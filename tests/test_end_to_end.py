@@ -14,7 +14,7 @@ from tiny import save_folder, tiny_dit, tiny_unet
 
 STEPS = """
   - calibrate: {samples: 8}
-  - sensitivity: {buckets: 1, rows: 2, drift_below_db: 0}
+  - sensitivity: {buckets: 1, rows: 2, samples: 2, drift_below_db: 0}
   - assign: {budget: {size: %s}}
   - distill: {updates: 20, samples: 4, rank: 4}
   - merge

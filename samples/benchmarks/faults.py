@@ -43,7 +43,7 @@ model: {path: "%s:dit", sampling_steps: 4, guidance: 2.0}
 targets: [onnxruntime-cpu]
 steps:
   - calibrate: {samples: 8}
-  - sensitivity: {buckets: 1, rows: 2}
+  - sensitivity: {buckets: 1, rows: 2, samples: 4}
   - assign: {budget: {size: 0.45}}
   - balance
   - distill: {updates: 20, samples: 4, rank: 4}

@@ -19,7 +19,7 @@ model: {path: model, sampling_steps: 4, guidance: 2.0}
 targets: [onnxruntime-cpu]
 steps:
   - calibrate: {samples: 16}
-  - sensitivity: {buckets: 2, rows: 2, drift_samples: 2}
+  - sensitivity: {buckets: 2, rows: 2, samples: 2, drift_samples: 2}
   - uniform: {schemes: [w4a8_token, w8a8_token, w8a8_step]}
   - distill: {updates: 20, samples: 4, rank: 4, rollout: 0.3}
   - merge
