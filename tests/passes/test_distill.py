@@ -356,13 +356,16 @@ def test_on_the_grid_a_small_adapter_moves_no_code(measured, tmp_path):
 
 
 def test_a_factor_on_the_gradient_cancels_in_adam(planned, tmp_path):
-    """The rule of the paper's Eq. 8 and none at all train alike; as a rate it does not cancel."""
+    """The rule of the paper's Eq. 8 and none at all train alike; as a rate it does not cancel.
+
+    In the first updates: later on a last bit that moves a code to the next one moves all that follows.
+    """
     losses = {
-        rule: run_pass(Distill(updates=10, samples=4, rank=4, scale_aware=rule), planned, tmp_path / rule)[ADAPTER].loss
+        rule: run_pass(Distill(updates=5, samples=4, rank=4, scale_aware=rule), planned, tmp_path / rule)[ADAPTER].loss
         for rule in ("off", "gradient", "rate")
     }
-    assert losses["gradient"] == pytest.approx(losses["off"], rel=1e-2)
-    assert losses["rate"] != pytest.approx(losses["off"], rel=1e-3)
+    assert losses["gradient"] == pytest.approx(losses["off"], rel=1e-3)
+    assert losses["rate"] != pytest.approx(losses["off"], rel=5e-2)
 
 
 def test_states_of_the_quantized_model_are_trained_on_and_resumed(planned, tmp_path):
