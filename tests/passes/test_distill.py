@@ -364,7 +364,7 @@ def test_a_factor_on_the_gradient_cancels_in_adam(planned, tmp_path):
         rule: run_pass(Distill(updates=5, samples=4, rank=4, scale_aware=rule), planned, tmp_path / rule)[ADAPTER].loss
         for rule in ("off", "gradient", "rate")
     }
-    assert losses["gradient"] == pytest.approx(losses["off"], rel=1e-3)
+    assert losses["gradient"] == pytest.approx(losses["off"], rel=1e-2)
     assert losses["rate"] != pytest.approx(losses["off"], rel=5e-2)
 
 
