@@ -36,7 +36,8 @@ class RoundedLayers:
         self.module, self.trajectory, self.balances = module, trajectory, balances
         self.clock = StepClock(trajectory.timesteps)
         self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
-        self._kept: dict[tuple[str, LayerScheme], int] = {}
+        self._kept: set[QuantizedLayer] = set()
+        self._room = KEPT_BYTES
 
     def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
         """Outside the model, around its weight."""
@@ -50,17 +51,20 @@ class RoundedLayers:
     @torch.no_grad()
     def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
         """Of the layer in this form."""
-        y: torch.Tensor = self.layer(name, form)(x)
-        self._leave(name, form)
+        layer = self.layer(name, form)
+        y: torch.Tensor = layer(x)
+        self._leave(layer)
         return y
 
-    def _leave(self, name: str, form: LayerScheme) -> None:
+    def _leave(self, layer: QuantizedLayer) -> None:
         """Keep the rounded weight of a layer that was called, if there is room."""
-        layer = self.layer(name, form)
-        self._kept.setdefault((name, form), layer.layer.weight.nbytes)
-        if sum(self._kept.values()) > KEPT_BYTES:
-            del self._kept[name, form]
+        if layer in self._kept:
+            return
+        if (size := layer.layer.weight.nbytes) > self._room:
             layer.invalidate()
+            return
+        self._kept.add(layer)
+        self._room -= size
 
     @contextlib.contextmanager
     def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
@@ -72,4 +76,4 @@ class RoundedLayers:
             yield
         finally:
             setattr(self.module.get_submodule(parent), child, original)
-            self._leave(name, form)
+            self._leave(layer)
