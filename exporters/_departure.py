@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import onnx
@@ -16,6 +18,43 @@ from intaglio.pipeline.verification import Departure
 if TYPE_CHECKING:
     from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.quant.modules import QuantizedLayer
+
+
+class LayersInGraph:
+    """Simulated layers on what enters them in a graph: other layers' channel scales may be folded into their ends."""
+
+    def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
+        self._graph, self._layers = graph, layers
+
+    def entering(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the simulation has in front of a layer, as the graph has it."""
+        return x * self._scale(self._graph.nodes[name][0], name, x)
+
+    def leaving(self, name: str, y: torch.Tensor, value: str | None = None) -> torch.Tensor:
+        """What left a layer in the graph, as the simulation has it; `value` is its name, where it is another call's."""
+        return y / self._scale(value or self._graph.nodes[name][1], name, y)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[QuantizedLayer]:
+        """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
+        layer = self._layers[name]
+        balance = layer.balance
+        if balance is not None and self._graph.nodes[name][0] in self._graph.scaled:
+            layer.balance = replace(balance, scale_C=torch.ones_like(balance.scale_C))
+        try:
+            yield layer
+        finally:
+            layer.balance = balance
+
+    def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Of the channels of a value at an end of the layer of this name."""
+        by = self._graph.scaled.get(value)
+        axis = -3 if isinstance(self._layers[name].layer, torch.nn.Conv2d) else -1
+        scale_C = torch.ones(x.shape[axis])
+        if by is not None and (balance := self._layers[by.layer].balance) is not None:
+            scale_C[by.start : by.start + len(balance.scale_C)] = balance.scale_C
+        return scale_C.reshape(-1, *[1] * (-1 - axis))
+
 
 Values: TypeAlias = Callable[[Inputs], Mapping[str, torch.Tensor]]
 """A deployed graph as a function that also gives values inside it, by the names they have in the graph."""
@@ -46,16 +85,18 @@ def find_departures(
     a layer is wrong then by what lies between it and the layers before it alone; what leaves it is held against the
     simulated layer on what entered it in the graph. A layer that is called again is checked at its first call.
     """
-    values, outputs = deployed(call), _call_outputs(graph)
+    values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
     found: dict[str, Departure] = {}
     calls = dict.fromkeys(layers, 0)
 
     def take_over(layer: QuantizedLayer, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-        left = [values[output] for output in outputs[name]]
+        left = [ends.leaving(name, values[output], output) for output in outputs[name]]
         if name not in found:
-            entered = values[graph.nodes[name][0]]
-            own = rel_l2(left[0], layer.forward(entered)) if entered.shape == x.shape else math.inf
-            found[name] = Departure(rel_l2(entered, x), own)
+            entered, own = values[graph.nodes[name][0]], math.inf
+            if entered.shape == x.shape:
+                with ends.reading(name):
+                    own = rel_l2(left[0], layer.forward(entered))
+            found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
         calls[name] += 1
         again = left[min(calls[name], len(left)) - 1]  # equal calls are one in the graph
         return again if again.shape == y.shape else y

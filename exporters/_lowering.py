@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from intaglio.exporters._folding import ChannelScale
 from intaglio.exporters._layer import BRANCH, LAYER_KEY, Site
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.quant.affine import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
@@ -124,6 +125,8 @@ class Writer:
     """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
     carriers: Mapping[InputKey, np.float32]
     """By input, the scale that the weights of all layers on it are relative to."""
+    scales: list[ChannelScale] = field(default_factory=list)
+    """The multiplications in front of balanced layers that were written so far."""
     _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
     _balanced: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
 
@@ -215,6 +218,7 @@ class Writer:
                 f"{call.site.layer}/balance", scale if call.op == "linear" else scale.reshape(1, -1, 1, 1)
             )
             y = self.op(call, "balance/Mul", [call.site.x, table])
+            self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, len(scale), balance.block)
         return self._balanced[call.basis]
 
@@ -321,8 +325,9 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     # not DQ and Q: ONNX Runtime leaves a chain of those as it is, and computes it anew in every run
     cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
     product = w.op(call, "weight/Mul", [cast, w.constant(f"{layer}/group", group)])
-    shape = np.array((k, n) if linear else call.site.weight().shape)
-    weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", shape)])
+    shape = (k, n) if linear else call.site.weight().shape
+    weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", np.array(shape))])
+    weight.shape = ir.Shape(shape)
     return _product(w, call, x, _dequantize_channels(w, call, weight))
 
 

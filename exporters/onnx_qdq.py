@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from intaglio.exporters._folding import ChannelScale
     from intaglio.exporters._lowering import Call
     from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.plan import QuantPlan
@@ -32,7 +33,7 @@ class ExportQdq(Pass):
     """
 
     name: ClassVar[str] = "export-qdq"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
@@ -55,6 +56,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     import onnx
     import onnx_ir as ir
 
+    from intaglio.exporters._folding import fold_scales
     from intaglio.exporters._group_norm import NAME, spell_out_group_norm
     from intaglio.exporters._half import type_half
     from intaglio.exporters._torch_export import tensor_specs
@@ -66,10 +68,13 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
         spell_out_group_norm(model.graph)
     calls = _find_calls(model.graph, quantized)
     nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
-    _rewrite(model.graph, calls, target)
+    ends = {str(end.name) for call in calls for end in (call.site.x, call.site.y)}
+    scales = _rewrite(model.graph, calls, target)
+    scaled, factors = fold_scales(model.graph, scales, ends, symmetric=target.limits.symmetric)
+    amax = {name: largest * factors.get(name, 1.0) for name, largest in graph.amax.items()}
     if target.float_type == "float16":
         integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
-        type_half(model, integer, graph.amax)
+        type_half(model, integer, amax)
     _remove_unused(model.graph)
     _halve_tables(model.graph)
     ir.save(model, path, external_data="model.onnx.data")
@@ -80,6 +85,8 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
         inputs=tensor_specs(model.graph.inputs),
         timesteps=quantized.timesteps if quantized.stepped else (),
         nodes={name: nodes[name] for name in sorted(nodes)},
+        amax=amax,
+        scaled=scaled,
     )
 
 
@@ -112,8 +119,11 @@ def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
     return [calls[node] for node in graph if node in calls]
 
 
-def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> None:
-    """Replace every call by its form on the target. Changes `graph`; values between layers keep their names."""
+def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[ChannelScale]:
+    """Replace every call by its form on the target. Changes `graph`; values between layers keep their names.
+
+    Returns the multiplications in front of balanced layers.
+    """
     import numpy as np
     import onnx_ir as ir
 
@@ -134,6 +144,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> None:
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove([n for n in (call.site.add, call.site.product) if n is not None], safe=True)
         new.name = name
+    return writer.scales
 
 
 def _remove_unused(graph: ir.Graph) -> None:

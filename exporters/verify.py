@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from intaglio.exporters._departure import LayersInGraph
     from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
@@ -187,6 +188,8 @@ def _compare_layers(
     """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`."""
     import torch
 
+    from intaglio.exporters._departure import LayersInGraph
+
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     hooks = []
     for name, layer in layers.items():
@@ -200,16 +203,17 @@ def _compare_layers(
     for hook in hooks:
         hook.remove()
     parity = {}
+    ends = LayersInGraph(graph, layers)
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
         for name in graph.nodes:
             x, y = seen[name]
-            parity[name] = _compare_layer(layers[name], graph, name, x, y, clock.step, optimize)
+            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, optimize)
             advance()
     return parity
 
 
 def _compare_layer(
-    layer: QuantizedLayer, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
+    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
 ) -> LayerParity:
     import numpy as np
     import torch
@@ -218,15 +222,17 @@ def _compare_layer(
     from intaglio.exporters._layer import entry_type, run_layer
     from intaglio.pipeline.verification import LayerParity
 
-    if entry_type(graph, name) == np.float16:
+    x = ends.entering(name, x)
+    half = entry_type(graph, name) == np.float16
+    if half:
         x = x.half().float()
-        y = layer(x)
     deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
-    error = rel_l2(torch.from_numpy(deployed), y)
-    if not isinstance(layer.scheme.input, IntInput) or codes is None:
-        return LayerParity(error, 0, 0, 0)
-    offset = 128 if codes.dtype == np.uint8 else 0
-    distance = (codes.astype(np.int32) - offset - layer.input_codes(x)[0].numpy().astype(np.int32)).ravel()
+    with ends.reading(name) as layer:
+        error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
+        if not isinstance(layer.scheme.input, IntInput) or codes is None:
+            return LayerParity(error, 0, 0, 0)
+        simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
+    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
     return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 STEP_INPUT = "step"
 """Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
@@ -36,6 +36,13 @@ class Interface:
     constants: Mapping[str, object] = field(default_factory=dict)
 
 
+class ScaledBy(NamedTuple):
+    """A balanced layer, and the first of the channels that are multiplied by its input's channel scales."""
+
+    layer: str
+    start: int
+
+
 @dataclass(frozen=True)
 class Graph:
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
@@ -45,6 +52,7 @@ class Graph:
     `timestep` names the input that tells the step, None where the model has no timestep. `sizes` gives the size of each
     dynamic axis but the batch in the recorded call and in the other one.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
+    `scaled` are those ends of layers, by value name, that the channel scales of a layer behind them are folded into.
     """
 
     path: Path
@@ -56,6 +64,7 @@ class Graph:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     amax: Mapping[str, float] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
+    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
 
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
@@ -87,6 +96,7 @@ class Graph:
             sizes,
             facts["amax"],
             Interface(**called | {"arguments": tuple(called["arguments"])}),
+            {name: ScaledBy(*by) for name, by in facts.get("scaled", {}).items()},
         )
 
     @property

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from harness import Artifacts
 
+from intaglio.exporters._departure import LayersInGraph
 from intaglio.exporters._layer import entry_type, run_layer
 from intaglio.pipeline.checkpoint import layer_table
 from intaglio.pipeline.denoiser import denoise_with
@@ -120,21 +121,24 @@ class Simulation:
 
 
 def parity(
-    graph: Graph, name: str, layer: QuantizedLayer, x, y, step: int, *, optimize: bool
+    graph: Graph, name: str, layers: Mapping[str, QuantizedLayer], x, y, step: int, *, optimize: bool
 ) -> tuple[float, int, int]:
     """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much.
 
     Where the layer takes float16, both have x as float16 holds it.
     """
-    if entry_type(graph, name) == np.float16:
-        x = x.detach().half().float()
-        y = layer(x)
-    found, codes = run_layer(graph, name, x.detach().numpy(), step, optimize=optimize)
-    error = rel_l2(torch.from_numpy(found), y.detach())
-    if codes is None:
-        return error, 0, 0
-    zero = 128 if codes.dtype == np.uint8 else 0
-    off = np.abs(codes.astype(np.int32) - zero - layer.input_codes(x)[0].detach().numpy())
+    ends = LayersInGraph(graph, layers)
+    x = ends.entering(name, x.detach())
+    half = entry_type(graph, name) == np.float16
+    if half:
+        x = x.half().float()
+    found, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
+    with ends.reading(name) as layer, torch.no_grad():
+        error = rel_l2(ends.leaving(name, torch.from_numpy(found)), layer(x) if half else y.detach())
+        if codes is None:
+            return error, 0, 0
+        zero = 128 if codes.dtype == np.uint8 else 0
+        off = np.abs(codes.astype(np.int32) - zero - layer.input_codes(x)[0].numpy())
     return error, int(np.count_nonzero(off)), int(off.max())
 
 

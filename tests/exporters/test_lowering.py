@@ -53,7 +53,7 @@ def test_integer_sums_do_not_saturate(tmp_path):
     graph, made = make(tmp_path, {"a": layer}, (2, 5, 64), {"a": W8A8_TOKEN}, "onnxruntime")
     x = torch.ones(2, 5, 64)
     with torch.no_grad():
-        error, _, _ = parity(graph, "a", made["a"], x, made["a"](x), 0, optimize=True)
+        error, _, _ = parity(graph, "a", made, x, made["a"](x), 0, optimize=True)
     assert error < 1e-5
 
 
@@ -95,7 +95,7 @@ def test_codes_of_a_rotated_input_differ_by_one_at_most_and_seldom(tmp_path):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for optimize in (False, True):
         with torch.no_grad():
-            error, off, distance = parity(graph, "a", made["a"], x, made["a"](x), 0, optimize=optimize)
+            error, off, distance = parity(graph, "a", made, x, made["a"](x), 0, optimize=optimize)
         assert error < 1e-4
         assert off <= 1e-4 * x.numel()
         assert distance <= 1
