@@ -5,7 +5,8 @@
 # make audit  known vulnerabilities of the pinned versions, asked of PyPI
 PYTHON ?= python3
 BIN := .venv/bin
-# what is imported is compiled then: most of what is installed never is
+# what is imported is compiled then: most of what is installed never is. Once, and not in every process anew
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: demo test types suite docs sbom audit
