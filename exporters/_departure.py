@@ -39,7 +39,7 @@ class LayersInGraph:
         """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
         layer = self._layers[name]
         balance = layer.balance
-        if balance is not None and self._graph.nodes[name][0] in self._graph.scaled:
+        if balance is not None and self._graph.is_folded(name):
             layer.balance = replace(balance, scale_C=torch.ones_like(balance.scale_C))
         try:
             yield layer

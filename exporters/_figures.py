@@ -9,6 +9,7 @@ from itertools import groupby
 from statistics import fmean
 
 from intaglio.pipeline.front import Front, Point
+from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -195,11 +196,21 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
-    """One map for every stack of blocks, and a last one for the layers outside."""
+    """Schemes and bytes of all layers."""
+    return _maps({layer.name: _plan_cell(plan, layer) for layer in plan.layers})
+
+
+def gain_maps(plan: QuantPlan, graph: Graph) -> tuple[BitMap, ...]:
+    """What balanced layers gained, and whether their channel scales cost anything in the graph."""
+    return _maps({layer.name: _gain_cell(plan, layer, graph) for layer in plan.layers if layer.name in plan.balances})
+
+
+def _maps(cells_of: Mapping[str, Cell]) -> tuple[BitMap, ...]:
+    """One map for every stack of blocks, and a first one for the layers outside."""
     stacks: dict[str, dict[str, dict[str, Cell]]] = {}
-    for layer in plan.layers:
-        stack, block, role = split_name(layer.name)
-        stacks.setdefault(stack, {}).setdefault(role, {})[block] = _plan_cell(plan, layer)
+    for name, cell in cells_of.items():
+        stack, block, role = split_name(name)
+        stacks.setdefault(stack, {}).setdefault(role, {})[block] = cell
     maps = []
     for stack, roles in sorted(stacks.items(), key=lambda item: not item[0]):
         columns = sorted({block for cells in roles.values() for block in cells}, key=lambda block: int(block or 0))
@@ -212,6 +223,17 @@ def _plan_cell(plan: QuantPlan, layer: Layer) -> Cell:
     scheme = plan.schemes[layer.name]
     tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{plan.layer_bytes(layer):,} bytes"
     return Cell(scheme_css(scheme), scheme_code(scheme), tip, short_size(plan.layer_bytes(layer)))
+
+
+def _gain_cell(plan: QuantPlan, layer: Layer, graph: Graph) -> Cell:
+    basis = plan.balances[layer.name]
+    rotated, folded = basis.balance.block > 1, graph.is_folded(layer.name)
+    how = f"scaled, rotated in blocks of {basis.balance.block}" if rotated else "scaled"
+    cost = "the scales are in what precedes it" if folded else "the scales are a multiplication in front of it"
+    gain = "a given basis" if basis.gain_db is None else f"{basis.gain_db:.1f} dB nearer to its output"
+    text = ("r" if rotated else "s") + ("" if folded else "*")
+    note = "" if basis.gain_db is None else f"{basis.gain_db:.1f}"
+    return Cell("b-rotated" if rotated else "b-scaled", text, f"{layer.name}\n{how}\n{cost}\n{gain}", note)
 
 
 # heat map

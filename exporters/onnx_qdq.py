@@ -45,6 +45,9 @@ class ExportQdq(Pass):
         _check_same(state[PLAN], quantized)
         graph = write_lowered(ctx.scratch / "model.onnx", state[FLOAT_GRAPH], quantized, target)
         ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(state[PLAN].layers), target.name)
+        if balanced := [name for name, data in quantized.layers.items() if data.balance is not None]:
+            folded = sum(map(graph.is_folded, balanced))
+            ctx.log.info("channel scales of %d of %d balanced layers are in what precedes them", folded, len(balanced))
         return {GRAPH: graph}
 
 

@@ -59,7 +59,7 @@ class WriteReport(Pass):
     """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH, ENGINE, VERIFICATION, LATENCY})
     wants = frozenset({SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -87,6 +87,8 @@ class WriteReport(Pass):
             plan=plan,
             schemes=figures.scheme_rows(plan),
             bit_maps=figures.bit_maps(plan),
+            gain_maps=figures.gain_maps(plan, state[GRAPH]),
+            folded=sum(state[GRAPH].is_folded(name) for name in plan.balances),
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),

@@ -42,6 +42,7 @@ class BalanceLayers(Pass):
     """
 
     name: ClassVar[str] = "balance"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     random: ClassVar[bool] = True
@@ -173,7 +174,7 @@ class BalanceLayers(Pass):
                 x = inputs[name]
                 ends[name].append(torch.aminmax(basis.input(x, -3 if x.dim() == 4 else -1)))
         tables = {name: [torch.stack(end) for end in zip(*found, strict=True)] for name, found in ends.items()}
-        return {name: LayerBalance(chosen[name][0], low, high) for name, (low, high) in tables.items()}
+        return {n: LayerBalance(chosen[n][0], low, high, chosen[n][1]) for n, (low, high) in tables.items()}
 
 
 @dataclass

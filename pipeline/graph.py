@@ -99,6 +99,10 @@ class Graph:
             {name: ScaledBy(*by) for name, by in facts.get("scaled", {}).items()},
         )
 
+    def is_folded(self, layer: str) -> bool:
+        """Whether the channel scales of a layer's input are in what precedes it."""
+        return layer in self.nodes and self.nodes[layer][0] in self.scaled
+
     @property
     def size_bytes(self) -> int:
         """Bytes of the model's files."""

@@ -71,11 +71,15 @@ def hadamard(size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """What is decided for one layer: its basis, and the ends of its input in this basis at each step, (T,)."""
+    """What is decided for one layer: its basis, and the ends of its input in this basis at each step, (T,).
+
+    `gain_db` is how much nearer it brings the outputs of the layers on this input, as SQNR; None where it was given.
+    """
 
     balance: Balance
     low_T: torch.Tensor
     high_T: torch.Tensor
+    gain_db: float | None = None
 
 
 def save_balances(balances: Mapping[str, LayerBalance], path: Path) -> None:
@@ -94,7 +98,10 @@ def load_balances(path: Path) -> dict[str, LayerBalance]:
     names = sorted(key.removesuffix(":block") for key in tensors if key.endswith(":block"))
     return {
         n: LayerBalance(
-            Balance(tensors[f"{n}:scale"], int(tensors[f"{n}:block"])), tensors[f"{n}:low"], tensors[f"{n}:high"]
+            Balance(tensors[f"{n}:scale"], int(tensors[f"{n}:block"])),
+            tensors[f"{n}:low"],
+            tensors[f"{n}:high"],
+            float(tensors[f"{n}:gain"]) if f"{n}:gain" in tensors else None,
         )
         for n in names
     }
@@ -105,3 +112,5 @@ def _tensors(layer: LayerBalance) -> Iterator[tuple[str, torch.Tensor]]:
     yield "block", torch.tensor(layer.balance.block)
     yield "low", layer.low_T
     yield "high", layer.high_T
+    if layer.gain_db is not None:
+        yield "gain", torch.tensor(layer.gain_db, dtype=torch.float64)

@@ -22,11 +22,12 @@ from intaglio.pipeline.artifact import AnyKey, Artifact, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.findings import Findings
 from intaglio.pipeline.front import Front
-from intaglio.pipeline.graph import Engine
+from intaglio.pipeline.graph import Engine, ScaledBy
 from intaglio.pipeline.keys import (
     ADAPTER,
     ENGINE,
     FRONT,
+    GRAPH,
     LINT,
     PLAN,
     PROVENANCE,
@@ -36,6 +37,7 @@ from intaglio.pipeline.keys import (
     VERIFICATION,
 )
 from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.balance import Balance, LayerBalance
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.quantized import Adapter
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -234,6 +236,42 @@ def test_the_bit_map_has_one_cell_a_layer(made):
     assert "4" + short_size(256 * 128 * 9 // 16 + 4 * 256) in page.text("precision").replace(" ", "")
     # 4.5 bits a weight with the scales of groups of 64, and a float32 for each row
     assert gemm["title"].split("\n")[1:] == ["w4a16", "N = 256, K = 128", f"{256 * 128 * 9 // 16 + 4 * 256:,} bytes"]
+
+
+def test_what_balanced_layers_gained_is_shown_and_what_their_scales_cost(made):
+    assert not Page(write(made).html).found("precision", "td", r"^b-")
+    scaled, rotated, given = (LAYERS[place].name for place in (1, 3, 4))
+    ends = torch.ones(8)
+    balances = {
+        scaled: LayerBalance(Balance(torch.full((64,), 0.5)), -ends, ends, 3.21),
+        rotated: LayerBalance(Balance(torch.full((64,), 0.5), 16), -ends, ends, 12.04),
+        given: LayerBalance(Balance(torch.full((64,), 0.5)), -ends, ends),
+    }
+    made[PLAN] = made[PLAN].balanced(balances)
+    nodes = {name: (f"{name}.x", f"{name}.y") for name in balances}
+    made[GRAPH] = replace(made[GRAPH], nodes=nodes, scaled={f"{scaled}.x": ScaledBy(scaled, 0)})
+    page = Page(write(made).html)
+    cells = {attrs["title"].split("\n")[0]: attrs for attrs in page.found("precision", "td", r"^b-")}
+    assert {name: cell["class"] for name, cell in cells.items()} == {
+        scaled: "b-scaled",
+        rotated: "b-rotated",
+        given: "b-scaled",
+    }
+    in_front = "the scales are a multiplication in front of it"
+    assert cells[scaled]["title"].split("\n")[1:] == [
+        "scaled",
+        "the scales are in what precedes it",
+        "3.2 dB nearer to its output",
+    ]
+    assert cells[rotated]["title"].split("\n")[1:] == [
+        "scaled, rotated in blocks of 16",
+        in_front,
+        "12.0 dB nearer to its output",
+    ]
+    assert cells[given]["title"].split("\n")[1:] == ["scaled", in_front, "a given basis"]
+    assert "3 layers are rounded in a basis" in page.text("precision")
+    assert "The scales of 1 are in the weights" in page.text("precision")
+    assert "s3.2r*12.0" in page.text("precision").replace(" ", "")
 
 
 @pytest.mark.parametrize(

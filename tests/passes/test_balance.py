@@ -91,6 +91,7 @@ def test_layers_on_one_input_share_a_basis_and_the_model_gets_nearer(planned, tm
             return float((denoise_with(model.module, model)(trajectory.call(1)) - trajectory.outputs[1]).norm())
 
     assert error(plan.balances) < error({})
+    assert all(balance.gain_db > 0 for balance in plan.balances.values())
 
 
 def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):

@@ -129,7 +129,7 @@ def test_blocks_are_powers_of_two_that_divide_and_scales_can_be_divided_by():
 
 def layer_balance(channels: int) -> LayerBalance:
     generator = torch.Generator().manual_seed(0)
-    return LayerBalance(Balance.rotated(scales(channels), 16, generator), -torch.ones(3), torch.ones(3))
+    return LayerBalance(Balance.rotated(scales(channels), 16, generator), -torch.ones(3), torch.ones(3), gain_db=1.7)
 
 
 def same(one: Balance | None, other: Balance | None) -> bool:
@@ -155,6 +155,7 @@ def test_a_plan_keeps_its_balances(tmp_path):
         assert same(loaded.balances[name].balance, layer.balance)
         assert torch.equal(loaded.balances[name].low_T, layer.low_T)
         assert torch.equal(loaded.balances[name].high_T, layer.high_T)
+        assert loaded.balances[name].gain_db == 1.7
     assert '"rotated": 16' in (tmp_path / "plan.json").read_text()
     assert sorted(plan.replace({"a": FLOAT}).balances) == ["b", "sibling"]
     with pytest.raises(ContractError, match=r"a scale for each input channel: \['b'\]"):
