@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+from intaglio.pipeline.quant.spec import Float
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ class RoundedLayers:
 
     def _leave(self, layer: QuantizedLayer) -> None:
         """Keep the rounded weight of a layer that was called, if there is room."""
-        if layer in self._kept:
+        if layer in self._kept or isinstance(layer.scheme.weight, Float):
             return
         if (size := layer.layer.weight.nbytes) > self._room:
             layer.invalidate()

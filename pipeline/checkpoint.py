@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -319,7 +320,9 @@ class Checkpoint:
 
     def _call_factory(self) -> Factory:
         file, _, name = self.entry.partition(":")
-        spec = importlib.util.spec_from_file_location(f"intaglio_model_{Path(file).stem}", self.root / file)
+        name_of_module, path = f"intaglio_model_{Path(file).stem}", self.root / file
+        loader = _Uncompiled(name_of_module, str(path))
+        spec = importlib.util.spec_from_file_location(name_of_module, path, loader=loader)
         if spec is None or spec.loader is None:
             raise RecipeError(f"model: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
@@ -335,6 +338,13 @@ class Checkpoint:
             raise RecipeError(f"model: {self.entry} returned a {type(made).__name__}, not an intaglio Factory")
         made.module.eval()
         return made
+
+
+class _Uncompiled(SourceFileLoader):
+    """Leaves no compiled file beside the source: a folder of the store holds what was put there, and nothing more."""
+
+    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
+        """Written nowhere."""
 
 
 @contextmanager

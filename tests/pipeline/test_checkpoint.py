@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def test_plain_module_from_a_factory_draws_samples(tmp_path):
     samples = sampler.sample(denoise_with(model.module, model), sampler.start(2, torch.Generator().manual_seed(0)))
     assert samples.shape == (2, 3, 8, 8)
     assert samples.isfinite().all()
+
+
+def test_a_factory_leaves_no_compiled_file_in_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "stored").mkdir()
+    Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).save(tmp_path / "stored")
+    before = sorted(tmp_path.rglob("*"))
+    Checkpoint.load(tmp_path / "stored").open()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
