@@ -327,7 +327,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     product = w.op(call, "weight/Mul", [cast, w.constant(f"{layer}/group", group)])
     shape = (k, n) if linear else call.site.weight().shape
     weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", np.array(shape))])
-    weight.shape = ir.Shape(shape)
+    weight.type, weight.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(shape)
     return _product(w, call, x, _dequantize_channels(w, call, weight))
 
 

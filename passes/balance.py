@@ -86,7 +86,8 @@ class BalanceLayers(Pass):
                 inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
                 groups = groups or [_Group(names, []) for names in siblings(inputs)]
                 for group in groups:
-                    group.x.append(self._sample(inputs[group.names[0]], ctx, group.names[0], step))
+                    name = group.names[0]
+                    group.x.append(self._sample(inputs[name], layers[name], ctx, name, step))
                 advance()
         chosen: dict[str, tuple[Balance, float]] = {}
         with ctx.progress("balance", len(groups)) as advance:
@@ -96,7 +97,7 @@ class BalanceLayers(Pass):
                     chosen |= dict.fromkeys(group.names, best)
                 advance()
         balances = self._with_ranges(
-            chosen, (layer_inputs(layers, denoise, trajectory.call(step, rows)) for step in range(count))
+            chosen, layers, (layer_inputs(layers, denoise, trajectory.call(step, rows)) for step in range(count))
         )
         branches = {
             name: branch
@@ -115,11 +116,13 @@ class BalanceLayers(Pass):
             ctx.log.info("%d have a branch of rank %d", len(branches), self.branch)
         return {PLAN: plan.balanced(balances, branches)}
 
-    def _sample(self, x: torch.Tensor, ctx: Context, name: str, step: int) -> torch.Tensor:
+    def _sample(
+        self, x: torch.Tensor, layer: nn.Linear | nn.Conv2d, ctx: Context, name: str, step: int
+    ) -> torch.Tensor:
         """Some tokens of a linear layer's input, (tokens, C); all places of a convolution's."""
         import torch
 
-        if x.dim() == 4:
+        if _channel_axis(layer) != -1:
             return x
         tokens = x.reshape(-1, x.shape[-1])
         picked = torch.randperm(len(tokens), generator=ctx.torch_rng("tokens", name, step))[: self.tokens]
@@ -145,8 +148,8 @@ class BalanceLayers(Pass):
 
         from intaglio.pipeline.quant.balance import Balance
 
-        channel_axis = 1 if x[0].dim() == 4 else -1
-        x_C = torch.stack([_largest(part, channel_axis) for part in x]).amax(0)
+        axis = _axis_of(parts)
+        x_C = torch.stack([_largest(part, axis) for part in x]).amax(0)
         w_C = torch.stack([_largest(layer.get_parameter("weight").detach(), 1) for layer, _ in parts.values()]).amax(0)
         channels = len(x_C)
         block = math.gcd(channels, 1 << (self.block.bit_length() - 1))
@@ -161,7 +164,10 @@ class BalanceLayers(Pass):
                 yield Balance.rotated(scale, block, ctx.torch_rng("signs", *parts))
 
     def _with_ranges(
-        self, chosen: Mapping[str, tuple[Balance, float]], calls: Iterator[Mapping[str, torch.Tensor]]
+        self,
+        chosen: Mapping[str, tuple[Balance, float]],
+        layers: Mapping[str, nn.Linear | nn.Conv2d],
+        calls: Iterator[Mapping[str, torch.Tensor]],
     ) -> dict[str, LayerBalance]:
         """The bases with the ends of the inputs in them, at every step."""
         import torch
@@ -171,8 +177,7 @@ class BalanceLayers(Pass):
         ends: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in chosen}
         for inputs in calls:
             for name, (basis, _) in chosen.items():
-                x = inputs[name]
-                ends[name].append(torch.aminmax(basis.input(x, -3 if x.dim() == 4 else -1)))
+                ends[name].append(torch.aminmax(basis.input(inputs[name], _channel_axis(layers[name]))))
         tables = {name: [torch.stack(end) for end in zip(*found, strict=True)] for name, found in ends.items()}
         return {n: LayerBalance(chosen[n][0], low, high, chosen[n][1]) for n, (low, high) in tables.items()}
 
@@ -183,6 +188,19 @@ class _Group:
 
     names: tuple[str, ...]
     x: list[torch.Tensor]
+
+
+def _channel_axis(layer: nn.Linear | nn.Conv2d) -> int:
+    """Of a layer's input: by the layer and not by the input, as linear layers take images with channels last too."""
+    from torch.nn import Linear
+
+    return -1 if isinstance(layer, Linear) else -3
+
+
+def _axis_of(parts: Parts) -> int:
+    """Of the input that layers share."""
+    layer, _ = next(iter(parts.values()))
+    return _channel_axis(layer)
 
 
 def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
@@ -209,7 +227,8 @@ def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank:
     from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
 
     clock = StepClock(tuple(float(i) for i in range(len(x))))
-    moved = [part if basis is None else basis.input(part, -3 if part.dim() == 4 else -1) for part in x]
+    axis = _axis_of(parts)
+    moved = [part if basis is None else basis.input(part, axis) for part in x]
     low_S, high_S = (torch.stack([end(part) for part in moved]) for end in (torch.amin, torch.amax))
     total = 0.0
     with torch.no_grad():

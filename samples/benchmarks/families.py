@@ -1,4 +1,4 @@
-"""Does every family compile? Tiny denoisers with random weights through the whole compiler, in W8A8 and in W4A8.
+"""Does every family compile? Tiny denoisers with random weights through the whole compiler, in W8A8 and balanced W4A8.
 
     python samples/benchmarks/families.py [flux sd3 ...] [--json]
 
@@ -97,10 +97,14 @@ def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVER
 
 
 def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
-    """Two steps of the sampler, weights rounded to nearest, and no judgement of pictures that random weights draw."""
+    """Two steps of the sampler, weights rounded to nearest, and no judgement of pictures that random weights draw.
+
+    Layers with 4-bit weights are balanced.
+    """
     steps = [
         {"calibrate": {"samples": 2}},
         {"uses": "./families.py:Uniform", "options": {"schemes": list(PLANS[plan])}},
+        *([{"balance": {"steps": 1, "rows": 2, "gain_db": 0}}] if plan == "w4a8" else []),
         {"distill": {"updates": 0}},
         "merge",
         "export-float",

@@ -60,6 +60,17 @@ def test_channels_that_are_never_used_have_finite_scales(outliers, tmp_path):
     assert gain_db > 3
 
 
+def test_a_linear_layer_may_read_images_whose_channels_are_last(tmp_path):
+    layer, x = nn.Linear(32, 16), torch.randn(2, 4, 6, 32, generator=torch.Generator().manual_seed(0))
+    step, ctx = BalanceLayers(gain_db=0.0), Context(scratch=tmp_path, seed=0)
+    tokens = step._sample(x, layer, ctx, "a", 0)
+    assert sorted(map(tuple, tokens.tolist())) == sorted(map(tuple, x.reshape(-1, 32).tolist()))
+    (basis, _), calls = step._choose({"a": (layer, w4a4_token(32))}, [tokens], ctx), iter([{"a": x}])
+    ranges = step._with_ranges({"a": (basis, 1.0)}, {"a": layer}, calls)["a"]
+    moved = basis.input(x, -1)
+    assert (ranges.low_T.tolist(), ranges.high_T.tolist()) == ([float(moved.min())], [float(moved.max())])
+
+
 def test_a_basis_that_gains_too_little_is_not_taken(outliers, tmp_path):
     layer, x = outliers
     ctx = Context(scratch=tmp_path, seed=0)
