@@ -123,6 +123,8 @@ class _Folder:
                 return self._weight(node, scale)
             case "Split":
                 return self._split(node, value, scale)
+            case "Concat":
+                return self._concatenation(node, value, scale)
             case "Reshape" | "Transpose":
                 before = _moved_back(node, value, scale)
                 return None if before is None else self._into(node, 0, before, node.inputs[0])
@@ -154,6 +156,21 @@ class _Folder:
             for part, size in zip(node.outputs, sizes, strict=True)
         ]
         return self._into(node, 0, np.concatenate(parts), node.inputs[0])
+
+    def _concatenation(self, node: ir.Node, value: ir.Value, scale: Scale) -> _Fold | None:
+        """Each part by the scale, or by its own part of it where that is what lies along the axis."""
+        rank, axis = len(value.shape or ()), node.attributes.get_int("axis", 0)
+        if not rank:
+            return None
+        axis = axis % rank - rank
+        scales = [scale] * len(node.inputs)
+        if -axis <= scale.ndim and scale.shape[axis] > 1:
+            shapes = [part.shape for part in node.inputs if part is not None and part.shape is not None]
+            sizes = [size for shape in shapes if isinstance(size := shape[axis], int)]
+            if len(sizes) < len(node.inputs):
+                return None
+            scales = np.split(scale, np.cumsum(sizes)[:-1], axis)
+        return _all(self._into(node, place, _least_rank(each), None) for place, each in enumerate(scales))
 
     def _into(self, node: ir.Node, place: int, scale: Scale, result: ir.Value | None) -> _Fold | None:
         """An input of a node times `scale`: as a constant, by what makes it, or by a factor where it is small.

@@ -25,6 +25,7 @@ CONSTANTS = {
     "h": values(8),
     "w": values(8, 8),
     "wide": values(8, 16),
+    "narrow": values(8, 4),
     "codes": RANDOM.integers(-127, 128, (8, 8)).astype(np.int8),
     "s": np.abs(values(8)),
     "zeros": np.zeros(8, np.int8),
@@ -39,6 +40,7 @@ ATTENTION = """
     o = MatMul (q, t) u = Transpose <perm = [0, 2, 1, 3]> (o) x = Reshape (u, merged)
 """
 GATED = "p = MatMul (z, wide) u, v = Split <axis = -1, num_outputs = 2> (p)"
+TWO = "i = LayerNormalization (z, g, h) j = LayerNormalization (a, g, h)"
 
 
 class Folded:
@@ -93,6 +95,11 @@ class Folded:
         ("r = ReduceMax (z, last) p = MatMul (z, w) x = Div (p, r)", "float[2,4,8] z"),
         (ATTENTION, "float[2,4,8] z, float[2,2,4,4] q"),
         (f"{GATED} e = Tanh (v) x = Mul (e, u)", "float[2,4,8] z"),
+        (f"{TWO} x = Concat <axis = 1> (i, j)", "float[2,2,8] z, float[2,2,8] a"),
+        (
+            "i = MatMul (z, narrow) j = MatMul (a, narrow) x = Concat <axis = -1> (i, j)",
+            "float[2,4,8] z, float[2,4,8] a",
+        ),
     ],
 )
 def test_it_goes_into_constants(nodes, inputs):
@@ -131,6 +138,7 @@ def test_what_all_tokens_share_is_multiplied_instead_of_them(nodes, inputs, fact
         ("v = DequantizeLinear (codes, one) x = MatMul (z, v)", "float[2,4,8] z"),
         ("v = DequantizeLinear <axis = 1> (codes, s, zeros) x = MatMul (z, v) o = MatMul (z, v)", "float[2,4,8] z"),
         (f"{GATED} e = Tanh (v) x = Mul (e, u) other = Tanh (p)", "float[2,4,8] z"),
+        (f"{TWO} x = Concat <axis = 1> (i, j) other = Tanh (j)", "float[2,2,8] z, float[2,2,8] a"),
         ("p = Mul (z, a) r = Relu (p) x = Add (r, b)", MODULATED),
     ],
 )
