@@ -55,7 +55,10 @@ class Uniform(Pass):
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a plan came to: relative L2 errors to the simulation, and the engine's products on integers and in float."""
+    """What a plan came to: relative L2 errors to the simulation, and the engine's products on integers and in float.
+
+    Of `balanced` layers the channel scales are in what precedes them for `folded`.
+    """
 
     layers: int
     four_bit: int
@@ -63,6 +66,8 @@ class PlanFigures:
     whole: float
     int8: int | None
     floating: int | None
+    balanced: int
+    folded: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVER
             whole=max(figures.get(f"parity{size}_rel_l2", 0.0) for figures in checks for size in ("", "_other")),
             int8=None if engine is None else engine.int8_gemm,
             floating=None if engine is None else engine.fp_gemm,
+            balanced=len(one[PLAN].balances),
+            folded=sum(map(one[GRAPH].is_folded, one[PLAN].balances)),
         )
     return Row(family, one[FLOAT_GRAPH].sizes, float_error(family, one), plans)
 
@@ -132,12 +139,13 @@ def float_error(family: str, compiled: CompiledTarget) -> float:
 def table(rows: list[Row]) -> str:
     """As markdown."""
     head = ["family", "axes that vary", "float", *(f"{p.upper()}: worst layer, whole" for p in PLANS)]
-    head += [f"{p.upper()}: INT8 products" for p in PLANS]
+    head += [*(f"{p.upper()}: INT8 products" for p in PLANS), "scales folded"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         errors = [f"{p.worst_layer:.0e}, {p.whole:.0e}" for p in row.plans.values()]
         products = [f"{p.int8} of {p.layers}" for p in row.plans.values()]
-        lines.append([row.family, str(1 + len(row.dynamic)), f"{row.float_error:.0e}", *errors, *products])
+        folded = [f"{p.folded} of {p.balanced}" for p in row.plans.values() if p.balanced]
+        lines.append([row.family, str(1 + len(row.dynamic)), f"{row.float_error:.0e}", *errors, *products, *folded])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
