@@ -197,25 +197,28 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
     """Schemes and bytes of all layers."""
-    return _maps({layer.name: _plan_cell(plan, layer) for layer in plan.layers})
+    return _maps(plan, {layer.name: _plan_cell(plan, layer) for layer in plan.layers})
 
 
 def gain_maps(plan: QuantPlan, graph: Graph) -> tuple[BitMap, ...]:
     """What balanced layers gained, and whether their channel scales cost anything in the graph."""
-    return _maps({layer.name: _gain_cell(plan, layer, graph) for layer in plan.layers if layer.name in plan.balances})
+    return _maps(plan, {x.name: _gain_cell(plan, x, graph) for x in plan.layers if x.name in plan.balances})
 
 
-def _maps(cells_of: Mapping[str, Cell]) -> tuple[BitMap, ...]:
-    """One map for every stack of blocks, and a first one for the layers outside."""
+def _maps(plan: QuantPlan, cells_of: Mapping[str, Cell]) -> tuple[BitMap, ...]:
+    """One map for every stack of blocks, and a last one for the layers outside; roles in the order of the plan."""
     stacks: dict[str, dict[str, dict[str, Cell]]] = {}
-    for name, cell in cells_of.items():
-        stack, block, role = split_name(name)
-        stacks.setdefault(stack, {}).setdefault(role, {})[block] = cell
+    for layer in plan.layers:
+        stack, block, role = split_name(layer.name)
+        cells = stacks.setdefault(stack, {}).setdefault(role, {})
+        if layer.name in cells_of:
+            cells[block] = cells_of[layer.name]
     maps = []
     for stack, roles in sorted(stacks.items(), key=lambda item: not item[0]):
         columns = sorted({block for cells in roles.values() for block in cells}, key=lambda block: int(block or 0))
-        rows = tuple((role, tuple(cells.get(block) for block in columns)) for role, cells in roles.items())
-        maps.append(BitMap(stack or OUTSIDE, tuple(columns), rows))
+        rows = tuple((role, tuple(cells.get(block) for block in columns)) for role, cells in roles.items() if cells)
+        if rows:
+            maps.append(BitMap(stack or OUTSIDE, tuple(columns), rows))
     return tuple(maps)
 
 
