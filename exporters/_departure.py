@@ -13,6 +13,7 @@ import torch
 
 from intaglio.exporters._layer import LAYER_KEY
 from intaglio.pipeline.denoiser import Denoise, Inputs
+from intaglio.pipeline.quant.modules import channel_axis
 from intaglio.pipeline.verification import Departure
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class LayersInGraph:
     def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
         """Of the channels of a value at an end of the layer of this name."""
         by = self._graph.scaled.get(value)
-        axis = -3 if isinstance(self._layers[name].layer, torch.nn.Conv2d) else -1
+        axis = channel_axis(self._layers[name].layer)
         scale_C = torch.ones(x.shape[axis])
         if by is not None and (balance := self._layers[by.layer].balance) is not None:
             scale_C[by.start : by.start + len(balance.scale_C)] = balance.scale_C

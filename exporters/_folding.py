@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from intaglio.exporters._quantized_graph import constant
+from intaglio.exporters._quantized_graph import constant, shape
 from intaglio.pipeline.graph import ScaledBy
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ Scale: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """What enters a layer times d: the product, and d, (C,)."""
+    """What enters a layer times d: the product, and d as it is multiplied, (C,) or (1, C, 1, 1)."""
 
     layer: str
     product: ir.Value
-    scale_C: Scale
+    scale: Scale
 
 
 @dataclass
@@ -59,32 +59,32 @@ def fold_scales(
     factors: dict[str, float] = {}
     for each in scales:
         node = each.product.producer()
-        assert node is not None  # a Mul, of what is scaled and a constant
-        x, table = node.inputs
-        scale = None if table is None else constant(table)
+        assert node is not None  # a Mul, first of what is scaled
+        x = node.inputs[0]
         assert x is not None
-        assert scale is not None
-        fold = _Folder(graph, str(node.name), symmetric).into_output(x, _least_rank(scale.numpy()))
+        fold = _Folder(graph, str(node.name), symmetric).into_output(x, _least_rank(each.scale))
         if fold is None:
             continue
-        found = {v.name: _origin(each, s) for v, s in fold.scaled if v.name in ends}
-        if None in found.values() or found.keys() & scaled.keys():
+        at_ends = [(str(v.name), _origin(each, s)) for v, s in fold.scaled if v.name in ends]
+        origins = {name: origin for name, origin in at_ends if origin is not None}
+        if len(origins) < len(at_ends) or origins.keys() & scaled.keys():
             continue
         for change in fold.changes:
             change()
         ir.convenience.replace_all_uses_with(each.product, x)
         graph.remove(node, safe=True)
-        scaled |= {str(name): origin for name, origin in found.items() if origin is not None}
+        scaled |= origins
         factors |= {str(v.name): float(np.abs(s).max()) * factors.get(str(v.name), 1.0) for v, s in fold.scaled}
     return scaled, factors
 
 
 def _origin(each: ChannelScale, scale: Scale) -> ScaledBy | None:
     """Where the channels of a value begin that have the layer's scale; None where they are not in its order."""
-    flat, count = scale.ravel(), len(each.scale_C)
+    flat, own = scale.ravel(), each.scale.ravel()
+    count = len(own)
     for start in range(0, len(flat) - count + 1, count):
         rest = np.delete(flat, slice(start, start + count))
-        if np.array_equal(flat[start : start + count], each.scale_C) and np.all(rest == 1):
+        if np.array_equal(flat[start : start + count], own) and np.all(rest == 1):
             return ScaledBy(each.layer, start)
     return None
 
@@ -137,13 +137,11 @@ class _Folder:
 
     def _weight(self, node: ir.Node, scale: Scale) -> _Fold | None:
         """Of a product's second operand: a scale for each of its columns, with or without groups along the rows."""
-        codes, own = node.inputs[0], node.inputs[1]
-        if codes is None or own is None or codes.shape is None or own.shape is None or own.shape.is_dynamic():
+        codes, own = shape(node.inputs[0]), shape(node.inputs[1])
+        if not codes or own is None or own[-1:] != scale.shape:
             return None
-        by_column = node.attributes.get_int("axis", 1) % len(codes.shape) == len(codes.shape) - 1
-        if own.shape[-1:] != scale.shape or not (by_column if len(own.shape) == 1 else len(own.shape) == 2):
-            return None
-        return self._constant(node, 1, scale)
+        by_column = len(own) == 2 or node.attributes.get_int("axis", 1) % len(codes) == len(codes) - 1
+        return self._constant(node, 1, scale) if by_column else None
 
     def _split(self, node: ir.Node, value: ir.Value, scale: Scale) -> _Fold | None:
         """The other parts are as they were."""
@@ -214,8 +212,7 @@ class _Folder:
         name = f"{self.name}/{called}"
         while name in self.graph.initializers:
             name += "/again"
-        tensor = ir.Tensor(array.astype(np.float32), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.val(name, const_value=ir.Tensor(array.astype(np.float32), name=name))
         self.graph.register_initializer(value)
         return value
 

@@ -213,13 +213,12 @@ class Writer:
         if balance is None:
             return call.site.x
         if call.basis not in self._balanced:
-            scale = balance.scale_C.numpy()
-            table = self.constant(
-                f"{call.site.layer}/balance", scale if call.op == "linear" else scale.reshape(1, -1, 1, 1)
-            )
-            y = self.op(call, "balance/Mul", [call.site.x, table])
+            channels, scale = len(balance.scale_C), balance.scale_C.numpy()
+            if call.op == "conv":
+                scale = scale.reshape(1, -1, 1, 1)
+            y = self.op(call, "balance/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
             self.scales.append(ChannelScale(call.site.layer, y, scale))
-            self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, len(scale), balance.block)
+            self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
         return self._balanced[call.basis]
 
     def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:

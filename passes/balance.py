@@ -122,7 +122,9 @@ class BalanceLayers(Pass):
         """Some tokens of a linear layer's input, (tokens, C); all places of a convolution's."""
         import torch
 
-        if _channel_axis(layer) != -1:
+        from intaglio.pipeline.quant.modules import channel_axis
+
+        if channel_axis(layer) != -1:
             return x
         tokens = x.reshape(-1, x.shape[-1])
         picked = torch.randperm(len(tokens), generator=ctx.torch_rng("tokens", name, step))[: self.tokens]
@@ -173,11 +175,12 @@ class BalanceLayers(Pass):
         import torch
 
         from intaglio.pipeline.quant.balance import LayerBalance
+        from intaglio.pipeline.quant.modules import channel_axis
 
         ends: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in chosen}
         for inputs in calls:
             for name, (basis, _) in chosen.items():
-                ends[name].append(torch.aminmax(basis.input(inputs[name], _channel_axis(layers[name]))))
+                ends[name].append(torch.aminmax(basis.input(inputs[name], channel_axis(layers[name]))))
         tables = {name: [torch.stack(end) for end in zip(*found, strict=True)] for name, found in ends.items()}
         return {n: LayerBalance(chosen[n][0], low, high, chosen[n][1]) for n, (low, high) in tables.items()}
 
@@ -190,17 +193,12 @@ class _Group:
     x: list[torch.Tensor]
 
 
-def _channel_axis(layer: nn.Linear | nn.Conv2d) -> int:
-    """Of a layer's input: by the layer and not by the input, as linear layers take images with channels last too."""
-    from torch.nn import Linear
-
-    return -1 if isinstance(layer, Linear) else -3
-
-
 def _axis_of(parts: Parts) -> int:
-    """Of the input that layers share."""
+    """The channels' axis of the input that layers share."""
+    from intaglio.pipeline.quant.modules import channel_axis
+
     layer, _ = next(iter(parts.values()))
-    return _channel_axis(layer)
+    return channel_axis(layer)
 
 
 def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:

@@ -320,14 +320,12 @@ class Checkpoint:
 
     def _call_factory(self) -> Factory:
         file, _, name = self.entry.partition(":")
-        name_of_module, path = f"intaglio_model_{Path(file).stem}", self.root / file
-        loader = _Uncompiled(name_of_module, str(path))
-        spec = importlib.util.spec_from_file_location(name_of_module, path, loader=loader)
+        spec = importlib.util.spec_from_file_location(f"intaglio_model_{Path(file).stem}", self.root / file)
         if spec is None or spec.loader is None:
             raise RecipeError(f"model: {file} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         with _blamed(self.entry):
-            spec.loader.exec_module(module)
+            _Uncompiled(spec.name, str(self.root / file)).exec_module(module)
         factory: Callable[[], Factory] | None = getattr(module, name, None)
         if factory is None:
             functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]

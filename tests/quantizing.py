@@ -16,7 +16,7 @@ from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.quant.affine import group_integers
 from intaglio.pipeline.quant.balance import Balance, LayerBalance
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model, simulate
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, channel_axis, quantize_model, simulate
 from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
 from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
 
@@ -52,8 +52,7 @@ def balanced_ranges(start: Artifacts, balances: Mapping[str, Balance]) -> dict[s
     now = 0
 
     def note(layer, args, name):
-        axis = -1 if isinstance(layer, torch.nn.Linear) else -3
-        seen[name][now].append(torch.stack(balances[name].input(args[0], axis).aminmax()))
+        seen[name][now].append(torch.stack(balances[name].input(args[0], channel_axis(layer)).aminmax()))
 
     for name in balances:
         model.module.get_submodule(name).register_forward_pre_hook(partial(note, name=name))

@@ -64,6 +64,11 @@ class LearntInput(NamedTuple):
     factor_T: torch.Tensor | None = None
 
 
+def channel_axis(layer: nn.Linear | nn.Conv2d) -> int:
+    """Of what enters and leaves a layer: by the layer, as a linear one takes images too, with their channels last."""
+    return -1 if isinstance(layer, nn.Linear) else -3
+
+
 class QuantizedLayer(nn.Module):
     """A Linear or Conv2d whose weight, input and output are rounded as its scheme says.
 
@@ -211,7 +216,7 @@ class QuantizedLayer(nn.Module):
 
     def balanced(self, x: torch.Tensor) -> torch.Tensor:
         """The input in the basis in which it is rounded."""
-        return x if self.balance is None else self.balance.input(x, -1 if isinstance(self.layer, nn.Linear) else -3)
+        return x if self.balance is None else self.balance.input(x, channel_axis(self.layer))
 
     def _branched(self, x: torch.Tensor, branch: Branch) -> torch.Tensor:
         """(x down^T) up^T, of an input in its basis."""

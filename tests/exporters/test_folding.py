@@ -53,12 +53,13 @@ class Folded:
         model = onnx.parser.parse_model(
             f'<ir_version: 10, opset_import: ["": 21]> g ({inputs}) => ({of} y) <{of} x> {{{text}}}'
         )
-        constants = CONSTANTS | {"d": D.reshape(1, 8, 1, 1) if image else D}
+        d = D.reshape(1, 8, 1, 1) if image else D
+        constants = CONSTANTS | {"d": d}
         model.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
         self.before = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         after = ir.from_proto(self.before)
         product = next(node.outputs[0] for node in after.graph if node.name == "in_front")
-        self.scaled, self.factors = fold_scales(after.graph, [ChannelScale("layer", product, D)], ends)
+        self.scaled, self.factors = fold_scales(after.graph, [ChannelScale("layer", product, d)], ends)
         self.after = ir.to_proto(after)
         onnx.checker.check_model(self.after, full_check=True)
 
