@@ -7,7 +7,10 @@ text only in UTF-8. A library that opens a file by its path gets the path from `
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
@@ -90,6 +93,15 @@ def printable(text: object) -> str:
     'a\\\\x1b[31m\\\\udce9'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
+@contextmanager
+def open_stream(
+    path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> Iterator[BinaryIO]:
+    """Open a regular file of any size for reading piece by piece. Raises `error` as `checked_file` does."""
+    with os.fdopen(_opened(path, None, inside, error)[0], "rb") as stream:
+        yield stream
 
 
 def _opened(path: Path, most: int | None, inside: Path | None, error: type[IntaglioError]) -> tuple[int, int]:

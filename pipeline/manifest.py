@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.store import file_digest, files_below
+from intaglio.pipeline.errors import RecipeError, StoreError
+from intaglio.pipeline.files import MOST_JSON, printable, read_bytes
+from intaglio.pipeline.output_files import kind_of
+from intaglio.pipeline.store import Digest, entries_below, file_digest
 
 MANIFEST = "manifest.json"
 
@@ -19,8 +23,8 @@ class DeliveredFile(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    sha256: str
-    size_bytes: int
+    sha256: Digest
+    size_bytes: int = Field(ge=0)
 
 
 class DeliveredStep(BaseModel):
@@ -30,8 +34,8 @@ class DeliveredStep(BaseModel):
 
     step: str
     origin: str = Field(serialization_alias="pass", validation_alias=AliasChoices("pass", "origin"))
-    key: str
-    outputs: Mapping[str, str]
+    key: Digest
+    outputs: Mapping[str, Digest]
 
 
 class Manifest(BaseModel):
@@ -42,29 +46,34 @@ class Manifest(BaseModel):
     files: Mapping[str, DeliveredFile]
     """By their path below the folder, `/` between its parts."""
     seed: int
-    start: Mapping[str, str]
+    start: Mapping[str, Digest]
     """Key name -> digest of what there was before the first step."""
     steps: tuple[DeliveredStep, ...]
     versions: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=1, by_alias=True) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_bytes(self.content)
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of its file."""
+        return (self.model_dump_json(indent=1, by_alias=True) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises RecipeError where there is none, or none that can be read."""
-        try:
-            text = (folder / MANIFEST).read_bytes()
-        except OSError as error:
+        file = folder / MANIFEST
+        if not file.exists():
             raise RecipeError(
-                f"{folder}: no {MANIFEST}: give one target's folder of what `intaglio run` wrote"
-            ) from error
+                f"{printable(folder)}: no {MANIFEST}: give one target's folder of what `intaglio run` wrote"
+            )
+        content = read_bytes(file, most=MOST_JSON, inside=folder)
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the whole"
-            raise RecipeError(f"{folder / MANIFEST}: is no manifest: {place}: {first['msg']}") from error
+            place = ".".join(printable(part)[:80] for part in first["loc"]) or "the whole"
+            raise RecipeError(f"{printable(file)}: is no manifest: {place}: {printable(first['msg'])}") from error
 
     @property
     def digests(self) -> dict[str, str]:
@@ -76,21 +85,63 @@ class Manifest(BaseModel):
 
     def departures(self, folder: Path) -> Iterator[str]:
         """What is missing, changed, or beside what was delivered. Follows no link, and nothing out of the folder."""
-        there = {file.relative_to(folder).as_posix(): file for file in files_below(folder)}
-        for name, delivered in self.files.items():
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
-                yield f"{name}: is outside of the folder"
-            elif (file := there.get(name)) is None:
-                yield f"{name}: is missing"
-            elif file.is_symlink():
-                yield f"{name}: is a link, where a file was delivered"
-            elif (size := file.stat().st_size) != delivered.size_bytes:
-                yield f"{name}: has {size} bytes, delivered were {delivered.size_bytes}"
-            elif (digest := file_digest(file)) != delivered.sha256:
-                yield f"{name}: has the sha256 {digest}, delivered was {delivered.sha256}"
-        for name in sorted(there.keys() - self.files.keys() - {MANIFEST}):
-            yield f"{name}: was not delivered"
+        yield from self.damage(folder)
+        folders, others = entries_below(folder)
+        for name in sorted(each.relative_to(folder).as_posix() for each in others):
+            kind = (folder / name).lstat().st_mode
+            if name == MANIFEST and not stat.S_ISREG(kind):
+                yield f"{name}: is {kind_of(kind)}, where a file was delivered"
+            elif name not in self.files and name != MANIFEST:
+                yield f"{printable(name)}: was not delivered" + ("" if stat.S_ISREG(kind) else f": {kind_of(kind)}")
+        for each in folders:
+            if not any(each.iterdir()):
+                yield f"{printable(each.relative_to(folder))}: was not delivered: an empty folder"
+
+    def damage(self, folder: Path) -> Iterator[str]:
+        """What was delivered and is missing or changed."""
+        there = {file.relative_to(folder).as_posix(): file for file in entries_below(folder)[1]}
+        for name in self.files:
+            if (problem := self._problem(name, there)) is not None:
+                yield f"{printable(name)}: {problem}"
+
+    def intact(self, folder: Path) -> set[Path]:
+        """Files of the folder that are as they were delivered, its own file among them."""
+        there = {file.relative_to(folder).as_posix(): file for file in entries_below(folder)[1]}
+        found = {there[name] for name in self.files if self._problem(name, there) is None}
+        file = folder / MANIFEST
+        own = not file.is_symlink() and read_bytes(file, most=MOST_JSON) == self.content
+        return found | {file} if own else found
+
+    def _problem(self, name: str, there: Mapping[str, Path]) -> str | None:
+        """What is wrong with a delivered file; `there`: by name, all that is in the folder."""
+        delivered, path = self.files[name], PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return "is outside of the folder"
+        if (file := there.get(name)) is None:
+            return "is missing"
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"is {kind_of(found.st_mode)}, where a file was delivered"
+        if found.st_size != delivered.size_bytes:
+            return f"has {found.st_size} bytes, delivered were {delivered.size_bytes}"
+        try:
+            digest = file_digest(file)
+        except StoreError as error:
+            return str(error)
+        return None if digest == delivered.sha256 else f"has the sha256 {digest}, delivered was {delivered.sha256}"
+
+
+def intact_files(folder: Path) -> set[Path]:
+    """Files of a folder that its own manifest lists and that are as they were delivered: none where it has none."""
+    try:
+        return Manifest.read(folder).intact(folder)
+    except RecipeError:
+        return set()
+
+
+def target_name(folder: Path) -> str:
+    """The name of the target in a folder's path: that of a link, not of what it leads to."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def compiled_folders(folder: Path) -> list[Path]:

@@ -3,55 +3,89 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from intaglio.pipeline.artifact import A, AnyKey, Key
 from intaglio.pipeline.errors import ContractError, RecipeError, StoreError
+from intaglio.pipeline.files import printable
 from intaglio.pipeline.manifest import MANIFEST, DeliveredFile, DeliveredStep, Manifest
 from intaglio.pipeline.provenance import Provenance
-from intaglio.pipeline.store import Store, file_digest, files_below, remove_tree
+from intaglio.pipeline.replacement import replacing
+from intaglio.pipeline.store import Store, entries_below, file_digest, files_below
 from intaglio.pipeline.versions import find_version
 
 RECIPE = "recipe.yaml"
 VERSIONS = ("intaglio", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
 
 
-def check_folder(folder: Path) -> None:
-    """Raises RecipeError where `publish` could not write: better before a run than behind it."""
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise RecipeError(f"{folder}: is there and was not written by intaglio: move it, or give another --out")
-    there = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise RecipeError(f"{folder}: cannot be made, as {there} cannot be written to: give another --out")
+def check_folders(folders: Collection[Path], store: Store) -> None:
+    """Raises RecipeError where `publish` could not write all of them: better before a run than behind it."""
+    places: dict[Path, Path] = {}
+    root = store.root.resolve()
+    for folder in folders:
+        place = check_folder(folder)
+        if (other := places.setdefault(place, folder)) is not folder:
+            raise RecipeError(f"{folder}: leads to the same folder as {other}: give each target a folder of its own")
+        if place.is_relative_to(root) or root.is_relative_to(place):
+            raise RecipeError(f"{folder}: is in the store {store.root}, or holds it: give another --out or --store")
+
+
+def check_folder(folder: Path) -> Path:
+    """The folder that is written, behind all links. Raises RecipeError where `publish` could not write it."""
+    name = printable(folder)
+    try:
+        place = folder.resolve()
+        if place.exists():
+            _check_ours(folder, place)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise RecipeError(f"{name}: cannot be read ({error}): give another --out") from error
+    there = next(parent for parent in place.parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise RecipeError(f"{name}: cannot be made, as {there} cannot be written to: give another --out")
+    return place
+
+
+def _check_ours(folder: Path, place: Path) -> None:
+    name = printable(folder)
+    if not place.is_dir():
+        raise RecipeError(f"{name}: is there and is no folder: move it, or give another --out")
+    if not os.access(place, os.W_OK | os.X_OK | os.R_OK):
+        raise RecipeError(f"{name}: cannot be written to: give another --out")
+    folders, others = entries_below(place)
+    device = place.stat().st_dev
+    if os.path.ismount(place) or any(each.lstat().st_dev != device for each in (*folders, *others)):
+        raise RecipeError(f"{name}: is a mount point, or has one in it, and cannot be replaced: give another --out")
+    if not (folders or others):
+        return
+    try:
+        Manifest.read(place)
+    except RecipeError as error:
+        why = f" ({error})" if (place / MANIFEST).exists() else ""
+        raise RecipeError(
+            f"{name}: is there and was not written by intaglio: move it, or give another --out{why}"
+        ) from error
 
 
 def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenance: Provenance) -> None:
-    """Fills `folder`, which is never seen half-written.
+    """Fills `folder`, which is the older or the new one at every moment; a link is written through.
 
-    Raises RecipeError where it holds anything else, StoreError where the disk does not take it.
+    What is in it beside the files that its own manifest lists stays there, and so do those that were changed since.
+    Raises RecipeError where it holds anything but results, StoreError where the disk does not take it.
     """
-    check_folder(folder)
-    with store.lock(f"publish-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()}"):
-        fresh, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    place = check_folder(folder)
+    with store.lock(f"publish-{hashlib.sha256(os.fsencode(place)).hexdigest()}"):
         try:
-            remove_tree(fresh)
-            fresh.mkdir(parents=True)
-            for key in sorted((key for key in outputs if key.published), key=str):
-                _copy(store.open(outputs[key]), fresh, key)
-            (fresh / RECIPE).write_text(provenance.recipe.to_yaml(), encoding="utf-8")
-            _manifest(fresh, provenance).write(fresh)
-            remove_tree(old)
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-            remove_tree(old)
+            with replacing(place) as fresh:
+                for key in sorted((key for key in outputs if key.published), key=str):
+                    _copy(store.open(outputs[key]), fresh, key)
+                (fresh / RECIPE).write_text(provenance.recipe.to_yaml(), encoding="utf-8")
+                _manifest(fresh, provenance).write(fresh)
         except OSError as error:
             raise StoreError(
-                f"{folder}: cannot be written ({error.strerror or error}): the same command writes it again"
+                f"{folder}: cannot be written ({error.strerror or error}): it is as it was; what was computed is in "
+                f"{store.root}, and a run with another --out writes it"
             ) from error
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def made_from(folder: Path, store: Store, key: Key[A]) -> A:
@@ -66,8 +100,10 @@ def made_from(folder: Path, store: Store, key: Key[A]) -> A:
 
 
 def _copy(source: Path, folder: Path, key: AnyKey) -> None:
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+    for file in files_below(source):
         copy = folder / file.relative_to(source)
+        if printable(copy.name) != copy.name:
+            raise RecipeError(f"{key}: would deliver {printable(file.relative_to(source))}: give the file another name")
         if copy.exists() or copy.name in (MANIFEST, RECIPE):
             raise ContractError(f"{key}: publishes {copy.name}, a name that is taken: give the file another")
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -13,12 +13,13 @@ from typing import Literal, TypeAlias
 from intaglio.pipeline.artifact import A, AnyKey, Key, Outputs, State
 from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed
+from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
+from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.processes import Processes, processes
 from intaglio.pipeline.provenance import Provenance
-from intaglio.pipeline.publish import check_folder, publish
+from intaglio.pipeline.publish import check_folders, publish
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
 from intaglio.pipeline.versions import find_version
@@ -97,8 +98,7 @@ def compile(
 
     chains = bind(recipe, start=start, base=base)
     if out is not None and processes().first:
-        for chain in chains:
-            check_folder(out / chain.target.name)
+        check_folders([out / chain.target.name for chain in chains], store)
     whole = resolved(recipe, chains)
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
     shared = _put(artifacts, store)
@@ -182,7 +182,7 @@ def _run_step(
     key, ingredients = run_key(step, inputs, seed)
     every = processes()
     with store.lock(key) if every.first else nullcontext():
-        if (record := every.agree(store.find(key) if every.first else None)) is not None:
+        if (record := every.agree(store.find(key, _key_names(step)) if every.first else None)) is not None:
             tell(StepEvent(place, "hit", record.seconds))
             return record
         tell(StepEvent(place, "runs"))
@@ -239,9 +239,11 @@ def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
 
 
 def _model_of(record: RunRecord) -> str | None:
-    """The digest of the model that the step read."""
-    digest: str | None = json.loads(record.ingredients)["inputs"].get("MODEL")
-    return digest
+    """The digest of the model that the step read; None where it read none, or the record does not say so."""
+    match parse_json(record.ingredients, source=f"the ingredients of {record.step}", error=StoreError):
+        case {"inputs": {"MODEL": str(digest)}}:
+            return digest
+    return None
 
 
 def _plan_chain(
@@ -255,7 +257,7 @@ def _plan_chain(
         if PROVENANCE in step.requires and len(runs) == position:  # else it is not known what comes before
             known |= _put({PROVENANCE: Provenance(recipe, _by_name(given), tuple(runs))}, store)
         decidable = step.requires <= known.keys()
-        record = store.find(run_key(step, known, recipe.seed)[0]) if decidable else None
+        record = store.find(run_key(step, known, recipe.seed)[0], _key_names(step)) if decidable else None
         for key in (PROVENANCE, *step.provides):
             known.pop(key, None)
         if record is not None:
@@ -303,6 +305,10 @@ def _put(artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
 
 def _by_name(digests: Digests) -> dict[str, str]:
     return {key.name: digests[key] for key in sorted(digests, key=str)}
+
+
+def _key_names(step: BoundStep) -> list[str]:
+    return [key.name for key in step.provides]
 
 
 def _names(keys: frozenset[AnyKey] | set[AnyKey]) -> str:

@@ -1,0 +1,59 @@
+"""Writes the files that a command was told to write with --out: the whole file, or the old one stays as it was.
+
+A link, a folder, a pipe or a device in the file's place is refused, and never replaced or written through.
+"""
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable
+
+
+def check_output(path: Path) -> None:
+    """Raise RecipeError where `path` is anything but a regular file or a free name in a folder: better before the work."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{printable(path)}: cannot be written: {getattr(error, 'strerror', error)}") from error
+    if mode is not None and not stat.S_ISREG(mode):
+        raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not written over: give another --out")
+    if mode is None and not path.parent.is_dir():
+        raise RecipeError(f"{printable(path)}: there is no folder {printable(path.parent)}")
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file's mode says that it is.
+
+    >>> kind_of(0o010644)
+    'a named pipe'
+    """
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe"}
+    return kinds.get(stat.S_IFMT(mode), "a socket" if stat.S_ISSOCK(mode) else "a device")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name, whose file takes the place of `path` when the block ends well.
+
+    A kill leaves the old file, and at worst a hidden folder beside it. Raises RecipeError as `check_output` does.
+    """
+    check_output(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 as `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
