@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+import stat
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.files import printable
+from intaglio.pipeline.manifest import MANIFEST, Manifest, target_name
+from intaglio.pipeline.output_files import kind_of
 from intaglio.pipeline.recipe import Recipe
+from intaglio.pipeline.store import entries_below
 from intaglio.pipeline.target import load_target, target_names
 
 
@@ -17,7 +23,7 @@ def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *
     Raises RecipeError, which says that others are not for `what`: `why`.
     """
     if (folder / "graph.json").is_file():
-        found = {folder.resolve().name: folder}
+        found = {target_name(folder): folder}
     else:
         there = sorted(path.parent for path in folder.glob("*/graph.json")) if folder.is_dir() else []
         found = {path.name: path for path in there}
@@ -38,7 +44,30 @@ def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *
 
 def delivered_name(place: Path) -> str:
     """RECIPE-TARGET, of one target's folder."""
-    return f"{place.resolve().parent.name}-{place.resolve().name}"
+    return f"{Path(os.path.abspath(place)).parent.name}-{target_name(place)}"
+
+
+def delivered_files(place: Path, *, built_there: Collection[str] = ()) -> Mapping[str, Path]:
+    """Return the files of one target's folder that its manifest lists, by name, after checking each by its digest.
+
+    built_there: names of files that may have been made since, such as an engine; those that are there are among them.
+    Raises RecipeError, which names all that is missing or changed, and every link, pipe and device in the folder.
+    """
+    manifest = Manifest.read(place)
+    others = {path.relative_to(place).as_posix(): path for path in entries_below(place)[1]}
+    kinds = {name: path.lstat().st_mode for name, path in others.items()}
+    odd = [
+        f"{printable(name)}: is {kind_of(kind)}, which no run delivers: move it out of the folder"
+        for name, kind in kinds.items()
+        if not stat.S_ISREG(kind) and (name not in manifest.files or name in built_there)
+    ]
+    changed = [
+        f"{problem}: run the recipe again, which delivers it again" for problem in manifest.damage(place, built_there)
+    ]
+    if problems := [f"{printable(place)}: {problem}" for problem in (*odd, *changed)]:
+        raise RecipeError(*problems)
+    names = (manifest.files.keys() | {*built_there, MANIFEST}) & others.keys()
+    return {name: others[name] for name in sorted(names)}
 
 
 def tensorrt_builder(place: Path) -> BuildTensorRT:

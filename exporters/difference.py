@@ -17,7 +17,7 @@ from intaglio.exporters._page import render
 from intaglio.pipeline.artifact import A, Key
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.keys import SENSITIVITY, VERIFICATION
-from intaglio.pipeline.manifest import Manifest, compiled_folders
+from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.publish import RECIPE
 from intaglio.pipeline.store import Store
@@ -301,10 +301,10 @@ def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
     if len(one) == len(other) == 1:
         pairs = [(one[0], other[0])]
     else:
-        named = {folder.resolve().name: folder for folder in other}
-        pairs = [(folder, named[folder.resolve().name]) for folder in one if folder.resolve().name in named]
+        named = {target_name(folder): folder for folder in other}
+        pairs = [(folder, named[target_name(folder)]) for folder in one if target_name(folder) in named]
     if not pairs:
-        has, other_has = (", ".join(folder.resolve().name for folder in folders) for folders in (one, other))
+        has, other_has = (", ".join(target_name(folder) for folder in folders) for folders in (one, other))
         raise RecipeError(f"no target is in both: {first} has {has}, {second} has {other_has}: give one folder of each")
     return tuple(Difference(*(Side(folder, Manifest.read(folder), store) for folder in pair)) for pair in pairs)
 

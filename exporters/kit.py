@@ -8,16 +8,21 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from intaglio.exporters._compiled_folder import delivered_name, target_folder, tensorrt_builder
+from intaglio.exporters._compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
 from intaglio.exporters._kit.build import LOW_MEMORY_MIB
 from intaglio.exporters.tensorrt import MODULES, Profile, shape_flags
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import open_stream, printable
 from intaglio.pipeline.graph import STEP_INPUT, Graph
+from intaglio.pipeline.manifest import target_name
+from intaglio.pipeline.output_files import check_output, whole_file
 from intaglio.pipeline.store import file_digest
 from intaglio.pipeline.target import load_target
 
@@ -28,6 +33,9 @@ if TYPE_CHECKING:
     Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 
 SUMS = "SHA256SUMS"
+ENGINE = "engine.plan"
+MOST_README = 1 << 16
+"""Bytes at the beginning of a file that are looked at to see whether it is a kit."""
 SEED = 0
 NEIGHBOURS = 3
 """Calls with inputs that a float16 rounding moved, of all cases together; there are three cases at most."""
@@ -52,21 +60,45 @@ Content: TypeAlias = Path | bytes
 def write_kit(folder: Path, out: Path | None = None, target: str | None = None) -> Path:
     """Writes the archive and returns where it is; the same folder gives the same bytes.
 
-    `folder`: one target of what a run wrote, or all of it with `target`. Raises RecipeError for what is no compiled
-    TensorRT target.
+    `folder`: one target of what a run wrote, or all of it with `target`. Only files that its manifest lists are packed.
+    Raises RecipeError for what is no compiled TensorRT target, for files that are not as they were delivered, and where
+    `out` is anything but an earlier kit or a free name.
     """
     place = target_folder(folder, target, MODULES, what="TensorRT", why="a kit is for TensorRT's targets")
     name = delivered_name(place)
     out = Path(f"{name}.tar.gz") if out is None else out
+    _check_out(out)
     _write_archive(out, name, _content(place, name))
     return out
 
 
+def _check_out(out: Path) -> None:
+    """Raise RecipeError where something is that no kit may take the place of."""
+    if not os.path.lexists(out):
+        return
+    check_output(out)
+    if out.stat().st_size and not _is_kit(out):
+        raise RecipeError(f"{printable(out)}: is there and is no kit: move it, or give another --out")
+
+
+def _is_kit(file: Path) -> bool:
+    """Whether the archive begins as all kits do: with README.md and SHA256SUMS in one folder."""
+    try:
+        with open_stream(file) as stream, gzip.GzipFile(fileobj=stream) as packed:
+            start = io.BytesIO(packed.read(MOST_README))
+        with tarfile.open(fileobj=start, mode="r:") as archive:
+            first = [Path(entry.name).parts for entry in (archive.next(), archive.next()) if entry is not None]
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError):
+        return False
+    return [parts[1:] for parts in first] == [("README.md",), (SUMS,)] and len({parts[0] for parts in first}) == 1
+
+
 def _content(folder: Path, name: str) -> dict[str, Content]:
-    """All files of the kit but the manifest."""
-    target, graph, builder = load_target(folder.resolve().name), Graph.load(folder), tensorrt_builder(folder)
+    """All files of the kit but the list of sums."""
+    delivered = delivered_files(folder)
+    target, graph, builder = load_target(target_name(folder)), Graph.load(folder), tensorrt_builder(folder)
     module = MODULES[target.runtime][0]
-    engine, model = folder / "engine.plan", {path.name: path for path in sorted(folder.glob("model.onnx*"))}
+    engine, model = delivered.get(ENGINE), {n: path for n, path in delivered.items() if n.startswith("model.onnx")}
     profile = builder.profile(graph)
     shapes = {n: profile[n] if n in profile else (_fixed(spec.shape),) * 3 for n, spec in graph.inputs.items()}
     cases = _cases(graph, {n: usual for n, (_, usual, _) in shapes.items()})
@@ -88,7 +120,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
         "low_memory_mib": LOW_MEMORY_MIB,
         "build_shapes": shape_flags(profile),
         "call_flags": _call_flags(profile, raw),
-        "has_engine": engine.is_file(),
+        "has_engine": engine is not None,
         "weights": sum(path.stat().st_size for path in model.values()),
         "inputs": [(n, spec.dtype, *map(_written, shapes[n])) for n, spec in graph.inputs.items()],
         "timesteps": [f"{t:g}" for t in graph.timesteps] if STEP_INPUT in graph.inputs else [],
@@ -106,8 +138,8 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
     if module == "tensorrt":  # trtexec is part of it; an engine runs on the kind of GPU alone that built it
         content |= {file: cases[0].inputs[n].tobytes() for file, n in raw.items()}
         content["build.sh"] = _rendered("build.sh.j2", about)
-    elif engine.is_file():
-        content[engine.name] = engine
+    elif engine is not None:
+        content[ENGINE] = engine
     return content
 
 
@@ -196,28 +228,22 @@ def _write_archive(out: Path, name: str, content: Mapping[str, Content]) -> None
     sums = "".join(f"{_digest(content[file])}  {file}\n" for file in sorted(content))
     content = {**content, SUMS: sums.encode()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as stream:
-            with (
-                gzip.GzipFile("", "wb", 1, stream, mtime=0) as packed,
-                tarfile.open(mode="w", fileobj=packed, format=tarfile.PAX_FORMAT) as archive,
-            ):
-                for file in sorted(content):
-                    _add(archive, f"{name}/{file}", content[file])
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_file(out) as partial,
+        partial.open("wb") as stream,
+        gzip.GzipFile("", "wb", 1, stream, mtime=0) as packed,
+        tarfile.open(mode="w", fileobj=packed, format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for file in sorted(content):
+            _add(archive, f"{name}/{file}", content[file])
 
 
 def _add(archive: tarfile.TarFile, name: str, content: Content) -> None:
     entry = tarfile.TarInfo(name)
     entry.mtime, entry.mode = _EPOCH, 0o755 if Path(name).name in _EXECUTABLE else 0o644
     if isinstance(content, Path):
-        entry.size = content.stat().st_size
-        with content.open("rb") as stream:
+        with open_stream(content) as stream:
+            entry.size = os.fstat(stream.fileno()).st_size
             archive.addfile(entry, stream)
     else:
         entry.size = len(content)

@@ -6,20 +6,23 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from intaglio.exporters._compiled_folder import delivered_name, target_folder, tensorrt_builder
+from intaglio.exporters._compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
+from intaglio.pipeline.files import MIB, read_text
 from intaglio.pipeline.graph import STEP_INPUT, Graph, TensorSpec
-from intaglio.pipeline.store import remove_tree
+from intaglio.pipeline.manifest import target_name
 from intaglio.pipeline.target import Target, load_target
 
 PLATFORMS: Mapping[str, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 """By runtime: what Triton calls it."""
 CONFIG = "config.pbtxt"
+ENGINE = "engine.plan"
 BATCH = "batch"
 
 _FLOATS = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64"}
@@ -38,50 +41,54 @@ def write_model(
     """Writes `name` into the repository and returns where it is; a model that is there gets one more version.
 
     `folder`: one target of what a run wrote, or all of it with `target`. The version is there whole, or not at all.
-    Raises RecipeError or TargetError for what Triton does not serve, RecipeError for a version or another model that is
-    there, StoreError where the disk does not take it.
+    Raises RecipeError or TargetError for what Triton does not serve, RecipeError for files that are not as they were
+    delivered and for a version or another model that is there, StoreError where the disk does not take it.
     """
     why = "it serves ONNX Runtime and TensorRT, and loads no engine of TensorRT-RTX"
     place = target_folder(folder, target, PLATFORMS, what="Triton", why=why)
     name = delivered_name(place) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise RecipeError(f"{name!r} is no name of a model: give one of letters, digits, _, . and - with --name")
-    facts = load_target(place.resolve().name)
+    facts = load_target(target_name(place))
     if vnni and not facts.kernels:
         raise RecipeError(f"{facts.name}: has no 8-bit kernels to choose from: leave --vnni out")
+    delivered = delivered_files(place, built_there=(ENGINE,))
     config = _config(place, facts, name)
-    model = repository.resolve() / name
+    model, place_beside = repository / name, repository.resolve().parent
     _check_place(model, version, config)
-    fresh = repository.resolve().with_name(f".{repository.resolve().name}.{os.getpid()}")
     try:
-        (fresh / str(version)).mkdir(parents=True)
-        (fresh / CONFIG).write_text(config, encoding="utf-8")
-        _write_version(place, facts, fresh / str(version), vnni=vnni)
-        model.parent.mkdir(parents=True, exist_ok=True)
-        if model.exists():
-            (fresh / str(version)).rename(model / str(version))
-        else:
-            fresh.rename(model)
+        if not place_beside.exists():
+            place_beside.mkdir(parents=True)
+        with tempfile.TemporaryDirectory(prefix=f".{repository.resolve().name}.", dir=place_beside) as work:
+            fresh = Path(work) / name
+            (fresh / str(version)).mkdir(parents=True)
+            (fresh / CONFIG).write_text(config, encoding="utf-8")
+            _write_version(place, delivered, facts, fresh / str(version), vnni=vnni)
+            model.parent.mkdir(parents=True, exist_ok=True)
+            if model.exists():
+                (fresh / str(version)).rename(model / str(version))
+            else:
+                fresh.rename(model)
     except OSError as error:
         raise StoreError(f"{model}: cannot be written ({error.strerror or error})") from error
-    finally:
-        remove_tree(fresh)
     return repository / name
 
 
 def _check_place(model: Path, version: int, config: str) -> None:
-    if not model.exists():
+    if not os.path.lexists(model):
         return
-    if (model / str(version)).exists():
+    if model.is_symlink() or not model.is_dir():
+        raise RecipeError(f"{model}: is there and is no folder: give another --name, or remove it")
+    if os.path.lexists(model / str(version)):
         raise RecipeError(f"{model}: has a version {version}: give another --version or --name, or remove it")
-    if not (model / CONFIG).is_file() or (model / CONFIG).read_text(encoding="utf-8") != config:
+    if not (model / CONFIG).is_file() or read_text(model / CONFIG, most=MIB) != config:
         raise RecipeError(f"{model}: is there with another configuration: give another --name, or remove it")
 
 
-def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> None:
+def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, out: Path, *, vnni: bool) -> None:
     """The model's files: for a CPU with the kernels in the graph, as Triton passes none of their settings on."""
     if target.runtime == "tensorrt":
-        shutil.copyfile(place / "engine.plan", out / "model.plan")
+        shutil.copyfile(delivered[ENGINE], out / "model.plan")
         return
     from intaglio.exporters._onnx_file import read_proto
 
@@ -96,8 +103,9 @@ def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> Non
                 " add their products wrongly: write it on another machine, or with --vnni for a server that has it"
             )
         return
-    for file in sorted(place.glob("model.onnx*")):
-        shutil.copyfile(file, out / file.name)
+    for file, path in delivered.items():
+        if file.startswith("model.onnx"):
+            shutil.copyfile(path, out / file)
 
 
 def wide_int8_weights(model: Path) -> list[str]:

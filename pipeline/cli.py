@@ -22,7 +22,8 @@ from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, ex
 from intaglio.pipeline.explain import Explanation, explain, explain_pass, lint_rules, names_by_kind
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, MODEL, PLAN, PROFILE, TARGET
-from intaglio.pipeline.manifest import Manifest, compiled_folders
+from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
+from intaglio.pipeline.output_files import check_output, write_output
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.printing import (
     duration,
@@ -214,12 +215,11 @@ def init_command(
     """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
     from intaglio.pipeline.starter import look_at, recipe_text
 
+    check_output(out)
     if out.exists() and not force:
         raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")
-    if not out.parent.is_dir():
-        raise RecipeError(f"{out}: there is no folder {out.parent}")
     found = look_at(model, tuple(target), out.parent)
-    out.write_text(recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name), encoding="utf-8")
+    write_output(out, recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name))
     if as_json:
         print_json({"out": str(out), **found.to_json()})
     else:
@@ -271,7 +271,7 @@ def schema_command(
     if out is None:
         print(text, end="")
         return
-    out.write_text(text, encoding="utf-8")
+    write_output(out, text)
     if as_json:
         print_json({"out": str(out)})
     else:
@@ -338,10 +338,12 @@ def diff_command(
     as_json: Annotated[bool, json_option("all that differs")] = False,
 ) -> None:
     """Say what differs between two compiled folders: figures, layers, samples, recipes and versions."""
+    if out is not None:
+        check_output(out)
     module = import_module("intaglio.exporters.difference")
     found = module.compare(first, second, Store(store))
     if out is not None:
-        out.write_text(module.page(found), encoding="utf-8")
+        write_output(out, module.page(found))
     if as_json:
         print_json([each.to_json() for each in found])
         return
@@ -407,11 +409,13 @@ def profile_command(
     as_json: Annotated[bool, json_option("the times")] = False,
 ) -> None:
     """Say how long each layer of a compiled graph takes, which `assign.profile` can count with."""
+    if out is not None:
+        check_output(out)
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / "graph.json").is_file():
             raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
         found = find_pass("profile", Path()).pass_class
-        graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(folder.resolve().name)
+        graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(target_name(folder))
         if trtexec is not None:
             profile = pass_module("profile").read_trtexec(graph, plan, trtexec, layers)
         else:
@@ -422,7 +426,7 @@ def profile_command(
             state = State({GRAPH: graph, PLAN: plan, TARGET: target}, reader="profile")
             profile = State(step.run(state, Context(scratch=Path(scratch), seed=0)), reader="profile")[PROFILE]
         if out is not None:
-            out.write_text(profile.to_json(), encoding="utf-8")
+            write_output(out, profile.to_json())
         if as_json:
             print(profile.to_json(), end="")
         elif out is None:

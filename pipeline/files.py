@@ -9,8 +9,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
@@ -98,7 +98,7 @@ def printable(text: object) -> str:
 @contextmanager
 def open_stream(
     path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError
-) -> Iterator[BinaryIO]:
+) -> Iterator[BufferedReader]:
     """Open a regular file of any size for reading piece by piece. Raises `error` as `checked_file` does."""
     with os.fdopen(_opened(path, None, inside, error)[0], "rb") as stream:
         yield stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -14,6 +14,7 @@ from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import MOST_JSON, printable, read_bytes
 from intaglio.pipeline.output_files import kind_of
 from intaglio.pipeline.store import Digest, entries_below, file_digest
+from intaglio.pipeline.target import target_names
 
 MANIFEST = "manifest.json"
 
@@ -97,11 +98,11 @@ class Manifest(BaseModel):
             if not any(each.iterdir()):
                 yield f"{printable(each.relative_to(folder))}: was not delivered: an empty folder"
 
-    def damage(self, folder: Path) -> Iterator[str]:
-        """What was delivered and is missing or changed."""
+    def damage(self, folder: Path, without: Collection[str] = ()) -> Iterator[str]:
+        """What was delivered and is missing or changed; names in `without` are not looked at."""
         there = {file.relative_to(folder).as_posix(): file for file in entries_below(folder)[1]}
         for name in self.files:
-            if (problem := self._problem(name, there)) is not None:
+            if name not in without and (problem := self._problem(name, there)) is not None:
                 yield f"{printable(name)}: {problem}"
 
     def intact(self, folder: Path) -> set[Path]:
@@ -140,8 +141,9 @@ def intact_files(folder: Path) -> set[Path]:
 
 
 def target_name(folder: Path) -> str:
-    """The name of the target in a folder's path: that of a link, not of what it leads to."""
-    return os.path.basename(os.path.abspath(folder))
+    """The target that a folder is of, by its name; of a link by its own name, or else by that of what it leads to."""
+    own = os.path.basename(os.path.abspath(folder))
+    return own if own in target_names() else folder.resolve().name
 
 
 def compiled_folders(folder: Path) -> list[Path]:

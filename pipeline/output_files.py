@@ -15,7 +15,7 @@ from intaglio.pipeline.files import printable
 
 
 def check_output(path: Path) -> None:
-    """Raise RecipeError where `path` is anything but a regular file or a free name in a folder: better before the work."""
+    """Raise RecipeError where `path` is anything but a regular file, or a free name in a folder that is there."""
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.output_files import check_output, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -138,14 +139,14 @@ def check_file(path: Path) -> None:
 
     if path.suffix.lower() not in registered_extensions():
         raise RecipeError(f"{path}: not the name of a picture: end it in .png")
-    if not path.parent.is_dir():
-        raise RecipeError(f"{path}: there is no folder {path.parent}")
+    check_output(path)
 
 
 def save_picture(drawn: Mapping[str, torch.Tensor], path: Path) -> None:
     """Full precision, where it is there, above each line of compiled samples."""
     parts = [drawn[name] for name in (FULL, COMPILED) if name in drawn]
-    picture(parts, enlarged=max(1, SIDE // parts[0].shape[-1])).save(path)
+    with whole_file(path) as partial:
+        picture(parts, enlarged=max(1, SIDE // parts[0].shape[-1])).save(partial)
 
 
 def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int = 3) -> Image:

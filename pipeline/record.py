@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Factory
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.nesting import flatten
+from intaglio.pipeline.output_files import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,10 @@ class Recording:
         )
 
     def save(self, path: Path) -> None:
-        """One safetensors file: conditions by name, `null.` and `shared.` before the others, the rest as metadata."""
+        """One safetensors file: conditions by name, `null.` and `shared.` before the others, the rest as metadata.
+
+        Raises RecipeError where `path` is a link, a folder, a pipe or a device, or in a folder that is not there.
+        """
         from safetensors.torch import save_file
 
         tensors = {
@@ -62,7 +66,8 @@ class Recording:
         }
         settings = {name: getattr(self, name) for name in ("sample_shape", "timestep_scale", "schedule", "constants")}
         text = json.dumps(settings, sort_keys=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"intaglio": text})
+        with whole_file(Path(path)) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"intaglio": text})
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from intaglio.pipeline.errors import LISTED
 from intaglio.pipeline.files import printable
-from intaglio.pipeline.manifest import intact_files
+from intaglio.pipeline.manifest import MANIFEST, intact_files
 from intaglio.pipeline.store import entries_below, remove_tree
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _empty(tree: Path, folder: Path) -> None:
     folders, others = entries_below(tree)
     for each in folders:
         each.chmod(each.stat().st_mode | stat.S_IRWXU)  # else nothing can be taken out of a read-only one
-    for path in others:
+    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last, as it says what is whose
         if path in own or _identity(path) in there:
             path.unlink()
         else:

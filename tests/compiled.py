@@ -9,6 +9,8 @@ import onnx.parser
 from onnx import numpy_helper
 
 from intaglio.pipeline.graph import Graph, Interface, TensorSpec
+from intaglio.pipeline.manifest import MANIFEST, DeliveredFile, Manifest
+from intaglio.pipeline.store import file_digest, files_below
 
 STEP_LINEAR = """
 <ir_version: 10, opset_import: ["": 21]>
@@ -59,4 +61,15 @@ def compiled(folder: Path) -> Path:
     (folder / "graph/graph.json").rename(folder / "graph.json")
     shutil.rmtree(folder / "graph")
     (folder / "recipe.yaml").write_text(RECIPE)
+    return delivered(folder)
+
+
+def delivered(folder: Path) -> Path:
+    """The folder with a manifest of all that is in it now."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    files = {
+        path.relative_to(folder).as_posix(): DeliveredFile(sha256=file_digest(path), size_bytes=path.stat().st_size)
+        for path in files_below(folder)
+    }
+    Manifest(files=files, seed=0, start={}, steps=(), versions={}).write(folder)
     return folder

@@ -124,7 +124,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     run = RunRecord(
         step="assign",
         origin="x",
-        key="0",
+        key="0" * 64,
         ingredients=ingredients,
         outputs={"PLAN": "ab12cd34" * 8},
         seconds=1.25,

@@ -40,7 +40,7 @@ def delivered(root: Path, name: str, store: Store, seed: int = 0, *, worse: bool
     (folder / "recipe.yaml").write_text(RECIPE.format(seed))
     digests = {key.name: store.put(made[key], staging="x") for key in (MODEL, TARGET, SENSITIVITY, VERIFICATION)}
     start = {key: digests.pop(key) for key in ("MODEL", "TARGET")}
-    step = DeliveredStep(step="verify", origin="x", key="0", outputs=digests)
+    step = DeliveredStep(step="verify", origin="x", key="0" * 64, outputs=digests)
     versions = {"torch": "2.12.0" if worse else "2.13.0", "onnx": "1.0"}
     Manifest(files={}, seed=seed, start=start, steps=(step,), versions=versions).write(folder)
     return folder

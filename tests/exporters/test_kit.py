@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_standin
-from compiled import compiled
+from compiled import compiled, delivered
 from harness import run_pass
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -86,6 +86,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for target in ("tensorrt-10.3-orin", "tensorrt-10.16-orin", "tensorrt-rtx", "onnxruntime-cpu"):
         compiled(root / target)
     (root / "tensorrt-rtx/engine.plan").write_bytes(b"built ahead of time")
+    delivered(root / "tensorrt-rtx")
     return root
 
 

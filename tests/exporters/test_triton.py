@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from compiled import compiled
+from compiled import compiled, delivered
 from google.protobuf import text_format
 from harness import run_pass
 from quantizing import with_plan
@@ -52,13 +52,13 @@ def without_step(folder: Path) -> Path:
     graph = json.loads((folder / "graph.json").read_text())
     del graph["inputs"]["step"]
     (folder / "graph.json").write_text(json.dumps(graph))
-    return folder
+    return delivered(folder)
 
 
 def with_engine(folder: Path, runtime: str = "tensorrt") -> Path:
     (folder / "engine.json").write_text(json.dumps({"runtime": runtime, "command": "trtexec --onnx=model.onnx"}))
     (folder / "engine.plan").write_bytes(PLAN)
-    return folder
+    return delivered(folder)
 
 
 @pytest.fixture
@@ -127,6 +127,7 @@ def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit, monkeypatch):
     graph, folder = artifacts[GRAPH], Path("build/dit/onnxruntime-cpu")
     folder.mkdir(parents=True)
     graph.save(folder)
+    delivered(folder)
     model = write_model(folder, Path("repository"))
     proto = onnx.load(model / "1/model.onnx")
     levels = [a.i for n in proto.graph.node for a in n.attribute if a.name == "accuracy_level"]
@@ -186,6 +187,7 @@ def test_a_tensor_without_the_batch_keeps_the_batch_among_the_axes(engine):
     graph["inputs"]['odd "name"\\'] = {"dtype": "bool", "shape": ["batch", "odd"]}
     graph["sizes"] = {"odd": [4, 6]}
     file.write_text(json.dumps(graph))
+    delivered(engine)
     config, schema = parsed(write_model(engine, Path("repository")) / "config.pbtxt")
     assert config.max_batch_size == 0
     assert [facts(tensor, schema) for tensor in config.input] == [
@@ -211,7 +213,7 @@ def test_versions_stand_beside_each_other_and_nothing_is_overwritten(engine):
 
 def test_what_cannot_be_written_leaves_nothing(cpu):
     (cpu / "model.onnx.data").write_bytes(b"half of it")
-    with pytest.raises(RecipeError, match=r"codes: 4096 bytes at 0, but model\.onnx\.data ends at 10"):
+    with pytest.raises(RecipeError, match=r"model\.onnx\.data: has 10 bytes, delivered were 4096: run"):
         write_model(cpu, Path("models/repository"))
     assert list(Path("models").rglob("*")) == []
 
@@ -227,7 +229,7 @@ def changed(folder: Path, **facts) -> Path:
     graph = json.loads(file.read_text())
     graph["inputs"]["x"] |= facts
     file.write_text(json.dumps(graph))
-    return folder
+    return delivered(folder)
 
 
 @pytest.mark.parametrize(

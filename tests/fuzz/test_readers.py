@@ -12,8 +12,9 @@ SECONDS = 20
 """For each reader."""
 SEEDS = {
     "recipe": b"model: {path: m}\ntargets: [onnxruntime-cpu]\nsteps: [calibrate, {assign: {budget: &b [*b]}}]\n",
-    "manifest": b'{"files": {"model.onnx": {"sha256": "00", "size_bytes": 1}}, "seed": 0, "start": {"model": "00"},'
-    b' "steps": [{"step": "a", "pass": "b", "key": "c", "outputs": {"graph": "00"}}], "versions": {"torch": "2"}}',
+    "manifest": b'{"files": {"model.onnx": {"sha256": "%s", "size_bytes": 1}}, "seed": 0, "start": {"model": "%s"},'
+    b' "steps": [{"step": "a", "pass": "b", "key": "%s", "outputs": {"graph": "%s"}}], "versions": {"torch": "2"}}'
+    % ((b"00" * 32,) * 4),
     "lint": onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 21]> g (float[8,8] x, float s, int8[8,8] w) => (float[8,8] y)'
         "{ q = QuantizeLinear (x, s) d = DequantizeLinear (q, s) v = DequantizeLinear (w, s) y = MatMul (d, v) }"

@@ -14,6 +14,10 @@ from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.store import RunRecord, tree_digest, write_atomically
 
 
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_the_digest_is_of_paths_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "tree/b").mkdir(parents=True)
     (tmp_path / "tree/empty").mkdir()
@@ -72,7 +76,7 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind_and_the_same_command_goes_on(store: Store) -> None:
-    record = RunRecord(step="append", origin="o", key="k", ingredients="{}", outputs={}, seconds=1.0)
+    record = RunRecord(step="append", origin="o", key=sha256("{}"), ingredients="{}", outputs={}, seconds=1.0)
     with full_disk(5):
         with pytest.raises(StoreError, match=r"a Numbers cannot be written \(.*File too large\): make room there"):
             store.put(Numbers([1, 2, 3]), staging="a")
