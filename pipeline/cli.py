@@ -215,6 +215,8 @@ def init_command(
     """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
     from intaglio.pipeline.starter import look_at, recipe_text
 
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out}: there is no folder {out.parent}")
     check_output(out)
     if out.exists() and not force:
         raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")

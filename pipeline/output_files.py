@@ -3,6 +3,7 @@
 A link, a folder, a pipe or a device in the file's place is refused, and never replaced or written through.
 """
 
+import errno
 import os
 import stat
 import tempfile
@@ -15,7 +16,7 @@ from intaglio.pipeline.files import printable
 
 
 def check_output(path: Path) -> None:
-    """Raise RecipeError where `path` is anything but a regular file, or a free name in a folder that is there."""
+    """Raise RecipeError where `path` is a link, a folder, a pipe or a device, OSError where its folder is not there."""
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -25,7 +26,7 @@ def check_output(path: Path) -> None:
     if mode is not None and not stat.S_ISREG(mode):
         raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not written over: give another --out")
     if mode is None and not path.parent.is_dir():
-        raise RecipeError(f"{printable(path)}: there is no folder {printable(path.parent)}")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def kind_of(mode: int) -> str:
@@ -42,15 +43,22 @@ def kind_of(mode: int) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path of the same name, whose file takes the place of `path` when the block ends well.
 
-    A kill leaves the old file, and at worst a hidden folder beside it. Raises RecipeError as `check_output` does.
+    A kill leaves the old file, and at worst a hidden folder beside it. Raises what `check_output` does, and OSError
+    that names `path` where the disk does not take it.
     """
     check_output(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name[:100]}.", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+    prefix = f".{path.name[:100]}."
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            yield partial
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(path)
+    except OSError as error:
+        if error.errno is None or prefix not in str(error.filename or prefix):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_output(path: Path, text: str) -> None:

@@ -18,11 +18,14 @@ from types import ModuleType
 from typing import Any
 
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
+from intaglio.pipeline.files import MIB, read_bytes
 from intaglio.pipeline.metrics import Metric
 from intaglio.pipeline.pass_base import Pass
 
 GROUP = "intaglio.passes"
 METRICS = "intaglio.metrics"
+MOST_SOURCE = 16 * MIB
+"""Bytes of one Python file that are read."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _import(module_name: str, reference: str) -> ModuleType:
 
 def _load_file(file: Path) -> ModuleType:
     """The module of a file, once for each content it had: its name is made of both."""
-    source = file.read_bytes()
+    source = read_bytes(file, most=MOST_SOURCE)
     digest = hashlib.sha256(str(file.resolve()).encode() + b"\0" + source).hexdigest()
     module_name = f"intaglio_file_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest[:16]}"
     if module_name in sys.modules:
@@ -176,10 +179,10 @@ def _source_sha256(pass_class: type[Pass]) -> str:
     file = Path(inspect.getfile(pass_class))
     depth = pass_class.__module__.count(".") + (file.name == "__init__.py")
     if depth == 0:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file, most=MOST_SOURCE)).hexdigest()
     package = file.parents[depth - 1]
     lines = (
-        f"{path.relative_to(package).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        f"{path.relative_to(package).as_posix()} {hashlib.sha256(read_bytes(path, most=MOST_SOURCE)).hexdigest()}\n"
         for path in sorted(package.rglob("*.py"))
     )
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -242,6 +242,10 @@ def write_atomically(path: Path, text: str) -> None:
 def remove_tree(folder: Path) -> None:
     """Removes the folder if it is there; of a link, or of what else is in its place, that alone."""
     if folder.is_dir() and not folder.is_symlink():
+        for place, names, _ in os.walk(folder):  # nothing can be taken out of a folder that is read-only
+            for each in (Path(place, name) for name in names):
+                if not each.is_symlink():
+                    each.chmod(stat.S_IRWXU)
         shutil.rmtree(folder)
     else:
         folder.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from intaglio.exporters._kit.run import compare, read_case
 from intaglio.exporters._session import open_session
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.pipeline.cli import app
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.keys import GRAPH, TARGET
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
@@ -395,3 +396,92 @@ def test_a_folder_without_a_graph_is_refused(tmp_path):
     code, said = kit_command(str(tmp_path / "nothing"))
     assert code == 2
     assert "no graph.json in it or in a folder of it" in said
+
+
+@pytest.fixture
+def folder(build: Path) -> Path:
+    """A compiled folder that a test may change."""
+    return Path(shutil.copytree(build / "tensorrt-10.3-orin", "build/emoji/tensorrt-10.3-orin"))
+
+
+def flipped(folder: Path) -> None:
+    path = folder / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def linked(folder: Path, name: str) -> None:
+    Path("private").write_text("only mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(Path("private").absolute())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flipped, r"model\.onnx\.data: has the sha256 .*, delivered was"),
+        (lambda folder: linked(folder, "model.onnx_more"), r"model\.onnx_more: is a link, which no run delivers"),
+        (lambda folder: linked(folder, "model.onnx"), r"model\.onnx: is a link, where a file was delivered"),
+        (lambda folder: linked(folder, "recipe.yaml"), r"recipe\.yaml: is a link, where a file was delivered"),
+        (lambda folder: (folder / "more").symlink_to(Path.cwd()), "more: is a link"),
+        (lambda folder: os.mkfifo(folder / "model.onnx_f"), "model.onnx_f: is a named pipe"),
+        (lambda folder: (folder / "model.onnx.data").unlink(), r"model\.onnx\.data: is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"no manifest\.json"),
+    ],
+)
+def test_what_verify_would_refuse_is_not_packed(change, message, folder):
+    change(folder)
+    with pytest.raises(RecipeError, match=message):
+        kit.write_kit(folder, Path("kit.tar.gz"))
+    assert not Path("kit.tar.gz").exists()
+
+
+def test_files_that_no_run_delivered_are_left_out(folder, archives):
+    (folder / "model.onnx.kept").write_text("mine")
+    (folder / "my_notes.txt").write_text("mine")
+    packed = kit.write_kit(folder, Path("kit.tar.gz"))
+    assert packed.read_bytes() == archives["tensorrt-10.3-orin"].read_bytes()
+
+
+def odd_output(kind: str, archive: Path) -> Path:
+    out = Path("out.tar.gz")
+    match kind:
+        case "link":
+            shutil.copy(archive, "elsewhere")
+            out.symlink_to("elsewhere")
+        case "pipe":
+            os.mkfifo(out)
+        case "folder":
+            out.mkdir()
+        case "device":
+            out = Path("/dev/null")
+        case "thesis":
+            out.write_text("years of work")
+        case "archive of others":
+            with tarfile.open(out, "w:gz") as packed:
+                packed.add(archive, "thesis/README.md")
+        case "half of an archive":
+            out.write_bytes(archive.read_bytes()[:100])
+    return out
+
+
+@pytest.mark.parametrize(
+    "kind", ["link", "pipe", "folder", "device", "thesis", "archive of others", "half of an archive"]
+)
+def test_a_kit_takes_the_place_of_an_earlier_kit_alone(kind, folder, archives, monkeypatch):
+    monkeypatch.setattr(kit, "_content", lambda folder, name: pytest.fail("it is refused before any work"))
+    out = odd_output(kind, archives["tensorrt-10.3-orin"])
+    before = os.lstat(out)
+    message = f"{out}: is there and is no kit: move it, or give another --out|{out}: is a .* is not written over"
+    with pytest.raises(RecipeError, match=message):
+        kit.write_kit(folder, out)
+    assert os.lstat(out) == before
+
+
+def test_an_earlier_kit_and_an_empty_file_are_written_over(folder, archives):
+    out = Path(shutil.copy(archives["tensorrt-rtx"], "kit.tar.gz"))
+    expected = archives["tensorrt-10.3-orin"].read_bytes()
+    assert kit.write_kit(folder, out).read_bytes() == expected
+    out.write_bytes(b"")
+    assert kit.write_kit(folder, out).read_bytes() == expected

@@ -273,3 +273,33 @@ def test_what_the_command_refuses(arguments, message, engine):
     code, said = command(*arguments, "--out", "repository")
     assert code == 2
     assert message in said
+
+
+def test_files_behind_links_and_files_that_no_run_delivered_are_not_served():
+    folder = without_step(compiled(Path("build/emoji/onnxruntime-cuda")))
+    Path("private").write_text("only mine")
+    (folder / "model.onnx.kept").write_text("mine")
+    model = write_model(folder, Path("repository"))
+    assert sorted(path.name for path in (model / "1").iterdir()) == ["model.onnx", "model.onnx.data"]
+    (folder / "model.onnx_more").symlink_to(Path("private").absolute())
+    with pytest.raises(RecipeError, match=r"model\.onnx_more: is a link, which no run delivers"):
+        write_model(folder, Path("repository"), version=2)
+
+
+def test_a_linked_engine_is_refused_and_one_that_was_built_there_is_served(engine):
+    (engine / "engine.plan").rename("built.plan")
+    (engine / "engine.plan").symlink_to(Path("built.plan").absolute())
+    with pytest.raises(RecipeError, match=r"engine\.plan: is a link"):
+        write_model(engine, Path("repository"))
+    (engine / "engine.plan").unlink()
+    (engine / "engine.plan").write_bytes(b"built there")
+    assert (write_model(engine, Path("repository")) / "1/model.plan").read_bytes() == b"built there"
+
+
+def test_a_link_in_the_model_s_place_is_refused(cpu):
+    Path("repository").mkdir()
+    Path("mine").mkdir()
+    Path("repository/emoji-onnxruntime-cpu").symlink_to(Path("mine").absolute())
+    with pytest.raises(RecipeError, match="is there and is no folder: give another --name"):
+        write_model(cpu, Path("repository"))
+    assert list(Path("mine").iterdir()) == []

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from intaglio.pipeline import Store, compile
 from intaglio.pipeline.cli import app
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.manifest import Manifest, compiled_folders
+from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
 
 
 @pytest.fixture
@@ -87,3 +88,76 @@ def test_a_folder_without_manifest_says_what_to_give(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
     with pytest.raises(RecipeError, match=r"no manifest\.json in it or below: give a folder"):
         compiled_folders(tmp_path)
+
+
+def test_links_pipes_and_empty_folders_beside_what_was_delivered_are_named(delivered: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("")
+    (delivered / "extra").symlink_to(tmp_path / "other")
+    (delivered / "nowhere").symlink_to("nowhere")
+    os.mkfifo(delivered / "pipe")
+    (delivered / "a/b").mkdir(parents=True)
+    Path(os.fsdecode(os.fsencode(delivered) + b"/caf\xe9\x1b[31m")).write_text("")
+    assert departures(delivered) == [
+        r"caf\udce9\x1b[31m: was not delivered",
+        "extra: was not delivered: a link",
+        "nowhere: was not delivered: a link",
+        "pipe: was not delivered: a named pipe",
+        "a/b: was not delivered: an empty folder",
+    ]
+
+
+def test_a_pipe_or_a_linked_folder_in_a_delivered_file_s_place_is_named(delivered: Path, tmp_path: Path) -> None:
+    (delivered / "numbers.json").unlink()
+    os.mkfifo(delivered / "numbers.json")
+    (delivered / "text.json").unlink()
+    (delivered / "text.json").symlink_to(tmp_path)
+    assert departures(delivered) == [
+        "numbers.json: is a named pipe, where a file was delivered",
+        "text.json: is a link, where a file was delivered",
+    ]
+
+
+@pytest.mark.parametrize("digest", ["../../elsewhere", "0" * 63, "0" * 64 + "\n", "A" * 64, ""])
+@pytest.mark.parametrize("place", ["files", "start", "steps", "key"])
+def test_what_is_no_digest_is_refused_wherever_it_stands(place: str, digest: str, delivered: Path) -> None:
+    manifest = json.loads((delivered / "manifest.json").read_text())
+    match place:
+        case "files":
+            manifest["files"]["numbers.json"]["sha256"] = digest
+        case "start":
+            manifest["start"]["NUMBERS"] = digest
+        case "steps":
+            manifest["steps"][0]["outputs"]["NUMBERS"] = digest
+        case "key":
+            manifest["steps"][0]["key"] = digest
+    (delivered / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecipeError, match=r"is no manifest: \w+.*: String should match pattern"):
+        Manifest.read(delivered)
+
+
+def test_a_manifest_that_is_no_file_of_the_folder_is_refused_at_once(delivered: Path, tmp_path: Path) -> None:
+    (delivered / "manifest.json").rename(tmp_path / "manifest.json")
+    (delivered / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    with pytest.raises(RecipeError, match=r"manifest\.json: is a link out of"):
+        Manifest.read(delivered)
+    (delivered / "manifest.json").unlink()
+    os.mkfifo(delivered / "manifest.json")
+    with pytest.raises(RecipeError, match=r"manifest\.json: is not a regular file"):
+        Manifest.read(delivered)
+    (delivered / "manifest.json").unlink()
+    with (delivered / "manifest.json").open("wb") as stream:
+        stream.truncate(1 << 30)
+    with pytest.raises(RecipeError, match="has 1073741824 bytes, the most that is read is 16777216"):
+        Manifest.read(delivered)
+
+
+def test_the_target_of_a_linked_folder_is_known_by_either_name(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime-cpu").mkdir()
+    (tmp_path / "latest").symlink_to("onnxruntime-cpu")
+    (tmp_path / "tensorrt-rtx").symlink_to(tmp_path)
+    assert [target_name(tmp_path / name) for name in ("onnxruntime-cpu", "latest", "tensorrt-rtx")] == [
+        "onnxruntime-cpu",
+        "onnxruntime-cpu",
+        "tensorrt-rtx",
+    ]

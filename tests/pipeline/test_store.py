@@ -1,17 +1,20 @@
 """Objects are whole and verified; records are whole or not there."""
 
 import hashlib
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import full_disk
 from safetensors.numpy import save_file
-from toys import NUMBERS, START, Numbers, toy_recipe
+from toys import NUMBERS, START, Numbers, Text, toy_recipe
 
 from intaglio.pipeline import Store, compile
-from intaglio.pipeline.errors import StoreError
-from intaglio.pipeline.store import RunRecord, tree_digest, write_atomically
+from intaglio.pipeline.errors import ContractError, StoreError
+from intaglio.pipeline.store import RunRecord, remove_tree, tree_digest, write_atomically
 
 
 def sha256(text: str) -> str:
@@ -97,3 +100,174 @@ def test_weights_that_the_disk_does_not_take_are_an_error_of_the_store(store: St
     with full_disk(4096), pytest.raises(StoreError, match=r"a Weights cannot be written .*File too large"):
         store.put(Weights([]), staging="a")
     assert not list((store.root / "staging").iterdir())
+
+
+def rewritten(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    """Changes what a record says."""
+
+    def write(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return write
+
+
+def replaced(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Puts something else in a record's place."""
+
+    def write(path: Path) -> None:
+        path.rename(path.parents[1] / "moved.json")
+        make(path)
+
+    return write
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(1 << 30)
+
+
+NOT_ITS_KEY = "its name is not the sha256 of its ingredients"
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.write_bytes(b"\xff"), "Invalid JSON"),
+        (lambda path: path.write_bytes(b"[" * 100_000), "Invalid JSON"),
+        (lambda path: path.write_text("[]"), "Input should be an object"),
+        (sparse, "has 1073741824 bytes, the most that is read is 16777216"),
+        (rewritten(lambda content: content.update(outputs={})), "it names no NUMBERS"),
+        (rewritten(lambda content: content.update(outputs={"NUMBERS": "../../elsewhere"})), "outputs: NUMBERS: String"),
+        (rewritten(lambda content: content.update(outputs={"NUMBERS": "A" * 64})), "outputs: NUMBERS: String"),
+        (rewritten(lambda content: content.update(outputs={"NUMBERS": "0" * 64 + "\n"})), "outputs: NUMBERS: String"),
+        (rewritten(lambda content: content.update(outputs=[["NUMBERS", "0" * 64]])), "outputs: Input should be"),
+        (rewritten(lambda content: content.update(key="../" + "0" * 61)), "key: String should match"),
+        (rewritten(lambda content: content.update(key="0" * 64)), NOT_ITS_KEY),
+        (rewritten(lambda content: content.update(ingredients="[]")), NOT_ITS_KEY),
+        (rewritten(lambda content: content.update(seconds=-1)), "seconds: Input should be greater"),
+        (rewritten(lambda content: content.update(seconds=float("nan"))), "seconds: Input should be a finite number"),
+        (replaced(os.mkfifo), "is not a regular file"),
+        (replaced(Path.mkdir), "is a folder, not a file"),
+        (replaced(lambda path: path.symlink_to("/etc/hostname")), "is a link out of"),
+    ],
+)
+def test_an_odd_record_is_named_and_running_again_without_it_heals(
+    damage: Callable[[Path], None], why: str, store: Store
+) -> None:
+    compile(toy_recipe("Append"), store, start=START)
+    (record,) = (store.root / "runs").iterdir()
+    damage(record)
+    with pytest.raises(StoreError, match=r"is not a run record.*: delete it and run again") as caught:
+        compile(toy_recipe("Append"), store, start=START)
+    assert str(record) in str(caught.value)
+    assert why in str(caught.value)
+    remove_tree(record)
+    assert compile(toy_recipe("Append"), store, start=START)["onnxruntime-cpu"][NUMBERS] == Numbers([1, 1])
+
+
+def test_a_record_that_is_a_link_to_nowhere_is_written_again(store: Store, tmp_path: Path) -> None:
+    compile(toy_recipe("Append"), store, start=START)
+    (record,) = (store.root / "runs").iterdir()
+    record.unlink()
+    record.symlink_to(tmp_path / "nowhere")
+    compile(toy_recipe("Append"), store, start=START)
+    assert not record.is_symlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_files_of_others_among_the_records_are_not_read(store: Store) -> None:
+    (store.root / "runs/mine.json").write_text("mine")
+    compile(toy_recipe("Append"), store, start=START)
+    assert [record.step for record in store.records()] == ["append"]
+
+
+def test_a_record_that_names_another_artifact_is_named(store: Store) -> None:
+    compile(toy_recipe("Append"), store, start=START)
+    (append,) = (store.root / "runs").iterdir()
+    other = store.put(Text([1, 1]), staging="a")
+    rewritten(lambda content: content.update(outputs={"NUMBERS": other}))(append)
+    with pytest.raises(StoreError, match=rf"{append.name}: its NUMBERS is not one \(FileNotFoundError.*delete this"):
+        compile(toy_recipe("Append", "Mutate"), Store(store.root), start=START)
+
+
+@pytest.mark.parametrize("digest", ["../../elsewhere", "", "0" * 63, "0" * 64 + "\n", "G" * 64, "/" * 64])
+def test_what_is_no_digest_leads_to_no_path(digest: str, store: Store) -> None:
+    for method in (store.open, store.object_folder, lambda digest: store.load(NUMBERS, digest)):
+        with pytest.raises(StoreError, match="is no digest of an object: it has 64 hexadecimal digits"):
+            method(digest)
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to("/etc/fonts")]
+)
+def test_an_object_with_a_link_or_a_pipe_is_damaged_and_read_at_once(
+    make: Callable[[Path], None], store: Store
+) -> None:
+    digest = store.put(Numbers([1]), staging="a")
+    make(store.object_folder(digest) / "more")
+    with pytest.raises(StoreError, match=f"object {digest} is damaged"):
+        Store(store.root).open(digest)
+    remove_tree(store.object_folder(digest))
+    make(store.object_folder(digest))
+    with pytest.raises(StoreError, match=f"object {digest} is damaged.*delete {store.object_folder(digest)}"):
+        Store(store.root).open(digest)
+
+
+class Linking(Numbers):
+    def save(self, root: Path) -> None:
+        (root / "numbers.json").symlink_to("/etc/hostname")
+
+
+def test_an_artifact_that_saves_a_link_is_refused(store: Store) -> None:
+    with pytest.raises(ContractError, match=r"a Linking saves numbers\.json, which is no regular file"):
+        store.put(Linking([]), staging="a")
+    assert not list((store.root / "staging").iterdir())
+
+
+class OddNames(Numbers):
+    def save(self, root: Path) -> None:
+        for name in (b"caf\xe9", b"two\nlines", b"back\\slash"):
+            (root / os.fsdecode(name)).write_text("1")
+        (root / "sealed").mkdir()
+        (root / "sealed/file").write_text("1")
+        (root / "sealed").chmod(0o555)
+
+
+def test_files_of_any_name_and_in_read_only_folders_are_kept(store: Store) -> None:
+    digest = store.put(OddNames([]), staging="a")
+    assert Store(store.root).open(digest).is_dir()
+    lines = (rb"back\\slash", b"caf\xe9", b"sealed/file", rb"two\nlines")
+    text = b"".join(sha256("1").encode() + b" 1 " + line + b"\n" for line in lines)
+    assert digest == hashlib.sha256(text).hexdigest()
+    assert store.put(OddNames([]), staging="b") == digest
+    assert not list((store.root / "staging").iterdir())
+
+
+def test_links_in_the_places_of_work_are_removed_and_not_followed(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("mine")
+    key = sha256("{}")
+    for place in ("staging", "scratch"):
+        (store.root / place / key).symlink_to(tmp_path / "mine")
+    store.put(Numbers([1]), staging=key)
+    assert list(store.scratch(key).iterdir()) == []
+    store.finish(RunRecord(step="append", origin="o", key=key, ingredients="{}", outputs={}, seconds=1.0))
+    assert (tmp_path / "mine/file").read_text() == "mine"
+
+
+def test_a_lock_that_cannot_be_held_is_named(store: Store) -> None:
+    (store.root / "locks/start").mkdir()
+    with pytest.raises(StoreError, match="locks/start: cannot be locked"), store.lock("start"):
+        pass
+
+
+class Refused(Numbers):
+    def save(self, root: Path) -> None:
+        raise PermissionError(13, "Permission denied", "model")
+
+
+def test_the_advice_to_make_room_is_given_where_room_is_what_is_missing(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"a Refused cannot be written \(.*Permission denied: 'model'\)$"):
+        store.put(Refused([]), staging="a")
