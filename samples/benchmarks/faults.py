@@ -1,201 +1,49 @@
-"""What a run survives: kills, a full disk, damage to the store, company, other numbers of threads, another CPU.
+"""What a run holds against: kills, a full disk, damage to the store, files and folders of others, company, another CPU.
 
     python samples/benchmarks/faults.py [--kills 100] [--only KIND ...] [--json]
 
-A tiny transformer with random weights is compiled for ONNX Runtime by the command, in processes of their own. A fault
-is survived if nothing half-written is ever taken for whole, no message is a traceback, and the same command then ends
-with the digests of an undisturbed run (of all but what holds measured times: latencies, and the report of them).
+A tiny transformer with random weights is compiled for ONNX Runtime by the command, in processes of their own. It holds
+against a fault if nothing half-written is ever taken for whole, no message is a traceback, nothing of a user's is lost,
+and the same command then ends with the digests of an undisturbed run (of all but what holds measured times: latencies,
+and the report of them).
 
-`kill`: SIGKILL, SIGTERM and Ctrl-C by turns, at random moments of the time that a run computes. `full disk`: no file
-can grow beyond some number of bytes, for sizes of the files of an undisturbed store. `flipped byte`, `vanished`: one
-object of a finished store each; damage is to be named, and healed by what the message says. `clock`: all files of the
-store are from 1980, or 2100. `another CPU`: torch computes as on one without AVX, so that digests are others; survived
-if the plan is the same and the deployed samples are as near to full precision, to `SAME_DB`.
+`kill`: SIGKILL, SIGTERM and Ctrl-C by turns, at random moments of the time that a run computes, with older results and
+a user's files in the folder of results; `kill at the end`: while new results take the place of the older ones. `full
+disk`: no file can grow beyond some number of bytes, for sizes of the files of an undisturbed store. `flipped byte`,
+`vanished object`: one object of a finished store each; damage is to be named, and healed by what the message says.
+`clock`: all files of the store are from 1980, or 2100. `another CPU`: torch computes as on one without AVX, so that
+digests are others; held if the plan is the same and the deployed samples are as near to full precision, to `SAME_DB`.
+
+`user's files`, `folders of others`, `linked results`, `damaged record` and `what a kit is given`: files that are not as
+a run left them. What is the user's stays as it was; what cannot be worked with is refused in one message.
 """
 
 import json
 import os
-import random
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import psutil
 import typer
-from rich.progress import Progress, track
+from _faults_bench import Bench, Run, Tally, bar, cpu_s, flip
+from _faults_files import Mine, folders_of_others, kits, linked_results, records, replacements, users_files
+from rich.progress import Progress
 
 from intaglio.pipeline.context import terminal
-from intaglio.pipeline.manifest import Manifest, compiled_folders
 from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.store import Store, files_below, tree_digest
+from intaglio.pipeline.store import files_below
 
-RECIPE = """
-model: {path: "%s:dit", sampling_steps: 4, guidance: 2.0}
-targets: [onnxruntime-cpu]
-steps:
-  - calibrate: {samples: 8}
-  - sensitivity: {buckets: 1, rows: 2, samples: 4}
-  - assign: {budget: {size: 0.45}}
-  - balance
-  - distill: {updates: 20, samples: 4, rank: 4}
-  - merge
-  - export-float
-  - export-qdq
-  - lint
-  - onnxruntime
-  - verify: {samples: 4, rows: 4, gap_db_tolerance: 3.0}
-  - benchmark: {rounds: 2}
-  - report
-"""
-TIMED = ("benchmark", "report")
-"""Steps whose results hold times."""
 SAME_DB = 0.5
 """Samples whose PSNR differs by less are as near: what `verify` allows between the deployed ones and the simulated."""
 NO_AVX = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-T = TypeVar("T")
-Digests = Mapping[str, Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One store, and the results that its run writes."""
-
-    folder: Path
-    recipe: Path
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    def start(self, *, largest_file: int = resource.RLIM_INFINITY, **environment: str) -> subprocess.Popen[str]:
-        def prepare() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-m", "intaglio", "run", self.recipe, "--store", self.store, "--out", self.out],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=prepare,
-        )
-
-    def ended(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Its exit code, and what it said."""
-        _, said = process.communicate()
-        return process.returncode, said
-
-    @property
-    def delivered(self) -> Path:
-        """The folder of its target."""
-        (folder,) = compiled_folders(self.out)
-        return folder
-
-    def digests(self) -> Digests:
-        return {step.step: step.outputs for step in Manifest.read(self.delivered).steps if step.step not in TIMED}
-
-    def psnr_db(self) -> float:
-        """Of deployed samples to those of full precision."""
-        found: float = json.loads((self.delivered / "metrics.json").read_text())["psnr_db"]
-        return found
-
-    def half_written(self) -> list[str]:
-        """What is visible and not whole."""
-        objects = Store(self.store).root / "objects"
-        broken = [f"object {each.name}" for each in objects.iterdir() if tree_digest(each) != each.name]
-        list(Store(self.store).records())  # raises where one is no record
-        targets = [folder for folder in self.out.glob("*") if not folder.name.startswith(".")]
-        return [*broken, *(f"{f}: {what}" for f in targets for what in Manifest.read(f).departures(f))]
-
-
-@dataclass
-class Tally:
-    """Of one kind of fault; `lost` says what was wrong with those that were not survived."""
-
-    tried: int = 0
-    lost: list[str] = field(default_factory=list)
-
-    @property
-    def survived(self) -> int:
-        return self.tried - len(self.lost)
-
-    def count(self, problems: Sequence[str]) -> None:
-        self.tried += 1
-        if problems:
-            self.lost.append("; ".join(problems))
-            print(f"lost: {self.lost[-1]}", file=sys.stderr)
-
-
-@dataclass
-class Bench:
-    """The undisturbed run, and where the others are."""
-
-    place: Path
-    undisturbed: Run
-    expected: Digests
-    seconds: float
-    cpu_s: float
-    rng: random.Random
-
-    @classmethod
-    def begin(cls, place: Path) -> "Bench":
-        families = Path(__file__).with_name("tiny_families.py")
-        recipe = place / "recipe.yaml"
-        recipe.write_text(RECIPE % Path(os.path.relpath(families, place)).as_posix())
-        run, began, computed_s = Run(place / "undisturbed", recipe), time.perf_counter(), ended_cpu_s()
-        code, said = run.ended(run.start())
-        if code:
-            raise typer.BadParameter(f"the undisturbed run ended with {code}: {said}")
-        seconds, cpu_s = time.perf_counter() - began, ended_cpu_s() - computed_s
-        return cls(place, run, run.digests(), seconds, cpu_s, random.Random(0))
-
-    def fresh(self, name: str) -> Run:
-        return Run(self.place / name, self.undisturbed.recipe)
-
-    def copied(self, name: str) -> Run:
-        """With the store of the undisturbed run."""
-        run = self.fresh(name)
-        shutil.copytree(self.undisturbed.store, run.store)
-        return run
-
-    def finished(self, run: Run, **environment: str) -> list[str]:
-        """Problems of the same command, given again until it ends."""
-        code, said = run.ended(run.start(**environment))
-        if code:
-            return [f"ended with {code}: {said[-300:]}"]
-        different = [step for step, made in self.expected.items() if run.digests().get(step) != made]
-        return [*run.half_written(), *(f"{step} made something else" for step in different)]
-
-
-def ended_cpu_s() -> float:
-    """CPU seconds of all processes of this one that ended, with theirs."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
-
-
-def cpu_s(process: psutil.Process) -> float:
-    """CPU seconds so far, with those of its processes that ended."""
-    return sum(process.cpu_times()[:4])
-
-
-def bar(items: Sequence[T], name: str) -> Iterable[T]:
-    return track(items, name, transient=True, console=terminal(), disable=not terminal().is_terminal)
 
 
 def kills(bench: Bench, count: int) -> Tally:
@@ -205,13 +53,15 @@ def kills(bench: Bench, count: int) -> Tally:
         task = progress.add_task("kills", total=count)
         while tally.tried < count:
             run, problems_of = bench.fresh(f"kill-{chain}"), list[list[str]]()
+            shutil.copytree(bench.undisturbed.out, run.out)
+            mine = Mine(run.delivered)
             while tally.tried + len(problems_of) < count:
                 problems = killed(run, bench, SIGNALS[(tally.tried + len(problems_of)) % len(SIGNALS)])
                 if problems is None:
                     break
-                problems_of.append(problems)
+                problems_of.append([*problems, *mine.problems()])
                 progress.advance(task)
-            end = bench.finished(run)
+            end = [*bench.finished(run), *mine.problems()]
             for problems in problems_of:
                 tally.count([*problems, *end])
             if not terminal().is_terminal:
@@ -270,17 +120,6 @@ def damages(bench: Bench, damage: Callable[[Path], None], name: str) -> Tally:
     return tally
 
 
-def flip(rng: random.Random) -> Callable[[Path], None]:
-    def flipped(folder: Path) -> None:
-        file = rng.choice([file for file in files_below(folder) if file.stat().st_size])
-        content = bytearray(file.read_bytes())
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.chmod(0o644)
-        file.write_bytes(content)
-
-    return flipped
-
-
 def companies(bench: Bench) -> Tally:
     """Two runs on one store, then four."""
     tally = Tally()
@@ -329,6 +168,7 @@ def clocks(bench: Bench) -> Tally:
 
 def main(
     kill_count: Annotated[int, typer.Option("--kills", min=0)] = 100,
+    end_count: Annotated[int, typer.Option("--end-kills", min=0, help="kills while results are replaced")] = 20,
     disk_count: Annotated[int, typer.Option("--disks", min=0, help="sizes of files that a full disk refuses")] = 15,
     only: Annotated[list[str] | None, typer.Option(help="kinds of faults, as they are printed; all if none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
@@ -339,8 +179,14 @@ def main(
         "2 and 4 runs on one store": companies,
         "clock": clocks,
         "vanished object": lambda bench: damages(bench, shutil.rmtree, "vanished"),
-        "flipped byte": lambda bench: damages(bench, flip(bench.rng), "flipped"),
+        "flipped byte": lambda bench: damages(bench, lambda folder: flip(bench.rng, folder), "flipped"),
+        "user's files": users_files,
+        "folders of others": folders_of_others,
+        "linked results": linked_results,
+        "damaged record": records,
+        "what a kit is given": kits,
         "full disk": lambda bench: full_disks(bench, disk_count),
+        "kill at the end": lambda bench: replacements(bench, end_count),
         "kill": lambda bench: kills(bench, kill_count),
     }
     if unknown := set(only or ()) - set(kinds):
@@ -349,12 +195,12 @@ def main(
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.begin(Path(place))
         if not as_json:
-            print(f"{'an undisturbed run takes':28} {bench.seconds:.1f} s\n{'':28} tried  survived  lost")
+            print(f"{'an undisturbed run takes':28} {bench.seconds:.1f} s\n{'':28} tried  held  lost")
         for name in only or kinds:
             tally = kinds[name](bench)
-            found[name] = {"tried": tally.tried, "survived": tally.survived, "lost": tally.lost}
+            found[name] = {"tried": tally.tried, "held": tally.held, "lost": tally.lost}
             if not as_json:
-                print(f"{name:28} {tally.tried:5}  {tally.survived:8}  {len(tally.lost):4}", flush=True)
+                print(f"{name:28} {tally.tried:5}  {tally.held:4}  {len(tally.lost):4}", flush=True)
     if as_json:
         print(json.dumps(found))
     if any(each["lost"] for each in found.values()):
