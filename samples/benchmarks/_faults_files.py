@@ -1,4 +1,4 @@
-"""Faults of files: what a user has in the folder of results, folders of others, damaged records, what a kit is given."""
+"""Faults of files: what a user has in the folder of results, folders of others, damaged records, hostile kits."""
 
 import json
 import os
@@ -236,18 +236,24 @@ def kits(bench: Bench) -> Tally:
         "a thesis as --out": in_place(lambda path: path.write_bytes(PRIVATE)),
     }
     tally = Tally()
+    tally.count([] if _kit_of(bench, lambda folder: None)[0] == 0 else ["as delivered: is not packed"])
     for name, change in bar([*changes.items()], "kits"):
-        place = bench.place / "kits"
-        folder = Path(shutil.copytree(bench.undisturbed.delivered, place / "tensorrt-10"))
-        (place / "private.txt").write_bytes(PRIVATE)
-        change(folder)
-        command = [sys.executable, "-m", "intaglio", "kit", folder, "--out", place / "kit.tar.gz"]
-        problems = refused(limited(command), "")
-        if (place / "private.txt").read_bytes() != PRIVATE or _packs_private(place / "kit.tar.gz"):
-            problems.append("a private file is packed, or written over")
-        tally.count([f"{name}: {problem}" for problem in problems])
-        remove_tree(place)
+        tally.count([f"{name}: {problem}" for problem in refused(_kit_of(bench, change), "")])
     return tally
+
+
+def _kit_of(bench: Bench, change: Change) -> Ended:
+    """How `intaglio kit` ended on a changed folder."""
+    place = bench.place / "kits"
+    folder = Path(shutil.copytree(bench.undisturbed.delivered, place / "tensorrt-10"))
+    (place / "private.txt").write_bytes(PRIVATE)
+    change(folder)
+    code, said = limited([sys.executable, "-m", "intaglio", "kit", folder, "--out", place / "kit.tar.gz"])
+    if (place / "private.txt").read_bytes() != PRIVATE or _packs_private(place / "kit.tar.gz"):
+        said += "; a private file is packed, or written over"
+        code = -1
+    remove_tree(place)
+    return code, said
 
 
 def ended(run: Run, bench: Bench) -> Ended:
