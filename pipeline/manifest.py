@@ -25,7 +25,7 @@ class DeliveredFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     sha256: Digest
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, lt=1 << 63)
 
 
 class DeliveredStep(BaseModel):

@@ -101,9 +101,10 @@ def made_from(folder: Path, store: Store, key: Key[A]) -> A:
 
 def _copy(source: Path, folder: Path, key: AnyKey) -> None:
     for file in files_below(source):
-        copy = folder / file.relative_to(source)
-        if printable(copy.name) != copy.name:
-            raise RecipeError(f"{key}: would deliver {printable(file.relative_to(source))}: give the file another name")
+        name = file.relative_to(source)
+        copy = folder / name
+        if str(name).encode(errors="ignore") != os.fsencode(name):
+            raise RecipeError(f"{key}: would deliver {printable(name)}, a name that is no UTF-8: rename that file")
         if copy.exists() or copy.name in (MANIFEST, RECIPE):
             raise ContractError(f"{key}: publishes {copy.name}, a name that is taken: give the file another")
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 log = logging.getLogger(__name__)
 
+MOST_SECONDS = 1e9
+"""A step that took longer, 30 years, is none that was measured."""
+
 
 class RunRecord(BaseModel):
     """One step that succeeded: what it was made from, what came out, and how long it took."""
@@ -48,8 +51,8 @@ class RunRecord(BaseModel):
     """The JSON text that `key` is the sha256 of."""
     outputs: Mapping[str, Digest]
     """Key name -> digest."""
-    seconds: float = Field(ge=0, allow_inf_nan=False)
-    peak_bytes: int | None = Field(None, ge=0)
+    seconds: float = Field(ge=0, le=MOST_SECONDS)
+    peak_bytes: int | None = Field(None, ge=0, lt=1 << 63)
     """The most memory that the process held at once, what it held before among it; None where that is not known."""
 
 
@@ -167,9 +170,12 @@ class Store:
     def scratch(self, key: str) -> Path:
         """The folder for checkpoints of an unfinished step: what an earlier run of the step left is still in it."""
         folder = self.root / "scratch" / key
-        if folder.is_symlink() or not folder.is_dir():
-            remove_tree(folder)
-            folder.mkdir()
+        try:
+            if folder.is_symlink() or not folder.is_dir():
+                remove_tree(folder)
+                folder.mkdir()
+        except OSError as error:
+            raise self._unwritable("a folder for checkpoints", error) from error
         return folder
 
     @contextmanager

@@ -52,22 +52,21 @@ def replacements(bench: Bench, count: int) -> Tally:
     tally = Tally()
     run = bench.copied("replaced", results=True)
     mine = Mine(run.delivered)
-    for number in bar(range(count), "kills while results are replaced"):
+    for number in bar(range(3 * count), "kills while results are replaced"):
+        if tally.tried == count:
+            break
         by = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)[number % 3]
         process, left = run.start(), set(run.out.iterdir())
         while process.poll() is None and set(run.out.iterdir()) <= left:
             time.sleep(0.0005)
-        time.sleep(bench.rng.uniform(0, 0.05))
+        time.sleep(bench.rng.uniform(0, 0.03))
         process.send_signal(by)
         code, said = run.ended(process)
-        fine = code in (0, 130, -by) and "Traceback" not in said
-        tally.count(
-            [
-                *run.half_written(),
-                *mine.problems(),
-                *([] if fine else [f"at {by.name} ended with {code}: {said[-300:]}"]),
-            ]
-        )
+        problems = [*run.half_written(), *mine.problems()]
+        if code not in (0, 130, -by) or "Traceback" in said:
+            problems.append(f"at {by.name} ended with {code}: {said[-300:]}")
+        if code or problems:  # else it had ended before
+            tally.count(problems)
     problems = [*bench.finished(run), *mine.problems()]
     if others := [path.name for path in run.out.iterdir() if path.name != TARGET]:
         problems.append(f"left beside the results: {', '.join(others)}")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toys import START, toy_recipe
+from toys import START, Text, toy_recipe
 
 from intaglio.pipeline import Store, compile, replacement
 from intaglio.pipeline.errors import RecipeError, StoreError
@@ -293,3 +293,13 @@ def test_folders_beside_the_results_that_no_run_made_are_not_touched(store: Stor
     run(store, folder.parent, 2)
     is_whole(folder, 2)
     assert len(list(folder.parent.glob(".*/precious.txt"))) == 3
+
+
+def test_a_delivered_name_that_is_no_utf_8_is_named_and_the_older_results_stay(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Text, "save", lambda self, root: Path(root, os.fsdecode(b"caf\xe9.txt")).write_text("1"))
+    with pytest.raises(RecipeError, match=r"SUM: would deliver caf\\udce9\.txt, a name that is no UTF-8"):
+        run(store, folder.parent, 2)
+    is_whole(folder, 1)
+    assert os.listdir(folder.parent) == [TARGET]

@@ -14,7 +14,7 @@ from toys import NUMBERS, START, Numbers, Text, toy_recipe
 
 from intaglio.pipeline import Store, compile
 from intaglio.pipeline.errors import ContractError, StoreError
-from intaglio.pipeline.store import RunRecord, remove_tree, tree_digest, write_atomically
+from intaglio.pipeline.store import RunRecord, file_digest, remove_tree, tree_digest, write_atomically
 
 
 def sha256(text: str) -> str:
@@ -147,7 +147,9 @@ NOT_ITS_KEY = "its name is not the sha256 of its ingredients"
         (rewritten(lambda content: content.update(key="0" * 64)), NOT_ITS_KEY),
         (rewritten(lambda content: content.update(ingredients="[]")), NOT_ITS_KEY),
         (rewritten(lambda content: content.update(seconds=-1)), "seconds: Input should be greater"),
-        (rewritten(lambda content: content.update(seconds=float("nan"))), "seconds: Input should be a finite number"),
+        (rewritten(lambda content: content.update(seconds=float("nan"))), "seconds: Input should be"),
+        (rewritten(lambda content: content.update(seconds=1e300)), "seconds: Input should be less"),
+        (rewritten(lambda content: content.update(peak_bytes=10**400)), "peak_bytes: "),
         (replaced(os.mkfifo), "is not a regular file"),
         (replaced(Path.mkdir), "is a folder, not a file"),
         (replaced(lambda path: path.symlink_to("/etc/hostname")), "is a link out of"),
@@ -255,6 +257,12 @@ def test_links_in_the_places_of_work_are_removed_and_not_followed(store: Store, 
     assert list(store.scratch(key).iterdir()) == []
     store.finish(RunRecord(step="append", origin="o", key=key, ingredients="{}", outputs={}, seconds=1.0))
     assert (tmp_path / "mine/file").read_text() == "mine"
+
+
+def test_a_digest_of_a_pipe_is_an_error_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="pipe: is not a regular file"):
+        file_digest(tmp_path / "pipe")
 
 
 def test_a_lock_that_cannot_be_held_is_named(store: Store) -> None:
