@@ -66,7 +66,7 @@ class SeededScheduler:
         count = len(self._schedulers)
         if count == 1:
             return function(self._schedulers[0], self._seed(0), *tensors)
-        parts = zip(*(tensor.split(1) for tensor in tensors), strict=True)
+        parts = zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
         found = [function(self._schedulers[i], self._seed(i), *part) for i, part in enumerate(parts)]
         return torch.cat(found)
 
