@@ -93,10 +93,13 @@ class CallInputs:
     def _tensor(self, name: str, value: object) -> torch.Tensor:
         """A tensor, or a number as one."""
         if isinstance(value, Real):
-            return torch.as_tensor(value)
+            try:
+                value = torch.as_tensor(value)
+            except (OverflowError, RuntimeError, TypeError, ValueError) as e:  # a number that no type of torch holds
+                raise CallError(f"{self._place(name)} is {value}: {e}") from e
         if not isinstance(value, torch.Tensor):
-            kind = type(value)
-            raise CallError(f"{self._place(name)} is a {kind.__module__}.{kind.__qualname__}: give a tensor of torch")
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            raise CallError(f"{self._place(name)} is a {kind}: give a tensor of torch")
         if value.is_meta or value.layout != torch.strided or value.is_quantized:
             raise CallError(
                 f"{self._place(name)} is a {value.device.type} tensor, {value.layout}: give one with values"
@@ -122,7 +125,9 @@ class CallInputs:
 
     def _check_indices(self, name: str, value: torch.Tensor, size: int) -> None:
         """Raise CallError for numbers that are no places of a table of this size; torch takes none below 0 either."""
-        for number in (float(end) for end in value.aminmax() if not value.is_complex()):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise CallError(f"{self._place(name)} is of {value.dtype}: give whole numbers from 0 to {size - 1}")
+        for number in (float(end) for end in value.aminmax()):
             if not 0 <= number < size:
                 raise CallError(f"{self._place(name)} has {number:g}, but there are 0 to {size - 1}")
 

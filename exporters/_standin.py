@@ -17,7 +17,7 @@ from torch import nn
 from intaglio.pipeline.errors import CallError
 
 CURE = "it computes what it was compiled from: make the change before, and compile it anew"
-LORA_CURE = "LoRAs are fused when it is compiled: name them in the recipe, model.loras, and compile it anew"
+ADAPTER_CURE = "name LoRAs in the recipe, model.loras; put any other adapter in before, and compile it anew"
 HARMLESS = (
     "compile",
     "compile_repeated_blocks",
@@ -74,6 +74,7 @@ class Standin(nn.Module):
     def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "the whole denoiser") -> None:
         super().__init__()
         own = self.__dict__
+        own["_parameters"], own["_buffers"] = _Fixed({}, name), _Fixed({}, name)
         own["_original"], own["_name"], own["_compiled"], own["training"] = original, name, compiled, False
         if original is not None:
             freeze(original, name, compiled)
@@ -86,7 +87,7 @@ class Standin(nn.Module):
         found = getattr(original, name)
         if name == "attn_processors":  # who asks for them is about to change them
             raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {CURE}")
-        return self._refused(name, LORA_CURE) if _is_of_loaders(type(original), name) else found
+        return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
 
     def __setattr__(self, name: str, value: object) -> None:
         raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
@@ -167,6 +168,13 @@ class Standin(nn.Module):
         """Raises CallError."""
         self.save_pretrained()
 
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Without effect: a runtime has compiled it."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself, as nothing of it can be changed."""
+        return self
+
     def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Without effect, as no cache can be enabled; pipelines open it around every call."""
         return contextlib.nullcontext()
@@ -207,7 +215,7 @@ class _Fixed(dict[Any, Any]):
 
     def __init__(self, content: dict[Any, Any], place: str) -> None:
         super().__init__(content)
-        self.place = place
+        self.place = place or "the denoiser"
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise CallError(f"{self.place} cannot be changed in a compiled model: {CURE}")
