@@ -71,7 +71,7 @@ class Standin(nn.Module):
     `name` is what messages begin with, "" for the denoiser. It takes, gives and computes as compiled.
     """
 
-    def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "the whole denoiser") -> None:
+    def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "only the whole denoiser") -> None:
         super().__init__()
         own = self.__dict__
         own["_parameters"], own["_buffers"] = _Fixed({}, name), _Fixed({}, name)
@@ -90,6 +90,8 @@ class Standin(nn.Module):
         return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name == "training" and value is False:  # as it is
+            return
         raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
 
     def __delattr__(self, name: str) -> None:
@@ -239,7 +241,7 @@ class _Shown(nn.Parameter):
         place = next((arg.place for arg in args if isinstance(arg, cls)), "a weight")
         raise CallError(f"{place} can neither be read nor changed ({name}): the values of a compiled model are nowhere")
 
-    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument more
+    def __repr__(self) -> str:
         return f"<{self.place}: {tuple(self.shape)}, nowhere>"
 
 
@@ -261,7 +263,7 @@ def _frozen(kind: Any) -> Any:
         raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {CURE}")
 
     def forward(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise CallError(f"{self._place} was not compiled, only {self._compiled}; its weights are nowhere")
+        raise CallError(f"{self._place} was not compiled, {self._compiled}; its weights are nowhere")
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise CallError(f"{self._place} has no weights to convert, save or load: {CURE}")
