@@ -139,7 +139,13 @@ def load_pipeline(
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
-    return kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe.save_pretrained = _not_saved  # which would leave out what is compiled
+    return pipe
+
+
+def _not_saved(*_: Any, **__: Any) -> NoReturn:
+    raise CallError("save_pretrained: the weights of a compiled pipeline are in its compiled folder alone: copy that")
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:

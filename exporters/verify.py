@@ -10,7 +10,7 @@ from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.errors import LISTED, StepFailed
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.pass_base import Pass
@@ -126,8 +126,8 @@ class Verify(Pass):
             figures["parity_layer_rel_l2_max"],
         )
         if in_float:
-            reasons = "; ".join(f"{name} ({reason})" for name, reason in in_float.items())
-            ctx.log.info("%d of %d layers stay in float: %s", len(in_float), len(in_float) + len(layers), reasons)
+            count = len(in_float)
+            ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
         result = Verification(figures, parity, samples, departures)
         half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
         self._judge(result, half, halves=halves)
@@ -264,6 +264,15 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
             refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
             found[name] = refused or "the plan leaves it so"
     return found
+
+
+def _by_reason(in_float: Mapping[str, str]) -> str:
+    """Names of layers in float behind each reason, the first of them where there are many."""
+    names: dict[str, list[str]] = {}
+    for name, reason in in_float.items():
+        names.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(them) - LISTED} more" if len(them) > LISTED else "" for reason, them in names.items()}
+    return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
 
 
 def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> dict[str, float]:
