@@ -62,7 +62,7 @@ READ = frozenset(
         "size",
     )
 )
-"""Of a tensor whose values are nowhere."""
+"""Attributes and methods that a tensor without values has."""
 
 
 class Standin(nn.Module):
@@ -241,7 +241,7 @@ class _Shown(nn.Parameter):
         place = next((arg.place for arg in args if isinstance(arg, cls)), "a weight")
         raise CallError(f"{place} can neither be read nor changed ({name}): the values of a compiled model are nowhere")
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"<{self.place}: {tuple(self.shape)}, nowhere>"
 
 

@@ -182,7 +182,7 @@ def test_a_compiled_component_refuses_what_it_would_not_compute(sd, tmp_path):
     ids = torch.arange(8)[None]
     for message, change in {
         "vae.use_tiling cannot be set in a compiled model": lambda: pipe.vae.enable_tiling(),
-        "vae.to: it computes in the formats that it was compiled with": lambda: pipe.to(torch.float16),
+        "encoder.to: it computes in the formats that it was compiled with": lambda: pipe.to(torch.float16),
         "text_encoder.add_adapter would have no effect .*model.loras": lambda: pipe.text_encoder.add_adapter(None),
         "text_encoder.final_layer_norm.weight can neither be read nor changed .mul_": lambda: (
             pipe.text_encoder.final_layer_norm.weight.mul_(2)
