@@ -237,11 +237,11 @@ class _Shown(nn.Parameter):
     ) -> Any:
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         if name in READ:
-            return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})  # type: ignore[attr-defined]  # it has no stub
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
         place = next((arg.place for arg in args if isinstance(arg, cls)), "a weight")
         raise CallError(f"{place} can neither be read nor changed ({name}): the values of a compiled model are nowhere")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # an argument that nobody gives
         return f"<{self.place}: {tuple(self.shape)}, nowhere>"
 
 
