@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from intaglio.exporters.runtime import ONNXRUNTIME, check_others, check_shapes, defaults, device_of, load, open_call
+from intaglio.exporters._call_inputs import CallInputs
+from intaglio.exporters._standin import Standin
+from intaglio.exporters.runtime import ONNXRUNTIME, defaults, device_of, load, open_call
 from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.graph import Graph
@@ -39,14 +41,11 @@ class CompiledMethod:
     ) -> None:
         self.name, self.graph, self.device, self.home = name, graph, device, home
         self._call, self._kind = call, kind
-        self._compiled_with = defaults(original) | dict(flatten(graph.interface.constants))
+        self._call_inputs = CallInputs(graph, defaults(original) | dict(flatten(graph.interface.constants)), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises CallError."""
-        arguments = self.graph.interface.arguments
-        if len(args) > len(arguments):
-            raise CallError(f"{self.name} called with {len(args)} arguments, but it takes {', '.join(arguments)}")
-        given = dict(zip(arguments, args, strict=False)) | kwargs
+        given = self._call_inputs.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
         outputs = self._run(dict(flatten({n: v for n, v in given.items() if not is_generator(v)})))
         if self._kind is None:
@@ -56,53 +55,45 @@ class CompiledMethod:
 
     def _run(self, given: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
         """The graph's outputs by flat name."""
-        specs = self.graph.inputs
-        if absent := [name for name in specs if given.get(name) is None]:
-            raise CallError(f"{self.name} called without {', '.join(absent)}, which it was compiled with")
-        tensors = {name: torch.as_tensor(given[name]).detach().to(self.device) for name in specs}
-        inputs = {n: v.to(getattr(torch, specs[n].dtype)).contiguous() for n, v in tensors.items()}
-        check_others(given, specs, self._compiled_with, self.name)
-        check_shapes(specs, inputs, self.name)
-        return {name: value.to(self.home) for name, value in self._call(inputs).items()}
+        inputs = self._call_inputs.tensors(given, self.device)
+        with self._call_inputs.blamed(inputs):
+            outputs = self._call(inputs)
+        self._call_inputs.check_outputs(inputs, outputs)
+        return {name: value.to(self.home) for name, value in outputs.items()}
 
 
-class CompiledComponent(nn.Module):
+class CompiledComponent(Standin):
     """A text encoder or an autoencoder whose methods a runtime executes; config and all else are the original's.
 
-    Its weights are nowhere: what was not compiled cannot be called, and says so.
+    Its weights are nowhere: what was not compiled cannot be called, and nothing of it changed. Both raise CallError.
     """
 
     def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
-        super().__init__()
-        self._name, self._methods = name, methods
-        self._original = (original,)  # in a tuple, as it is no submodule
-        for path, module in original.named_modules():
-            if path:
-                module.register_forward_pre_hook(_refusing(f"{name}.{path}", methods))
+        super().__init__(original, name, f"of its component only {', '.join(methods)}")
+        self.__dict__["_methods"] = methods  # as nothing can be set
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.__dict__["_original"][0], name)
-            return self._method(name) if name in METHODS else found
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of inputs and outputs."""
-        return torch.float32
+        found = super().__getattr__(name)
+        return self._method(name) if name in METHODS else found
 
     @property
     def device(self) -> torch.device:
         """Of outputs; inputs can be anywhere."""
-        return next(iter(self._methods.values())).home
+        methods: Mapping[str, CompiledMethod] = self._methods
+        return next(iter(methods.values())).home
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises CallError."""
         return self._method("forward")(*args, **kwargs)
 
     def _method(self, name: str) -> Callable[..., Any]:
-        return self._methods.get(name) or _refusing(f"{self._name}.{name}", self._methods)
+        return self._methods.get(name) or self._uncompiled(name)
+
+    def _uncompiled(self, name: str) -> Callable[..., NoReturn]:
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            raise CallError(f"{self._name}.{name} was not compiled, {self._compiled}; its weights are nowhere")
+
+        return refuse
 
 
 def load_pipeline(
@@ -148,7 +139,13 @@ def load_pipeline(
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
-    return kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe.save_pretrained = _not_saved  # which would leave out what is compiled
+    return pipe
+
+
+def _not_saved(*_: Any, **__: Any) -> NoReturn:
+    raise CallError("save_pretrained: the weights of a compiled pipeline are in its compiled folder alone: copy that")
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:
@@ -168,12 +165,3 @@ def _restored(value: Any) -> Any:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     return DiagonalGaussianDistribution(value["parameters"]) if isinstance(value, dict) else value
-
-
-def _refusing(name: str, methods: Mapping[str, object]) -> Any:
-    """What is in the place of a function that was not compiled."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise CallError(f"{name} was not compiled, of its component only {', '.join(methods)}; its weights are nowhere")
-
-    return refuse

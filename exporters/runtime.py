@@ -6,15 +6,17 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from intaglio.exporters._call_inputs import CallInputs
+from intaglio.exporters._standin import Standin
 from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
-from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface, TensorSpec
+from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
 from intaglio.pipeline.nesting import flatten
 
 if TYPE_CHECKING:
@@ -31,75 +33,43 @@ class DenoiserOutput(NamedTuple):
     sample: torch.Tensor
 
 
-class CompiledDenoiser(nn.Module):
+class CompiledDenoiser(Standin):
     """A denoiser that a runtime executes. Everything but the computation is as in the original.
 
     It takes what the original takes, in the same order, at the shapes and timesteps that it was compiled for. Where
     layers have a scale for each denoising step, the step is found from the timestep. A learned variance is not computed
-    and not in `config` either, so that pipelines look for none.
+    and not in `config` either, so that pipelines look for none. What would change the computation raises CallError.
     """
 
     def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
         """`call` computes what the graph does, on the device; without one, the CPU."""
-        super().__init__()
-        self.graph, self._call, self._device = graph, call, device or torch.device("cpu")
-        # in a tuple, as it is no submodule: its weights are nowhere
-        self._original = (_original(graph.interface, next(iter(graph.outputs.values())).shape[1]),)
-        original = self._original[0]
-        self._compiled_with = {} if original is None else defaults(original.forward)
-        self._compiled_with |= dict(flatten(graph.interface.constants))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            original = self.__dict__["_original"][0]
-            if original is None:
-                raise
-            return getattr(original, name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of inputs and outputs."""
-        return torch.float32
+        original = _original(graph.interface, next(iter(graph.outputs.values())).shape[1])
+        compiled_with = {} if original is None else defaults(original.forward)
+        compiled_with |= dict(flatten(graph.interface.constants))
+        super().__init__(original)
+        own = self.__dict__  # as nothing can be set
+        own["graph"], own["_call"], own["_device"] = graph, call, device or torch.device("cpu")
+        own["_call_inputs"] = CallInputs(graph, compiled_with)
 
     @property
     def device(self) -> torch.device:
         """Of outputs, and of inputs, which are brought there."""
-        return self._device
+        device: torch.device = self.__dict__["_device"]
+        return device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
         """As the original. Raises CallError for what it was not compiled for."""
-        arguments = self.graph.interface.arguments
-        if len(args) > len(arguments):
-            raise CallError(f"called with {len(args)} arguments, but it takes {', '.join(arguments)}")
-        given = dict(zip(arguments, args, strict=False)) | kwargs
+        graph, called = self.graph, self._call_inputs
+        given = called.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
-        inputs = self._inputs(dict(flatten(given)))
-        output = self._call(inputs)[next(iter(self.graph.outputs))]
-        sample = given[self.graph.interface.sample]
-        output = output.to(sample.dtype)
-        return DenoiserOutput(sample=output) if whole else (output,)
-
-    def _inputs(self, given: Mapping[str, object]) -> dict[str, torch.Tensor]:
-        """What the graph takes beside the step, by name."""
-        graph = self.graph
-        names = [name for name in graph.inputs if name != STEP_INPUT]
-        if absent := [name for name in names if given.get(name) is None]:
-            raise CallError(f"called without {', '.join(absent)}, which it was compiled with")
-        sample = given[graph.interface.sample]
-        assert isinstance(sample, torch.Tensor)  # its input is there
-        inputs = {}
-        for name in names:
-            value = torch.as_tensor(given[name]).detach().to(self.device)
-            if name == graph.timestep:
-                value = value.reshape(-1).expand(len(sample))
-            inputs[name] = value.to(getattr(torch, graph.inputs[name].dtype)).contiguous()
-        check_others(given, graph.inputs, self._compiled_with)
-        check_shapes(graph.inputs, inputs)
+        inputs = called.tensors(dict(flatten(given)), self.device)
         if STEP_INPUT in graph.inputs and graph.timestep is not None:
             self._check_timestep(inputs[graph.timestep])
-        return inputs
+        with called.blamed(inputs):
+            outputs = self._call(inputs)
+        called.check_outputs(inputs, outputs)
+        output = outputs[next(iter(graph.outputs))].to(given[graph.interface.sample].dtype)
+        return DenoiserOutput(sample=output) if whole else (output,)
 
     def _check_timestep(self, given: torch.Tensor) -> None:
         """Raise CallError for one beyond the first or the last of those that there are scales for, or for several."""
@@ -116,41 +86,6 @@ class CompiledDenoiser(nn.Module):
                 f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
                 " compile with the scheduler that it is used with"
             )
-
-
-def check_others(
-    given: Mapping[str, object], inputs: Collection[str], compiled_with: Mapping[str, object], name: str = ""
-) -> None:
-    """Raise CallError for arguments that a graph knows nothing of, unless they are what it was compiled with."""
-    called = f"{name} called".lstrip()
-    problems = []
-    for argument, value in given.items():
-        if value is None or argument in inputs:
-            continue
-        if isinstance(value, torch.Tensor):
-            problems.append(f"{called} with {argument}, which it was compiled without")
-        elif value != (compiled := compiled_with.get(argument)) and (value is not False or compiled is not None):
-            problems.append(f"{called} with {argument} = {value!r}, but compiled with {compiled!r}")
-    if problems:
-        raise CallError(*problems)
-
-
-def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Tensor], name: str = "") -> None:
-    """Raise CallError for sizes that a graph does not take."""
-    before = f"{name}: " if name else ""
-    sizes: dict[str, int] = {}
-    problems = []
-    for tensor, value in inputs.items():
-        wanted = specs[tensor].shape
-        if len(wanted) != value.dim():
-            problems.append(f"{before}{tensor} has the shape {tuple(value.shape)}, but {_shape(wanted)} is taken")
-            continue
-        for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
-            if there != (size if isinstance(size, int) else sizes.setdefault(size, there)):
-                taken = size if isinstance(size, int) else sizes[size]
-                problems.append(f"{before}{tensor} has {there} at axis {axis}, but {taken} is taken")
-    if problems:
-        raise CallError(*problems)
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:
@@ -201,15 +136,19 @@ def _original(interface: Interface, channels: int | str) -> nn.Module | None:
     import accelerate
     import diffusers
 
-    kind: Any = getattr(diffusers, interface.kind, None)
-    if kind is None:
+    try:
+        kind: Any = getattr(diffusers, interface.kind)
+        known = issubclass(kind, diffusers.ModelMixin)
+    except (AttributeError, ImportError, RuntimeError, TypeError):
+        known = False
+    if not known:
         raise RecipeError(f"compiled from {interface.kind}, which diffusers {diffusers.__version__} does not have")
-    with accelerate.init_empty_weights():
-        original: nn.Module = kind.from_config(dict(interface.config))
+    try:
+        with accelerate.init_empty_weights():
+            original: Any = kind.from_config(dict(interface.config))
+    except Exception as e:  # each class has its own for what it does not take
+        raise RecipeError(f"graph.json: {interface.kind} cannot be made from its configuration: {e}") from e
     if "out_channels" in interface.config and isinstance(channels, int):
-        original.register_to_config(out_channels=channels)  # type: ignore[operator]  # a method of diffusers
-    return original
-
-
-def _shape(sizes: Sequence[int | str]) -> str:
-    return f"({', '.join(map(str, sizes))})"
+        original.register_to_config(out_channels=channels)
+    module: nn.Module = original
+    return module

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.errors import LISTED, StepFailed
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.pass_base import Pass
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     import torch
+    from torch import nn
 
     from intaglio.exporters._departure import LayersInGraph
     from intaglio.pipeline.denoiser import Denoise, Inputs
     from intaglio.pipeline.graph import Graph
     from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+    from intaglio.pipeline.target import Target
     from intaglio.pipeline.verification import Departure, LayerParity, Verification
 
 
@@ -40,7 +42,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
@@ -68,6 +70,7 @@ class Verify(Pass):
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.exporters._agreement import HALF_TOLERANCE, TOLERANCE
         from intaglio.exporters._departure import find_departures, rel_l2, value_names
         from intaglio.exporters._session import graph_denoise, graph_values
         from intaglio.pipeline.denoiser import Sampler, clocked, denoise_with, other_call
@@ -76,17 +79,19 @@ class Verify(Pass):
 
         checkpoint, trajectory, graph = state[MODEL], state[TRAJECTORY], state[GRAPH]
         model = checkpoint.open()
+        quantized, target = state[QUANTIZED], state[TARGET]
+        in_float = layers_in_float(model.module, quantized.layers, target)
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        optimized, halves = state[TARGET].runtime == "onnxruntime", state[TARGET].float_type == "float16"
+        optimized, halves = target.runtime == "onnxruntime", target.float_type == "float16"
         deployed = graph_denoise(graph, optimize=optimized)
         samples = {}
         departures: dict[str, Departure] = {}
         with ctx.progress("samples", 3) as advance:
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
-            clock = simulate(model.module, state[QUANTIZED])
+            clock = simulate(model.module, quantized)
             simulated = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
             samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
             advance()
@@ -108,7 +113,7 @@ class Verify(Pass):
             )
 
         parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
-        figures |= _distances(samples)
+        figures |= _distances(samples, HALF_TOLERANCE if halves else TOLERANCE)
         figures["parity_rel_l2"] = rel_l2(deployed(call), simulated(call))
         if (other := other_call(model, call)) is not None:
             figures["parity_other_rel_l2"] = rel_l2(deployed(other), simulated(other))
@@ -120,6 +125,9 @@ class Verify(Pass):
             figures["psnr_simulated_db"],
             figures["parity_layer_rel_l2_max"],
         )
+        if in_float:
+            count = len(in_float)
+            ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
         result = Verification(figures, parity, samples, departures)
         half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
         self._judge(result, half, halves=halves)
@@ -236,16 +244,49 @@ def _compare_layer(
     return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
 
 
-def _distances(samples: dict[str, torch.Tensor]) -> dict[str, float]:
+def layers_in_float(module: nn.Module, quantized: Collection[str], target: Target) -> dict[str, str]:
+    """Linear layers and convolutions of the full-precision model that are not quantized, and why, by name."""
+    from torch.nn.modules.conv import _ConvNd
+
+    from intaglio.pipeline.checkpoint import layer_table
+    from intaglio.pipeline.plan import SCHEME_NAMES, illegal, structural_schemes
+    from intaglio.pipeline.quant.spec import FLOAT
+
+    table = {layer.name: layer for layer in layer_table(module)}
+    found = {}
+    for name, child in module.named_modules():
+        if name in quantized or (name not in table and not isinstance(child, _ConvNd)):
+            continue
+        found[name] = f"no scheme is for a {type(child).__name__} of its form"
+        if name in table:
+            schemes = [s for s in structural_schemes(table[name], names=SCHEME_NAMES) if s != FLOAT]
+            reasons = [illegal(table[name], scheme, target) for scheme in schemes]
+            refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
+            found[name] = refused or "the plan leaves it so"
+    return found
+
+
+def _by_reason(in_float: Mapping[str, str]) -> str:
+    """Names of layers in float behind each reason, the first of them where there are many."""
+    names: dict[str, list[str]] = {}
+    for name, reason in in_float.items():
+        names.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(them) - LISTED} more" if len(them) > LISTED else "" for reason, them in names.items()}
+    return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
+
+
+def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> dict[str, float]:
     """PSNR (range 2, images in [-1, 1]) and SQNR to full precision, in dB: the mean over samples of each one's own.
 
     The least of them is there too: a trajectory that parts from its reference makes one sample much worse than others.
-    The gap has its standard error over the samples beside it.
+    The gap has its standard error over the samples beside it. Errors below `rounding`, relative to full precision, are
+    those of the order of sums: two implementations that are both nearer than that have no gap.
     """
     reference = samples["full_precision"].flatten(1)
     mse = {n: (samples[n].flatten(1) - reference).square().mean(1).clamp_min(1e-20) for n in ("simulated", "deployed")}
     psnr = {n: 10 * (4 / error).log10() for n, error in mse.items()}
-    gap = psnr["simulated"] - psnr["deployed"]
+    floor = (rounding**2 * reference.square().mean(1)).clamp_min(1e-20)
+    gap = 10 * (mse["deployed"].maximum(floor) / mse["simulated"].maximum(floor)).log10()
     sqnr = 10 * (reference.square().mean(1) / mse["deployed"]).log10()
     return {
         "psnr_db": float(psnr["deployed"].mean()),

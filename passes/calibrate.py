@@ -30,7 +30,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True

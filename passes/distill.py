@@ -32,7 +32,7 @@ class Distill(Pass):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True

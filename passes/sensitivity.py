@@ -73,7 +73,7 @@ class MeasureSensitivity(Pass):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})

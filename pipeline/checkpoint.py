@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.denoiser import Scheduler
     from intaglio.pipeline.record import Recording
+    from intaglio.pipeline.scheduler import Scheduler
 
 DENOISER_FOLDERS = ("transformer", "unet", ".")
 

@@ -6,15 +6,17 @@ Inputs that the rows share have no such axis.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from intaglio.pipeline.checkpoint import Factory, missing_inputs
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.nesting import nest
+from intaglio.pipeline.scheduler import SeededScheduler, adds_noise
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,15 +31,6 @@ SMALL = 1e-2
 """Standard deviation of a change that a sampler answers linearly: outputs are near 1."""
 CLASS_LABELS = "class_labels"
 """The condition of a class-conditional model."""
-
-
-class Scheduler(Protocol):
-    """What is used of a diffusers scheduler; those that scale noise or the model's input have methods for it."""
-
-    timesteps: torch.Tensor
-
-    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None: ...
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,8 @@ class Start:
 class Sampler:
     """Runs a model's scheduler around any implementation of its denoiser: torch, simulated or deployed.
 
-    Deterministic: the same start and the same `denoise` give the same samples. Without null rows there is no guidance.
+    Deterministic: the same start and the same `denoise` give the same samples, also where the scheduler adds noise
+    (`SeededScheduler`). The model's own scheduler is never stepped. Without null rows there is no guidance.
     """
 
     def __init__(self, model: Factory, steps: int, guidance: float) -> None:
@@ -79,6 +73,7 @@ class Sampler:
         self.guidance = guidance if self._null else 1.0
         self.model.scheduler.set_timesteps(steps, **model.schedule)
         self.timesteps = tuple(float(self._timestep(t)) for t in self.model.scheduler.timesteps)
+        self._adds_noise: bool | None = None
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
         """As the denoiser takes it."""
@@ -135,16 +130,22 @@ class Sampler:
 
     def followed(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """As `drive`, with gradients of the samples where torch records them."""
-        scheduler = self.model.scheduler
-        scheduler.set_timesteps(self.steps, **self.model.schedule)
-        x = start.noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
+        scheduler = self._scheduler(start.noise)
+        x = start.noise * scheduler.first_scale
         for step, t in enumerate(scheduler.timesteps):
-            inputs = self.rows(scale(x, t), t, start)
+            inputs = self.rows(scheduler.scaled(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
-            x = scheduler.step(self.guided(output), t, x).prev_sample
+            x = scheduler.step(self.guided(output), t, x)
         yield x
+
+    def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
+        """The model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
+        fresh = copy.deepcopy(self.model.scheduler)
+        fresh.set_timesteps(self.steps, **self.model.schedule)
+        if self._adds_noise is None:
+            self._adds_noise = adds_noise(fresh, noise[:1])
+        return SeededScheduler(fresh, noise, apart=self._adds_noise)
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
@@ -153,14 +154,12 @@ class Sampler:
         `x` (B, ...) is where the trajectories begin, `outputs` (B, ...) what the denoiser gives at each step; it is not
         called, so that what the change does to later outputs is left out. Of DDIM it is the step's |d sigma|.
         """
-        scheduler = self.model.scheduler
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
         def end(changed: int | None) -> torch.Tensor:
-            scheduler.set_timesteps(self.steps, **self.model.schedule)
-            at = x
+            scheduler, at = self._scheduler(x), x
             for step, (t, output) in enumerate(zip(scheduler.timesteps, outputs, strict=True)):
-                at = scheduler.step(output + SMALL * noise if step == changed else output, t, at).prev_sample
+                at = scheduler.step(output + SMALL * noise if step == changed else output, t, at)
             return at
 
         there = end(None)

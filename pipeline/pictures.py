@@ -5,6 +5,7 @@ Shapes: B samples, C channels, F frames, H W pixels; N pictures in R lines of K,
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 from collections.abc import Mapping, Sequence
@@ -97,25 +98,29 @@ def _piped(
     """By the pipeline, decoded: in [-1, 1]."""
     from diffusers import DiffusionPipeline
 
+    from intaglio.pipeline.scheduler import seeded
+
     try:
         pipe = DiffusionPipeline.from_pretrained(wanted.pipeline)
     except (OSError, ValueError) as e:
         raise RecipeError(f"--pipeline {wanted.pipeline}: diffusers finds no whole pipeline there: {e}") from e
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise RecipeError(f"--prompt: {type(pipe).__name__} takes no text: draw rows of conditions, --class N")
-    pipe.scheduler = model.scheduler
     place = next(name for name in DENOISER_FOLDERS if getattr(pipe, name, None) is not None)
     found = {}
     for name, denoiser in denoisers.items():
         setattr(pipe, place, denoiser)
-        (drawn,) = pipe(
-            prompt=[wanted.prompt] * wanted.samples,
-            num_inference_steps=wanted.steps,
-            guidance_scale=guidance,
-            generator=ctx.torch_rng("sample"),
-            output_type="pt",
-            return_dict=False,
-        )[:1]
+        pipe.scheduler = copy.deepcopy(model.scheduler)
+        generator = ctx.torch_rng("sample")
+        with seeded(generator.initial_seed()):  # some schedulers draw without the generator
+            (drawn,) = pipe(
+                prompt=[wanted.prompt] * wanted.samples,
+                num_inference_steps=wanted.steps,
+                guidance_scale=guidance,
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            )[:1]
         found[name] = 2 * (drawn.transpose(1, 2) if drawn.ndim == 5 else drawn) - 1
     return found
 

@@ -49,7 +49,11 @@ def compiled(recipe_path: Path, store: Path) -> CompiledTarget:
 def drawn(pipe: DiTPipeline, labels: list[int], steps: int, seed: int) -> torch.Tensor:
     """(B, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    images = pipe(labels, guidance_scale=1.0, num_inference_steps=steps, generator=generator, output_type="pt").images
+    with torch.random.fork_rng():  # the pipeline gives its scheduler no generator
+        torch.manual_seed(seed)
+        images = pipe(
+            labels, guidance_scale=1.0, num_inference_steps=steps, generator=generator, output_type="pt"
+        ).images
     return 2 * images - 1
 
 

@@ -175,6 +175,32 @@ def test_what_was_not_compiled_is_refused(sd):
         pipe.vae.decode()
 
 
+def test_a_compiled_component_refuses_what_it_would_not_compute(sd, tmp_path):
+    pipe = intaglio.load_pipeline(sd[2], threads=1, unet=sd[0].unet)
+    pipe.to("cpu").enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    ids = torch.arange(8)[None]
+    for message, change in {
+        "vae.use_tiling cannot be set in a compiled model": lambda: pipe.vae.enable_tiling(),
+        "encoder.to: it computes in the formats that it was compiled with": lambda: pipe.to(torch.float16),
+        "text_encoder.add_adapter would have no effect .*model.loras": lambda: pipe.text_encoder.add_adapter(None),
+        "text_encoder.final_layer_norm.weight can neither be read nor changed .mul_": lambda: (
+            pipe.text_encoder.final_layer_norm.weight.mul_(2)
+        ),
+        "text_encoder.encoder.layers.0.mlp cannot be changed": lambda: pipe.text_encoder.encoder.layers[
+            0
+        ].mlp.register_forward_hook(print),
+        "weights of a compiled pipeline are in its compiled folder": lambda: pipe.save_pretrained(tmp_path / "saved"),
+        "text_encoder.forward: input_ids has 514, but there are 0 to 513": lambda: pipe.text_encoder(ids + 507),
+        "text_encoder.forward: input_ids has 0.5, which torch.int64 cannot hold": lambda: pipe.text_encoder(ids + 0.5),
+        "vae.decode: z has NaN or Inf": lambda: pipe.vae.decode(torch.full((1, 4, 8, 8), float("nan"))),
+        "vae.decode: z is a numpy.ndarray: give a tensor": lambda: pipe.vae.decode(np.zeros((1, 4, 8, 8), np.float32)),
+    }.items():
+        with pytest.raises(CallError, match=message):
+            change()
+    assert not (tmp_path / "saved").exists()
+
+
 def test_attributes_and_outputs_are_the_originals(sd):
     pipe, _, out = sd
     made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet)

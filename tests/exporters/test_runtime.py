@@ -166,6 +166,10 @@ def test_outputs_are_as_the_original_returns_them(by_step):
         ({"timestep": 5000}, "timestep 5000, but its scales are of 3 steps from 666 to 0"),
         ({"timestep": torch.tensor([666, 333])}, "rows at different timesteps"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, "compiled with None"),
+        ({"class_labels": torch.tensor([0, -1])}, "class_labels has -1, but there are 0 to 1000"),
+        ({"class_labels": torch.tensor([0, 1001])}, "class_labels has 1001, but there are 0 to 1000"),
+        ({"hidden_states": torch.full((2, 4, 8, 8), float("nan"))}, "hidden_states has NaN or Inf"),
+        ({"timestep": torch.tensor(499.7)}, r"timestep has 499\.7, which torch\.int64 cannot hold"),
     ],
 )
 def test_a_call_that_it_was_not_compiled_for_is_refused(by_step, changes, message):

@@ -1,5 +1,6 @@
 """What is deployed is held against what is simulated, and a difference is found and named."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,11 @@ from quantizing import HALF_TOLERANCE, with_plan
 
 from intaglio.exporters.benchmark import MeasureLatency
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.verify import BETWEEN_HALVES, Verify, _distances
+from intaglio.exporters.verify import BETWEEN_HALVES, Verify, _distances, layers_in_float
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
 from intaglio.pipeline.plan import structural_schemes
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
 from intaglio.pipeline.verification import Verification
 
@@ -94,6 +95,48 @@ def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
     assert figures["psnr_db"] == pytest.approx(40, abs=1e-4)
     assert figures["fidelity_gap_db"] == pytest.approx(-10, abs=1e-4)
     assert figures["fidelity_gap_error_db"] == pytest.approx(10, abs=1e-3)  # differences -20 and 0: std 14.1 / sqrt 2
+
+
+def test_errors_within_the_rounding_of_float32_are_no_gap():
+    full = torch.full((1, 1, 1, 2), 0.5)
+    found = {"full_precision": full, "simulated": full, "deployed": full + 4e-6}
+    figures = _distances(found, 1e-4)
+    assert figures["psnr_simulated_db"] == pytest.approx(206, abs=0.1)
+    assert figures["psnr_db"] == pytest.approx(114, abs=0.1)
+    assert figures["fidelity_gap_db"] == 0.0
+    beyond = _distances({**found, "deployed": full + 5e-4}, 1e-4)  # ten times what rounding may be
+    assert beyond["fidelity_gap_db"] == pytest.approx(20, abs=0.1)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt-10"])
+def test_a_plan_that_leaves_all_in_float_passes_and_says_which_layers(unet, target, tmp_path, caplog):
+    made = with_plan(unet, lambda _: FLOAT) | {TARGET: load_target(target)}
+    made |= run_pass(ExportQdq(), made, tmp_path / "qdq")
+    caplog.set_level("INFO", logger="test")
+    verified = run_pass(Verify(samples=2, rows=2), made, tmp_path / "verify")[VERIFICATION]
+    assert verified.figures["fidelity_gap_db"] == 0.0
+    assert not verified.layers
+    assert "51 of 51 layers stay in float: " in caplog.text
+    assert "the plan leaves it so (" in caplog.text
+    assert re.search(r" and 2\d more\)", caplog.text)
+
+
+def test_layers_in_float_have_a_reason():
+    from torch import nn
+
+    module = nn.ModuleDict(
+        {
+            "plain": nn.Linear(64, 64),
+            "grouped": nn.Conv2d(64, 64, 3, groups=8),
+            "narrow": nn.Conv2d(3, 64, 3),
+            "quantized": nn.Linear(64, 64),
+        }
+    )
+    assert layers_in_float(module, {"quantized"}, load_target("onnxruntime-cpu")) == {
+        "plain": "the plan leaves it so",
+        "grouped": "no scheme is for a Conv2d of its form",
+        "narrow": "the plan leaves it so",
+    }
 
 
 def test_latency_is_measured_for_both(compiled, tmp_path):

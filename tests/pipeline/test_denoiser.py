@@ -1,3 +1,4 @@
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
@@ -194,3 +195,121 @@ def test_samples_feel_of_an_output_what_the_scheduler_makes_of_it():
     # x / sqrt(kept) moves by the output times the change of sigma: Song et al. 2021, Eq. 14
     # the last change is 1e-4 of samples that float32 holds to 1e-7
     assert sampler.influence(x, outputs) == pytest.approx(sigma.diff().abs().tolist(), rel=1e-2)
+
+
+class Blend(torch.nn.Module):
+    """Its arithmetic rounds each number alike, whatever is beside it."""
+
+    def forward(self, sample, timestep):
+        return 0.5 * sample + timestep.reshape(-1, 1, 1, 1) / 2000
+
+
+def blending(scheduler) -> tuple[Sampler, object]:
+    model = Factory(Blend(), scheduler, (4, 8, 8))
+    return Sampler(model, 4, 1.0), denoise_with(model.module, model)
+
+
+CANNOT_RUN = {
+    "AmusedScheduler": "fills in tokens",
+    "BlockRefinementScheduler": "fills in tokens",
+    "CogVideoXDPMScheduler": "also takes the prediction of the step before",
+    "CosineDPMSolverMultistepScheduler": "needs torchsde",
+    "DDPMWuerstchenScheduler": "takes a timestep for each sample",
+    "DPMSolverSDEScheduler": "needs torchsde",
+    "DiscreteDDIMScheduler": "fills in tokens",
+    "EntropyBoundScheduler": "fills in tokens",
+    "HeliosDMDScheduler": "has stages, each with timesteps of its own",
+    "HeliosScheduler": "has stages, each with timesteps of its own",
+    "KarrasVeScheduler": "takes two noise levels in place of a timestep",
+    "PiflowScheduler": "takes the coefficients of a policy",
+    "RFD4ProteinaScheduler": "draws proteins",
+    "RePaintScheduler": "takes a picture and a mask",
+    "SCMScheduler": "has a timestep more than it has steps",
+    "ScoreSdeVeScheduler": "has no step",
+    "VQDiffusionScheduler": "fills in tokens",
+}
+"""Schedulers of diffusers that cannot follow the predicted noise of a plain denoiser, and why."""
+
+
+@pytest.mark.parametrize("name", sorted(n for n in dir(diffusers) if n.endswith("Scheduler")))
+def test_full_precision_equals_itself_along_every_scheduler_and_a_sample_alone_equals_it_in_a_batch(name):
+    try:
+        sampler, denoise = blending(getattr(diffusers, name)())
+        start = sampler.start(3, torch.Generator().manual_seed(0))
+        torch.manual_seed(1)
+        first = sampler.sample(denoise, start)
+    except Exception as error:
+        if name not in CANNOT_RUN:
+            raise
+        pytest.skip(f"{CANNOT_RUN[name]} ({type(error).__name__}: {str(error).strip().splitlines()[0][:80]})")
+    torch.manual_seed(2)
+    untouched = torch.get_rng_state()
+    assert torch.equal(first, sampler.sample(denoise, start))
+    assert torch.equal(torch.get_rng_state(), untouched)
+    assert first.isfinite().all()
+    alone = torch.cat([sampler.sample(denoise, start.part(slice(i, i + 1))) for i in range(3)])
+    torch.testing.assert_close(alone, first, rtol=1e-6, atol=1e-6)
+
+
+class Drawing:
+    """A scheduler of somebody's own: `how` it draws, and a tuple in place of an output."""
+
+    def __init__(self, how) -> None:
+        self.how, self.timesteps = how, torch.zeros(0)
+
+    def set_timesteps(self, num_inference_steps):
+        self.timesteps = torch.arange(num_inference_steps, 0, -1) * 100
+
+    def step(self, model_output, timestep, sample):
+        return (0.5 * sample + self.how(sample),)
+
+
+DRAWS = {
+    "like": torch.randn_like,
+    "uniform": lambda x: torch.rand(x.shape),
+    "one_for_all": lambda x: torch.randn(x.shape[1:]).expand_as(x),
+    "in_place": lambda x: x.clone().normal_(),
+}
+
+
+@pytest.mark.parametrize("how", DRAWS)
+def test_whatever_a_scheduler_draws_is_of_the_sample_and_the_step(how):
+    sampler, denoise = blending(Drawing(DRAWS[how]))
+    start = sampler.start(3, torch.Generator().manual_seed(0))
+    first = sampler.sample(denoise, start)
+    assert torch.equal(first, sampler.sample(denoise, start))
+    parts = [sampler.sample(denoise, start.part(part)) for part in (slice(2), slice(2, 3))]
+    assert torch.equal(first, torch.cat(parts))
+
+
+def test_noise_differs_from_step_to_step_and_from_sample_to_sample():
+    drawn = []
+    sampler, denoise = blending(Drawing(lambda x: drawn.append(torch.randn_like(x)) or drawn[-1]))
+    start = sampler.start(2, torch.Generator().manual_seed(0))
+    sampler.sample(denoise, start)
+    drawn.clear()
+    sampler.sample(denoise, start)
+    assert len({float(noise.sum()) for noise in drawn}) == len(drawn) == 2 * 4
+
+
+def test_the_models_scheduler_is_not_stepped_and_two_trajectories_can_be_driven_by_turns():
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    sampler, denoise = blending(scheduler)
+    starts = [sampler.start(2, torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    expected = [sampler.sample(denoise, start) for start in starts]
+    *_, last = zip(*(sampler.drive(denoise, start) for start in starts), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(last, expected, strict=True))
+    assert (scheduler.step_index, scheduler.model_outputs) == (None, [None, None])
+
+
+def test_influence_of_a_step_does_not_contain_the_schedulers_noise():
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
+    sampler, _ = blending(scheduler)
+    x, *outputs = torch.randn(5, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    felt = sampler.influence(x, outputs)
+    assert sampler.influence(x, outputs) == felt
+    scheduler.set_timesteps(4)
+    sigma = scheduler.sigmas
+    to_sigma = (sigma[1:] ** 2 * (sigma[:-1] ** 2 - sigma[1:] ** 2) / sigma[:-1] ** 2).sqrt()
+    down = (sigma[1:] ** 2 - to_sigma**2).sqrt()
+    assert felt == pytest.approx((down - sigma[:-1]).abs().tolist(), rel=1e-2)  # Euler's step down, Karras et al. 2022

@@ -1,0 +1,292 @@
+"""Modules that stand in the place of a model whose weights are nowhere: they can be read, and nothing of them changed.
+
+A runtime computes what was compiled. What is set on the model afterwards (a LoRA, an attention processor, a weight)
+would have no effect: every such change is refused where it arises, in the attributes and tables of the modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+
+from intaglio.pipeline.errors import CallError
+
+CURE = "it computes what it was compiled from: make the change before, and compile it anew"
+ADAPTER_CURE = "name LoRAs in the recipe, model.loras; put any other adapter in before, and compile it anew"
+HARMLESS = (
+    "compile",
+    "compile_repeated_blocks",
+    "disable_forward_chunking",
+    "disable_gradient_checkpointing",
+    "disable_slicing",
+    "disable_tiling",
+    "disable_xformers_memory_efficient_attention",
+    "enable_forward_chunking",
+    "enable_gradient_checkpointing",
+    "enable_slicing",
+    "enable_xformers_memory_efficient_attention",
+    "gradient_checkpointing_disable",
+    "gradient_checkpointing_enable",
+    "reset_attention_backend",
+    "set_attention_backend",
+    "set_attention_slice",
+    "set_chunk_feed_forward",
+    "set_use_memory_efficient_attention_xformers",
+)
+"""Methods that change how a model computes and not what: a runtime has its own ways."""
+READ = frozenset(
+    (
+        "device",
+        "dim",
+        "dtype",
+        "element_size",
+        "is_complex",
+        "is_contiguous",
+        "is_cpu",
+        "is_cuda",
+        "is_floating_point",
+        "is_leaf",
+        "is_meta",
+        "layout",
+        "ndim",
+        "ndimension",
+        "nelement",
+        "numel",
+        "requires_grad",
+        "shape",
+        "size",
+    )
+)
+"""Attributes and methods that a tensor without values has."""
+
+
+class Standin(nn.Module):
+    """In the place of `original`, whose attributes it has and which it freezes; without one, it has its own alone.
+
+    `name` is what messages begin with, "" for the denoiser. It takes, gives and computes as compiled.
+    """
+
+    def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "only the whole denoiser") -> None:
+        super().__init__()
+        own = self.__dict__
+        own["_parameters"], own["_buffers"] = _Fixed({}, name), _Fixed({}, name)
+        own["_original"], own["_name"], own["_compiled"], own["training"] = original, name, compiled, False
+        if original is not None:
+            freeze(original, name, compiled)
+            own["_modules"] = original._modules
+
+    def __getattr__(self, name: str) -> Any:
+        original = self.__dict__.get("_original")
+        if original is None:
+            return super().__getattr__(name)
+        found = getattr(original, name)
+        if name == "attn_processors":  # who asks for them is about to change them
+            raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {CURE}")
+        return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "training" and value is False:  # as it is
+            return
+        raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
+
+    def __delattr__(self, name: str) -> None:
+        raise CallError(f"{self._called(name)} cannot be deleted from a compiled model: {CURE}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of inputs and outputs."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Device of outputs."""
+        raise NotImplementedError
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """None: its weights are nowhere."""
+        return iter(())
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """None: its weights are nowhere."""
+        return iter(())
+
+    def train(self, mode: bool = True) -> Self:
+        """Itself, which is in evaluation mode. Raises CallError for the other one."""
+        if mode:
+            raise CallError(f"{self._called('train')}: a compiled model cannot be trained")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Itself, without gradients. Raises CallError where they are asked for."""
+        return self.train(requires_grad)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Itself, where it is and as it is. Raises CallError for another device or element type."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        called = self._called("to")
+        if dtype not in (None, self.dtype):
+            raise CallError(
+                f"{called}: it computes in the formats that it was compiled with, and takes and gives {self.dtype}:"
+                f" leave it out of what becomes {dtype}"
+            )
+        here = self.device
+        if device is not None and (device.type != here.type or device.index not in (None, here.index, 0)):
+            raise CallError(f"{called}: it runs on {here}, not on {device}: choose the backend when you load it")
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        raise CallError(f"{self._name or 'the denoiser'} cannot be converted or moved: {CURE}")
+
+    def float(self) -> Self:
+        """Itself."""
+        return self.to(torch.float32)
+
+    def cpu(self) -> Self:
+        """Itself, where it runs on the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Itself, where it runs on a GPU."""
+        return self.to("cuda" if device is None else torch.device(device))
+
+    def state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CallError."""
+        raise CallError(f"{self._called('state_dict')}: its weights are in the compiled folder alone")
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CallError."""
+        raise CallError(f"{self._called('load_state_dict')}: no weights can be put into a compiled model: {CURE}")
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CallError."""
+        raise CallError(f"{self._called('save_pretrained')}: its weights are in the compiled folder alone: copy that")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises CallError."""
+        self.save_pretrained()
+
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Without effect: a runtime has compiled it."""
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself, as nothing of it can be changed."""
+        return self
+
+    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Without effect, as no cache can be enabled; pipelines open it around every call."""
+        return contextlib.nullcontext()
+
+    def _called(self, name: str) -> str:
+        return f"{self._name}.{name}" if self._name else name
+
+    def _refused(self, name: str, cure: str) -> Callable[..., NoReturn]:
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            raise CallError(f"{self._called(name)} would have no effect on a compiled model: {cure}")
+
+        return refuse
+
+
+def freeze(root: nn.Module, name: str, compiled: str) -> None:
+    """Make a model and all modules in it refuse every change and every call, with CallError; they can be read.
+
+    `compiled` is what of it can be called, for the message.
+    """
+    for path, module in list(root.named_modules()):
+        place = f"{name}.{path}".strip(".")
+        tables = module.__dict__
+        for key in ("_parameters", "_buffers"):
+            kept = module._non_persistent_buffers_set if key == "_buffers" else ()  # which a configuration makes
+            tables[key] = {
+                n: v if v is None or n in kept else _shown(v, f"{place}.{n}") for n, v in tables[key].items()
+            }
+        for key, value in list(tables.items()):
+            if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+                tables[key] = _Fixed(value, place)
+        tables["_place"], tables["_compiled"] = place, compiled
+        kind: Any = type(module)
+        object.__setattr__(module, "__class__", _frozen(kind))
+
+
+class _Fixed(dict[Any, Any]):
+    """A table of a frozen module."""
+
+    def __init__(self, content: dict[Any, Any], place: str) -> None:
+        super().__init__(content)
+        self.place = place or "the denoiser"
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise CallError(f"{self.place} cannot be changed in a compiled model: {CURE}")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = move_to_end = _refuse
+
+
+class _Shown(nn.Parameter):
+    """A tensor whose values are nowhere, and which has a type and a shape."""
+
+    place: str
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name in READ:
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        place = next((arg.place for arg in args if isinstance(arg, cls)), "a weight")
+        raise CallError(f"{place} can neither be read nor changed ({name}): the values of a compiled model are nowhere")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # an argument that nobody gives
+        return f"<{self.place}: {tuple(self.shape)}, nowhere>"
+
+
+def _shown(tensor: torch.Tensor, place: str) -> torch.Tensor:
+    shown: Any = torch.Tensor._make_subclass(_Shown, tensor.detach(), False)
+    shown.__dict__["place"] = place
+    found: torch.Tensor = shown
+    return found
+
+
+@cache
+def _frozen(kind: Any) -> Any:
+    """The class of a module, frozen."""
+
+    def set_attribute(self: Any, name: str, value: object) -> NoReturn:
+        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be set in a compiled model: {CURE}")
+
+    def delete_attribute(self: Any, name: str) -> NoReturn:
+        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {CURE}")
+
+    def forward(self: Any, *_: Any, **__: Any) -> NoReturn:
+        raise CallError(f"{self._place} was not compiled, {self._compiled}; its weights are nowhere")
+
+    def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
+        raise CallError(f"{self._place} has no weights to convert, save or load: {CURE}")
+
+    def train(self: Any, mode: bool = True) -> Any:
+        return self if not mode else refuse(self)
+
+    def harmless(self: Any, *_: Any, **__: Any) -> None:
+        """Nothing: a runtime computes as it does."""
+
+    changed: dict[str, Any] = {
+        "__setattr__": set_attribute,
+        "__delattr__": delete_attribute,
+        "__module__": kind.__module__,
+        "forward": forward,
+        "train": train,
+    }
+    changed |= dict.fromkeys(("_apply", "to", "state_dict", "load_state_dict", "save_pretrained"), refuse)
+    changed |= {name: harmless for name in HARMLESS if hasattr(kind, name)}
+    return type(kind)(kind.__name__, (kind,), changed)
+
+
+def _is_of_loaders(kind: type, name: str) -> bool:
+    """Whether a method belongs to what diffusers or transformers load adapters into a model with."""
+    owner = next((base for base in kind.__mro__[1:] if name in vars(base)), None)
+    return owner is not None and (".loaders" in owner.__module__ or owner.__module__.endswith("peft"))

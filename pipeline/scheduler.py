@@ -1,0 +1,125 @@
+"""Steps a diffusers scheduler so that every random draw depends on the sample and the step, and on nothing else.
+
+Shapes: B samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+
+class Scheduler(Protocol):
+    """What is used of a diffusers scheduler; those that scale noise or the model's input have methods for it."""
+
+    timesteps: torch.Tensor
+
+    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None: ...
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
+
+
+class SeededScheduler:
+    """A scheduler on the way from noise (B, ...) to samples, whose draws are seeded by a sample's noise and the step.
+
+    Where the scheduler adds noise (`apart`), every sample is stepped alone, by a copy of its own: what is drawn for it
+    does not depend on the samples beside it, and two runs from the same noise draw the same. Other schedulers step all
+    samples in one call. The global generator is left as it was.
+    """
+
+    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, *, apart: bool) -> None:
+        """`scheduler` has its timesteps set and has not been stepped; it is stepped here."""
+        self.timesteps = scheduler.timesteps
+        self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
+        self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
+        self._seeds = [_digest(sample.detach().cpu()) for sample in noise] if apart else [b""]
+        self._step = 0
+
+    def scaled(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Samples (B, ...) as the denoiser takes them at timestep t."""
+
+        def scale(scheduler: Any, _: int, x: torch.Tensor) -> torch.Tensor:
+            scaled: torch.Tensor = getattr(scheduler, "scale_model_input", lambda x, _: x)(x, t)
+            return scaled
+
+        return self._each(scale, x)
+
+    def step(self, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Samples (B, ...) at the next timestep, from the denoiser's output (B, ...) for samples x at timestep t."""
+
+        def step(scheduler: Any, seed: int, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            with seeded(seed):
+                return _previous(scheduler, output, t, x, generator)
+
+        stepped = self._each(step, output, x)
+        self._step += 1
+        return stepped
+
+    def _each(self, function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """Call the function with a scheduler, a seed and its samples' part of the tensors, and join what it returns."""
+        count = len(self._schedulers)
+        if count == 1:
+            return function(self._schedulers[0], self._seed(0), *tensors)
+        parts = zip(*(torch.split(tensor, 1) for tensor in tensors), strict=True)
+        found = [function(self._schedulers[i], self._seed(i), *part) for i, part in enumerate(parts)]
+        return torch.cat(found)
+
+    def _seed(self, sample: int) -> int:
+        """Seed of this sample's draws at the present step."""
+        digest = hashlib.sha256(self._seeds[sample] + self._step.to_bytes(4, "little")).digest()
+        return int.from_bytes(digest[:7], "little")
+
+
+@torch.no_grad()
+def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
+    """Whether a scheduler draws random numbers in some step, or treats equal samples differently.
+
+    All its steps are made by a copy, on two equal samples like `noise` (1, ...). A scheduler that cannot make them
+    counts as one that does.
+    """
+    tried: Any = copy.deepcopy(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    output = torch.cat([noise, noise])
+    try:
+        with seeded(0) as drawn:
+            x = output * getattr(tried, "init_noise_sigma", 1.0)
+            for t in tried.timesteps:
+                getattr(tried, "scale_model_input", lambda x, _: x)(x, t)
+                x = _previous(tried, output, t, x, generator)
+                first, second = x.nan_to_num().chunk(2)
+                if drawn() or not torch.equal(generator.get_state(), state) or not torch.equal(first, second):
+                    return True
+    except Exception:  # whatever it is, the run itself meets it too
+        return True
+    return False
+
+
+def _previous(
+    scheduler: Any, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The scheduler's step, with the generator where it takes one: from a diffusers output, or the first of a tuple."""
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    stepped = scheduler.step(output, t, x, **({"generator": generator} if takes else {}))
+    previous: torch.Tensor = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+    return previous
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[Callable[[], bool]]:
+    """Seed torch's global generator, and leave it as it was. Yields a function: whether something has been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        state = torch.get_rng_state()
+        yield lambda: not torch.equal(torch.get_rng_state(), state)
+
+
+def _digest(sample: torch.Tensor) -> bytes:
+    """Digest of a sample's values."""
+    return hashlib.sha256(sample.double().contiguous().numpy().tobytes()).digest()
