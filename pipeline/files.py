@@ -4,6 +4,7 @@ Every file that does not come from the running process is opened here: only regu
 text only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
 """
 
+import copy
 import json
 import os
 import stat
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
@@ -25,6 +27,10 @@ T = TypeVar("T")
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
+MOST_ARTIFACT = 64 * MIB
+"""Bytes of a JSON file of known types that are read."""
+MOST_VALUES = 2_000_000
+"""Values of a JSON file, counted by the signs between them."""
 MOST_NUMBER_DIGITS = 4300
 """Python's own limit for the digits of a whole number."""
 MOST_HEADER = 16 * MIB
@@ -91,7 +97,7 @@ def read_typed(
     path: Path,
     kind: type[T],
     *,
-    most: int = MOST_JSON,
+    most: int = MOST_ARTIFACT,
     inside: Path | None = None,
     error: type[IntaglioError] = RecipeError,
 ) -> T:
@@ -100,16 +106,29 @@ def read_typed(
     Types are exact: a text is no number. Raises `error` with the first places of another type.
     """
     text = read_text(path, most=most, inside=inside, error=error)
+    _check_count(text, printable(path), error)
     try:
-        found: T = _adapter(kind).validate_json(text, strict=True)
+        validator = _validator(kind)  # type: ignore[arg-type]  # every type is hashable
+        found: T = validator.validate_json(text, strict=True)
     except ValidationError as e:
         raise error(f"{printable(path)}: is damaged: {_places(e)}") from e
     return found
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+def _validator(kind: Any) -> SchemaValidator:
+    """Return what checks a value of `kind`, and stops at the first wrong element of a list or mapping."""
+    schema = copy.deepcopy(TypeAdapter[Any](kind).core_schema)
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += part.values()
+            if part.get("type") in ("dict", "list", "tuple"):
+                part["fail_fast"] = True
+        elif isinstance(part, list | tuple):
+            parts += part
+    return SchemaValidator(schema)
 
 
 def _places(error: ValidationError) -> str:
@@ -175,7 +194,7 @@ def read_onnx(path: Path, *, inside: Path | None = None, error: type[IntaglioErr
     Raises `error` for a file that is no ONNX model or has no graph.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its types are a package of their own
 
     content = read_bytes(path, most=MOST_ONNX, inside=inside, error=error)
     model = onnx.ModelProto()
@@ -193,6 +212,7 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
 
     Raises `error` where it is no JSON, is nested too deep, or has a number of too many digits.
     """
+    _check_count(text, source, error)
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -201,6 +221,13 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
         raise error(f"{source}: a number with more than {MOST_NUMBER_DIGITS} digits") from e
     except RecursionError as e:
         raise error(f"{source}: lists and objects are nested too deep in each other") from e
+
+
+def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
+    """Raise `error` for more values than are read: each takes up to a hundred bytes of memory, whatever its text."""
+    count = text.count(",") + text.count("[") + text.count("{")
+    if count > MOST_VALUES:
+        raise error(f"{source}: holds up to {count} values, the most that is read is {MOST_VALUES}")
 
 
 def printable(text: object) -> str:

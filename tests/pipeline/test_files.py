@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,10 +135,35 @@ def test_a_typed_file_of_other_types_is_refused_by_its_name_and_place(content: s
     assert "it.json" in str(raised.value)
 
 
-def test_many_places_of_one_file_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "it.json").write_text(json.dumps(dict.fromkeys(map(str, range(1000)), 1)))
-    with pytest.raises(RecipeError, match=r"0: Input .*; 1: Input .*; 2: Input .*; and 997 more"):
-        read_typed(tmp_path / "it.json", dict[str, _Point])
+@dataclass(frozen=True)
+class _Four:
+    a: int
+    b: int
+    c: int
+    d: int
+
+
+def test_places_beyond_the_third_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"a: is missing; b: is missing; c: is missing; and 1 more$"):
+        read_typed(tmp_path / "it.json", _Four)
+
+
+def test_a_list_is_read_up_to_its_first_wrong_element(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text(json.dumps(["1"] * 1_000_000))
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"it\.json: is damaged: 0: Input should be a valid integer$"):
+        read_typed(tmp_path / "it.json", list[int])
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("read", [read_json, lambda file: read_typed(file, list[int])])
+def test_more_values_than_are_read_are_refused_before_any_is_made(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    (tmp_path / "it.json").write_text("[" + "0," * 2_000_001 + "0]")
+    with pytest.raises(RecipeError, match=r"it\.json: holds up to 2000002 values, the most that is read is 2000000"):
+        read(tmp_path / "it.json")
 
 
 def test_what_a_damaged_file_makes_of_the_code_is_one_error(tmp_path: Path) -> None:
