@@ -21,7 +21,7 @@ from pydantic import (
 from intaglio.pipeline.checkpoint import ModelRef
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import printable, read_text
-from intaglio.pipeline.yaml_text import DEEPEST, MOST_CHARACTERS, read_yaml
+from intaglio.pipeline.yaml_text import MOST_CHARACTERS, read_yaml
 
 MOST_TARGETS, MOST_STEPS = 100, 1000
 LISTED_PROBLEMS = 50
@@ -125,8 +125,6 @@ class Recipe(BaseModel):
         >>> recipe.with_option("assign", ("budget", "size"), 0.3).steps[0].options
         {'front': 8, 'budget': {'size': 0.3}}
         """
-        if len(path) > DEEPEST:
-            raise RecipeError(f"{step}: an option {len(path)} names deep, at most {DEEPEST} are read")
         position = self._position(step)
         found = self.steps[position]
         changed = found.model_copy(update={"options": _replaced(found.options, path, option)})
