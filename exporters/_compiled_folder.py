@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import RecipeError, did_you_mean
-from intaglio.pipeline.recipe import Recipe
+from intaglio.pipeline.recipe import Recipe, validation_problems
 from intaglio.pipeline.target import load_target, target_names
 
 
@@ -44,6 +46,10 @@ def delivered_name(place: Path) -> str:
 def tensorrt_builder(place: Path) -> BuildTensorRT:
     """With the options that the recipe gave it."""
     recipe = place / "recipe.yaml"
-    steps = Recipe.read(recipe).steps if recipe.is_file() else ()
+    steps = Recipe.read(recipe).steps if recipe.exists() else ()
     options = next((step.options for step in steps if step.uses == BuildTensorRT.name), {})
-    return BuildTensorRT.model_validate(options)
+    try:
+        return BuildTensorRT.model_validate(options)
+    except ValidationError as error:
+        problems = validation_problems(error, BuildTensorRT)
+        raise RecipeError(*(f"{recipe}: {BuildTensorRT.name}: {problem}" for problem in problems)) from error

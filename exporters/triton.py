@@ -13,7 +13,8 @@ from pathlib import Path
 
 from intaglio.exporters._compiled_folder import delivered_name, target_folder, tensorrt_builder
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
-from intaglio.pipeline.graph import STEP_INPUT, Graph, TensorSpec
+from intaglio.pipeline.files import MIB, checked_file, read_text
+from intaglio.pipeline.graph import STEP_INPUT, Engine, Graph, TensorSpec
 from intaglio.pipeline.store import remove_tree
 from intaglio.pipeline.target import Target, load_target
 
@@ -74,7 +75,7 @@ def _check_place(model: Path, version: int, config: str) -> None:
         return
     if (model / str(version)).exists():
         raise RecipeError(f"{model}: has a version {version}: give another --version or --name, or remove it")
-    if not (model / CONFIG).is_file() or (model / CONFIG).read_text(encoding="utf-8") != config:
+    if not (model / CONFIG).is_file() or read_text(model / CONFIG, most=MIB) != config:
         raise RecipeError(f"{model}: is there with another configuration: give another --name, or remove it")
 
 
@@ -106,7 +107,7 @@ def wide_int8_weights(model: Path) -> list[str]:
 
     from intaglio.exporters.onnxruntime import INTEGER_PRODUCTS
 
-    graph = onnx.load(model).graph
+    graph = onnx.load(checked_file(model)).graph
     codes = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
     read = {name for node in graph.node if node.op_type in INTEGER_PRODUCTS for name in node.input}
     wide = []
@@ -156,11 +157,11 @@ def _check(place: Path, target: Target, graph: Graph) -> None:
     if target.runtime != "tensorrt":
         return
     engine = place / "engine.json"
-    facts = json.loads(engine.read_text(encoding="utf-8")) if engine.is_file() else {}
-    if facts.get("runtime") != target.runtime:
+    facts = Engine.load(place) if engine.is_file() else None
+    if facts is None or facts.runtime != target.runtime:
         raise RecipeError(f"{place}: no engine.json of TensorRT in it: run its recipe with the step `tensorrt`")
     if not (place / "engine.plan").is_file():
-        command = facts.get("command") or "the step `tensorrt`"
+        command = facts.command or "the step `tensorrt`"
         raise RecipeError(
             f"{place}: no engine.plan in it: build it there with the server's GPU and version of TensorRT: {command}"
         )

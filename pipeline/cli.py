@@ -327,10 +327,10 @@ def targets_command(
 
 @app.command("show")
 def show_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out, or one target of it.")],
     as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
-    """Print the metrics of every target in a folder of results."""
+    """Print the metrics of every target in a folder of results; without a report, what the files themselves say."""
     metrics = _read_metrics(folder)
     if as_json:
         print_json(metrics)
@@ -404,9 +404,11 @@ def _print_rules(as_json: bool) -> None:
 @app.command("profile")
 def profile_command(
     folder: Folder,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the call that is timed.")] = None,
-    runs: Annotated[int | None, typer.Option(min=1, help="Calls that are timed.")] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows of the call that is timed.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, max=10_000, help="Calls that are timed.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Threads of ONNX Runtime, 0 for all cores.")
+    ] = None,
     trtexec: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What trtexec --exportProfile wrote: read, nothing is run.")
     ] = None,
@@ -453,9 +455,9 @@ def sample_command(
     pipeline: Annotated[
         str | None, typer.Option(metavar="DIR", help="The whole diffusers pipeline for --prompt: its folder or hub id.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; those of the recipe if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; those of the recipe if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 8,
+    samples: Annotated[int, typer.Option(help="How many are drawn.")] = 8,
     compare: Annotated[bool, typer.Option("--compare", help="Full precision above, from the same noise.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
@@ -467,7 +469,7 @@ def sample_command(
 
         pictures.check_file(out)
         checkpoint = made_from(folder, Store(store), MODEL)
-        steps = steps or checkpoint.ref.sampling_steps
+        steps = checkpoint.ref.sampling_steps if steps is None else steps
         wanted = pictures.Drawing(samples, steps, tuple(rows), prompt, pipeline, compare)
         drawn = pictures.draw(checkpoint, intaglio.load(folder), wanted, Context(Path(scratch), seed))
         pictures.save_picture(drawn, out)
@@ -482,9 +484,9 @@ def sample_command(
 @app.command("bench")
 def bench_command(
     folder: Folder,
-    rounds: Annotated[int, typer.Option(min=1, help="Trajectories of each engine, by turns.")] = 5,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a call; one sample with guidance has two.")] = 2,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Trajectories of each engine, by turns.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows of a call; one sample with guidance has two.")] = 2,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
@@ -620,8 +622,18 @@ def _described(name: str) -> Explanation | str:
 
 
 def _read_metrics(folder: Path) -> dict[str, dict[str, object]]:
-    """target -> metrics"""
-    files = sorted(folder.glob(f"*/{METRICS_FILE}"))
-    if not files:
-        raise RecipeError(f"{folder}: no */{METRICS_FILE} in it: give the folder that `intaglio run --out` wrote")
-    return {file.parent.name: read_json_object(file) for file in files}
+    """Return the metrics by target. Raises RecipeError for a folder that has none."""
+    read_files = import_module("intaglio.exporters.report").metrics_of_files
+    reports = [folder] if (folder / METRICS_FILE).exists() else [f.parent for f in folder.glob(f"*/{METRICS_FILE}")]
+    try:
+        there = sorted({*compiled_folders(folder), *reports})
+    except RecipeError:
+        there = sorted(reports)
+        if not there:
+            raise
+    return {
+        each.resolve().name: read_json_object(each / METRICS_FILE)
+        if (each / METRICS_FILE).exists()
+        else read_files(each)
+        for each in there
+    }

@@ -213,7 +213,7 @@ class QuantPlan:
     @property
     def weight_bits_mean(self) -> float:
         """Bits a weight, weighted by parameters; 16 for a layer in float."""
-        total = sum(layer.n * layer.k for layer in self.layers)
+        total = sum(layer.n * layer.k for layer in self.layers) or 1
         return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
 
     def save(self, root: Path) -> None:
