@@ -52,6 +52,7 @@ def open_session(
         _write_to(optimized, options)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.log_severity_level = 4  # it logs the end of a profile that never began as an error
     if data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]

@@ -16,6 +16,8 @@ from intaglio.exporters._grids import Drawn, SampleFigure, sample_figure
 from intaglio.exporters._page import render
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import StoreError
+from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.keys import (
     ADAPTER,
@@ -37,6 +39,7 @@ from intaglio.pipeline.pictures import picture, png, psnr_db
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.store import RunRecord
 from intaglio.pipeline.target import load_target, target_names
 from intaglio.pipeline.verification import Latency, Report, Verification, dotted
 from intaglio.pipeline.versions import find_version
@@ -216,7 +219,7 @@ def _origin(provenance: Provenance) -> Origin:
     steps = tuple(
         PastStep(
             run.step,
-            json.loads(run.ingredients)["pass"],
+            _pass_of(run),
             f"{run.seconds:,.1f} s",
             figures.size(run.peak_bytes),
             run.outputs,
@@ -226,6 +229,14 @@ def _origin(provenance: Provenance) -> Origin:
     start = [(f"{key}, sha256", digest) for key, digest in provenance.start.items()]
     recipe = provenance.recipe
     return Origin("intaglio run recipe.yaml", recipe.to_yaml(), recipe.model.path, recipe.seed, start, steps)
+
+
+def _pass_of(run: RunRecord) -> str:
+    """Return `module:Class@version` of the step's pass."""
+    match parse_json(run.ingredients, source=f"the record of {run.step}", error=StoreError):
+        case {"pass": str(name)}:
+            return name
+    return run.origin
 
 
 @dataclass(frozen=True)
