@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import onnxruntime
 
+from intaglio.exporters._onnx_file import read_proto
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.files import checked_file, printable, read_onnx
 from intaglio.pipeline.graph import STEP_INPUT, Graph
@@ -74,12 +75,14 @@ def graph_session(
 
     Raises RecipeError where ONNX Runtime does not load the file, or where graph.json describes another graph.
     """
-    checked_file(graph.path)
+    for each in {graph.path, *graph.path.parent.glob("model.onnx*")}:
+        checked_file(each)
     try:
         session = open_session(
             graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
         )
     except Exception as e:  # its errors have no common class
+        read_proto(graph.path)  # which says what is wrong with the files, where that is known
         raise RecipeError(f"{printable(graph.path)}: ONNX Runtime does not load it: {printable(e)}") from e
     ends = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
     for end, (specs, values) in ends.items():
@@ -235,12 +238,25 @@ def graph_call(graph: Graph, *, optimize: bool = True, threads: int = 0, provide
     import torch
 
     session = graph_session(graph, optimize=optimize, threads=threads, providers=providers)
+    if problem := _no_call(graph):
+        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
 
     def call(inputs: Inputs) -> dict[str, torch.Tensor]:
         found = session.run(list(graph.outputs), _feed(graph, inputs))
         return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
 
     return call
+
+
+def _no_call(graph: Graph) -> str | None:
+    """Say what a graph lacks that a call of it needs."""
+    if not graph.outputs:
+        return "outputs: there is none"
+    if STEP_INPUT in graph.inputs and not graph.timesteps:
+        return "timesteps: there is none, but its layers have a scale for each"
+    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
+        return f"timestep: {printable(graph.timestep)} is no input"
+    return None
 
 
 def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:

@@ -82,11 +82,11 @@ def _check_place(model: Path, version: int, config: str) -> None:
 def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> None:
     """The model's files: for a CPU with the kernels in the graph, as Triton passes none of their settings on."""
     if target.runtime == "tensorrt":
-        shutil.copyfile(place / "engine.plan", out / "model.plan")
+        shutil.copyfile(checked_file(place / "engine.plan"), out / "model.plan")
         return
     from intaglio.exporters._onnx_file import read_proto
 
-    read_proto(place / "model.onnx")  # raises RecipeError for what is damaged or not all there
+    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for what is damaged or not all there
     if target.kernels:
         from intaglio.exporters._session import write_fused
 
@@ -98,7 +98,7 @@ def _write_version(place: Path, target: Target, out: Path, *, vnni: bool) -> Non
             )
         return
     for file in sorted(place.glob("model.onnx*")):
-        shutil.copyfile(file, out / file.name)
+        shutil.copyfile(checked_file(file), out / file.name)
 
 
 def wide_int8_weights(model: Path) -> list[str]:
@@ -133,6 +133,8 @@ def _config(place: Path, target: Target, name: str) -> str:
     """Of the model, which is batched where all inputs and outputs begin with the batch."""
     graph = Graph.load(place)
     ends = {"input": graph.inputs, "output": graph.outputs}
+    if empty := [f"{place / 'graph.json'}: {end}s: there is none" for end, specs in ends.items() if not specs]:
+        raise RecipeError(*empty)
     _check(place, target, graph)
     batched = all(spec.shape[:1] == (BATCH,) for specs in ends.values() for spec in specs.values())
     largest = next(iter(tensorrt_builder(place).profile(graph).values()))[2][0] if batched else 0

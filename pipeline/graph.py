@@ -85,7 +85,8 @@ class Graph:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        return cls(root / "model.onnx", **vars(read_typed(root / "graph.json", _GraphFacts)))
+        facts = vars(read_typed(root / "graph.json", _GraphFacts))
+        return cls(root / "model.onnx", **facts | {"interface": Interface(**vars(facts["interface"]))})
 
     def is_folded(self, layer: str) -> bool:
         """Whether the channel scales of a layer's input are in what precedes it."""
@@ -108,8 +109,19 @@ class _GraphFacts:
     timestep: str | None
     sizes: Mapping[str, tuple[AxisSize, AxisSize]]
     amax: Mapping[str, float]
-    interface: Interface
+    interface: _InterfaceFacts
     scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _InterfaceFacts:
+    """What `Interface` has, all of which is in graph.json."""
+
+    kind: str
+    config: Mapping[str, object]
+    arguments: tuple[str, ...]
+    sample: str
+    constants: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
