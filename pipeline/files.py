@@ -59,11 +59,11 @@ def read_bytes(path: Path, *, most: int, inside: Path | None = None, error: type
     descriptor, size = _opened(path, most, inside, error)
     try:
         with os.fdopen(descriptor, "rb") as stream:
-            content = stream.read(most + 1)
+            content = stream.read(size + 1)  # Python takes the memory for as many bytes as are asked for
     except OSError as e:
         raise error(f"{printable(path)}: cannot be read: {e.strerror}") from e
-    if len(content) > most:  # it grew, or a file system does not know its size
-        raise error(f"{printable(path)}: more than {most} bytes, the most that is read ({size} when it was opened)")
+    if len(content) > size:
+        raise error(f"{printable(path)}: had {size} bytes when it was opened, and more when it was read")
     return content
 
 
