@@ -246,6 +246,9 @@ class QuantPlan:
         rows = read_typed(file, _Content).layers
         layers = tuple(Layer(**{name: getattr(row, name) for name in Layer.model_fields}) for row in rows)
         schemes = {row.name: LayerScheme(weight=row.weight, input=row.input, output=row.output) for row in rows}
+        if len(schemes) < len(rows):
+            problem = f"{len(rows)} rows of {len(schemes)} layers: a name is there twice"
+            raise RecipeError(f"{printable(file)}: is damaged: layers: {problem}")
         balances, branches = root / "balance.safetensors", root / "branch.safetensors"
         if balances.exists() or branches.exists():  # torch is imported only where it is needed
             from intaglio.pipeline.quant.balance import load_balances
