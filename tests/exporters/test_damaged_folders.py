@@ -8,7 +8,9 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from reporting import LAYERS, artifacts
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from intaglio.exporters.report import WriteReport
@@ -170,3 +172,14 @@ def test_a_picture_that_is_none_or_too_large_is_named(folder: Path, content: byt
     assert result.exit_code == 2, (result.stderr, result.exception)
     assert result.stderr.startswith(f"intaglio: {folder / 'samples.png'}: is not a picture that can be read: ")
     assert any(each in result.stderr for each in said.split("|"))
+
+
+@pytest.mark.parametrize("name", ["balance.safetensors", "branch.safetensors"])
+def test_tensors_beside_a_plan_that_are_damaged_are_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    with pytest.raises(RecipeError, match=rf"{name}: is not a safetensors file: its header would have"):
+        QuantPlan.load(folder)
+    part = {"balance.safetensors": "a:block", "branch.safetensors": "a:branch-down"}[name]
+    save_file({part: torch.ones(())}, folder / name)
+    with pytest.raises(RecipeError, match=rf"{name}: is damaged: 'a:[a-z-]+' is missing"):
+        QuantPlan.load(folder)
