@@ -7,12 +7,14 @@ import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.manifest import MANIFEST, Manifest, target_name
 from intaglio.pipeline.output_files import kind_of
-from intaglio.pipeline.recipe import Recipe
+from intaglio.pipeline.recipe import Recipe, validation_problems
 from intaglio.pipeline.store import entries_below
 from intaglio.pipeline.target import load_target, target_names
 
@@ -73,6 +75,10 @@ def delivered_files(place: Path, *, built_there: Collection[str] = ()) -> Mappin
 def tensorrt_builder(place: Path) -> BuildTensorRT:
     """With the options that the recipe gave it."""
     recipe = place / "recipe.yaml"
-    steps = Recipe.read(recipe).steps if recipe.is_file() else ()
+    steps = Recipe.read(recipe).steps if recipe.exists() else ()
     options = next((step.options for step in steps if step.uses == BuildTensorRT.name), {})
-    return BuildTensorRT.model_validate(options)
+    try:
+        return BuildTensorRT.model_validate(options)
+    except ValidationError as error:
+        problems = validation_problems(error, BuildTensorRT)
+        raise RecipeError(*(f"{recipe}: {BuildTensorRT.name}: {problem}" for problem in problems)) from error

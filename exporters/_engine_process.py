@@ -16,8 +16,8 @@ from typing import Self
 
 import numpy as np
 
-from intaglio.exporters._session import exact_kernels, noise_feed, open_session, usual_shapes
-from intaglio.pipeline.errors import TargetError
+from intaglio.exporters._session import exact_kernels, graph_session, noise_feed, usual_shapes
+from intaglio.pipeline.errors import IntaglioError, TargetError
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.memory import forget_peak, resident_bytes
 
@@ -80,8 +80,8 @@ class _Engine:
         exact_kernels()  # sessions of its own, which are not to be counted
         before = forget_peak()
         began = time.perf_counter()
-        self.session = open_session(
-            graph.path, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
+        self.session = graph_session(
+            graph, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
         )
         seconds = time.perf_counter() - began
         self.feed = noise_feed(graph, usual_shapes(graph, setting.rows), np.random.default_rng(0))
@@ -108,6 +108,8 @@ def _engine(setting: Setting) -> _Engine:
 def _load(setting: Setting) -> Loaded:
     try:
         return _engine(setting).loaded
+    except IntaglioError:
+        raise
     except Exception as e:  # its errors have no common class
         raise TargetError(f"{setting.folder}: ONNX Runtime does not run the graph: {e}") from e
 

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import onnxruntime
 
-from intaglio.pipeline.errors import TargetError
+from intaglio.exporters._onnx_file import read_proto
+from intaglio.pipeline.errors import RecipeError, TargetError
+from intaglio.pipeline.files import checked_file, printable, read_onnx
 from intaglio.pipeline.graph import STEP_INPUT, Graph
 from intaglio.pipeline.target import load_target
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 CPU = "CPUExecutionProvider"
+Shape: TypeAlias = tuple[int | str | None, ...]
 
 
 def open_session(
@@ -50,12 +53,60 @@ def open_session(
         _write_to(optimized, options)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.log_severity_level = 4  # it logs the end of a profile that never began as an error
     if data is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]
     return onnxruntime.InferenceSession(
         str(model) if isinstance(model, Path) else model, options, providers=[*there, CPU]
     )
+
+
+def graph_session(
+    graph: Graph,
+    *,
+    optimize: bool = True,
+    threads: int = 0,
+    providers: Sequence[str] = (),
+    optimized: Path | None = None,
+    profile: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """Return a session of a graph in a folder, with the options of `open_session`.
+
+    Raises RecipeError where ONNX Runtime does not load the file, or where graph.json describes another graph.
+    """
+    for each in {graph.path, *graph.path.parent.glob("model.onnx*")}:
+        checked_file(each)
+    try:
+        session = open_session(
+            graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
+        )
+    except Exception as e:  # its errors have no common class
+        read_proto(graph.path)  # which says what is wrong with the files, where that is known
+        raise RecipeError(f"{printable(graph.path)}: ONNX Runtime does not load it: {printable(e)}") from e
+    ends = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
+    for end, (specs, values) in ends.items():
+        described = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+        found = {value.name: (_dtype(value.type), tuple(value.shape)) for value in values}
+        needed = found.keys() if end == "inputs" else set()
+        if wrong := sorted(n for n in described.keys() | needed if not _alike(described.get(n), found.get(n))):
+            file = printable(graph.path.with_name("graph.json"))
+            raise RecipeError(f"{file}: {end}: is not of the model.onnx beside it: {', '.join(map(printable, wrong))}")
+    return session
+
+
+def _dtype(kind: str) -> str:
+    """Return ONNX's name of ONNX Runtime's element type: `tensor(float)` -> `float32`."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _alike(one: tuple[str, Shape] | None, other: tuple[str, Shape] | None) -> bool:
+    """Whether two descriptions of a value have one type and rank, and equal sizes where both know them."""
+    if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    pairs = zip(one[1], other[1], strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def write_fused(model: Path, out: Path, settings: Mapping[str, str]) -> None:
@@ -186,13 +237,26 @@ def graph_call(graph: Graph, *, optimize: bool = True, threads: int = 0, provide
     """The graph as a function from a call's inputs to its outputs, by name; its `step` is found from the timestep."""
     import torch
 
-    session = open_session(graph.path, optimize=optimize, threads=threads, providers=providers)
+    session = graph_session(graph, optimize=optimize, threads=threads, providers=providers)
+    if problem := _no_call(graph):
+        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
 
     def call(inputs: Inputs) -> dict[str, torch.Tensor]:
-        found = session.run(None, _feed(graph, inputs))
+        found = session.run(list(graph.outputs), _feed(graph, inputs))
         return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
 
     return call
+
+
+def _no_call(graph: Graph) -> str | None:
+    """Say what a graph lacks that a call of it needs."""
+    if not graph.outputs:
+        return "outputs: there is none"
+    if STEP_INPUT in graph.inputs and not graph.timesteps:
+        return "timesteps: there is none, but its layers have a scale for each"
+    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
+        return f"timestep: {printable(graph.timestep)} is no input"
+    return None
 
 
 def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:
@@ -203,7 +267,7 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
     import onnx
     import torch
 
-    model = onnx.load(graph.path, load_external_data=False)
+    model = read_onnx(graph.path)
     there = {value.name for value in model.graph.output} | set(graph.inputs)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)

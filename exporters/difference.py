@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +15,14 @@ from intaglio.exporters._grids import SHEET_PIXELS_MAX, Drawn, SampleFigure, sam
 from intaglio.exporters._page import render
 from intaglio.pipeline.artifact import A, Key
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import DAMAGE, printable, read_bytes, read_json_object, read_text
 from intaglio.pipeline.keys import SENSITIVITY, VERIFICATION
 from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
 from intaglio.pipeline.plan import Layer, QuantPlan
 from intaglio.pipeline.publish import RECIPE
 from intaglio.pipeline.store import Store
-from intaglio.pipeline.verification import dotted
+from intaglio.pipeline.verification import MOST_PICTURE, dotted
+from intaglio.pipeline.yaml_text import MOST_CHARACTERS
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,8 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
 }
 """Of metrics.json: what it is called, and which is better."""
 SAMPLES = 16
+MOST_PIXELS = 1 << 23
+"""Pixels of samples.png: each takes up to 30 bytes of memory."""
 START = ("MODEL", "TARGET")
 
 
@@ -91,23 +94,22 @@ class Side:
     def metrics(self) -> dict[str, object]:
         """Dotted names -> figures; nothing where no report was written."""
         file = self.folder / "metrics.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return dict(dotted(found))
+        return dict(dotted(read_json_object(file))) if file.exists() else {}
 
     def figure(self, name: str) -> float | None:
         """None where it was not measured."""
         found = self.metrics.get(name)
-        return float(found) if isinstance(found, int | float) else None
+        return float(found) if isinstance(found, int | float) and abs(found) < 1e300 else None
 
     @cached_property
     def plan(self) -> QuantPlan | None:
         """None where the chain made none."""
-        return QuantPlan.load(self.folder) if (self.folder / "plan.json").is_file() else None
+        return QuantPlan.load(self.folder) if (self.folder / "plan.json").exists() else None
 
     @cached_property
     def recipe(self) -> list[str]:
         """Lines of recipe.yaml."""
-        return (self.folder / RECIPE).read_text(encoding="utf-8").splitlines()
+        return read_text(self.folder / RECIPE, most=MOST_CHARACTERS).splitlines()
 
     @cached_property
     def verification(self) -> Verification | None:
@@ -128,16 +130,27 @@ class Side:
         if self.verification is not None:
             return self.verification.samples
         file = self.folder / "samples.png"
-        if not file.is_file():
+        if not file.exists():
             return {}
-        import numpy as np
-        import torch
-        from PIL import Image
-
-        levels = np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("RGB"))
-        x_1CHW = torch.from_numpy(levels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-        full, deployed = x_1CHW.chunk(2, dim=2)
+        full, deployed = _picture(file).chunk(2, dim=2)
         return {"full_precision": full, "deployed": deployed}
+
+
+def _picture(file: Path) -> torch.Tensor:
+    """Return a PNG file's pixels in [-1, 1], (1, 3, H, W). Raises RecipeError for other files and for large ones."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    content = io.BytesIO(read_bytes(file, most=MOST_PICTURE))
+    try:
+        with Image.open(content, formats=["PNG"]) as image:
+            if image.width * image.height > MOST_PIXELS or image.height < 2:
+                raise ValueError(f"{image.width} x {image.height} pixels, the most that is read is {MOST_PIXELS}")
+            levels = np.asarray(image.convert("RGB"))
+    except (*DAMAGE, OSError, SyntaxError, Image.DecompressionBombError) as e:  # PIL raises SyntaxError for bad chunks
+        raise RecipeError(f"{printable(file)}: is not a picture that can be read: {printable(e)}") from e
+    return torch.from_numpy(levels.copy()).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,6 +17,7 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError, TargetError
+from intaglio.pipeline.files import DAMAGE, MIB, printable, read_json, read_onnx
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, PLAN, PROFILE, TARGET
 from intaglio.pipeline.pass_base import Pass
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _NO_NAME = re.compile(r" \+ | \|\| |\.\.\.|[\s()\[\]{},\x1e]+")
 """What stands between names of nodes in the names that TensorRT makes of them."""
+MOST_TRTEXEC = 64 * MIB
+"""Bytes of what trtexec writes that are read."""
 _RANGE = "..."
 _KERNEL = "_kernel_time"
 
@@ -54,17 +59,16 @@ class ProfileLayers(Pass):
         return target.runtime == "onnxruntime"
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        import onnx
         import onnxruntime
 
-        from intaglio.exporters._session import noise_feed, open_session, usual_shapes
+        from intaglio.exporters._session import graph_session, noise_feed, usual_shapes
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
         if not self.applies(target):
             raise TargetError(f"{target.name} is not for ONNX Runtime: time its engine with trtexec on the device")
         optimized = ctx.scratch / "optimized.onnx"
-        session = open_session(
-            graph.path,
+        session = graph_session(
+            graph,
             threads=self.threads,
             providers=[target.provider],
             optimized=optimized,
@@ -75,8 +79,8 @@ class ProfileLayers(Pass):
             for _ in range(self.runs + 1):
                 session.run(None, feed)
                 advance()
-        events = json.loads(Path(session.end_profiling()).read_text())
-        written, executed = (onnx.load(path, load_external_data=False) for path in (graph.path, optimized))
+        events = json.loads(Path(session.end_profiling()).read_text())  # ONNX Runtime wrote it just now
+        written, executed = read_onnx(graph.path), read_onnx(optimized)
         owners = _owners_of_kernels(written, executed)
         layers: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
         rest: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
@@ -109,17 +113,9 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
     A kernel for products of several layers counts for each by its number of weights. Raises RecipeError for other
     files, and where no kernel is of a layer.
     """
-    import onnx
-
-    kernels = _json(times, "--exportProfile")
-    information = _json(layers, "--exportLayerInfo") if layers is not None else {}
-    try:
-        runs = next(int(kernel["count"]) for kernel in kernels if "count" in kernel)
-        took = [(str(k["name"]), float(k.get("medianMs", k["averageMs"]))) for k in kernels if "name" in k]
-        nodes_of = {str(k["Name"]): str(k.get("Metadata", "")) for k in information.get("Layers", []) if "Name" in k}
-    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise RecipeError(f"{times}: not what trtexec --exportProfile writes: {error!r}") from error
-    model = onnx.load(graph.path, load_external_data=False)
+    runs, took = _kernels_of_trtexec(times)
+    nodes_of = {} if layers is None else _nodes_of_trtexec(layers)
+    model = read_onnx(graph.path)
     nodes = {node.name: node for node in model.graph.node}
     weights = {layer.name: layer.n * layer.k for layer in plan.layers}
     found: dict[str, float] = defaultdict(float)
@@ -215,11 +211,35 @@ def _owners(nodes: Iterable[onnx.NodeProto]) -> list[str]:
     return list(dict.fromkeys(owner for node in nodes if (owner := _owner(node)) is not None))
 
 
-def _json(path: Path, option: str) -> Any:
-    """Raises RecipeError for what cannot be read."""
+def _kernels_of_trtexec(times: Path) -> tuple[int, list[tuple[str, float]]]:
+    """Return the number of runs, and the name and the milliseconds of every kernel."""
+    kernels: Any = read_json(times, most=MOST_TRTEXEC)
+    with _as_written_by(times, "--exportProfile"):
+        counts = [int(kernel["count"]) for kernel in kernels if "count" in kernel]
+        if not counts or counts[0] < 1:
+            raise ValueError("it has no count of runs")
+        took = [
+            (str(k["name"]), float(k["medianMs"] if "medianMs" in k else k["averageMs"]))
+            for k in kernels
+            if "name" in k
+        ]
+        if not all(math.isfinite(milliseconds) and milliseconds >= 0 for _, milliseconds in took):
+            raise ValueError("a time is negative or not finite")
+        return counts[0], took
+
+
+def _nodes_of_trtexec(layers: Path) -> dict[str, str]:
+    """Return, by name of a kernel, the text that names the nodes in it."""
+    information: Any = read_json(layers, most=MOST_TRTEXEC)
+    with _as_written_by(layers, "--exportLayerInfo"):
+        return {str(k["Name"]): str(k.get("Metadata", "")) for k in information.get("Layers", []) if "Name" in k}
+
+
+@contextmanager
+def _as_written_by(file: Path, option: str) -> Iterator[None]:
+    """Raise RecipeError where the block cannot read the file as what trtexec writes with this option."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RecipeError(f"{path}: not JSON, as trtexec {option} writes: {error}") from error
+        yield
+    except DAMAGE as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else printable(error)
+        raise RecipeError(f"{printable(file)}: is not what trtexec {option} writes: {said}") from error

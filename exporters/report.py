@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -15,6 +16,8 @@ from intaglio.exporters._grids import Drawn, SampleFigure, sample_figure
 from intaglio.exporters._page import render
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
+from intaglio.pipeline.errors import StoreError
+from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.keys import (
     ADAPTER,
@@ -36,6 +39,8 @@ from intaglio.pipeline.pictures import picture, png, psnr_db
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.provenance import Provenance
 from intaglio.pipeline.quant.spec import IntWeight
+from intaglio.pipeline.store import RunRecord
+from intaglio.pipeline.target import load_target, target_names
 from intaglio.pipeline.verification import Latency, Report, Verification, dotted
 from intaglio.pipeline.versions import find_version
 
@@ -60,19 +65,21 @@ class WriteReport(Pass):
 
     name: ClassVar[str] = "report"
     version: ClassVar[int] = 4
-    requires = frozenset({MODEL, TARGET, PLAN, GRAPH, ENGINE, VERIFICATION, LATENCY})
-    wants = frozenset({SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
+    requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
+    wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
     samples: int = Field(16, ge=1, le=64, description="samples shown, at most")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Measures nothing: what the verification does not hold is a dash on the page and null in the metrics."""
+        """Write what was measured; what was not, for lack of its step or otherwise, is a dash, and null in metrics."""
         model, target, plan = state[MODEL], state[TARGET], state[PLAN]
-        verification, latency = state[VERIFICATION], state[LATENCY]
+        verification = state[VERIFICATION] if VERIFICATION in state else Verification({}, {}, {})
+        latency = state[LATENCY] if LATENCY in state else None  # noqa: SIM401 - State.get raises
+        engine = state[ENGINE] if ENGINE in state else Engine(target.runtime, "not built yet", None, None)
         metrics = {"model": model.name, "target": target.name} | collect_metrics(
-            plan, state[GRAPH], state[ENGINE], verification, latency
+            plan, state[GRAPH], engine, verification, latency
         )
         html = render(
             "report.html.j2",
@@ -80,7 +87,7 @@ class WriteReport(Pass):
             sampling=model.ref,
             target=target,
             graph=state[GRAPH],
-            engine=state[ENGINE],
+            engine=engine,
             verification=verification,
             metrics=metrics,
             flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
@@ -97,9 +104,9 @@ class WriteReport(Pass):
             parity_shares=figures.log_shares({name: parity.rel_l2 for name, parity in verification.layers.items()}),
             lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
             origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
-            sizes=_sizes(state[GRAPH], state[ENGINE], verification),
+            sizes=_sizes(state[GRAPH], engine, verification),
             latency=latency,
-            latencies=_latencies(latency),
+            latencies=() if latency is None else _latencies(latency),
             versions={name: find_version(name) or "not installed" for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
@@ -107,7 +114,7 @@ class WriteReport(Pass):
 
 
 def collect_metrics(
-    plan: QuantPlan, graph: Graph, engine: Engine, verification: Verification, latency: Latency
+    plan: QuantPlan, graph: Graph, engine: Engine, verification: Verification, latency: Latency | None
 ) -> dict[str, object]:
     """The figures of one target. Null: not measured, or not finite (JSON has no infinity).
 
@@ -121,9 +128,9 @@ def collect_metrics(
         "weight_bits_mean": plan.weight_bits_mean,
         "size_bytes": graph.size_bytes,
         "size_ratio_fp16": _finite(fp16_bytes / graph.size_bytes if fp16_bytes and graph.size_bytes else None),
-        "latency_ms": latency.compiled_ms,
-        "latency_fp32_ms": latency.float32_ms,
-        "latency_ratio_fp32": latency.float32_ms / latency.compiled_ms,
+        "latency_ms": None if latency is None else latency.compiled_ms,
+        "latency_fp32_ms": None if latency is None else latency.float32_ms,
+        "latency_ratio_fp32": None if latency is None else latency.float32_ms / latency.compiled_ms,
         **{name: _finite(measured.get(name)) for name in MEASURED},
         "engine": {
             "path": "model.onnx" if engine.plan is None else "engine.plan",
@@ -134,6 +141,23 @@ def collect_metrics(
             "fp_gemm": engine.fp_gemm,
         },
     }
+
+
+def metrics_of_files(folder: Path) -> dict[str, object]:
+    """Return the metrics of a compiled folder without a report, as far as its files say them; null is left out.
+
+    Raises RecipeError for damaged files.
+    """
+    found: dict[str, object] = {"target": folder.resolve().name}
+    there = {name: (folder / name).exists() for name in ("plan.json", "graph.json", "engine.json")}
+    if there["plan.json"] and there["graph.json"]:
+        runtime = "" if found["target"] not in target_names() else load_target(str(found["target"])).runtime
+        engine = Engine.load(folder) if there["engine.json"] else Engine(runtime, "not built yet", None, None)
+        whole = collect_metrics(
+            QuantPlan.load(folder), Graph.load(folder), engine, Verification({}, {}, {}), latency=None
+        )
+        found |= {name: entry for name, entry in whole.items() if entry is not None}
+    return found
 
 
 _IMPLEMENTATIONS = {
@@ -195,7 +219,7 @@ def _origin(provenance: Provenance) -> Origin:
     steps = tuple(
         PastStep(
             run.step,
-            json.loads(run.ingredients)["pass"],
+            _pass_of(run),
             f"{run.seconds:,.1f} s",
             figures.size(run.peak_bytes),
             run.outputs,
@@ -205,6 +229,14 @@ def _origin(provenance: Provenance) -> Origin:
     start = [(f"{key}, sha256", digest) for key, digest in provenance.start.items()]
     recipe = provenance.recipe
     return Origin("intaglio run recipe.yaml", recipe.to_yaml(), recipe.model.path, recipe.seed, start, steps)
+
+
+def _pass_of(run: RunRecord) -> str:
+    """Return `module:Class@version` of the step's pass."""
+    match parse_json(run.ingredients, source=f"the record of {run.step}", error=StoreError):
+        case {"pass": str(name)}:
+            return name
+    return run.origin
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from intaglio.exporters._compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
-from intaglio.pipeline.files import MIB, read_text
-from intaglio.pipeline.graph import STEP_INPUT, Graph, TensorSpec
+from intaglio.pipeline.files import MIB, checked_file, read_text
+from intaglio.pipeline.graph import STEP_INPUT, Engine, Graph, TensorSpec
 from intaglio.pipeline.manifest import target_name
 from intaglio.pipeline.target import Target, load_target
 
@@ -92,7 +92,7 @@ def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, o
         return
     from intaglio.exporters._onnx_file import read_proto
 
-    read_proto(place / "model.onnx")  # raises RecipeError for what is damaged or not all there
+    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for what is damaged or not all there
     if target.kernels:
         from intaglio.exporters._session import write_fused
 
@@ -114,7 +114,7 @@ def wide_int8_weights(model: Path) -> list[str]:
 
     from intaglio.exporters.onnxruntime import INTEGER_PRODUCTS
 
-    graph = onnx.load(model).graph
+    graph = onnx.load(checked_file(model)).graph
     codes = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
     read = {name for node in graph.node if node.op_type in INTEGER_PRODUCTS for name in node.input}
     wide = []
@@ -140,6 +140,8 @@ def _config(place: Path, target: Target, name: str) -> str:
     """Of the model, which is batched where all inputs and outputs begin with the batch."""
     graph = Graph.load(place)
     ends = {"input": graph.inputs, "output": graph.outputs}
+    if empty := [f"{place / 'graph.json'}: {end}s: there is none" for end, specs in ends.items() if not specs]:
+        raise RecipeError(*empty)
     _check(place, target, graph)
     batched = all(spec.shape[:1] == (BATCH,) for specs in ends.values() for spec in specs.values())
     largest = next(iter(tensorrt_builder(place).profile(graph).values()))[2][0] if batched else 0
@@ -164,11 +166,11 @@ def _check(place: Path, target: Target, graph: Graph) -> None:
     if target.runtime != "tensorrt":
         return
     engine = place / "engine.json"
-    facts = json.loads(engine.read_text(encoding="utf-8")) if engine.is_file() else {}
-    if facts.get("runtime") != target.runtime:
+    facts = Engine.load(place) if engine.is_file() else None
+    if facts is None or facts.runtime != target.runtime:
         raise RecipeError(f"{place}: no engine.json of TensorRT in it: run its recipe with the step `tensorrt`")
     if not (place / "engine.plan").is_file():
-        command = facts.get("command") or "the step `tensorrt`"
+        command = facts.command or "the step `tensorrt`"
         raise RecipeError(
             f"{place}: no engine.plan in it: build it there with the server's GPU and version of TensorRT: {command}"
         )

@@ -104,8 +104,8 @@ class Progress:
         self._file = ctx.scratch / f"{kind}.{ctx.processes.index}.jsonl"
         self._done: dict[str, Any] = {}
         for file in sorted(ctx.scratch.glob(f"{kind}.*.jsonl")):
-            for line in file.read_text().splitlines():
-                with suppress(json.JSONDecodeError):  # empty, or cut off when the run was stopped
+            for line in file.read_text(errors="replace").splitlines():
+                with suppress(ValueError, TypeError):  # empty, or cut off when the run was stopped
                     name, value = json.loads(line)
                     self._done[name] = value
 

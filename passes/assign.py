@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.cost import bit_operations
 from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
+from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
@@ -247,8 +248,6 @@ class AssignPrecision(Pass):
 def _profile(path: Path) -> Profile:
     """Raises ValueError for what is not a file of `intaglio profile`."""
     try:
-        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        raise ValueError(f"{path}: not what `intaglio profile` writes: {error.errors()[0]['msg']}") from error
+        return read_typed(path, Profile)
+    except RecipeError as error:
+        raise ValueError(f"{error}: not what `intaglio profile` writes") from error

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -12,20 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 from typer.core import TyperGroup
 
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.bench import Bench
 from intaglio.pipeline.context import Context, terminal
-from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes
+from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes, numbered
 from intaglio.pipeline.explain import Explanation, explain, explain_pass, lint_rules, names_by_kind
+from intaglio.pipeline.files import read_json_object
 from intaglio.pipeline.graph import Graph
 from intaglio.pipeline.keys import GRAPH, LINT, MODEL, PLAN, PROFILE, TARGET
 from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
 from intaglio.pipeline.output_files import check_output, write_output
 from intaglio.pipeline.plan import QuantPlan
 from intaglio.pipeline.printing import (
+    EscapedFormatter,
     duration,
     figure,
     plan_row,
@@ -35,21 +36,25 @@ from intaglio.pipeline.printing import (
     print_profile,
     print_table,
     print_target,
+    say,
+    shortened,
     target_rows,
 )
 from intaglio.pipeline.processes import processes
 from intaglio.pipeline.publish import made_from
-from intaglio.pipeline.recipe import Recipe, Step, beside
+from intaglio.pipeline.recipe import Recipe, Step, beside, validation_problems
 from intaglio.pipeline.registry import find_pass, named_passes, pass_module
 from intaglio.pipeline.runner import StepEvent, compile, plan
 from intaglio.pipeline.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.store import Store
 from intaglio.pipeline.target import load_target, target_names
 from intaglio.pipeline.verification import dotted
-from intaglio.pipeline.yaml_text import read_yaml
+from intaglio.pipeline.yaml_text import DEEPEST, read_yaml
 
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.json"
+MOST_CHANGES = 1000
+"""Times that --set, or --insert, is given."""
 
 
 class _Commands(TyperGroup):
@@ -61,25 +66,32 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # whoever read the output has enough: typer ends quietly
             raise
         except KeyboardInterrupt:
-            message, exit_code = "interrupted: the same command goes on from here", INTERRUPTED
-        except (IntaglioError, OSError, json.JSONDecodeError) as error:
+            goes_on = ": the same command goes on from here" if ctx.invoked_subcommand == "run" else ""
+            message, exit_code = f"interrupted{goes_on}", INTERRUPTED
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):  # what they say of the command line
+                raise
             if ctx.params["debug"]:
                 traceback.print_exception(error)
             message, exit_code = _told(error)
-        print(f"intaglio: {message}", file=sys.stderr)
+        say(f"intaglio: {message}", error=True)
         raise typer.Exit(exit_code)
 
 
-def _told(error: IntaglioError | OSError | json.JSONDecodeError) -> tuple[str, int]:
-    """Its message and exit code."""
+def _told(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code of what ended a command."""
     match error:
         case IntaglioError():
-            return str(error), error.exit_code
+            problems = [shortened(problem) for problem in error.problems]
+            return problems[0] if len(problems) == 1 else numbered(problems), error.exit_code
         case OSError(filename=str(name), strerror=str(reason)):
             return f"{name}: {reason}", 1
-        case json.JSONDecodeError():
-            return f"a file is damaged, `intaglio --debug` says where it is read: {error}", 1
-    return str(error), 1
+        case OSError():
+            return str(error), 1
+        case MemoryError():
+            return "there is not enough memory for this", 1
+    kind = type(error).__name__
+    return f"unexpected {kind}: {shortened(str(error))}: `intaglio --debug` before the command shows where", 1
 
 
 app = typer.Typer(
@@ -149,7 +161,7 @@ def run_command(
         print_json(found)
         return
     for target, results in found.items():
-        print(f"{target}: {results['report'] or results['folder']}")
+        say(f"{target}: {results['report'] or results['folder']}")
 
 
 def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> dict[str, Any]:
@@ -225,9 +237,9 @@ def init_command(
     if as_json:
         print_json({"out": str(out), **found.to_json()})
     else:
-        print(f"{out}: {found.summary}")
+        say(f"{out}: {found.summary}")
         for number, line in enumerate(found.next_steps(str(out)), start=1):
-            print(f"  {number}. {line}")
+            say(f"  {number}. {line}")
 
 
 @app.command("explain")
@@ -247,18 +259,18 @@ def explain_command(
             print_json(kinds)
             return
         for kind, names in kinds.items():
-            print(f"{kind}: {', '.join(names)}")
+            say(f"{kind}: {', '.join(names)}")
         return
     found = explain(name)
     if as_json:
         print_json({each.kind: each.to_json() for each in found})
         return
     for position, each in enumerate(found):
-        print("\n" * bool(position), end="")
+        say("\n" * bool(position), end="")
         if each.kind == "target":
             print_target(load_target(each.name))
         else:
-            print("\n".join(each.lines()))
+            say("\n".join(each.lines()))
 
 
 @app.command("schema")
@@ -271,13 +283,13 @@ def schema_command(
 
     text = json.dumps(recipe_schema(), indent=1) + "\n"
     if out is None:
-        print(text, end="")
+        say(text, end="")
         return
     write_output(out, text)
     if as_json:
         print_json({"out": str(out)})
     else:
-        print(f"{out}: begin recipes beside it with `{editor_line(out.name)}`")
+        say(f"{out}: begin recipes beside it with `{editor_line(out.name)}`")
 
 
 @app.command("passes")
@@ -291,9 +303,9 @@ def passes_command(
         return
     for name, each in found.items():
         lines = [each] if isinstance(each, str) else [each.doc.partition("\n")[0], *each.option_lines()]
-        print(name)
+        say(name)
         for line in lines:
-            print(f"    {line}")
+            say(f"    {line}")
 
 
 @app.command("targets")
@@ -317,10 +329,10 @@ def targets_command(
 
 @app.command("show")
 def show_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out, or one target of it.")],
     as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
-    """Print the metrics of every target in a folder of results."""
+    """Print the metrics of every target in a folder of results; without a report, what the files themselves say."""
     metrics = _read_metrics(folder)
     if as_json:
         print_json(metrics)
@@ -375,7 +387,7 @@ def lint_command(
     step = find_pass("lint", Path()).pass_class.model_validate({"refuse": "nothing"})
     found = State(step.run(State(artifacts, reader="lint"), Context(scratch=Path())), reader="lint")[LINT]
     if as_json:
-        print(found.to_json())
+        print_json(asdict(found))
     else:
         rows = [(f.level, f.rule, f.node, f"{f.message}: {f.fix}") for f in found.findings]
         print_table(f"{model}: {len(rows)} findings", ("", "rule", "node", "what to do"), rows)
@@ -390,15 +402,17 @@ def _print_rules(as_json: bool) -> None:
         print_json({name: {fact: getattr(rule, fact) for fact in facts} for name, rule in rules.items()})
         return
     for rule in rules.values():
-        print(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
+        say(f"{rule.name:<18} {rule.level:<8} {rule.finds}")
 
 
 @app.command("profile")
 def profile_command(
     folder: Folder,
-    rows: Annotated[int | None, typer.Option(min=1, help="Rows of the call that is timed.")] = None,
-    runs: Annotated[int | None, typer.Option(min=1, help="Calls that are timed.")] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, max=10_000, help="Rows of the call that is timed.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, max=10_000, help="Calls that are timed.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Threads of ONNX Runtime, 0 for all cores.")
+    ] = None,
     trtexec: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What trtexec --exportProfile wrote: read, nothing is run.")
     ] = None,
@@ -414,7 +428,7 @@ def profile_command(
     if out is not None:
         check_output(out)
     with tempfile.TemporaryDirectory() as scratch:
-        if not (folder / "graph.json").is_file():
+        if not (folder / "graph.json").exists():
             raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
         found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(target_name(folder))
@@ -430,7 +444,7 @@ def profile_command(
         if out is not None:
             write_output(out, profile.to_json())
         if as_json:
-            print(profile.to_json(), end="")
+            print_json(profile.model_dump(mode="json"))
         elif out is None:
             print_profile(str(folder), profile)
 
@@ -447,9 +461,9 @@ def sample_command(
     pipeline: Annotated[
         str | None, typer.Option(metavar="DIR", help="The whole diffusers pipeline for --prompt: its folder or hub id.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; those of the recipe if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; those of the recipe if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    samples: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 8,
+    samples: Annotated[int, typer.Option(help="How many are drawn.")] = 8,
     compare: Annotated[bool, typer.Option("--compare", help="Full precision above, from the same noise.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
@@ -461,7 +475,7 @@ def sample_command(
 
         pictures.check_file(out)
         checkpoint = made_from(folder, Store(store), MODEL)
-        steps = steps or checkpoint.ref.sampling_steps
+        steps = checkpoint.ref.sampling_steps if steps is None else steps
         wanted = pictures.Drawing(samples, steps, tuple(rows), prompt, pipeline, compare)
         drawn = pictures.draw(checkpoint, intaglio.load(folder), wanted, Context(Path(scratch), seed))
         pictures.save_picture(drawn, out)
@@ -469,16 +483,16 @@ def sample_command(
         if as_json:
             print_json({"out": str(out), "samples": samples, "steps": steps, "seed": seed, **distances})
             return
-        print(f"{out}: {samples} samples, {steps} steps", end="")
-        print(", {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances) if compare else "")
+        say(f"{out}: {samples} samples, {steps} steps", end="")
+        say(", {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances) if compare else "")
 
 
 @app.command("bench")
 def bench_command(
     folder: Folder,
-    rounds: Annotated[int, typer.Option(min=1, help="Trajectories of each engine, by turns.")] = 5,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a call; one sample with guidance has two.")] = 2,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Trajectories of each engine, by turns.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, max=10_000, help="Rows of a call; one sample with guidance has two.")] = 2,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Threads of ONNX Runtime, 0 for all cores.")] = 1,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
@@ -487,7 +501,7 @@ def bench_command(
         run = pass_module("benchmark").bench
         found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
         if as_json:
-            print(found.to_json(), end="")
+            print_json(found.model_dump(mode="json"))
         else:
             print_bench(str(folder), found)
 
@@ -510,7 +524,7 @@ def _print_written(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(file)})
     else:
-        print(file)
+        say(str(file))
 
 
 @app.command("verify")
@@ -524,7 +538,7 @@ def verify_command(
         print_json({str(each): problems for each, problems in found.items()})
     else:
         for each, problems in found.items():
-            print("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
+            say("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
     if any(found.values()):
         raise typer.Exit(1)
 
@@ -554,6 +568,7 @@ def _log_to_terminal() -> None:
         from rich.logging import RichHandler
 
         handler = RichHandler(console=terminal(), show_path=False, show_level=False, markup=False)
+    handler.setFormatter(EscapedFormatter())
     logger = logging.getLogger("intaglio")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if processes().first else logging.WARNING)
@@ -574,24 +589,34 @@ def _log_step(event: StepEvent) -> None:
 def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
     """The recipe with what the command line says otherwise."""
     recipe = Recipe.read(path)
+    for option, given in (("--insert", inserts), ("--set", sets)):
+        if len(given) > MOST_CHANGES:
+            raise RecipeError(f"{option}: given {len(given)} times, at most {MOST_CHANGES}: write it in the recipe")
     for text in inserts:
         place, equals, uses = text.partition("=")
+        named = f"--insert {_brief(text)}"
         if not (place.startswith("after:") and equals and uses):
-            raise RecipeError(f"--insert {text}: write it as after:STEP=PASS")
-        step = Step.model_validate(beside(uses, path.parent))
+            raise RecipeError(f"{named}: write it as after:STEP=PASS")
+        try:
+            step = Step.model_validate(beside(uses, path.parent))
+        except ValidationError as error:
+            raise RecipeError(*(f"{named}: {each}" for each in validation_problems(error, Step))) from error
         recipe = recipe.insert(step, after=place.removeprefix("after:"))
     for text in sets:
         place, equals, value = text.partition("=")
+        named = f"--set {_brief(text)}"
         step_name, *option_path = place.split(".")
         if not (equals and option_path and all(option_path)):
-            raise RecipeError(f"--set {text}: write it as STEP.FIELD=VALUE")
-        recipe = recipe.with_option(step_name, tuple(option_path), _parsed(value, text))
+            raise RecipeError(f"{named}: write it as STEP.FIELD=VALUE")
+        if len(option_path) > DEEPEST:
+            raise RecipeError(f"{named}: an option {len(option_path)} names deep, the most that is read is {DEEPEST}")
+        parsed: JsonValue = read_yaml(value, named)  # type: ignore[assignment]  # plain values
+        recipe = recipe.with_option(step_name, tuple(option_path), parsed)
     return recipe
 
 
-def _parsed(value: str, text: str) -> JsonValue:
-    parsed: JsonValue = read_yaml(value, f"--set {text}")  # type: ignore[assignment]  # of plain values
-    return parsed
+def _brief(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _described(name: str) -> Explanation | str:
@@ -602,9 +627,19 @@ def _described(name: str) -> Explanation | str:
         return str(error)
 
 
-def _read_metrics(folder: Path) -> dict[str, dict[str, JsonValue]]:
-    """target -> metrics"""
-    files = sorted(folder.glob(f"*/{METRICS_FILE}"))
-    if not files:
-        raise RecipeError(f"{folder}: no */{METRICS_FILE} in it: give the folder that `intaglio run --out` wrote")
-    return {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+def _read_metrics(folder: Path) -> dict[str, dict[str, object]]:
+    """Return the metrics by target. Raises RecipeError for a folder that has none."""
+    read_files = import_module("intaglio.exporters.report").metrics_of_files
+    reports = [folder] if (folder / METRICS_FILE).exists() else [f.parent for f in folder.glob(f"*/{METRICS_FILE}")]
+    try:
+        there = sorted({*compiled_folders(folder), *reports})
+    except RecipeError:
+        there = sorted(reports)
+        if not there:
+            raise
+    return {
+        each.resolve().name: read_json_object(each / METRICS_FILE)
+        if (each / METRICS_FILE).exists()
+        else read_files(each)
+        for each in there
+    }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable, read_json_object, read_typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,25 +60,28 @@ class PipelineFolder:
         return {
             name: (value[0], value[1])
             for name, value in self.index().items()
-            if isinstance(value, list) and value[0] is not None
+            if _is_component(value) and value[0] is not None
         }
 
     def absent(self) -> list[str]:
         """Components that the pipeline does without."""
-        return [name for name, value in self.index().items() if isinstance(value, list) and value[0] is None]
+        return [name for name, value in self.index().items() if _is_component(value) and value[0] is None]
 
     def settings(self) -> dict[str, object]:
         """What the pipeline is made with beside its components."""
-        return {n: v for n, v in self.index().items() if not n.startswith("_") and not isinstance(v, list)}
+        return {n: v for n, v in self.index().items() if not n.startswith("_") and not _is_component(v)}
 
     @property
     def denoiser(self) -> str:
         """The component that is the denoiser."""
-        return next(name for name in DENOISER_FOLDERS if name in self.classes())
+        there, known = self.classes(), ", ".join(DENOISER_FOLDERS)
+        if (found := next((name for name in DENOISER_FOLDERS if name in there), None)) is None:
+            raise RecipeError(f"{printable(self.root / INDEX)}: names no denoiser, which is called one of {known}")
+        return found
 
     def kind(self) -> Any:
         """The pipeline's class. Raises RecipeError where diffusers has none of its name."""
-        return _named("diffusers", str(self.index()["_class_name"]))
+        return _named("diffusers", str(self.index().get("_class_name")))
 
     def component_class(self, name: str) -> Any:
         """Raises RecipeError where the class is not installed."""
@@ -97,8 +101,7 @@ class PipelineFolder:
 
     def index(self) -> dict[str, Any]:
         """What the pipeline is made of."""
-        index: dict[str, Any] = json.loads((self.root / INDEX).read_text(encoding="utf-8"))
-        return index
+        return read_json_object(self.root / INDEX)
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,8 @@ class Components(_OfPipeline):
     @property
     def compiled(self) -> dict[str, Compiled]:
         """By name of the component."""
-        content = json.loads((self.root / "components.json").read_text(encoding="utf-8"))
-        return {name: Compiled(**one) for name, one in content.items()}
+        found: dict[str, Compiled] = read_typed(self.root / "components.json", dict[str, Compiled], inside=self.root)
+        return found
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,17 @@ class ComponentEngines(_OfPipeline):
     """What a runtime made of the graphs in the folder `pipeline`: engine.json and engine.plan beside each of them."""
 
 
+def _is_component(value: object) -> bool:
+    """Whether an entry of the index is a library and a class, or null and null, and not a setting."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
+
+
 def _named(library: str, kind: str) -> Any:
     """A class by the name that an index has for it: a pipeline's own models are in a module of the pipeline's name."""
     module = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
     try:
         return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, ValueError) as e:  # ValueError: no possible name
         raise RecipeError(f"model: {INDEX} names {kind} of {library}, which is not installed here: {e}") from e
 
 
@@ -177,7 +185,7 @@ def output_class(returns: str) -> Any:
         if module.partition(".")[0] not in LIBRARIES:
             raise ImportError(f"only {' and '.join(LIBRARIES)} have outputs")
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, ValueError) as e:
         raise RecipeError(f"compiled with outputs of the class {returns}, which is not here: {e}") from e
 
 

@@ -8,6 +8,8 @@ from typing import ClassVar, Self
 INTERRUPTED = 130
 LISTED = 24
 """Names of what there is that a message lists, where none is near."""
+LONGEST_WORD = 200
+"""Characters of an unknown name that are compared with those there are."""
 
 
 class IntaglioError(Exception):
@@ -100,7 +102,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     choices = sorted(known)
     folded = {choice.casefold(): choice for choice in choices}
-    match get_close_matches(word.casefold(), folded, n=1):
+    match get_close_matches(word[:LONGEST_WORD].casefold(), folded, n=1):
         case [near]:
             return f": did you mean {folded[near]!r}?"
         case _ if not choices:

@@ -4,21 +4,44 @@ Every file that does not come from the running process is opened here: only regu
 text only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
 """
 
+import copy
 import json
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import SchemaValidator
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+T = TypeVar("T")
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
+MOST_ARTIFACT = 64 * MIB
+"""Bytes of a JSON file of known types that are read."""
+MOST_VALUES = 2_000_000
+"""Values of a JSON file, counted by the signs between them."""
 MOST_NUMBER_DIGITS = 4300
 """Python's own limit for the digits of a whole number."""
+MOST_HEADER = 16 * MIB
+"""Bytes of the header of a safetensors file: names, types and places of its tensors, and its metadata."""
+MOST_ONNX = 2048 * MIB
+"""Bytes of an ONNX file without its external data: the limit of protobuf."""
+LISTED_PLACES = 3
+"""Places of one damaged file that a message lists."""
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What code raises that reads content of another kind than it expects."""
 
 
 def checked_file(
@@ -37,11 +60,11 @@ def read_bytes(path: Path, *, most: int, inside: Path | None = None, error: type
     descriptor, size = _opened(path, most, inside, error)
     try:
         with os.fdopen(descriptor, "rb") as stream:
-            content = stream.read(most + 1)
+            content = stream.read(size + 1)  # Python takes the memory for as many bytes as are asked for
     except OSError as e:
         raise error(f"{printable(path)}: cannot be read: {e.strerror}") from e
-    if len(content) > most:  # it grew, or a file system does not know its size
-        raise error(f"{printable(path)}: more than {most} bytes, the most that is read ({size} when it was opened)")
+    if len(content) > size:
+        raise error(f"{printable(path)}: had {size} bytes when it was opened, and more when it was read")
     return content
 
 
@@ -71,11 +94,126 @@ def read_json_object(
     return found
 
 
+def read_typed(
+    path: Path,
+    kind: type[T],
+    *,
+    most: int = MOST_ARTIFACT,
+    inside: Path | None = None,
+    error: type[IntaglioError] = RecipeError,
+) -> T:
+    """Return what a JSON file says as a value of `kind`: a dataclass, a TypedDict, a model of pydantic or a generic.
+
+    Types are exact: a text is no number. Raises `error` with the first places of another type.
+    """
+    text = read_text(path, most=most, inside=inside, error=error)
+    _check_count(text, printable(path), error)
+    try:
+        validator = _validator(kind)  # type: ignore[arg-type]  # every type is hashable
+        found: T = validator.validate_json(text, strict=True)
+    except ValidationError as e:
+        raise error(f"{printable(path)}: is damaged: {_places(e)}") from e
+    return found
+
+
+@cache
+def _validator(kind: Any) -> SchemaValidator:
+    """Return what checks a value of `kind`, and stops at the first wrong element of a list or mapping."""
+    schema = copy.deepcopy(TypeAdapter[Any](kind).core_schema)
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            parts += part.values()
+            if part.get("type") in ("dict", "list", "tuple"):
+                part["fail_fast"] = True
+        elif isinstance(part, list | tuple):
+            parts += part
+    return SchemaValidator(schema)
+
+
+def _places(error: ValidationError) -> str:
+    """Return the first places of a damaged file that have another type than expected, and how many more do."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    said = []
+    for detail in found[:LISTED_PLACES]:
+        place = "".join(f"{printable(part)[:80]}: " for part in detail["loc"])
+        said.append(place + ("is missing" if detail["type"] == "missing" else printable(detail["msg"])))
+    more = f"; and {len(found) - LISTED_PLACES} more" if len(found) > LISTED_PLACES else ""
+    return "; ".join(said) + more
+
+
+@contextmanager
+def damage_of(path: Path, *, error: type[IntaglioError] = RecipeError) -> Iterator[None]:
+    """Raise `error`, which names the file, where the block cannot work with what the file says."""
+    try:
+        yield
+    except DAMAGE as e:
+        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
+        raise error(f"{printable(path)}: is damaged: {printable(said)}") from e
+
+
+@contextmanager
+def open_safetensors(
+    path: Path,
+    *,
+    framework: Literal["pt", "np"] = "pt",
+    inside: Path | None = None,
+    error: type[IntaglioError] = RecipeError,
+) -> Iterator[Any]:
+    """Open a safetensors file, which is a regular file with a header of at most `MOST_HEADER` bytes.
+
+    Yields safetensors' own reader: `keys()`, `metadata()`, `get_slice(name)`, `get_tensor(name)`. Raises `error` for
+    other files, and where the block reads a tensor that the reader cannot give.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    descriptor, _ = _opened(path, None, inside, error)
+    with os.fdopen(descriptor, "rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > MOST_HEADER:
+        reason = f"its header would have {header} bytes, the most that is read is {MOST_HEADER}"
+        raise error(f"{printable(path)}: is not a safetensors file: {reason}")
+    try:
+        with safe_open(path, framework=framework) as opened:
+            yield opened
+    except SafetensorError as e:
+        raise error(f"{printable(path)}: is not a safetensors file: {printable(e)}") from e
+
+
+def load_tensors(
+    path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> dict[str, "torch.Tensor"]:
+    """Return all tensors of a safetensors file, by name. Raises `error` as `open_safetensors` does."""
+    with open_safetensors(path, inside=inside, error=error) as opened, damage_of(path, error=error):
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def read_onnx(path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError) -> "onnx.ModelProto":
+    """Return an ONNX model without reading the data of tensors that are in other files.
+
+    Raises `error` for a file that is no ONNX model or has no graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its types are a package of their own
+
+    content = read_bytes(path, most=MOST_ONNX, inside=inside, error=error)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except (DecodeError, ValueError) as e:
+        raise error(f"{printable(path)}: is not an ONNX model, or only a part of one: {e}") from e
+    if not model.HasField("graph"):
+        raise error(f"{printable(path)}: is not an ONNX model: it has no graph")
+    return model
+
+
 def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeError) -> object:
     """Return what a JSON text says; `source` names it in the message.
 
     Raises `error` where it is no JSON, is nested too deep, or has a number of too many digits.
     """
+    _check_count(text, source, error)
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -84,6 +222,13 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
         raise error(f"{source}: a number with more than {MOST_NUMBER_DIGITS} digits") from e
     except RecursionError as e:
         raise error(f"{source}: lists and objects are nested too deep in each other") from e
+
+
+def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
+    """Raise `error` for more values than are read: each takes up to a hundred bytes of memory, whatever its text."""
+    count = text.count(",") + text.count("[") + text.count("{")
+    if count > MOST_VALUES:
+        raise error(f"{source}: holds up to {count} values, the most that is read is {MOST_VALUES}")
 
 
 def printable(text: object) -> str:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
+from intaglio.pipeline.files import read_typed
+
 Level: TypeAlias = Literal["error", "warning"]
 
 
@@ -45,5 +47,4 @@ class Findings:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read lint.json."""
-        content = json.loads((root / "lint.json").read_text(encoding="utf-8"))
-        return cls(tuple(Finding(**finding) for finding in content["findings"]))
+        return read_typed(root / "lint.json", cls)

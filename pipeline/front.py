@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from intaglio.pipeline.files import read_typed
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,5 +45,4 @@ class Front:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read front.json."""
-        content = json.loads((root / "front.json").read_text())
-        return cls(tuple(Point(**point) for point in content["points"]), Point(**content["chosen"]))
+        return read_typed(root / "front.json", cls)

@@ -7,8 +7,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self, TypeAlias
 
+from pydantic import Field
+
+from intaglio.pipeline.files import read_bytes, read_typed
+
+AxisSize: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
+MOST_ENGINE = 1 << 36
+"""Bytes of a serialized engine that are read."""
 STEP_INPUT = "step"
 """Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
 
@@ -18,7 +25,7 @@ class TensorSpec:
     """A graph input or output: ONNX element type such as `float32`, and its shape, names for dynamic axes."""
 
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[AxisSize | str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,26 +85,8 @@ class Graph:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = json.loads((root / "graph.json").read_text())
-        specs = {
-            end: {n: TensorSpec(s["dtype"], tuple(s["shape"])) for n, s in facts[end].items()}
-            for end in ("inputs", "outputs")
-        }
-        nodes = {name: (before, after) for name, (before, after) in facts["nodes"].items()}
-        sizes = {axis: (usual, other) for axis, (usual, other) in facts["sizes"].items()}
-        called = facts["interface"]
-        return cls(
-            root / "model.onnx",
-            specs["inputs"],
-            specs["outputs"],
-            tuple(facts["timesteps"]),
-            nodes,
-            facts["timestep"],
-            sizes,
-            facts["amax"],
-            Interface(**called | {"arguments": tuple(called["arguments"])}),
-            {name: ScaledBy(*by) for name, by in facts.get("scaled", {}).items()},
-        )
+        facts = vars(read_typed(root / "graph.json", _GraphFacts))
+        return cls(root / "model.onnx", **facts | {"interface": Interface(**vars(facts["interface"]))})
 
     def is_folded(self, layer: str) -> bool:
         """Whether the channel scales of a layer's input are in what precedes it."""
@@ -107,6 +96,32 @@ class Graph:
     def size_bytes(self) -> int:
         """Bytes of the model's files."""
         return sum(f.stat().st_size for f in self.path.parent.glob("model.onnx*"))
+
+
+@dataclass(frozen=True)
+class _GraphFacts:
+    """graph.json: what `Graph` has beside its path."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    timesteps: tuple[float, ...]
+    nodes: Mapping[str, tuple[str, str]]
+    timestep: str | None
+    sizes: Mapping[str, tuple[AxisSize, AxisSize]]
+    amax: Mapping[str, float]
+    interface: _InterfaceFacts
+    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _InterfaceFacts:
+    """What `Interface` has, all of which is in graph.json."""
+
+    kind: str
+    config: Mapping[str, object]
+    arguments: tuple[str, ...]
+    sample: str
+    constants: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,6 +149,17 @@ class Engine:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = json.loads((root / "engine.json").read_text())
-        plan = root / "engine.plan"
-        return cls(**{**facts, "layers": tuple(facts["layers"])}, plan=plan.read_bytes() if plan.exists() else None)
+        facts, plan = read_typed(root / "engine.json", _EngineFacts), root / "engine.plan"
+        return cls(**vars(facts), plan=read_bytes(plan, most=MOST_ENGINE) if plan.exists() else None)
+
+
+@dataclass(frozen=True)
+class _EngineFacts:
+    """engine.json: what `Engine` has beside its plan."""
+
+    runtime: str
+    version: str
+    int8_gemm: int | None
+    fp_gemm: int | None
+    command: str | None = None
+    layers: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 FULL, COMPILED = "full_precision", "compiled"
+MOST_STEPS, MOST_SAMPLES = 1000, 4096
 COLUMNS = 8
 SIDE = 96
 """Pixels that a picture is enlarged to, or nearly."""
@@ -48,6 +49,11 @@ class Drawing:
     compare: bool = False
 
     def __post_init__(self) -> None:
+        """Raise RecipeError for what excludes each other, and for more than is drawn."""
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise RecipeError(f"--steps {self.steps}: the denoising steps are 1 to {MOST_STEPS}")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise RecipeError(f"--samples {self.samples}: 1 to {MOST_SAMPLES} are drawn at once")
         if self.prompt is not None and self.rows:
             raise RecipeError("--prompt and --class exclude each other")
         if self.prompt is not None and self.pipeline is None:
@@ -64,6 +70,7 @@ def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Cont
     denoiser was not compiled for.
     """
     model = checkpoint.open()
+    _check_steps(model, wanted.steps)
     denoisers = ({FULL: model.module} if wanted.compare else {}) | {COMPILED: compiled}
     through = _sampled if wanted.prompt is None else _piped
     return through(model, checkpoint.ref.guidance, denoisers, wanted, ctx)
@@ -218,6 +225,15 @@ def png(image: Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def _check_steps(model: Factory, steps: int) -> None:
+    """Raise RecipeError where the scheduler does not take so many steps."""
+    try:
+        model.scheduler.set_timesteps(steps, **model.schedule)
+    except Exception as e:  # each scheduler has its own
+        kind = type(model.scheduler).__name__
+        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses so many steps: {e}") from e
 
 
 def _check(model: Factory, count: int, rows: Sequence[int]) -> None:

@@ -13,17 +13,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from intaglio.pipeline.errors import ContractError, TargetError, did_you_mean
+from intaglio.pipeline.errors import ContractError, RecipeError, TargetError, did_you_mean
+from intaglio.pipeline.files import printable, read_typed
+from intaglio.pipeline.graph import AxisSize
 from intaglio.pipeline.quant.spec import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
     W8A16,
+    InputFormat,
     IntInput,
     IntWeight,
     LayerScheme,
+    OutputFormat,
+    WeightFormat,
     w4a4_step,
     w4a4_token,
     w4a8_step,
@@ -81,7 +86,7 @@ class Layer(BaseModel):
 
     name: str
     op: Literal["linear", "conv"]
-    shape: tuple[int, ...]
+    shape: tuple[AxisSize, ...] = Field(min_length=2)
     bias: bool
     padded: bool = False
 
@@ -208,7 +213,7 @@ class QuantPlan:
     @property
     def weight_bits_mean(self) -> float:
         """Bits a weight, weighted by parameters; 16 for a layer in float."""
-        total = sum(layer.n * layer.k for layer in self.layers)
+        total = sum(layer.n * layer.k for layer in self.layers) or 1
         return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
 
     def save(self, root: Path) -> None:
@@ -237,18 +242,49 @@ class QuantPlan:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        rows = json.loads((root / "plan.json").read_text())["layers"]
-        layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias", "padded")}) for r in rows)
-        schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
+        file = root / "plan.json"
+        rows = read_typed(file, _Content).layers
+        layers = tuple(Layer(**{name: getattr(row, name) for name in Layer.model_fields}) for row in rows)
+        schemes = {row.name: LayerScheme(weight=row.weight, input=row.input, output=row.output) for row in rows}
+        if len(schemes) < len(rows):
+            problem = f"{len(rows)} rows of {len(schemes)} layers: a name is there twice"
+            raise RecipeError(f"{printable(file)}: is damaged: layers: {problem}")
         balances, branches = root / "balance.safetensors", root / "branch.safetensors"
-        if not balances.exists() and not branches.exists():
-            return cls(layers, schemes)
-        from intaglio.pipeline.quant.balance import load_balances
-        from intaglio.pipeline.quant.branch import load_branches
+        if balances.exists() or branches.exists():  # torch is imported only where it is needed
+            from intaglio.pipeline.quant.balance import load_balances
+            from intaglio.pipeline.quant.branch import load_branches
 
-        return cls(
-            layers,
-            schemes,
-            load_balances(balances) if balances.exists() else {},
-            load_branches(branches) if branches.exists() else {},
-        )
+        try:
+            return cls(
+                layers,
+                schemes,
+                load_balances(balances) if balances.exists() else {},
+                load_branches(branches) if branches.exists() else {},
+            )
+        except ContractError as e:
+            raise RecipeError(f"{printable(file)}: is damaged: {e}") from e
+
+
+class _Row(Layer):
+    """One layer in plan.json: what the layer is, and its scheme by name and by formats."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scheme: str
+    weight: WeightFormat
+    input: InputFormat
+    output: OutputFormat
+
+    @model_validator(mode="after")
+    def _named_as_it_is(self) -> Self:
+        name = LayerScheme(weight=self.weight, input=self.input, output=self.output).name
+        if name != self.scheme:
+            raise ValueError(f"its formats are {name}, not {self.scheme}")
+        return self
+
+
+@dataclass(frozen=True)
+class _Content:
+    """plan.json"""
+
+    layers: tuple[_Row, ...]

@@ -1,18 +1,46 @@
 """How results are shown on a terminal."""
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from intaglio.pipeline.bench import Bench, EngineFigures
 from intaglio.pipeline.doctor import Found, Machine
+from intaglio.pipeline.files import printable
 from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.runner import PlannedStep
 from intaglio.pipeline.target import Target
 
 WIDE = 10_000
 """Characters of a line where nobody's terminal ends."""
+LONGEST_PROBLEM = 8000
+"""Characters of one problem in a message."""
+
+
+def say(text: str, *, end: str = "\n", error: bool = False) -> None:
+    """Print lines, to stderr where they say an error, with what a terminal would obey written as escapes.
+
+    Names and messages come from files by anyone: every command prints through here or through `print_table`.
+    """
+    print("\n".join(map(printable, text.split("\n"))), end=end, file=sys.stderr if error else sys.stdout)
+
+
+def shortened(problem: str) -> str:
+    """Return a message of one problem without its middle where it is longer than anyone reads."""
+    if len(problem) <= LONGEST_PROBLEM:
+        return problem
+    left_out = len(problem) - LONGEST_PROBLEM
+    return f"{problem[: LONGEST_PROBLEM // 2]} ... ({left_out} characters) ... {problem[-LONGEST_PROBLEM // 2 :]}"
+
+
+class EscapedFormatter(logging.Formatter):
+    """Formats log lines with what a terminal would obey written as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or the lines of a traceback."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -20,16 +48,17 @@ def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, 
     from rich.console import Console
     from rich.table import Column, Table
 
-    headed = (Column(name, overflow="fold") for name in columns)
-    table = Table(*headed, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    headed = (Column(printable(name), overflow="fold") for name in columns)
+    table = Table(*headed, title=printable(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     width = None if sys.stdout.isatty() else WIDE
     Console(width=width, soft_wrap=width is not None, markup=False, emoji=False).print(table)
 
 
 def print_json(content: object) -> None:
-    print(json.dumps(content, indent=1))
+    """Print JSON in ASCII, with every control character escaped."""
+    print(json.dumps(content, indent=1).replace("\x7f", "\\u007f"))
 
 
 def print_machine(machine: Machine) -> None:
@@ -47,7 +76,7 @@ def print_machine(machine: Machine) -> None:
         f"trtexec     {machine.trtexec or 'not on PATH'}",
         *(f"FAULT       {what}: {fault}" for what, fault in machine.faults.items()),
     ]
-    print("\n".join(lines))
+    say("\n".join(lines))
 
     def state(found: Found) -> str:
         return found.fault or found.version or f"not here: {found.install}"
@@ -106,7 +135,7 @@ def print_target(target: Target) -> None:
         lines.append(f"    [{device.source}]")
     for fact in target.facts:
         lines += ["", fact.fact, f"    [{fact.source}]"]
-    print("\n".join(lines))
+    say("\n".join(lines))
 
 
 def print_profile(title: str, profile: Profile) -> None:
@@ -141,15 +170,15 @@ def print_bench(title: str, bench: Bench) -> None:
     ]
     run = f"{bench.provider}, {bench.rows} rows, {bench.threads or 'all'} threads, {bench.rounds} rounds"
     print_table(f"{title}: {run}", ("", *bench.engines), rows)
-    print(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
-    print(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
+    say(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
+    say(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
     if bench.peak_memory_ratio is not None:
-        print(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
-    print(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
+        say(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
+    say(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
     for name, why in bench.left_out.items():
-        print(f"{name}: left out, {why}")
+        say(f"{name}: left out, {why}")
     for name, command in bench.filled_by.items():
-        print(f"{name}: not measured here: {command}")
+        say(f"{name}: not measured here: {command}")
 
 
 def figure(found: object) -> str:

@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from intaglio.pipeline.files import read_typed
+
 
 class LayerTime(BaseModel):
     """One layer in the scheme of its plan: the time of all its kernels in one call, and its stored bytes."""
@@ -47,4 +49,4 @@ class Profile(BaseModel):
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read profile.json."""
-        return cls.model_validate_json((root / "profile.json").read_text(encoding="utf-8"))
+        return read_typed(root / "profile.json", cls)

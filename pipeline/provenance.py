@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord
 
@@ -31,7 +32,14 @@ class Provenance:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        content = json.loads((root / FILE).read_text(encoding="utf-8"))
-        return cls(
-            Recipe.parse(content["recipe"]), content["start"], tuple(map(RunRecord.model_validate, content["runs"]))
-        )
+        content = read_typed(root / FILE, _Content)
+        return cls(Recipe.parse(content.recipe, source=f"{root / FILE}: recipe"), content.start, content.runs)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """provenance.json"""
+
+    recipe: str
+    start: Mapping[str, str]
+    runs: tuple[RunRecord, ...]

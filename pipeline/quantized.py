@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from intaglio.pipeline.files import damage_of, load_tensors, read_typed
 from intaglio.pipeline.quant.spec import IntWeight, LayerScheme
 
 if TYPE_CHECKING:
@@ -65,16 +66,24 @@ class Adapter:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        content = json.loads((root / "adapter.json").read_text())
-        tensors = load_file(root / "adapter.safetensors")
+        content, file = read_typed(root / "adapter.json", _AdapterContent), root / "adapter.safetensors"
+        tensors = load_tensors(file)
         optional = [part.name for part in fields(LayerAdapter) if part.name != "scale_NG"]
-        layers = {
-            n: LayerAdapter(tensors[f"{n}:scale_NG"], *(tensors.get(f"{n}:{part}") for part in optional))
-            for n in content["layers"]
-        }
-        return cls(layers, tuple(content["loss"]), content["distance"])
+        with damage_of(file):
+            layers = {
+                n: LayerAdapter(tensors[f"{n}:scale_NG"], *(tensors.get(f"{n}:{part}") for part in optional))
+                for n in content.layers
+            }
+        return cls(layers, content.loss, content.distance)
+
+
+@dataclass(frozen=True)
+class _AdapterContent:
+    """adapter.json"""
+
+    layers: tuple[str, ...]
+    loss: tuple[float, ...]
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -162,31 +171,53 @@ class Quantized:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        import torch
-        from safetensors.torch import load_file
-
-        from intaglio.pipeline.quant.balance import Balance
         from intaglio.pipeline.quant.branch import branches_of
-        from intaglio.pipeline.quant.packing import unpack_int4
 
-        content = json.loads((root / "quantized.json").read_text())
-        tensors = load_file(root / "quantized.safetensors")
-        branches = branches_of(tensors)
-        layers = {}
-        for name, facts in content["layers"].items():
-            scheme, codes = LayerScheme(**facts["scheme"]), tensors[f"{name}:codes"]
-            if isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4:
-                codes = torch.from_numpy(unpack_int4(codes.numpy(), tuple(facts["shape"])))
-            layers[name] = QuantizedLayerData(
-                scheme,
-                codes,
-                tensors[f"{name}:scale"],
-                tensors.get(f"{name}:amax"),
-                tensors.get(f"{name}:group"),
-                tensors.get(f"{name}:output-amax"),
-                tensors.get(f"{name}:shift"),
-                Balance(tensors[f"{name}:balance"], facts["rotated"]) if "rotated" in facts else None,
-                tensors.get(f"{name}:factor"),
-                branches.get(name),
-            )
-        return cls(tuple(content["timesteps"]), layers)
+        content, file = read_typed(root / "quantized.json", _Content), root / "quantized.safetensors"
+        tensors = load_tensors(file)
+        with damage_of(file):
+            branches = branches_of(tensors)
+            layers = {n: _layer(n, facts, tensors, branches.get(n)) for n, facts in content.layers.items()}
+        return cls(content.timesteps, layers)
+
+
+@dataclass(frozen=True)
+class _LayerFacts:
+    """One layer in quantized.json."""
+
+    shape: tuple[int, ...]
+    scheme: LayerScheme
+    rotated: int | None = None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """quantized.json"""
+
+    timesteps: tuple[float, ...]
+    layers: Mapping[str, _LayerFacts]
+
+
+def _layer(
+    name: str, facts: _LayerFacts, tensors: Mapping[str, torch.Tensor], branch: Branch | None
+) -> QuantizedLayerData:
+    import torch
+
+    from intaglio.pipeline.quant.balance import Balance
+    from intaglio.pipeline.quant.packing import unpack_int4
+
+    codes = tensors[f"{name}:codes"]
+    if isinstance(facts.scheme.weight, IntWeight) and facts.scheme.weight.bits == 4:
+        codes = torch.from_numpy(unpack_int4(codes.numpy(), facts.shape))
+    return QuantizedLayerData(
+        facts.scheme,
+        codes,
+        tensors[f"{name}:scale"],
+        tensors.get(f"{name}:amax"),
+        tensors.get(f"{name}:group"),
+        tensors.get(f"{name}:output-amax"),
+        tensors.get(f"{name}:shift"),
+        None if facts.rotated is None else Balance(tensors[f"{name}:balance"], facts.rotated),
+        tensors.get(f"{name}:factor"),
+        branch,
+    )

@@ -4,14 +4,37 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self, get_args
+from typing import Annotated, Self, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from intaglio.pipeline.checkpoint import ModelRef
 from intaglio.pipeline.errors import RecipeError, did_you_mean
-from intaglio.pipeline.yaml_text import read_yaml
+from intaglio.pipeline.files import printable, read_text
+from intaglio.pipeline.yaml_text import MOST_CHARACTERS, read_yaml
+
+MOST_TARGETS, MOST_STEPS = 100, 1000
+LISTED_PROBLEMS = 50
+"""Problems of one recipe that a message lists."""
+
+
+def _as_name(text: str) -> str:
+    if not text.isprintable() or not text:
+        raise ValueError("a name is not empty, and has no control characters")
+    return text
+
+
+Name: TypeAlias = Annotated[str, Field(max_length=1000), AfterValidator(_as_name)]
 
 
 class Step(BaseModel):
@@ -23,9 +46,9 @@ class Step(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: Name
     """The pass name unless given: `assign`; `keep-first` for `./my.py:KeepFirst`."""
-    uses: str
+    uses: Name
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -56,9 +79,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelRef
-    targets: tuple[str, ...] = Field(min_length=1)
-    seed: int = 0
-    steps: tuple[Step, ...] = Field(min_length=1)
+    targets: tuple[str, ...] = Field(min_length=1, max_length=MOST_TARGETS)
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    steps: tuple[Step, ...] = Field(min_length=1, max_length=MOST_STEPS)
 
     @field_validator("model", mode="before", json_schema_input_type=str | ModelRef)
     @classmethod
@@ -87,13 +110,8 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from error
-        return cls.parse(text, source=str(path))
+        """Read the recipe that a file holds. Raises RecipeError as `parse` does, and for what is no regular file."""
+        return cls.parse(read_text(path, most=4 * MOST_CHARACTERS), source=printable(path))
 
     def insert(self, step: Step, *, after: str) -> Self:
         """A recipe with one more step."""
@@ -143,10 +161,11 @@ def beside(reference: str, folder: Path) -> str:
 
 
 def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple[str, ...]:
-    """One line for each problem: `budget.size: Input should be a valid number (got 'much')`."""
+    """Return one line for each problem, up to a limit: `budget.size: Input should be a valid number (got 'much')`."""
     problems = []
-    for detail in error.errors(include_url=False):
-        place = ".".join(map(str, detail["loc"])) or "the whole"
+    found = error.errors(include_url=False)
+    for detail in found[:LISTED_PROBLEMS]:
+        place = ".".join(printable(part)[:80] for part in detail["loc"]) or "the whole"
         if detail["type"] == "extra_forbidden":
             *path, name = detail["loc"]
             problems.append(f"{place}: no such option{did_you_mean(str(name), _options(model, path))}")
@@ -155,6 +174,8 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
         else:
             said = detail["msg"].removeprefix("Value error, ")
             problems.append(f"{place}: {said} (got {_shortened(detail['input'])})")
+    if len(found) > LISTED_PROBLEMS:
+        problems.append(f"and {len(found) - LISTED_PROBLEMS} more")
     return tuple(problems)
 
 
@@ -176,7 +197,7 @@ def _models(annotation: object) -> Iterator[type[BaseModel]]:
 
 
 def _shortened(written: object) -> str:
-    text = repr(written)
+    text = printable(repr(written))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -1,14 +1,16 @@
 """Runs, for each target of a recipe, the steps that the store does not have yet."""
 
+import errno
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from intaglio.pipeline.artifact import A, AnyKey, Key, Outputs, State
 from intaglio.pipeline.binding import BoundStep, Chain, bind, resolved
@@ -24,7 +26,14 @@ from intaglio.pipeline.recipe import Recipe
 from intaglio.pipeline.store import RunRecord, Store
 from intaglio.pipeline.versions import find_version
 
+if TYPE_CHECKING:
+    from intaglio.pipeline.checkpoint import ModelRef
+
 Digests: TypeAlias = Mapping[AnyKey, str]
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+"""What torch and the system say in an error of no class of its own."""
+MENDED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR)
+"""Errors of the system that may not be there the next time."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ def compile(
             if PROVENANCE in step.requires:
                 outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
             place = Place(chain.target.name, step.name, position, len(chain.steps))
-            record = _run_step(step, outputs, recipe.seed, store, on_step, place)
+            with _by_users_paths(recipe.model, base, store, given):
+                record = _run_step(step, outputs, recipe.seed, store, on_step, place)
             outputs |= {key: record.outputs[key.name] for key in step.provides}
             runs.append(record)
         folder = None if out is None else out / chain.target.name
@@ -138,7 +148,8 @@ def plan(
     for chain in chains:
         given = shared | _put({TARGET: chain.target}, store)
         planned[chain.target.name] = tuple(_plan_chain(chain, given, whole, store, measured))
-    return _estimated(planned, chains, artifacts)
+    with _by_users_paths(recipe.model, base, store, shared):
+        return _estimated(planned, chains, artifacts)
 
 
 def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
@@ -222,10 +233,7 @@ def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
     except IntaglioError:
         raise
     except Exception as error:
-        raise StepFailed(
-            f"{step.name}: {type(error).__name__}: {error}: what it had done so far is in {context.scratch}, "
-            "the same command goes on from there"
-        ) from error
+        raise StepFailed(f"{step.name}: {type(error).__name__}: {error}: {_advice(error, context.scratch)}") from error
     if missing := _names(step.provides - outputs.keys()):
         raise ContractError(f"{step.name}: provides {missing}, but did not return it")
     if undeclared := _names(outputs.keys() - step.provides):
@@ -236,6 +244,36 @@ def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
                 f"{step.name}: returned {type(artifact).__name__} as {key}, which is {key.type.__name__}"
             )
     return outputs
+
+
+def _advice(error: Exception, scratch: Path) -> str:
+    """Say whether a second run can succeed: where the machine was at fault, and not what the step was given."""
+    text = str(error).lower()
+    for_lack = isinstance(error, MemoryError) or any(lack in text for lack in NO_MEMORY)
+    if for_lack or isinstance(error, BrokenExecutor) or (isinstance(error, OSError) and error.errno in MENDED):
+        return f"what it had done so far is in {scratch}, the same command goes on from there"
+    return f"what it had done so far is in {scratch}; mend the cause first, `intaglio --debug run` shows where it is"
+
+
+@contextmanager
+def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests) -> Iterator[None]:
+    """Give the model's path as the user knows it in every error that names its copy in the store."""
+    file, colon, _ = model.path.rpartition(":")
+    if model.path.startswith("hub:"):
+        known = model.path
+    else:
+        known = str((base / file).parent if colon and file.endswith(".py") else base / model.path)
+    copies = [store.object_folder(digest) for key, digest in given.items() if key.name in ("MODEL", "PIPELINE")]
+    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer first
+    try:
+        yield
+    except IntaglioError as error:
+        problems = list(error.problems)
+        for path in stored:
+            problems = [problem.replace(path, known) for problem in problems]
+        if problems == list(error.problems):
+            raise
+        raise type(error).together(problems) from error
 
 
 def _model_of(record: RunRecord) -> str | None:
@@ -289,7 +327,15 @@ def _estimated(
 
     if not any(unknown(step) for steps in planned.values() for step in steps):
         return planned
-    cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+    try:
+        cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+    except IntaglioError:
+        raise
+    except Exception as error:  # of the model's own code
+        said = f"{type(error).__name__}: {error}"
+        raise StepFailed(
+            f"model: one call of it, to estimate times, ended in {said}: a run would end in it too"
+        ) from error
 
     def estimated(step: PlannedStep) -> PlannedStep:
         rows = by_rows[step.step].forward_rows(cost) if unknown(step) else None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.plan import Layer
 from intaglio.pipeline.quant.spec import LayerScheme
 
@@ -118,25 +119,4 @@ class Sensitivity:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read sensitivity.json."""
-        content = json.loads((root / "sensitivity.json").read_text())
-        return cls(
-            tuple(Layer(**layer) for layer in content["layers"]),
-            tuple((first, last) for first, last in content["buckets"]),
-            tuple(content["weights"]),
-            {n: {s: LayerScheme(**v) for s, v in by.items()} for n, by in content["schemes"].items()},
-            _tuples(content["error"]),
-            content["drift"],
-            _tuples(content["stderr"]),
-            _tuples(content["screened"]),
-            {n: tuple(schemes) for n, schemes in content["measured"].items()},
-            {n: _tuples(by) for n, by in content["apart"].items()},
-            content["groups"],
-            content["metrics"],
-            _tuples(content["ranked"]),
-            content["drift_screened"],
-            content["rank_correlation"],
-        )
-
-
-def _tuples(errors: Mapping[str, Mapping[str, Iterable[float]]]) -> dict[str, dict[str, tuple[float, ...]]]:
-    return {name: {key: tuple(values) for key, values in by.items()} for name, by in errors.items()}
+        return read_typed(root / "sensitivity.json", cls)

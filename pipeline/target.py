@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.files import read_typed
 
 OpKind: TypeAlias = Literal["linear", "conv"]
 
@@ -118,7 +119,7 @@ class Target(BaseModel):
 
     @classmethod
     def load(cls, root: Path) -> Self:
-        return cls.model_validate_json((root / "target.json").read_text(encoding="utf-8"))
+        return read_typed(root / "target.json", cls)
 
 
 def target_names() -> tuple[str, ...]:

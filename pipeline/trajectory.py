@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from intaglio.pipeline.files import damage_of, load_tensors, read_typed
 from intaglio.pipeline.quant.spec import IntInput, LayerScheme
 
 if TYPE_CHECKING:
@@ -121,16 +122,24 @@ class Trajectory:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
-        settings = json.loads((root / "trajectory.json").read_text())
-        tensors, half = load_file(root / "trajectory.safetensors"), settings.get("half", False)
-        if half:
+        settings = read_typed(root / "trajectory.json", _Settings)
+        file = root / "trajectory.safetensors"
+        tensors = load_tensors(file)
+        if settings.half:
             tensors |= {n: _whole(tensor) for n, tensor in tensors.items() if n == "outputs" or n.startswith("input.")}
         names = ("input.", "amax.", "output_amax.", "low.", "high.", "condition.", "shared.")
         part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in names}
         others = (part[name] for name in names if name != "input.")
-        return cls(tuple(settings["timesteps"]), part["input."], tensors["outputs"], *others, half=half)
+        with damage_of(file):
+            return cls(settings.timesteps, part["input."], tensors["outputs"], *others, half=settings.half)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """trajectory.json"""
+
+    timesteps: tuple[float, ...]
+    half: bool = False
 
 
 def _halved(tensor: torch.Tensor) -> torch.Tensor:

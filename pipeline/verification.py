@@ -8,8 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from intaglio.pipeline.files import MIB, load_tensors, read_bytes, read_json_object, read_text, read_typed
+
 if TYPE_CHECKING:
     import torch
+
+MOST_PAGE, MOST_PICTURE = 64 * MIB, 64 * MIB
+"""Bytes of report.html and of samples.png that are read."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,18 @@ class Verification:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
+        content = read_typed(root / "verification.json", _Content)
+        samples = load_tensors(root / "samples.safetensors")
+        return cls(content.figures, content.layers, samples, content.departures)
 
-        content = json.loads((root / "verification.json").read_text())
-        layers = {n: LayerParity(**p) for n, p in content["layers"].items()}
-        departures = {n: Departure(**d) for n, d in content["departures"].items()}
-        return cls(content["figures"], layers, load_file(root / "samples.safetensors"), departures)
+
+@dataclass(frozen=True)
+class _Content:
+    """verification.json"""
+
+    figures: Mapping[str, float]
+    layers: Mapping[str, LayerParity]
+    departures: Mapping[str, Departure]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class Latency:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read latency.json."""
-        return cls(**json.loads((root / "latency.json").read_text()))
+        return read_typed(root / "latency.json", cls)
 
 
 def dotted(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -120,7 +131,7 @@ class Report:
         """Read what `save` wrote."""
         picture = root / "samples.png"
         return cls(
-            (root / "report.html").read_text(encoding="utf-8"),
-            json.loads((root / "metrics.json").read_text()),
-            picture.read_bytes() if picture.exists() else None,
+            read_text(root / "report.html", most=MOST_PAGE),
+            read_json_object(root / "metrics.json"),
+            read_bytes(picture, most=MOST_PICTURE) if picture.exists() else None,
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from intaglio.pipeline.files import read_typed
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -28,5 +30,4 @@ class Workload:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read workload.json."""
-        content = json.loads((root / "workload.json").read_text())
-        return cls(content["rows"], tuple(map(tuple, content["same_input"])))
+        return read_typed(root / "workload.json", cls)

@@ -1,36 +1,50 @@
 """Reads YAML that anyone may have written, in bounded time and memory."""
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import yaml
+from yaml.constructor import ConstructorError, SafeConstructor
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable
 
-MOST_CHARACTERS = 1 << 20
-MOST_VALUES = 100_000
+MOST_CHARACTERS = 1 << 18
+MOST_VALUES = 30_000
 """Counted as often as aliases repeat them."""
 DEEPEST = 50
+LONGEST_NUMBER = 100
+"""Characters of a number."""
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TAG = "tag:yaml.org,2002:"
 
 
 def read_yaml(text: str, source: str) -> object:
-    """The plain values that the text says. Raises RecipeError, which names `source`."""
+    """Return what the text says as None, bool, int of 64 bits, finite float, str, list, and dict with names as keys.
+
+    Raises RecipeError, which names `source` and the place in it.
+    """
     if len(text) > MOST_CHARACTERS:
-        raise RecipeError(f"{source}: {len(text)} characters, at most {MOST_CHARACTERS} are read")
+        raise RecipeError(f"{source}: {len(text)} characters, the most that is read is {MOST_CHARACTERS}")
     try:
         if problem := _too_much(text):
             raise RecipeError(f"{source}: {problem}")
-        return yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise RecipeError(f"{source}: not YAML: {error.problem}{place}") from error
-    except (yaml.YAMLError, ValueError) as error:  # numbers and dates that there are not are the latter
-        raise RecipeError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{source}: not YAML: {printable(error.problem)}{place}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: characters that UTF-8 does not have
+        raise RecipeError(f"{source}: not YAML: {printable(' '.join(str(error).split()))}") from error
+    return None if node is None else _Values(source).read(node, ())
 
 
 def _too_much(text: str) -> str | None:
-    """What would take long, or all memory, to spell out."""
+    """Say what would take long, or all memory, to spell out."""
     known: dict[str, int] = {}
     open_: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values so far of what encloses the event
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=_LOADER):
         values, anchor = 0, None
         if isinstance(event, yaml.CollectionStartEvent):
             open_.append((event.anchor, 1))
@@ -40,7 +54,7 @@ def _too_much(text: str) -> str | None:
             anchor, values = event.anchor, 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in (each for each, _ in open_):
-                return f"&{event.anchor} has itself in it"
+                return f"&{printable(event.anchor)} has itself in it"
             values = known.get(str(event.anchor), 0)
         if anchor is not None:
             known[anchor] = values
@@ -51,3 +65,76 @@ def _too_much(text: str) -> str | None:
         if count + values > MOST_VALUES:
             return f"more than {MOST_VALUES} values, counted as often as aliases repeat them"
     return None
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Makes values of YAML's nodes, and refuses what a recipe has no use for, by its place."""
+
+    source: str
+
+    def read(self, node: yaml.Node, place: tuple[str, ...]) -> object:
+        """Return the value of a node. Raises RecipeError."""
+        tag = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and tag == "map":
+            return self._mapping(node, place)
+        if isinstance(node, yaml.SequenceNode) and tag == "seq":
+            return [self.read(each, (*place, str(number))) for number, each in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and tag in _SCALARS:
+            return self._scalar(node, tag, place)
+        if tag == "timestamp":
+            raise self._error("a date, where text is meant: write it in quotes", node, place)
+        problem = f"the tag {printable(node.tag)[:80]} is not read: write text, numbers, lists, names"
+        raise self._error(problem, node, place)
+
+    def _mapping(self, node: yaml.MappingNode, place: tuple[str, ...]) -> dict[str, object]:
+        merged: dict[str, object] = {}
+        own: dict[str, object] = {}
+        for key, value in node.value:
+            if key.tag == f"{_TAG}merge":
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(each, yaml.MappingNode):
+                        raise self._error("<< takes a mapping, or a list of mappings", key, place)
+                    merged = self._mapping(each, place) | merged
+                continue
+            if key.tag != f"{_TAG}str":
+                said = printable(key.value)[:80] if isinstance(key, yaml.ScalarNode) else "what stands here"
+                raise self._error(f"{said} is no name: write names in quotes where they are like numbers", key, place)
+            name = str(self.read(key, place))
+            if name in own:
+                raise self._error("is there twice", key, (*place, name))
+            own[name] = self.read(value, (*place, name))
+        return merged | own
+
+    def _scalar(self, node: yaml.ScalarNode, tag: str, place: tuple[str, ...]) -> object:
+        text = node.value
+        if tag in ("int", "float") and len(text) > LONGEST_NUMBER:
+            raise self._error(
+                f"a number of {len(text)} characters, the most that is read is {LONGEST_NUMBER}", node, place
+            )
+        if any(each == "\0" or "\ud800" <= each <= "\udfff" for each in text):
+            raise self._error("a character that no text has", node, place)
+        try:
+            value = _SCALARS[tag](node)
+        except (ArithmeticError, ConstructorError, LookupError, ValueError) as e:
+            raise self._error(f"{printable(text)[:80]} is no {tag}", node, place) from e
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise self._error(f"the number {text} does not fit in 64 bits", node, place)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._error(f"{text} is no finite number", node, place)
+        return value
+
+    def _error(self, why: str, node: yaml.Node, place: tuple[str, ...]) -> RecipeError:
+        named = ".".join(printable(part)[:80] for part in place) or "the whole"
+        at = node.start_mark
+        return RecipeError(f"{self.source}: {named}: {why} (line {at.line + 1}, column {at.column + 1})")
+
+
+_CONSTRUCTOR = SafeConstructor()
+_SCALARS: Mapping[str, Callable[[yaml.ScalarNode], object]] = {
+    "str": _CONSTRUCTOR.construct_yaml_str,
+    "int": _CONSTRUCTOR.construct_yaml_int,
+    "float": _CONSTRUCTOR.construct_yaml_float,
+    "bool": _CONSTRUCTOR.construct_yaml_bool,
+    "null": _CONSTRUCTOR.construct_yaml_null,
+}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from intaglio.pipeline.files import damage_of, load_tensors
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -92,19 +94,18 @@ def save_balances(balances: Mapping[str, LayerBalance], path: Path) -> None:
 
 def load_balances(path: Path) -> dict[str, LayerBalance]:
     """Read what `save_balances` wrote."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     names = sorted(key.removesuffix(":block") for key in tensors if key.endswith(":block"))
-    return {
-        n: LayerBalance(
-            Balance(tensors[f"{n}:scale"], int(tensors[f"{n}:block"])),
-            tensors[f"{n}:low"],
-            tensors[f"{n}:high"],
-            float(tensors[f"{n}:gain"]) if f"{n}:gain" in tensors else None,
-        )
-        for n in names
-    }
+    with damage_of(path):
+        return {
+            n: LayerBalance(
+                Balance(tensors[f"{n}:scale"], int(tensors[f"{n}:block"])),
+                tensors[f"{n}:low"],
+                tensors[f"{n}:high"],
+                float(tensors[f"{n}:gain"]) if f"{n}:gain" in tensors else None,
+            )
+            for n in names
+        }
 
 
 def _tensors(layer: LayerBalance) -> Iterator[tuple[str, torch.Tensor]]:

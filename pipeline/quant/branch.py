@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from intaglio.pipeline.files import damage_of, load_tensors
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -72,6 +74,5 @@ def save_branches(branches: Mapping[str, Branch], path: Path) -> None:
 
 def load_branches(path: Path) -> dict[str, Branch]:
     """Read what `save_branches` wrote."""
-    from safetensors.torch import load_file
-
-    return branches_of(load_file(path))
+    with damage_of(path):
+        return branches_of(load_tensors(path))

@@ -156,10 +156,22 @@ def test_names_without_nodes_are_looked_up_in_the_layer_information(for_tensorrt
     assert found.rest_microseconds == {"__myl_Move_1": 2.0}
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '[{"count": 1}, {"name": "a"}]', "no"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "null",
+        "7",
+        '[{"count": 0}]',
+        '[{"count": 1}, {"name": "a", "medianMs": NaN}]',
+        '[{"count": 1}, {"name": "a"}]',
+        "no",
+    ],
+)
 def test_files_of_something_else_are_refused(for_tensorrt, tmp_path, text):
     (tmp_path / "times.json").write_text(text)
-    with pytest.raises(RecipeError, match=r"times\.json: (not|names no node)"):
+    with pytest.raises(RecipeError, match=r"times\.json: (is not|names no node)"):
         read_trtexec(for_tensorrt[GRAPH], for_tensorrt[PLAN], tmp_path / "times.json")
 
 

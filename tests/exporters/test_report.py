@@ -17,7 +17,7 @@ from reporting import EMBED, FIGURES, HOSTILE, LAYERS, Page, artifacts, points
 
 from intaglio.exporters._figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
 from intaglio.exporters._grids import Drawn, sample_figure
-from intaglio.exporters.report import WriteReport
+from intaglio.exporters.report import WriteReport, metrics_of_files
 from intaglio.pipeline.artifact import AnyKey, Artifact, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.findings import Findings
@@ -28,6 +28,7 @@ from intaglio.pipeline.keys import (
     ENGINE,
     FRONT,
     GRAPH,
+    LATENCY,
     LINT,
     PLAN,
     PROVENANCE,
@@ -108,6 +109,27 @@ def test_what_was_not_measured_is_null_and_a_dash(made):
     assert "Layers were not compared" in page.text("parity")
     assert "no samples" in page.text("samples")
     assert "trtexec --onnx=model.onnx" in page.text("engine")
+
+
+def test_a_recipe_without_benchmark_and_verify_has_a_report_of_what_there_is(made):
+    for key in (LATENCY, VERIFICATION, ENGINE):
+        del made[key]
+    report = write(made)
+    assert (report.metrics["latency_ms"], report.metrics["psnr_db"], report.metrics["layers_total"]) == (None, None, 5)
+    page = Page(report.html)
+    assert "Latency – ms" in page.text("tiles")
+    assert "has no step benchmark before this page" in page.text("cost")
+    assert "onnxruntime not built yet" in page.text("engine")
+
+
+def test_without_a_report_the_files_say_their_metrics(made, tmp_path):
+    folder = tmp_path / "out/onnxruntime-cpu"
+    folder.mkdir(parents=True)
+    for key in (PLAN, GRAPH, ENGINE):
+        made[key].save(folder)
+    whole = write(made).metrics
+    known = ("target", "layers_total", "layers_quantized", "weight_bits_mean", "size_bytes", "engine")
+    assert metrics_of_files(folder) == {name: whole[name] for name in known}
 
 
 def test_headlines(made):

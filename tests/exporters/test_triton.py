@@ -22,7 +22,7 @@ from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.triton import wide_int8_weights, write_model
 from intaglio.pipeline.cli import app
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
-from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.graph import Engine, Graph
 from intaglio.pipeline.keys import GRAPH, TARGET
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN, w4a16
 from intaglio.pipeline.target import load_target
@@ -56,7 +56,7 @@ def without_step(folder: Path) -> Path:
 
 
 def with_engine(folder: Path, runtime: str = "tensorrt") -> Path:
-    (folder / "engine.json").write_text(json.dumps({"runtime": runtime, "command": "trtexec --onnx=model.onnx"}))
+    Engine(runtime, "10.3", None, None, command="trtexec --onnx=model.onnx").save(folder)
     (folder / "engine.plan").write_bytes(PLAN)
     return delivered(folder)
 

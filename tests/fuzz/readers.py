@@ -1,12 +1,16 @@
-"""Coverage-guided fuzzing of all that reads files by anyone: recipes, manifests, and lint's ONNX models.
+"""Coverage-guided fuzzing of all that reads files by anyone.
 
-    python tests/fuzz/readers.py recipe|manifest|lint [CORPUS_DIR] [-max_total_time=600]
+    python tests/fuzz/readers.py recipe|manifest|record|lint|lora|modelopt|folder [CORPUS_DIR] [-max_total_time=600]
 
-Ends with the input that raised anything but the one clear error, and writes it to a file; the options are libFuzzer's.
+Ends with the input that raised anything but the one clear error, or took more than `SECONDS` of CPU time or `MEMORY_MB`
+beyond what the process held before, and writes it to a file; the options are libFuzzer's.
 """
 
+import hashlib
+import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +18,29 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["intaglio", "yaml"]):
+    from intaglio.exporters.difference import compare
     from intaglio.exporters.lint import lint
-    from intaglio.pipeline.errors import RecipeError
+    from intaglio.exporters.report import metrics_of_files
+    from intaglio.pipeline.errors import IntaglioError
+    from intaglio.pipeline.findings import Findings
+    from intaglio.pipeline.front import Front
+    from intaglio.pipeline.graph import Engine, Graph
     from intaglio.pipeline.manifest import MANIFEST, Manifest
+    from intaglio.pipeline.memory import forget_peak, resident_bytes
+    from intaglio.pipeline.plan import QuantPlan
+    from intaglio.pipeline.profile import Profile
     from intaglio.pipeline.recipe import Recipe
+    from intaglio.pipeline.sensitivity import Sensitivity
+    from intaglio.pipeline.store import Store
     from intaglio.pipeline.target import load_target
 
-
 TARGET = load_target("onnxruntime-cpu")
+SECONDS, MEMORY_MB = 2.0, 500
+WARM = 10
+"""Inputs at the beginning that are not measured: what they import is not theirs."""
+KEY = hashlib.sha256(b"{}").hexdigest()
+"""The key of a run record without ingredients."""
+WHOLE_MANIFEST = {"files": {}, "seed": 0, "start": {}, "steps": [], "versions": {}}
 
 
 def read_recipe(content: bytes, folder: Path) -> None:
@@ -35,25 +54,94 @@ def read_manifest(content: bytes, folder: Path) -> None:
     list(Manifest.read(folder).departures(folder))
 
 
+def read_record(content: bytes, folder: Path) -> None:
+    store = Store(folder / "store")
+    (folder / f"store/runs/{KEY}.json").write_bytes(content)
+    store.find(KEY)
+    list(store.records())
+
+
 def read_model(content: bytes, folder: Path) -> None:
     (folder / "model.onnx").write_bytes(content)
     list(lint(folder / "model.onnx", TARGET))
 
 
+def read_lora(content: bytes, folder: Path) -> None:
+    import torch
+
+    from intaglio.pipeline.lora import find_lora, fuse_lora_
+
+    (folder / "style.safetensors").write_bytes(content)
+    module = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    fuse_lora_(module, find_lora("style.safetensors", folder), 1.0, "model.loras[0]")
+
+
+def read_modelopt(content: bytes, folder: Path) -> None:
+    from intaglio.passes.import_modelopt import read_modelopt as read
+
+    (folder / "quantized.pt").write_bytes(content)
+    read(folder / "quantized.pt")
+
+
+def read_folder(content: bytes, folder: Path) -> None:
+    """Read the bytes in the place of each file of a compiled folder, the first of which says which file."""
+    kinds = {
+        "graph.json": Graph,
+        "plan.json": QuantPlan,
+        "engine.json": Engine,
+        "front.json": Front,
+        "profile.json": Profile,
+        "lint.json": Findings,
+        "sensitivity.json": Sensitivity,
+        "metrics.json": None,
+        "samples.png": None,
+    }
+    out = folder / "onnxruntime-cpu"
+    out.mkdir(exist_ok=True)
+    for file in out.iterdir():
+        file.unlink()
+    (out / MANIFEST).write_text(json.dumps(WHOLE_MANIFEST))
+    (out / "recipe.yaml").write_text("")
+    name = [*kinds][content[0] % len(kinds)] if content else "plan.json"
+    (out / name).write_bytes(content[1:])
+    kind = kinds[name]
+    with suppress(IntaglioError):
+        if kind is None:
+            for difference in compare(out, out, Store(folder / "store")):
+                difference.to_json()
+                difference.comparison(1 << 16)
+        else:
+            kind.load(out)
+    metrics_of_files(out)
+
+
 READERS: dict[str, Callable[[bytes, Path], None]] = {
     "recipe": read_recipe,
     "manifest": read_manifest,
+    "record": read_record,
     "lint": read_model,
+    "lora": read_lora,
+    "modelopt": read_modelopt,
+    "folder": read_folder,
 }
 
 
 def main() -> None:
     reader = READERS[sys.argv.pop(1)]
+    read = 0
     with tempfile.TemporaryDirectory() as folder:
 
         def one_input(content: bytes) -> None:
-            with suppress(RecipeError):
+            nonlocal read
+            began, counted = time.process_time(), forget_peak() is not None
+            before = resident_bytes("VmRSS") if counted else 0
+            with suppress(IntaglioError):
                 reader(content, Path(folder))
+            seconds, peak = time.process_time() - began, resident_bytes("VmHWM") if counted else 0
+            read += 1
+            if read > WARM:
+                assert seconds < SECONDS, f"{seconds:.1f} s of CPU time"
+                assert peak - before < MEMORY_MB * 1e6, f"{(peak - before) / 1e6:.0f} MB"
 
         atheris.Setup(sys.argv, one_input)
         atheris.Fuzz()

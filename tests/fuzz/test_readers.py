@@ -1,5 +1,7 @@
-"""A minute of fuzzing all that reads files by anyone; `readers.py` fuzzes for as long as it is told."""
+"""Ten seconds of fuzzing each reader of files by anyone; `readers.py` fuzzes for as long as it is told."""
 
+import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -7,14 +9,36 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+from safetensors.torch import save
 
-SECONDS = 20
+SECONDS = 10
 """For each reader."""
+
+
+def _modelopt() -> bytes:
+    quantizer = {"_num_bits": 8, "_axis": 0, "_pytorch_state_metadata": {}}
+    metadata = {"quantizer_state": {"to_q.weight_quantizer": quantizer, "to_q.input_quantizer": quantizer}}
+    state = {"modelopt_state_dict": [("quantize", {"config": {}, "metadata": metadata})], "modelopt_version": "0.40"}
+    tensors = {"to_q.weight": torch.ones(2, 2), "to_q.weight_quantizer._amax": torch.ones(2, 1)}
+    file = io.BytesIO()
+    torch.save({"modelopt_state": state, "model_state_dict": tensors}, file)
+    return file.getvalue()
+
+
 SEEDS = {
     "recipe": b"model: {path: m}\ntargets: [onnxruntime-cpu]\nsteps: [calibrate, {assign: {budget: &b [*b]}}]\n",
     "manifest": b'{"files": {"model.onnx": {"sha256": "%s", "size_bytes": 1}}, "seed": 0, "start": {"model": "%s"},'
     b' "steps": [{"step": "a", "pass": "b", "key": "%s", "outputs": {"graph": "%s"}}], "versions": {"torch": "2"}}'
     % ((b"00" * 32,) * 4),
+    "record": b'{"step": "a", "origin": "b", "key": "%s", "ingredients": "{}", "outputs": {"M": "%s"}, "seconds": 1.5}'
+    % (hashlib.sha256(b"{}").hexdigest().encode(), b"00" * 32),
+    "lora": save(
+        {"transformer.to_q.lora_A.weight": torch.ones(2, 4), "transformer.to_q.lora_B.weight": torch.ones(4, 2)}
+    ),
+    "modelopt": _modelopt(),
+    "folder": b'\x01{"layers": [{"name": "a", "op": "linear", "shape": [4, 4], "bias": true, "padded": false, "scheme":'
+    b' "float", "weight": {"kind": "float"}, "input": {"kind": "float"}, "output": {"kind": "float"}}]}',
     "lint": onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["": 21]> g (float[8,8] x, float s, int8[8,8] w) => (float[8,8] y)'
         "{ q = QuantizeLinear (x, s) d = DequantizeLinear (q, s) v = DequantizeLinear (w, s) y = MatMul (d, v) }"

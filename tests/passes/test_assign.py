@@ -240,7 +240,7 @@ def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(ValidationError, match=r"gone\.json: cannot be read: No such file"):
         AssignPrecision(profile="gone.json")
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(ValidationError, match=r"plan\.json: not what `intaglio profile` writes"):
+    with pytest.raises(ValidationError, match=r"plan\.json: is damaged: .*: not what `intaglio profile` writes"):
         AssignPrecision(profile=[str(tmp_path / "plan.json")])
 
 

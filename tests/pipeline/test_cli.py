@@ -1,7 +1,11 @@
 """The command as a user meets it: output, messages, exit codes."""
 
+import ast
 import inspect
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,7 +222,7 @@ def test_a_store_that_cannot_be_used_exits_with_6(tmp_path: Path) -> None:
     [
         (("--set", "append=1"), "write it as STEP.FIELD=VALUE"),
         (("--set", "append.number"), "write it as STEP.FIELD=VALUE"),
-        (("--set", "append.number=["), "not YAML: expected the node content"),
+        (("--set", "append.number=["), "expected node content"),
         (("--set", "apend.number=1"), "no step 'apend' in the recipe: did you mean 'append'"),
         (("--insert", "append=toys:Add"), "write it as after:STEP=PASS"),
         (("--insert", "after:append=calibrat"), "no pass 'calibrat': did you mean 'calibrate'"),
@@ -235,12 +239,95 @@ def test_a_damaged_file_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "out/onnxruntime-cpu").mkdir(parents=True)
     (tmp_path / "out/onnxruntime-cpu/metrics.json").write_text("{")
     result = intaglio("show", "out")
-    assert result.exit_code == 1
-    assert "intaglio: a file is damaged" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.exit_code == 2
+    assert result.stderr.startswith("intaglio: out/onnxruntime-cpu/metrics.json: is not JSON: ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_show_without_results_says_what_to_give() -> None:
     result = intaglio("show", ".")
     assert result.exit_code == 2
-    assert "give the folder that `intaglio run --out` wrote" in result.stderr
+    assert "give a folder of what `intaglio run` wrote" in result.stderr
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _gigabyte(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(1 << 30)
+
+
+@pytest.mark.parametrize("make", [_fifo, _device, _gigabyte, Path.mkdir])
+def test_a_recipe_that_is_no_file_of_a_recipes_size_is_refused_at_once(make: Callable[[Path], None]) -> None:
+    make(Path("r.yaml"))
+    began = time.process_time()
+    result = intaglio("plan", "r.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("intaglio: r.yaml: ")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "append." + "a." * 2000 + "b=1"), "--set append.a.a."),
+        (("--set", "append." + "a." * 2000 + "b=1"), "an option 2001 names deep, the most that is read is 50"),
+        (("--set", "append.number=0x" + "f" * 5000), "the whole: a number of 5002 characters"),
+        (("--set", "append.number=" + "[" * 2000), "nested in each other more than 50 deep"),
+        (("--set", "append.number=2026-01-01"), "a date, where text is meant"),
+        (("--set", "append.number=1") * 1001, "--set: given 1001 times, at most 1000"),
+        (("--insert", "after:append=" + "x" * 2000), "name: String should have at most 1000 characters"),
+        (("--insert", "after:append=a\x1bb"), "a name is not empty, and has no control characters"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_an_option_that_nobody_writes_by_hand_is_refused_by_name(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "\x1b" not in result.stderr
+    assert len(result.stderr) < 1000
+
+
+def test_what_comes_from_a_file_is_printed_without_control_characters() -> None:
+    folder = Path("out/onnxruntime-cpu")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"\x1b[31mred\x1b[0m": "\x9b[bold]a\nb"}))
+    result = intaglio("show", "out")
+    assert result.exit_code == 0
+    assert r"\x1b[31mred\x1b[0m" in result.stdout
+    assert r"\x9b[bold]a\nb" in result.stdout
+    assert not {"\x1b", "\x9b"} & {*result.stdout}
+
+
+def test_nothing_is_printed_past_the_function_that_escapes() -> None:
+    import intaglio.pipeline.cli as cli
+    import intaglio.pipeline.printing as printing
+
+    bare = [
+        (module.__name__, function.name)
+        for module in (cli, printing)
+        for function in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
+    ]
+    assert bare == [("intaglio.pipeline.printing", "say"), ("intaglio.pipeline.printing", "print_json")]
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("x" * 100_000)
+
+    monkeypatch.setattr("intaglio.pipeline.cli.load_target", broken)
+    result = intaglio("targets", "tensorrt-rtx")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("intaglio: unexpected KeyError: 'xxx")
+    assert len(result.stderr) < 9000
+    assert result.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ from tiny import save_folder, tiny_dit
 
 from intaglio.pipeline import Recipe, Store
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.estimate import measure_cost
 from intaglio.pipeline.runner import plan
 
@@ -38,3 +39,27 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 + 6)  # six forms: three schemes, an 8-bit weight, two kinds of input
     measured = estimate["sensitivity"] / per_row - fixed
     assert 2 * 4 * (0.1 * 3 * 21 * 0.5) < measured < 2 * 4 * (0.1 * 3 * 21 * 0.8) + 4 * 3
+
+
+def test_a_models_fault_in_a_plan_is_one_line(store: Store, tmp_path):
+    source = """
+import torch, diffusers
+from intaglio.pipeline.checkpoint import Factory
+
+class Wrong(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Linear(4, 5)
+
+    def forward(self, sample, timestep):
+        return self.one(sample)[:, 7] + timestep.nothing
+
+def make():
+    return Factory(Wrong().eval(), diffusers.DDIMScheduler(), (4, 4))
+"""
+    (tmp_path / "wrong.py").write_text(source)
+    recipe = Recipe.parse("{model: ./wrong.py:make, targets: [onnxruntime-cpu], steps: [calibrate]}")
+    with pytest.raises(
+        StepFailed, match=r"^model: one call of it, to estimate times, ended in IndexError: .*would end"
+    ):
+        plan(recipe, store, base=tmp_path)

@@ -50,6 +50,20 @@ def test_distances_are_of_each_sample_to_its_own_reference():
     assert distances({COMPILED: compiled}) == {}
 
 
+@pytest.mark.parametrize("steps", [0, -1, 2000, 10**12])
+def test_steps_that_no_scheduler_has_are_refused_before_anything_is_read(steps):
+    with pytest.raises(RecipeError, match=f"--steps {steps}: the denoising steps are 1 to 1000"):
+        Drawing(1, steps)
+
+
+def test_steps_that_the_models_scheduler_does_not_have_are_refused(tmp_path):
+    save_folder(tiny_dit(), tmp_path / "dit")
+    diffusers.DDIMScheduler(num_train_timesteps=10).save_pretrained(tmp_path / "dit/scheduler")
+    checkpoint = Checkpoint.resolve(ModelRef(path="dit"), tmp_path)
+    with pytest.raises(RecipeError, match="--steps 11: DDIMScheduler, the model's scheduler, refuses so many steps"):
+        draw(checkpoint, tiny_dit(), Drawing(1, 11), Context(tmp_path))
+
+
 def test_conditions_are_the_rows_that_were_asked_for_in_turn():
     classes = Sampler(Factory(tiny_dit(), OneCall(), (3, 8, 8), classes=4), 1, 2.0)
     start = classes.start(5, torch.Generator().manual_seed(0), rows=(3, 1))

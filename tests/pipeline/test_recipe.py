@@ -87,7 +87,7 @@ def test_a_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_text_is_a_recipe_error(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"model: \xc3(")
-    with pytest.raises(RecipeError, match=r"r\.yaml: is no text in UTF-8: invalid continuation byte at byte 7"):
+    with pytest.raises(RecipeError, match=r"r\.yaml: is not text in UTF-8: invalid continuation byte at byte 7"):
         Recipe.read(tmp_path / "r.yaml")
 
 

@@ -171,6 +171,43 @@ def test_a_failed_step_says_where_its_scratch_is(store: Store) -> None:
     assert statuses_until_failure(toy_recipe("Append", "Fail"), store) == ["append hit"]
 
 
+@pytest.mark.parametrize(
+    ("error", "goes_on"),
+    [
+        ("ValueError('wrong shape')", False),
+        ("FileNotFoundError(2, 'No such file')", False),
+        ("OSError(28, 'No space left on device')", True),
+        ("MemoryError()", True),
+        ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", True),
+    ],
+)
+def test_a_failed_step_says_that_it_goes_on_only_where_it_can(
+    error: str, goes_on: bool, store: Store, tmp_path: Path
+) -> None:
+    source = (
+        f"from toys import Append\n\n\nclass Ends(Append):\n    def run(self, state, ctx):\n        raise {error}\n"
+    )
+    (tmp_path / "ends.py").write_text(source)
+    with pytest.raises(StepFailed) as caught:
+        compile(toy_recipe({"./ends.py:Ends": {}}), store, start=START, base=tmp_path)
+    assert ("the same command goes on from there" in str(caught.value)) is goes_on
+    assert ("mend the cause first" in str(caught.value)) is not goes_on
+
+
+def test_an_error_names_the_users_model_and_not_its_copy_in_the_store(store: Store, tmp_path: Path) -> None:
+    source = (
+        "from intaglio.pipeline.errors import RecipeError\nfrom intaglio.pipeline.keys import MODEL\n"
+        "from toys import Append\n\n\nclass Blames(Append):\n    requires = frozenset({MODEL})\n"
+        "    def run(self, state, ctx):\n        raise RecipeError(f'{state[MODEL].root}/config.json: is wrong')\n"
+    )
+    (tmp_path / "blames.py").write_text(source)
+    (tmp_path / "model.py").write_text("def make(): ...\n")
+    recipe = Recipe.parse("{model: ./model.py:make, targets: [onnxruntime-cpu], steps: [./blames.py:Blames]}")
+    start = {MODEL: Checkpoint.resolve(recipe.model, tmp_path)}
+    with pytest.raises(RecipeError, match=f"^{tmp_path}/config.json: is wrong$"):
+        compile(recipe, store, start=start, base=tmp_path)
+
+
 def statuses_until_failure(recipe: Recipe, store: Store) -> list[str]:
     events: list[StepEvent] = []
     with pytest.raises(StepFailed, match="fail"):
