@@ -57,6 +57,7 @@ class Limits(BaseModel):
         (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it is not 0"
     )
     domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
+    reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
     float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
     shared_attention: bool = Field(True, description="takes the operator Attention with one tensor as q and as k")
     code_types: tuple[str, ...] = Field(description="types of quantized tensors that it reads for what they are")
