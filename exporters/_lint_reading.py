@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,49 @@ def check_name(graph: Checked, target: Target) -> Problems:
 
 _OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "RotaryEmbedding"})
 """Of ONNX Runtime's own operators with a name that ONNX has too: those with other inputs than ONNX's."""
+
+
+def check_misread(graph: Checked, target: Target) -> Problems:
+    """Operators that the target reads, and computes otherwise than ONNX says."""
+    for name in target.limits.misread:
+        for node in graph.nodes:
+            if message := MISREAD[name](node, graph.opset):
+                yield node, message
+
+
+def _one_group_norm(node: ir.Node, opset: int) -> str | None:
+    if node.op_type != "GroupNormalization" or node.attributes.get_int("num_groups", 0) != 1:
+        return None
+    x = node.inputs[0]
+    channels = None if x is None or x.shape is None or len(x.shape) < 2 else x.shape[1]
+    if channels == 1:
+        return None
+    return f"one group of {channels if isinstance(channels, int) else 'all'} channels, each is normalized by itself"
+
+
+def _output_shape(node: ir.Node, opset: int) -> str | None:
+    if node.op_type != "ConvTranspose" or "output_shape" not in node.attributes:
+        return None
+    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    return "output_shape without auto_pad: where the padding is odd, the longer side is taken for the shorter"
+
+
+def _reduce_nothing(node: ir.Node, opset: int) -> str | None:
+    if node.op_type not in ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare"):
+        return None
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if not node.attributes.get_int("noop_with_empty_axes", 0) or (axes is not None and shape(axes) != (0,)):
+        return None
+    return f"{node.op_type} over no axis gives its input, and ONNX Runtime takes each element for a sum of one"
+
+
+MISREAD: Mapping[str, Callable[[ir.Node, int], str | None]] = {
+    "one-group-norm": _one_group_norm,
+    "deconvolution-output-shape": _output_shape,
+    "reduction-of-nothing": _reduce_nothing,
+}
+"""By the names that targets have for it: what a node would become, if it is of that form."""
 
 
 def check_domain(graph: Checked, target: Target) -> Problems:

@@ -87,6 +87,14 @@ RULES = (
         "the parser has no such operator and loads no plug-in",
     ),
     Rule(
+        "misread",
+        "error",
+        reading.check_misread,
+        "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
+        "output_shape; the square, absolute value or logarithm for a sum over no axis",
+        "the network that the parser of TensorRT-RTX 1.7.1 makes of it says so: one group is 0.57 from what ONNX computes",
+    ),
+    Rule(
         "name",
         "error",
         reading.check_name,

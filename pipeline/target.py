@@ -56,6 +56,9 @@ class Limits(BaseModel):
     unsupported: tuple[str, ...] = Field(
         (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it is not 0"
     )
+    misread: tuple[str, ...] = Field(
+        (), description="forms of operators that it reads, and computes otherwise than ONNX says; see lint's rule"
+    )
     domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
     reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
     float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
