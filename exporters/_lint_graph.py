@@ -74,7 +74,8 @@ def _expansion(proto: onnx.ModelProto) -> str | None:
         inner = all_nodes(function.node)
         called[function.domain, function.name] = Counter((node.domain, node.op_type) for node in inner)
     try:
-        order = list(TopologicalSorter({name: calls.keys() & called.keys() for name, calls in called.items()}).static_order())
+        inner_calls = {name: calls.keys() & called.keys() for name, calls in called.items()}
+        order = list(TopologicalSorter(inner_calls).static_order())
     except CycleError as e:
         return f"function {shortened('.'.join(e.args[1][0]))} calls itself"
     size: dict[tuple[str, str], int] = {}

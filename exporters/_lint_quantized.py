@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from intaglio.exporters._lint_graph import Checked, Problems, named
 from intaglio.exporters._quantized_graph import (
+    PRODUCTS,
     Operand,
     array,
     code_type,
@@ -18,7 +21,9 @@ from intaglio.exporters._quantized_graph import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+    from numpy.typing import NDArray
 
     from intaglio.pipeline.target import Target
 
@@ -38,28 +43,45 @@ def check_zero_point(graph: Checked, target: Target) -> Problems:
     """Zero points that are not zero where quantization is symmetric."""
     import numpy as np
 
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
-        zero = array(node.inputs[2]) if len(node.inputs) > 2 else None
-        if target.limits.symmetric and zero is not None and np.any(zero.astype(np.float32) != 0):
-            yield node, f"zero point {zero.astype(np.float32).ravel()[:1].item():g}, but {target.name} has none"
+    seen: dict[ir.Value | None, str] = {None: ""}  # one constant may be of many nodes
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear") if target.limits.symmetric else ():
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value not in seen:
+            zero = array(value)
+            other = zero is not None and np.any(zero.astype(np.float32) != 0)
+            seen[value] = f"zero point {zero.astype(np.float32).ravel()[0]:g}" if zero is not None and other else ""
+        if seen[value]:
+            yield node, f"{seen[value]}, but {target.name} has none"
 
 
 def check_scale(graph: Checked, target: Target) -> Problems:
     """Scales that are not numbers, not positive, or have no reciprocal in their type."""
+    seen: dict[ir.Value | None, tuple[str, str]] = {}
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
+        value = node.inputs[1]
+        if value not in seen:
+            seen[value] = _scale_problems(array(value), positive=target.limits.symmetric)
+        bad, tiny = seen[value]
+        if bad:
+            yield node, bad
+        if tiny and target.limits.reciprocal_scales and node.op_type == "QuantizeLinear":
+            yield node, tiny
+
+
+def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tuple[str, str]:
+    """What cannot be divided by, and what has no reciprocal; empty where nothing is wrong."""
     import numpy as np
 
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
-        scale = array(node.inputs[1])
-        if scale is None:
-            continue
-        s = scale.astype(np.float64).ravel()
-        bad = s[~(np.isfinite(s) & ((s > 0) if target.limits.symmetric else (s != 0)))]
-        if bad.size:
-            yield node, f"{bad.size} of {s.size} scales cannot be divided by, such as {bad[0]:g}"
-        largest = 65504  # of float16; for types of more range, a reciprocal always fits
-        tiny = s[(s > 0) & (s < 1 / largest)] if scale.dtype == np.float16 else s[:0]
-        if tiny.size and target.limits.reciprocal_scales and node.op_type == "QuantizeLinear":
-            yield node, f"scale {tiny[0]:.2g}, whose reciprocal float16 does not hold"
+    if scale is None:
+        return "", ""
+    s = scale.astype(np.float64).ravel()
+    bad = s[~(np.isfinite(s) & ((s > 0) if positive else (s != 0)))]
+    largest = 65504  # of float16; for types of more range, a reciprocal always fits
+    tiny = s[(s > 0) & (s < 1 / largest)] if scale.dtype == np.float16 else s[:0]
+    return (
+        f"{bad.size} of {s.size} scales cannot be divided by, such as {bad[0]:g}" if bad.size else "",
+        f"scale {tiny[0]:.2g}, whose reciprocal float16 does not hold" if tiny.size else "",
+    )
 
 
 def check_scale_type(graph: Checked, target: Target) -> Problems:
@@ -121,10 +143,44 @@ def check_weight_axis(graph: Checked, target: Target) -> Problems:
 
 def check_input_by_groups(graph: Checked, target: Target) -> Problems:
     """8-bit inputs by weights in groups."""
+    known = {product.node for product in graph.products}
     for product in graph.products:
         if product.w.is_weight and product.w.granularity == "group":
-            groups = shape(product.w.dequantize.inputs[1])
-            yield product.node, f"an 8-bit input and a weight with scales of shape {list(groups or ())}"
+            yield product.node, _by_groups("8-bit", product.w)
+    for node, (x, w) in _pairs(graph, target):  # other codes, or a factor in front of the product
+        if node not in known and w.granularity == "group":
+            yield node, _by_groups(x.code_type, w)
+
+
+def _by_groups(x: str, w: Operand) -> str:
+    return f"an {x} input and a weight with scales of shape {list(shape(w.dequantize.inputs[1]) or ())}"
+
+
+def check_mixed_codes(graph: Checked, target: Target) -> Problems:
+    """Products of codes of two types."""
+    for node, (x, w) in _pairs(graph, target):
+        if x.code_type != w.code_type and (x.code_type, w.code_type) != ("INT8", "INT4"):
+            yield node, f"an input in {x.code_type} and a weight in {w.code_type}"
+
+
+def _pairs(graph: Checked, target: Target) -> Iterator[tuple[ir.Node, tuple[Operand, Operand]]]:
+    """Products of an input and a weight in codes that the target reads, where it multiplies codes of one type only."""
+    for node in graph.of_type(*PRODUCTS) if target.limits.same_codes else ():
+        operands = [_factored(value) for value in node.inputs[:2]]
+        x, w = sorted(filter(None, operands), key=lambda operand: operand.is_weight) if all(operands) else (None, None)
+        if x is None or w is None or x.is_weight or not w.is_weight:
+            continue
+        if {x.code_type, w.code_type} <= set(target.limits.code_types):
+            yield node, (x, w)
+
+
+def _factored(value: ir.Value | None) -> Operand | None:
+    """As `dequantized`, through a single constant factor as well, which joins the scale."""
+    found, node = dequantized(value), producer(value)
+    if found is not None or node is None or node.op_type not in ("Mul", "Div"):
+        return found
+    factors = [v for v in node.inputs if constant(v) is not None and prod(shape(v) or ()) == 1]
+    return next((dequantized(v) for v in node.inputs if v not in factors), None) if factors else None
 
 
 def check_input_by_int4(graph: Checked, target: Target) -> Problems:

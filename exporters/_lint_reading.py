@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,32 @@ def check_operator(graph: Checked, target: Target) -> Problems:
         for key, attribute in node.attributes.items():
             if f"{op}.{key}" in refused and attribute.value not in (0, 0.0):
                 yield node, f"{target.name} takes no {op} with {key} = {shortened(attribute.value, 40)}"
+
+
+def check_type(graph: Checked, target: Target) -> Problems:
+    """Values of a type that the target does not have; codes are looked at by themselves."""
+    known = frozenset(target.limits.types)
+    for node, value in _values(graph) if known else ():
+        if value.dtype is None or value.dtype.name in known or value.dtype.name == "UNDEFINED":
+            continue
+        near = {value.producer(), *(use.node for use in value.uses())}
+        if not any(each is not None and each.op_type in ("QuantizeLinear", "DequantizeLinear") for each in near):
+            yield node, f"{shortened(value.name, 100)} is in {value.dtype.name}, which {target.name} does not have"
+
+
+def check_double(graph: Checked, target: Target) -> Problems:
+    """Values in float64 that the target computes in float32."""
+    for node, value in _values(graph) if target.limits.double_as_float else ():
+        if value.dtype is not None and value.dtype.name == "DOUBLE":
+            yield node, f"{shortened(value.name, 100)} is in float64, and {target.name} computes it in float32"
+
+
+def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
+    """Inputs and constants of all graphs, and what each node makes."""
+    main = graph.model.graph
+    for owner in (main, *main.subgraphs()):
+        yield from ((None, value) for value in (*owner.inputs, *owner.initializers.values()))
+    yield from ((node, value) for node in graph.nodes for value in node.outputs)
 
 
 def check_name(graph: Checked, target: Target) -> Problems:

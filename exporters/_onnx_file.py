@@ -27,9 +27,9 @@ MOST_STRUCTURE = 64 * MIB
 """Bytes that are not raw data of tensors."""
 MOST_NUMBERS = MIB
 """Bytes of one attribute's numbers, or of a tensor that lists its numbers one by one. Each takes up to 40 in memory."""
-MOST_NODES = 50_000
+MOST_NODES = 25_000
 """Of all graphs and functions, each call of a function counted as its nodes. A large diffusion model has 10 000."""
-MOST_FIELDS = 20 * MOST_NODES
+MOST_FIELDS = 40 * MOST_NODES
 """Of the protobuf messages. Graphs of torch's exporter have 15 a node."""
 
 
@@ -47,13 +47,13 @@ def read_model(path: Path) -> ir.Model:
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The model; larger tensors stay in their files, as they do where they are in the model's own. Raises RecipeError."""
+    """The model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
     content = _Structure(path, read_bytes(path, most=MOST_BYTES)).content()
     try:
-        proto = onnx.ModelProto.FromString(content)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except Exception as e:  # protobuf's errors have no common class
         raise RecipeError(f"{printable(path)}: is no ONNX model, or only a part of one: {printable(e)}") from e
     if not proto.HasField("graph") or not proto.opset_import:
@@ -115,9 +115,10 @@ def nbytes(tensor: onnx.TensorProto) -> int | None:
     import onnx_ir as ir
 
     try:
-        return -(-prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+        bits: int = prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
     except (TypeError, ValueError):  # strings, and numbers of no type
         return None
+    return -(-bits // 8)
 
 
 def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
@@ -139,7 +140,7 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
         try:
             inside, there = file.resolve().is_relative_to(folder.resolve()), file.exists()
         except (OSError, RuntimeError, ValueError) as e:  # a name that no file can have, or links in a circle
-            return f"{name}: its data is in {where!r}, which no file can be named: {e.args[-1]}"
+            return f"{name}: its data is in '{printable(location[:40])}', which no file can be named: {e.args[-1]}"
         if not inside:
             return f"{name}: its data is in {where}, outside the model's folder: move it there"
         if not there:
@@ -164,7 +165,10 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "sparse"},
     "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 14: "value", 15: "value", 22: "sparse", 23: "sparse"},
+    "attribute": dict.fromkeys((5, 10), "tensor")
+    | dict.fromkeys((6, 11), "graph")
+    | dict.fromkeys((14, 15), "value")
+    | dict.fromkeys((22, 23), "sparse"),
     "function": {7: "node", 11: "attribute", 12: "value"},
     "sparse": {1: "tensor", 2: "tensor"},
     "training": {1: "graph", 2: "graph"},
@@ -291,4 +295,5 @@ def _external(file: str, offset: int, length: int) -> bytes:
     tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
     for key, value in {"location": file, "offset": offset, "length": length}.items():
         tensor.external_data.add(key=key, value=str(value))
-    return tensor.SerializeToString()
+    fields: bytes = tensor.SerializeToString()
+    return fields

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
+from intaglio.exporters._onnx_file import read_proto
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.graph import STEP_INPUT, Graph
 from intaglio.pipeline.target import load_target
@@ -203,7 +204,7 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
     import onnx
     import torch
 
-    model = onnx.load(graph.path, load_external_data=False)
+    model = read_proto(graph.path)
     there = {value.name for value in model.graph.output} | set(graph.inputs)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)

@@ -87,12 +87,26 @@ RULES = (
         "the parser has no such operator and loads no plug-in",
     ),
     Rule(
+        "type",
+        "error",
+        reading.check_type,
+        "cast it to a type that the target has, or leave that part to the application",
+        "the parser of TensorRT-RTX 1.7.1 refuses inputs and casts of it",
+    ),
+    Rule(
+        "double",
+        "warning",
+        reading.check_double,
+        "write float32 and see whether that is precise enough",
+        "in the network that the parser of TensorRT-RTX 1.7.1 makes they are in float32, without an error",
+    ),
+    Rule(
         "misread",
         "error",
         reading.check_misread,
         "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
         "output_shape; the square, absolute value or logarithm for a sum over no axis",
-        "the network that the parser of TensorRT-RTX 1.7.1 makes of it says so: one group is 0.57 from what ONNX computes",
+        "the network that the parser of TensorRT-RTX 1.7.1 makes of it says so; one group is 0.57 from what ONNX means",
     ),
     Rule(
         "name",
@@ -182,6 +196,14 @@ RULES = (
         "give the weight one scale a channel, or leave the input in float",
         "TensorRT-RTX 1.7.1 does not build it in 3-D and ignores all groups but the first in 2-D; ONNX Runtime 1.31.1 "
         "fails when it runs, or multiplies in float",
+    ),
+    Rule(
+        "mixed-codes",
+        "error",
+        quantized.check_mixed_codes,
+        "quantize both to one type, or leave the input in float",
+        "TensorRT-RTX 1.7.1 does not build a linear layer of them (input and filter have to be the same type), and "
+        "computes a convolution in float",
     ),
     Rule(
         "input-by-int4",
@@ -284,7 +306,7 @@ RULES = (
         "error",
         reading.check_loads,
         "cast to float32 or float16 in front of it, or export it as operators that the runtime has",
-        "what the installed ONNX Runtime says when it makes a session of the graph with zeros for weights; nothing is run",
+        "what the installed ONNX Runtime says when it makes a session of the graph, with zeros for weights",
         last=True,
     ),
 )

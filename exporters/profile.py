@@ -57,6 +57,7 @@ class ProfileLayers(Pass):
         import onnx
         import onnxruntime
 
+        from intaglio.exporters._onnx_file import read_proto
         from intaglio.exporters._session import noise_feed, open_session, usual_shapes
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
@@ -76,7 +77,7 @@ class ProfileLayers(Pass):
                 session.run(None, feed)
                 advance()
         events = json.loads(Path(session.end_profiling()).read_text())
-        written, executed = (onnx.load(path, load_external_data=False) for path in (graph.path, optimized))
+        written, executed = read_proto(graph.path), onnx.load(optimized, load_external_data=False)
         owners = _owners_of_kernels(written, executed)
         layers: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
         rest: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
@@ -109,7 +110,7 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
     A kernel for products of several layers counts for each by its number of weights. Raises RecipeError for other
     files, and where no kernel is of a layer.
     """
-    import onnx
+    from intaglio.exporters._onnx_file import read_proto
 
     kernels = _json(times, "--exportProfile")
     information = _json(layers, "--exportLayerInfo") if layers is not None else {}
@@ -119,7 +120,7 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
         nodes_of = {str(k["Name"]): str(k.get("Metadata", "")) for k in information.get("Layers", []) if "Name" in k}
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise RecipeError(f"{times}: not what trtexec --exportProfile writes: {error!r}") from error
-    model = onnx.load(graph.path, load_external_data=False)
+    model = read_proto(graph.path)
     nodes = {node.name: node for node in model.graph.node}
     weights = {layer.name: layer.n * layer.k for layer in plan.layers}
     found: dict[str, float] = defaultdict(float)

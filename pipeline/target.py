@@ -59,6 +59,8 @@ class Limits(BaseModel):
     misread: tuple[str, ...] = Field(
         (), description="forms of operators that it reads, and computes otherwise than ONNX says; see lint's rule"
     )
+    types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
+    double_as_float: bool = Field(False, description="computes in float32 what is in float64")
     domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
     reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
     float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
@@ -75,6 +77,7 @@ class Limits(BaseModel):
     )
     one_element_scales: tuple[str, ...] = Field(description="products that take a scale of shape (1,) for a scalar")
     int4_by_int8: tuple[OpKind, ...] = Field(description="layers that multiply an 8-bit input by a 4-bit weight")
+    same_codes: bool = Field(False, description="multiplies codes of one type, and an int4 weight by an int8 input")
     mixed_pairs: bool = Field(True, description="codes made with one scale may be read with one for each channel")
     unscaled_half_sums: bool = Field(False, description="a float16 product is written before its channels are scaled")
     ragged_groups: bool = Field(description="the last group of weights may be shorter")

@@ -116,7 +116,9 @@ def _normalization(layer: Any, given: Sequence[Any]) -> Array:
 
 def _reduce(layer: Any, given: Sequence[Any]) -> Array:
     x = given[0]
-    function = {"SUM": np.sum, "PROD": np.prod, "MAX": np.max, "MIN": np.min, "AVG": np.mean, "NONE": None}[layer.op.name]
+    function = {"SUM": np.sum, "PROD": np.prod, "MAX": np.max, "MIN": np.min, "AVG": np.mean, "NONE": None}[
+        layer.op.name
+    ]
     return x if function is None else function(x, axis=axes_of(layer.axes, x.ndim), keepdims=layer.keep_dims)
 
 
@@ -196,6 +198,7 @@ def _activation(layer: Any, given: Sequence[Any]) -> Array:
 def _slice(layer: Any, given: Sequence[Any]) -> Array:
     x = given[0]
     rank = x.ndim
+
     def numbers(place: int, name: str) -> list[int]:
         dynamic = len(given) > place and given[place] is not None
         return [int(v) for v in (given[place] if dynamic else getattr(layer, name))]
@@ -307,14 +310,23 @@ def _pooling(layer: Any, given: Sequence[Any]) -> Array:
     spatial, out = x.shape[2:], shape_of(layer)[2:]
     pre, post = padding(layer, [(o - 1) * s + w - n for o, s, w, n in zip(out, stride, window, spatial, strict=True)])
     # rounding up lets the last window go over the end
-    over = [max(0, (o - 1) * s + w - (n + a + b)) for o, s, w, n, a, b in zip(out, stride, window, spatial, pre, post, strict=True)]
+    over = [
+        max(0, (o - 1) * s + w - (n + a + b))
+        for o, s, w, n, a, b in zip(out, stride, window, spatial, pre, post, strict=True)
+    ]
     pads = [p for a, b, o in reversed(list(zip(pre, post, over, strict=True))) for p in (a, b + o)]
     highest = layer.type.name == "MAX"
     padded = F.pad(x, pads, value=-np.inf if highest else 0.0)
     inside = F.pad(torch.ones_like(x), pads)
     if not layer.average_count_excludes_padding:  # what is padded counts, but not what is over the end
-        inside = F.pad(F.pad(torch.ones_like(x), [p for a, b in reversed(list(zip(pre, post, strict=True))) for p in (a, b)], value=1.0),
-                       [p for o in reversed(over) for p in (0, o)])
+        inside = F.pad(
+            F.pad(
+                torch.ones_like(x),
+                [p for a, b in reversed(list(zip(pre, post, strict=True))) for p in (a, b)],
+                value=1.0,
+            ),
+            [p for o in reversed(over) for p in (0, o)],
+        )
     for axis, (w, s) in enumerate(zip(window, stride, strict=True), start=2):
         padded, inside = padded.unfold(axis, w, s), inside.unfold(axis, w, s)
     places = tuple(range(-len(window), 0))
@@ -326,7 +338,9 @@ def _pooling(layer: Any, given: Sequence[Any]) -> Array:
 def _convolution(layer: Any, given: Sequence[Any]) -> Array:
     x = given[0]
     n = x.ndim - 2
-    kernel = given[1] if len(given) > 1 else np.array(layer.kernel).reshape(layer.num_output_maps, -1, *layer.kernel_size_nd)
+    kernel = (
+        given[1] if len(given) > 1 else np.array(layer.kernel).reshape(layer.num_output_maps, -1, *layer.kernel_size_nd)
+    )
     bias = given[2] if len(given) > 2 else np.array(layer.bias)
     stride, dilation = tuple(layer.stride_nd), tuple(layer.dilation_nd)
     sizes = zip(shape_of(layer)[2:], stride, dilation, kernel.shape[2:], x.shape[2:], strict=True)
@@ -343,7 +357,9 @@ def _deconvolution(layer: Any, given: Sequence[Any]) -> Array:
     kernel = given[1] if len(given) > 1 else np.array(layer.kernel).reshape(c, -1, *layer.kernel_size_nd)
     bias = given[2] if len(given) > 2 else np.array(layer.bias)
     function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
-    y = function(tensor(x), tensor(kernel), None, tuple(layer.stride_nd), 0, 0, layer.num_groups, tuple(layer.dilation_nd))
+    y = function(
+        tensor(x), tensor(kernel), None, tuple(layer.stride_nd), 0, 0, layer.num_groups, tuple(layer.dilation_nd)
+    )
     out = shape_of(layer)[2:]
     pre, post = padding(layer, [size - m for m, size in zip(out, y.shape[2:], strict=True)])
     more = [m + a + b - size for m, a, b, size in zip(out, pre, post, y.shape[2:], strict=True)]
