@@ -20,7 +20,7 @@ NAME = "GroupNormalization-21"
 
 
 ONE_GROUP = "one-group-norm"
-"""What targets misread that normalize each channel by itself where all channels are one group."""
+"""The form of targets that normalize each channel by itself where all channels are one group."""
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
@@ -28,7 +28,7 @@ def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
 
     y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
     """
-    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.misread
+    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
         if unknown or (misread and node.attributes.get_int("num_groups", 1) == 1):
             _spell_out(graph, node)

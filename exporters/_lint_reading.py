@@ -58,8 +58,15 @@ def check_operator(graph: Checked, target: Target) -> Problems:
         if op in refused or (op in _standard() and f"{op}-{_since(op, graph.opset)}" in refused):
             yield node, f"{target.name} has no operator {op}"
         for key, attribute in node.attributes.items():
-            if f"{op}.{key}" in refused and attribute.value not in (0, 0.0):
+            usual = attribute.value in _USUAL or set(attribute.value if isinstance(attribute.value, tuple) else ()) == {
+                1
+            }
+            if (f"{op}.{key}" in refused and not usual) or f"{op}.{key}={attribute.value}" in refused:
                 yield node, f"{target.name} takes no {op} with {key} = {shortened(attribute.value, 40)}"
+
+
+_USUAL = (0, 0.0, "none", "stretch")
+"""What attributes say that change nothing, and dilations of 1."""
 
 
 def check_type(graph: Checked, target: Target) -> Problems:
@@ -105,15 +112,15 @@ _OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "
 """Of ONNX Runtime's own operators with a name that ONNX has too: those with other inputs than ONNX's."""
 
 
-def check_misread(graph: Checked, target: Target) -> Problems:
-    """Operators that the target reads, and computes otherwise than ONNX says."""
-    for name in target.limits.misread:
+def check_form(graph: Checked, target: Target) -> Problems:
+    """Forms of operators that the target computes otherwise than ONNX says, or refuses."""
+    for name in target.limits.forms:
         for node in graph.nodes:
-            if message := MISREAD[name](node, graph.opset):
+            if message := FORMS[name](node):
                 yield node, message
 
 
-def _one_group_norm(node: ir.Node, opset: int) -> str | None:
+def _one_group_norm(node: ir.Node) -> str | None:
     if node.op_type != "GroupNormalization" or node.attributes.get_int("num_groups", 0) != 1:
         return None
     x = node.inputs[0]
@@ -123,7 +130,7 @@ def _one_group_norm(node: ir.Node, opset: int) -> str | None:
     return f"one group of {channels if isinstance(channels, int) else 'all'} channels, each is normalized by itself"
 
 
-def _output_shape(node: ir.Node, opset: int) -> str | None:
+def _output_shape(node: ir.Node) -> str | None:
     if node.op_type != "ConvTranspose" or "output_shape" not in node.attributes:
         return None
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
@@ -131,7 +138,7 @@ def _output_shape(node: ir.Node, opset: int) -> str | None:
     return "output_shape without auto_pad: where the padding is odd, the longer side is taken for the shorter"
 
 
-def _reduce_nothing(node: ir.Node, opset: int) -> str | None:
+def _reduce_nothing(node: ir.Node) -> str | None:
     if node.op_type not in ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare"):
         return None
     axes = node.inputs[1] if len(node.inputs) > 1 else None
@@ -140,10 +147,34 @@ def _reduce_nothing(node: ir.Node, opset: int) -> str | None:
     return f"{node.op_type} over no axis gives its input, and ONNX Runtime takes each element for a sum of one"
 
 
-MISREAD: Mapping[str, Callable[[ir.Node, int], str | None]] = {
+def _flat_group_norm(node: ir.Node) -> str | None:
+    flat = node.op_type in ("GroupNormalization", "InstanceNormalization") and _rank(node.inputs[0]) == 2
+    return f"{node.op_type} of two axes, and it takes three or more" if flat else None
+
+
+def _vector_by_batch(node: ir.Node) -> str | None:
+    ranks = [_rank(value) or 0 for value in node.inputs[:2]] if node.op_type == "MatMul" else []
+    return "a vector by a batch of matrices" if sorted(ranks)[:1] == [1] and max(ranks) > 2 and ranks[0] == 1 else None
+
+
+def _reduction_of_truths(node: ir.Node) -> str | None:
+    x = node.inputs[0] if node.op_type in ("ReduceMax", "ReduceMin") else None
+    return (
+        f"{node.op_type} of truth values" if x is not None and x.dtype is not None and x.dtype.name == "BOOL" else None
+    )
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "one-group-norm": _one_group_norm,
     "deconvolution-output-shape": _output_shape,
     "reduction-of-nothing": _reduce_nothing,
+    "flat-group-norm": _flat_group_norm,
+    "vector-by-batch": _vector_by_batch,
+    "reduction-of-truths": _reduction_of_truths,
 }
 """By the names that targets have for it: what a node would become, if it is of that form."""
 

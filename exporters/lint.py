@@ -101,12 +101,13 @@ RULES = (
         "in the network that the parser of TensorRT-RTX 1.7.1 makes they are in float32, without an error",
     ),
     Rule(
-        "misread",
+        "form",
         "error",
-        reading.check_misread,
+        reading.check_form,
         "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
         "output_shape; the square, absolute value or logarithm for a sum over no axis",
-        "the network that the parser of TensorRT-RTX 1.7.1 makes of it says so; one group is 0.57 from what ONNX means",
+        "the parser of TensorRT-RTX 1.7.1 refuses it, or makes a network that is something else: one group of channels is "
+        "normalized channel by channel, 0.57 from what ONNX means",
     ),
     Rule(
         "name",

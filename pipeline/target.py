@@ -54,10 +54,11 @@ class Limits(BaseModel):
 
     ir_version_max: int | None = Field(None, description="highest IR version; None: the runtime does not look at it")
     unsupported: tuple[str, ...] = Field(
-        (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it is not 0"
+        (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
+        "changes something, Op.attribute=value"
     )
-    misread: tuple[str, ...] = Field(
-        (), description="forms of operators that it reads, and computes otherwise than ONNX says; see lint's rule"
+    forms: tuple[str, ...] = Field(
+        (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"
     )
     types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
     double_as_float: bool = Field(False, description="computes in float32 what is in float64")

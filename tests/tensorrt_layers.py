@@ -479,6 +479,30 @@ def _grid_sample(layer: Any, given: Sequence[Any]) -> Array:
     return F.grid_sample(x, grid, mode, outside, align_corners=layer.align_corners).numpy()
 
 
+def _reverse_sequence(layer: Any, given: Sequence[Any]) -> Array:
+    x, lengths = given
+    y = np.moveaxis(x, (layer.batch_axis, layer.sequence_axis), (0, 1)).copy()
+    for row, length in zip(y, lengths, strict=True):
+        row[: int(length)] = row[: int(length)][::-1].copy()
+    return np.moveaxis(y, (0, 1), (layer.batch_axis, layer.sequence_axis))
+
+
+def _rotary(layer: Any, given: Sequence[Any]) -> Array:
+    x, cos, sin = given[:3]  # B, H, S, D
+    if len(given) > 3 and given[3] is not None:
+        cos, sin = cos[given[3]], sin[given[3]]
+    cos, sin = cos[:, None], sin[:, None]
+    size = layer.rotary_embedding_dim or x.shape[-1]
+    part, rest = x[..., :size], x[..., size:]
+    a, b = (part[..., ::2], part[..., 1::2]) if layer.interleaved else np.split(part, 2, axis=-1)
+    real, imaginary = a * cos - b * sin, a * sin + b * cos
+    if layer.interleaved:
+        turned = np.stack([real, imaginary], -1).reshape(part.shape)
+    else:
+        turned = np.concatenate([real, imaginary], -1)
+    return np.concatenate([turned, rest], -1)
+
+
 COMPUTE: dict[str, Callable[[Any, Sequence[Any]], Any]] = {
     "CONSTANT": _constant, "SHUFFLE": _shuffle, "NORMALIZATION": _normalization, "REDUCE": _reduce,
     "ELEMENTWISE": lambda layer, given: ELEMENTWISE[layer.op.name](*given),
@@ -486,7 +510,7 @@ COMPUTE: dict[str, Callable[[Any, Sequence[Any]], Any]] = {
     "RESIZE": _resize, "POOLING": _pooling, "CONVOLUTION": _convolution, "DECONVOLUTION": _deconvolution,
     "MATRIX_MULTIPLY": _multiply, "SOFTMAX": _softmax, "GATHER": _gather, "SCATTER": _scatter, "FILL": _fill,
     "TOPK": _topk, "CUMULATIVE": _cumulative, "ONE_HOT": _one_hot, "CAST": _cast, "IDENTITY": _cast,
-    "SCALE": _scale, "LRN": _lrn, "QUANTIZE": _quantize, "DEQUANTIZE": _dequantize, "GRID_SAMPLE": _grid_sample,
+    "SCALE": _scale, "REVERSE_SEQUENCE": _reverse_sequence, "ROTARY_EMBEDDING": _rotary, "LRN": _lrn, "QUANTIZE": _quantize, "DEQUANTIZE": _dequantize, "GRID_SAMPLE": _grid_sample,
     "SQUEEZE": lambda layer, given: given[0].reshape(shape_of(layer)),
     "UNSQUEEZE": lambda layer, given: given[0].reshape(shape_of(layer)),
     "SELECT": lambda layer, given: np.where(*given),

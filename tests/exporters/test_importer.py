@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 from tensorrt_layers import compute, parse
 
 from intaglio.exporters.lint import lint
@@ -21,15 +23,13 @@ TARGET = load_target("tensorrt-rtx")
 
 @dataclass(frozen=True)
 class Form:
-    """Nodes that make y of x, in the syntax of onnx.parser. `verdict`: what becomes of them."""
+    """Nodes that make y of x, in the syntax of onnx.parser; `x` is an array, or the shape of noise."""
 
     name: str
     nodes: str
     x: object = (2, 8, 4, 4)
     opset: int = 21
     constants: dict[str, object] = field(default_factory=dict)
-    more: str = ""
-    """Other inputs."""
 
     def feed(self) -> dict[str, np.ndarray]:
         if isinstance(self.x, tuple):
@@ -73,10 +73,6 @@ CONSTANTS = {
 }  # fmt: skip
 
 
-def forms(*rows):
-    return [Form(*row) if isinstance(row, tuple) else row for row in rows]
-
-
 def several(name, nodes, choices, **more):
     return [Form(f"{name} {choice}", nodes.replace("{}", str(choice)), **more) for choice in choices]
 
@@ -93,7 +89,6 @@ NORMALIZATIONS = [
     Form("instance norm", "y = InstanceNormalization <epsilon = 0.01> (x, s8, b8)"),
     Form("instance norm in 3-D", "y = InstanceNormalization (x, s8, b8)", x=(2, 8, 6)),
     Form("instance norm in 5-D", "y = InstanceNormalization (x, s8, b8)", x=(2, 8, 2, 3, 2)),
-    *several("instance norm of groups", "r = Reshape (x, to) i = InstanceNormalization (r, s, b) z = Shape (x) y = Reshape (i, z)", ("",)),
     *several("layer norm, axis", "y = LayerNormalization <axis = {}, epsilon = 0.01> (x, s, b)", (-1, 3), constants={"s": ramp(4), "b": ramp(4)}),
     *several("layer norm, axis", "y = LayerNormalization <axis = {}> (x, s44, b44)", (-2, 2)),
     *several("layer norm, axis", "y = LayerNormalization <axis = {}> (x, s844)", (1, -3)),
@@ -112,7 +107,7 @@ NORMALIZATIONS = [
     *several("lrn, size", "y = LRN <size = {}, alpha = 0.3, beta = 0.7, bias = 2.0> (x)", (3, 5)),
     *several("mean variance norm, axes", "y = MeanVarianceNormalization <axes = {}> (x)", ("[0, 2, 3]", "[1]", "[-1]")),
 ]  # fmt: skip
-NORMALIZATIONS = [f for f in NORMALIZATIONS if not f.name.startswith("instance norm of groups")] + [
+NORMALIZATIONS += [
     Form(f"instance norm of {g} groups in {rank}-D", "r = Reshape (x, to) i = InstanceNormalization (r, s, b) z = Shape (x) y = Reshape (i, z)",
          constants={"to": to, "s": ramp(g) + 2, "b": ramp(g)})
     for g in (1, 2, 8) for rank, to in ((3, i64(0, g, -1)), (4, i64(0, g, -1, 4)))
@@ -146,7 +141,7 @@ REDUCTIONS = [
 ]  # fmt: skip
 
 SCALES, SIZES = {"s": f32(1, 1, 2, 2)}, {"z": i64(2, 8, 7, 9)}
-DOWN = {"s": f32(1, 1, 0.55, 0.8)}
+DOWN = {"s": f32(1, 1, 0.55, 0.82)}
 RESIZES = [
     *(
         Form(f"resize {mode} {transform} {nearest} by {by}".replace("  ", " "),
@@ -166,7 +161,7 @@ RESIZES = [
     *several("resize, keep aspect ratio", 'y = Resize <mode = "nearest", keep_aspect_ratio_policy = "{}", axes = [2, 3]> (x, , , z)', ("stretch", "not_larger", "not_smaller"), constants={"z": i64(7, 10)}),
     Form("resize with tf_crop_and_resize", 'y = Resize <mode = "linear", coordinate_transformation_mode = "tf_crop_and_resize"> (x, roi, s)', constants={"roi": f32(0, 0, 0.1, 0.2, 1, 1, 0.8, 0.9), **SCALES}),
     Form("resize of opset 10", 'y = Resize <mode = "nearest"> (x, s)', opset=10, constants=SCALES),
-    Form("resize of opset 11 by sizes", 'y = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (x, , , z)', opset=11, constants=SIZES),
+    Form("resize of opset 11 by sizes", 'y = Resize <mode = "linear", coordinate_transformation_mode = "align_corners"> (x, e, e, z)', opset=11, constants={**SIZES, "e": f32()}),
     *several("upsample", 'y = Upsample <mode = "{}"> (x, s)', ("nearest", "linear"), opset=9, constants=SCALES),
     Form("resize of channels", 'y = Resize <mode = "nearest"> (x, , s)', constants={"s": f32(1, 2, 1, 1)}),
     Form("resize in 3-D", 'y = Resize <mode = "linear"> (x, , s)', x=(2, 4, 5), constants={"s": f32(1, 1, 2)}),
@@ -269,7 +264,7 @@ SLICES = [
     Form("unsqueeze", "y = Unsqueeze (x, a)", x=(2, 3), constants={"a": i64(-1, 0)}),
     Form("transpose", "y = Transpose <perm = [2, 0, 1]> (x)", x=(2, 3, 7)), Form("transpose by default", "y = Transpose (x)", x=(2, 3, 7)),
     Form("shape from, to", "y = Shape <start = -3, end = -1> (x)"), Form("size", "y = Size (x)"),
-    Form("range", "y = Range (a, b, c)", constants={"a": np.int64(7), "b": np.int64(-2), "c": np.int64(-2)}, x=(1,)) if False else Form("range", "r = Range (a, b, c) q = Cast <to = 1> (r) y = Add (x, q)", constants={"a": np.int64(7), "b": np.int64(-2), "c": np.int64(-2)}, x=(5,)),
+    Form("range", "r = Range (a, b, c) q = Cast <to = 1> (r) y = Add (x, q)", constants={"a": np.int64(7), "b": np.int64(-2), "c": np.int64(-2)}, x=(5,)),
     Form("constant of shape", "c = ConstantOfShape <value = float[1] {2.5}> (z) y = Add (x, c)", x=(2, 3), constants={"z": i64(2, 3)}),
     *several("grid sample", 'y = GridSample <mode = "{}"> (x, g)', ("linear", "nearest", "cubic"), constants={"g": ramp(2, 3, 3, 2) * 0.7}),
     *(Form(f"grid sample {pad} {corners}", f'y = GridSample <padding_mode = "{pad}", align_corners = {corners}> (x, g)', constants={"g": ramp(2, 3, 3, 2)}) for pad in ("zeros", "border", "reflection") for corners in (0, 1)),
@@ -313,4 +308,68 @@ ARITHMETIC = [
     *(Form(f"weight in blocks, {name}", f"w = DequantizeLinear <axis = {axis}, block_size = 2> (q, s) y = MatMul (x, w)", x=(3, 8), constants={"q": np.arange(-16, 16, dtype=np.int8).reshape(8, 4), "s": s})
       for name, axis, s in (("rows", 0, np.abs(ramp(4, 4)) + 0.1), ("negative axis", -2, np.abs(ramp(4, 4)) + 0.1), ("columns", 1, np.abs(ramp(8, 2)) + 0.1))),
 ]  # fmt: skip
-FORMS = [*NORMALIZATIONS, *REDUCTIONS, *RESIZES, *POOLS, *CONVOLUTIONS, *SLICES, *ARITHMETIC]
+ROTARY = {"c": ramp(2, 3, 2), "n": ramp(2, 3, 2)[::-1]}
+TABLE = {"c": ramp(5, 2), "n": ramp(5, 2)[::-1], "p": np.array([[0, 2, 4], [3, 1, 0]])}
+OTHERS = [
+    *several("rotary embedding, interleaved", "y = RotaryEmbedding <interleaved = {}> (x, c, n)", (0, 1), opset=23, x=(2, 2, 3, 4), constants=ROTARY),
+    *several("rotary embedding of positions, interleaved", "y = RotaryEmbedding <interleaved = {}> (x, c, n, p)", (0, 1), opset=23, x=(2, 2, 3, 4), constants=TABLE),
+    Form("rotary embedding in 3-D", "y = RotaryEmbedding <num_heads = 2> (x, c, n)", opset=23, x=(2, 3, 8), constants=ROTARY),
+    Form("rotary embedding of a part", "y = RotaryEmbedding <rotary_embedding_dim = 4> (x, c, n)", opset=23, x=(2, 2, 3, 6), constants=ROTARY),
+    Form("dropout", "y = Dropout (x)"), Form("non zero", "y = NonZero (x)", x=f32(0, 1, 0, 3)),
+    Form("layer norm in float16", "h = Cast <to = 10> (x) n = LayerNormalization (h, s) y = Cast <to = 1> (n)", constants={"s": ramp(4).astype(np.float16)}),
+    Form("cast like", "y = CastLike (x, zero_)", constants={"zero_": np.int64(0)}, x=HALVES),
+    Form("reduction of integers", "y = ReduceMean <keepdims = 0> (x)", x=i64(-7, 2, 4)), Form("greatest of truths", "c = Greater (x, d) y = ReduceMax (c)", x=SIGNED, constants={"d": f32(0)}, opset=20),
+    Form("shift of integers", "y = Add (x, d)", x=np.array([1, 2**31 - 1], np.int32), constants={"d": np.array([1], np.int32)}),
+    Form("upsample by pixel shuffle", "r = Reshape (x, a) t = Transpose <perm = [0, 1, 4, 2, 5, 3]> (r) y = Reshape (t, b)", constants={"a": i64(2, 2, 2, 2, 4, 4), "b": i64(2, 2, 8, 8)}),
+    Form("attention by parts", "t = Transpose <perm = [0, 2, 1]> (x) p = MatMul (x, t) w = Softmax <axis = -1> (p) y = MatMul (w, x)", x=(2, 5, 4)),
+    Form("modulation", "a, b = Split <axis = 1, num_outputs = 2> (x) c = Add (b, one_) y = Mul (a, c)", constants={"one_": np.float32(1)}),
+    Form("timestep embedding", "c = Cast <to = 1> (x) u = Unsqueeze (c, m1) p = Mul (u, f) s = Sin (p) o = Cos (p) y = Concat <axis = -1> (o, s)", x=i64(3, 999), constants={"f": ramp(4) ** 2}),
+]  # fmt: skip
+FORMS = [*NORMALIZATIONS, *REDUCTIONS, *RESIZES, *POOLS, *CONVOLUTIONS, *SLICES, *ARITHMETIC, *OTHERS]
+MISREAD = {
+    "group norm 21, groups 1", "group norm 21 in 3-D, groups 1", "group norm 21 in 5-D, groups 1",
+    "group norm 18, one group", "ReduceLogSum of no axis, noop", "ReduceSumSquare of no axis, noop",
+    "transposed convolution, output shape NOTSET",
+}  # fmt: skip
+"""Forms that the parser takes for something else: exactly these."""
+CAREFUL = {"ReduceL1 of no axis, noop", "ReduceL2 of no axis, noop", "ReduceL2 of no axis, noop, empty axes"}
+"""Errors of lint although they are right here, where no value is below zero."""
+
+
+@pytest.fixture(scope="module")
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+
+def expected(form):
+    """What ONNX Runtime computes, or the reference of onnx where it does not take the form."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    content = form.model().SerializeToString()
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return session.run(None, form.feed())[0]
+    except Exception:  # its errors have no common class
+        return ReferenceEvaluator(form.model()).run(None, form.feed())[0]
+
+
+def differs(form, trt):
+    """What the parser's network computes otherwise; None where nothing; the error where the parser refuses it."""
+    network, errors, _alive = parse(trt, form.model().SerializeToString())
+    if errors:
+        return f"refused: {errors[0]}"
+    found, right = compute(trt, network, form.feed())[0], expected(form)
+    if found.shape != right.shape:
+        return f"shape {found.shape}, and not {right.shape}"
+    same = np.allclose(found.astype(np.float64), right.astype(np.float64), rtol=2e-3, atol=2e-3, equal_nan=True)
+    return None if same else f"off by {np.abs(found.astype(np.float64) - right.astype(np.float64)).max():.3g}"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_form_is_read_as_it_is_meant_or_lint_says_so(form, trt, tmp_path):
+    problem = differs(form, trt)
+    onnx.save(form.model(), tmp_path / "model.onnx")
+    errors = {finding.rule for finding in lint(tmp_path / "model.onnx", TARGET) if finding.level == "error"}
+    assert bool(errors) == (problem is not None or form.name in CAREFUL), problem
+    misread = problem is not None and not problem.startswith("refused")
+    assert misread == (form.name in MISREAD), problem

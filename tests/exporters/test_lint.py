@@ -313,7 +313,7 @@ REFUSED = [
             x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
     refused("operator", "fails", "attention with a soft cap", "y = Attention <softcap = 30.0> (x, k, v)",
             opset=23, y="float16[1,2,16,32] y", x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
-    refused("misread", "misread", "group normalization of one group", "y = GroupNormalization <num_groups = 1> (x, s_in, s_in)",
+    refused("form", "misread", "group normalization of one group", "y = GroupNormalization <num_groups = 1> (x, s_in, s_in)",
             x=IMAGE["x"], y="float[1,16,8,8] y"),
     refused("attention", "fails", "attention in float32", "y = Attention (x, k, v)", opset=23,
             y="float[1,2,16,32] y", x="float[1,2,16,32] x, float[1,2,16,32] k, float[1,2,16,32] v"),
