@@ -153,8 +153,9 @@ def _flat_group_norm(node: ir.Node) -> str | None:
 
 
 def _vector_by_batch(node: ir.Node) -> str | None:
-    ranks = [_rank(value) or 0 for value in node.inputs[:2]] if node.op_type == "MatMul" else []
-    return "a vector by a batch of matrices" if sorted(ranks)[:1] == [1] and max(ranks) > 2 and ranks[0] == 1 else None
+    if node.op_type != "MatMul" or _rank(node.inputs[0]) != 1 or (_rank(node.inputs[1]) or 0) < 3:
+        return None
+    return "a vector by a batch of matrices"
 
 
 def _reduction_of_truths(node: ir.Node) -> str | None:

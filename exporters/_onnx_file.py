@@ -206,11 +206,12 @@ class _Structure:
             raise self._error(f"has more than {_DEEPEST} messages in each other")
         pieces: list[bytes] = []
         begin = done = start
-        name = b""
+        name, listed = b"", 0
         while begin < end:
             field, behind_key, first, at = self._field(begin, end)
             if field in _NUMBERS.get(kind, ()):
-                self._count_numbers(kind, name, at - first)
+                listed += at - begin  # one by one, or all at once
+                self._count_numbers(kind, name, listed, at - begin)
             elif field == _NAME.get(kind):
                 name = self.file[first : min(at, first + 100)]
             elif kind == "tensor" and field == _RAW_DATA and at - first > INLINE_BYTES:
@@ -268,12 +269,12 @@ class _Structure:
                 f"has more than {MOST_FIELDS} names, numbers and nodes, the most that is read: split it, or simplify it"
             )
 
-    def _count_numbers(self, kind: str, name: bytes, size: int) -> None:
+    def _count_numbers(self, kind: str, name: bytes, listed: int, size: int) -> None:
         self.numbers += size
-        if max(size, self.numbers // 8) > MOST_NUMBERS:
+        if max(listed, self.numbers // 8) > MOST_NUMBERS:
             raise self._error(
-                f"its {kind} {_short(name.decode(errors='backslashreplace'))} lists {size} bytes of numbers one by one;"
-                f" the most that is read is {MOST_NUMBERS}, and {8 * MOST_NUMBERS} in all: store them as raw data"
+                f"its {kind} {_short(name.decode(errors='backslashreplace'))} lists more than {MOST_NUMBERS} bytes of"
+                f" numbers one by one, or all together more than {8 * MOST_NUMBERS}: store them as raw data"
             )
 
     def _error(self, problem: str) -> RecipeError:

@@ -8,7 +8,6 @@ from intaglio.exporters._group_norm import spell_out_group_norm
 from intaglio.exporters._session import open_session
 from intaglio.pipeline.target import load_target
 
-
 OLD, RTX = load_target("tensorrt-10.3-orin"), load_target("tensorrt-rtx")
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a form is a row of a table
 """TensorRT's parser understands each form of an operator as ONNX does, refuses it, or lint says that it does not.
 
 Parsing takes milliseconds and no GPU: the network that the parser makes is executed in numpy, from the attributes of its
