@@ -206,7 +206,7 @@ class _Structure:
             raise self._error(f"has more than {_DEEPEST} messages in each other")
         pieces: list[bytes] = []
         begin = done = start
-        name, listed = b"", 0
+        name, listed, place = b"", 0, b""
         while begin < end:
             field, behind_key, first, at = self._field(begin, end)
             if field in _NUMBERS.get(kind, ()):
@@ -215,15 +215,16 @@ class _Structure:
             elif field == _NAME.get(kind):
                 name = self.file[first : min(at, first + 100)]
             elif kind == "tensor" and field == _RAW_DATA and at - first > INLINE_BYTES:
-                pieces += [self.file[done:begin], _external(self.path.name, first, at - first)]
-                done = at
+                pieces.append(self.file[done:begin])
+                done, place = at, _external(self.path.name, first, at - first)
             elif inner := _MESSAGES.get(kind, {}).get(field):
                 changed = self._inner(inner, first, at, depth)
                 if changed is not None:
                     pieces += [self.file[done:behind_key], _varint(len(changed)), changed]
                     done = at
             begin = at
-        return b"".join([*pieces, self.file[done:end]]) if pieces else None
+        # the last value of a field is the one that is read: the tensor may say by itself where its data is
+        return b"".join([*pieces, self.file[done:end], place]) if pieces else None
 
     def _inner(self, kind: str, first: int, at: int, depth: int) -> bytes | None:
         if kind != "value":

@@ -106,8 +106,8 @@ RULES = (
         reading.check_form,
         "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
         "output_shape; the square, absolute value or logarithm for a sum over no axis",
-        "the parser of TensorRT-RTX 1.7.1 refuses it, or makes something else of it: one group of channels is normalized "
-        "channel by channel, 0.57 from what ONNX means",
+        "the parser of TensorRT-RTX 1.7.1 refuses it, or makes something else of it: one group of channels is "
+        "normalized channel by channel, 0.57 from what ONNX means",
     ),
     Rule(
         "name",

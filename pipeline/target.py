@@ -54,8 +54,9 @@ class Limits(BaseModel):
 
     ir_version_max: int | None = Field(None, description="highest IR version; None: the runtime does not look at it")
     unsupported: tuple[str, ...] = Field(
-        (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
-        "changes something, Op.attribute=value"
+        (),
+        description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
+        "changes something, Op.attribute=value",
     )
     forms: tuple[str, ...] = Field(
         (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"

@@ -18,8 +18,8 @@ TYPES = {
     "BOOL": np.bool_,
 }  # fmt: skip
 CLASSES = {
-    "ELEMENTWISE": "IElementWiseLayer", "TOPK": "ITopKLayer", "LRN": "ILRNLayer", "PARAMETRIC_RELU": "IParametricReLULayer",
-    "SOFTMAX": "ISoftMaxLayer",
+    "ELEMENTWISE": "IElementWiseLayer", "TOPK": "ITopKLayer", "LRN": "ILRNLayer", "SOFTMAX": "ISoftMaxLayer",
+    "PARAMETRIC_RELU": "IParametricReLULayer",
 }  # fmt: skip
 
 
@@ -510,7 +510,9 @@ COMPUTE: dict[str, Callable[[Any, Sequence[Any]], Any]] = {
     "RESIZE": _resize, "POOLING": _pooling, "CONVOLUTION": _convolution, "DECONVOLUTION": _deconvolution,
     "MATRIX_MULTIPLY": _multiply, "SOFTMAX": _softmax, "GATHER": _gather, "SCATTER": _scatter, "FILL": _fill,
     "TOPK": _topk, "CUMULATIVE": _cumulative, "ONE_HOT": _one_hot, "CAST": _cast, "IDENTITY": _cast,
-    "SCALE": _scale, "REVERSE_SEQUENCE": _reverse_sequence, "ROTARY_EMBEDDING": _rotary, "LRN": _lrn, "QUANTIZE": _quantize, "DEQUANTIZE": _dequantize, "GRID_SAMPLE": _grid_sample,
+    "SCALE": _scale,
+    "REVERSE_SEQUENCE": _reverse_sequence, "ROTARY_EMBEDDING": _rotary, "LRN": _lrn,
+    "QUANTIZE": _quantize, "DEQUANTIZE": _dequantize, "GRID_SAMPLE": _grid_sample,
     "SQUEEZE": lambda layer, given: given[0].reshape(shape_of(layer)),
     "UNSQUEEZE": lambda layer, given: given[0].reshape(shape_of(layer)),
     "SELECT": lambda layer, given: np.where(*given),

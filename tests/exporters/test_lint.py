@@ -313,8 +313,8 @@ REFUSED = [
             x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
     refused("operator", "fails", "attention with a soft cap", "y = Attention <softcap = 30.0> (x, k, v)",
             opset=23, y="float16[1,2,16,32] y", x="float16[1,2,16,32] x, float16[1,2,16,32] k, float16[1,2,16,32] v"),
-    refused("form", "misread", "group normalization of one group", "y = GroupNormalization <num_groups = 1> (x, s_in, s_in)",
-            x=IMAGE["x"], y="float[1,16,8,8] y"),
+    refused("form", "misread", "group normalization of one group",
+            "y = GroupNormalization <num_groups = 1> (x, s_in, s_in)", x=IMAGE["x"], y="float[1,16,8,8] y"),
     refused("attention", "fails", "attention in float32", "y = Attention (x, k, v)", opset=23,
             y="float[1,2,16,32] y", x="float[1,2,16,32] x, float[1,2,16,32] k, float[1,2,16,32] v"),
     refused("shared-attention", "crashes", "one tensor as q and k", "y = Attention (x, x, v)", opset=23,
@@ -406,9 +406,11 @@ REFUSED = [
             IN_FP8 + GROUPS.replace("w4", "w_fp8") + PRODUCT),
     Case("fp8 input by int4 groups", IN_FP8 + GROUPS + PRODUCT, rules=("input-by-groups", "mixed-codes"),
          evidence="fails"),
-    Case("fp8 input by int4 groups, transposed", IN_FP8 + "v = DequantizeLinear <axis = 1, block_size = 16> (w4_t, s_gt)"
-         " y = Gemm <transB = 1> (d, v)", rules=("input-by-groups", "mixed-codes"), evidence="fails", **ROWS),
-    refused("mixed-codes", "fails", "fp8 input by int4", IN_FP8 + "v = DequantizeLinear <axis = 1> (w4, s_n) " + PRODUCT),
+    Case("fp8 input by int4 groups, transposed",
+         IN_FP8 + "v = DequantizeLinear <axis = 1, block_size = 16> (w4_t, s_gt) y = Gemm <transB = 1> (d, v)",
+         rules=("input-by-groups", "mixed-codes"), evidence="fails", **ROWS),
+    refused("mixed-codes", "fails", "fp8 input by int4",
+            IN_FP8 + "v = DequantizeLinear <axis = 1> (w4, s_n) " + PRODUCT),
     refused("mixed-codes", "fails", "fp8 input by int8", IN_FP8 + CHANNELS + PRODUCT),
     refused("mixed-codes", "fails", "int8 input by fp8", IN + CHANNELS.replace("w8", "w_fp8") + PRODUCT),
     refused("mixed-codes", "fails", "int8 input by fp4", IN + CHANNELS.replace("w8", "w_fp4") + PRODUCT),
@@ -724,8 +726,12 @@ def run(path: Path) -> tuple[list[np.ndarray], tuple[int, int]]:
     optimized = path.with_name("optimized.onnx")
     session = open_session(path, threads=1, optimized=optimized)
     rng = np.random.default_rng(3)
-    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64,
-             "tensor(double)": np.float64}
+    types = {
+        "tensor(float)": np.float32,
+        "tensor(float16)": np.float16,
+        "tensor(int64)": np.int64,
+        "tensor(double)": np.float64,
+    }
     feed = {i.name: rng.normal(size=i.shape).astype(types[i.type]) for i in session.get_inputs()}
     ops = [node.op_type for node in onnx.load(optimized).graph.node]
     integer = sum(op in INTEGER for op in ops)

@@ -49,6 +49,10 @@ def test_weights_stay_in_the_file_and_are_what_they_were(tmp_path):
     assert {entry.key: entry.value for entry in tensor.external_data}["location"] == "m.onnx"
     assert np.array_equal(read_model(path).graph.initializers["w"].const_value.numpy(), weight)
     assert list(lint(path, ORT)) == []
+    proto = onnx.load(path)
+    proto.graph.initializer[0].data_location = TensorProto.DEFAULT  # said, behind the data
+    onnx.save(proto, path)
+    assert np.array_equal(read_model(path).graph.initializers["w"].const_value.numpy(), weight)
 
 
 def test_small_models_are_what_onnx_reads(tmp_path):
