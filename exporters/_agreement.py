@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from intaglio.exporters._onnx_file import read_model
 from intaglio.exporters._session import lean_session
 from intaglio.pipeline.errors import StepFailed
 
@@ -82,7 +83,7 @@ def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: floa
 
 def _write_with_ends(path: Path, beside: Path) -> list[str]:
     """The graph with the ends of each floating-point value, largest and least, as outputs more; names of the values."""
-    model = ir.load(path)
+    model = read_model(path)
     made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
     for node, value in made:  # two ends and not one magnitude: that is first a copy of the value, which may be large
         ends = [ir.node(op, [value], {"keepdims": 0}, name=f"{value.name}/{op}") for op in ("ReduceMax", "ReduceMin")]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-import onnx
 import torch
 
 from intaglio.exporters._layer import LAYER_KEY
+from intaglio.exporters._onnx_file import read_proto
 from intaglio.pipeline.denoiser import Denoise, Inputs
 from intaglio.pipeline.quant.modules import channel_axis
 from intaglio.pipeline.verification import Departure
@@ -70,7 +70,7 @@ def value_names(graph: Graph) -> tuple[str, ...]:
 def _call_outputs(graph: Graph) -> dict[str, list[str]]:
     """By layer, what leaves each of its calls, whose nodes begin with `layer`, `layer@1` and so on."""
     last: dict[str, dict[str, str]] = {}
-    for node in onnx.load(graph.path, load_external_data=False).graph.node:
+    for node in read_proto(graph.path).graph.node:
         layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
         if layer in graph.nodes:
             last.setdefault(layer, {})[node.name.partition("/")[0]] = node.output[0]

@@ -1,23 +1,37 @@
-"""Group normalization in older operators, for parsers that do not know it.
+"""Group normalization in older operators, for parsers that do not know it, or take it for another.
 
 Shapes: B batch, C channels, G groups.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir import tape
 
+if TYPE_CHECKING:
+    from intaglio.pipeline.target import Target
+
 NAME = "GroupNormalization-21"
 """The operator as targets name it, with the opset that its scale of one value a channel came with."""
 
 
-def spell_out_group_norm(graph: ir.Graph) -> None:
-    """y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias. Changes `graph`."""
+ONE_GROUP = "one-group-norm"
+"""The form of targets that normalize each channel by itself where all channels are one group."""
+
+
+def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
+    """Those that the target does not read as they are meant. Changes `graph`.
+
+    y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
+    """
+    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
-        _spell_out(graph, node)
+        if unknown or (misread and node.attributes.get_int("num_groups", 1) == 1):
+            _spell_out(graph, node)
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from intaglio.exporters._onnx_file import read_model
 from intaglio.exporters._session import open_session
 from intaglio.pipeline.graph import STEP_INPUT, Graph
 
@@ -102,7 +103,7 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
 @lru_cache(maxsize=1)
 def _loaded(path: Path, _: int) -> ir.Model:
     """Parsed once for all layers of a graph; its weights stay on disk."""
-    return ir.load(path)
+    return read_model(path)
 
 
 def run_layer(

@@ -1,88 +1,301 @@
-"""Reads an ONNX file that anyone may have written, without following it out of its folder."""
+"""Reads an ONNX file that anyone may have written, in bounded memory, without following it out of its folder.
+
+All but the weights of a model is small. So the weights stay in the file, like those that are in a file beside it, and
+what is left has to keep to limits before protobuf, which needs up to 200 times its size, sees it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MIB, checked_file, printable, read_bytes
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
+Nodes: TypeAlias = "Sequence[onnx.NodeProto]"
 INLINE_BYTES = 1024
 """Tensors in files beside the model are read up to this size: shapes and scalars, which shape inference needs."""
+MOST_BYTES = (1 << 31) - 1
+"""Of the file, as protobuf has no larger messages."""
+MOST_STRUCTURE = 64 * MIB
+"""Bytes that are not raw data of tensors."""
+MOST_NUMBERS = MIB
+"""Bytes of one attribute's numbers, or of a tensor that lists its numbers one by one. Each takes up to 40 in memory."""
+MOST_NODES = 25_000
+"""Of all graphs and functions, each call of a function counted as its nodes. A large diffusion model has 10 000."""
+MOST_FIELDS = 40 * MOST_NODES
+"""Of the protobuf messages. Graphs of torch's exporter have 15 a node."""
+
+
+def read_model(path: Path) -> ir.Model:
+    """The model with its weights left in their files. Raises RecipeError."""
+    import onnx_ir as ir
+
+    proto = read_proto(path)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as e:  # they raise whatever a model that decodes, but says something impossible, leads to
+        raise RecipeError(f"{printable(path)}: is no ONNX model: {printable(e)[:300]}") from e
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The model; of tensors in other files, those that are small. Raises RecipeError."""
+    """The model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
+    content = _Structure(path, read_bytes(path, most=MOST_BYTES)).content()
     try:
-        proto = onnx.load(path, format="protobuf", load_external_data=False)
-    except OSError as e:
-        raise RecipeError(f"{path}: cannot be read: {e.strerror}") from e
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
     except Exception as e:  # protobuf's errors have no common class
-        raise RecipeError(f"{path}: is no ONNX model, or only a part of one: {e}") from e
+        raise RecipeError(f"{printable(path)}: is no ONNX model, or only a part of one: {printable(e)}") from e
     if not proto.HasField("graph") or not proto.opset_import:
-        raise RecipeError(f"{path}: is no ONNX model: it has no graph, or does not say which opset it is written in")
+        raise RecipeError(
+            f"{printable(path)}: is no ONNX model: it has no graph, or does not say which opset it is written in"
+        )
+    if (count := sum(len(nodes) for _, nodes in graphs(proto))) > MOST_NODES:
+        raise RecipeError(f"{printable(path)}: has {count} nodes, the most that is read is {MOST_NODES}")
     problems = []
-    for tensor in _tensors(proto):
+    for tensor in tensors(proto):
         if not uses_external_data(tensor):
             continue
-        if problem := _external_problem(tensor, path.parent):
+        if problem := _external_problem(tensor, path):
             problems.append(problem)
-        elif _nbytes(tensor) <= INLINE_BYTES:
+        elif (nbytes(tensor) or 0) <= INLINE_BYTES:
             load_external_data_for_tensor(tensor, str(path.parent))
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     if problems:
-        raise RecipeError(*problems)
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise RecipeError(*problems[:20], *more)
     return proto
 
 
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Of all graphs and functions."""
-    graphs, functions = [proto.graph], [function.node for function in proto.functions]
-    while graphs or functions:
-        if graphs:
-            graph = graphs.pop()
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Of all graphs and functions, always in the same order."""
+    for graph, nodes in graphs(proto):
+        if graph is not None:
             yield from graph.initializer
-            functions.append(graph.node)
-        for node in functions.pop():
+            yield from (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+        for node in nodes:
             for attribute in node.attribute:
-                graphs += [g for g in (attribute.g, *attribute.graphs) if g.node or g.initializer]
                 yield from (tensor for tensor in (attribute.t, *attribute.tensors) if tensor.data_type)
 
 
-def _nbytes(tensor: onnx.TensorProto) -> int:
+def graphs(proto: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto | None, Nodes]]:
+    """Every graph with its nodes, those inside nodes as well; for a function None with its nodes."""
+    yield from _within(proto.graph, proto.graph.node)
+    for function in proto.functions:
+        yield from _within(None, function.node)
+
+
+def all_nodes(nodes: Nodes) -> Iterator[onnx.NodeProto]:
+    """These, and those of the graphs inside them."""
+    return (node for _, inner in _within(None, nodes) for node in inner)
+
+
+def _within(graph: onnx.GraphProto | None, nodes: Nodes) -> Iterator[tuple[onnx.GraphProto | None, Nodes]]:
+    pending = [(graph, nodes)]
+    while pending:
+        graph, nodes = pending.pop()
+        yield graph, nodes
+        inner = (g for node in nodes for a in node.attribute for g in (a.g, *a.graphs) if g.node or g.initializer)
+        pending += [(each, each.node) for each in inner]
+
+
+def nbytes(tensor: onnx.TensorProto) -> int | None:
+    """None for a type without a size."""
     import onnx_ir as ir
 
-    size = 1
-    for axis in tensor.dims:
-        size *= axis
-    return -(-size * ir.DataType(tensor.data_type).bitwidth // 8)
+    try:
+        bits: int = prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
+    except (TypeError, ValueError):  # strings, and numbers of no type
+        return None
+    return -(-bits // 8)
 
 
-def _external_problem(tensor: onnx.TensorProto, folder: Path) -> str | None:
+def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
     """What is wrong with the place where the tensor is kept."""
     place = {entry.key: entry.value for entry in tensor.external_data}
-    file = folder / place.get("location", "")
+    location, folder = place.get("location", ""), path.parent
+    name, where, size = _short(tensor.name), _short(location), nbytes(tensor)
+    if size is None:
+        return f"{name}: its data is in {where}, where only numbers can be: keep it in the model"
     try:
         offset = int(place.get("offset", 0))
-        length = int(place.get("length", _nbytes(tensor)))
+        length = int(place.get("length", size))
     except ValueError:
-        return f"{tensor.name}: its place in {place.get('location')} is not a number of bytes"
+        return f"{name}: its place in {where} is not a number of bytes"
+    if any(axis < 0 for axis in tensor.dims):
+        return f"{name}: has {min(tensor.dims)} elements along an axis"
+    file = folder / location
+    if location != path.name:  # the model itself has been read, and may be a link
+        try:
+            inside, there = file.resolve().is_relative_to(folder.resolve()), file.exists()
+        except (OSError, RuntimeError, ValueError) as e:  # a name that no file can have, or links in a circle
+            return f"{name}: its data is in '{printable(location[:40])}', which no file can be named: {e.args[-1]}"
+        if not inside:
+            return f"{name}: its data is in {where}, outside the model's folder: move it there"
+        if not there:
+            return f"{name}: its data is in {where}, which is not there: copy it beside the model"
     try:
-        inside, there = file.resolve().is_relative_to(folder.resolve()), file.is_file()
-    except (OSError, ValueError) as e:  # a name that no file can have
-        return f"{tensor.name}: its data is in {place['location'][:40]!r}, which no file can be named: {e.args[-1]}"
-    if not inside:
-        return f"{tensor.name}: its data is in {place.get('location')}, outside the model's folder: move it there"
-    if not there:
-        return f"{tensor.name}: its data is in {place.get('location')}, which is not there: copy it beside the model"
-    if offset < 0 or length < _nbytes(tensor) or offset + length > file.stat().st_size:
-        return f"{tensor.name}: {_nbytes(tensor)} bytes at {offset}, but {file.name} ends at {file.stat().st_size}"
+        end = checked_file(file).stat().st_size
+    except RecipeError as e:
+        return f"{name}: its data is in {where}: {e}"
+    if offset < 0 or length != size or offset + length > end:
+        said = f", not the {length} that the model says" if length != size else ""
+        return f"{name}: {size} bytes at {offset}{said}, but {_short(file.name)} ends at {end}"
     return None
+
+
+def _short(name: str) -> str:
+    """At most 100 characters, all of them printable."""
+    text = printable(name[:100])
+    return text if len(name) <= 100 else f"{text[:97]}..."
+
+
+_MESSAGES: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 11: "value", 12: "value", 13: "value", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": dict.fromkeys((5, 10), "tensor")
+    | dict.fromkeys((6, 11), "graph")
+    | dict.fromkeys((14, 15), "value")
+    | dict.fromkeys((22, 23), "sparse"),
+    "function": {7: "node", 11: "attribute", 12: "value"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "training": {1: "graph", 2: "graph"},
+}
+"""By message of onnx.proto3: its fields that are messages with more in them than texts."""
+_NUMBERS = {"attribute": (7, 8), "tensor": (1, 5, 7, 11)}
+"""Lists of numbers that take more in memory than in the file."""
+_NAME = {"attribute": 1, "tensor": 8}
+_RAW_DATA = 9
+_DEEPEST = 100
+"""Messages in each other: what protobuf reads."""
+
+
+class _Structure:
+    """The messages of a model one after the other, counted, and without the raw data of larger tensors."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.file = path, content
+        self.fields = self.numbers = 0
+
+    def content(self) -> bytes:
+        """The model with larger tensors as external data of its own file. Raises RecipeError for one too large."""
+        found = self._message("model", 0, len(self.file), 0)
+        left = self.file if found is None else found
+        if len(left) > MOST_STRUCTURE:
+            raise self._error(
+                f"has {len(left)} bytes beside the raw data of its tensors, the most that is read is {MOST_STRUCTURE}:"
+                " save it again with onnx.save, and without doc strings"
+            )
+        return left
+
+    def _message(self, kind: str, start: int, end: int, depth: int) -> bytes | None:
+        """What takes the message's place; None for what stays as it is."""
+        if depth > _DEEPEST:
+            raise self._error(f"has more than {_DEEPEST} messages in each other")
+        pieces: list[bytes] = []
+        begin = done = start
+        name, listed, place = b"", 0, b""
+        while begin < end:
+            field, behind_key, first, at = self._field(begin, end)
+            if field in _NUMBERS.get(kind, ()):
+                listed += at - begin  # one by one, or all at once
+                self._count_numbers(kind, name, listed, at - begin)
+            elif field == _NAME.get(kind):
+                name = self.file[first : min(at, first + 100)]
+            elif kind == "tensor" and field == _RAW_DATA and at - first > INLINE_BYTES:
+                pieces.append(self.file[done:begin])
+                done, place = at, _external(self.path.name, first, at - first)
+            elif inner := _MESSAGES.get(kind, {}).get(field):
+                changed = self._inner(inner, first, at, depth)
+                if changed is not None:
+                    pieces += [self.file[done:behind_key], _varint(len(changed)), changed]
+                    done = at
+            begin = at
+        # the last value of a field is the one that is read: the tensor may say by itself where its data is
+        return b"".join([*pieces, self.file[done:end], place]) if pieces else None
+
+    def _inner(self, kind: str, first: int, at: int, depth: int) -> bytes | None:
+        if kind != "value":
+            return self._message(kind, first, at, depth + 1)
+        self._count((at - first) // 8)  # a name, and some axes
+        return None
+
+    def _field(self, begin: int, end: int) -> tuple[int, int, int, int]:
+        """Its number, and where its key ends, its content begins and ends. Raises RecipeError for what is none."""
+        key, behind_key = self._number(begin)
+        first = behind_key
+        match key & 7:
+            case 0:
+                at = self._number(first)[1]
+            case 1:
+                at = first + 8
+            case 2:
+                size, first = self._number(first)
+                at = first + size
+            case 5:
+                at = first + 4
+            case _:
+                at = end + 1
+        if at > end:
+            raise self._error("is no ONNX model, or only a part of one")
+        self._count(1)
+        return key >> 3, behind_key, first, at
+
+    def _number(self, at: int) -> tuple[int, int]:
+        """A varint and where it ends; far behind the file for one that does not end."""
+        file, value = self.file, 0
+        for place in range(min(10, len(file) - at)):
+            byte = file[at + place]
+            value |= (byte & 127) << (7 * place)
+            if byte < 128:
+                return value, at + place + 1
+        return 0, MOST_BYTES + 1
+
+    def _count(self, fields: int) -> None:
+        self.fields += fields
+        if self.fields > MOST_FIELDS:
+            raise self._error(
+                f"has more than {MOST_FIELDS} names, numbers and nodes, the most that is read: split it, or simplify it"
+            )
+
+    def _count_numbers(self, kind: str, name: bytes, listed: int, size: int) -> None:
+        self.numbers += size
+        if max(listed, self.numbers // 8) > MOST_NUMBERS:
+            raise self._error(
+                f"its {kind} {_short(name.decode(errors='backslashreplace'))} lists more than {MOST_NUMBERS} bytes of"
+                f" numbers one by one, or all together more than {8 * MOST_NUMBERS}: store them as raw data"
+            )
+
+    def _error(self, problem: str) -> RecipeError:
+        return RecipeError(f"{printable(self.path)}: {problem}")
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _external(file: str, offset: int, length: int) -> bytes:
+    """The fields of a tensor that say where its data is."""
+    import onnx
+
+    tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in {"location": file, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    fields: bytes = tensor.SerializeToString()
+    return fields

@@ -23,6 +23,10 @@ MOVES = frozenset(
 """Operators that select or move values: a product behind them still runs on integers (TensorRT-RTX 1.7.1)."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
+_FARTHEST = 64
+"""Nodes that are looked back: a chain of thousands, behind each of thousands of products, would take hours."""
+_MOST_ELEMENTS = 1 << 23
+"""Of a constant that is looked into: scales of groups of 16 in a weight of 10^8 elements."""
 CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
 
 
@@ -125,7 +129,7 @@ def dequantized(value: ir.Value | None) -> Operand | None:
     """The operand that `value` is, through what only moves or casts it."""
     between: list[ir.Node] = []
     node = producer(value)
-    while node is not None and node.op_type in MOVES | {"Cast"} and node not in between:
+    while node is not None and node.op_type in MOVES | {"Cast"} and len(between) < _FARTHEST:
         between.append(node)
         node = producer(node.inputs[0])
     return Operand(node, tuple(between)) if node is not None and node.op_type == "DequantizeLinear" else None
@@ -186,18 +190,19 @@ def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def array(value: ir.Value | None) -> NDArray[np.generic] | None:
-    """As `constant`, in memory. Raises RecipeError where the file holds less or more than its shape says."""
+    """As `constant`, in memory, if it is not too large. Raises RecipeError where the file holds more or less of it."""
     tensor = constant(value)
     try:
-        return None if tensor is None else tensor.numpy()
+        return None if tensor is None or tensor.size > _MOST_ELEMENTS else tensor.numpy()
     except (ValueError, TypeError) as e:
         raise RecipeError(f"constant {value.name if value else ''}: {e}") from e
 
 
 def is_constant(value: ir.Value | None) -> bool:
     """Whether the graph's inputs have no part in it."""
-    pending, seen = [value], set()
-    while pending:
+    pending = [value]
+    seen: set[ir.Value] = set()
+    while pending and len(seen) < _FARTHEST:
         current = pending.pop()
         if current is None or current in seen or constant(current) is not None:
             continue
@@ -206,4 +211,4 @@ def is_constant(value: ir.Value | None) -> bool:
         if node is None:
             return False
         pending += node.inputs
-    return True
+    return not pending

@@ -15,7 +15,7 @@ import onnxruntime
 
 from intaglio.exporters._onnx_file import read_proto
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.files import checked_file, printable, read_onnx
+from intaglio.pipeline.files import checked_file, printable
 from intaglio.pipeline.graph import STEP_INPUT, Graph
 from intaglio.pipeline.target import load_target
 
@@ -267,7 +267,7 @@ def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -
     import onnx
     import torch
 
-    model = read_onnx(graph.path)
+    model = read_proto(graph.path)
     there = {value.name for value in model.graph.output} | set(graph.inputs)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)

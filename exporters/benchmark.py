@@ -122,8 +122,9 @@ def half_graph(graph: Graph, scratch: Path) -> Graph:
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from intaglio.exporters._half import type_half
+    from intaglio.exporters._onnx_file import read_model
 
-    model = ir.load(graph.path)
+    model = read_model(graph.path)
     type_half(model, (), graph.amax)
     RemoveUnusedNodesPass()(model)
     written, folder = scratch / "model.onnx", scratch / "float16"

@@ -33,7 +33,7 @@ class ExportQdq(Pass):
     """
 
     name: ClassVar[str] = "export-qdq"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
@@ -60,15 +60,15 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     import onnx_ir as ir
 
     from intaglio.exporters._folding import fold_scales
-    from intaglio.exporters._group_norm import NAME, spell_out_group_norm
+    from intaglio.exporters._group_norm import spell_out_group_norm
     from intaglio.exporters._half import type_half
+    from intaglio.exporters._onnx_file import read_model
     from intaglio.exporters._torch_export import tensor_specs
 
-    model = ir.load(graph.path)
+    model = read_model(graph.path)
     if (opset := model.opset_imports[""]) > target.opset_max:
         raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
-    if NAME in target.limits.unsupported:
-        spell_out_group_norm(model.graph)
+    spell_out_group_norm(model.graph, target)
     calls = _find_calls(model.graph, quantized)
     nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
     ends = {str(end.name) for call in calls for end in (call.site.x, call.site.y)}

@@ -61,6 +61,7 @@ class ProfileLayers(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         import onnxruntime
 
+        from intaglio.exporters._onnx_file import read_proto
         from intaglio.exporters._session import graph_session, noise_feed, usual_shapes
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
@@ -80,7 +81,7 @@ class ProfileLayers(Pass):
                 session.run(None, feed)
                 advance()
         events = json.loads(Path(session.end_profiling()).read_text())  # ONNX Runtime wrote it just now
-        written, executed = read_onnx(graph.path), read_onnx(optimized)
+        written, executed = read_proto(graph.path), read_onnx(optimized)
         owners = _owners_of_kernels(written, executed)
         layers: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
         rest: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
@@ -113,9 +114,11 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
     A kernel for products of several layers counts for each by its number of weights. Raises RecipeError for other
     files, and where no kernel is of a layer.
     """
+    from intaglio.exporters._onnx_file import read_proto
+
     runs, took = _kernels_of_trtexec(times)
     nodes_of = {} if layers is None else _nodes_of_trtexec(layers)
-    model = read_onnx(graph.path)
+    model = read_proto(graph.path)
     nodes = {node.name: node for node in model.graph.node}
     weights = {layer.name: layer.n * layer.k for layer in plan.layers}
     found: dict[str, float] = defaultdict(float)

@@ -173,9 +173,9 @@ def _load(target: Target) -> ModuleType:
 
 def _read_products(path: Path) -> frozenset[str]:
     """Names, as the parser gives them, of the nodes that multiply. Raises TargetError for groups that do not fit."""
-    import onnx
+    from intaglio.exporters._onnx_file import read_proto
 
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = read_proto(path).graph
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     problems = []
     for node in graph.node:

@@ -55,9 +55,17 @@ class Limits(BaseModel):
 
     ir_version_max: int | None = Field(None, description="highest IR version; None: the runtime does not look at it")
     unsupported: tuple[str, ...] = Field(
-        (), description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it is not 0"
+        (),
+        description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
+        "changes something, Op.attribute=value",
     )
+    forms: tuple[str, ...] = Field(
+        (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"
+    )
+    types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
+    double_as_float: bool = Field(False, description="computes in float32 what is in float64")
     domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
+    reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
     float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
     shared_attention: bool = Field(True, description="takes the operator Attention with one tensor as q and as k")
     code_types: tuple[str, ...] = Field(description="types of quantized tensors that it reads for what they are")
@@ -72,6 +80,7 @@ class Limits(BaseModel):
     )
     one_element_scales: tuple[str, ...] = Field(description="products that take a scale of shape (1,) for a scalar")
     int4_by_int8: tuple[OpKind, ...] = Field(description="layers that multiply an 8-bit input by a 4-bit weight")
+    same_codes: bool = Field(False, description="multiplies codes of one type, and an int4 weight by an int8 input")
     mixed_pairs: bool = Field(True, description="codes made with one scale may be read with one for each channel")
     unscaled_half_sums: bool = Field(False, description="a float16 product is written before its channels are scaled")
     ragged_groups: bool = Field(description="the last group of weights may be shorter")

@@ -2,25 +2,55 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tensorrt_layers import axes_of, layers, parse
 
 from intaglio.exporters._group_norm import spell_out_group_norm
 from intaglio.exporters._session import open_session
+from intaglio.pipeline.target import load_target
+
+OLD, RTX = load_target("tensorrt-10.3-orin"), load_target("tensorrt-rtx")
 
 
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("shape", ["2,8,4,4", "2,8,5"])
-def test_older_operators_compute_the_same(shape):
-    text = f"""<ir_version: 10, opset_import: ["" : 21]>
-    g (float[{shape}] x, float[8] s, float[8] b) => (float[{shape}] y) {{
-      [norm] h = GroupNormalization <num_groups = 4, epsilon = 0.01> (x, s, b)
-      y = Abs (h)
-    }}"""
-    model = ir.from_onnx_text(text)
+def test_older_operators_compute_the_same(shape, groups):
+    model = normalization(shape, groups)
     rng = np.random.default_rng(0)
     feed = {v.name: rng.standard_normal([int(d) for d in v.shape]).astype(np.float32) * 3 for v in model.graph.inputs}
     before = open_session(ir.to_proto(model).SerializeToString()).run(None, feed)[0]
-    spell_out_group_norm(model.graph)
+    spell_out_group_norm(model.graph, OLD)
     assert "GroupNormalization" not in {node.op_type for node in model.graph}
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     after = open_session(proto.SerializeToString()).run(None, feed)[0]
     assert np.allclose(before, after, atol=1e-5)  # float32 moments of some ten values
+
+
+def normalization(shape, groups):
+    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    g (float[{shape}] x, float[8] s, float[8] b) => (float[{shape}] y) {{
+      [norm] h = GroupNormalization <num_groups = {groups}, epsilon = 0.01> (x, s, b)
+      y = Abs (h)
+    }}"""
+    return ir.from_onnx_text(text)
+
+
+@pytest.mark.parametrize(
+    ("target", "groups", "kept"),
+    [("tensorrt-rtx", 1, False), ("tensorrt-10", 1, False), ("tensorrt-rtx", 4, True), ("onnxruntime-cpu", 1, True)],
+)
+def test_one_group_is_spelled_out_where_the_importer_takes_it_for_groups_of_one_channel(target, groups, kept):
+    model = normalization("2,8,4,4", groups)
+    spell_out_group_norm(model.graph, load_target(target))
+    assert ("GroupNormalization" in {node.op_type for node in model.graph}) == kept
+
+
+def test_tensorrt_rtx_normalizes_the_group_as_a_whole():
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model = normalization("2,8,4,4", 1)
+    spell_out_group_norm(model.graph, RTX)
+    network, errors, _alive = parse(trt, ir.to_proto(model).SerializeToString())
+    assert not errors
+    (found,) = [layer for kind, layer in layers(trt, network) if kind == "NORMALIZATION"]
+    assert (tuple(found.get_input(0).shape), axes_of(found.axes, 3)) == ((2, 1, 128), (2,))
+    assert found.epsilon == pytest.approx(0.01)
