@@ -150,18 +150,39 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     return None
 
 
+NAMED = 12
+"""Layers that one log line names for a reason; plan.json names all."""
+
+
+def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason to stay in float, with the layers that it holds for, by `reasons` of their names.
+
+    >>> in_float_lines({"a": "it is never called", "b": "it is never called"})
+    ['2 layers stay in float, it is never called: a, b']
+    """
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        stay = "layer stays" if len(names) == 1 else "layers stay"
+        lines.append(f"{len(names)} {stay} in float, {reason}: {', '.join(names[:NAMED])}{more}")
+    return lines
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
 
     `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
-    `branches` has those of which a part of the weight stays in float.
+    `branches` has those of which a part of the weight stays in float. `reasons` says of layers that can only stay in
+    float why that is so.
     """
 
     layers: tuple[Layer, ...]
     schemes: Mapping[str, LayerScheme]
     balances: Mapping[str, LayerBalance] = field(default_factory=dict)
     branches: Mapping[str, Branch] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named, planned = {layer.name for layer in self.layers}, set(self.schemes)
@@ -175,6 +196,8 @@ class QuantPlan:
         shapes = {n: (len(b.up_NR), b.down_RK.shape[1]) for n, b in self.branches.items()}
         if wrong := sorted(n for n, shape in shapes.items() if shape != weights.get(n)):
             raise ContractError(f"a branch is for a quantized layer, of its weight's shape: {wrong}")
+        if wrong := sorted(n for n in self.reasons if self.schemes.get(n) != FLOAT):
+            raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
 
     def check(self, target: Target) -> None:
         """Raise TargetError that lists every layer whose scheme the target cannot execute."""
@@ -187,13 +210,26 @@ class QuantPlan:
         schemes = {**self.schemes, **changes}
         balances = {n: b for n, b in self.balances.items() if schemes[n] != FLOAT}
         branches = {n: b for n, b in self.branches.items() if schemes[n] != FLOAT}
-        return QuantPlan(self.layers, schemes, balances, branches)
+        reasons = {n: reason for n, reason in self.reasons.items() if schemes[n] == FLOAT}
+        return QuantPlan(self.layers, schemes, balances, branches, reasons)
+
+    def left_in_float(self, reasons: Mapping[str, str]) -> QuantPlan:
+        """A plan with these layers of it in float, for these reasons."""
+        known = {n: reason for n, reason in reasons.items() if n in self.schemes}
+        changed = self.replace(dict.fromkeys(known, FLOAT))
+        return QuantPlan(changed.layers, changed.schemes, changed.balances, changed.branches, {**self.reasons, **known})
 
     def balanced(
         self, balances: Mapping[str, LayerBalance], branches: Mapping[str, Branch] = MappingProxyType({})
     ) -> QuantPlan:
         """A plan with these layers in another basis, and with these branches, beside those that are already."""
-        return QuantPlan(self.layers, self.schemes, {**self.balances, **balances}, {**self.branches, **branches})
+        merged = {**self.balances, **balances}, {**self.branches, **branches}
+        return QuantPlan(self.layers, self.schemes, *merged, self.reasons)
+
+    @property
+    def quantized(self) -> int:
+        """Number of layers that do not stay in float."""
+        return sum(scheme != FLOAT for scheme in self.schemes.values())
 
     @property
     def size_bytes(self) -> int:
@@ -207,9 +243,10 @@ class QuantPlan:
 
     @property
     def weight_bits_mean(self) -> float:
-        """Bits a weight, weighted by parameters; 16 for a layer in float."""
+        """Bits a weight, weighted by parameters; 16 for a layer in float, and for a plan without layers."""
         total = sum(layer.n * layer.k for layer in self.layers)
-        return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
+        bits = sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers)
+        return bits / total if total else float(FLOAT.weight_bits)
 
     def save(self, root: Path) -> None:
         """Write plan.json, balance.safetensors where a layer is balanced, branch.safetensors where one has a branch."""
@@ -221,6 +258,7 @@ class QuantPlan:
                 "size_bytes": self.layer_bytes(layer),
                 **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
                 **({"branch": self.branches[layer.name].rank} if layer.name in self.branches else {}),
+                **({"reason": self.reasons[layer.name]} if layer.name in self.reasons else {}),
             }
             for layer in self.layers
         ]
@@ -241,8 +279,9 @@ class QuantPlan:
         layers = tuple(Layer(**{k: r[k] for k in ("name", "op", "shape", "bias", "padded")}) for r in rows)
         schemes = {r["name"]: LayerScheme(weight=r["weight"], input=r["input"], output=r["output"]) for r in rows}
         balances, branches = root / "balance.safetensors", root / "branch.safetensors"
+        reasons = {r["name"]: r["reason"] for r in rows if "reason" in r}
         if not balances.exists() and not branches.exists():
-            return cls(layers, schemes)
+            return cls(layers, schemes, reasons=reasons)
         from intaglio.pipeline.quant.balance import load_balances
         from intaglio.pipeline.quant.branch import load_branches
 
@@ -251,4 +290,5 @@ class QuantPlan:
             schemes,
             load_balances(balances) if balances.exists() else {},
             load_branches(branches) if branches.exists() else {},
+            reasons,
         )

@@ -6,7 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
+
+from intaglio.pipeline.plan import Layer
+
+
+class Unreached(NamedTuple):
+    """A layer that has no part in the recorded calls, so that it can only stay in float, and the reason."""
+
+    layer: Layer
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -15,18 +24,29 @@ class Workload:
 
     `rows` are tokens, or pixels that a convolution gives, in all calls of the layer together, by its name; fractions
     where samples share them. `same_input` has the names of layers that read the same tensor, in the order of calls.
+    `unreached` are the layers that are in neither.
     """
 
     rows: Mapping[str, float]
     same_input: tuple[tuple[str, ...], ...] = ()
+    unreached: tuple[Unreached, ...] = ()
+
+    @property
+    def float_reasons(self) -> dict[str, str]:
+        """Why each unreached layer stays in float, by its name."""
+        return {layer.name: reason for layer, reason in self.unreached}
 
     def save(self, root: Path) -> None:
         """Write workload.json."""
-        content = {"rows": self.rows, "same_input": self.same_input}
+        content: dict[str, object] = {"rows": self.rows, "same_input": self.same_input}
+        if self.unreached:
+            content["unreached"] = [layer.model_dump(mode="json") | {"reason": why} for layer, why in self.unreached]
         (root / "workload.json").write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read workload.json."""
         content = json.loads((root / "workload.json").read_text())
-        return cls(content["rows"], tuple(map(tuple, content["same_input"])))
+        unreached = (dict(row) for row in content.get("unreached", ()))
+        left = tuple(Unreached(reason=row.pop("reason"), layer=Layer(**row)) for row in unreached)
+        return cls(content["rows"], tuple(map(tuple, content["same_input"])), left)

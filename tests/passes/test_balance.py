@@ -112,7 +112,7 @@ def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):
     chosen = plan.balances[name]
     model = planned[MODEL].open()
     layers = {name: model.module.get_submodule(name)}
-    seen = layer_inputs(layers, denoise_with(model.module, model), planned[TRAJECTORY].call(2))[name]
+    (seen,) = layer_inputs(layers, denoise_with(model.module, model), planned[TRAJECTORY].call(2))[name]
     moved = seen * chosen.balance.scale_C
     assert chosen.low_T[2] == moved.min()
     assert chosen.high_T[2] == moved.max()
@@ -133,9 +133,9 @@ def test_a_branch_takes_what_is_large_of_a_weight_of_4_bits(planned, tmp_path):
     assert plan.size_bytes == sum(map(plan.layer_bytes, plan.layers))
     model, trajectory = planned[MODEL].open(), planned[TRAJECTORY]
     modules = {name: model.module.get_submodule(name) for name in names}
-    (x, *_) = layer_inputs(modules, denoise_with(model.module, model), trajectory.call(1)).values()
+    ((x,), *_) = layer_inputs(modules, denoise_with(model.module, model), trajectory.call(1)).values()
     parts = {name: (modules[name], plan.schemes[name]) for name in names}
-    assert _error(parts, [x], None, 4) < 0.9 * _error(parts, [x], None)
+    assert _error(parts, [[x]], None, 4) < 0.9 * _error(parts, [[x]], None)
     plan.save(tmp_path)
     read = QuantPlan.load(tmp_path).branches
     assert read.keys() == plan.branches.keys()
