@@ -309,7 +309,9 @@ Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """x @ DQ(Wq, s_w), s_w (N,)"""
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
-    weight = _dequantize_channels(w, call, w.constant(f"{call.site.layer}/weight", codes))
+    # one for each call where codes are unsigned: ONNX Runtime rewrites the weights of products, and each only once
+    owner = call.prefix if w.input_zero.dtype == np.uint8 else call.site.layer
+    weight = _dequantize_channels(w, call, w.constant(f"{owner}/weight", codes))
     return _product(w, call, x, weight)
 
 

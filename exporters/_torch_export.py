@@ -97,7 +97,7 @@ def write_graph(
     repair(exported.graph)
     _simplify(exported)
     axes = _axis_names(exported.graph, calls)
-    _keep_layer_names(exported, frozenset(layer.name for layer in layer_table(module)), axes)
+    _keep_layer_names(exported, _layer_paths(module), axes)
     sites = find_sites(exported.graph)
     _check_weights(module, sites)
     ir.save(exported, path, external_data="model.onnx.data")
@@ -257,7 +257,14 @@ def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]
     return names
 
 
-def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:
+def _layer_paths(module: nn.Module) -> dict[str, str]:
+    """The layer's name in the table, by every path under which it is registered."""
+    names = {module.get_submodule(layer.name): layer.name for layer in layer_table(module)}
+    every = module.named_modules(remove_duplicate=False)
+    return {path: names[part] for path, part in every if part in names}
+
+
+def _keep_layer_names(model: ir.Model, layers: Mapping[str, str], axes: Mapping[str, tuple[str, str, int]]) -> None:
     """Of all metadata leave each node's layer, and give axes their names. Changes `model`: no path is left in it."""
     graph = model.graph
     for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
@@ -270,8 +277,8 @@ def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str
         node.metadata_props.clear()
         node.doc_string = None
         if layer in layers:
-            node.metadata_props[LAYER_KEY] = layer
-            node.name = f"{layer}/{node.op_type}"
+            node.metadata_props[LAYER_KEY] = layers[layer]
+            node.name = f"{layers[layer]}/{node.op_type}"
     for described in (model, graph):
         described.metadata_props.clear()
         described.doc_string = None

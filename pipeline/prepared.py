@@ -18,6 +18,7 @@ def plain_weights_(module: Module) -> Module:
     evaluation mode: in training mode spectral norms change with every look.
     """
     import torch
+    from torch import nn
     from torch.nn.utils import parametrize, prune
     from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
     from torch.nn.utils.weight_norm import WeightNorm
@@ -27,6 +28,9 @@ def plain_weights_(module: Module) -> Module:
             if parametrize.is_parametrized(part):
                 for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                     parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # where it has several originals
+                        delattr(part, name)
+                        part.register_parameter(name, nn.Parameter(weight))
             for key, hook in list(part._forward_pre_hooks.items()):
                 if isinstance(hook, WeightNorm):
                     hook.remove(part)
