@@ -30,7 +30,7 @@ def plain_weights_(module: Module) -> Module:
                     parametrize.remove_parametrizations(part, name, leave_parametrized=True)
                     if not isinstance(weight := getattr(part, name), nn.Parameter):  # where it has several originals
                         delattr(part, name)
-                        part.register_parameter(name, nn.Parameter(weight))
+                        part.register_parameter(name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
             for key, hook in list(part._forward_pre_hooks.items()):
                 if isinstance(hook, WeightNorm):
                     hook.remove(part)
