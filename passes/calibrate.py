@@ -128,9 +128,16 @@ def _check_weights(module: torch.nn.Module) -> None:
 
 def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:
     """The calls without the ranges of these layers."""
-    tables = {name: getattr(trajectory, name) for name in ("amax", "output_amax", "low", "high")}
+
+    def rest(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values for name, values in table.items() if name not in layers}
+
     return replace(
-        trajectory, **{name: {n: v for n, v in table.items() if n not in layers} for name, table in tables.items()}
+        trajectory,
+        amax=rest(trajectory.amax),
+        output_amax=rest(trajectory.output_amax),
+        low=rest(trajectory.low),
+        high=rest(trajectory.high),
     )
 
 

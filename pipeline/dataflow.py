@@ -32,11 +32,15 @@ class _Operation(NamedTuple):
     writes: frozenset[int]
 
 
-class _Tracer(TorchDispatchMode):
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's has no types
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """Notes every operation, and reads of a weight outside of the module that holds it."""
 
     def __init__(self, holders: Mapping[int, frozenset[nn.Module]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.operations: list[_Operation] = []
         self.read: set[int] = set()
         self.running: list[nn.Module] = []
@@ -48,7 +52,7 @@ class _Tracer(TorchDispatchMode):
         found = set()
         for tensor in tree_leaves(values):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                reference = StorageWeakRef(tensor.untyped_storage())
+                reference = _storage(tensor)
                 self._kept.setdefault(reference.cdata, reference)
                 found.add(reference.cdata)
         return frozenset(found)
@@ -75,7 +79,7 @@ def follow(module: nn.Module, layers: Iterable[str], call: Callable[[], torch.Te
     own = [part for part in module.modules() if part._parameters]
     for part in own:
         for parameter in part.parameters(recurse=False):
-            number = StorageWeakRef(parameter.untyped_storage()).cdata
+            number = _storage(parameter).cdata
             holders[number] = holders.get(number, frozenset()) | {part}
     tracer = _Tracer(holders)
     outputs: dict[str, frozenset[int]] = {}
@@ -101,7 +105,7 @@ def follow(module: nn.Module, layers: Iterable[str], call: Callable[[], torch.Te
     for operation in reversed(tracer.operations):
         if not operation.writes or operation.writes & live:
             live |= operation.reads
-    weights = {name: StorageWeakRef(layer.weight.untyped_storage()).cdata for name, layer in named.items()}  # type: ignore[union-attr, operator]  # layers of the table have weights
+    weights = {name: _storage(layer.get_parameter("weight")).cdata for name, layer in named.items()}
     return Uses(
         frozenset(name for name, numbers in outputs.items() if numbers & live),
         frozenset(name for name, number in weights.items() if number in tracer.read),
