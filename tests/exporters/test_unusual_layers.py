@@ -33,6 +33,7 @@ from intaglio.pipeline.keys import (
     WORKLOAD,
 )
 from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, channel_axis, quantize_model
 from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.target import load_target
 from intaglio.pipeline.workload import Workload
@@ -158,21 +159,20 @@ def test_every_call_of_a_layer_is_quantized_and_the_runtime_takes_the_graph(star
 
 def test_layers_that_are_called_again_are_balanced_and_trained_over_all_calls(start, tmp_path):
     made = planned(start, ("w4a8_token", "w4a8_step"), "onnxruntime-cpu", tmp_path)
-    balance = BalanceLayers(steps=1, rows=2, gain_db=-1.0, exponents=(0.5,))
-    made = made | run_pass(balance, made, tmp_path / "balance")
-    assert "two_sizes" in made[PLAN].balances
-    model, trajectory, basis = start[MODEL].open(), start[TRAJECTORY], made[PLAN].balances["thrice"]
-    seen = []
-    model.module.thrice.register_forward_pre_hook(lambda _, args: seen.append(basis.balance.input(args[0], -1)))
+    made = made | run_pass(BalanceLayers(steps=1, rows=2, gain_db=0.0), made, tmp_path / "balance")
+    name = next(name for name in CALLS if name in made[PLAN].balances)
+    model, trajectory, basis = start[MODEL].open(), start[TRAJECTORY], made[PLAN].balances[name]
+    layer, seen = model.module.get_submodule(name), []
+    axis = channel_axis(layer)
+    layer.register_forward_pre_hook(lambda _, args: seen.append(basis.balance.input(args[0], axis)))
     with torch.no_grad():
         denoise_with(model.module, model)(trajectory.call(1, trajectory.some_rows(2)))
+    assert len(seen) == CALLS[name]
     assert basis.high_T[1] == max(x.max() for x in seen)
     check(written(made, tmp_path, updates=2, samples=1, rank=2, start="gptq"), tmp_path)
 
 
 def test_the_simulation_replaces_a_layer_under_all_its_names():
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-
     model = Unusual()
     quantize_model(model, {"twice": W8A8_TOKEN, "blocks.0.up": W8A8_TOKEN}, StepClock((0.0,)), {})
     assert isinstance(model.same, QuantizedLayer)
@@ -181,8 +181,6 @@ def test_the_simulation_replaces_a_layer_under_all_its_names():
 
 
 def test_a_quantized_layer_has_the_attributes_of_the_layer_that_it_replaces():
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
-
     linear, conv = (
         QuantizedLayer(layer, scheme, StepClock((0.0,)))
         for layer, scheme in ((torch.nn.Linear(8, 4), W8A8_TOKEN), (torch.nn.Conv2d(8, 4, 3, stride=2), FLOAT))
