@@ -9,14 +9,17 @@ import torch
 from harness import Artifacts, run_pass
 from unusual import Unusual
 
+from intaglio.exporters._figures import float_rows
 from intaglio.exporters.onnx_float import ExportFloat
 from intaglio.exporters.onnx_qdq import ExportQdq
 from intaglio.exporters.tensorrt import BuildTensorRT
 from intaglio.exporters.verify import Verify
+from intaglio.passes.assign import AssignPrecision
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill import Distill
 from intaglio.passes.merge import MergeAdapters
+from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
 from intaglio.pipeline.denoiser import denoise_with
@@ -122,6 +125,30 @@ def test_a_plan_that_was_made_before_calibration_ends_in_the_same_graph(start, t
     assert set(made[QUANTIZED].layers) == set(made[GRAPH].nodes) == QUANTIZED_LAYERS
     assert {name for name, scheme in made[PLAN].schemes.items() if scheme == FLOAT} == REASONS.keys()
     assert set(made[PLAN].reasons.values()) == {"the graph has no product of it"}
+
+
+def test_measured_plans_name_them_too_and_may_keep_them(start, tmp_path, caplog):
+    made = start | {TARGET: load_target("onnxruntime-cpu")}
+    step = MeasureSensitivity(buckets=1, rows=2, samples=1, drift_samples=1, groups=(32,))
+    made = made | run_pass(step, made, tmp_path / "sensitivity")
+    with caplog.at_level("INFO"):
+        made = made | run_pass(AssignPrecision(keep=("never", "named")), made, tmp_path / "assign")
+    assert made[PLAN].reasons == REASONS
+    assert {layer.name for layer in made[PLAN].layers} == QUANTIZED_LAYERS | REASONS.keys()
+    assert "9 of 14 layers quantized" in caplog.text
+    assert "1 layer stays in float, assign.keep names it: named" in caplog.text
+    assert set(written(made, tmp_path)[GRAPH].nodes) == QUANTIZED_LAYERS - {"named"}
+
+
+def test_the_report_names_layers_in_float_with_the_reason(start, tmp_path):
+    target = load_target("tensorrt-rtx")
+    plan = planned(start, ("w8a8_token", "w8a8_step"), "tensorrt-rtx", tmp_path)[PLAN].replace({"named": FLOAT})
+    assert dict(float_rows(plan, target)) == {
+        "so planned": ("named",),
+        "it is never called": ("never", "spare"),
+        "its result does not reach the output": ("dead",),
+        "other code computes with its weight": ("by_value",),
+    }
 
 
 SHARED = [
