@@ -13,6 +13,7 @@ import torch
 from intaglio.exporters._layer import LAYER_KEY
 from intaglio.exporters._onnx_file import read_proto
 from intaglio.pipeline.denoiser import Denoise, Inputs
+from intaglio.pipeline.hooks import after_calls
 from intaglio.pipeline.quant.modules import channel_axis
 from intaglio.pipeline.verification import Departure
 
@@ -90,7 +91,8 @@ def find_departures(
     found: dict[str, Departure] = {}
     calls = dict.fromkeys(layers, 0)
 
-    def take_over(layer: QuantizedLayer, x: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
+    def take_over(name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        layer, x = layers[name], args[0]
         left = [ends.leaving(name, values[output], output) for output in outputs[name]]
         if name not in found:
             entered, own = values[graph.nodes[name][0]], math.inf
@@ -102,17 +104,9 @@ def find_departures(
         again = left[min(calls[name], len(left)) - 1]  # equal calls are one in the graph
         return again if again.shape == y.shape else y
 
-    hooks = [
-        layer.register_forward_hook(lambda m, args, y, name=name: take_over(m, args[0], y, name))
-        for name, layer in layers.items()
-        if name in graph.nodes
-    ]
-    try:
-        with torch.no_grad():
-            output = simulated(call)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    there = {name: layer for name, layer in layers.items() if name in graph.nodes}
+    with torch.no_grad(), after_calls(there, take_over):
+        output = simulated(call)
     return found, rel_l2(values[next(iter(graph.outputs))], output)
 
 

@@ -10,9 +10,10 @@ from statistics import fmean
 
 from intaglio.pipeline.front import Front, Point
 from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan
+from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.sensitivity import Sensitivity
+from intaglio.pipeline.target import Target
 
 HEAT_LEVELS = 10
 HEAT_DECADES_MAX = 8
@@ -156,6 +157,21 @@ def scheme_rows(plan: QuantPlan) -> tuple[SchemeRow, ...]:
     return tuple(rows)
 
 
+def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Layers that stay in float, by the reason: each reason with the names that it holds for."""
+    found: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        if plan.schemes[layer.name] != FLOAT:
+            continue
+        others = [scheme for scheme in structural_schemes(layer, names=SCHEME_NAMES) if scheme != FLOAT]
+        legal = any(illegal(layer, scheme, target) is None for scheme in others)
+        reason = plan.reasons.get(
+            layer.name, "so planned" if legal else f"{target.name} has no other form for its shape"
+        )
+        found.setdefault(reason, []).append(layer.name)
+    return tuple((reason, tuple(names)) for reason, names in found.items())
+
+
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     known = {name: place for place, name in enumerate(SCHEME_NAMES)}
     return tuple(sorted(set(names), key=lambda name: (known.get(name, len(known)), name)))
@@ -224,7 +240,8 @@ def _maps(plan: QuantPlan, cells_of: Mapping[str, Cell]) -> tuple[BitMap, ...]:
 
 def _plan_cell(plan: QuantPlan, layer: Layer) -> Cell:
     scheme = plan.schemes[layer.name]
-    tip = f"{layer.name}\n{scheme.name}\nN = {layer.n}, K = {layer.k}\n{plan.layer_bytes(layer):,} bytes"
+    why = f": {plan.reasons[layer.name]}" if layer.name in plan.reasons else ""
+    tip = f"{layer.name}\n{scheme.name}{why}\nN = {layer.n}, K = {layer.k}\n{plan.layer_bytes(layer):,} bytes"
     return Cell(scheme_css(scheme), scheme_code(scheme), tip, short_size(plan.layer_bytes(layer)))
 
 

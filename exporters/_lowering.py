@@ -154,6 +154,15 @@ class Writer:
             )
         return self.graph.initializers[name]
 
+    def owner(self, call: Call, *, in_blocks: bool = False) -> str:
+        """Who has the weight of a product: the layer, or each call of it where the runtime takes no shared one.
+
+        ONNX Runtime makes the weights unsigned that meet unsigned codes, and fails at one that it has changed before.
+        TensorRT-RTX 1.7.1 crashes where two float products read one 4-bit weight `in_blocks`.
+        """
+        unsigned = self.input_zero.dtype == np.uint8
+        return call.prefix if unsigned != in_blocks else call.site.layer
+
     def write(self, call: Call, product: Product) -> ir.Value:
         """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
         rounded = self._rounded_input(call)
@@ -309,7 +318,7 @@ Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """x @ DQ(Wq, s_w), s_w (N,)"""
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
-    weight = _dequantize_channels(w, call, w.constant(f"{call.site.layer}/weight", codes))
+    weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
     return _product(w, call, x, weight)
 
 
@@ -323,7 +332,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
     # not DQ and Q: ONNX Runtime leaves a chain of those as it is, and computes it anew in every run
     cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
-    product = w.op(call, "weight/Mul", [cast, w.constant(f"{layer}/group", group)])
+    product = w.op(call, "weight/Mul", [cast, w.constant(f"{w.owner(call)}/group", group)])
     shape = (k, n) if linear else call.site.weight().shape
     weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", np.array(shape))])
     weight.type, weight.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(shape)
@@ -380,10 +389,12 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
     layer, linear = call.site.layer, call.op == "linear"
     codes, scale = (call.codes_NK.T, scale_NG.T) if linear else (call.codes_NK, scale_NG)
     packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    floating = called == "scale"
+    owner = w.owner(call, in_blocks=True) if floating else layer
     weight = w.op(
         call,
-        "weight/DequantizeLinear" if called == "scale" else f"weight/{called}/DequantizeLinear",
-        [w.constant(f"{layer}/weight", packed), w.constant(f"{layer}/{called}", scale)],
+        "weight/DequantizeLinear" if floating else f"weight/{called}/DequantizeLinear",
+        [w.constant(f"{owner}/weight", packed), w.constant(f"{layer}/{called}", scale)],
         {"axis": 0 if linear else 1, "block_size": call.group_size},
     )
     if linear:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.denoiser import Inputs
 
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""Operators that torch's exporter writes a Linear or a Conv2d as."""
 Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
 """A call of a module: flat inputs to flat outputs, by name."""
 
@@ -94,6 +96,7 @@ def write_graph(
     """
     exported = _export(module, compute, calls, outputs, opset, called)
     weights = list(exported.graph.initializers.values())
+    _name_calls(exported, module)
     repair(exported.graph)
     _simplify(exported)
     axes = _axis_names(exported.graph, calls)
@@ -230,7 +233,7 @@ def _simplify(model: ir.Model) -> None:
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             common.DeduplicateInitializersPass(),
         )(model)
-        products = [node for node in model.graph if node.op_type in ("MatMul", "Gemm", "Conv")]
+        products = [node for node in model.graph if node.op_type in PRODUCTS]
         for node in products:  # two layers with equal weights on one input are two
             node.attributes["layer"] = ir.AttrString("layer", _module_path(node))
         common.CommonSubexpressionEliminationPass()(model)
@@ -241,8 +244,13 @@ def _simplify(model: ir.Model) -> None:
 
 def _module_path(node: ir.Node) -> str:
     """Of the module that the exporter made the node for; empty where it does not say."""
-    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    return str(scopes[-2]).removeprefix("module.") if len(scopes) > 1 else ""
+    return _scope(node, "name_scopes").removeprefix("module.")
+
+
+def _scope(node: ir.Node, of: str) -> str:
+    """The innermost module's entry in one of the lists that the exporter leaves at a node."""
+    scopes = ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{of}", "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
@@ -255,6 +263,39 @@ def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]
             rows = axis == 0 and name not in calls.shared
             names.setdefault(str(value.shape[axis]), ("batch" if rows else f"{name}_{axis}", name, axis))
     return names
+
+
+def _name_calls(model: ir.Model, module: nn.Module) -> None:
+    """Give every product of a layer the layer's name in the table as its scope. Changes `model`.
+
+    torch names a module that is registered, or called, in several places by any of these, or by a path that there is
+    not; so a product belongs to the layer whose class is in its scope and that holds its weight. Layers that share a
+    weight are told apart by their paths.
+    """
+    layers = {layer.name: module.get_submodule(layer.name) for layer in layer_table(module)}
+    names = {layer: name for name, layer in layers.items()}
+    paths = {path: names[part] for path, part in module.named_modules(remove_duplicate=False) if part in names}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, layer in layers.items():
+        holders.setdefault(layer.get_parameter("weight"), []).append(name)
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type in PRODUCTS and len(node.inputs) > 1 else None
+        if weight is None:
+            continue
+        made = weight.producer()
+        source = made.inputs[0] if made is not None and made.op_type == "Transpose" else weight
+        parameter = None if source is None else parameters.get(str(source.name).removeprefix("module."))
+        if parameter is None:  # not a plain weight: what it becomes is compared with the layer's later
+            continue
+        path, kind, held = _module_path(node), _scope(node, "class_hierarchy"), holders.get(parameter, [])
+        alike = [n for n in held if kind == f"{type(layers[n]).__module__}.{type(layers[n]).__qualname__}"]
+        name = paths[path] if paths.get(path) in alike else alike[0] if len(alike) == 1 else ""
+        if name == path or not (name or path in layers):
+            continue
+        users = [use.node for use in node.outputs[0].uses()]
+        for each in (node, *(user for user in users if user.op_type == "Add" and _module_path(user) == path)):
+            each.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", name, ""])
 
 
 def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:

@@ -18,9 +18,10 @@ from pydantic import Field
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed, TargetError
-from intaglio.pipeline.graph import Graph, Interface
+from intaglio.pipeline.graph import NOT_IN_GRAPH, Graph, Interface
 from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.plan import in_float_lines
 from intaglio.pipeline.target import Target
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class ExportFloat(Pass):
             called="the denoiser",
         )
         if absent := [layer.name for layer in layer_table(model.module) if layer.name not in graph.nodes]:
-            ctx.log.warning("not in the graph, so they have to stay in float: %s", ", ".join(absent))
+            for line in in_float_lines(dict.fromkeys(absent, NOT_IN_GRAPH)):
+                ctx.log.info("%s", line)
         return replace(graph, timestep=model.names.timestep, interface=_interface(model)), expected
 
 

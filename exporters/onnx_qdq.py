@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.graph import STEP_INPUT
+from intaglio.pipeline.graph import NOT_IN_GRAPH, STEP_INPUT
 from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import IntInput
+from intaglio.pipeline.plan import in_float_lines
+from intaglio.pipeline.quant.spec import FLOAT, IntInput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,31 +31,37 @@ class ExportQdq(Pass):
     """Standard operators only, and with the same input the same integer codes as the simulation.
 
     Tables of embeddings are kept in float16: with 4-bit weights they would be a quarter of a class-conditional DiT.
+    The plan that it returns has those layers in float that the graph does not have.
     """
 
     name: ClassVar[str] = "export-qdq"
     version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
-    provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, PLAN})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError with every layer that the target cannot execute or the graph does not have."""
-        quantized, target = state[QUANTIZED], state[TARGET]
-        state[PLAN].check(target)
-        _check_same(state[PLAN], quantized)
-        graph = write_lowered(ctx.scratch / "model.onnx", state[FLOAT_GRAPH], quantized, target)
-        ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(state[PLAN].layers), target.name)
+        """Raises TargetError with every layer that the target cannot execute."""
+        target, float_graph = state[TARGET], state[FLOAT_GRAPH]
+        planned = (name for name, scheme in state[PLAN].schemes.items() if scheme != FLOAT)
+        absent = {name: NOT_IN_GRAPH for name in planned if name not in float_graph.nodes}
+        plan, quantized = state[PLAN].left_in_float(absent), state[QUANTIZED].only(float_graph.nodes)
+        plan.check(target)
+        _check_same(plan, quantized)
+        graph = write_lowered(ctx.scratch / "model.onnx", float_graph, quantized, target)
+        ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(plan.layers), target.name)
+        for line in in_float_lines(absent):
+            ctx.log.info("%s", line)
         if balanced := [name for name, data in quantized.layers.items() if data.balance is not None]:
             folded = sum(map(graph.is_folded, balanced))
             ctx.log.info("channel scales of %d of %d balanced layers are in what precedes them", folded, len(balanced))
-        return {GRAPH: graph}
+        return {GRAPH: graph, PLAN: plan}
 
 
 def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target) -> Graph:
     """A float graph with these layers as integers, as the target executes them, in files of its own.
 
-    Raises TargetError with every layer that the graph does not have, or for an opset that the target does not read.
+    Layers that the graph does not have are left out. Raises TargetError for an opset that the target does not read.
     """
     import onnx
     import onnx_ir as ir
@@ -102,22 +109,15 @@ def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
 
 
 def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
-    """Every call of every quantized layer, in the graph's order. Raises TargetError with all that are not there."""
+    """Every call of every quantized layer, in the graph's order."""
     from intaglio.exporters._layer import find_sites
     from intaglio.exporters._lowering import Call
 
-    sites = find_sites(graph)
-    absent = [
-        f"{name}: the graph has no product of it (it is never called): keep it in float"
-        for name in sorted(quantized.layers)
-        if name not in sites
-    ]
-    if absent:
-        raise TargetError(*absent)
     calls = {
-        site.product: Call(site, data, f"{name}@{i}" if i else name)
-        for name, data in quantized.layers.items()
-        for i, site in enumerate(sites[name])
+        site.product: Call(site, quantized.layers[name], f"{name}@{i}" if i else name)
+        for name, sites in find_sites(graph).items()
+        if name in quantized.layers
+        for i, site in enumerate(sites)
     }
     return [calls[node] for node in graph if node in calls]
 

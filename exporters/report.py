@@ -64,7 +64,7 @@ class WriteReport(Pass):
     """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -93,6 +93,7 @@ class WriteReport(Pass):
             flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
             plan=plan,
             schemes=figures.scheme_rows(plan),
+            in_float=figures.float_rows(plan, target),
             bit_maps=figures.bit_maps(plan),
             gain_maps=figures.gain_maps(plan, state[GRAPH]),
             folded=sum(state[GRAPH].is_folded(name) for name in plan.balances),

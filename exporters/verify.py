@@ -91,7 +91,7 @@ class Verify(Pass):
         with ctx.progress("samples", 3) as advance:
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
-            clock = simulate(model.module, quantized)
+            clock = simulate(model.module, quantized.only(graph.nodes))
             simulated = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
             samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
             advance()
@@ -193,23 +193,22 @@ def _compare_layers(
     optimize: bool,
     ctx: Context,
 ) -> dict[str, LayerParity]:
-    """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`."""
+    """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`.
+
+    A layer that is called several times is compared at its first call, the one whose ends the graph names.
+    """
     import torch
 
     from intaglio.exporters._departure import LayersInGraph
+    from intaglio.pipeline.hooks import after_calls
 
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    hooks = []
-    for name, layer in layers.items():
 
-        def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, name: str = name) -> None:
-            seen[name] = (args[0].detach(), output.detach())
+    def note(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.setdefault(name, (args[0].detach(), output.detach()))
 
-        hooks.append(layer.register_forward_hook(note))
-    with torch.no_grad():
+    with torch.no_grad(), after_calls(layers, note):
         simulated(call)
-    for hook in hooks:
-        hook.remove()
     parity = {}
     ends = LayersInGraph(graph, layers)
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():

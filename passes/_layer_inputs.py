@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,45 +16,56 @@ if TYPE_CHECKING:
     from intaglio.pipeline.denoiser import Denoise, Inputs
 
 
-def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, torch.Tensor]:
-    """By layer name; of a layer that is called more than once, the last. A layer that is not called is not there."""
-    seen: dict[str, torch.Tensor] = {}
-    with before_calls(layers, lambda name, args: seen.__setitem__(name, args[0])), torch.no_grad():
+def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, list[torch.Tensor]]:
+    """The input of each call of a layer, by its name, in the order of first calls. Layers not called are not there."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    with before_calls(layers, lambda name, args: seen.setdefault(name, []).append(args[0])), torch.no_grad():
         denoise(call)
     return seen
 
 
-def siblings(seen: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
-    """Names of layers that read the same tensor, together, in the order in which they are called."""
+def siblings(seen: Mapping[str, Sequence[torch.Tensor]]) -> list[tuple[str, ...]]:
+    """Names of layers that read the same tensor, together, in the order in which they are first called."""
     same = SameInputs()
-    for name, x in seen.items():
-        same.note(name, x)
+    for name, inputs in seen.items():
+        for x in inputs:
+            same.note(name, x)
     return same.readers
 
 
 class SameInputs:
-    """Groups layers by the tensor that they read, as they are called. Keeps no tensor."""
+    """Groups layers by the tensors that they read, as they are called. Keeps no tensor.
+
+    A layer that is called again is in one group with all that read any of its inputs.
+    """
 
     def __init__(self) -> None:
-        self._readers: dict[int, tuple[weakref.ref[torch.Tensor], list[str]]] = {}
-        self._groups: list[list[str]] = []
+        self._groups: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._of: dict[str, int] = {}  # group of a layer
+        self._count = 0
 
     def note(self, name: str, x: torch.Tensor) -> None:
         """The layer is called with x, which lives until it has been read by all that read it."""
-        tensor, names = self._readers.get(id(x), (None, []))
+        tensor, group = self._groups.get(id(x), (None, 0))
         if tensor is None or tensor() is not x:  # else a new tensor has the id of one that is gone
-            names = []
-            self._readers[id(x)] = weakref.ref(x), names
-            self._groups.append(names)
-        if name not in names:
-            names.append(name)
+            group, self._count = self._count, self._count + 1
+        own = self._of.setdefault(name, group)
+        if own != group:
+            merged, gone = min(own, group), max(own, group)
+            self._of = {n: merged if g == gone else g for n, g in self._of.items()}
+            self._groups = {key: (t, merged if g == gone else g) for key, (t, g) in self._groups.items()}
+            group = merged
+        self._groups[id(x)] = weakref.ref(x), group
 
     @property
     def readers(self) -> list[tuple[str, ...]]:
-        """Of every tensor, in the order of calls."""
-        return [tuple(names) for names in self._groups]
+        """The groups, in the order of their first calls."""
+        groups: dict[int, list[str]] = {}
+        for name, group in self._of.items():
+            groups.setdefault(group, []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Of two layers or more, in the order of calls."""
+        """Those of two layers or more."""
         return tuple(names for names in self.readers if len(names) > 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, places_of
 from intaglio.pipeline.quant.spec import Float
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class RoundedLayers:
     ) -> None:
         self.module, self.trajectory, self.balances = module, trajectory, balances
         self.clock = StepClock(trajectory.timesteps)
+        self._places = places_of(module)
         self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
         self._kept: set[QuantizedLayer] = set()
         self._room = KEPT_BYTES
@@ -70,11 +71,13 @@ class RoundedLayers:
     @contextlib.contextmanager
     def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
         """With this one layer in the model in this form."""
-        parent, _, child = name.rpartition(".")
         layer, original = self.layer(name, form), self.module.get_submodule(name)
-        setattr(self.module.get_submodule(parent), child, layer)
+        places = self._places[original]
+        for parent, child in places:
+            setattr(parent, child, layer)
         try:
             yield
         finally:
-            setattr(self.module.get_submodule(parent), child, original)
+            for parent, child in places:
+                setattr(parent, child, original)
             self._leave(layer)

@@ -6,17 +6,15 @@ Shapes: y output of a layer, v a random direction of the denoiser's output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.hooks import after_calls
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from intaglio.passes._rounded import RoundedLayers
     from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler, Start
     from intaglio.pipeline.quant.spec import LayerScheme
@@ -111,19 +109,10 @@ class Screen:
         by_sample, *_ = torch.autograd.grad(output, [x, *self._leaves], by_output, allow_unused=True)
         return by_sample
 
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        hooks = [
-            self.rounded.module.get_submodule(name).register_forward_hook(partial(self._note, name=name))
-            for name in self.forms
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _noted(self) -> contextlib.AbstractContextManager[None]:
+        return after_calls({name: self.rounded.module.get_submodule(name) for name in self.forms}, self._note)
 
-    def _note(self, _: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor, name: str) -> torch.Tensor:
+    def _note(self, name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         """Follow this output; a layer that is called twice adds up."""
         x, plain = args[0].detach(), y.detach()
         moved = {label: self.rounded.output(name, form, x) - plain for label, form in self.forms[name].items()}

@@ -41,8 +41,9 @@ def begin(
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     model.module.requires_grad_(False)
     clock = StepClock(trajectory.timesteps)
-    ranges = trajectory.ranges(plan.schemes, plan.balances)
-    replaced = quantize_model(model.module, plan.schemes, clock, *ranges, branch=plan.branches)
+    schemes = trajectory.called(plan.schemes)
+    ranges = trajectory.ranges(schemes, plan.balances)
+    replaced = quantize_model(model.module, schemes, clock, *ranges, branch=plan.branches)
     model.module.to(ctx.device)
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
@@ -76,8 +77,8 @@ def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, traject
                 if names[0] in four:
                     layer = layers[names[0]]
                     layer.clock.step = step
-                    x = layer.balanced(seen[names[0]])
-                    errors = [_input_error(layer, x, share) for share in CLIPPING]
+                    inputs = [layer.balanced(x) for x in seen.get(names[0], ())]
+                    errors = [sum(_input_error(layer, x, share) for x in inputs) for share in CLIPPING]
                     factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
             advance()
     for names in groups:
@@ -132,10 +133,11 @@ def start_weights(
         steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
         with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
             for step in steps:
-                for name, x in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
+                for name, inputs in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
                     layer = layers[name]
-                    moment = second_moment(layer.layer, layer.balanced(x))
-                    moments[name] = moments.get(name, torch.zeros(())) + moment
+                    for x in inputs:
+                        moment = second_moment(layer.layer, layer.balanced(x))
+                        moments[name] = moments.get(name, torch.zeros(())) + moment
                 advance()
     with ctx.progress("start of the weights", len(layers)) as advance:
         for name, layer in layers.items():

@@ -16,7 +16,7 @@ from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.front import Front
 from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, SchemeName, illegal
+from intaglio.pipeline.plan import USUAL_SCHEMES, Layer, QuantPlan, SchemeName, illegal, in_float_lines
 from intaglio.pipeline.profile import Profile
 from intaglio.pipeline.quant.spec import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.sensitivity import Sensitivity
@@ -68,7 +68,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
@@ -151,18 +151,23 @@ class AssignPrecision(Pass):
                 raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")
             chosen = plans[self.point]
         front = Front(tuple(map(problem.point, plans)), problem.point(chosen))
-        plan = QuantPlan(table.layers, problem.schemes(chosen))
+        unreached = _unreached(table, workload)
+        reasons = {layer.name: reason for layer, reason in unreached.items()}
+        left = dict.fromkeys(reasons, FLOAT)
+        plan = QuantPlan((*table.layers, *unreached), {**problem.schemes(chosen), **left}, reasons=reasons)
         costs = (
             f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items()
         )
         ctx.log.info(
             "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB",
-            sum(s != FLOAT for s in plan.schemes.values()),
+            plan.quantized,
             len(plan.layers),
             plan.weight_bits_mean,
             ", ".join(costs),
             front.chosen.psnr_db,
         )
+        for line in in_float_lines(reasons | self._float_reasons(plan, table, target)):
+            ctx.log.info("%s", line)
         return {PLAN: plan, FRONT: front}
 
     def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
@@ -202,7 +207,7 @@ class AssignPrecision(Pass):
         measured = {name for schemes in table.schemes.values() for name in schemes}
         absent = sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES))
         problems += [f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent]
-        layers = {layer.name for layer in table.layers}
+        layers = {layer.name for layer in table.layers} | {layer.name for layer in _unreached(table, workload)}
         problems += [
             f"assign.keep: the model has no quantizable layer {name!r}{did_you_mean(name, layers)}"
             for name in sorted(set(self.keep) - layers)
@@ -240,9 +245,36 @@ class AssignPrecision(Pass):
         legal = {s.name if s.name in measured else n: s for n, s in executed if illegal(layer, s, target) is None}
         return legal or {"float": FLOAT}
 
+    def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
+        """Why the measured layers are in float that are, by name."""
+        found = {}
+        for layer in table.layers:
+            if plan.schemes[layer.name] != FLOAT:
+                continue
+            measured = table.schemes[layer.name]
+            allowed = [
+                self._executed(layer, measured[n], target) for n in self.schemes.get(layer.op, ()) if n in measured
+            ]
+            problems = [problem for scheme in allowed if (problem := illegal(layer, scheme, target))]
+            if layer.name in self.keep:
+                found[layer.name] = "assign.keep names it"
+            elif not allowed:
+                found[layer.name] = "its shape admits none of the schemes"
+            elif len(problems) == len(allowed):
+                found[layer.name] = problems[0].removeprefix(f"{layer.name}: ")
+            else:
+                found[layer.name] = "the least error within the budgets has it in float"
+        return found
+
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
         rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
         return with_output(scheme) if rounds and isinstance(scheme.input, IntInput) else scheme
+
+
+def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:
+    """Layers that were not measured, as they have no part in the recorded calls, and the reasons."""
+    measured = {layer.name for layer in table.layers}
+    return {} if workload is None else {n: why for n, why in workload.unreached if n.name not in measured}
 
 
 def _profile(path: Path) -> Profile:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
+Inputs: TypeAlias = "Sequence[torch.Tensor]"
+"""Tensors that layers read in one call of the model."""
 
 SMALLEST_BLOCK = 16
 """Below this a rotation mixes too few channels to even them out."""
@@ -42,7 +44,7 @@ class BalanceLayers(Pass):
     """
 
     name: ClassVar[str] = "balance"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     random: ClassVar[bool] = True
@@ -74,7 +76,7 @@ class BalanceLayers(Pass):
         from intaglio.pipeline.denoiser import denoise_with
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
-        schemes = {n: s for n, s in plan.schemes.items() if isinstance(s.weight, IntWeight)}
+        schemes = {n: s for n, s in trajectory.called(plan.schemes).items() if isinstance(s.weight, IntWeight)}
         layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, Linear | Conv2d)}
         denoise = denoise_with(model.module, model)
         rows = trajectory.some_rows(self.rows)
@@ -84,10 +86,11 @@ class BalanceLayers(Pass):
         with ctx.progress("inputs", len(compared)) as advance:
             for step in compared:
                 inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
-                groups = groups or [_Group(names, []) for names in siblings(inputs)]
+                known = {name for group in groups for name in group.names}
+                groups += [_Group(names, []) for names in siblings(inputs) if known.isdisjoint(names)]
                 for group in groups:
-                    name = group.names[0]
-                    group.x.append(self._sample(inputs[name], layers[name], ctx, name, step))
+                    if (name := group.names[0]) in inputs:
+                        group.x.append(self._sample(_distinct(inputs, group.names), layers[name], ctx, name, step))
                 advance()
         chosen: dict[str, tuple[Balance, float]] = {}
         with ctx.progress("balance", len(groups)) as advance:
@@ -117,20 +120,20 @@ class BalanceLayers(Pass):
         return {PLAN: plan.balanced(balances, branches)}
 
     def _sample(
-        self, x: torch.Tensor, layer: nn.Linear | nn.Conv2d, ctx: Context, name: str, step: int
-    ) -> torch.Tensor:
-        """Some tokens of a linear layer's input, (tokens, C); all places of a convolution's."""
+        self, inputs: Sequence[torch.Tensor], layer: nn.Linear | nn.Conv2d, ctx: Context, name: str, step: int
+    ) -> Inputs:
+        """Some tokens of a linear layer's inputs, one (tokens, C); all places of a convolution's."""
         import torch
 
         from intaglio.pipeline.quant.modules import channel_axis
 
         if channel_axis(layer) != -1:
-            return x
-        tokens = x.reshape(-1, x.shape[-1])
+            return inputs
+        tokens = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
         picked = torch.randperm(len(tokens), generator=ctx.torch_rng("tokens", name, step))[: self.tokens]
-        return tokens[picked]
+        return [tokens[picked]]
 
-    def _choose(self, parts: Parts, x: Sequence[torch.Tensor], ctx: Context) -> tuple[Balance, float] | None:
+    def _choose(self, parts: Parts, x: Sequence[Inputs], ctx: Context) -> tuple[Balance, float] | None:
         """The basis with the least error of the outputs, and what it gains in dB; None where that is too little."""
         plain = _error(parts, x, None, self.branch)
         bases = list(self._bases(parts, x, ctx))
@@ -141,7 +144,7 @@ class BalanceLayers(Pass):
         gain = 10 * math.log10(plain / max(errors[best], 1e-30))
         return (bases[best], gain) if gain > self.gain_db else None
 
-    def _bases(self, parts: Parts, x: Sequence[torch.Tensor], ctx: Context) -> Iterator[Balance]:
+    def _bases(self, parts: Parts, x: Sequence[Inputs], ctx: Context) -> Iterator[Balance]:
         """Every scale of channels, each without and with a rotation behind it; never the basis that is there.
 
         d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
@@ -151,7 +154,7 @@ class BalanceLayers(Pass):
         from intaglio.pipeline.quant.balance import Balance
 
         axis = _axis_of(parts)
-        x_C = torch.stack([_largest(part, axis) for part in x]).amax(0)
+        x_C = torch.stack([_largest(part, axis) for inputs in x for part in inputs]).amax(0)
         w_C = torch.stack([_largest(layer.get_parameter("weight").detach(), 1) for layer, _ in parts.values()]).amax(0)
         channels = len(x_C)
         block = math.gcd(channels, 1 << (self.block.bit_length() - 1))
@@ -169,28 +172,40 @@ class BalanceLayers(Pass):
         self,
         chosen: Mapping[str, tuple[Balance, float]],
         layers: Mapping[str, nn.Linear | nn.Conv2d],
-        calls: Iterator[Mapping[str, torch.Tensor]],
+        calls: Iterator[Mapping[str, Inputs]],
     ) -> dict[str, LayerBalance]:
-        """The bases with the ends of the inputs in them, at every step."""
-        import torch
-
+        """The bases with the ends of the inputs in them, at every step: over all calls of a layer at the step."""
         from intaglio.pipeline.quant.balance import LayerBalance
         from intaglio.pipeline.quant.modules import channel_axis
+        from intaglio.pipeline.quant.step_table import where_known
 
-        ends: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in chosen}
+        low: dict[str, list[float | None]] = {name: [] for name in chosen}
+        high: dict[str, list[float | None]] = {name: [] for name in chosen}
         for inputs in calls:
             for name, (basis, _) in chosen.items():
-                ends[name].append(torch.aminmax(basis.input(inputs[name], channel_axis(layers[name]))))
-        tables = {name: [torch.stack(end) for end in zip(*found, strict=True)] for name, found in ends.items()}
-        return {n: LayerBalance(chosen[n][0], low, high, chosen[n][1]) for n, (low, high) in tables.items()}
+                moved = [basis.input(x, channel_axis(layers[name])) for x in inputs.get(name, ())]
+                low[name].append(min((x.min().item() for x in moved), default=None))
+                high[name].append(max((x.max().item() for x in moved), default=None))
+        return {
+            n: LayerBalance(basis, where_known(low[n], min), where_known(high[n], max), gain)
+            for n, (basis, gain) in chosen.items()
+        }
 
 
 @dataclass
 class _Group:
-    """Layers that read the same input, and samples of it, one for each compared timestep."""
+    """Layers that read the same input, and samples of it, for each compared timestep.
+
+    Where a layer is called several times, they are samples of all that the group's layers read.
+    """
 
     names: tuple[str, ...]
-    x: list[torch.Tensor]
+    x: list[Inputs]
+
+
+def _distinct(inputs: Mapping[str, Inputs], names: Sequence[str]) -> Inputs:
+    """Every tensor that these layers read, once."""
+    return list({id(x): x for name in names for x in inputs.get(name, ())}.values())
 
 
 def _axis_of(parts: Parts) -> int:
@@ -217,7 +232,7 @@ def _branch(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | 
     return Branch.of(w.flatten(1), rank)
 
 
-def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank: int = 0) -> float:
+def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int = 0) -> float:
     """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
     import torch
 
@@ -226,8 +241,9 @@ def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank:
 
     clock = StepClock(tuple(float(i) for i in range(len(x))))
     axis = _axis_of(parts)
-    moved = [part if basis is None else basis.input(part, axis) for part in x]
-    low_S, high_S = (torch.stack([end(part) for part in moved]) for end in (torch.amin, torch.amax))
+    moved = [[part if basis is None else basis.input(part, axis) for part in inputs] for inputs in x]
+    low_S = torch.stack([torch.stack([part.amin() for part in inputs]).amin() for inputs in moved])
+    high_S = torch.stack([torch.stack([part.amax() for part in inputs]).amax() for inputs in moved])
     total = 0.0
     with torch.no_grad():
         for layer, scheme in parts.values():
@@ -237,7 +253,11 @@ def _error(parts: Parts, x: Sequence[torch.Tensor], basis: Balance | None, rank:
             plain = scheme.model_copy(update={"output": Float()})
             branch = _branch(layer, scheme, basis, rank)
             rounded = QuantizedLayer(layer, plain, clock, amax_S, None, shift_S, basis, branch=branch)
-            for clock.step, part in enumerate(x):
-                y = layer(part)
-                total += float((rounded(part) - y).square().sum() / y.square().sum().clamp_min(1e-30))
+            for clock.step, inputs in enumerate(x):
+                y = [layer(part) for part in inputs]
+                energy = torch.stack([each.square().sum() for each in y]).sum()
+                error = torch.stack(
+                    [(rounded(p) - each).square().sum() for p, each in zip(inputs, y, strict=True)]
+                ).sum()
+                total += float(error / energy.clamp_min(1e-30))
     return total / (len(x) * len(parts))

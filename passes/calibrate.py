@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +14,8 @@ from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.estimate import ModelCost
 from intaglio.pipeline.keys import MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.plan import in_float_lines
+from intaglio.pipeline.prepared import unquantizable
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Calibrate(Pass):
     """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step.
 
-    Of the first call, also how many rows each layer sees, and which layers read the same input.
+    Of the first call, also how many rows each layer sees, and which layers read the same input. Layers that no call
+    reaches, or whose result no output depends on, are named: they stay in float.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -50,11 +52,11 @@ class Calibrate(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch
 
-        from intaglio.passes._layer_inputs import SameInputs
+        from intaglio.passes._layer_ranges import LayerRanges, unreached_layers
         from intaglio.pipeline.checkpoint import layer_table
         from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with, on_device
+        from intaglio.pipeline.hooks import after_calls
         from intaglio.pipeline.trajectory import Trajectory
-        from intaglio.pipeline.workload import Workload
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
@@ -64,64 +66,33 @@ class Calibrate(Pass):
         if ctx.processes.count > self.samples:
             raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
         half = self.precision == "float16"
-        seen: dict[str, dict[str, float]] = {"low": {}, "high": {}, "output": {}}
+        layers = {layer.name: layer for layer in layer_table(model.module)}
+        modules = {name: model.module.get_submodule(name) for name in layers}
         calls: list[Call] = []
-        rows: dict[str, int] = {}
-        readers = SameInputs()
-        hooks = []
-        for layer in layer_table(model.module):
-
-            def note(
-                module: torch.nn.Module,
-                args: tuple[torch.Tensor, ...],
-                output: torch.Tensor,
-                name: str = layer.name,
-                out_features: int = layer.n,
-            ) -> None:
-                if not calls:
-                    rows[name] = rows.get(name, 0) + output.numel() // out_features
-                    readers.note(name, args[0])
-                low, high = (end.item() for end in args[0].detach().aminmax())
-                seen["low"][name] = min(seen["low"].get(name, low), low)
-                seen["high"][name] = max(seen["high"].get(name, high), high)
-                if isinstance(module, torch.nn.Conv2d):
-                    product = output.detach()
-                    if module.bias is not None:
-                        product = product - module.bias.detach().reshape(-1, 1, 1)
-                    seen["output"][name] = max(seen["output"].get(name, 0.0), product.abs().amax().item())
-
-            hooks.append(model.module.get_submodule(layer.name).register_forward_hook(note))
-        ranges: list[dict[str, dict[str, float]]] = []
-        with ctx.progress("calibrate", len(sampler.timesteps)) as advance:
-            start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
-            denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
+        seen = LayerRanges(layers, modules)
+        start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
+        denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
+        with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):
             for call in sampler.drive(denoise, start):
                 if isinstance(call, Call):
                     if not call.output.isfinite().all():
                         raise StepFailed(
                             f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
-                            f"{_origin(seen)}: mend the model, or start at another timestep"
+                            f"{seen.origin}: mend the model, or start at another timestep"
                         )
                     calls.append(_rounded(call, sampler) if half else call)
-                    ranges.append({end: dict(found) for end, found in seen.items()})
-                    for found in seen.values():
-                        found.clear()
+                    seen.end_of_call()
                     advance()
-        for hook in hooks:
-            hook.remove()
         varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
         shared = dict(model.shared)
         conditions = {n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared}
-        low, high, output_amax = (
-            {name: torch.tensor([r[end].get(name, 0.0) for r in ranges]) for name in sorted(ranges[0][end])}
-            for end in ("low", "high", "output")
-        )
+        low, high = seen.table("low", min), seen.table("high", max)
         own = Trajectory(
             sampler.timesteps,
             {name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
             torch.stack([c.output for c in calls]),
             {name: torch.maximum(-low[name], high[name]) for name in low},
-            output_amax,
+            seen.table("output", max),
             low,
             high,
             conditions,
@@ -129,11 +100,18 @@ class Calibrate(Pass):
             half=half,
         )
         whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
+        first = sampler.rows_of([0], whole.outputs.shape[1] // sampler.rows_per_sample)
+        unreached = unreached_layers(model.module, denoise, whole, layers, first)
+        workload = seen.workload(len(start.noise), unreached)
+        whole = _without(whole, workload.float_reasons)
         ctx.log.info(
-            "recorded %d calls of %d rows, input ranges of %d layers", len(calls), whole.outputs.shape[1], len(low)
+            "recorded %d calls of %d rows, input ranges of %d layers",
+            len(calls),
+            whole.outputs.shape[1],
+            len(whole.low),
         )
-        samples = len(start.noise)
-        workload = Workload({name: rows[name] / samples for name in sorted(rows)}, readers.groups)
+        for line in in_float_lines(workload.float_reasons | unquantizable(model.module)):
+            ctx.log.info("%s", line)
         return {TRAJECTORY: whole, WORKLOAD: workload}
 
 
@@ -148,12 +126,19 @@ def _check_weights(module: torch.nn.Module) -> None:
         raise RecipeError(*problems)
 
 
-def _origin(seen: Mapping[str, Mapping[str, float]]) -> str:
-    """The layer that read it first; layers are in the order of their calls."""
-    for name, low in seen["low"].items():
-        if not (math.isfinite(low) and math.isfinite(seen["high"][name])):
-            return f"{name} is the first layer to read them"
-    return "no layer reads them"
+def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:
+    """The calls without the ranges of these layers."""
+
+    def rest(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: values for name, values in table.items() if name not in layers}
+
+    return replace(
+        trajectory,
+        amax=rest(trajectory.amax),
+        output_amax=rest(trajectory.output_amax),
+        low=rest(trajectory.low),
+        high=rest(trajectory.high),
+    )
 
 
 def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
@@ -164,7 +149,8 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
         return parts[0]
 
     def largest(tables: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        return {name: torch.stack([table[name] for table in tables]).amax(0) for name in tables[0]}
+        names = sorted({name for table in tables for name in table})
+        return {name: torch.stack([table[name] for table in tables if name in table]).amax(0) for name in names}
 
     first = parts[0]
     return replace(
@@ -174,7 +160,7 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
         conditions={name: _rows([part.conditions[name] for part in parts], 0, halves) for name in first.conditions},
         amax=largest([part.amax for part in parts]),
         output_amax=largest([part.output_amax for part in parts]),
-        low={name: torch.stack([part.low[name] for part in parts]).amin(0) for name in first.low},
+        low={name: -low for name, low in largest([{n: -v for n, v in part.low.items()} for part in parts]).items()},
         high=largest([part.high for part in parts]),
     )
 

@@ -11,17 +11,18 @@ from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import IntInput, IntOutput, IntWeight, PerStep
+from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, PerStep
 
 
 class MergeAdapters(Pass):
     """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding.
 
-    Tables with a scale a step can have entries at other timesteps than the calibrated ones, which are interpolated.
+    Layers without a part in the recorded calls stay in float. Tables with a scale a step can have entries at other
+    timesteps than the calibrated ones, which are interpolated.
     """
 
     name: ClassVar[str] = "merge"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, ADAPTER, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({QUANTIZED})
     needs: ClassVar[tuple[str, ...]] = ("torch",)
@@ -41,10 +42,11 @@ class MergeAdapters(Pass):
         module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
         plan = state[PLAN]
         timesteps = refine(self.timesteps or trajectory.timesteps, self.between)
-        ranges = trajectory.ranges(plan.schemes, plan.balances, timesteps)
+        schemes = trajectory.called(plan.schemes)
+        ranges = trajectory.ranges(schemes, plan.balances, timesteps)
         merged = {}
         for layer in plan.layers:
-            scheme, balance = plan.schemes[layer.name], ranges.balance.get(layer.name)
+            scheme, balance = schemes.get(layer.name, FLOAT), ranges.balance.get(layer.name)
             branch = plan.branches.get(layer.name)
             if not isinstance(scheme.weight, IntWeight):
                 continue

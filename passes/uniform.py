@@ -8,19 +8,32 @@ from pydantic import Field
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.keys import MODEL, PLAN, TARGET
+from intaglio.pipeline.keys import MODEL, PLAN, TARGET, WORKLOAD
 from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import SCHEME_NAMES, QuantPlan, SchemeName, illegal, structural_schemes
+from intaglio.pipeline.plan import (
+    SCHEME_NAMES,
+    Layer,
+    QuantPlan,
+    SchemeName,
+    illegal,
+    in_float_lines,
+    structural_schemes,
+)
+from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
+from intaglio.pipeline.target import Target
 
 
 class UniformPlan(Pass):
     """Every layer has the first of the wanted schemes that its shape and the target allow; float where none is.
 
-    EfficientDM (section 4.1) leaves the first and the last layer at 8 bits: `ends` names what those two want.
+    EfficientDM (section 4.1) leaves the first and the last layer at 8 bits: `ends` names what those two want. Behind
+    `calibrate`, layers without a part in the recorded calls stay in float, and the ends are those of the others.
     """
 
     name: ClassVar[str] = "uniform"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
@@ -32,12 +45,28 @@ class UniformPlan(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         layers, target = state[MODEL].layers(), state[TARGET]
-        chosen = {}
-        for layer in layers:
-            admitted = structural_schemes(layer, self.groups, SCHEME_NAMES)
-            legal = {scheme.name: scheme for scheme in admitted if illegal(layer, scheme, target) is None}
-            wanted = self.ends if self.ends and layer in (layers[0], layers[-1]) else self.schemes
-            chosen[layer.name] = legal[next((name for name in wanted if name in legal), "float")]
-        plan = QuantPlan(layers, chosen)
-        ctx.log.info("%.2f bits a weight", plan.weight_bits_mean)
+        unreached = state[WORKLOAD].float_reasons if WORKLOAD in state else {}
+        reached = [layer for layer in layers if layer.name not in unreached]
+        chosen, reasons = dict.fromkeys(unreached, FLOAT), dict(unreached)
+        for layer in reached:
+            wanted = self.ends if self.ends and layer in (reached[0], reached[-1]) else self.schemes
+            chosen[layer.name], reason = self._choose(layer, wanted, target)
+            if reason is not None:
+                reasons[layer.name] = reason
+        plan = QuantPlan(layers, chosen, reasons=unreached)
+        ctx.log.info(
+            "%d of %d layers quantized, %.2f bits a weight", plan.quantized, len(layers), plan.weight_bits_mean
+        )
+        for line in in_float_lines(reasons):
+            ctx.log.info("%s", line)
         return {PLAN: plan}
+
+    def _choose(self, layer: Layer, wanted: tuple[SchemeName, ...], target: Target) -> tuple[LayerScheme, str | None]:
+        """The layer's scheme, and why it is float where none of the wanted ones is possible."""
+        admitted = {scheme.name: scheme for scheme in structural_schemes(layer, self.groups, SCHEME_NAMES)}
+        problems = [illegal(layer, admitted[name], target) for name in wanted if name in admitted]
+        for name in wanted:
+            if name in admitted and illegal(layer, admitted[name], target) is None:
+                return admitted[name], None
+        why = next((problem.removeprefix(f"{layer.name}: ") for problem in problems if problem), None)
+        return FLOAT, why or f"a {layer.op} of shape {list(layer.shape)} admits none of {', '.join(wanted)}"

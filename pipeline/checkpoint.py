@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from intaglio.pipeline.errors import IntaglioError, RecipeError, did_you_mean
 from intaglio.pipeline.lora import find_lora, fuse_lora_
 from intaglio.pipeline.plan import Layer
+from intaglio.pipeline.prepared import own_forward, plain_weights_
 
 if TYPE_CHECKING:
     import torch
@@ -248,6 +249,7 @@ class Checkpoint:
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
         usual, other = recorded.get("conditions"), recorded.get("other_size")
         made = self._call_factory() if self.entry else self._open_folder(usual, weights)
+        plain_weights_(made.module)
         if not weights:
             made.module.to("meta")
         for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
@@ -272,13 +274,13 @@ class Checkpoint:
     def empty(self) -> nn.Module:
         """The denoiser, of a folder without its weights. Raises RecipeError as `open` does."""
         if self.entry:
-            return self._call_factory().module
+            return plain_weights_(self._call_factory().module)
         import accelerate
 
         kind, folder = self._diffusers_class()
         with _blamed(f"{self.name} of {folder}"), accelerate.init_empty_weights():
             module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
-        return module
+        return plain_weights_(module)
 
     def _diffusers_class(self) -> tuple[Any, Path]:
         """Of the denoiser, and its folder."""
@@ -367,11 +369,16 @@ def _class_of(name: object, kind: type) -> Any:
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:
-    """Every Linear and every ungrouped Conv2d, in the model's own order."""
+    """List every Linear and every ungrouped Conv2d, in the model's own order, under its first name.
+
+    `unquantizable` names the layers with weights that are not in the table.
+    """
     from torch import nn
 
     layers = []
     for name, child in module.named_modules():
+        if own_forward(child):
+            continue
         match child:
             case nn.Linear():
                 layers.append(

@@ -19,6 +19,9 @@ MOST_ENGINE = 1 << 36
 STEP_INPUT = "step"
 """Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
 
+NOT_IN_GRAPH = "the graph has no product of it"
+"""Why a layer stays in float that torch's exporter has dropped, or computed as a constant."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -13,12 +13,34 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """`note` gets the name and the arguments of each of these modules whenever it is called."""
+    """Call `note` with the name of each of these modules and its arguments, named ones last, when it is called."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], name: str) -> None:
-        note(name, args)
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        note(name, (*args, *kwargs.values()))
 
-    hooks = [module.register_forward_pre_hook(partial(hook, name=name)) for name, module in modules.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(hook, name=name), with_kwargs=True) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def after_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...], Any], Any]) -> Iterator[None]:
+    """Call `note` as `before_calls` does, when a module has been called, with its output as well.
+
+    The output becomes what `note` returns, if that is not None.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> Any:
+        return note(name, (*args, *kwargs.values()), output)
+
+    hooks = [
+        module.register_forward_hook(partial(hook, name=name), with_kwargs=True) for name, module in modules.items()
+    ]
     try:
         yield
     finally:

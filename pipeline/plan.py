@@ -155,18 +155,39 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     return None
 
 
+NAMED = 12
+"""Layers that one log line names for a reason; plan.json names all."""
+
+
+def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason to stay in float, with the layers that it holds for, by `reasons` of their names.
+
+    >>> in_float_lines({"a": "it is never called", "b": "it is never called"})
+    ['2 layers stay in float, it is never called: a, b']
+    """
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        stay = "layer stays" if len(names) == 1 else "layers stay"
+        lines.append(f"{len(names)} {stay} in float, {reason}: {', '.join(names[:NAMED])}{more}")
+    return lines
+
+
 @dataclass(frozen=True)
 class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
 
     `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
-    `branches` has those of which a part of the weight stays in float.
+    `branches` has those of which a part of the weight stays in float. `reasons` says of layers that can only stay in
+    float why that is so.
     """
 
     layers: tuple[Layer, ...]
     schemes: Mapping[str, LayerScheme]
     balances: Mapping[str, LayerBalance] = field(default_factory=dict)
     branches: Mapping[str, Branch] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named, planned = {layer.name for layer in self.layers}, set(self.schemes)
@@ -180,6 +201,8 @@ class QuantPlan:
         shapes = {n: (len(b.up_NR), b.down_RK.shape[1]) for n, b in self.branches.items()}
         if wrong := sorted(n for n, shape in shapes.items() if shape != weights.get(n)):
             raise ContractError(f"a branch is for a quantized layer, of its weight's shape: {wrong}")
+        if wrong := sorted(n for n in self.reasons if self.schemes.get(n) != FLOAT):
+            raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
 
     def check(self, target: Target) -> None:
         """Raise TargetError that lists every layer whose scheme the target cannot execute."""
@@ -192,13 +215,26 @@ class QuantPlan:
         schemes = {**self.schemes, **changes}
         balances = {n: b for n, b in self.balances.items() if schemes[n] != FLOAT}
         branches = {n: b for n, b in self.branches.items() if schemes[n] != FLOAT}
-        return QuantPlan(self.layers, schemes, balances, branches)
+        reasons = {n: reason for n, reason in self.reasons.items() if schemes[n] == FLOAT}
+        return QuantPlan(self.layers, schemes, balances, branches, reasons)
+
+    def left_in_float(self, reasons: Mapping[str, str]) -> QuantPlan:
+        """A plan with these layers of it in float, for these reasons."""
+        known = {n: reason for n, reason in reasons.items() if n in self.schemes}
+        changed = self.replace(dict.fromkeys(known, FLOAT))
+        return QuantPlan(changed.layers, changed.schemes, changed.balances, changed.branches, {**self.reasons, **known})
 
     def balanced(
         self, balances: Mapping[str, LayerBalance], branches: Mapping[str, Branch] = MappingProxyType({})
     ) -> QuantPlan:
         """A plan with these layers in another basis, and with these branches, beside those that are already."""
-        return QuantPlan(self.layers, self.schemes, {**self.balances, **balances}, {**self.branches, **branches})
+        merged = {**self.balances, **balances}, {**self.branches, **branches}
+        return QuantPlan(self.layers, self.schemes, *merged, self.reasons)
+
+    @property
+    def quantized(self) -> int:
+        """Number of layers that do not stay in float."""
+        return sum(scheme != FLOAT for scheme in self.schemes.values())
 
     @property
     def size_bytes(self) -> int:
@@ -212,9 +248,10 @@ class QuantPlan:
 
     @property
     def weight_bits_mean(self) -> float:
-        """Bits a weight, weighted by parameters; 16 for a layer in float."""
-        total = sum(layer.n * layer.k for layer in self.layers) or 1
-        return sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers) / total
+        """Bits a weight, weighted by parameters; 16 for a layer in float, and for a plan without layers."""
+        total = sum(layer.n * layer.k for layer in self.layers)
+        bits = sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers)
+        return bits / total if total else float(FLOAT.weight_bits)
 
     def save(self, root: Path) -> None:
         """Write plan.json, balance.safetensors where a layer is balanced, branch.safetensors where one has a branch."""
@@ -226,6 +263,7 @@ class QuantPlan:
                 "size_bytes": self.layer_bytes(layer),
                 **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
                 **({"branch": self.branches[layer.name].rank} if layer.name in self.branches else {}),
+                **({"reason": self.reasons[layer.name]} if layer.name in self.reasons else {}),
             }
             for layer in self.layers
         ]
@@ -249,6 +287,7 @@ class QuantPlan:
         if len(schemes) < len(rows):
             problem = f"{len(rows)} rows of {len(schemes)} layers: a name is there twice"
             raise RecipeError(f"{printable(file)}: is damaged: layers: {problem}")
+        reasons = {row.name: row.reason for row in rows if row.reason is not None}
         balances, branches = root / "balance.safetensors", root / "branch.safetensors"
         if balances.exists() or branches.exists():  # torch is imported only where it is needed
             from intaglio.pipeline.quant.balance import load_balances
@@ -260,6 +299,7 @@ class QuantPlan:
                 schemes,
                 load_balances(balances) if balances.exists() else {},
                 load_branches(branches) if branches.exists() else {},
+                reasons,
             )
         except ContractError as e:
             raise RecipeError(f"{printable(file)}: is damaged: {e}") from e
@@ -274,6 +314,7 @@ class _Row(Layer):
     weight: WeightFormat
     input: InputFormat
     output: OutputFormat
+    reason: str | None = None
 
     @model_validator(mode="after")
     def _named_as_it_is(self) -> Self:

@@ -6,7 +6,7 @@ Shapes: N out features, K in features, G scales a row, T denoising steps, rank o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -128,6 +128,10 @@ class Quantized:
     def stepped(self) -> bool:
         """Whether some layer needs to know its denoising step."""
         return any(layer.stepped for layer in self.layers.values())
+
+    def only(self, names: Container[str]) -> Quantized:
+        """These layers of it."""
+        return Quantized(self.timesteps, {name: data for name, data in self.layers.items() if name in names})
 
     def save(self, root: Path) -> None:
         """Write quantized.safetensors and quantized.json."""

@@ -39,7 +39,8 @@ class Trajectory:
 
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
-    output magnitude, without the bias, of each convolution; `low` and `high` are the ends of each layer's input.
+    output magnitude, without the bias, of each convolution; `low` and `high` are the ends of each layer's input. All
+    calls of a layer at one step count together. A layer that has no part in these calls is in none of them.
     `half`: files have those inputs and outputs in float16 that it holds exactly.
     """
 
@@ -53,6 +54,10 @@ class Trajectory:
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
     half: bool = field(default=False, kw_only=True)
+
+    def called(self, schemes: Mapping[str, LayerScheme]) -> dict[str, LayerScheme]:
+        """Schemes of those layers that have a part in the calls: all others stay in float."""
+        return {name: scheme for name, scheme in schemes.items() if name in self.low}
 
     def ranges(
         self,

@@ -77,6 +77,9 @@ class QuantizedLayer(nn.Module):
     (QALoRA, EfficientDM Eq. 5). A balance puts input and weight into another basis before either is rounded; the
     adapter, the input's ranges and the branch are in that basis; what the branch computes is no part of the weight.
     `factor_T` multiplies the magnitude that a token is divided by.
+
+    Whoever asks for an attribute of the replaced layer (`weight.dtype`, `bias`, `in_features`, `stride`) gets that
+    layer's. Only type, shape and device of `weight` hold: `set_codes` puts the rounded weight there, in its basis.
     """
 
     def __init__(
@@ -125,6 +128,15 @@ class QuantizedLayer(nn.Module):
             if output_amax_T is None or not isinstance(layer, nn.Conv2d):
                 raise ValueError("a rounded output needs the calibrated output ranges, and a convolution")
             self.register_buffer("output_amax_T", output_amax_T.clone())
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the replaced layer where this one has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # not there yet
+                raise
+            return getattr(self.layer, name)
 
     def _set_scales(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> None:
         self.weight_scale = nn.Parameter(scale_NG.clone(), requires_grad=False)
@@ -290,11 +302,12 @@ class QuantizedLayer(nn.Module):
         scale = affine.output_scale(self.output_amax_T[self.clock.step], amax)
         return affine.output_codes(acc, weight_scale, scale, bits) * scale
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the output of the rounded layer, or of the model's own in full precision. `input` is torch's name."""
         if self.full_precision:
-            y: torch.Tensor = self.layer(x)
+            y: torch.Tensor = self.layer(input)
             return y
-        weight, x = self.rounded_weight(), self.balanced(x)
+        weight, x = self.rounded_weight(), self.balanced(input)
         shift = None
         if isinstance(self.scheme.input, IntInput):
             q, amax, shift = self.balanced_codes(x)
@@ -347,19 +360,31 @@ def quantize_model(
     output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
     `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,); `branch` the parts of weights
     that stay in float. `fit` is False where `set_codes` brings the weight scales. Returns the new layers by name.
+    A layer that is registered in several places is replaced in all of them.
     """
     replaced = {}
+    places = places_of(model)
     for name in sorted(schemes):
         if schemes[name].name == "float":
             continue
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
-        parent, _, child = name.rpartition(".")
         tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
         replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, branch.get(name), fit=fit)
-        setattr(model.get_submodule(parent), child, replaced[name])
+        for parent, child in places[layer]:
+            setattr(parent, child, replaced[name])
     return replaced
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """List where each module is registered: the modules that hold it, and its name there."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return places
 
 
 def simulate(model: nn.Module, quantized: Quantized) -> StepClock:

@@ -6,6 +6,7 @@ Shapes: T timesteps that were measured, S timesteps that are asked for.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,16 @@ def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) ->
     """
     t = torch.tensor(timesteps, dtype=torch.float64)
     return torch.where(t == t.unsqueeze(1), values_T, -torch.inf).amax(1)
+
+
+def where_known(values: Sequence[float | None], choose: Callable[[list[float]], float]) -> torch.Tensor:
+    """Fill the entries of steps at which a layer is not called: `choose` picks theirs from the others, (T,).
+
+    >>> where_known([1.0, None, 4.0], max).tolist()
+    [1.0, 4.0, 4.0]
+    """
+    known = [value for value in values if value is not None]
+    return torch.tensor([choose(known) if value is None else value for value in values])
 
 
 def resample_magnitude(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> torch.Tensor:

@@ -218,16 +218,22 @@ def test_the_plan_is_held_against_the_target_first(unet, tmp_path):
         write(artifacts, "tensorrt-rtx", tmp_path)
 
 
-def test_a_planned_layer_that_the_graph_does_not_have_is_named(dit, tmp_path):
+def test_a_planned_layer_that_the_graph_does_not_have_stays_in_float_and_is_named(dit, tmp_path, caplog):
     artifacts = with_plan(dit, mixed)
     model = onnx.load(dit[FLOAT_GRAPH].path)
     for node in model.graph.node:
         if node.name.startswith("proj_out_1/"):
             del node.metadata_props[:]
     onnx.save(model, tmp_path / "model.onnx")
-    artifacts |= {FLOAT_GRAPH: replace(dit[FLOAT_GRAPH], path=tmp_path / "model.onnx")}
-    with pytest.raises(TargetError, match=r"proj_out_1: the graph has no product of it .* keep it in float"):
-        write(artifacts, "onnxruntime-cpu", tmp_path / "qdq")
+    nodes = {name: ends for name, ends in dit[FLOAT_GRAPH].nodes.items() if name != "proj_out_1"}
+    artifacts |= {FLOAT_GRAPH: replace(dit[FLOAT_GRAPH], path=tmp_path / "model.onnx", nodes=nodes)}
+    artifacts[TARGET] = load_target("onnxruntime-cpu")
+    with caplog.at_level("INFO"):
+        made = run_pass(ExportQdq(), artifacts, tmp_path / "qdq")
+    assert made[PLAN].schemes["proj_out_1"] == FLOAT
+    assert made[PLAN].reasons == {"proj_out_1": "the graph has no product of it"}
+    assert made[PLAN].quantized == len(made[GRAPH].nodes)
+    assert "1 layer stays in float, the graph has no product of it: proj_out_1" in caplog.text
 
 
 def test_integers_that_the_plan_does_not_have_are_refused(dit, tmp_path):

@@ -25,14 +25,14 @@ def planned(calibrated):
 
 
 @pytest.fixture
-def outliers() -> tuple[nn.Linear, list[torch.Tensor]]:
+def outliers() -> tuple[nn.Linear, list[list[torch.Tensor]]]:
     """A layer one of whose 64 channels has inputs 50 times as large as the others, at each of two timesteps."""
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(64, 32)
     layer.weight.data = torch.randn(32, 64, generator=generator)
     x = torch.randn(2, 40, 64, generator=generator)
     x[..., 3] *= 50
-    return layer, list(x)
+    return layer, [[part] for part in x]
 
 
 def test_an_outlier_channel_is_evened_out(outliers, tmp_path):
@@ -42,13 +42,13 @@ def test_an_outlier_channel_is_evened_out(outliers, tmp_path):
     basis, gain_db = step._choose(parts, x, ctx)
     assert gain_db > 3
     assert 10 * math.log10(_error(parts, x, None) / _error(parts, x, basis)) == pytest.approx(gain_db)
-    y = basis.input(x[0], -1) @ basis.weight(layer.weight).T + layer.bias
-    torch.testing.assert_close(y, layer(x[0]), rtol=1e-5, atol=1e-3)  # atol: sums of 64 terms of magnitude 50
+    y = basis.input(x[0][0], -1) @ basis.weight(layer.weight).T + layer.bias
+    torch.testing.assert_close(y, layer(x[0][0]), rtol=1e-5, atol=1e-3)  # atol: sums of 64 terms of magnitude 50
 
 
 def test_channels_that_are_never_used_have_finite_scales(outliers, tmp_path):
     layer, x = outliers
-    for part in x:
+    for (part,) in x:
         part[:, 5] = 0
     layer.weight.data[:, 7] = 0
     step, ctx = BalanceLayers(), Context(scratch=tmp_path, seed=0)
@@ -61,11 +61,13 @@ def test_channels_that_are_never_used_have_finite_scales(outliers, tmp_path):
 
 
 def test_a_linear_layer_may_read_images_whose_channels_are_last(tmp_path):
+    torch.manual_seed(0)
     layer, x = nn.Linear(32, 16), torch.randn(2, 4, 6, 32, generator=torch.Generator().manual_seed(0))
+    x[..., 3] *= 50
     step, ctx = BalanceLayers(gain_db=0.0), Context(scratch=tmp_path, seed=0)
-    tokens = step._sample(x, layer, ctx, "a", 0)
+    (tokens,) = step._sample([x], layer, ctx, "a", 0)
     assert sorted(map(tuple, tokens.tolist())) == sorted(map(tuple, x.reshape(-1, 32).tolist()))
-    (basis, _), calls = step._choose({"a": (layer, w4a4_token(32))}, [tokens], ctx), iter([{"a": x}])
+    (basis, _), calls = step._choose({"a": (layer, w4a4_token(32))}, [[tokens]], ctx), iter([{"a": [x]}])
     ranges = step._with_ranges({"a": (basis, 1.0)}, {"a": layer}, calls)["a"]
     moved = basis.input(x, -1)
     assert (ranges.low_T.tolist(), ranges.high_T.tolist()) == ([float(moved.min())], [float(moved.max())])
@@ -112,7 +114,7 @@ def test_ranges_are_those_of_the_new_basis_at_every_step(planned, tmp_path):
     chosen = plan.balances[name]
     model = planned[MODEL].open()
     layers = {name: model.module.get_submodule(name)}
-    seen = layer_inputs(layers, denoise_with(model.module, model), planned[TRAJECTORY].call(2))[name]
+    (seen,) = layer_inputs(layers, denoise_with(model.module, model), planned[TRAJECTORY].call(2))[name]
     moved = seen * chosen.balance.scale_C
     assert chosen.low_T[2] == moved.min()
     assert chosen.high_T[2] == moved.max()
@@ -133,9 +135,9 @@ def test_a_branch_takes_what_is_large_of_a_weight_of_4_bits(planned, tmp_path):
     assert plan.size_bytes == sum(map(plan.layer_bytes, plan.layers))
     model, trajectory = planned[MODEL].open(), planned[TRAJECTORY]
     modules = {name: model.module.get_submodule(name) for name in names}
-    (x, *_) = layer_inputs(modules, denoise_with(model.module, model), trajectory.call(1)).values()
+    ((x,), *_) = layer_inputs(modules, denoise_with(model.module, model), trajectory.call(1)).values()
     parts = {name: (modules[name], plan.schemes[name]) for name in names}
-    assert _error(parts, [x], None, 4) < 0.9 * _error(parts, [x], None)
+    assert _error(parts, [[x]], None, 4) < 0.9 * _error(parts, [[x]], None)
     plan.save(tmp_path)
     read = QuantPlan.load(tmp_path).branches
     assert read.keys() == plan.branches.keys()

@@ -1,0 +1,112 @@
+"""Follows the tensors of one call of a model: which layers its output depends on, and whose weights others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from torch import nn
+
+NEVER_CALLED = "it is never called"
+NO_EFFECT = "its result does not reach the output"
+WEIGHT_READ = "other code computes with its weight"
+
+
+class Uses(NamedTuple):
+    """Names of layers in one call: those whose result the output depends on, and those whose weight others read."""
+
+    needed: frozenset[str]
+    read: frozenset[str]
+
+
+class _Operation(NamedTuple):
+    """Storages that one operation reads and writes. One that writes none decides what the model's code does."""
+
+    reads: frozenset[int]
+    writes: frozenset[int]
+
+
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's has no types
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
+    """Notes every operation, and reads of a weight outside of the module that holds it."""
+
+    def __init__(self, holders: Mapping[int, frozenset[nn.Module]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
+        self.operations: list[_Operation] = []
+        self.read: set[int] = set()
+        self.running: list[nn.Module] = []
+        self._holders = holders
+        self._kept: dict[int, StorageWeakRef] = {}  # a storage's number is not given again as long as it is here
+
+    def numbers(self, values: Any) -> frozenset[int]:
+        """Numbers of the storages behind all tensors in `values`."""
+        found = set()
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                reference = _storage(tensor)
+                self._kept.setdefault(reference.cdata, reference)
+                found.add(reference.cdata)
+        return frozenset(found)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        reads, writes = self.numbers((args, kwargs)), self.numbers(result)
+        if func._schema.is_mutable:
+            writes |= reads
+        self.operations.append(_Operation(reads, writes))
+        inside = self.running[-1] if self.running else None
+        self.read |= {n for n in reads if n in self._holders and inside not in self._holders[n]}
+        return result
+
+
+def follow(module: nn.Module, layers: Iterable[str], call: Callable[[], torch.Tensor]) -> Uses:
+    """Follow the tensors of one `call` of the module.
+
+    A layer counts as needed where that is uncertain: storages that are written again, values that the model's code
+    looks at.
+    """
+    named = {name: module.get_submodule(name) for name in layers}
+    holders: dict[int, frozenset[nn.Module]] = {}
+    own = [part for part in module.modules() if part._parameters]
+    for part in own:
+        for parameter in part.parameters(recurse=False):
+            number = _storage(parameter).cdata
+            holders[number] = holders.get(number, frozenset()) | {part}
+    tracer = _Tracer(holders)
+    outputs: dict[str, frozenset[int]] = {}
+
+    def begin(part: nn.Module, _: object) -> None:
+        tracer.running.append(part)
+
+    def end(part: nn.Module, _: object, output: object) -> None:
+        tracer.running.pop()
+        for name in names.get(part, ()):
+            outputs[name] = outputs.get(name, frozenset()) | tracer.numbers(output)
+
+    names: dict[nn.Module, list[str]] = {}
+    for name, layer in named.items():
+        names.setdefault(layer, []).append(name)
+    hooks = [hook for part in own for hook in (part.register_forward_pre_hook(begin), part.register_forward_hook(end))]
+    try:
+        with torch.no_grad(), tracer:
+            live = set(tracer.numbers(call()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for operation in reversed(tracer.operations):
+        if not operation.writes or operation.writes & live:
+            live |= operation.reads
+    weights = {name: _storage(layer.get_parameter("weight")).cdata for name, layer in named.items()}
+    return Uses(
+        frozenset(name for name, numbers in outputs.items() if numbers & live),
+        frozenset(name for name, number in weights.items() if number in tracer.read),
+    )

@@ -1,0 +1,82 @@
+"""Brings a module that somebody hands over into the form that the compiler works on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Module = TypeVar("Module", bound=nn.Module)
+
+
+def plain_weights_(module: Module) -> Module:
+    """Replace every computed weight by the value that it has now, as an ordinary parameter. Changes `module`.
+
+    Weights are computed by parametrizations (weight_norm, spectral_norm, orthogonal, one's own), by the hooks of
+    torch.nn.utils.weight_norm and spectral_norm, and by the masks of torch.nn.utils.prune. The module has to be in
+    evaluation mode: in training mode spectral norms change with every look.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.utils import parametrize, prune
+    from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    with torch.no_grad():
+        for part in list(module.modules()):
+            if parametrize.is_parametrized(part):
+                for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
+                    parametrize.remove_parametrizations(part, name, leave_parametrized=True)
+                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # where it has several originals
+                        delattr(part, name)
+                        part.register_parameter(name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, WeightNorm):
+                    hook.remove(part)
+                    del part._forward_pre_hooks[key]
+                elif isinstance(hook, SpectralNorm):
+                    remove_spectral_norm(part, hook.name)
+                elif isinstance(hook, prune.BasePruningMethod):
+                    prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch's has no types
+    return module
+
+
+def own_forward(layer: nn.Module) -> bool:
+    """Whether a Linear or Conv2d computes something else than torch's: its class or itself overrides `forward`."""
+    from torch import nn
+
+    if "forward" in vars(layer):
+        return True
+    match layer:
+        case nn.Linear():
+            return type(layer).forward is not nn.Linear.forward
+        case nn.Conv2d():
+            theirs = (type(layer).forward, type(layer)._conv_forward)
+            return theirs != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+    return False
+
+
+def unquantizable(module: nn.Module) -> dict[str, str]:
+    """Say why layers with weights have no place in the layer table, by name: they stay in float."""
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    found = {}
+    for name, layer in module.named_modules():
+        kind = type(layer).__name__
+        match layer:
+            case nn.Linear() | nn.Conv2d() if own_forward(layer):
+                found[name] = f"a {kind} has a forward of its own"
+            case nn.Conv2d(groups=1):
+                if layer.padding_mode != "zeros":
+                    found[name] = f"a Conv2d with padding_mode {layer.padding_mode}"
+            case nn.Conv2d():
+                found[name] = "a grouped Conv2d"
+            case _ConvNd():
+                found[name] = f"a {kind}"
+            case nn.MultiheadAttention():
+                found[name] = "a MultiheadAttention computes its projections by itself"
+            case nn.Bilinear() | nn.RNNBase() | nn.RNNCellBase():
+                found[name] = f"a {kind}"
+    return found

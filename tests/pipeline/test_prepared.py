@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.prepared import plain_weights_, unquantizable
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+COMPUTED = {
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer),
+    "spectral_norm": lambda layer: parametrizations.spectral_norm(layer),
+    "a parametrization of one's own": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "the older weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "the older spectral_norm": lambda layer: nn.utils.spectral_norm(layer),
+    "a mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED)
+def test_a_computed_weight_becomes_a_parameter_with_the_value_it_has(make):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    make(layer)
+    layer.eval()
+    expected = layer(x)
+    plain_weights_(layer)
+    assert type(layer) is nn.Linear
+    assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
+    assert not layer._forward_pre_hooks
+    assert torch.equal(layer(x), expected)
+
+
+FACTORY = """
+import torch
+from diffusers import DDIMScheduler
+from intaglio.pipeline.checkpoint import Factory
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(3, 3, 3, padding=1))
+
+    def forward(self, sample, timestep):
+        return self.body(sample)
+
+def make():
+    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+"""
+
+
+def test_a_factory_with_weight_norm_is_opened_with_plain_weights(tmp_path):
+    (tmp_path / "net.py").write_text(FACTORY)
+    opened = Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path)
+    assert [layer.name for layer in opened.layers()] == ["body"]
+    assert opened.parameter_count() == 3 * 3 * 9 + 3
+    assert isinstance(opened.open().module.body.weight, nn.Parameter)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4),
+            "conv": nn.Conv2d(4, 4, 1),
+            "line": nn.Conv1d(4, 4, 1),
+            "volume": nn.Conv3d(4, 4, 1),
+            "back": nn.ConvTranspose2d(4, 4, 1),
+            "grouped": nn.Conv2d(4, 4, 1, groups=2),
+            "mirrored": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+            "own": Scaled(4, 4),
+        }
+    )
+    assert [layer.name for layer in layer_table(model)] == ["linear", "conv"]
+    assert unquantizable(model) == {
+        "line": "a Conv1d",
+        "volume": "a Conv3d",
+        "back": "a ConvTranspose2d",
+        "grouped": "a grouped Conv2d",
+        "mirrored": "a Conv2d with padding_mode reflect",
+        "own": "a Scaled has a forward of its own",
+    }
