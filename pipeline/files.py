@@ -7,15 +7,34 @@ text only in UTF-8. A library that opens a file by its path gets the path from `
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+T = TypeVar("T")
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
 MOST_NUMBER_DIGITS = 4300
 """Python's own limit for the digits of a whole number."""
+MOST_HEADER = 16 * MIB
+"""Bytes of the header of a safetensors file: names, types and places of its tensors, and its metadata."""
+MOST_ONNX = 2048 * MIB
+"""Bytes of an ONNX file without its external data: the limit of protobuf."""
+LISTED_PLACES = 3
+"""Places of one damaged file that a message lists."""
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What code raises that reads content of another kind than it expects."""
 
 
 def checked_file(
@@ -66,6 +85,107 @@ def read_json_object(
     if not isinstance(found, dict):
         raise error(f"{printable(path)}: holds a {type(found).__name__} where a JSON object is expected")
     return found
+
+
+def read_typed(
+    path: Path,
+    kind: type[T],
+    *,
+    most: int = MOST_JSON,
+    inside: Path | None = None,
+    error: type[IntaglioError] = RecipeError,
+) -> T:
+    """Return what a JSON file says as a value of `kind`: a dataclass, a TypedDict, a model of pydantic or a generic.
+
+    Types are exact: a text is no number. Raises `error` with the first places of another type.
+    """
+    text = read_text(path, most=most, inside=inside, error=error)
+    try:
+        found: T = _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as e:
+        raise error(f"{printable(path)}: is damaged: {_places(e)}") from e
+    return found
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _places(error: ValidationError) -> str:
+    """Return the first places of a damaged file that have another type than expected, and how many more do."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    said = []
+    for detail in found[:LISTED_PLACES]:
+        place = "".join(f"{printable(part)[:80]}: " for part in detail["loc"])
+        said.append(place + ("is missing" if detail["type"] == "missing" else printable(detail["msg"])))
+    more = f"; and {len(found) - LISTED_PLACES} more" if len(found) > LISTED_PLACES else ""
+    return "; ".join(said) + more
+
+
+@contextmanager
+def damage_of(path: Path, *, error: type[IntaglioError] = RecipeError) -> Iterator[None]:
+    """Raise `error`, which names the file, where the block cannot work with what the file says."""
+    try:
+        yield
+    except DAMAGE as e:
+        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) and e.args else str(e) or type(e).__name__
+        raise error(f"{printable(path)}: is damaged: {printable(said)}") from e
+
+
+@contextmanager
+def open_safetensors(
+    path: Path,
+    *,
+    framework: Literal["pt", "np"] = "pt",
+    inside: Path | None = None,
+    error: type[IntaglioError] = RecipeError,
+) -> Iterator[Any]:
+    """Open a safetensors file, which is a regular file with a header of at most `MOST_HEADER` bytes.
+
+    Yields safetensors' own reader: `keys()`, `metadata()`, `get_slice(name)`, `get_tensor(name)`. Raises `error` for
+    other files, and where the block reads a tensor that the reader cannot give.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    descriptor, _ = _opened(path, None, inside, error)
+    with os.fdopen(descriptor, "rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > MOST_HEADER:
+        reason = f"its header would have {header} bytes, the most that is read is {MOST_HEADER}"
+        raise error(f"{printable(path)}: is not a safetensors file: {reason}")
+    try:
+        with safe_open(path, framework=framework) as opened:
+            yield opened
+    except SafetensorError as e:
+        raise error(f"{printable(path)}: is not a safetensors file: {printable(e)}") from e
+
+
+def load_tensors(
+    path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> dict[str, "torch.Tensor"]:
+    """Return all tensors of a safetensors file, by name. Raises `error` as `open_safetensors` does."""
+    with open_safetensors(path, inside=inside, error=error) as opened, damage_of(path, error=error):
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def read_onnx(path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError) -> "onnx.ModelProto":
+    """Return an ONNX model without reading the data of tensors that are in other files.
+
+    Raises `error` for a file that is no ONNX model or has no graph.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    content = read_bytes(path, most=MOST_ONNX, inside=inside, error=error)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except (DecodeError, ValueError) as e:
+        raise error(f"{printable(path)}: is not an ONNX model, or only a part of one: {e}") from e
+    if not model.HasField("graph"):
+        raise error(f"{printable(path)}: is not an ONNX model: it has no graph")
+    return model
 
 
 def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeError) -> object:

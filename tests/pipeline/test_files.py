@@ -1,13 +1,27 @@
 """Files by anyone are opened in one way: regular, bounded, in UTF-8."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from intaglio.pipeline.errors import RecipeError, StoreError
-from intaglio.pipeline.files import checked_file, printable, read_bytes, read_json, read_json_object, read_text
+from intaglio.pipeline.files import (
+    checked_file,
+    damage_of,
+    load_tensors,
+    open_safetensors,
+    printable,
+    read_bytes,
+    read_json,
+    read_json_object,
+    read_onnx,
+    read_text,
+    read_typed,
+)
 
 
 def test_a_file_up_to_the_limit_is_read_and_one_byte_more_is_refused(tmp_path: Path) -> None:
@@ -84,3 +98,87 @@ def test_a_list_is_no_json_object(tmp_path: Path) -> None:
 
 def test_control_characters_are_printed_as_escapes() -> None:
     assert printable("a\x1b]0;t\x07\n\udce9é") == r"a\x1b]0;t\x07\n\udce9é"
+
+
+@dataclass(frozen=True)
+class _Point:
+    name: str
+    at: tuple[int, ...]
+    weight: float = 1.0
+
+
+def test_a_typed_file_gives_the_dataclass_and_whole_numbers_where_fractions_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text('{"a": {"name": "a", "at": [1, 2], "weight": 3}}')
+    assert read_typed(tmp_path / "it.json", dict[str, _Point]) == {"a": _Point("a", (1, 2), 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ("", "Invalid JSON: EOF while parsing a value"),
+        ('{"a": {}}', "a: name: is missing; a: at: is missing"),
+        ('{"a": {"name": 1, "at": []}}', "a: name: Input should be a valid string"),
+        ('{"a": {"name": "a", "at": ["1"]}}', "a: at: 0: Input should be a valid integer"),
+        ('{"a": {"name": "a", "at": [1.5]}}', "a: at: 0: Input should be a valid integer"),
+        ("[" * 100_000, "Invalid JSON: recursion limit exceeded"),
+        ('{"a": {"name": "a", "at": [' + "1" * 5000 + "]}}", "Invalid JSON: number out of range"),
+        ('{"\\u001b[31m": 1}', r"it.json: is damaged: \\x1b\[31m: Input should be"),
+    ],
+)
+def test_a_typed_file_of_other_types_is_refused_by_its_name_and_place(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text(content)
+    with pytest.raises(RecipeError, match=said) as raised:
+        read_typed(tmp_path / "it.json", dict[str, _Point])
+    assert "it.json" in str(raised.value)
+
+
+def test_many_places_of_one_file_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "it.json").write_text(json.dumps(dict.fromkeys(map(str, range(1000)), 1)))
+    with pytest.raises(RecipeError, match=r"0: Input .*; 1: Input .*; 2: Input .*; and 997 more"):
+        read_typed(tmp_path / "it.json", dict[str, _Point])
+
+
+def test_what_a_damaged_file_makes_of_the_code_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"a\.json: is damaged: 'scale' is missing"), damage_of(tmp_path / "a.json"):
+        {}["scale"]
+
+
+def _safetensors(path: Path, header: bytes, length: int | None = None, data: bytes = b"") -> Path:
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "length", "said"),
+    [
+        (b"{}", 1 << 60, "its header would have 1152921504606846976 bytes, the most that is read is 16777216"),
+        (b"{}", 30, "invalid header length"),
+        (b"[]", None, "invalid JSON in header"),
+        (b'{"a": {"dtype": "F32", "shape": [1000000], "data_offsets": [0, 4]}}', None, "for tensor"),
+        (b'{"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}', None, "Dtype not understood: F6_E2M3"),
+    ],
+)
+def test_a_safetensors_file_that_lies_is_named(header: bytes, length: int | None, said: str, tmp_path: Path) -> None:
+    file = _safetensors(tmp_path / "a.safetensors", header, length, b"\0" * (3 if b"F6" in header else 4))
+    with pytest.raises(RecipeError, match=rf"a\.safetensors: is not a safetensors file: .*{said}"):
+        load_tensors(file)
+
+
+def test_tensors_and_their_names_are_read_of_regular_files_alone(tmp_path: Path) -> None:
+    header = b'{"__metadata__": {"by": "me"}, "a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}'
+    file = _safetensors(tmp_path / "a.safetensors", header, data=b"\1\2")
+    assert load_tensors(file)["a"].tolist() == [1, 2]
+    with open_safetensors(file, framework="np") as opened:
+        assert (list(opened.keys()), opened.metadata()) == (["a"], {"by": "me"})
+    os.mkfifo(tmp_path / "b.safetensors")
+    with pytest.raises(RecipeError, match=r"b\.safetensors: is not a regular file"):
+        load_tensors(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"abc", "or only a part of one"), (b"\x08\x07", "it has no graph")])
+def test_a_file_that_is_no_onnx_model_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"a\.onnx: is not an ONNX model.*{said}"):
+        read_onnx(tmp_path / "a.onnx")
