@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -46,6 +46,16 @@ def checked_file(
     """
     os.close(_opened(path, most, inside, error)[0])
     return path
+
+
+@contextmanager
+def open_file(
+    path: Path, *, most: int | None = None, inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> Iterator[BinaryIO]:
+    """Open a regular file of at most `most` bytes for a library that reads streams. Raises `error`."""
+    descriptor, _ = _opened(path, most, inside, error)
+    with os.fdopen(descriptor, "rb") as stream:
+        yield stream
 
 
 def read_bytes(path: Path, *, most: int, inside: Path | None = None, error: type[IntaglioError] = RecipeError) -> bytes:
