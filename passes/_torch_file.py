@@ -7,6 +7,8 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,38 +42,41 @@ def load_torch_file(path: Path) -> object:
     import torch
 
     check_torch_file(path)
-    try:
-        with torch.serialization.safe_globals([slice]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they say what the file is like, to the user of a library
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle makes torch raise anything
-        raise _refusal(path, str(error).partition("\n")[0] or type(error).__name__) from error
+    with _refused(path), torch.serialization.safe_globals([slice]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are for those who call torch
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_end(path: Path) -> Path:
+    """Return the path of a file that ends as `torch.save` ends one. Raises RecipeError for others; reads no more."""
+    with open_file(path) as stream, _refused(path):
+        _check_end(stream)
+    return path
 
 
 def check_torch_file(path: Path) -> None:
     """Raise RecipeError for what `torch.save` did not write as it is. Reads all of it once."""
+    with open_file(path) as stream, _refused(path):
+        size = _check_end(stream)
+        with zipfile.ZipFile(stream) as archive:
+            _check_pickle(_checked_pickle(archive, size), size)
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its entry {printable(damaged)[:80]} is damaged: other bytes than were written")
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Raise RecipeError for whatever zipfile, pickletools and torch raise for damaged files, which is anything."""
     try:
-        with open_file(path) as stream:
-            size = stream.seek(0, 2)
-            _check_end(stream, size)
-            with zipfile.ZipFile(stream) as archive:
-                _check_pickle(_checked_pickle(archive, size), size)
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"its entry {printable(damaged)[:80]} is damaged: other bytes than were written")
-    except RecipeError:
-        raise
-    except Exception as error:  # zipfile and pickletools raise anything for damaged files
-        raise _refusal(path, str(error) or type(error).__name__) from error
+        yield
+    except Exception as error:
+        reason = printable(str(error).partition("\n")[0] or type(error).__name__)[:300]
+        raise RecipeError(f"{printable(path)}: cannot be read as tensors and plain values alone: {reason}") from error
 
 
-def _refusal(path: Path, reason: str) -> RecipeError:
-    return RecipeError(
-        f"{printable(path)}: cannot be read as tensors and plain values alone: {printable(reason)[:300]}"
-    )
-
-
-def _check_end(stream: BinaryIO, size: int) -> None:
-    """Raise ValueError where the file does not end as a zip file does, or its directory is large."""
+def _check_end(stream: BinaryIO) -> int:
+    """Return the file's size. Raises ValueError where it does not end as a zip file does, or its directory is large."""
+    size = stream.seek(0, 2)
     stream.seek(-min(size, END.size + LOCATOR + END64.size), 2)
     tail = stream.read()
     if len(tail) < END.size or not tail[-END.size :].startswith(b"PK\5\6"):
@@ -81,6 +86,7 @@ def _check_end(stream: BinaryIO, size: int) -> None:
         _, bytes_, _ = END64.unpack(tail[: END64.size])
     if bytes_ > MOST_DIRECTORY:
         raise ValueError(f"its list of entries has {bytes_} bytes, the most that is read is {MOST_DIRECTORY}")
+    return size
 
 
 def _checked_pickle(archive: zipfile.ZipFile, size: int) -> bytes:

@@ -28,7 +28,7 @@ from intaglio.passes._imported import (
     some,
     take_layers,
 )
-from intaglio.passes._torch_file import load_torch_file
+from intaglio.passes._torch_file import check_end, load_torch_file
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
@@ -77,6 +77,11 @@ class ImportModelopt(ImportPass):
     ignore: tuple[str, ...] = Field(
         (), description="quantizers that are left out, such as `*.norm*.input_quantizer`: more exact there than it was"
     )
+
+    @classmethod
+    def files(cls, place: Path) -> list[Path]:
+        """Return the one file that is read. Raises RecipeError for what is no file of torch.save."""
+        return [check_end(place)]
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError with everything that the file holds and that cannot be carried over."""
