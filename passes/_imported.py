@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 from intaglio.pipeline.artifact import AnyKey, Outputs
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.files import open_file, printable
+from intaglio.pipeline.files import open_stream, printable
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import Layer, QuantPlan
@@ -107,7 +107,7 @@ class ImportPass(Pass):
         bits = plan.weight_bits_mean
         ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
         for reason, names in found.in_float.items():
-            ctx.log.info("%d layers stay in float, as %s: %s", len(names), reason, some(names, NAMED_LAYERS))
+            ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
         # one entry: its scales are of no step
         return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
 
@@ -120,7 +120,7 @@ def _digest(files: Iterable[Path]) -> str:
     """Of one file its sha256, of several that of their names and sha256s."""
     found = {}
     for file in files:
-        with open_file(file) as opened:
+        with open_stream(file) as opened:
             found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     if len(found) == 1:
         return next(iter(found.values()))
@@ -169,7 +169,7 @@ def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerD
 def check_called(layer: Layer, trajectory: Trajectory) -> None:
     """Raise StaysFloat where the recorded calls never reach the layer: the graph has no product of it."""
     if layer.name not in trajectory.amax:
-        raise StaysFloat("the model never calls them")
+        raise StaysFloat("it is never called")
 
 
 def problems_of(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.files import MIB, open_file, printable
+from intaglio.pipeline.files import MIB, open_stream, printable
 
 MOST_DIRECTORY = 8 * MIB
 """Bytes of the list of a zip file's entries: some 80,000 tensors."""
@@ -49,14 +49,14 @@ def load_torch_file(path: Path) -> object:
 
 def check_end(path: Path) -> Path:
     """Return the path of a file that ends as `torch.save` ends one. Raises RecipeError for others; reads no more."""
-    with open_file(path) as stream, _refused(path):
+    with open_stream(path) as stream, _refused(path):
         _check_end(stream)
     return path
 
 
 def check_torch_file(path: Path) -> None:
     """Raise RecipeError for what `torch.save` did not write as it is. Reads all of it once."""
-    with open_file(path) as stream, _refused(path):
+    with open_stream(path) as stream, _refused(path):
         size = _check_end(stream)
         with zipfile.ZipFile(stream) as archive:
             _check_pickle(_checked_pickle(archive, size), size)

@@ -97,8 +97,9 @@ class ImportModelopt(ImportPass):
             weight, entering = (on.get(f"{layer.name}.{part}_quantizer") for part in ("weight", "input"))
             balance = _balance(layer, saved.quantizers.get(f"{layer.name}.input_quantizer"))
             if weight is None:
+                name = f"{layer.name}.weight_quantizer"
                 _check_float(entering, balance)
-                raise StaysFloat("the file or the recipe leaves their weight quantizers off")
+                raise StaysFloat("its weight quantizer is off" if name in saved.quantizers else "it has no quantizer")
             check_called(layer, trajectory)
             w = saved.tensors.get(f"{layer.name}.weight")
             if w is None or tuple(w.shape) != layer.shape:

@@ -73,7 +73,7 @@ class ImportWeights(ImportPass):
         def take(layer: Layer) -> QuantizedLayerData:
             read = saved.weights.get(layer.name)
             if read is None:
-                raise StaysFloat("the file has their weights in float")
+                raise StaysFloat("the file has its weight in float")
             if layer.op != "linear":
                 raise NotCarried(f"the weight of a {layer.op}: only those of linear layers are taken")
             check_called(layer, trajectory)

@@ -10,8 +10,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -46,16 +47,6 @@ def checked_file(
     """
     os.close(_opened(path, most, inside, error)[0])
     return path
-
-
-@contextmanager
-def open_file(
-    path: Path, *, most: int | None = None, inside: Path | None = None, error: type[IntaglioError] = RecipeError
-) -> Iterator[BinaryIO]:
-    """Open a regular file of at most `most` bytes for a library that reads streams. Raises `error`."""
-    descriptor, _ = _opened(path, most, inside, error)
-    with os.fdopen(descriptor, "rb") as stream:
-        yield stream
 
 
 def read_bytes(path: Path, *, most: int, inside: Path | None = None, error: type[IntaglioError] = RecipeError) -> bytes:
@@ -220,6 +211,15 @@ def printable(text: object) -> str:
     'a\\\\x1b[31m\\\\udce9'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
+@contextmanager
+def open_stream(
+    path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> Iterator[BufferedReader]:
+    """Open a regular file of any size for reading piece by piece. Raises `error` as `checked_file` does."""
+    with os.fdopen(_opened(path, None, inside, error)[0], "rb") as stream:
+        yield stream
 
 
 def _opened(path: Path, most: int | None, inside: Path | None, error: type[IntaglioError]) -> tuple[int, int]:
