@@ -25,8 +25,8 @@ BYTES_PER_OPERATION = 100
 MOST_DEPTH = 500
 """How deep values may be nested: Python hashes a deep tuple without any check of its stack."""
 GLOBALS = re.compile(
-    r"collections OrderedDict|(__builtin__|builtins) (slice|set)|torch\._utils _rebuild_(tensor_v2|parameter)"
-    r"|torch (Size|device|strided|per_tensor_affine|per_channel_affine|\w+Storage|(float|bfloat|u?int|bool|complex)\w*)"
+    r"collections OrderedDict|(__builtin__|builtins) (slice|set)|torch\._utils _rebuild_(tensor_v[23]|parameter)"
+    r"|torch\.storage UntypedStorage|torch (Size|device|\w+Storage|(float|bfloat|u?int|bool|complex)\w*)"
 )
 """Names that a file may use: those that take no more memory than what the file holds."""
 END, END64 = struct.Struct("<4s8xLL2x"), struct.Struct("<4s36xQQ")

@@ -58,6 +58,27 @@ def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_
         assert torch.equal(resumed.layers[name].b, layer.b)
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "empty"])
+def test_a_damaged_checkpoint_starts_the_training_again(damage, planned, tmp_path, caplog):
+    step, file = Distill(updates=1, samples=2, rank=1), tmp_path / "distill.pt"
+    expected = run_pass(step, planned, tmp_path)[ADAPTER].loss
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "cut":
+            file.write_bytes(content[:-100])
+        case "flipped":
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        case "foreign":
+            saved = torch.load(file, weights_only=True)
+            saved["state"] = saved["best"] = {name: value[..., :1] for name, value in saved["state"].items()}
+            torch.save(saved, file)
+        case "empty":
+            torch.save({}, file)
+    assert run_pass(step, planned, tmp_path)[ADAPTER].loss == expected
+    assert "distill.pt cannot be used, training starts again" in caplog.text
+
+
 def test_more_processes_than_samples_are_refused(planned, tmp_path):
     state = State({key: planned[key] for key in Distill.requires}, reader="distill")
     ctx = Context(scratch=tmp_path, seed=0, processes=Processes(index=0, count=5))
