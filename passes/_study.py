@@ -115,7 +115,8 @@ class Progress:
             damaged = 0
             for line in _lines(file):
                 try:
-                    name, value = parse_json(line, source=file.name)  # type: ignore[misc]  # checked here
+                    measured: Any = parse_json(line, source=file.name)
+                    name, value = measured
                     if not isinstance(name, str) or not fits(value):
                         raise ValueError(name)
                 except (RecipeError, *DAMAGE):  # cut off when the run was stopped, or of another run
