@@ -151,16 +151,16 @@ class Trainer:
         """Return what a stopped run left, None where it left nothing or a file that is damaged or of another run."""
         if not self.ctx.processes.agree(self.checkpoint.exists()):
             return None
-        reason = "it is of another run"
+        reason = f"{self.checkpoint.name} is of another run"
         try:
             saved = load_torch_file(self.checkpoint)
             if self._fits(saved):
                 return saved
-        except (RecipeError, *DAMAGE) as error:
+        except RecipeError as error:
             reason = str(error)
-        self.ctx.log.warning(
-            "%s: training starts again, %s cannot be used: %s", self.name, self.checkpoint.name, reason
-        )
+        except DAMAGE:  # it holds other things than this training saves
+            pass
+        self.ctx.log.warning("%s: training starts again: %s", self.name, reason)
         return None
 
     def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
