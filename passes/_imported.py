@@ -6,6 +6,7 @@ Shapes: N out features, K in features, G scales a row, T denoising steps: one en
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 from intaglio.pipeline.artifact import AnyKey, Outputs
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.files import open_stream, printable
+from intaglio.pipeline.files import MIB, open_stream, printable
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import Layer, QuantPlan
@@ -37,6 +38,8 @@ LISTED_PROBLEMS = 24
 """Problems of one import that its error lists."""
 NAMED_LAYERS = 24
 """Layers that a line of the log names."""
+SPARSE = 256 * MIB
+"""Bytes up to which it does not matter that most of a file is not there. Weights are no eight times smaller on disk."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Types of tensors that are numbers in themselves: without a scale, a block or a table."""
 
@@ -121,6 +124,9 @@ def _digest(files: Iterable[Path]) -> str:
     found = {}
     for file in files:
         with open_stream(file) as opened:
+            held, size = getattr(os.fstat(opened.fileno()), "st_blocks", 0) * 512, os.fstat(opened.fileno()).st_size
+            if size > SPARSE and 0 < held < size // 8:  # 0 where a file system does not say
+                raise RecipeError(f"{printable(file)}: is a sparse file: {held} of its {size} bytes are written")
             found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     if len(found) == 1:
         return next(iter(found.values()))

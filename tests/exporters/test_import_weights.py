@@ -391,6 +391,12 @@ def test_pipes_and_headers_that_lie_are_refused_before_they_are_read(saved, tmp_
     os.mkfifo(tmp_path / "saved/config.json")
     with pytest.raises(ValidationError, match=r"config\.json: is not a regular file"):
         ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})
+    header = json.dumps({"a": {"dtype": "I8", "shape": [1 << 35], "data_offsets": [0, 1 << 35]}}).encode()
+    with (tmp_path / "sparse.safetensors").open("wb") as sparse:
+        sparse.write(len(header).to_bytes(8, "little") + header)
+        sparse.truncate(8 + len(header) + (1 << 35))
+    with pytest.raises(ValidationError, match=r"sparse.safetensors: is a sparse file: \d+ of its 34359738\d+ bytes"):
+        ImportWeights.model_validate({"path": "sparse.safetensors"}, context={"base": tmp_path})
     (tmp_path / "a.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     with pytest.raises(ValidationError, match="its header would have 1099511627776 bytes"):
         ImportWeights.model_validate({"path": "a.safetensors"}, context={"base": tmp_path})
