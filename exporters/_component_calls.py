@@ -58,6 +58,18 @@ def record_calls(pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, 
     return [_method_calls(models[name], name, method, seen[name, method]) for name, method in order]
 
 
+def picture_for(pipe: Any) -> Any:  # a picture of Pillow
+    """Return a picture of the size that the pipeline draws by default: colors that run from side to side."""
+    from PIL import Image
+
+    denoiser = next(each for name in ("transformer", "unet") if (each := getattr(pipe, name, None)) is not None)
+    size = denoiser.config.get("sample_size") or 32
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    ramp = Image.linear_gradient("L").resize((width * factor, height * factor))
+    return Image.merge("RGB", (ramp, ramp.rotate(180), ramp.transpose(Image.Transpose.TRANSPOSE).resize(ramp.size)))
+
+
 def encode_calls(decoded: MethodCalls, module: nn.Module) -> MethodCalls:
     """A call of the module's encoder with the pictures that its decoder drew."""
     compute = compute_with(module, decoded)

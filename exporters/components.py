@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -13,7 +13,8 @@ from pydantic import Field, JsonValue
 
 from intaglio.pipeline.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.context import Context
-from intaglio.pipeline.errors import RecipeError, StepFailed, TargetError, did_you_mean
+from intaglio.pipeline.errors import IntaglioError, RecipeError, StepFailed, TargetError, did_you_mean
+from intaglio.pipeline.files import printable
 from intaglio.pipeline.graph import Graph, Interface
 from intaglio.pipeline.keys import COMPONENTS, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.pass_base import Pass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from intaglio.exporters._agreement import Expected
     from intaglio.exporters._component_calls import MethodCalls
     from intaglio.exporters._torch_export import Calls, Compute
+    from intaglio.pipeline.checkpoint import Checkpoint
+    from intaglio.pipeline.components import PipelineFolder
     from intaglio.pipeline.denoiser import Inputs
     from intaglio.pipeline.quantized import QuantizedLayerData
 
@@ -34,6 +37,8 @@ Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
 
 PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
 """What a pipeline draws where no call says more."""
+PICTURES = ("image", "mask_image", "control_image")
+"""Arguments that a pipeline may want pictures for."""
 
 
 class ExportComponents(Pass):
@@ -52,7 +57,8 @@ class ExportComponents(Pass):
 
     precision: Mapping[str, Precision] = Field(
         {},
-        description="by component: float, which others have, w8a16, w4a16, or none, which leaves it out",
+        description="by component: float, which others have, w8a16, w4a16, or none, which leaves it out of what is"
+        " compiled; it still takes part in the call where the pipeline cannot be called without it",
     )
     targets: Mapping[str, str] = Field(
         {}, description="by component: the target it is compiled for, where that is not the recipe's"
@@ -75,18 +81,13 @@ class ExportComponents(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises StepFailed where a graph does not compute what torch does, RecipeError for what cannot be compiled."""
-        from torch import nn
-
         from intaglio.exporters._component_calls import output_with
         from intaglio.pipeline.components import Compiled, Components
 
         folder = state[PIPELINE]
         without = [name for name, precision in self.precision.items() if precision == "none"]
-        self._check_names(folder.classes(), folder.denoiser)
-        pipe = folder.open(state[MODEL].open().module, without)
-        models = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module) and n != folder.denoiser}
-        usual, other = self._recorded(pipe, models, state[MODEL].ref.sampling_steps, ctx)
-        del pipe
+        self._check_names(folder)
+        models, usual, other = self._opened(folder, state[MODEL], without, ctx)
         gc.collect()  # the denoiser
         written, work = ctx.scratch / "pipeline", ctx.scratch / "work"
         shutil.rmtree(written, ignore_errors=True)
@@ -111,45 +112,76 @@ class ExportComponents(Pass):
                 compiled[name] = Compiled(target.name, kinds)
         return {COMPONENTS: Components.write(written, folder, compiled, without)}
 
-    def _check_names(self, there: Mapping[str, object], denoiser: str) -> None:
-        """Raise RecipeError for precisions and targets of what is no component, or the denoiser."""
+    def _check_names(self, folder: PipelineFolder) -> None:
+        """Raise RecipeError for precisions and targets of what is no model around the denoiser, or is left out."""
+        from torch import nn
+
+        there, denoiser = folder.classes(), folder.denoiser
+        left = [name for name in there if name != denoiser and self.precision.get(name) != "none"]
+        models = [name for name in left if issubclass(folder.component_class(name), nn.Module)]
         options: Mapping[str, Mapping[str, str]] = {"precision": self.precision, "targets": self.targets}
-        problems = [
-            f"{option}.{name}: the pipeline has no such component{did_you_mean(name, there)}"
-            for option, by in options.items()
-            for name in by
-            if name not in there
-        ]
-        if denoiser in self.precision:
-            problems.append(f"precision.{denoiser}: the denoiser's precision is its plan's: leave it out here")
-        if denoiser in self.targets:
-            problems.append(f"targets.{denoiser}: the denoiser's target is the recipe's: leave it out here")
+        problems = []
+        for option, by in options.items():
+            for name, value in by.items():
+                if name not in there:
+                    why = f"the pipeline has no such component{did_you_mean(name, there)}"
+                elif name == denoiser:
+                    of = "precision is its plan's" if option == "precision" else "target is the recipe's"
+                    why = f"the denoiser's {of}: leave it out here"
+                elif option == "targets" and self.precision.get(name) == "none":
+                    why = f"precision.{name} leaves it out: give one of the two"
+                elif name not in models and value != "none":
+                    why = f"it has no weights{did_you_mean(name, models)}"
+                else:
+                    continue
+                problems.append(f"{option}.{name}: {why}")
+        if not problems and not models:
+            problems.append(f"precision: it leaves out every component with weights: leave out the step {self.name}")
         if problems:
             raise RecipeError(*problems)
+
+    def _opened(
+        self, folder: PipelineFolder, model: Checkpoint, without: Collection[str], ctx: Context
+    ) -> tuple[dict[str, nn.Module], list[MethodCalls], dict[str, MethodCalls]]:
+        """Return the models to compile with their calls in one run of the pipeline, and in another, by method.
+
+        Components that are left out are opened only where the pipeline cannot be called without them. Raises
+        RecipeError where it cannot be called at all.
+        """
+        from torch import nn
+
+        denoiser = model.open().module
+        for absent in dict.fromkeys((tuple(without), ())):
+            try:
+                pipe = folder.open(denoiser, absent)
+                models = {
+                    name: module
+                    for name, module in pipe.components.items()
+                    if isinstance(module, nn.Module) and name not in (folder.denoiser, *without)
+                }
+                return models, *self._recorded(pipe, models, model.ref.sampling_steps, ctx)
+            except IntaglioError:
+                raise
+            except Exception as error:  # pipelines of diffusers raise anything where something is not given
+                said = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
+                if not absent:
+                    kind = printable(folder.index()["_class_name"])
+                    raise RecipeError(f"call: {kind} raised {said}: give what it needs in `call`") from error
+                ctx.log.info("called with %s, which is not compiled: without, %s", ", ".join(absent), said)
+        raise AssertionError  # the last one returns or raises
 
     def _recorded(
         self, pipe: Any, models: Mapping[str, nn.Module], steps: int, ctx: Context
     ) -> tuple[list[MethodCalls], dict[str, MethodCalls]]:
-        """The calls of all methods, and those of the other call by name of method."""
+        """Return the calls of all methods, and those of the other call by name of method."""
         import torch
 
-        from intaglio.exporters._component_calls import encode_calls, record_calls
+        from intaglio.exporters._component_calls import encode_calls
 
         def recorded(call: Mapping[str, JsonValue]) -> list[MethodCalls]:
-            parameters = inspect.signature(pipe.__call__).parameters
-            usual = {
-                "prompt": list(PROMPTS),
-                "num_inference_steps": steps,
-                "output_type": "pt",
-                "generator": ctx.torch_rng("call"),
-            }
-            given = {n: v for n, v in usual.items() if n in parameters} | dict(call)
-            needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-            if missing := [name for name in needed if name not in given]:
-                raise RecipeError(f"call: {type(pipe).__name__} also takes {', '.join(missing)}: give it here")
             with torch.no_grad():
-                found = record_calls(pipe, models, given)
-                if self.image_to_image:
+                found = self._record(pipe, models, call, steps, ctx)
+                if self.image_to_image and not any(calls.method == "encode" for calls in found):
                     decoders = [c for c in found if c.method == "decode" and hasattr(models[c.component], "encode")]
                     found += [encode_calls(calls, models[calls.component]) for calls in decoders]
             return found
@@ -162,6 +194,36 @@ class ExportComponents(Pass):
             )
         other = {} if self.other_call is None else {c.name: c for c in recorded({**self.call, **self.other_call})}
         return usual, other
+
+    def _record(
+        self, pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, JsonValue], steps: int, ctx: Context
+    ) -> list[MethodCalls]:
+        """Return the calls of one run, with pictures of ours where the pipeline raises without."""
+        from intaglio.exporters._component_calls import picture_for, record_calls
+
+        parameters = inspect.signature(pipe.__call__).parameters
+        usual = {
+            "prompt": list(PROMPTS),
+            "num_inference_steps": steps,
+            "output_type": "pt",
+            "generator": ctx.torch_rng("call"),
+        }
+        given = {n: v for n, v in usual.items() if n in parameters} | dict(call)
+        pictures = [name for name in PICTURES if name in parameters and name not in given]
+        needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if missing := [name for name in needed if name not in (*given, *pictures)]:
+            raise RecipeError(f"call: {type(pipe).__name__} also takes {', '.join(missing)}: give it here")
+        try:
+            return record_calls(pipe, models, given)
+        except IntaglioError:
+            raise
+        except Exception:
+            if not pictures:
+                raise
+            ctx.log.info("called with a picture of our own: %s", ", ".join(pictures))
+        drawn = dict.fromkeys(pictures, picture_for(pipe)) | ({"strength": 1.0} if "strength" in parameters else {})
+        given |= {"generator": ctx.torch_rng("call")} if "generator" in usual.keys() & parameters.keys() else {}
+        return record_calls(pipe, models, drawn | given)
 
     def _graph(
         self,

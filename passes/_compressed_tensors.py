@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from intaglio.passes._imported import Entering, NotCarried
+from intaglio.passes._imported import Entering, NotCarried, dtype_name, shown
 from intaglio.passes._saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable
 
 if TYPE_CHECKING:
     import torch
@@ -24,36 +26,52 @@ METHOD = "compressed-tensors"
 PARTS = re.compile(
     r"weight_(packed|scale|shape|zero_point|g_idx|global_scale)|(input|output)_(scale|zero_point|global_scale)"
 )
+READ = {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"}
+"""Parts of a weight that are read."""
+FORMATS = ("int-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
+"""Layouts of the codes that are read."""
+SECONDS = 1.0
+"""CPU time for all patterns of names together: they may be such that a match takes for ever."""
+MOST_PATTERN = 1000
+"""Characters of one pattern."""
 
 
 class _Args(BaseModel):
     """How a weight, an input or an output is rounded."""
 
+    model_config = ConfigDict(strict=True)
+
     num_bits: int = 8
     type: str = "int"
     symmetric: bool = True
     strategy: str | None = None
+    group_size: int | None = None
     dynamic: bool | str = False
 
     @property
     def form(self) -> str:
         """As messages name it."""
-        return f"{self.type}{self.num_bits} by {self.strategy}"
+        return f"{printable(self.type)[:20]}{shown(self.num_bits)} by {printable(self.strategy)[:20]}"
 
 
 class _Group(BaseModel):
-    targets: tuple[str, ...]
+    model_config = ConfigDict(strict=True)
+
+    targets: list[str]
     weights: _Args | None = None
     input_activations: _Args | None = None
     output_activations: _Args | None = None
+    format: str | None = None
 
 
 class _Config(BaseModel):
-    quant_method: Literal["compressed-tensors"]
-    config_groups: Mapping[str, _Group]
+    model_config = ConfigDict(strict=True)
+
+    config_groups: dict[str, _Group]
     version: str = ""
-    kv_cache_scheme: Mapping[str, object] | None = None
-    transform_config: Mapping[str, object] | None = None
+    format: str | None = None
+    kv_cache_scheme: dict[str, object] | None = None
+    transform_config: dict[str, object] | None = None
 
 
 def read_compressed_tensors(
@@ -63,8 +81,9 @@ def read_compressed_tensors(
     try:
         config = _Config.model_validate(written)
     except ValidationError as error:
-        wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise RecipeError(f"config.json: its quantization_config is none of {METHOD}: {'; '.join(wrong)}") from error
+        wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)[:3])
+        said = printable("; ".join(wrong))[:300]
+        raise RecipeError(f"config.json: its quantization_config is none of {METHOD}: {said}") from error
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         name, _, part = key.rpartition(".")
@@ -79,16 +98,19 @@ def read_compressed_tensors(
         problems.append("transform_config: its rotations are not carried over")
     if config.kv_cache_scheme:
         problems.append("kv_cache_scheme: attention stays in float here")
+    layouts = {config.format, *(group.format for group in config.config_groups.values())} - {None, *FORMATS}
+    problems += [f"format: {shown(layout)} packs codes in another way" for layout in sorted(map(str, layouts))]
+    groups = _Groups(config.config_groups.values())
     return SavedWeights(
-        f"{METHOD} {config.version}",
-        {name: partial(_weight, found, config, module) for name, found in parts.items()},
+        f"{METHOD} {printable(config.version)[:20]}",
+        {name: partial(_weight, found, groups, module) for name, found in parts.items()},
         {key: value for key, value in tensors.items() if key not in held},
         tuple(problems),
     )
 
 
-def _weight(parts: Mapping[str, torch.Tensor], config: _Config, module: nn.Module, layer: Layer) -> Weight:
-    group = _group_of(layer.name, module.get_submodule(layer.name), config.config_groups.values())
+def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Module, layer: Layer) -> Weight:
+    group = groups.aimed_at(layer.name, module.get_submodule(layer.name))
     args = None if group is None else group.weights
     if group is None or args is None:
         raise NotCarried("it has scales, and no group of config_groups rounds its weight")
@@ -102,17 +124,40 @@ def _weight(parts: Mapping[str, torch.Tensor], config: _Config, module: nn.Modul
         raise NotCarried("weight_g_idx: groups of input features in another order (actorder) are no neighbours")
     if not args.symmetric:
         raise NotCarried(f"weights in {args.form} with zero points: here a code of 0 is 0 (symmetric)")
-    check_symmetric(parts.get("weight_zero_point"), "weights")
-    if "weight_packed" in parts:
-        codes = _unpacked(parts["weight_packed"], args.num_bits, layer.k)
-    elif "weight" in parts and parts["weight"].dtype.itemsize == 1 and not parts["weight"].dtype.is_floating_point:
-        codes = parts["weight"]
-    else:
-        raise NotCarried("its weight is not compressed: save it behind ModelCompressor.compress_model")
     scale = parts.get("weight_scale")
     if scale is None:
         raise NotCarried("no weight_scale")
-    return checked(layer, args.num_bits, codes, scale, _entering(group.input_activations, parts))
+    check_symmetric(parts.get("weight_zero_point"), scale, "weights")
+    entering = _entering(group.input_activations, parts)
+    read = READ | ({"input_scale", "input_zero_point"} if group.input_activations is not None else set())
+    if unread := sorted(parts.keys() - read):
+        raise NotCarried(f"{', '.join(unread)}: no place here")
+    block = layer.k if args.strategy != "group" else args.group_size
+    return checked(layer, args.num_bits, _codes(parts, args.num_bits, layer), scale, block, entering)
+
+
+def _codes(parts: Mapping[str, torch.Tensor], bits: int, layer: Layer) -> torch.Tensor:
+    """Return codes (N, K). Raises NotCarried for a weight in float, and for shapes that are not the layer's."""
+    import torch
+
+    packed, plain, shape = parts.get("weight_packed"), parts.get("weight"), parts.get("weight_shape")
+    if shape is not None:
+        said = shape.tolist() if shape.numel() == 2 else None
+        if shape.dtype not in (torch.int32, torch.int64) or said != [layer.n, layer.k]:
+            raise NotCarried(f"weight_shape {said or dtype_name(shape)} for a weight {layer.shape}")
+    if packed is not None and plain is not None:
+        raise NotCarried("its weight is there twice, as weight and as weight_packed")
+    if packed is not None:
+        words = -(-layer.k * bits // 32)
+        if packed.dtype != torch.int32 or tuple(packed.shape) != (layer.n, words):
+            raise NotCarried(
+                f"weight_packed {tuple(packed.shape)} in {dtype_name(packed)} for a weight {layer.shape}:"
+                f" {bits}-bit codes take {(layer.n, words)} in int32"
+            )
+        return _unpacked(packed, bits, layer.k)
+    if plain is None or dtype_name(plain).startswith(("float32", "float16", "bfloat16")):
+        raise NotCarried("its weight is not compressed: save it behind ModelCompressor.compress_model")
+    return plain
 
 
 def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
@@ -123,29 +168,59 @@ def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering
         raise NotCarried(f"inputs in {args.form}: only integers of 4 or 8 bits")
     if not args.symmetric:
         raise NotCarried(f"inputs in {args.form} with zero points: here a code of 0 is 0 (symmetric)")
-    check_symmetric(parts.get("input_zero_point"), "inputs")
+    scale = parts.get("input_scale")
+    check_symmetric(parts.get("input_zero_point"), scale, "inputs")
     match args.dynamic, args.strategy:
-        case True, "token":
+        case True, "token" if scale is None:
             return by_token(args.num_bits)
         case False, "tensor":
-            return static(args.num_bits, parts.get("input_scale"))
-    how = "dynamic" if args.dynamic else "static"
+            return static(args.num_bits, scale)
+    how = f"dynamic ({printable(args.dynamic)[:20]})" if isinstance(args.dynamic, str) else "static"
+    how = "dynamic" if args.dynamic is True else how
     raise NotCarried(f"{how} inputs in {args.form}: only dynamic ones by token, and static ones by tensor")
 
 
-def _group_of(name: str, layer: nn.Module, groups: Iterable[_Group]) -> _Group | None:
-    """The one that aims best: at the name, by a pattern of names, or at the class."""
-    classes = {each.__name__ for each in type(layer).__mro__}
+class _Groups:
+    """Groups of layers, found by what they target: a name, a pattern of names, or a class."""
 
-    def aims(target: str) -> int:
-        if target == name:
-            return 3
-        if target.startswith("re:"):
-            return 2 if re.match(target.removeprefix("re:"), name) else 0
-        return 1 if target in classes else 0
+    def __init__(self, groups: Iterable[_Group]) -> None:
+        self.exact: dict[str, tuple[int, _Group]] = {}
+        self.patterns: dict[str, _Group] = {}
+        self.left = SECONDS
+        for place, group in enumerate(groups):
+            for target in group.targets:
+                if target.startswith("re:"):
+                    self.patterns.setdefault(target.removeprefix("re:"), group)
+                else:
+                    self.exact.setdefault(target, (place, group))
 
-    best, found = max(((max(map(aims, g.targets), default=0), g) for g in groups), key=lambda each: each[0])
-    return found if best else None
+    def aimed_at(self, name: str, layer: nn.Module) -> _Group | None:
+        """Return the group that aims best at a layer: at its name, by a pattern, or at its class."""
+        if name in self.exact:
+            return self.exact[name][1]
+        for pattern, group in self.patterns.items():
+            if self._matches(pattern, name):
+                return group
+        classes = [self.exact[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in self.exact]
+        return min(classes, key=lambda found: found[0])[1] if classes else None
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        """Whether the name begins with the pattern. Raises RecipeError for what is none, or takes too long."""
+        import regex
+
+        where = f"config.json: the target {shown('re:' + pattern)}"
+        # regex writes counted repeats out: one in another takes memory without bound
+        if len(pattern) > MOST_PATTERN or pattern.count("{") > 1 or re.search(r"\{.*\d{3}", pattern):
+            raise RecipeError(f"{where} is longer than {MOST_PATTERN} characters, or repeats more than is read")
+        started = time.process_time()
+        try:
+            found = regex.match(pattern, name, timeout=max(self.left, 0.001))
+        except (regex.error, RecursionError) as error:
+            raise RecipeError(f"{where} is no pattern: {printable(error)[:200]}") from error
+        except TimeoutError as error:
+            raise RecipeError(f"{where} takes too long to be matched") from error
+        self.left -= time.process_time() - started
+        return found is not None
 
 
 def _unpacked(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:

@@ -6,8 +6,9 @@ Shapes: N out features, K in features, G scales a row, T denoising steps: one en
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -17,6 +18,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 from intaglio.pipeline.artifact import AnyKey, Outputs
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MIB, open_stream, printable
 from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.pass_base import Pass
 from intaglio.pipeline.plan import Layer, QuantPlan
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 
 GROUPS = (128, 64, 32)
 """Sizes that a block is split into, the largest that fits."""
+LISTED_PROBLEMS = 24
+"""Problems of one import that its error lists."""
+NAMED_LAYERS = 24
+"""Layers that a line of the log names."""
+SPARSE = 256 * MIB
+"""Bytes up to which it does not matter that most of a file is not there. Weights are no eight times smaller on disk."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Types of tensors that are numbers in themselves: without a scale, a block or a table."""
 
 
 class ImportPass(Pass):
@@ -47,8 +57,8 @@ class ImportPass(Pass):
 
     @classmethod
     def files(cls, place: Path) -> list[Path]:
-        """Those that are read, of what `path` names. Raises ValueError where there are none."""
-        return [place]
+        """Return the files that are read of what `path` names. Raises RecipeError for those that cannot be."""
+        raise NotImplementedError
 
     @model_validator(mode="before")
     @classmethod
@@ -57,8 +67,8 @@ class ImportPass(Pass):
             return written
         try:
             found = _digest(cls.files(_base(info.context) / written["path"]))
-        except OSError as error:
-            raise ValueError(f"{written['path']}: cannot be read: {error.strerror}") from error
+        except (OSError, RecipeError) as error:
+            raise ValueError(str(error)) from error
         if (wanted := written.get("sha256") or found) != found:
             raise ValueError(f"{written['path']}: its sha256 is {found}, not {wanted}")
         return {**written, "sha256": found}
@@ -70,17 +80,22 @@ class ImportPass(Pass):
         self,
         origin: str,
         layers: tuple[Layer, ...],
-        taken: Mapping[str, QuantizedLayerData],
+        found: TakenLayers,
         problems: Iterable[str],
         trajectory: Trajectory,
         ctx: Context,
     ) -> Outputs:
-        """The plan and the integers; layers that were not taken stay in float. Raises RecipeError with the problems."""
+        """Return the plan and the integers; layers that were not taken stay in float, and the log says why.
+
+        Raises RecipeError with the first problems, and how many more there are.
+        """
         from intaglio.pipeline.quant.balance import LayerBalance
         from intaglio.pipeline.quantized import Quantized
 
-        if said := [f"{self.path}: {problem}" for problem in problems]:
-            raise RecipeError(*said)
+        if said := [f"{printable(self.path)}: {problem}" for problem in problems]:
+            more = len(said) - LISTED_PROBLEMS
+            raise RecipeError(*said[:LISTED_PROBLEMS], *([f"and {more} more problems"] if more > 0 else []))
+        taken = found.taken
         plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
         balances = {}
         for name, data in taken.items():
@@ -94,6 +109,8 @@ class ImportPass(Pass):
         plan = plan.balanced(balances)
         bits = plan.weight_bits_mean
         ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
+        for reason, names in found.in_float.items():
+            ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
         # one entry: its scales are of no step
         return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
 
@@ -106,7 +123,10 @@ def _digest(files: Iterable[Path]) -> str:
     """Of one file its sha256, of several that of their names and sha256s."""
     found = {}
     for file in files:
-        with file.open("rb") as opened:
+        with open_stream(file) as opened:
+            held, size = getattr(os.fstat(opened.fileno()), "st_blocks", 0) * 512, os.fstat(opened.fileno()).st_size
+            if size > SPARSE and 0 < held < size // 8:  # 0 where a file system does not say
+                raise RecipeError(f"{printable(file)}: is a sparse file: {held} of its {size} bytes are written")
             found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
     if len(found) == 1:
         return next(iter(found.values()))
@@ -115,6 +135,19 @@ def _digest(files: Iterable[Path]) -> str:
 
 class NotCarried(Exception):
     """Why a layer has no exact form here."""
+
+
+class StaysFloat(Exception):
+    """Why a layer is not quantized, which is no fault."""
+
+
+@dataclass(frozen=True)
+class TakenLayers:
+    """The layers' integers by name, and the names of the other layers by reason: in float, or refused."""
+
+    taken: dict[str, QuantizedLayerData]
+    in_float: dict[str, list[str]]
+    refused: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -126,48 +159,80 @@ class Entering:
     factor_T: torch.Tensor | None = None
 
 
-def take_layers(
-    layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerData | None]
-) -> tuple[dict[str, QuantizedLayerData], dict[str, list[str]]]:
-    """What became of those that `take` gives, and the names of those that it refuses by reason."""
-    taken: dict[str, QuantizedLayerData] = {}
-    refused: dict[str, list[str]] = defaultdict(list)
+def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerData]) -> TakenLayers:
+    """Return what `take` gives for each layer, or the reason that it raises: StaysFloat or NotCarried."""
+    found = TakenLayers({}, defaultdict(list), defaultdict(list))
     for layer in layers:
         try:
-            if (data := take(layer)) is not None:
-                taken[layer.name] = data
+            found.taken[layer.name] = take(layer)
+        except StaysFloat as reason:
+            found.in_float[str(reason)].append(layer.name)
         except NotCarried as reason:
-            refused[str(reason)].append(layer.name)
-    return taken, refused
+            found.refused[str(reason)].append(layer.name)
+    return found
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:
-    """Raises NotCarried where the recorded calls never reach the layer."""
+    """Raise StaysFloat where the recorded calls never reach the layer: the graph has no product of it."""
     if layer.name not in trajectory.amax:
-        raise NotCarried("the model never calls it")
+        raise StaysFloat("it is never called")
 
 
 def problems_of(
-    module: nn.Module,
-    rest: Mapping[str, torch.Tensor],
-    taken: Collection[str],
-    refused: Mapping[str, list[str]],
+    module: nn.Module, rest: Mapping[str, torch.Tensor], found: TakenLayers, quantized: Iterable[str]
 ) -> Iterator[str]:
-    """The refusals, and where `rest`, what the file holds beside quantized weights, is not what the model has."""
-    yield from (f"{some(names)}: {reason}" for reason, names in refused.items())
-    quantized = {f"{n}.weight" for n in (*taken, *(n for names in refused.values() for n in names))}
-    ours = {name: value for name, value in module.state_dict().items() if name not in quantized}
-    theirs = {name: value for name, value in rest.items() if name not in quantized}
+    """Yield the refusals, and where `rest` differs from the model.
+
+    `rest` is what the file holds beside quantized weights. `quantized` are the layers whose weight is not compared.
+    """
+    yield from (f"{some(names)}: {reason}" for reason, names in found.refused.items())
+    weights = {f"{name}.weight" for name in quantized}
+    ours = {name: value for name, value in module.state_dict().items() if name not in weights}
+    theirs = {name: value for name, value in rest.items() if name not in weights}
     if ours.keys() != theirs.keys():
         missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         parts = [f"has no {some(missing)}"] * bool(missing) + [f"has {some(surplus)}"] * bool(surplus)
         yield f"is of another model: it {' and '.join(parts)}"
-        return
-    if other := [n for n, value in ours.items() if not value.to(theirs[n].dtype).equal(theirs[n])]:
-        yield (
-            f"{some(other)}: not what the recipe's model has, which the graph is made from: name the weights that were"
-            " quantized in model.path"
-        )
+    reasons = defaultdict(list)
+    for name in ours.keys() & theirs.keys():
+        if (reason := _difference(ours[name], theirs[name])) is not None:
+            reasons[reason].append(name)
+    yield from (f"{some(sorted(names))}: {reason}" for reason, names in reasons.items())
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+    """Return how a tensor of the file differs from the model's, None where the file's is a rounding of it."""
+    if theirs.shape != ours.shape:
+        return f"{tuple(theirs.shape)} where the recipe's model has {tuple(ours.shape)}"
+    kind = dtype_name(theirs)
+    if kind not in FLOATS if ours.is_floating_point() else theirs.dtype != ours.dtype:
+        return f"in {kind} where the recipe's model has {dtype_name(ours)}"
+    if ours.to(theirs.dtype).equal(theirs):
+        return None
+    if theirs.is_floating_point() and not theirs.isfinite().all():
+        return "holds NaN or Inf"
+    return (
+        "not what the recipe's model has, which the graph is made from: name the weights that were quantized in"
+        " model.path"
+    )
+
+
+def as_float32(what: str, value: torch.Tensor, cause: str = "") -> torch.Tensor:
+    """Return a tensor of the file in float32. Raises NotCarried for other types than floats, and for NaN and Inf.
+
+    `cause`: why it may have NaN.
+    """
+    if (kind := dtype_name(value)) not in FLOATS:
+        raise NotCarried(f"{what} in {kind}: only {', '.join(FLOATS)}")
+    values = value.float()
+    if not values.isfinite().all():
+        raise NotCarried(f"{what} with NaN or Inf{cause}")
+    return values
+
+
+def dtype_name(value: torch.Tensor) -> str:
+    """Return `float32` for torch.float32."""
+    return str(value.dtype).removeprefix("torch.")
 
 
 def layer_data(
@@ -226,7 +291,34 @@ def _split(scale_NG: torch.Tensor, count: int) -> torch.Tensor:
     return scale_NG.repeat_interleave(count // scale_NG.shape[1], dim=1)
 
 
-def some(names: Iterable[str]) -> str:
-    """Up to three of them, and how many more."""
+def some(names: Iterable[str], most: int = 3) -> str:
+    """Return up to `most` of the names, shortened and printable, and how many more there are."""
     listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(printable(name)[:120] for name in listed[:most]) + more
+
+
+def shown(value: object) -> str:
+    """Return a value of a file in a few words, whatever it is.
+
+    >>> shown((4, 3)), shown("8"), shown(10**5000), shown([[1]])
+    ('(4, 3)', "'8'", 'a number of many digits', '[a list]')
+    """
+    match value:
+        case None | bool() | float():
+            return str(value)
+        case int():
+            return str(value) if abs(value) < 10**12 else "a number of many digits"
+        case str():
+            return printable(repr(value[:60]))
+        case tuple() if len(value) <= 4:
+            return f"({', '.join(map(_inner, value))})"
+        case list() if len(value) <= 4:
+            return f"[{', '.join(map(_inner, value))}]"
+        case dict() if len(value) <= 4:
+            return f"{{{', '.join(f'{_inner(key)}: {_inner(item)}' for key, item in value.items())}}}"
+    return f"a {type(value).__name__}"
+
+
+def _inner(value: object) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, tuple | list | dict) else shown(value)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from intaglio.passes._imported import Entering, NotCarried
+from intaglio.passes._imported import Entering, NotCarried, as_float32, dtype_name, shown
 from intaglio.pipeline.quant.spec import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -41,24 +41,45 @@ class SavedWeights:
     problems: tuple[str, ...] = ()
 
 
-def checked(layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, entering: Entering | None) -> Weight:
-    """Scales of one number, (N, 1) or (N, G). Raises NotCarried for shapes that are not the layer's, and odd scales."""
+def checked(
+    layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: Entering | None
+) -> Weight:
+    """Return codes and scales of one number, (N, 1) or (N, G).
+
+    `block`: input features that share a scale, as the file says; None where it does not. Raises NotCarried for types,
+    shapes, blocks and codes that are not the layer's, and for scales that are not finite or not above zero.
+    """
+    import torch
+
+    if codes.dtype != torch.int8:
+        raise NotCarried(f"codes in {dtype_name(codes)}: only int8")
     if tuple(codes.shape) != (layer.n, layer.k):
         raise NotCarried(f"codes {tuple(codes.shape)} for a weight {layer.shape}")
-    scale = scale.float()
-    scale_NG = scale.reshape(1, 1).expand(layer.n, 1) if scale.numel() == 1 else scale
-    if scale_NG.dim() != 2 or len(scale_NG) != layer.n or layer.k % scale_NG.shape[1]:
-        raise NotCarried(
-            f"scales {tuple(scale.shape)} for a weight {layer.shape}: one, or the same number for each row"
-        )
-    if not (scale_NG.isfinite() & (scale_NG > 0)).all():
-        raise NotCarried("scales that are not finite, or not above zero")
+    shape = tuple(scale.shape)
+    count = 1 if scale.numel() == 1 else shape[-1] if shape else 0
+    if scale.numel() != 1 and (len(shape) != 2 or shape[0] != layer.n or not count or layer.k % count):
+        raise NotCarried(f"scales {shape} for a weight {layer.shape}: one, or the same number for each row")
+    if block is not None and block * count != layer.k:
+        raise NotCarried(f"scales {shape} for a weight {layer.shape}, but blocks of {shown(block)}")
+    scale_NG = as_float32("scales", scale).reshape(-1, count).expand(layer.n, count)
+    if not (scale_NG > 0).all():
+        raise NotCarried("scales that are not above zero")
+    low, high = int(codes.amin()), int(codes.amax())
+    if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
+        raise NotCarried(f"codes from {low} to {high}, which are not of {bits} bits")
     return Weight(bits, codes, scale_NG, entering)
 
 
-def check_symmetric(zero_point: torch.Tensor | None, what: str) -> None:
-    """Raises NotCarried where a zero point is another than zero."""
-    if zero_point is not None and zero_point.count_nonzero():
+def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None, what: str) -> None:
+    """Raise NotCarried where a zero point is another than zero, or they are not as many as scales."""
+    if zero_point is None:
+        return
+    counts = {1} | ({scale.numel()} if scale is not None else set())
+    if zero_point.numel() not in counts or zero_point.is_complex():
+        raise NotCarried(
+            f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}: one a scale"
+        )
+    if zero_point.float().count_nonzero():  # NaN is one
         raise NotCarried(f"{what} with zero points: here a code of 0 is 0 (symmetric)")
 
 
@@ -75,15 +96,17 @@ def static(bits: int, scale: torch.Tensor | None) -> Entering:
     """An input with one scale at every step."""
     if scale is None or scale.numel() != 1:
         raise NotCarried(f"static input scales {None if scale is None else tuple(scale.shape)}: only one")
-    width = _width(bits)
-    return Entering(IntInput(bits=width, granularity=PerStep()), scale.float().reshape(1) * _high(width))
+    width, found = _width(bits), as_float32("an input scale", scale).reshape(1)
+    if found.item() <= 0:
+        raise NotCarried(f"an input scale of {found.item():g}: it has to be above zero")
+    return Entering(IntInput(bits=width, granularity=PerStep()), found * _high(width))
 
 
 def _width(bits: int) -> Literal[4, 8]:
     match bits:
         case 4 | 8:
             return bits
-    raise NotCarried(f"inputs of {bits} bits: only of 4 or 8")
+    raise NotCarried(f"inputs of {shown(bits)} bits: only of 4 or 8")
 
 
 def _high(bits: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -19,15 +18,21 @@ import torch
 from intaglio.passes._replay import Replay
 from intaglio.passes._screen import Forms, Screen
 from intaglio.pipeline.blocks import find_units
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import DAMAGE, MIB, parse_json, read_bytes
 from intaglio.pipeline.metrics import Metric, MetricContext
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from intaglio.passes._rounded import RoundedLayers
     from intaglio.pipeline.context import Advance, Context
     from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler
     from intaglio.pipeline.trajectory import Trajectory
 
 T = TypeVar("T")
+MOST_PROGRESS = 512 * MIB
+"""Bytes of one file of measurements."""
 Errors = dict[str, dict[str, list[list[float]]]]
 """By layer and label; of each bucket one error a sample."""
 
@@ -97,17 +102,29 @@ class Batch:
 
 
 class Progress:
-    """What was measured so far, by all processes, in files that a stopped run finds again, one line a measurement."""
+    """What was measured so far, by all processes, in files that a stopped run finds again, one line a measurement.
 
-    def __init__(self, ctx: Context, kind: str) -> None:
+    `fits` says whether a value is one of these measurements; others are measured again, as are damaged lines.
+    """
+
+    def __init__(self, ctx: Context, kind: str, fits: Callable[[Any], bool]) -> None:
         self._processes = ctx.processes
         self._file = ctx.scratch / f"{kind}.{ctx.processes.index}.jsonl"
         self._done: dict[str, Any] = {}
         for file in sorted(ctx.scratch.glob(f"{kind}.*.jsonl")):
-            for line in file.read_text(errors="replace").splitlines():
-                with suppress(ValueError, TypeError):  # empty, or cut off when the run was stopped
-                    name, value = json.loads(line)
+            damaged = 0
+            for line in _lines(file):
+                try:
+                    measured: Any = parse_json(line, source=file.name)
+                    name, value = measured
+                    if not isinstance(name, str) or not fits(value):
+                        raise ValueError(name)
+                except (RecipeError, *DAMAGE):  # cut off when the run was stopped, or of another run
+                    damaged += 1
+                else:
                     self._done[name] = value
+            if damaged:
+                ctx.log.warning("%s: %d lines are damaged, or of another run: measured again", file.name, damaged)
 
     def __contains__(self, name: str) -> bool:
         return name in self._done
@@ -143,7 +160,11 @@ class Study:
 
     def screen(self, probes: int) -> Errors:
         """Predicted relative squared errors, of all layers and forms."""
-        progress = Progress(self.ctx, "screened")
+
+        def fits(value: Any) -> bool:
+            return type(value["energy"]) is float and are_errors(value["errors"], self.forms)
+
+        progress = Progress(self.ctx, "screened", fits)
         screen = Screen(self.rounded, self.denoise, self.forms)
         places = list(itertools.product(range(len(self.steps)), range(self.batch.rows)))
 
@@ -175,7 +196,14 @@ class Study:
         context: MetricContext,
     ) -> dict[str, Errors]:
         """Errors of these layers and labels, by the name of each of the layer's metrics. Leaves the model as it was."""
-        progress = Progress(self.ctx, "measured")
+        count = len(self.batch.samples)
+
+        def fits(value: Any) -> bool:
+            return any(value.keys() == named.keys() for named in metrics.values()) and all(
+                len(each) == count and all(type(error) is float for error in each) for each in value.values()
+            )
+
+        progress = Progress(self.ctx, "measured", fits)
         units = find_units(self.rounded.module)
         members = {u: [(n, k) for n in wanted if n == u or n.startswith(f"{u}.") for k in wanted[n]] for u in units}
         places = [(b, u) for b in range(len(self.steps)) for u, pairs in members.items() if pairs]
@@ -231,6 +259,23 @@ class Study:
             output = replay.call(name)
         compared = {metric: each.compare(output, replay.output, context) for metric, each in metrics.items()}
         return {metric: self.batch.by_sample(error_R) for metric, error_R in compared.items()}
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines that are not empty; of a file that cannot be read one that says nothing."""
+    try:
+        text = read_bytes(file, most=MOST_PROGRESS).decode("utf-8", errors="replace")
+    except RecipeError:
+        return ["unreadable"]
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def are_errors(found: Mapping[str, Any], forms: Mapping[str, Mapping[str, object]]) -> bool:
+    """Whether this is one number for each layer and label of `forms`, and nothing else."""
+    return found.keys() == forms.keys() and all(
+        found[name].keys() == labels.keys() and all(type(each) is float for each in found[name].values())
+        for name, labels in forms.items()
+    )
 
 
 def _key(bucket: int, name: str, label: str) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from intaglio.passes._torch_file import load_torch_file
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import DAMAGE
 from intaglio.pipeline.quant.modules import InputScales, QuantizedLayer
 
 if TYPE_CHECKING:
@@ -71,8 +74,8 @@ class Trainer:
         best_error, best = self._held_out_error(), self._state()
         ctx, updates = self.ctx, self.options.updates
         first_error = best_error
-        if ctx.processes.agree(self.checkpoint.exists()):
-            saved = torch.load(self.checkpoint, weights_only=True, map_location=ctx.device)
+        saved = self._saved()
+        if saved is not None:
             self._restore(saved["state"])
             self.optimizer.load_state_dict(saved["optimizer"])
             loss, best_error, best = saved["loss"], saved["best_error"], saved["best"]
@@ -143,6 +146,38 @@ class Trainer:
         for name, parameter in self._tensors().items():
             parameter.data.copy_(saved[name])
         self._invalidate()
+
+    def _saved(self) -> dict[str, Any] | None:
+        """Return what a stopped run left, None where it left nothing or a file that is damaged or of another run."""
+        if not self.ctx.processes.agree(self.checkpoint.exists()):
+            return None
+        reason = f"{self.checkpoint.name} is of another run"
+        try:
+            saved = load_torch_file(self.checkpoint)
+            if self._fits(saved):
+                return saved
+        except RecipeError as error:
+            reason = str(error)
+        except DAMAGE:  # it holds other things than this training saves
+            pass
+        self.ctx.log.warning("%s: training starts again: %s", self.name, reason)
+        return None
+
+    def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
+        """Whether a checkpoint is one of this training: what is trained, its optimizer, and the updates so far."""
+        own = {name: parameter.shape for name, parameter in self._tensors().items()}
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+        moments = [(i, each[part].shape) for i, each in state.items() for part in ("exp_avg", "exp_avg_sq")]
+        counts = [len(group["params"]) for group in self.optimizer.param_groups]
+        return (
+            all({name: value.shape for name, value in saved[part].items()} == own for part in ("state", "best"))
+            and all(value.isfinite().all() for part in ("state", "best") for value in saved[part].values())
+            and [len(group["params"]) for group in groups] == counts
+            and all(shape == parameters[index].shape for index, shape in moments)
+            and all(type(each) is float for each in (*saved["loss"], saved["best_error"]))
+            and 0 < len(saved["loss"]) <= self.options.updates
+        )
 
     def _save(self, progress: Mapping[str, object]) -> None:
         if not self.ctx.processes.first:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from intaglio.passes._imported import ImportPass, NotCarried, check_called, layer_data, problems_of, take_layers
+from intaglio.passes._imported import (
+    ImportPass,
+    NotCarried,
+    StaysFloat,
+    check_called,
+    layer_data,
+    problems_of,
+    shown,
+    some,
+    take_layers,
+)
 from intaglio.pipeline.artifact import Outputs, State
 from intaglio.pipeline.context import Context
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MOST_JSON, checked_file, open_safetensors, printable, read_json_object
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
 
 if TYPE_CHECKING:
@@ -42,12 +52,15 @@ class ImportWeights(ImportPass):
 
     @classmethod
     def files(cls, place: Path) -> list[Path]:
-        """The tensors, and what config.json says of them."""
+        """Return the files of tensors, and config.json where it is beside them. Raises RecipeError for others."""
         found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
         if not found:
-            raise ValueError(f"{place.name}: no *.safetensors in it: name the folder of the denoiser itself")
+            raise RecipeError(f"{printable(place)}: no *.safetensors in it: name the folder of the denoiser itself")
         config = found[0].with_name(CONFIG)
-        return [*found, config] if config.is_file() else found
+        for file in found:
+            with open_safetensors(file, framework="np"):  # before all of it is read for its sum
+                pass
+        return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError with everything that the files hold and that cannot be carried over."""
@@ -55,55 +68,53 @@ class ImportWeights(ImportPass):
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         layers = layer_table(model.module)
-        saved = _read(self.files(self._place), model.module)
+        saved = read_weights(self.files(self._place), model.module)
 
-        def take(layer: Layer) -> QuantizedLayerData | None:
+        def take(layer: Layer) -> QuantizedLayerData:
             read = saved.weights.get(layer.name)
             if read is None:
-                return None
+                raise StaysFloat("the file has its weight in float")
             if layer.op != "linear":
                 raise NotCarried(f"the weight of a {layer.op}: only those of linear layers are taken")
             check_called(layer, trajectory)
             weight = read(layer)
             return layer_data(layer, weight.bits, weight.codes, weight.scale_NG, weight.entering)
 
-        taken, refused = take_layers(layers, take)
+        found = take_layers(layers, take)
         if others := sorted(saved.weights.keys() - {layer.name for layer in layers}):
-            refused["no layer of the model that can be quantized: leave it in float"] = others
-        problems = [*saved.problems, *problems_of(model.module, saved.rest, taken, refused)]
-        return self._outputs(saved.origin, layers, taken, problems, trajectory, ctx)
+            found.refused["no layer of the model that can be quantized: leave it in float"] = others
+        problems = [*saved.problems, *problems_of(model.module, saved.rest, found, saved.weights)]
+        return self._outputs(saved.origin, layers, found, problems, trajectory, ctx)
 
 
-def _read(files: Iterable[Path], module: nn.Module) -> SavedWeights:
-    """Raises RecipeError for what cannot be read, or was written by another library."""
-    from safetensors import SafetensorError, safe_open
-
+def read_weights(files: Iterable[Path], module: nn.Module) -> SavedWeights:
+    """Read what compressed-tensors or torchao wrote for a module. Raises RecipeError for all other files."""
     from intaglio.passes import _compressed_tensors, _torchao
 
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
     for file in files:
-        try:
-            if file.name == CONFIG:
-                config = json.loads(file.read_text(encoding="utf-8"))
-                continue
-            with safe_open(file, "pt") as opened:
-                metadata |= opened.metadata() or {}
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, ValueError) as error:
-            raise RecipeError(f"{file.name}: cannot be read: {error}") from error
+        if file.name == CONFIG:
+            config = read_json_object(file)
+            continue
+        with open_safetensors(file) as opened:
+            metadata |= opened.metadata() or {}
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name in tensors:
+                    raise RecipeError(f"{printable(file)}: {some([name])} is in another file of the folder too")
+                tensors[name] = opened.get_tensor(name)
     written = config.get("quantization_config")
-    if isinstance(written, dict) and written.get("quant_method") == _compressed_tensors.METHOD:
+    method = written.get("quant_method") if isinstance(written, dict) else None
+    if isinstance(written, dict) and method == _compressed_tensors.METHOD:
         return _compressed_tensors.read_compressed_tensors(tensors, written, module)
     if _torchao.NAMES in metadata:
         return _torchao.read_torchao(tensors, metadata)
-    if any(name.endswith(".weight._data") or name.endswith(".weight._data._data") for name in tensors):
+    if any(name.endswith((".weight._data", ".weight._data._data")) for name in tensors):
         raise RecipeError(
             "quanto's weights have no form here: 8-bit ones are for inputs in float, and 4-bit ones have float zeros"
         )
-    method = written.get("quant_method") if isinstance(written, dict) else None
     raise RecipeError(
-        f"{CONFIG} names {method!r} as quantization_config.quant_method, and there is no metadata of torchao: only what"
-        f" {_compressed_tensors.METHOD} or torchao wrote is read"
+        f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao: only"
+        f" what {_compressed_tensors.METHOD} or torchao wrote is read"
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
@@ -200,11 +200,17 @@ class MeasureSensitivity(Pass):
     def _along(self, drawn: _Drawn, schemes: Mapping[str, Mapping[str, LayerScheme]]) -> _Predicted:
         """Of samples, by one backward pass through each of their trajectories; nothing where no gradient comes back."""
         from intaglio.passes._screen import Screen
-        from intaglio.passes._study import Progress
+        from intaglio.passes._study import Progress, are_errors
 
         ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in schemes.items()}
         screen = Screen(drawn.rounded, drawn.denoise, forms)
-        progress, processes = Progress(ctx, "drift-screened"), ctx.processes
+        calls = len(drawn.sampler.timesteps)
+
+        def fits(value: Any) -> bool:
+            errors, weights = value
+            return are_errors(errors, forms) and len(weights) == calls and all(type(each) is float for each in weights)
+
+        progress, processes = Progress(ctx, "drift-screened", fits), ctx.processes
 
         def predict(sample: int) -> _Predicted:
             start = drawn.start.part(slice(sample, sample + 1))
@@ -217,7 +223,8 @@ class MeasureSensitivity(Pass):
                     advance(processes.count)
         except RuntimeError as e:
             ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
-        found = list(progress.gathered().values())
+        done = progress.gathered()
+        found = [done[str(sample)] for sample in range(self.samples) if str(sample) in done]
         if not found or len(found) < self.samples:
             return {}, []
         every, weights = zip(*found, strict=True)
@@ -297,7 +304,7 @@ class MeasureSensitivity(Pass):
             if table.predicted(layer.name, scheme) > visible
         ]
         ctx = drawn.ctx
-        progress, processes = Progress(ctx, "drift"), ctx.processes
+        progress, processes = Progress(ctx, "drift", lambda value: type(value) is float), ctx.processes
         own = pairs[processes.index :: processes.count]
         reference = drawn.samples() if own else drawn.start.noise
 

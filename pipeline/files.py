@@ -177,7 +177,7 @@ def open_safetensors(
     try:
         with safe_open(path, framework=framework) as opened:
             yield opened
-    except SafetensorError as e:
+    except (SafetensorError, OSError, RuntimeError) as e:  # RuntimeError: torch cannot map a file of that size
         raise error(f"{printable(path)}: is not a safetensors file: {printable(e)}") from e
 
 

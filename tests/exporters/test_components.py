@@ -272,6 +272,53 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
     refused("vae is never called: give a `call` that does, or", call=call | {"output_type": "latent"})
 
 
+def test_a_component_that_is_left_out_takes_part_in_the_call_where_it_is_needed(sd, tmp_path, caplog):
+    pipe, artifacts, _ = sd
+    caplog.set_level("INFO")
+    out = compiled(tiny_pipelines.sd, artifacts, tmp_path, precision={"text_encoder": "none"})
+    assert {*Components(out / "pipeline").compiled} == {"vae"}
+    assert "called with text_encoder, which is not compiled: without, AttributeError" in caplog.text
+    made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet)
+    assert made.text_encoder is None
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(made.vae.decode(latents).sample, pipe.vae.decode(latents).sample, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": {"vae": "none", "text_encoder": "none"}}, "leaves out every component with weights"),
+        (
+            {"precision": {"vae": "none"}, "targets": {"vae": "tensorrt-rtx"}},
+            "targets.vae: precision.vae leaves it out",
+        ),
+        ({"precision": {"tokenizer": "w8a16"}}, "precision.tokenizer: it has no weights: there is text_encoder, vae"),
+        ({"targets": {"vea": "tensorrt-rtx"}}, "targets.vea: the pipeline has no such component: did you mean 'vae'"),
+        ({"call": {"prompt": 5}}, "call: StableDiffusionPipeline raised ValueError: .* give what it needs in `call`"),
+    ],
+)
+def test_options_that_fit_no_component_are_refused_by_name(options, message, sd, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        run_pass(ExportComponents(**options), sd[1], tmp_path / "scratch")
+
+
+def test_a_pipeline_that_needs_a_picture_gets_one(sd, tmp_path):
+    pipe, artifacts, _ = sd
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    other.save_pretrained(tmp_path / "model")
+    own = artifacts | {PIPELINE: PipelineFolder(tmp_path / "model")}
+    made = run_pass(ExportComponents(), own, tmp_path / "scratch")[COMPONENTS]
+    assert {*made.compiled["vae"].returns} == {"encode", "decode"}
+    (tmp_path / "out").mkdir()
+    made.save(tmp_path / "out")
+    loaded = intaglio.load_pipeline(tmp_path / "out", threads=1, unet=pipe.unet)
+    pictures = drawn(pipe, tiny_pipelines.sd)
+    call = {"prompt": PROMPT, "image": pictures, "strength": 1.0, "num_inference_steps": STEPS, "output_type": "np"}
+    found, expected = (each(**call, generator=torch.Generator().manual_seed(0)).images for each in (loaded, other))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_a_black_picture_is_refused(sd, tmp_path):
     make, artifacts = tiny_pipelines.sd, sd[1]
     shutil.copytree(artifacts[PIPELINE].root, tmp_path / "stored")

@@ -2,8 +2,12 @@
 
 import contextlib
 import copy
+import hashlib
 import io
+import os
 import re
+import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,7 @@ from quantizing import rel_l2
 
 from intaglio.exporters._session import graph_denoise
 from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.passes.import_modelopt import ImportModelopt
+from intaglio.passes.import_modelopt import ImportModelopt, read_modelopt
 from intaglio.pipeline.denoiser import denoise_with
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
@@ -29,6 +33,7 @@ CHANNEL, TENSOR = {"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}
 TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
 BLOCKS = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
 STEP = 2
+PARTS = ("weight", "input")
 LAYER = "transformer_blocks.0.attn1.to_q"
 
 
@@ -221,6 +226,145 @@ def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
     assert missing == []
 
 
+def fact(part: str, key: str, value: object) -> Callable:
+    return lambda quantizers, _, name: quantizers[f"{name}.{part}_quantizer"].update({key: value})
+
+
+def weight_of(dtype: torch.dtype) -> Callable:
+    def change(_, tensors, name):
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(dtype)
+
+    return change
+
+
+NO_NUMBERS = {
+    "a weight with NaN or Inf": lambda _, tensors, name: tensors[f"{name}.weight"][0].fill_(torch.nan),
+    "a weight in int8: only float16": weight_of(torch.int8),
+    "a weight in bool": weight_of(torch.bool),
+    "a weight in float8_e4m3fn": weight_of(torch.float8_e4m3fn),
+    "a weight in complex64": weight_of(torch.complex64),
+    r"the file has a weight \(2, 2\), the model one of \(\d+, \d+\)": buffer("weight", torch.ones(2, 2)),
+    "weight scales with NaN or Inf": buffer("weight_quantizer._amax", torch.full((64, 1), torch.inf)),
+    "weight scales below 0": buffer("weight_quantizer._amax", torch.full((64, 1), -1.0)),
+    "weight scales of 0 for weights that are not 0": buffer("weight_quantizer._amax", torch.zeros(64, 1)),
+    "weight scales in int32": buffer("weight_quantizer._amax", torch.ones(64, 1, dtype=torch.int32)),
+    r"weight scales \(3, 1\) along axis 0": buffer("weight_quantizer._amax", torch.ones(3, 1)),
+    "an input scale of 0: ": buffer("input_quantizer._amax", torch.tensor(0.0)),
+    "an input scale of -1: ": buffer("input_quantizer._amax", torch.tensor(-1.0)),
+    r"attributes that Model Optimizer does not write: _num_bits is '8'": fact("weight", "_num_bits", "8"),
+    "does not write: _num_bits is None": fact("weight", "_num_bits", None),
+    "weight in -1 bits": fact("weight", "_num_bits", -1),
+    "does not write: _num_bits is 8.0": fact("input", "_num_bits", 8.0),
+    "does not write: _axis is a Tensor": fact("weight", "_axis", torch.ones(2)),
+    "blocks of 0 weights": fact("weight", "_block_sizes", {-1: 0}),
+    "blocks of -4 weights": fact("weight", "_block_sizes", {-1: -4}),
+    "blocks of '32' weights": fact("weight", "_block_sizes", {-1: "32"}),
+    r"blocks {3: 32} of a weight": fact("weight", "_block_sizes", {3: 32}),
+    "holds NaN or Inf": lambda _, tensors, name: tensors[f"{name}.bias"].fill_(torch.nan),
+    r"\(3,\) where the recipe's model has": buffer("bias", torch.ones(3)),
+    "in int64 where the recipe's model has float32": buffer("bias", torch.ones(64, dtype=torch.int64)),
+}
+
+
+def test_what_is_no_number_or_not_of_the_layers_type_and_shape_is_refused_by_name(saved, dit, tmp_path):
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.shape[0] == 64]
+    for first in range(0, len(NO_NUMBERS), len(layers)):
+        expected = dict(zip(layers, list(NO_NUMBERS)[first:], strict=False))
+
+        def change(quantizers, tensors, expected=expected):
+            for name, why in expected.items():
+                NO_NUMBERS[why](quantizers, tensors, name)
+
+        with pytest.raises(RecipeError, match=f"{len(expected)} problems:") as raised:
+            take(dit, changed(saved, change, tmp_path / "saved.pt"))
+        said = raised.value.problems
+        missing = [
+            why for n, why in expected.items() if not any(re.search(f"{n}[^:]*: .*{why}", each) for each in said)
+        ]
+        assert missing == [], said
+
+
+def test_no_more_than_24_problems_are_listed(saved, dit, tmp_path):
+    def change(quantizers, tensors):
+        for number, name in enumerate(quantizers):
+            quantizers[name] |= {"_num_bits": -number, "_disabled": False}
+        for number, name in enumerate(name for name in tensors if name.endswith(".bias")):
+            tensors[name] = torch.ones(1000 + number)
+
+    with pytest.raises(RecipeError, match=r"and \d+ more problems") as raised:
+        take(dit, changed(saved, change, tmp_path / "saved.pt"))
+    assert len(raised.value.problems) == 25
+
+
+def test_layers_in_float_are_named_with_the_reason(saved, dit, tmp_path, caplog):
+    caplog.set_level("INFO")
+    take(dit, changed(saved, lambda q, _: [setting(p, _disabled=True)(q, _, LAYER) for p in PARTS], tmp_path / "s.pt"))
+    assert f"2 layers stay in float, its weight quantizer is off: pos_embed.proj, {LAYER}" in caplog.text
+
+
+def repacked(content: dict, pickle: bytes, file: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+    """A file of torch.save with another pickle."""
+    torch.save(content, file)
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, held in entries.items():
+            archive.writestr(name, pickle if name.endswith("data.pkl") else held)
+    return file
+
+
+PICKLES = {
+    "more than 3[0-9]* operations": b"\x80\x02" + b"]" * 1_000_000 + b".",
+    "nested more than 500 deep": b"\x80\x02}(" + b")" + b"\x85" * 200_000 + b"K\x01u.",
+    "it names __builtin__ bytearray": b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R.",
+    "takes values that are not there": b"\x80\x020.",
+    "it names posix system, which is neither": b"cposix\nsystem\n(S'true'\ntR.",
+}
+
+
+@pytest.mark.parametrize("why", PICKLES)
+def test_a_pickle_that_would_take_time_memory_or_more_is_not_loaded(why, tmp_path):
+    file = repacked({"a": torch.ones(2)}, PICKLES[why], tmp_path / "saved.pt")
+    started = time.process_time()
+    with pytest.raises(RecipeError, match=f"saved.pt: cannot be read as tensors and plain values alone: .*{why}"):
+        read_modelopt(file)
+    assert time.process_time() - started < 2
+
+
+def test_damaged_packed_and_foreign_files_are_refused_in_one_line(saved, tmp_path):
+    file = tmp_path / "saved.pt"
+    torch.save(saved, file)
+    whole = file.read_bytes()
+    middle = whole.index(saved["model_state_dict"][f"{LAYER}.weight"].numpy().tobytes())
+    for content, why in {
+        whole[:-100]: "no zip file of torch.save, or its end is missing",
+        b"": "no zip file of torch.save",
+        b"\0" * 1000: "no zip file of torch.save",
+        whole[:middle] + b"x" + whole[middle + 1 :]: "is damaged: other bytes than were written",
+    }.items():
+        file.write_bytes(content)
+        with pytest.raises(RecipeError, match=why) as raised:
+            read_modelopt(file)
+        assert "\n" not in str(raised.value)
+    repacked({"a": torch.zeros(1000)}, b"\x80\x02N.", file, zipfile.ZIP_DEFLATED)
+    with pytest.raises(RecipeError, match="its entries are compressed"):
+        read_modelopt(file)
+
+
+def test_a_pipe_a_folder_and_a_sparse_file_are_no_files_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    for name, why in (
+        ("fifo", "is not a regular file"),
+        ("folder", "is a folder, not a file"),
+        ("sparse", "is no zip file of torch.save"),
+    ):
+        with pytest.raises(ValidationError, match=f"{name}: .*{why}"):
+            ImportModelopt.model_validate({"path": name}, context={"base": tmp_path})
+
+
 def test_a_file_of_another_model(saved, dit, tmp_path):
     file = changed(saved, lambda _, tensors: tensors.pop("proj_out_2.bias"), tmp_path / "saved.pt")
     with pytest.raises(RecipeError, match=r"is of another model: it has no proj_out_2\.bias"):
@@ -260,11 +404,11 @@ def test_a_file_is_read_without_running_it(dit, tmp_path):
 
 
 def test_the_file_is_beside_the_recipe_and_part_of_the_key(tmp_path):
-    (tmp_path / "saved.pt").write_bytes(b"a")
+    torch.save(1, tmp_path / "saved.pt")
     step = ImportModelopt.model_validate({"path": "saved.pt"}, context={"base": tmp_path})
-    assert step.sha256.startswith("ca978112ca1bbdca")
-    (tmp_path / "saved.pt").write_bytes(b"b")
-    with pytest.raises(ValidationError, match=r"its sha256 is 3e23e8160039594a.*, not ca978112ca1bbdca"):
+    assert step.sha256 == hashlib.sha256((tmp_path / "saved.pt").read_bytes()).hexdigest()
+    torch.save(2, tmp_path / "saved.pt")
+    with pytest.raises(ValidationError, match=rf"its sha256 is .*, not {step.sha256}"):
         ImportModelopt.model_validate(step.model_dump(), context={"base": tmp_path})
     with pytest.raises(ValidationError, match=r"absent.pt: cannot be read: No such file"):
         ImportModelopt(path="absent.pt")

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,6 +256,7 @@ def in_blocks(config, tensors, name):
     config["config_groups"][name]["input_activations"] = None
     scale = tensors[f"{name}.weight_scale"]
     tensors[f"{name}.weight_scale"] = scale.expand(-1, 4).contiguous()
+    tensors[f"{name}.weight"].clamp_(-8, 7)
 
 
 def unscaled(config, tensors, name):
@@ -285,6 +289,117 @@ REFUSED = {
     r"scales \(3, 1\) for a weight": tensor("weight_scale", torch.ones(3, 1)),
     "not above zero": tensor("weight_scale", torch.zeros(1)),
 }
+
+
+def packed(value: torch.Tensor) -> Callable:
+    def change(_, tensors, name):
+        del tensors[f"{name}.weight"]
+        tensors[f"{name}.weight_packed"] = value
+
+    return change
+
+
+def static_scale(value: torch.Tensor) -> Callable:
+    def change(config, tensors, name):
+        setting("input_activations", strategy="tensor", dynamic=False)(config, tensors, name)
+        tensors[f"{name}.input_scale"] = value
+
+    return change
+
+
+def plain(dtype: torch.dtype) -> Callable:
+    def change(_, tensors, name):
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(dtype)
+
+    return change
+
+
+NO_NUMBERS = {
+    "codes in uint8: only int8": plain(torch.uint8),
+    "codes in bool: only int8": plain(torch.bool),
+    "codes in float8_e4m3fn: only int8": plain(torch.float8_e4m3fn),
+    "codes in complex64: only int8": plain(torch.complex64),
+    "scales with NaN or Inf": tensor("weight_scale", torch.full((64, 1), torch.nan)),
+    "scales that are not above zero": tensor("weight_scale", torch.full((64, 1), -1.0)),
+    "scales in int8: only float16": tensor("weight_scale", torch.ones(64, 1, dtype=torch.int8)),
+    r"zero points \(3,\) of its weights": tensor("weight_zero_point", torch.zeros(3, dtype=torch.int8)),
+    r"weight_shape \[64, 32\] for a weight": tensor("weight_shape", torch.tensor([64, 32])),
+    "there twice, as weight and as weight_packed": tensor("weight_packed", torch.zeros(64, 16, dtype=torch.int32)),
+    r"weight_packed \(64, 16\) in int64 .*: 8-bit codes take \(64, 16\) in int32": packed(
+        torch.zeros(64, 16, dtype=torch.int64)
+    ),
+    r"weight_packed \(64, 3\) in int32": packed(torch.zeros(64, 3, dtype=torch.int32)),
+    "weight_global_scale: no place here": tensor("weight_global_scale", torch.ones(1)),
+    "output_scale: no place here": tensor("output_scale", torch.ones(1)),
+    "an input scale with NaN or Inf": static_scale(torch.tensor([torch.inf])),
+    "an input scale of 0: it has to be above zero": static_scale(torch.zeros(1)),
+    r"static input scales \(2,\): only one": static_scale(torch.ones(2)),
+    "codes from -1?[0-9]+ to 1?[0-9]+, which are not of 4 bits": setting("weights", num_bits=4),
+    r"but blocks of 32": setting("weights", strategy="group", group_size=32),
+}
+
+
+def test_what_is_no_number_or_not_of_the_layers_type_and_shape_is_refused_by_name(saved, dit, tmp_path):
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.shape == (64, 64)]
+    for first in range(0, len(NO_NUMBERS), len(layers)):
+        config, tensors = json.loads((saved / "config.json").read_text()), load_file(saved / WEIGHTS)
+        expected = dict(zip(layers, list(NO_NUMBERS)[first:], strict=False))
+        for name, why in expected.items():
+            NO_NUMBERS[why](config["quantization_config"], tensors, name)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / WEIGHTS)
+        with pytest.raises(RecipeError, match=f"{len(expected)} problems:") as raised:
+            take(dit, tmp_path)
+        patterns = [f"{name}: .*{why}" for name, why in expected.items()]
+        said = raised.value.problems
+        assert [each for each in patterns if not any(re.search(each, one) for one in said)] == [], said
+
+
+CONFIGS = {
+    "takes too long to be matched": {"config_groups": {"a": {"targets": ["re:(?:[a-z_0-9.]|[a-z_][a-z_])+(?:X|Y)"]}}},
+    "repeats more than is read": {"config_groups": {"a": {"targets": ["re:((a{99}){99}){99}"]}}},
+    "is no pattern: missing [)]": {"config_groups": {"a": {"targets": ["re:("]}}},
+    "weights.num_bits: Input should be a valid int": {
+        "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": "8"}}}
+    },
+    "config_groups: Input should be a valid dictionary": {"config_groups": []},
+    "format: 'marlin-24' packs codes in another way": {"config_groups": {}, "format": "marlin-24"},
+}
+
+
+@pytest.mark.parametrize("why", CONFIGS)
+def test_a_config_that_is_not_the_librarys_is_refused_in_bounded_time(why, saved, dit, tmp_path):
+    shutil.copy(saved / WEIGHTS, tmp_path)
+    written = {"quant_method": "compressed-tensors"} | CONFIGS[why]
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": written}))
+    started = time.process_time()
+    with pytest.raises(RecipeError, match=why):
+        take(dit, tmp_path)
+    assert time.process_time() - started < 3
+
+
+def test_a_tensor_in_two_files_is_refused_by_name(saved, dit, tmp_path):
+    shutil.copytree(saved, tmp_path / "saved")
+    save_file({f"{LAYER}.weight_scale": torch.ones(64, 1)}, tmp_path / "saved/other.safetensors")
+    with pytest.raises(RecipeError, match=rf"other\.safetensors: {LAYER}\.weight_scale is in another file"):
+        take(dit, tmp_path / "saved")
+
+
+def test_pipes_and_headers_that_lie_are_refused_before_they_are_read(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "saved")
+    (tmp_path / "saved/config.json").unlink()
+    os.mkfifo(tmp_path / "saved/config.json")
+    with pytest.raises(ValidationError, match=r"config\.json: is not a regular file"):
+        ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})
+    header = json.dumps({"a": {"dtype": "I8", "shape": [1 << 35], "data_offsets": [0, 1 << 35]}}).encode()
+    with (tmp_path / "sparse.safetensors").open("wb") as sparse:
+        sparse.write(len(header).to_bytes(8, "little") + header)
+        sparse.truncate(8 + len(header) + (1 << 35))
+    with pytest.raises(ValidationError, match=r"sparse.safetensors: is a sparse file: \d+ of its 34359738\d+ bytes"):
+        ImportWeights.model_validate({"path": "sparse.safetensors"}, context={"base": tmp_path})
+    (tmp_path / "a.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValidationError, match="its header would have 1099511627776 bytes"):
+        ImportWeights.model_validate({"path": "a.safetensors"}, context={"base": tmp_path})
 
 
 def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
@@ -331,6 +446,9 @@ REFUSED_OF_TORCHAO = {
     "8-bit weights in blocks": intx(bits=8),
     "blocks of 16 of 64 in features": intx(blocks=4),
     "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),
+    "codes from -128 to 127, which are not of 4 bits": intx(qdata=int8()[1]["qdata"]),
+    r"but blocks of 16": intx(blocks=4, scale=torch.ones(64, 2), zero_point=torch.zeros(1)),
+    "facts that torchao does not write": (intx()[0] | {"_data": {"target_dtype": 4}}, intx()[1]),
     r"codes \(64, 32\) for a weight \(64, 64\)": intx(qdata=torch.zeros(64, 32, dtype=torch.int8)),
 }
 
@@ -361,7 +479,7 @@ def test_files_of_others(dit, tmp_path):
     with pytest.raises(RecipeError, match="is none of compressed-tensors: config_groups: Field required"):
         take(dit, tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"half")
-    with pytest.raises(RecipeError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(ValidationError, match=r"model\.safetensors: is not a safetensors file"):
         take(dit, tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / WEIGHTS, metadata={"tensor_names": '["a"]'})
     (tmp_path / "config.json").unlink()
@@ -374,10 +492,10 @@ def test_all_its_files_are_part_of_the_key(tmp_path):
     folder.mkdir()
     with pytest.raises(ValidationError, match=r"saved: no \*\.safetensors in it"):
         ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})
-    (folder / "b.safetensors").write_bytes(b"b")
+    save_file({"a": torch.ones(1)}, folder / "b.safetensors")
     steps = [ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path})]
-    for name in ("a.safetensors", "config.json"):
-        (folder / name).write_bytes(b"a")
+    for name, content in (("a.safetensors", (folder / "b.safetensors").read_bytes()), ("config.json", b"{}")):
+        (folder / name).write_bytes(content)
         steps.append(ImportWeights.model_validate({"path": "saved"}, context={"base": tmp_path}))
     assert len({step.sha256 for step in steps}) == 3
     with pytest.raises(ValidationError, match=r"its sha256 is .*, not"):

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,30 @@ def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_
         assert torch.equal(resumed.layers[name].scale_NG, layer.scale_NG)
         assert layer.b is not None
         assert torch.equal(resumed.layers[name].b, layer.b)
+
+
+SAID = {"cut": "its end is missing", "flipped": "is damaged", "foreign": "of another run", "empty": "of another run"}
+
+
+@pytest.mark.parametrize("damage", SAID)
+def test_a_damaged_checkpoint_starts_the_training_again(damage, planned, tmp_path, caplog):
+    step, file = Distill(updates=1, samples=2, rank=1), tmp_path / "distill.pt"
+    expected = run_pass(step, planned, tmp_path)[ADAPTER].loss
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "cut":
+            file.write_bytes(content[:-100])
+        case "flipped":
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        case "foreign":
+            saved = torch.load(file, weights_only=True)
+            saved["state"] = saved["best"] = {name: value[None] for name, value in saved["state"].items()}
+            torch.save(saved, file)
+        case "empty":
+            torch.save({}, file)
+    assert run_pass(step, planned, tmp_path)[ADAPTER].loss == expected
+    assert re.search(rf"distill: training starts again: .*distill.pt.*{SAID[damage]}", caplog.text)
 
 
 def test_more_processes_than_samples_are_refused(planned, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,10 +15,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from intaglio.passes._layer_groups import layer_groups
-from intaglio.passes._study import Batch
+from intaglio.passes._study import Batch, Progress
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.sensitivity import MeasureSensitivity
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.context import Context
 from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import measure_cost
@@ -81,6 +83,18 @@ def test_stopped_measurement_goes_on_where_it_was(measured, tmp_path):
     again = json.loads((tmp_path / "measured.0.jsonl").read_text().splitlines()[-1])
     assert again[0].split(":")[1] == names[20]
     assert 0 < resumed.error[names[20]]["w8a8_step"][1] < 1
+
+
+def test_lines_that_are_damaged_or_of_another_run_are_measured_again(tmp_path, caplog):
+    good = ["0:a:w4a16", {"mse": [1.0]}]
+    lines = [good, ["0:b:w4a16", {"mse": "1"}], [["a"], {}], 5, ["c"], {"d": 1}, None, ["0:e:w4a16", None]]
+    text = "\n".join(map(json.dumps, lines)) + '\n["0:f:w4a16", {"mse": [1.0' + "\n" + "[" * 100_000
+    (tmp_path / "measured.0.jsonl").write_bytes(text.encode() + b"\n\xff\xfe\n")
+    (tmp_path / "measured.1.jsonl").mkdir()
+    context = Context(scratch=tmp_path, seed=0, log=logging.getLogger("test"))
+    progress = Progress(context, "measured", lambda value: value["mse"] == [1.0])
+    assert progress.gathered() == {"0:a:w4a16": {"mse": [1.0]}}
+    assert "measured.0.jsonl: 10 lines are damaged, or of another run: measured again" in caplog.text
 
 
 def test_total_weighs_buckets(measured):

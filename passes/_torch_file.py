@@ -1,0 +1,148 @@
+"""Reads files of `torch.save` that anyone may have written: tensors and plain values, in bounded time and memory."""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MIB, open_stream, printable
+
+MOST_DIRECTORY = 8 * MIB
+"""Bytes of the list of a zip file's entries: some 80,000 tensors."""
+MOST_PICKLE = 64 * MIB
+MOST_OPERATIONS = 300_000
+"""Operations of the pickle in a small file: torch takes about one microsecond for each."""
+BYTES_PER_OPERATION = 100
+"""A larger file may have one more operation for each of so many bytes. Large models have one for some 10,000."""
+MOST_DEPTH = 500
+"""How deep values may be nested: Python hashes a deep tuple without any check of its stack."""
+GLOBALS = re.compile(
+    r"collections OrderedDict|(__builtin__|builtins) (slice|set)|torch\._utils _rebuild_(tensor_v[23]|parameter)"
+    r"|torch\.storage UntypedStorage|torch (Size|device|\w+Storage|(float|bfloat|u?int|bool|complex)\w*)"
+)
+"""Names that a file may use: those that take no more memory than what the file holds."""
+END, END64 = struct.Struct("<4s8xLL2x"), struct.Struct("<4s36xQQ")
+LOCATOR = 20
+
+
+def load_torch_file(path: Path) -> object:
+    """Return what `torch.save` wrote; tensors stay in the file until they are read. Nothing from the file is run.
+
+    Raises RecipeError for all other files, for damaged ones, and for those that would take much more time or memory
+    than their size.
+    """
+    import torch
+
+    check_torch_file(path)
+    with _refused(path), torch.serialization.safe_globals([slice]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are for those who call torch
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_end(path: Path) -> Path:
+    """Return the path of a file that ends as `torch.save` ends one. Raises RecipeError for others; reads no more."""
+    with open_stream(path) as stream, _refused(path):
+        _check_end(stream)
+    return path
+
+
+def check_torch_file(path: Path) -> None:
+    """Raise RecipeError for what `torch.save` did not write as it is. Reads all of it once."""
+    with open_stream(path) as stream, _refused(path):
+        size = _check_end(stream)
+        with zipfile.ZipFile(stream) as archive:
+            _check_pickle(_checked_pickle(archive, size), size)
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"its entry {printable(damaged)[:80]} is damaged: other bytes than were written")
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Raise RecipeError for whatever zipfile, pickletools and torch raise for damaged files, which is anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = printable(str(error).partition("\n")[0] or type(error).__name__)[:300]
+        raise RecipeError(f"{printable(path)}: cannot be read as tensors and plain values alone: {reason}") from error
+
+
+def _check_end(stream: BinaryIO) -> int:
+    """Return the file's size. Raises ValueError where it does not end as a zip file does, or its directory is large."""
+    size = stream.seek(0, 2)
+    stream.seek(-min(size, END.size + LOCATOR + END64.size), 2)
+    tail = stream.read()
+    if len(tail) < END.size or not tail[-END.size :].startswith(b"PK\5\6"):
+        raise ValueError("it is no zip file of torch.save, or its end is missing")
+    _, bytes_, _ = END.unpack(tail[-END.size :])
+    if tail[-END.size - LOCATOR :].startswith(b"PK\6\7"):
+        _, bytes_, _ = END64.unpack(tail[: END64.size])
+    if bytes_ > MOST_DIRECTORY:
+        raise ValueError(f"its list of entries has {bytes_} bytes, the most that is read is {MOST_DIRECTORY}")
+    return size
+
+
+def _checked_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
+    """Return the pickle of values. Raises ValueError for entries that are packed, double, or larger than the file."""
+    entries = archive.infolist()
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("two of its entries have one name")
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
+        raise ValueError("its entries are compressed, which torch.save does not do")
+    if (held := sum(entry.file_size for entry in entries)) > size:
+        raise ValueError(f"its entries have {held} bytes, the whole file {size}")
+    pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+    if len(pickles) != 1 or len({entry.filename.partition("/")[0] for entry in entries}) > 1:
+        raise ValueError("it is no zip file of torch.save: it holds no data.pkl, or several")
+    if pickles[0].file_size > MOST_PICKLE:
+        raise ValueError(f"its data.pkl has {pickles[0].file_size} bytes, the most that is read is {MOST_PICKLE}")
+    return archive.read(pickles[0])
+
+
+def _check_pickle(pickle: bytes, size: int) -> None:
+    """Raise ValueError for a pickle with many operations, with other names than torch's, or with deeply nested values.
+
+    Depths are followed as pickletools describes each operation, in the place of the values that it makes.
+    """
+    most = MOST_OPERATIONS + size // BYTES_PER_OPERATION
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[object, int] = {}
+    for count, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
+        name = operation.name
+        if count > most:
+            raise ValueError(f"its data.pkl has more than {most} operations, the most for a file of {size} bytes")
+        if operation.proto > 2 or name in ("INST", "OBJ"):
+            raise ValueError(f"its data.pkl has the operation {name}, which torch.save does not write")
+        if name == "GLOBAL" and not GLOBALS.fullmatch(str(argument)):
+            raise ValueError(f"it names {argument}, which is neither a tensor nor a plain value")
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+        elif name not in ("PROTO", "STOP"):
+            _apply(operation, stack, marks)
+
+
+def _apply(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
+    """Put the depth of what an operation makes in the place of the depths of what it takes."""
+    before, made = operation.stack_before, len(operation.stack_after)
+    first = len(stack) - len(before)
+    if pickletools.markobject in before:
+        first = marks.pop() - before.index(pickletools.markobject)
+    if first < 0:
+        raise ValueError("its data.pkl takes values that are not there")
+    deepest = max(stack[first:], default=0)
+    del stack[first:]
+    if deepest > MOST_DEPTH:
+        raise ValueError(f"its values are nested more than {MOST_DEPTH} deep in each other")
+    stack.extend([deepest + bool(before)] * made)
