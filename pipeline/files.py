@@ -4,16 +4,25 @@ Every file that does not come from the running process is opened here: only regu
 text only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
+MOST_HEADER = 16 * MIB
+"""Bytes of a safetensors file's header: room for the names of 100,000 tensors."""
+LONGEST_LINE = 1000
+"""Characters of another library's message that are passed on."""
 MOST_NUMBER_DIGITS = 4300
 """Python's own limit for the digits of a whole number."""
 
@@ -83,6 +92,34 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
         raise error(f"{source}: lists and objects are nested too deep in each other") from e
 
 
+@contextmanager
+def open_safetensors(
+    path: Path, *, framework: str = "np", inside: Path | None = None, error: type[IntaglioError] = RecipeError
+) -> Iterator[Any]:
+    """Open a safetensors file: what `safetensors.safe_open` gives, which reads a tensor when it is asked for.
+
+    Raises `error` for another file, and for one whose header is larger than `MOST_HEADER`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = printable(path)
+    descriptor, _ = _opened(path, None, inside, error)
+    try:
+        length = int.from_bytes(os.read(descriptor, 8), "little")
+    finally:
+        os.close(descriptor)
+    if length > MOST_HEADER:
+        raise error(
+            f"{name}: is not a safetensors file, or its header is too large: {length} bytes by its own count,"
+            f" the most that is read is {MOST_HEADER}"
+        )
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as e:
+        raise error(f"{name}: is not a safetensors file: {one_line(e)}") from e
+
+
 def printable(text: object) -> str:
     """Return the text with control characters, and bytes that are no UTF-8, written as escapes.
 
@@ -90,6 +127,16 @@ def printable(text: object) -> str:
     'a\\\\x1b[31m\\\\udce9'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
+def one_line(text: object) -> str:
+    """Return the text in one printable line of at most `LONGEST_LINE` characters.
+
+    >>> one_line("size mismatch\\n  for\\ta.weight")
+    'size mismatch for a.weight'
+    """
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
 
 
 def _opened(path: Path, most: int | None, inside: Path | None, error: type[IntaglioError]) -> tuple[int, int]:

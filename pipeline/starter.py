@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from intaglio.pipeline.binding import bind
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
 from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.inputs import MissingInputs
 from intaglio.pipeline.memory import least_bytes
 from intaglio.pipeline.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT
@@ -48,6 +48,8 @@ class Sampling:
     steps: int = 20
     guidance: float = 1.0
     said_by: str | None = None
+    unknown: str | None = None
+    """Why the pipeline, which is there, does not say it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
     try:
         opened = checkpoint.open(weights=False)
         cost = count_cost(opened, ref)
-    except RecipeError as error:
+    except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
     except (NotImplementedError, RuntimeError):  # of a tensor without values, something asks for one
         pass
@@ -171,8 +173,7 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     lines = [editor_line(SCHEMA_FILE)] if schema else []
     lines += [f"# {line}" if line else "#" for line in _about(found, name)]
     lines += ["model:", f"  path: {_scalar(found.path)}"]
-    said = f"   # of {found.sampling.said_by}, as it samples" if found.sampling.said_by else ""
-    lines += [f"  sampling_steps: {found.sampling.steps}{said}"]
+    lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
     lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance as you sample with it; 1 is none"]
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
@@ -286,17 +287,33 @@ def _recordings(path: str) -> tuple[str, ...]:
 def _sampling(checkpoint: Checkpoint) -> Sampling:
     """Of the pipeline that the model is in, its defaults; guidance that the denoiser has as an input is none here."""
     try:
-        kind = PipelineFolder.around(checkpoint).kind()
+        folder = PipelineFolder.around(checkpoint)
     except RecipeError:
         return Sampling()
+    try:
+        kind = folder.kind()
+    except RecipeError as error:
+        return Sampling(unknown=str(error).removeprefix("model: "))
+    if backends := getattr(kind, "_backends", ()):  # what diffusers has in the place of a class that needs more
+        absent = [name for name in backends if find_spec(name) is None] or backends
+        return Sampling(unknown=f"{kind.__name__} needs {' and '.join(absent)} to be looked at")
     defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
     steps, guidance = defaults.get("num_inference_steps"), defaults.get("guidance_scale")
-    embedded = json.loads(checkpoint.config_file.read_text(encoding="utf-8")).get("guidance_embeds", False)
+    embedded = checkpoint.config().get("guidance_embeds", False)
+    if not isinstance(steps, int):
+        return Sampling(unknown=f"{kind.__name__} does not say it")
     return Sampling(
-        min(steps, MOST_STEPS) if isinstance(steps, int) else Sampling.steps,
+        min(steps, MOST_STEPS),
         max(1.0, float(guidance)) if isinstance(guidance, int | float) and not embedded else Sampling.guidance,
         kind.__name__,
     )
+
+
+def _said(sampling: Sampling) -> str:
+    """Where the numbers of steps and guidance are from, as a comment of YAML."""
+    if sampling.said_by:
+        return f"   # of {sampling.said_by}, as it samples"
+    return f"   # not known, set it as you sample: {sampling.unknown}" if sampling.unknown else ""
 
 
 def _takes(model: Factory) -> str:

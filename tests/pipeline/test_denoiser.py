@@ -125,7 +125,7 @@ def test_what_may_be_left_out_and_is_needed_after_all_is_named():
             return sample + text.mean()
 
     sampler = Sampler(Factory(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
-    with pytest.raises(RecipeError, match=r"Lazy also takes text, mask, which nobody gave.*NoneType"):
+    with pytest.raises(RecipeError, match=r"Lazy also takes text, which nobody gave.*NoneType"):
         check_inputs(sampler)
 
 
