@@ -154,11 +154,14 @@ class Checkpoint:
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
         """Find the model that a recipe in `base` names. Raises RecipeError when it is not there or is no model."""
+        from intaglio.pipeline.record import Recording
+
         named = {"conditions": ref.conditions, "other_size": ref.other_size}
         recordings = {role: (base / name).resolve() for role, name in named.items() if isinstance(name, str)}
         for role, path in recordings.items():
-            if not path.is_file():
+            if not path.exists():
                 raise RecipeError(f"model: no file {named[role]} beside the recipe")
+            Recording.check(path)
         loras = tuple(find_lora(lora.path, base) for lora in ref.loras)
         return replace(cls._find(ref, base), recordings=recordings, loras=loras)
 
