@@ -134,9 +134,9 @@ def record(
 ) -> Recording:
     """What the denoiser gets in `pipe(**call)`, and its null rows in `pipe(**null)`; give both without guidance.
 
-    Raises RecipeError for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that
-    cannot be kept. Of every run the calls at its first timestep are kept. A tensor whose first axis is that of the sample has rows,
-    unless it is named in `shared`; any other is shared by them.
+    Of every run the calls at its first timestep are kept. A tensor whose first axis is that of the sample has rows,
+    unless it is named in `shared`; any other is shared by them. Raises RecipeError for a pipeline without a denoiser or
+    a scheduler, for a call that fails, and for inputs that cannot be kept.
     """
     import torch
 
@@ -151,13 +151,13 @@ def record(
     sample, timestep = usual[0][sample_name], usual[0].get("timestep")
     if not isinstance(sample, torch.Tensor):
         raise RecipeError(
-            f"{type(denoiser).__name__} gets no tensor as its first argument {sample_name}: give a Factory"
+            f"{type(denoiser).__name__} gets its samples as {sample_name}, which is no tensor: they cannot be recorded"
         )
     rows, common, constants = _divide(usual, sample_name, shared)
     null_rows = {} if null is None else _divide(_first_calls(denoiser, pipe, null), sample_name, shared)[0]
     scale = 1.0
     if timestep is not None and float(pipe.scheduler.timesteps[0]):
-        scale = float(timestep.reshape(-1)[0]) / float(pipe.scheduler.timesteps[0])
+        scale = _first(timestep) / float(pipe.scheduler.timesteps[0])
     return Recording(tuple(sample.shape[1:]), scale, schedule, rows, null_rows, common, constants)
 
 
@@ -204,8 +204,14 @@ def _listening(denoiser: nn.Module, note: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and float(a.reshape(-1)[0]) == float(b.reshape(-1)[0]))
+def _same(a: object, b: object) -> bool:
+    return a is b or (a is not None and b is not None and _first(a) == _first(b))
+
+
+def _first(timestep: Any) -> float:  # a tensor or a number
+    import torch
+
+    return float(torch.as_tensor(timestep).reshape(-1)[0])
 
 
 def _divide(
@@ -225,7 +231,10 @@ def _divide(
         elif name in shared or first.ndim == 0 or len(first) != len(calls[0][sample_name]):
             common[name] = _kept(first)
         else:
-            rows[name] = torch.cat([_kept(call[name]) for call in calls])
+            found = [call.get(name) for call in calls]
+            if not all(isinstance(each, torch.Tensor) and each.shape[1:] == first.shape[1:] for each in found):
+                raise RecipeError(f"{name} has another shape in each call of the denoiser: record without guidance")
+            rows[name] = torch.cat([_kept(each) for each in found])
     return rows, common, constants
 
 

@@ -124,7 +124,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"x.safetensors was not written by intaglio\.pipeline\.record"):
         Recording.load(tmp_path / "x.safetensors")
     Path("y.safetensors").write_bytes(b"no")
-    with pytest.raises(RecipeError, match=r"y.safetensors is not a safetensors file"):
+    with pytest.raises(RecipeError, match=r"y.safetensors: is not a safetensors file"):
         Recording.load(Path("y.safetensors"))
 
 
