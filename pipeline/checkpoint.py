@@ -330,6 +330,11 @@ class Checkpoint:
         return empty_model(kind, self.config(), self._size, self._called)
 
     @property
+    def has_weights(self) -> bool:
+        """Whether there is what `open` reads, or a factory that makes it."""
+        return bool(self.entry) or self._weights is not None
+
+    @property
     def _size(self) -> ModelSize:
         """Of a folder's weights. Without them there is no other bound than that of any model."""
         from intaglio.pipeline.empty_model import ANY_MODEL

@@ -157,9 +157,15 @@ class Components(_OfPipeline):
 
     @property
     def compiled(self) -> dict[str, Compiled]:
-        """By name of the component."""
-        content = json.loads((self.root / "components.json").read_text(encoding="utf-8"))
-        return {name: Compiled(**one) for name, one in content.items()}
+        """By name of the component. Raises RecipeError where components.json says something else."""
+        file = self.root / "components.json"
+        made = {}
+        for name, one in read_json_object(file).items():
+            returns = one.get("returns") if isinstance(one, dict) else None
+            if Path(name).name != name or not isinstance(returns, dict) or not isinstance(one.get("target"), str):
+                raise RecipeError(f"{printable(file)}: {printable(name)!r} has no target and returns: compile again")
+            made[name] = Compiled(one["target"], {str(method): str(kind) for method, kind in returns.items()})
+        return made
 
 
 @dataclass(frozen=True)

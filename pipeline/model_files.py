@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from errno import ENOSPC
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +69,13 @@ class Weights:
         return ModelSize(tensors, elements)
 
     def copy(self, to: Path) -> None:
-        """Copy them under their plain names: without a variant in the name of the index or of the only file."""
+        """Copy them under their plain names: without a variant in the name of the index or of the only file.
+
+        Raises OSError before anything is written where there is no room for them.
+        """
+        needed = sum((self.folder / name).stat().st_size for name in self.files)
+        if needed > (free := shutil.disk_usage(to).free):
+            raise OSError(ENOSPC, f"the weights have {needed:,} bytes, and {free:,} are free", str(to))
         if self.index is not None:
             source = checked_file(self.folder / self.index, inside=self.inside)
             shutil.copyfile(source, to / f"{self.stem}.safetensors.index.json")

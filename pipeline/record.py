@@ -234,7 +234,7 @@ def _divide(
             found = [call.get(name) for call in calls]
             if not all(isinstance(each, torch.Tensor) and each.shape[1:] == first.shape[1:] for each in found):
                 raise RecipeError(f"{name} has another shape in each call of the denoiser: record without guidance")
-            rows[name] = torch.cat([_kept(each) for each in found])
+            rows[name] = torch.cat([_kept(each) for each in found if each is not None])
     return rows, common, constants
 
 

@@ -21,6 +21,7 @@ from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.inputs import MissingInputs
 from intaglio.pipeline.memory import least_bytes
+from intaglio.pipeline.model_files import single_file_cure
 from intaglio.pipeline.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT
 from intaglio.pipeline.recipe import Recipe, Step, beside
@@ -78,6 +79,8 @@ class Found:
     """Of the whole pipeline that the model is in, its models and their classes."""
     cost: ModelCost | None
     """None where a call without weights does not tell."""
+    has_weights: bool = True
+    """Without them the model can be looked at, and not compiled."""
 
     @property
     def counts(self) -> str:
@@ -111,6 +114,8 @@ class Found:
 
     def next_steps(self, recipe: str) -> Iterator[str]:
         """What to do now, in order."""
+        if not self.has_weights:
+            yield f"put the weights in safetensors into {self.path}: there are none, and a run reads them"
         if self.lacks is not None:
             yield f"record {self.conditions}, as the recipe says: {self.lacks}"
         try:
@@ -165,6 +170,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         least=max(_relative_size(layers, name, (*INT8, "w4a16")) for name in chosen),
         components=_components(checkpoint),
         cost=cost,
+        has_weights=checkpoint.has_weights,
     )
 
 
@@ -270,6 +276,8 @@ def _beside(model: str, base: Path) -> str:
         return model
     if model.rpartition(":")[0].endswith(".py"):
         return beside(model, base)
+    if Path(model).is_file():
+        raise RecipeError(f"{model} is one file, and a folder is needed: {single_file_cure(model)}")
     if not Path(model).is_dir():
         raise RecipeError(
             f"no folder {model}: give a diffusers folder, `./file.py:factory`, or `hub:{model}` to download it"
