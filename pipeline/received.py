@@ -88,9 +88,8 @@ def check_sample_shape(shape: object, origin: str) -> None:
             break
         elements *= min(size, MOST_SAMPLE + 1)
     if not sizes:
-        raise RecipeError(
-            f"model: {origin}: a sample has no shape {printable(shape)[:100]}: give positive whole numbers"
-        )
+        given = printable(shape)[:100]
+        raise RecipeError(f"model: {origin}: {given} is no shape of a sample: give positive whole numbers")
     if elements > MOST_SAMPLE:
         raise RecipeError(
             f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers,"

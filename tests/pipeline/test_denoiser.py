@@ -6,6 +6,7 @@ from tiny import tiny_dit
 from intaglio.pipeline.checkpoint import CallSize, Factory
 from intaglio.pipeline.denoiser import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.inputs import MissingInputs
 
 
 def model(scheduler=None) -> Factory:
@@ -194,3 +195,21 @@ def test_samples_feel_of_an_output_what_the_scheduler_makes_of_it():
     # x / sqrt(kept) moves by the output times the change of sigma: Song et al. 2021, Eq. 14
     # the last change is 1e-4 of samples that float32 holds to 1e-7
     assert sampler.influence(x, outputs) == pytest.approx(sigma.diff().abs().tolist(), rel=1e-2)
+
+
+def test_inputs_that_a_call_works_without_are_not_called_missing():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(4, 4)
+
+        def forward(self, sample, timestep, text=None, mask=None, control=None):
+            return sample if text is None else sample + self.proj(text).mean() + mask.mean()
+
+    text = {"text": torch.zeros(2, 5, 3)}
+    unfit = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions=text), 2, 1.0)
+    with pytest.raises(RecipeError, match=r"Wide cannot be called with sample \(1, 3, 8, 8\), .*text \(1, 5, 3\): it"):
+        check_inputs(unfit)
+    lacking = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions={"text": torch.zeros(2, 5, 4)}), 2, 1.0)
+    with pytest.raises(MissingInputs, match="Wide also takes mask, which nobody gave"):
+        check_inputs(lacking)

@@ -136,10 +136,15 @@ def test_what_a_factory_must_not_return_is_one_clear_error(make, message, tmp_pa
 
 
 def test_an_adapter_without_weights_cannot_be_fused():
+    class Config(dict):
+        vocab_size, to_dict = 8, dict
+
     class Prompted(Net):
+        device = torch.device("cpu")
+
         def __init__(self):
             super().__init__()
-            self.config = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+            self.config = Config()
             self.word = nn.Embedding(8, 8)
 
     config = PromptTuningConfig(
@@ -152,7 +157,8 @@ def test_an_adapter_without_weights_cannot_be_fused():
 def test_what_a_factory_prints_is_no_result(tmp_path: Path, capsys):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.checkpoint import Factory\n"
-        "print('read')\ndef make():\n    print('made')\n    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
+        "print('read')\ndef make():\n    print('made')\n"
+        "    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
     )
     Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).empty()
     assert capsys.readouterr() == ("", "read\nmade\n")
