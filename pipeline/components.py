@@ -161,10 +161,13 @@ class Components(_OfPipeline):
         file = self.root / "components.json"
         made = {}
         for name, one in read_json_object(file).items():
-            returns = one.get("returns") if isinstance(one, dict) else None
-            if Path(name).name != name or not isinstance(returns, dict) or not isinstance(one.get("target"), str):
-                raise RecipeError(f"{printable(file)}: {printable(name)!r} has no target and returns: compile again")
-            made[name] = Compiled(one["target"], {str(method): str(kind) for method, kind in returns.items()})
+            match one:
+                case {"target": str(target), "returns": dict(returns)} if Path(name).name == name:
+                    made[name] = Compiled(target, {str(method): str(kind) for method, kind in returns.items()})
+                case _:
+                    raise RecipeError(
+                        f"{printable(file)}: {printable(name)!r} has no target and returns: compile again"
+                    )
         return made
 
 
