@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from intaglio.pipeline.errors import IntaglioError, RecipeError, did_you_mean
+from intaglio.pipeline.errors import RecipeError, StoreError
+from intaglio.pipeline.files import checked_file, printable, read_json_object
+from intaglio.pipeline.hub import download
+from intaglio.pipeline.inputs import InputNames, MissingInputs, input_names
 from intaglio.pipeline.lora import find_lora, fuse_lora_
+from intaglio.pipeline.model_files import (
+    ModelSize,
+    Weights,
+    blamed,
+    boundary,
+    check_settings,
+    class_of,
+    find_weights,
+    no_denoiser,
+    other_model,
+    pickled,
+    single_file_cure,
+)
 from intaglio.pipeline.plan import Layer
 from intaglio.pipeline.prepared import own_forward, plain_weights_
+from intaglio.pipeline.received import call_factory, check_sample_shape
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +43,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.scheduler import Scheduler
 
 DENOISER_FOLDERS = ("transformer", "unet", ".")
+SCHEDULER = "scheduler_config.json"
+STORED = "model"
+"""The path of a model that is a copy in the store."""
 
 
 class LoraRef(BaseModel):
@@ -139,24 +155,21 @@ class Checkpoint:
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
         """Find the model that a recipe in `base` names. Raises RecipeError when it is not there or is no model."""
+        from intaglio.pipeline.record import Recording
+
         named = {"conditions": ref.conditions, "other_size": ref.other_size}
         recordings = {role: (base / name).resolve() for role, name in named.items() if isinstance(name, str)}
         for role, path in recordings.items():
-            if not path.is_file():
+            if not path.exists():
                 raise RecipeError(f"model: no file {named[role]} beside the recipe")
+            Recording.check(path)
         loras = tuple(find_lora(lora.path, base) for lora in ref.loras)
         return replace(cls._find(ref, base), recordings=recordings, loras=loras)
 
     @classmethod
     def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
         if ref.path.startswith("hub:"):
-            from huggingface_hub import snapshot_download
-
-            tokens = ["*/*.txt", "*/*.model"]
-            patterns = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors", *tokens]
-            with _blamed(ref.path):
-                folder = Path(snapshot_download(ref.path.removeprefix("hub:"), allow_patterns=patterns))
-            return cls._of_folder(folder, ref)
+            return cls._of_folder(download(ref.path, DENOISER_FOLDERS), ref)
         file, colon, _ = ref.path.partition(":")
         if colon and file.endswith(".py"):
             path = (base / file).resolve()
@@ -164,6 +177,8 @@ class Checkpoint:
                 raise RecipeError(f"model: no file {file} beside the recipe")
             return cls(path.parent, ref, f"{path.name}:{ref.path.rpartition(':')[2]}")
         folder = base / ref.path
+        if folder.is_file():
+            raise RecipeError(f"model: {ref.path} is one file, and a folder is needed: {single_file_cure(ref.path)}")
         if not folder.is_dir():
             raise RecipeError(
                 f"model: no folder {ref.path} beside the recipe: "
@@ -174,50 +189,71 @@ class Checkpoint:
     @classmethod
     def _of_folder(cls, folder: Path, ref: ModelRef) -> Checkpoint:
         found = cls(folder, ref)
-        if found._denoiser_folder is None:
-            places = ", ".join(f"{name}/config.json" for name in DENOISER_FOLDERS)
-            raise RecipeError(f"model: {ref.path} holds no denoiser: none of {places} names a diffusers class")
+        denoiser = found._denoiser_folder
+        if denoiser is None:
+            raise RecipeError(f"model: {ref.path} {no_denoiser(folder)}")
+        if denoiser == folder / "." and (advice := other_model(found.name)) is not None:
+            raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
+        weights = found._weights
+        if weights is not None:
+            _ = weights.size  # what is damaged or leads elsewhere is said here, where the path is the user's
+        elif others := pickled(denoiser):
+            raise found._no_weights(others)
+        if (settings := folder / "scheduler" / SCHEDULER).is_file():
+            check_settings(settings, found._inside)
         return found
+
+    @cached_property
+    def _inside(self) -> Path:
+        """What links of the model's files may not lead out of."""
+        return boundary(self.root)
 
     @cached_property
     def _denoiser_folder(self) -> Path | None:
         for name in DENOISER_FOLDERS:
             config = self.root / name / "config.json"
-            if config.is_file():
-                with _blamed(str(config)):
-                    if "_class_name" in json.loads(config.read_text(encoding="utf-8")):
-                        return self.root / name
+            if (config.is_file() or config.is_symlink()) and "_class_name" in self._read(config):
+                return self.root / name
         return None
 
-    @property
-    def config_file(self) -> Path:
+    def _read(self, file: Path) -> dict[str, object]:
+        return read_json_object(file, inside=self._inside)
+
+    @cached_property
+    def _weights(self) -> Weights | None:
         """Of a folder's denoiser."""
         assert self._denoiser_folder is not None  # `resolve` made sure
-        return self._denoiser_folder / "config.json"
+        return find_weights(self._denoiser_folder, self._inside)
+
+    def _no_weights(self, others: Sequence[str]) -> RecipeError:
+        folder = self._denoiser_folder
+        save = f"diffusers.{self.name}.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained(...)"
+        cure = f"it holds {', '.join(others[:3])}: save it as such with {save}" if others else "get the model again"
+        return RecipeError(f"model: no safetensors in {folder}, and no other weights are read: {cure}")
+
+    def config(self) -> dict[str, object]:
+        """Of a folder's denoiser. Raises RecipeError for a file that holds none."""
+        assert self._denoiser_folder is not None  # `resolve` made sure
+        return self._read(self._denoiser_folder / "config.json")
 
     @property
     def name(self) -> str:
         """The diffusers class of the denoiser, or `file.py:factory`."""
         if self.entry:
             return self.entry
-        return self.root.name if self._denoiser_folder is None else _class_name(self._denoiser_folder)
+        return self.root.name if self._denoiser_folder is None else str(self.config()["_class_name"])
 
     def save(self, root: Path) -> None:
         """Copy the denoiser and its scheduler, or the factory's file, and what the recipe names beside them."""
         files = root / "model"
         if self.entry:
             files.mkdir()
-            shutil.copy(self.root / self.entry.partition(":")[0], files)
+            name = self.entry.partition(":")[0]
+            shutil.copyfile(checked_file(self.root / name), files / name)
         else:
-            assert self._denoiser_folder is not None  # `resolve` made sure
-            keep = shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.py")
-            alone = self._denoiser_folder == self.root / "."
-            place = files / (DENOISER_FOLDERS[0] if alone else self._denoiser_folder.name)
-            shutil.copytree(self._denoiser_folder, place, ignore=keep)
-            if (self.root / "scheduler").is_dir():
-                shutil.copytree(self.root / "scheduler", files / "scheduler", ignore=keep)
+            self._save_folder(files)
         for role, path in self.recordings.items():
-            shutil.copy(path, files / f"{role}.safetensors")
+            shutil.copyfile(checked_file(path), files / f"{role}.safetensors")
         named: dict[str, object] = {role: f"{role}.safetensors" for role in self.recordings}
         if self.loras:
             named["loras"] = [
@@ -225,15 +261,30 @@ class Checkpoint:
                 for position, lora in enumerate(self.ref.loras)
             ]
             for position, path in enumerate(self.loras):
-                shutil.copy(path, files / f"lora.{position}.safetensors")
+                shutil.copyfile(checked_file(path), files / f"lora.{position}.safetensors")
         ref = self.ref.model_dump(mode="json", exclude={"path", "loras"}) | named
         (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
+
+    def _save_folder(self, files: Path) -> None:
+        """Copy what is read of a diffusers folder, and nothing else: settings and weights."""
+        folder = self._denoiser_folder
+        assert folder is not None  # `resolve` made sure
+        if self._weights is None:
+            raise self._no_weights(pickled(folder))
+        place = files if folder == self.root / "." else files / folder.name
+        place.mkdir(parents=True)
+        shutil.copyfile(checked_file(folder / "config.json", inside=self._inside), place / "config.json")
+        self._weights.copy(place)
+        settings = self.root / "scheduler" / SCHEDULER
+        if settings.parent.is_dir():
+            (files / "scheduler").mkdir()
+            shutil.copyfile(checked_file(settings, inside=self._inside), files / "scheduler" / SCHEDULER)
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        settings = json.loads((root / "checkpoint.json").read_text())
-        files, ref = root / "model", ModelRef(path="model", **settings["ref"])
+        settings: Any = read_json_object(root / "checkpoint.json", error=StoreError)
+        files, ref = root / "model", ModelRef(path=STORED, **settings["ref"])
         recordings = {role: files / f"{role}.safetensors" for role in ("conditions", "other_size")}
         there = {role: path for role, path in recordings.items() if path.is_file()}
         return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
@@ -275,38 +326,63 @@ class Checkpoint:
         """The denoiser, of a folder without its weights. Raises RecipeError as `open` does."""
         if self.entry:
             return plain_weights_(self._call_factory().module)
-        import accelerate
+        from intaglio.pipeline.empty_model import empty_model
 
-        kind, folder = self._diffusers_class()
-        with _blamed(f"{self.name} of {folder}"), accelerate.init_empty_weights():
-            module: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
-        return plain_weights_(module)
+        kind = self._diffusers_class()
+        return plain_weights_(empty_model(kind, self.config(), self._size, self._called))
 
-    def _diffusers_class(self) -> tuple[Any, Path]:
-        """Of the denoiser, and its folder."""
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is what `open` reads, or a factory that makes it."""
+        return bool(self.entry) or self._weights is not None
+
+    @property
+    def _size(self) -> ModelSize:
+        """Of a folder's weights. Without them there is no other bound than that of any model."""
+        from intaglio.pipeline.empty_model import ANY_MODEL
+
+        return ANY_MODEL if self._weights is None else self._weights.size
+
+    def _diffusers_class(self) -> Any:
+        """Of the denoiser."""
         import diffusers
 
-        assert self._denoiser_folder is not None  # `resolve` made sure
-        return _class_of(self.name, diffusers.ModelMixin), self._denoiser_folder
+        return class_of(self.name, diffusers.ModelMixin)
+
+    @property
+    def _called(self) -> str:
+        """How messages call a folder's denoiser: by the path in the recipe, also where a copy of it is read."""
+        return f"{self.name} of {self._place(self._denoiser_folder)}"
+
+    def _place(self, folder: Path | None) -> str:
+        assert folder is not None  # `resolve` made sure
+        inner = folder.relative_to(self.root).as_posix()
+        if self.ref.path == STORED:  # a copy, which knows no other path
+            return "the model's folder" if inner == "." else f"the model's folder {inner}"
+        return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
 
     def _open_folder(self, recording: Recording | None, weights: bool) -> Factory:
-        module = self._weighed() if weights else self.empty()
+        module: Any = self._weighed() if weights else self.empty()
         shape = _sample_shape(module.config) if recording is None else recording.sample_shape
-        return Factory(module.eval(), self._scheduler(), shape, _class_count(module.config))
+        check_sample_shape(shape, self._called)
+        return Factory(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
 
     def _weighed(self) -> Any:
         """The denoiser with all of its weights. Raises RecipeError where some are not there, or none in safetensors."""
         import torch
 
-        kind, folder = self._diffusers_class()
-        if not any(folder.glob("*.safetensors")):
-            raise RecipeError(f"model: no safetensors in {folder}, and no other weights are read: save them as such")
+        kind, folder, weights = self._diffusers_class(), self._denoiser_folder, self._weights
+        assert folder is not None  # `resolve` made sure
+        if weights is None:
+            raise self._no_weights(pickled(folder))
+        self.empty()  # no larger than the weights
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
-        with _blamed(f"{self.name} of {folder}"):
-            module, info = kind.from_pretrained(folder, output_loading_info=True, **settings)
+        with blamed(self._called, {str(folder): self._place(folder)}):
+            module, info = kind.from_pretrained(folder, output_loading_info=True, variant=weights.variant, **settings)
         if missing := sorted(info["missing_keys"]):
             raise RecipeError(
-                f"model: {len(missing)} weights of {self.name} are not in {folder}, such as {missing[0]}: get it again"
+                f"model: {len(missing)} weights of {self.name} are not in {self._place(folder)}, such as"
+                f" {printable(missing[0])}: get it again"
             )
         return module
 
@@ -316,56 +392,15 @@ class Checkpoint:
         folder = self.root / "scheduler"
         if not folder.is_dir():
             return diffusers.DDIMScheduler()  # type: ignore[no-any-return]  # diffusers has no types
-        with _blamed(f"the scheduler of {folder}"):
-            name = _class_name(folder, "scheduler_config.json")
-            return _class_of(name, diffusers.SchedulerMixin).from_pretrained(folder, local_files_only=True)  # type: ignore[no-any-return]  # diffusers has no types
+        origin = f"the scheduler of {self._place(folder)}"
+        with blamed(origin, {str(folder): self._place(folder)}):
+            settings = self._read(folder / SCHEDULER)
+            kind = class_of(settings["_class_name"], diffusers.SchedulerMixin)
+            return kind.from_config(settings)  # type: ignore[no-any-return]  # diffusers has no types
 
     def _call_factory(self) -> Factory:
         file, _, name = self.entry.partition(":")
-        spec = importlib.util.spec_from_file_location(f"intaglio_model_{Path(file).stem}", self.root / file)
-        if spec is None or spec.loader is None:
-            raise RecipeError(f"model: {file} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        with _blamed(self.entry):
-            _Uncompiled(spec.name, str(self.root / file)).exec_module(module)
-        factory: Callable[[], Factory] | None = getattr(module, name, None)
-        if factory is None:
-            functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-            raise RecipeError(f"model: {file} has no function {name}{did_you_mean(name, functions)}")
-        with _blamed(self.entry):
-            made = factory()
-        if not isinstance(made, Factory):
-            raise RecipeError(f"model: {self.entry} returned a {type(made).__name__}, not an intaglio Factory")
-        made.module.eval()
-        return made
-
-
-class _Uncompiled(SourceFileLoader):
-    """Leaves no compiled file beside the source: a folder of the store holds what was put there, and nothing more."""
-
-    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
-        """Written nowhere."""
-
-
-@contextmanager
-def _blamed(origin: str) -> Iterator[None]:
-    """What the user's files raise is said to come from them."""
-    try:
-        yield
-    except IntaglioError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"model: {origin} raised {type(error).__name__}: {error}") from error
-
-
-def _class_of(name: object, kind: type) -> Any:
-    """The class of diffusers with this name. Raises RecipeError where it has none of that kind."""
-    import diffusers
-
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise RecipeError(f"model: diffusers {diffusers.__version__} has no {kind.__name__} {name}")
-    return found
+        return call_factory(self.root / file, name)
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:
@@ -391,67 +426,23 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _class_name(folder: Path, file: str = "config.json") -> str:
-    return str(json.loads((folder / file).read_text(encoding="utf-8"))["_class_name"])
-
-
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
+    """As far as a configuration says it: `received.check_sample_shape` checks it."""
     size = config.get("sample_size")
     if size is None:
-        raise RecipeError(
+        raise MissingInputs(
             "model: its configuration has no sample_size: name a file of intaglio.pipeline.record in `conditions`"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return (config["in_channels"], height, width)
+    return (config.get("in_channels"), *(size if isinstance(size, list | tuple) else (size, size)))
 
 
-def _class_count(config: Any) -> int | None:  # a diffusers FrozenDict
+def _class_count(module: Any) -> int | None:  # a model of diffusers
     """Classes without the null class: a DiT adds one for it, a UNet counts it among its class embeddings."""
+    config = module.config
+    if "class_labels" not in inspect.signature(module.forward).parameters:
+        return None
     if config.get("num_embeds_ada_norm") is not None:
         return int(config["num_embeds_ada_norm"])
     if config.get("num_class_embeds") is not None:
         return int(config["num_class_embeds"]) - 1
     return None
-
-
-@dataclass(frozen=True)
-class InputNames:
-    """Arguments of a denoiser: the sample, the timestep if it has one, and those that are None as nobody gave them."""
-
-    sample: str
-    timestep: str | None
-    absent: tuple[str, ...]
-
-
-def input_names(model: Factory) -> InputNames:
-    """The timestep is the argument of this name, or else the only one that is required and not given.
-
-    Raises RecipeError for arguments that are required and not given.
-    """
-    parameters = inspect.signature(model.module.forward).parameters
-    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    sample = model.sample_name or next(iter(named))
-    flat = (
-        *model.conditions,
-        *model.shared,
-        *model.constants,
-        *(("class_labels",) if model.classes is not None else ()),
-    )
-    given = {sample, *(name.partition(".")[0] for name in flat)}
-    missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
-    timestep = model.timestep_name or ("timestep" if "timestep" in named else None)
-    if timestep is None and len(missing) == 1:
-        timestep = missing[0]
-    if left := [name for name in missing if name != timestep]:
-        raise missing_inputs(type(model.module).__name__, left)
-    return InputNames(
-        sample, timestep, tuple(n for n, p in named.items() if p.default is None and n not in {*given, timestep})
-    )
-
-
-def missing_inputs(kind: str, names: Sequence[str]) -> RecipeError:
-    """What to do about inputs that a denoiser needs and nobody gave."""
-    return RecipeError(
-        f"model: {kind} also takes {', '.join(names)}, which nobody gave: name a file of intaglio.pipeline.record in"
-        " `conditions`, or give them in the Factory, as conditions, shared or constants"
-    )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Checkpoint
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.files import printable, read_json_object, read_typed
+from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed
+from intaglio.pipeline.model_files import FOREIGN, boundary, copy_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,8 +22,6 @@ INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
 METHODS = ("forward", "encode", "decode")
 """What pipelines call of their models."""
-FOREIGN = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx*", "*.py")
-"""Files of a model that are not read."""
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *FOREIGN)
 
 
@@ -44,11 +43,11 @@ class PipelineFolder:
 
     def save(self, root: Path) -> None:
         """Copy the index and the folders of all components but the denoiser."""
-        keep = shutil.ignore_patterns(*FOREIGN)
-        shutil.copy(self.root / INDEX, root / INDEX)
+        inside = boundary(self.root)
+        shutil.copyfile(checked_file(self.root / INDEX, inside=inside), root / INDEX)
         for name in self.classes():
             if name != self.denoiser and (self.root / name).is_dir():
-                shutil.copytree(self.root / name, root / name, ignore=keep)
+                copy_model(self.root / name, root / name, inside)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -60,23 +59,22 @@ class PipelineFolder:
         return {
             name: (value[0], value[1])
             for name, value in self.index().items()
-            if _is_component(value) and value[0] is not None
+            if _is_class(value) and value[0] is not None
         }
 
     def absent(self) -> list[str]:
         """Components that the pipeline does without."""
-        return [name for name, value in self.index().items() if _is_component(value) and value[0] is None]
+        return [name for name, value in self.index().items() if _is_class(value) and value[0] is None]
 
     def settings(self) -> dict[str, object]:
         """What the pipeline is made with beside its components."""
-        return {n: v for n, v in self.index().items() if not n.startswith("_") and not _is_component(v)}
+        return {n: v for n, v in self.index().items() if not n.startswith("_") and not _is_class(v)}
 
     @property
     def denoiser(self) -> str:
         """The component that is the denoiser."""
-        there, known = self.classes(), ", ".join(DENOISER_FOLDERS)
-        if (found := next((name for name in DENOISER_FOLDERS if name in there), None)) is None:
-            raise RecipeError(f"{printable(self.root / INDEX)}: names no denoiser, which is called one of {known}")
+        if (found := next((name for name in DENOISER_FOLDERS if name in self.classes()), None)) is None:
+            raise RecipeError(f"model: {INDEX} names neither a transformer nor a unet: it is of no pipeline")
         return found
 
     def kind(self) -> Any:
@@ -101,7 +99,12 @@ class PipelineFolder:
 
     def index(self) -> dict[str, Any]:
         """What the pipeline is made of."""
-        return read_json_object(self.root / INDEX)
+        index = read_json_object(self.root / INDEX, inside=boundary(self.root))
+        for name, value in index.items():
+            if _is_class(value) and Path(name).name != name:
+                place = printable(self.root / INDEX)
+                raise RecipeError(f"model: {place}: {printable(name)!r} is no name of a component: get the model again")
+        return index
 
 
 @dataclass(frozen=True)
@@ -164,18 +167,22 @@ class ComponentEngines(_OfPipeline):
     """What a runtime made of the graphs in the folder `pipeline`: engine.json and engine.plan beside each of them."""
 
 
-def _is_component(value: object) -> bool:
-    """Whether an entry of the index is a library and a class, or null and null, and not a setting."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | None) for part in value)
+def _is_class(value: object) -> bool:
+    """Whether an entry of an index names a library and a class, or neither; others are settings."""
+    return isinstance(value, list) and len(value) == 2 and {type(each) for each in value} in ({str}, {type(None)})
 
 
 def _named(library: str, kind: str) -> Any:
     """A class by the name that an index has for it: a pipeline's own models are in a module of the pipeline's name."""
     module = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
+    named = f"{printable(kind)} of {printable(library)}"
     try:
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError, ValueError) as e:  # ValueError: no possible name
-        raise RecipeError(f"model: {INDEX} names {kind} of {library}, which is not installed here: {e}") from e
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError, RuntimeError) as e:  # RuntimeError: an import of diffusers' own
+        raise RecipeError(f"model: {INDEX} names {named}, which is not installed here: {one_line(e)}") from e
+    if not isinstance(found, type):
+        raise RecipeError(f"model: {INDEX} names {named}, which is no class")
+    return found
 
 
 def output_class(returns: str) -> Any:

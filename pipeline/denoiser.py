@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.checkpoint import Factory, missing_inputs
-from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.files import one_line
+from intaglio.pipeline.inputs import missing_inputs, unmet
 from intaglio.pipeline.nesting import nest
 from intaglio.pipeline.scheduler import SeededScheduler, adds_noise
 
@@ -249,7 +251,11 @@ def other_call(model: Factory, call: Inputs) -> dict[str, torch.Tensor] | None:
 
 
 def check_inputs(sampler: Sampler) -> None:
-    """Call the denoiser with one sample. Raises RecipeError where it needs an input that it may be called without."""
+    """Call the denoiser with one sample.
+
+    Raises MissingInputs where it needs an input that it may be called without, and RecipeError where the call fails for
+    another reason. On the meta device, what asks for values passes as it is.
+    """
     model = sampler.model
     start = sampler.start(1, torch.Generator().manual_seed(0))
     inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
@@ -257,8 +263,13 @@ def check_inputs(sampler: Sampler) -> None:
     try:
         with torch.no_grad():
             denoise_with(model.module, model)({name: value.to(device) for name, value in inputs.items()})
-    except (AttributeError, TypeError, ValueError) as e:  # what None makes of a tensor's operations
-        if not sampler.names.absent:
+    except IntaglioError:
+        raise
+    except Exception as e:
+        if device.type == "meta" and ("meta" in str(e).lower() or isinstance(e, NotImplementedError)):
             raise
-        problem = missing_inputs(type(model.module).__name__, sampler.names.absent)
-        raise RecipeError(f"{problem} (the call ended in {type(e).__name__}: {e})") from e
+        kind, ended = type(model.module).__name__, f"{type(e).__name__}: {one_line(e)}"
+        if names := unmet(e, sampler.names.absent):
+            raise missing_inputs(kind, names, f" (the call ended in {ended})") from e
+        called = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        raise RecipeError(f"model: {kind} cannot be called with {called}: it ended in {ended}") from e

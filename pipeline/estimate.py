@@ -33,11 +33,17 @@ class ModelCost:
 
 
 def measure_cost(checkpoint: Checkpoint) -> ModelCost:
-    """Time the second of two calls of eight rows, on this machine and as busy as it is now."""
+    """Time the second of two calls of eight rows, on this machine and as busy as it is now.
+
+    Raises RecipeError for a model that cannot be called.
+    """
     import torch
 
-    cost, call = _counted(checkpoint.open(), checkpoint.ref)
-    with torch.no_grad():
+    from intaglio.pipeline.model_files import blamed
+
+    model = checkpoint.open()
+    with blamed(checkpoint.name), torch.no_grad():
+        cost, call = _counted(model, checkpoint.ref)
         began = time.perf_counter()
         call()
     return replace(cost, seconds_per_row=(time.perf_counter() - began) / ROWS)
@@ -58,8 +64,10 @@ def _counted(model: Factory, ref: ModelRef) -> tuple[ModelCost, Callable[[], obj
     from intaglio.pipeline.blocks import find_units
     from intaglio.pipeline.checkpoint import layer_table
     from intaglio.pipeline.denoiser import Sampler, check_inputs, denoise_with
+    from intaglio.pipeline.model_files import blamed
 
-    sampler = Sampler(model, ref.sampling_steps, ref.guidance)
+    with blamed(f"the scheduler, asked for {ref.sampling_steps} steps,"):
+        sampler = Sampler(model, ref.sampling_steps, ref.guidance)
     check_inputs(sampler)
     rows_per_sample = 1 if sampler.guidance == 1.0 else 2
     start = sampler.start(ROWS // rows_per_sample, torch.Generator().manual_seed(0))

@@ -32,6 +32,8 @@ MOST_ARTIFACT = 64 * MIB
 """Bytes of a JSON file of known types that are read."""
 MOST_VALUES = 2_000_000
 """Values of a JSON file, counted by the signs between them."""
+LONGEST_LINE = 1000
+"""Characters of another library's message that are passed on."""
 MOST_NUMBER_DIGITS = 4300
 """Python's own limit for the digits of a whole number."""
 MOST_HEADER = 16 * MIB
@@ -247,6 +249,16 @@ def open_stream(
     """Open a regular file of any size for reading piece by piece. Raises `error` as `checked_file` does."""
     with os.fdopen(_opened(path, None, inside, error)[0], "rb") as stream:
         yield stream
+
+
+def one_line(text: object) -> str:
+    """Return the text in one printable line of at most `LONGEST_LINE` characters.
+
+    >>> one_line("size mismatch\\n  for\\ta.weight")
+    'size mismatch for a.weight'
+    """
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
 
 
 def _opened(path: Path, most: int | None, inside: Path | None, error: type[IntaglioError]) -> tuple[int, int]:

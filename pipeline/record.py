@@ -14,10 +14,15 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from intaglio.pipeline.checkpoint import DENOISER_FOLDERS, Factory
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import open_safetensors, parse_json, printable
+from intaglio.pipeline.model_files import blamed
 from intaglio.pipeline.nesting import flatten
 from intaglio.pipeline.output_files import whole_file
+from intaglio.pipeline.received import check_sample_shape
 
 if TYPE_CHECKING:
     import torch
@@ -71,33 +76,58 @@ class Recording:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. Raises RecipeError for another file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-        except SafetensorError as e:
-            raise RecipeError(f"model: {path.name} is not a safetensors file: {e}") from e
-        if "intaglio" not in metadata:
-            raise RecipeError(
-                f"model: {path.name} was not written by intaglio.pipeline.record: it names no sample shape"
-            )
-        settings = json.loads(metadata["intaglio"])
+        """Read what `save` wrote. Raises RecipeError for another file, and for a tensor with NaN."""
+        with open_safetensors(path, framework="pt") as file:
+            settings = _settings(file.metadata() or {}, path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+        if wrong := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
+            raise RecipeError(f"model: {printable(path)}: {printable(wrong[0])} has NaN: record it again")
         parts: dict[str, dict[str, torch.Tensor]] = {"null": {}, "shared": {}, "": {}}
         for name, tensor in tensors.items():
             head, _, rest = name.partition(".")
             part = head if head in ("null", "shared") and rest else ""
             parts[part][rest if part else name] = tensor
         return cls(
-            tuple(settings["sample_shape"]),
-            settings["timestep_scale"],
-            settings["schedule"],
+            settings.sample_shape,
+            settings.timestep_scale,
+            settings.schedule,
             parts[""],
             parts["null"],
             parts["shared"],
-            settings["constants"],
+            settings.constants,
         )
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise RecipeError where a file is no recording, by its header alone."""
+        with open_safetensors(path) as file:
+            _settings(file.metadata() or {}, path)
+
+
+class _Settings(BaseModel):
+    """What a recording says beside its tensors."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    sample_shape: tuple[int, ...]
+    timestep_scale: float
+    schedule: dict[str, float]
+    constants: dict[str, object]
+
+
+def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
+    """From a recording's header. Raises RecipeError for another file's."""
+    name = printable(path)
+    if "intaglio" not in metadata:
+        raise RecipeError(f"model: {name} was not written by intaglio.pipeline.record: it names no sample shape")
+    try:
+        settings = _Settings.model_validate(parse_json(metadata["intaglio"], source=name))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"model: {name}: {printable(place)}: {first['msg']}: record it again") from e
+    check_sample_shape(settings.sample_shape, name)
+    return settings
 
 
 def record(
@@ -110,20 +140,29 @@ def record(
     """What the denoiser gets in `pipe(**call)`, and its null rows in `pipe(**null)`; give both without guidance.
 
     Of every run the calls at its first timestep are kept. A tensor whose first axis is that of the sample has rows,
-    unless it is named in `shared`; any other is shared by them.
+    unless it is named in `shared`; any other is shared by them. Raises RecipeError for a pipeline without a denoiser or
+    a scheduler, for a call that fails, and for inputs that cannot be kept.
     """
+    import torch
+
     denoiser = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
     if denoiser is None:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
+    if not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):
+        raise RecipeError(f"{type(pipe).__name__} has no scheduler, which says at which timesteps it is called")
     with _noting_schedule(pipe.scheduler) as schedule:
         usual = _first_calls(denoiser, pipe, call)
     sample_name = next((name for name in SAMPLES if name in usual[0]), next(iter(usual[0])))
     sample, timestep = usual[0][sample_name], usual[0].get("timestep")
+    if not isinstance(sample, torch.Tensor):
+        raise RecipeError(
+            f"{type(denoiser).__name__} gets its samples as {sample_name}, which is no tensor: they cannot be recorded"
+        )
     rows, common, constants = _divide(usual, sample_name, shared)
     null_rows = {} if null is None else _divide(_first_calls(denoiser, pipe, null), sample_name, shared)[0]
     scale = 1.0
     if timestep is not None and float(pipe.scheduler.timesteps[0]):
-        scale = float(timestep.reshape(-1)[0]) / float(pipe.scheduler.timesteps[0])
+        scale = _first(timestep) / float(pipe.scheduler.timesteps[0])
     return Recording(tuple(sample.shape[1:]), scale, schedule, rows, null_rows, common, constants)
 
 
@@ -131,8 +170,11 @@ def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> lis
     """Flat inputs of the calls at the first timestep."""
     signature = inspect.signature(denoiser.forward)
     seen: list[dict[str, Any]] = []
-    with _listening(
-        denoiser, lambda args, kwargs: seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
+    with (
+        _listening(
+            denoiser, lambda args, kwargs: seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
+        ),
+        blamed(f"a call of {type(pipe).__name__}"),
     ):
         pipe(**call)
     if not seen:
@@ -167,8 +209,14 @@ def _listening(denoiser: nn.Module, note: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and float(a.reshape(-1)[0]) == float(b.reshape(-1)[0]))
+def _same(a: object, b: object) -> bool:
+    return a is b or (a is not None and b is not None and _first(a) == _first(b))
+
+
+def _first(timestep: Any) -> float:  # a tensor or a number
+    import torch
+
+    return float(torch.as_tensor(timestep).reshape(-1)[0])
 
 
 def _divide(
@@ -188,7 +236,10 @@ def _divide(
         elif name in shared or first.ndim == 0 or len(first) != len(calls[0][sample_name]):
             common[name] = _kept(first)
         else:
-            rows[name] = torch.cat([_kept(call[name]) for call in calls])
+            found = [call.get(name) for call in calls]
+            if not all(isinstance(each, torch.Tensor) and each.shape[1:] == first.shape[1:] for each in found):
+                raise RecipeError(f"{name} has another shape in each call of the denoiser: record without guidance")
+            rows[name] = torch.cat([_kept(each) for each in found if each is not None])
     return rows, common, constants
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 from collections import Counter
@@ -20,7 +19,9 @@ from intaglio.pipeline.binding import bind
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
 from intaglio.pipeline.components import PipelineFolder
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.inputs import MissingInputs
 from intaglio.pipeline.memory import least_bytes
+from intaglio.pipeline.model_files import single_file_cure
 from intaglio.pipeline.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.quant.spec import FLOAT
 from intaglio.pipeline.recipe import Recipe, Step, beside
@@ -48,6 +49,8 @@ class Sampling:
     steps: int = 20
     guidance: float = 1.0
     said_by: str | None = None
+    unknown: str | None = None
+    """Why the pipeline, which is there, does not say it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Found:
     """Of the whole pipeline that the model is in, its models and their classes."""
     cost: ModelCost | None
     """None where a call without weights does not tell."""
+    has_weights: bool = True
+    """Without them the model can be looked at, and not compiled."""
 
     @property
     def counts(self) -> str:
@@ -109,6 +114,8 @@ class Found:
 
     def next_steps(self, recipe: str) -> Iterator[str]:
         """What to do now, in order."""
+        if not self.has_weights:
+            yield f"put the weights in safetensors into {self.path}: there are none, and a run reads them"
         if self.lacks is not None:
             yield f"record {self.conditions}, as the recipe says: {self.lacks}"
         try:
@@ -140,7 +147,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
     try:
         opened = checkpoint.open(weights=False)
         cost = count_cost(opened, ref)
-    except RecipeError as error:
+    except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
     except (NotImplementedError, RuntimeError):  # of a tensor without values, something asks for one
         pass
@@ -163,6 +170,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         least=max(_relative_size(layers, name, (*INT8, "w4a16")) for name in chosen),
         components=_components(checkpoint),
         cost=cost,
+        has_weights=checkpoint.has_weights,
     )
 
 
@@ -171,8 +179,7 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     lines = [editor_line(SCHEMA_FILE)] if schema else []
     lines += [f"# {line}" if line else "#" for line in _about(found, name)]
     lines += ["model:", f"  path: {_scalar(found.path)}"]
-    said = f"   # of {found.sampling.said_by}, as it samples" if found.sampling.said_by else ""
-    lines += [f"  sampling_steps: {found.sampling.steps}{said}"]
+    lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
     lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance as you sample with it; 1 is none"]
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
@@ -269,6 +276,8 @@ def _beside(model: str, base: Path) -> str:
         return model
     if model.rpartition(":")[0].endswith(".py"):
         return beside(model, base)
+    if Path(model).is_file():
+        raise RecipeError(f"{model} is one file, and a folder is needed: {single_file_cure(model)}")
     if not Path(model).is_dir():
         raise RecipeError(
             f"no folder {model}: give a diffusers folder, `./file.py:factory`, or `hub:{model}` to download it"
@@ -286,17 +295,33 @@ def _recordings(path: str) -> tuple[str, ...]:
 def _sampling(checkpoint: Checkpoint) -> Sampling:
     """Of the pipeline that the model is in, its defaults; guidance that the denoiser has as an input is none here."""
     try:
-        kind = PipelineFolder.around(checkpoint).kind()
+        folder = PipelineFolder.around(checkpoint)
     except RecipeError:
         return Sampling()
+    try:
+        kind = folder.kind()
+    except RecipeError as error:
+        return Sampling(unknown=str(error).removeprefix("model: "))
+    if backends := getattr(kind, "_backends", ()):  # what diffusers has in the place of a class that needs more
+        absent = [name for name in backends if find_spec(name) is None] or backends
+        return Sampling(unknown=f"{kind.__name__} needs {' and '.join(absent)} to be looked at")
     defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
     steps, guidance = defaults.get("num_inference_steps"), defaults.get("guidance_scale")
-    embedded = json.loads(checkpoint.config_file.read_text(encoding="utf-8")).get("guidance_embeds", False)
+    embedded = checkpoint.config().get("guidance_embeds", False)
+    if not isinstance(steps, int):
+        return Sampling(unknown=f"{kind.__name__} does not say it")
     return Sampling(
-        min(steps, MOST_STEPS) if isinstance(steps, int) else Sampling.steps,
+        min(steps, MOST_STEPS),
         max(1.0, float(guidance)) if isinstance(guidance, int | float) and not embedded else Sampling.guidance,
         kind.__name__,
     )
+
+
+def _said(sampling: Sampling) -> str:
+    """Where the numbers of steps and guidance are from, as a comment of YAML."""
+    if sampling.said_by:
+        return f"   # of {sampling.said_by}, as it samples"
+    return f"   # not known, set it as you sample: {sampling.unknown}" if sampling.unknown else ""
 
 
 def _takes(model: Factory) -> str:

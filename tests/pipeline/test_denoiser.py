@@ -7,6 +7,7 @@ from tiny import tiny_dit
 from intaglio.pipeline.checkpoint import CallSize, Factory
 from intaglio.pipeline.denoiser import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.inputs import MissingInputs
 
 
 def model(scheduler=None) -> Factory:
@@ -126,7 +127,7 @@ def test_what_may_be_left_out_and_is_needed_after_all_is_named():
             return sample + text.mean()
 
     sampler = Sampler(Factory(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
-    with pytest.raises(RecipeError, match=r"Lazy also takes text, mask, which nobody gave.*NoneType"):
+    with pytest.raises(RecipeError, match=r"Lazy also takes text, which nobody gave.*NoneType"):
         check_inputs(sampler)
 
 
@@ -313,3 +314,21 @@ def test_influence_of_a_step_does_not_contain_the_schedulers_noise():
     to_sigma = (sigma[1:] ** 2 * (sigma[:-1] ** 2 - sigma[1:] ** 2) / sigma[:-1] ** 2).sqrt()
     down = (sigma[1:] ** 2 - to_sigma**2).sqrt()
     assert felt == pytest.approx((down - sigma[:-1]).abs().tolist(), rel=1e-2)  # Euler's step down, Karras et al. 2022
+
+
+def test_inputs_that_a_call_works_without_are_not_called_missing():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(4, 4)
+
+        def forward(self, sample, timestep, text=None, mask=None, control=None):
+            return sample if text is None else sample + self.proj(text).mean() + mask.mean()
+
+    text = {"text": torch.zeros(2, 5, 3)}
+    unfit = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions=text), 2, 1.0)
+    with pytest.raises(RecipeError, match=r"Wide cannot be called with sample \(1, 3, 8, 8\), .*text \(1, 5, 3\): it"):
+        check_inputs(unfit)
+    lacking = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions={"text": torch.zeros(2, 5, 4)}), 2, 1.0)
+    with pytest.raises(MissingInputs, match="Wide also takes mask, which nobody gave"):
+        check_inputs(lacking)

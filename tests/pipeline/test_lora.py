@@ -2,6 +2,7 @@ import builtins
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from intaglio.pipeline import Recipe, compile
 from intaglio.pipeline.checkpoint import Checkpoint, LoraRef, ModelRef, layer_table
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
 from intaglio.pipeline.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.lora import fuse_lora_
 from intaglio.pipeline.record import Recording
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -258,7 +260,7 @@ def first_a(tensors):
             lambda t: t | {"transformer_blocks.0.attn1.to_k.lora_magnitude_vector": torch.ones(3)},
             r"3 magnitudes do not fit transformer_blocks\.0\.attn1\.to_k, whose weight is \(64, 64\)",
         ),
-        (lambda t: t | {first_a(t): t[first_a(t)] * math.nan}, r"to_k: the fused weight has NaN or Inf"),
+        (lambda t: t | {first_a(t): t[first_a(t)] * math.nan}, r"to_k: A\.weight has NaN or Inf: the file is damaged"),
         (lambda t: {key: v * 0 for key, v in t.items()}, r"changes none of 8 weights"),
     ],
 )
@@ -295,7 +297,7 @@ def test_a_module_that_takes_no_lora_is_one_clear_error(tmp_path):
         ("gone.safetensors", r"no gone\.safetensors beside the recipe"),
         ("empty", r"empty holds 0 safetensors files: name one"),
         ("two", r"two holds 2 safetensors files \(a\.safetensors, b\.safetensors\): name one"),
-        ("pickle.bin", r"pickle\.bin is not a safetensors file, and no other kind is read"),
+        ("pickle.bin", r"pickle\.bin: is not a safetensors file.*\(no other kind is read\)"),
         (
             "text.safetensors",
             r"none of 1 keys in text\.safetensors is of a denoiser: text_encoder_2\.q\.lora_A\.weight",
@@ -333,3 +335,69 @@ def test_a_merge_that_did_something_else_is_noticed(broken, dit, monkeypatch):
     monkeypatch.setattr("peft.tuners.lora.Linear.merge", broken)
     with pytest.raises(StepFailed, match=r"to_k: peft's fused weight is .* off W \+ 2 B A, whose largest is"):
         checkpoint.open()
+
+
+def test_the_names_and_alphas_of_kohyas_trainer_are_read(dit):
+    tensors, parts = load_file(dit / "lora.safetensors"), {"lora_A": "lora_down", "lora_B": "lora_up"}
+    kohya = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        kohya[f"lora_unet_{name.replace('.', '_')}.{parts[part]}.weight"] = tensor
+        kohya[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(6.0)
+    kohya["lora_te_text_model_q.lora_down.weight"] = torch.ones(1)
+    save_file(kohya, dit / "kohya.safetensors")
+    fused = with_loras(dit, ("kohya.safetensors", 0.5)).open().module
+    assert_same(fused, by_hand(tiny_dit(), tensors, 0.5 * 6 / 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("[1]", "lora_adapter_metadata is a list, not a JSON object"),
+        ("{", "lora_adapter_metadata: is not JSON"),
+        ("[" * 100_000, "lists and objects are nested too deep"),
+        ('{"lora_alpha": NaN}', "the alpha of .* is nan, not a number"),
+        ('{"lora_alpha": "x"}', "the alpha of .* is x, not a number"),
+        ('{"alpha_pattern": [1]}', "alpha_pattern is a list, not a JSON object"),
+        ('{"alpha_pattern": {"(a+)+": 1}}', r"alpha_pattern has '\(a\+\)\+', and only names of layers are read"),
+    ],
+)
+def test_settings_of_an_adapter_that_are_none_are_one_clear_error(settings, message, dit):
+    file = dit / "lora.safetensors"
+    save_file(load_file(file), file, {"lora_adapter_metadata": settings})
+    with pytest.raises(RecipeError, match=message):
+        fuse_lora_(tiny_dit(), file, 1.0, "model.loras[0]")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {key: v.to(torch.int8) for key, v in t.items()}, r"to_k has tensors of the type I8: only F16, BF16"),
+        (
+            lambda t: t | {"transformer_blocks.0.attn1.to_k.alpha": torch.ones(2)},
+            r"2 alphas for transformer_blocks\.0\.attn1\.to_k, which has one",
+        ),
+        (lambda t: t | {first_a(t): torch.ones(4)}, r"A \(4,\) and B \(64, 4\) do not fit"),
+        (lambda t: {f"x\x1b[31m{'y' * 500}": torch.ones(1)}, r"1 of 1 keys fit no layer .*: x\\x1b\[31my+\.\.\.; its"),
+    ],
+)
+def test_tensors_are_held_against_the_layers_before_they_are_read(change, message, dit, monkeypatch):
+    rewrite(dit / "lora.safetensors", change)
+    monkeypatch.setattr("intaglio.pipeline.lora._update", pytest.fail)
+    with pytest.raises(RecipeError, match=message):
+        fuse_lora_(tiny_dit(), dit / "lora.safetensors", 1.0, "model.loras[0]")
+
+
+def test_a_folder_of_many_files_and_what_is_no_file_are_one_short_line(dit):
+    (dit / "many").mkdir()
+    for number in range(2000):
+        (dit / f"many/{number:04}.safetensors").touch()
+    os.mkfifo(dit / "waits.safetensors")
+    (dit / "large.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
+    for path, message in {
+        "many": r"many holds 2000 safetensors files \(0000\.safetensors, .*, 0002\.safetensors, \.\.\.\)",
+        "waits.safetensors": r"waits\.safetensors: is not a regular file",
+        "large.safetensors": "its header is too large: 1099511627776 bytes",
+    }.items():
+        with pytest.raises(RecipeError, match=message):
+            Checkpoint.resolve(ModelRef(path="model", loras=(LoraRef(path=path),)), dit)

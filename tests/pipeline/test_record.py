@@ -1,10 +1,15 @@
 """A real pipeline of diffusers runs around a tiny denoiser, and what it gave is enough to run the denoiser alone."""
 
+import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import save_folder, tiny_dit
 from tiny_families import flux
 
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
@@ -124,7 +129,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"x.safetensors was not written by intaglio\.pipeline\.record"):
         Recording.load(tmp_path / "x.safetensors")
     Path("y.safetensors").write_bytes(b"no")
-    with pytest.raises(RecipeError, match=r"y.safetensors is not a safetensors file"):
+    with pytest.raises(RecipeError, match=r"y.safetensors: is not a safetensors file"):
         Recording.load(Path("y.safetensors"))
 
 
@@ -132,3 +137,44 @@ def test_a_file_of_conditions_that_is_not_there_is_one_clear_error(tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(RecipeError, match=r"no file gone\.safetensors beside the recipe"):
         Checkpoint.resolve(ModelRef(path="model", conditions="gone.safetensors"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample_shape": [10**9, 8]}, "more than 33,554,432 numbers"),
+        ({"sample_shape": []}, r"\(\) is no shape of a sample"),
+        ({"sample_shape": "x"}, "sample_shape: Input should be a valid tuple"),
+        ({"timestep_scale": float("nan")}, "timestep_scale: Input should be a finite number"),
+        ({"schedule": {"mu": "x"}}, "schedule.mu: Input should be a valid number"),
+        ({"constants": 1}, "constants: Input should be a valid dictionary"),
+    ],
+)
+def test_a_recording_that_says_something_else_is_one_clear_error(change, message, tmp_path):
+    settings = {"sample_shape": [4, 8, 8], "timestep_scale": 1.0, "schedule": {}, "constants": {}}
+    save_file({"x": torch.zeros(2)}, tmp_path / "c.safetensors", {"intaglio": json.dumps(settings | change)})
+    with pytest.raises(RecipeError, match=rf"c\.safetensors: .*{message}"):
+        Recording.check(tmp_path / "c.safetensors")
+
+
+def test_a_recording_with_nan_is_refused_by_name_and_minus_infinity_is_a_mask(tmp_path):
+    file = tmp_path / "c.safetensors"
+    Recording((4, 8, 8), conditions={"mask": torch.tensor([[0.0, -torch.inf]])}).save(file)
+    assert Recording.load(file).conditions["mask"][0, 1] == -torch.inf
+    Recording((4, 8, 8), conditions={"text": torch.tensor([[0.0, torch.nan]])}).save(file)
+    with pytest.raises(RecipeError, match=r"c\.safetensors: text has NaN: record it again"):
+        Recording.load(file)
+
+
+def test_a_recording_is_looked_at_before_a_run(tmp_path):
+    save_folder(tiny_dit(), tmp_path / "dit")
+    os.mkfifo(tmp_path / "waits.safetensors")
+    with pytest.raises(RecipeError, match=r"waits\.safetensors: is not a regular file"):
+        Checkpoint.resolve(ModelRef(path="dit", conditions="waits.safetensors"), tmp_path)
+
+
+def test_a_pipeline_that_fails_is_blamed_in_one_line():
+    with pytest.raises(RecipeError, match=r"a call of FluxPipeline raised TypeError: .*unexpected keyword argument"):
+        record(pipeline(), {"no_such_argument": 1})
+    with pytest.raises(RecipeError, match="SimpleNamespace has no scheduler"):
+        record(SimpleNamespace(unet=torch.nn.Identity()), {})

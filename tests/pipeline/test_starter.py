@@ -164,3 +164,54 @@ def test_what_cannot_be_done_is_one_message(arguments: tuple[str, ...], message:
     assert "Traceback" not in result.stderr
     assert (tmp_path / "there.yaml").read_text() == "mine"
     assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_pickled_weights_end_init_before_anything_is_run(tmp_path: Path) -> None:
+    save_folder(tiny_dit(), tmp_path / "dit")
+    (weights,) = (tmp_path / "dit").rglob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    result = init("dit", "--target", "onnxruntime-cpu")
+    assert (result.exit_code, (tmp_path / "recipe.yaml").exists()) == (2, False)
+    assert "no safetensors in" in result.stderr
+
+
+def test_without_weights_the_first_thing_to_do_is_to_put_them_there(tmp_path: Path) -> None:
+    save_folder(tiny_dit(), tmp_path / "dit")
+    next((tmp_path / "dit").rglob("*.safetensors")).unlink()
+    result = init("dit", "--target", "onnxruntime-cpu")
+    assert "1. put the weights in safetensors into dit: there are none" in result.stdout
+    refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
+    assert refused.exit_code == 2
+    assert "no safetensors in" in refused.stderr
+
+
+def test_without_transformers_steps_and_guidance_are_not_invented(tmp_path: Path, monkeypatch) -> None:
+    import diffusers
+
+    class Dummy:
+        """As diffusers has it in the place of a pipeline that needs more."""
+
+        _backends = ("torch", "no_such_package")
+
+    monkeypatch.setattr(diffusers, "StableDiffusionPipeline", Dummy)
+    save_folder(tiny_dit(), tmp_path / "dit")
+    index = {"_class_name": "StableDiffusionPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (tmp_path / "dit/model_index.json").write_text(json.dumps(index))
+    assert init("dit", "--target", "onnxruntime-cpu").exit_code == 0
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "# not known, set it as you sample: Dummy needs no_such_package to be looked at" in text
+    assert "as it samples" not in text
+
+
+def test_inputs_that_do_not_fit_end_init_and_plan_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        FACTORY + "\n\ndef wide():\n    net = make()\n    return Factory(net.module, net.scheduler, (5, 8, 8))\n"
+    )
+    found = init("net.py:wide", "--target", "onnxruntime-cpu")
+    recipe = "model: {path: './net.py:wide'}\ntargets: [onnxruntime-cpu]\nsteps: [calibrate]\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    planned = CliRunner().invoke(app, ["plan", "r.yaml"])
+    for result in (found, planned):
+        assert result.exit_code == 2, result.output
+        assert "Net cannot be called with sample (1, 5, 8, 8), timestep (1,): it ended in RuntimeError" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,164 @@
+"""What a factory returns is computed as the same plain module in float32, however people hold it."""
+
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from peft import LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from intaglio.pipeline.checkpoint import CallSize, Checkpoint, Factory, ModelRef
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.received import as_computed
+
+SHAPE = (4, 8, 8)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.9))
+
+    def forward(self, sample, timestep):
+        return self.b(self.a(sample))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def received(module: object, **given) -> Factory:
+    return as_computed(Factory(module, DDIMScheduler(), SHAPE, **given), "net.py:make")
+
+
+def output(module: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return module(torch.randn(2, 8, generator=torch.Generator().manual_seed(1)), torch.ones(2))
+
+
+def with_inner_compiled() -> nn.Module:
+    module = net()
+    module.b[0] = torch.compile(module.b[0])
+    module.b = torch.compile(module.b)
+    return torch.compile(nn.DataParallel(torch.compile(module)))
+
+
+def compiled_in_place() -> nn.Module:
+    module = net()
+    module.a.compile()
+    module.compile()
+    return module
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda: net().train(), lambda: net().double(), lambda: torch.compile(net()), lambda: nn.DataParallel(net()),
+        with_inner_compiled, compiled_in_place, lambda: accelerate.cpu_offload(net(), execution_device="cpu"),
+    ],
+)  # fmt: skip
+def test_wrappers_are_taken_off(hold):
+    made = received(hold())
+    assert [type(each) for each in made.module.modules()] == [Net, nn.Linear, nn.Sequential, nn.Linear, nn.Dropout]
+    assert torch.equal(output(made.module), output(net().eval()))
+    assert made.names.sample == "sample"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    module = received(net().to(dtype)).module
+    assert {each.dtype for each in module.parameters()} == {torch.float32}
+    assert torch.equal(output(module), output(net().to(dtype).float().eval()))
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["a", "b.0"], **options)
+
+
+def turned_off() -> nn.Module:
+    model = get_peft_model(net(), lora())
+    model.base_model.disable_adapter_layers()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("adapt", "changes"),
+    [
+        (lambda: get_peft_model(net(), lora()), True),
+        (lambda: inject_adapter_in_model(lora(), net()), True),
+        (lambda: get_peft_model(net(), lora(use_dora=True)), True),
+        (lambda: get_peft_model(net(), LoKrConfig(r=2, target_modules=["a"], init_weights=False)), True),
+        (turned_off, False),
+    ],
+)
+def test_adapters_are_fused_as_the_module_computes_them(adapt, changes):
+    expected = output(adapt().eval())
+    module = received(adapt()).module
+    assert [type(each) for each in module.modules()] == [Net, nn.Linear, nn.Sequential, nn.Linear, nn.Dropout]
+    torch.testing.assert_close(output(module), expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(output(module), output(net().eval())) != changes
+    assert not hasattr(module, "peft_config")
+
+
+def test_inputs_are_on_the_cpu_in_float32():
+    rows = torch.ones(3, 5, dtype=torch.bfloat16, requires_grad=True)
+    made = received(
+        net(), conditions={"text": rows, "ids": torch.arange(3)}, shared={"mask": torch.full((2,), -torch.inf)},
+        other=CallSize((4, 4, 4), {"text": rows}),
+    )  # fmt: skip
+    assert (made.conditions["text"].dtype, made.conditions["ids"].dtype) == (torch.float32, torch.int64)
+    assert not made.conditions["text"].requires_grad
+    assert made.other.conditions["text"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        ("Factory(3, DDIMScheduler(), (3, 8, 8))", "its Factory has a int as module, not a torch.nn.Module"),
+        ("Factory(torch.nn.Linear(2, 2, device='meta'), DDIMScheduler(), (2,))", "2 parameters are on torch's meta"),
+        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 0))", r"\(3, 0\) is no shape of a sample"),
+        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 10**9))", "more than 33,554,432 numbers"),
+        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': [1]})", "x is a list, no tensor: give it in"),
+        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': torch.tensor(float('nan'))})", "x has NaN"),
+        ("torch.nn.ReLU()", "returned a ReLU, not an intaglio Factory"),
+        ("1 / 0", "net.py:make raised ZeroDivisionError: division by zero"),
+        ("exit(3)", "net.py:make raised SystemExit: 3"),
+    ],
+)
+def test_what_a_factory_must_not_return_is_one_clear_error(make, message, tmp_path):
+    source = "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.checkpoint import Factory\n"
+    (tmp_path / "net.py").write_text(f"{source}def make():\n    return {make}\n")
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).open()
+
+
+def test_an_adapter_without_weights_cannot_be_fused():
+    class Config(dict):
+        vocab_size, to_dict = 8, dict
+
+    class Prompted(Net):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.config = Config()
+            self.word = nn.Embedding(8, 8)
+
+    config = PromptTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, token_dim=8, num_layers=1, num_attention_heads=1
+    )
+    with pytest.raises(RecipeError, match="PROMPT_TUNING adds inputs and no weights: it cannot be fused"):
+        received(get_peft_model(Prompted(), config))
+
+
+def test_what_a_factory_prints_is_no_result(tmp_path: Path, capsys):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.checkpoint import Factory\n"
+        "print('read')\ndef make():\n    print('made')\n"
+        "    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
+    )
+    Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).empty()
+    assert capsys.readouterr() == ("", "read\nmade\n")
