@@ -225,3 +225,11 @@ def test_numbers_that_are_none_are_named(broken, error, message, calibrated, tmp
     monkeypatch.setattr(Checkpoint, "open", lambda _: factory)
     with pytest.raises(error, match=message):
         run_pass(Calibrate(samples=1), calibrated, tmp_path / "scratch")
+
+
+def test_a_layer_that_is_called_again_joins_the_groups_of_all_its_inputs():
+    found = SameInputs()
+    x, y, z = torch.ones(3), torch.ones(3), torch.ones(3)
+    for name, read in (("a", x), ("b", x), ("c", y), ("d", z), ("a", y)):
+        found.note(name, read)
+    assert found.readers == [("a", "b", "c"), ("d",)]
