@@ -12,10 +12,12 @@ from torch import nn
 
 from intaglio.exporters._call_inputs import CallInputs
 from intaglio.exporters._standin import Standin
-from intaglio.exporters.runtime import ONNXRUNTIME, defaults, device_of, load, open_call
+from intaglio.exporters.runtime import ONNXRUNTIME, defaults, device_of, load, open_call, size_bound
 from intaglio.pipeline.components import INDEX, METHODS, Components, PipelineFolder, is_generator, output_class
 from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.files import printable
 from intaglio.pipeline.graph import Graph
+from intaglio.pipeline.model_files import blamed
 from intaglio.pipeline.nesting import flatten, nest
 from intaglio.pipeline.target import load_target
 
@@ -150,9 +152,10 @@ def _not_saved(*_: Any, **__: Any) -> NoReturn:
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:
     """A model for its attributes, from its configuration alone."""
-    import accelerate
+    from intaglio.pipeline.empty_model import bounded
 
-    with accelerate.init_empty_weights():
+    origin = f"{printable(folder)}/config.json"
+    with blamed(origin), bounded(size_bound(folder), origin):
         if hasattr(kind, "config_class"):  # transformers
             original = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
         else:

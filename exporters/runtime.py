@@ -16,8 +16,11 @@ from torch import nn
 from intaglio.exporters._call_inputs import CallInputs
 from intaglio.exporters._standin import Standin
 from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
-from intaglio.pipeline.graph import STEP_INPUT, Graph, Interface
+from intaglio.pipeline.files import printable
+from intaglio.pipeline.graph import STEP_INPUT, Graph
+from intaglio.pipeline.model_files import ModelSize
 from intaglio.pipeline.nesting import flatten
+from intaglio.pipeline.store import files_below
 
 if TYPE_CHECKING:
     from intaglio.exporters._departure import Values
@@ -43,7 +46,7 @@ class CompiledDenoiser(Standin):
 
     def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
         """`call` computes what the graph does, on the device; without one, the CPU."""
-        original = _original(graph.interface, next(iter(graph.outputs.values())).shape[1])
+        original = _original(graph)
         compiled_with = {} if original is None else defaults(original.forward)
         compiled_with |= dict(flatten(graph.interface.constants))
         super().__init__(original)
@@ -129,26 +132,36 @@ def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]
     return engine_call(graph, backend)
 
 
-def _original(interface: Interface, channels: int | str) -> nn.Module | None:
-    """The model without weights, for its attributes; None where it is no class of diffusers."""
+def size_bound(folder: Path) -> ModelSize:
+    """Return more tensors and numbers than a model can have whose graphs are in `folder`, by the size of its files.
+
+    A number takes half a byte at least; a tensor, in the mean, takes much more than 256 bytes.
+    """
+    size_bytes = sum(file.stat().st_size for file in files_below(folder))
+    return ModelSize(tensors=500 + size_bytes // 256, elements=10**7 + 8 * size_bytes)
+
+
+def _original(graph: Graph) -> nn.Module | None:
+    """Make the model without weights, for its attributes; None where it is no class of diffusers.
+
+    Raises RecipeError that names graph.json for a configuration of no such model, or of one too large for the graph.
+    """
+    interface, channels = graph.interface, next(iter(graph.outputs.values())).shape[1]
     if not interface.kind:
         return None
-    import accelerate
     import diffusers
 
+    from intaglio.pipeline.empty_model import empty_model
+
+    file = f"{printable(graph.path.parent)}/graph.json"
     try:
         kind: Any = getattr(diffusers, interface.kind)
-        known = issubclass(kind, diffusers.ModelMixin)
-    except (AttributeError, ImportError, RuntimeError, TypeError):
-        known = False
-    if not known:
-        raise RecipeError(f"compiled from {interface.kind}, which diffusers {diffusers.__version__} does not have")
-    try:
-        with accelerate.init_empty_weights():
-            original: Any = kind.from_config(dict(interface.config))
-    except Exception as e:  # each class has its own for what it does not take
-        raise RecipeError(f"graph.json: {interface.kind} cannot be made from its configuration: {e}") from e
+    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules when they are asked for
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        name = printable(interface.kind)[:100]
+        raise RecipeError(f"{file}: compiled from {name}, which diffusers {diffusers.__version__} does not have")
+    module = empty_model(kind, dict(interface.config), size_bound(graph.path.parent), file)
     if "out_channels" in interface.config and isinstance(channels, int):
-        original.register_to_config(out_channels=channels)
-    module: nn.Module = original
+        module.register_to_config(out_channels=channels)  # type: ignore[operator]  # a method of diffusers
     return module
