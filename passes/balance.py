@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from pydantic import Field
 
-from intaglio.pipeline.artifact import AnyKey, Outputs, State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.estimate import ModelCost
-from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import Float, IntInput, IntWeight, LayerScheme
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.formats.schemes import Float, IntInput, IntWeight, LayerScheme
+from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.quant.balance import Balance, LayerBalance
-    from intaglio.pipeline.quant.branch import Branch
+    from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+    from intaglio.pipeline.numerics.low_rank import Branch
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
@@ -72,8 +72,8 @@ class BalanceLayers(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         from torch.nn import Conv2d, Linear
 
-        from intaglio.passes._layer_inputs import layer_inputs, siblings
-        from intaglio.pipeline.denoiser import denoise_with
+        from intaglio.passes.layer_inputs import layer_inputs, siblings
+        from intaglio.pipeline.model.calls import denoise_with
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
         schemes = {n: s for n, s in trajectory.called(plan.schemes).items() if isinstance(s.weight, IntWeight)}
@@ -125,7 +125,7 @@ class BalanceLayers(Pass):
         """Some tokens of a linear layer's inputs, one (tokens, C); all places of a convolution's."""
         import torch
 
-        from intaglio.pipeline.quant.modules import channel_axis
+        from intaglio.pipeline.simulation.layer import channel_axis
 
         if channel_axis(layer) != -1:
             return inputs
@@ -151,7 +151,7 @@ class BalanceLayers(Pass):
         """
         import torch
 
-        from intaglio.pipeline.quant.balance import Balance
+        from intaglio.pipeline.numerics.basis import Balance
 
         axis = _axis_of(parts)
         x_C = torch.stack([_largest(part, axis) for inputs in x for part in inputs]).amax(0)
@@ -175,9 +175,9 @@ class BalanceLayers(Pass):
         calls: Iterator[Mapping[str, Inputs]],
     ) -> dict[str, LayerBalance]:
         """The bases with the ends of the inputs in them, at every step: over all calls of a layer at the step."""
-        from intaglio.pipeline.quant.balance import LayerBalance
-        from intaglio.pipeline.quant.modules import channel_axis
-        from intaglio.pipeline.quant.step_table import where_known
+        from intaglio.pipeline.numerics.basis import LayerBalance
+        from intaglio.pipeline.numerics.step_tables import where_known
+        from intaglio.pipeline.simulation.layer import channel_axis
 
         low: dict[str, list[float | None]] = {name: [] for name in chosen}
         high: dict[str, list[float | None]] = {name: [] for name in chosen}
@@ -210,7 +210,7 @@ def _distinct(inputs: Mapping[str, Inputs], names: Sequence[str]) -> Inputs:
 
 def _axis_of(parts: Parts) -> int:
     """The channels' axis of the input that layers share."""
-    from intaglio.pipeline.quant.modules import channel_axis
+    from intaglio.pipeline.simulation.layer import channel_axis
 
     layer, _ = next(iter(parts.values()))
     return channel_axis(layer)
@@ -223,7 +223,7 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 def _branch(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
     """Of a weight of 4 bits that is large enough."""
-    from intaglio.pipeline.quant.branch import Branch
+    from intaglio.pipeline.numerics.low_rank import Branch
 
     four = isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4
     if not rank or not four or min(layer.weight.flatten(1).shape) < 4 * rank:
@@ -236,8 +236,8 @@ def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int =
     """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
     import torch
 
-    from intaglio.pipeline.quant.affine import half_range
-    from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
+    from intaglio.pipeline.numerics.rounding import half_range
+    from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
 
     clock = StepClock(tuple(float(i) for i in range(len(x))))
     axis = _axis_of(parts)

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from intaglio.pipeline.artifact import AnyKey, Outputs, State
-from intaglio.pipeline.context import Context
+from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.artifacts.plan import in_float_lines
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, StepFailed
-from intaglio.pipeline.estimate import ModelCost
-from intaglio.pipeline.keys import MODEL, TRAJECTORY, WORKLOAD
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import in_float_lines
-from intaglio.pipeline.prepared import unquantizable
+from intaglio.pipeline.model.cost import ModelCost
+from intaglio.pipeline.model.prepared import unquantizable
 
 if TYPE_CHECKING:
     import torch
 
-    from intaglio.pipeline.denoiser import Call, Sampler
-    from intaglio.pipeline.trajectory import Trajectory
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.model.calls import Call, Sampler
 
 
 class Calibrate(Pass):
@@ -52,11 +52,11 @@ class Calibrate(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         import torch
 
-        from intaglio.passes._layer_ranges import LayerRanges, unreached_layers
-        from intaglio.pipeline.checkpoint import layer_table
-        from intaglio.pipeline.denoiser import Call, Sampler, check_inputs, denoise_with, on_device
-        from intaglio.pipeline.hooks import after_calls
-        from intaglio.pipeline.trajectory import Trajectory
+        from intaglio.passes.layer_ranges import LayerRanges, unreached_layers
+        from intaglio.pipeline.artifacts.trajectory import Trajectory
+        from intaglio.pipeline.model.calls import Call, Sampler, check_inputs, denoise_with, on_device
+        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.hooks import after_calls
 
         checkpoint = state[MODEL]
         model = checkpoint.open()

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from intaglio.pipeline.artifact import AnyKey, Outputs, State
-from intaglio.pipeline.context import Context
+from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.quant.spec import FLOAT, IntInput, IntOutput, IntWeight, PerStep
+from intaglio.pipeline.formats.schemes import FLOAT, IntInput, IntOutput, IntWeight, PerStep
 
 
 class MergeAdapters(Pass):
@@ -35,9 +35,9 @@ class MergeAdapters(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        from intaglio.pipeline.quant import affine
-        from intaglio.pipeline.quant.step_table import refine, resample_linear, resample_magnitude
-        from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
+        from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
+        from intaglio.pipeline.numerics import rounding as affine
+        from intaglio.pipeline.numerics.step_tables import refine, resample_linear, resample_magnitude
 
         module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
         plan = state[PLAN]

@@ -6,11 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from intaglio.pipeline.artifact import AnyKey, Outputs, State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.keys import MODEL, PLAN, TARGET, WORKLOAD
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.plan import (
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.plan import (
     SCHEME_NAMES,
     Layer,
     QuantPlan,
@@ -19,8 +16,11 @@ from intaglio.pipeline.plan import (
     in_float_lines,
     structural_schemes,
 )
-from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
-from intaglio.pipeline.target import Target
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
+from intaglio.pipeline.formats.target import Target
 
 
 class UniformPlan(Pass):

@@ -1,13 +1,13 @@
 """The core: artifacts, passes, recipes, targets, the store and the runner. It names no pass and no exporter."""
 
-from intaglio.pipeline.artifact import AnyKey, Artifact, Key, Outputs, State
-from intaglio.pipeline.binding import bind
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.pass_base import Pass
-from intaglio.pipeline.recipe import Recipe, Step
-from intaglio.pipeline.runner import compile
-from intaglio.pipeline.store import Store
-from intaglio.pipeline.target import Target
+from intaglio.pipeline.contract.artifact import AnyKey, Artifact, Key, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.contract.recipe import Recipe, Step
+from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.runs.binding import bind
+from intaglio.pipeline.runs.runner import compile
+from intaglio.pipeline.runs.store import Store
 
 __all__ = [
     "AnyKey",

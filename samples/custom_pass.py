@@ -1,8 +1,8 @@
 """A pass of your own: `./custom_pass.py:KeepFirst` as a step after `assign`, or on the command line by --insert."""
 
-from intaglio.pipeline import Context, Outputs, Pass, State
-from intaglio.pipeline.keys import PLAN
-from intaglio.pipeline.quant.spec import FLOAT
+from intaglio import Context, Outputs, Pass, State
+from intaglio.pipeline.artifacts.keys import PLAN
+from intaglio.pipeline.formats.schemes import FLOAT
 
 
 class KeepFirst(Pass):

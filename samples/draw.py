@@ -21,10 +21,10 @@ from diffusers import DiTPipeline
 from rich.progress import track
 
 import intaglio
-from intaglio.pipeline import Recipe, Store, compile
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL
-from intaglio.pipeline.pictures import COMPILED, FULL, distances, save_picture
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Recipe, Store, compile
+from intaglio.exporters.report.pictures import COMPILED, FULL, distances, save_picture
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 TARGET = "onnxruntime-cpu"
 

@@ -27,8 +27,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from intaglio.pipeline.checkpoint import Factory
-from intaglio.pipeline.denoiser import CLASS_LABELS, Inputs, Sampler, Start, denoise_with
+from intaglio.pipeline.model.calls import CLASS_LABELS, Inputs, Sampler, Start, denoise_with
+from intaglio.pipeline.model.checkpoint import Factory
 
 SIZE = 32
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")

@@ -8,9 +8,9 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
-from intaglio.pipeline.graph import Graph, Interface, TensorSpec
-from intaglio.pipeline.manifest import MANIFEST, DeliveredFile, Manifest
-from intaglio.pipeline.store import file_digest, files_below
+from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
+from intaglio.pipeline.runs.manifest import MANIFEST, DeliveredFile, Manifest
+from intaglio.pipeline.runs.store import file_digest, files_below
 
 STEP_LINEAR = """
 <ir_version: 10, opset_import: ["": 21]>

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.pipeline import Store
+from intaglio import Store
 
 
 @pytest.fixture

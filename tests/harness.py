@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.pipeline.artifact import AnyKey, Artifact, State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.pass_base import Pass
+from intaglio.pipeline.contract.artifact import AnyKey, Artifact, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
 
 Artifacts = dict[AnyKey, Artifact]
 

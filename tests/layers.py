@@ -10,15 +10,15 @@ from harness import run_pass
 from onnx import helper, numpy_helper
 from quantizing import integers
 
-from intaglio.exporters._layer import LAYER_KEY
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.pipeline.graph import Graph, TensorSpec
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
-from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
-from intaglio.pipeline.quant.balance import Balance
-from intaglio.pipeline.quant.branch import Branch
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-from intaglio.pipeline.target import Target, load_target
+from intaglio.exporters.float_graph.sites import LAYER_KEY
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
+from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.formats.target import Target, load_target
+from intaglio.pipeline.numerics.basis import Balance
+from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, quantize_model
 
 SCHEMES = {
     scheme.name: scheme

@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from harness import Artifacts
 
-from intaglio.exporters._departure import LayersInGraph
-from intaglio.exporters._layer import entry_type, run_layer
-from intaglio.pipeline.checkpoint import layer_table
-from intaglio.pipeline.denoiser import denoise_with
-from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.quant.affine import group_integers
-from intaglio.pipeline.quant.balance import Balance, LayerBalance
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, channel_axis, quantize_model, simulate
-from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
-from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
+from intaglio.exporters.float_graph.sites import entry_type, run_layer
+from intaglio.exporters.verify.departures import LayersInGraph
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.numerics.rounding import group_integers
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, channel_axis, quantize_model, simulate
 
 HALF_TOLERANCE = 1e-3
 """Relative L2 error of a layer in float16: its weight, product, sum and bias are rounded, by 2^-11 / sqrt(3) each."""

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 
-from intaglio.pipeline.artifact import AnyKey, Artifact
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.findings import Finding, Findings
-from intaglio.pipeline.front import Point
-from intaglio.pipeline.graph import Engine, Graph, TensorSpec
-from intaglio.pipeline.keys import (
+from intaglio.pipeline.artifacts.findings import Finding, Findings
+from intaglio.pipeline.artifacts.front import Point
+from intaglio.pipeline.artifacts.graph import Engine, Graph, TensorSpec
+from intaglio.pipeline.artifacts.keys import (
     ADAPTER,
     ENGINE,
     GRAPH,
@@ -24,15 +22,17 @@ from intaglio.pipeline.keys import (
     TARGET,
     VERIFICATION,
 )
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.provenance import Provenance
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
-from intaglio.pipeline.quantized import Adapter
-from intaglio.pipeline.recipe import Recipe
-from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.store import RunRecord
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.verification import Latency, LayerParity, Verification
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.provenance import Provenance
+from intaglio.pipeline.artifacts.quantized import Adapter
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification
+from intaglio.pipeline.contract.artifact import AnyKey, Artifact
+from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.store import RunRecord
 
 HOSTILE = 'transformer_blocks.1.<script>alert("x")</script>&amp;'
 EMBED = Layer(name="pos_embed.proj", op="conv", shape=(64, 3, 2, 2), bias=True)
@@ -120,7 +120,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     parity = {layer.name: LayerParity(4.1e-7, 4096, 3, 1) for layer in LAYERS[1:]}
     sample = TensorSpec("float32", ("batch", 3, 8, 8))
     recipe = Recipe.parse("{model: models/tiny, targets: [onnxruntime-cpu], seed: 11, steps: [{assign: {samples: 2}}]}")
-    ingredients = '{"pass": "intaglio.passes.assign:AssignPrecision@4"}'
+    ingredients = '{"pass": "intaglio.passes.assign.assign:AssignPrecision@4"}'
     run = RunRecord(
         step="assign",
         origin="x",

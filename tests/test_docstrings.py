@@ -16,7 +16,7 @@ WITH_EXAMPLES = sorted(
 
 
 def test_there_are_examples() -> None:
-    assert {"intaglio.pipeline.recipe", "intaglio.pipeline.quant.affine"} <= set(WITH_EXAMPLES)
+    assert {"intaglio.pipeline.contract.recipe", "intaglio.pipeline.numerics.rounding"} <= set(WITH_EXAMPLES)
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny import save_folder, tiny_dit, tiny_unet
 
-from intaglio.pipeline import Recipe, bind
+from intaglio import Recipe, bind
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ONE_CPU = {

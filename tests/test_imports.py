@@ -41,7 +41,7 @@ def test_heavy_modules_are_imported_where_they_are_used() -> None:
 
 
 def test_the_command_line_loads_no_tensor_library() -> None:
-    assert not _loaded(["intaglio.pipeline.cli", "intaglio.pipeline.keys"], HEAVY | {"torch", "numpy"})
+    assert not _loaded(["intaglio.pipeline.cli.app", "intaglio.pipeline.artifacts.keys"], HEAVY | {"torch", "numpy"})
 
 
 def _loaded(modules: list[str], heavy: frozenset[str]) -> list[str]:

@@ -45,7 +45,7 @@ def save_folder(module: torch.nn.Module, folder: Path) -> Path:
 FACTORY = """
 import torch
 from diffusers import DDIMScheduler
-from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import Factory
 
 
 class Net(torch.nn.Module):

@@ -10,9 +10,9 @@ from typing import ClassVar, Self
 
 from pydantic import Field
 
-from intaglio.pipeline import Context, Key, Outputs, Pass, Recipe, State, Target
+from intaglio import Context, Key, Outputs, Pass, Recipe, State, Target
+from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE, TARGET
 from intaglio.pipeline.errors import MissingExtra, TargetError
-from intaglio.pipeline.keys import MODEL, PROVENANCE, TARGET
 
 
 @dataclass

@@ -9,13 +9,13 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from intaglio.pipeline.denoiser import Denoise, denoise_with
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.spec import IntWeight
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.formats.schemes import IntWeight
+from intaglio.pipeline.model.calls import Denoise, denoise_with
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.checkpoint import Factory
+    from intaglio.pipeline.model.checkpoint import Factory
 
 Quantizer = Mapping[str, Any] | None
 CALIBRATION_ROWS = 16

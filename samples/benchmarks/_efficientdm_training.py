@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from intaglio.passes._objective import Error, WholeOutput
-from intaglio.passes._start import begin
-from intaglio.passes._trainer import ROUND, Trainer
-from intaglio.passes.distill import Distill
-from intaglio.pipeline import Context, Recipe, Store, compile
-from intaglio.pipeline.denoiser import Denoise, Sampler
-from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
-from intaglio.pipeline.memory import resident_bytes
-from intaglio.pipeline.quant.modules import StepClock
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio import Context, Recipe, Store, compile
+from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.objective import Error, WholeOutput
+from intaglio.passes.distill.start import begin
+from intaglio.passes.distill.trainer import ROUND, Trainer
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.model.calls import Denoise, Sampler
+from intaglio.pipeline.runs.memory import resident_bytes
+from intaglio.pipeline.simulation.layer import StepClock
 
 if TYPE_CHECKING:
     import numpy as np

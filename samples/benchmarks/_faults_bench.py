@@ -18,9 +18,9 @@ import psutil
 import typer
 from rich.progress import track
 
-from intaglio.pipeline.context import terminal
-from intaglio.pipeline.manifest import Manifest
-from intaglio.pipeline.store import Store, files_below, tree_digest
+from intaglio.pipeline.contract.context import terminal
+from intaglio.pipeline.runs.manifest import Manifest
+from intaglio.pipeline.runs.store import Store, files_below, tree_digest
 
 RECIPE = """
 model: {path: "%s:dit", sampling_steps: 4, guidance: 2.0}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _faults_bench import TARGET, Bench, Ended, Run, Tally, bar
 
-from intaglio.pipeline.store import remove_tree
+from intaglio.pipeline.runs.store import remove_tree
 
 PRIVATE = b"only mine 4711"
 HELD_S = 120

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from intaglio.pipeline import Context, Outputs, Pass, State
-from intaglio.pipeline.artifact import AnyKey
-from intaglio.pipeline.keys import PLAN
-from intaglio.pipeline.plan import structural_schemes
+from intaglio import Context, Outputs, Pass, State
+from intaglio.pipeline.artifacts.keys import PLAN
+from intaglio.pipeline.artifacts.plan import structural_schemes
+from intaglio.pipeline.contract.artifact import AnyKey
 
 
 class GivenPlan(Pass):

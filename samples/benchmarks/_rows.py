@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from intaglio.pipeline.checkpoint import Checkpoint
-from intaglio.pipeline.denoiser import Denoise, Sampler, clocked, denoise_with
-from intaglio.pipeline.keys import MODEL, QUANTIZED
-from intaglio.pipeline.quant.modules import simulate
-from intaglio.pipeline.runner import CompiledTarget
-from intaglio.pipeline.store import write_atomically
+from intaglio.pipeline.artifacts.keys import MODEL, QUANTIZED
+from intaglio.pipeline.model.calls import Denoise, Sampler, clocked, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.runs.runner import CompiledTarget
+from intaglio.pipeline.runs.store import write_atomically
+from intaglio.pipeline.simulation.layer import simulate
 
 NOISE_SEED = 2
 """Of what is compared, which no training saw. The two seeds behind it are those of other noise."""

@@ -13,13 +13,13 @@ from _efficientdm_peers import PEERS, Peer, quiet
 from mixed_plan import narrowed
 from sensitivity_speed import auto_quantize
 
-from intaglio.passes._study import Batch
-from intaglio.pipeline.denoiser import Sampler
-from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.recipe import Step
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio.passes.sensitivity.study import Batch
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.contract.recipe import Step
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.model.calls import Sampler
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 WIDE = ["w8a8_token", "w8a8_step"]
 NARROW = ["w4a8_token", "w4a8_step"]

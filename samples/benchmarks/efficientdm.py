@@ -25,13 +25,13 @@ import typer
 from _rows import Figures, Rows, draw, full_precision, say, simulated, speak
 from full_size import alone, folder
 
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.checkpoint import ModelRef
-from intaglio.pipeline.denoiser import Denoise, Sampler
-from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.runner import CompiledTarget
-from intaglio.pipeline.store import file_digest
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio import Recipe, Step, Store, compile
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.model.calls import Denoise, Sampler
+from intaglio.pipeline.model.checkpoint import ModelRef
+from intaglio.pipeline.runs.runner import CompiledTarget
+from intaglio.pipeline.runs.store import file_digest
 
 # ---- options of all variants -----------------------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ def training(bench: Bench, data: Path, updates: int) -> Figures:
     """Ours and QAT on the plan `TRAINED`, each in a process of its own, with the first seed."""
     import _efficientdm_training as t
 
-    from intaglio.passes.distill import Distill
+    from intaglio.passes.distill.distill import Distill
 
     *before, last = ours(bench.model)
     base, options = Path(__file__).parent, Distill(**last.options)

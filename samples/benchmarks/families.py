@@ -20,13 +20,13 @@ from pydantic import Field
 from rich.progress import track
 from tiny_families import FAMILIES, NEWER
 
-from intaglio.exporters._session import graph_denoise
-from intaglio.pipeline import Context, Outputs, Pass, Recipe, State, Store, compile
-from intaglio.pipeline.checkpoint import layer_table
-from intaglio.pipeline.denoiser import denoise_with, other_call
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
-from intaglio.pipeline.plan import QuantPlan, illegal, structural_schemes
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Context, Outputs, Pass, Recipe, State, Store, compile
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
+from intaglio.pipeline.artifacts.plan import QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.model.calls import denoise_with, other_call
+from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}
 """By plan: for every layer, the first of these schemes that it admits."""

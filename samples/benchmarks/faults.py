@@ -36,9 +36,9 @@ from _faults_bench import Bench, Run, Tally, bar, cpu_s, flip
 from _faults_files import Mine, folders_of_others, kits, linked_results, records, replacements, users_files
 from rich.progress import Progress
 
-from intaglio.pipeline.context import terminal
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.store import files_below
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.contract.context import terminal
+from intaglio.pipeline.runs.store import files_below
 
 SAME_DB = 0.5
 """Samples whose PSNR differs by less are as near: what `verify` allows between the deployed ones and the simulated."""

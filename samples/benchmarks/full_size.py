@@ -20,11 +20,11 @@ from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH
-from intaglio.pipeline.memory import resident_bytes
-from intaglio.pipeline.runner import StepEvent
+from intaglio import Recipe, Step, Store, compile
+from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.memory import resident_bytes
+from intaglio.pipeline.runs.runner import StepEvent
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -183,7 +183,7 @@ def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:
     import diffusers
     import torch
 
-    from intaglio.pipeline.record import Recording
+    from intaglio.pipeline.model.recording import Recording
 
     torch.manual_seed(0)
     wanted = MODELS[model]
@@ -210,7 +210,7 @@ def bare_export(place: Path) -> Figures:
     """`torch.onnx.export` with its own optimizer, from the files of the model to those of the graph."""
     import torch
 
-    from intaglio.pipeline.denoiser import Sampler
+    from intaglio.pipeline.model.calls import Sampler
 
     began = time.perf_counter()
     model = Checkpoint.resolve(model_ref(place), Path()).open()

@@ -18,15 +18,15 @@ import torch
 import typer
 from rich.progress import track
 
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.checkpoint import Checkpoint
-from intaglio.pipeline.denoiser import Sampler, Start, clocked, denoise_with
-from intaglio.pipeline.keys import PLAN, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, LayerScheme
-from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio import Recipe, Step, Store, compile
+from intaglio.pipeline.artifacts.keys import PLAN, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
+from intaglio.pipeline.model.calls import Sampler, Start, clocked, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.simulation.layer import StepClock, quantize_model
 
 
 def main(

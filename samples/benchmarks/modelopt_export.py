@@ -23,11 +23,11 @@ from _efficientdm_peers import quiet
 from full_size import alone, folder
 from ort_speed import relative, size
 
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.checkpoint import ModelRef
-from intaglio.pipeline.graph import STEP_INPUT
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TRAJECTORY
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Recipe, Step, Store, compile
+from intaglio.pipeline.artifacts.graph import STEP_INPUT
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TRAJECTORY
+from intaglio.pipeline.model.checkpoint import ModelRef
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def compiled(place: Path, name: str | None) -> str:
     """The float graph, or that of the model that was saved under this name."""
     steps = [CALIBRATE, Step(uses="export-float")]
     if name is not None:
-        uses = "intaglio.passes.import_modelopt:ImportModelopt"
+        uses = "intaglio.passes.imports.modelopt:ImportModelopt"
         options = {"path": str(place / name / "saved.pt")}
         steps += [Step(name="import-modelopt", uses=uses, options=options), Step(uses="export-qdq")]
     return str(run(place, steps)[FLOAT_GRAPH if name is None else GRAPH].path)
@@ -90,7 +90,7 @@ def quantize(place: Path, name: str) -> None:
     import modelopt.torch.quantization as mtq
     import torch
 
-    from intaglio.pipeline.denoiser import denoise_with
+    from intaglio.pipeline.model.calls import denoise_with
 
     if (place / name / "predicted.npy").exists():
         return
@@ -118,7 +118,7 @@ def restored(place: Path, name: str) -> "tuple[torch.nn.Module, Mapping[str, tor
     import modelopt.torch.opt as mto
     import torch
 
-    from intaglio.pipeline.denoiser import denoise_with
+    from intaglio.pipeline.model.calls import denoise_with
 
     model = run(place, [CALIBRATE])[MODEL].open()
     with quiet():
@@ -181,7 +181,7 @@ EXPORTERS: Mapping[str, Callable[[Path, str], str]] = {
 
 def timed(graphs: Mapping[str, str], place: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """By turns, after one round that is not counted; and what ONNX Runtime does not load, with the reason."""
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     call = {name: value.numpy() for name, value in middle_call(place).items()} | {STEP_INPUT: np.array(0)}
     sessions, failed = {}, {}

@@ -24,11 +24,11 @@ import typer
 from full_size import alone, folder
 from numpy.typing import NDArray
 
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.graph import STEP_INPUT
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, TRAJECTORY
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Recipe, Step, Store, compile
+from intaglio.pipeline.artifacts.graph import STEP_INPUT
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, TRAJECTORY
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def modelopt_torch(place: Path, path: Path, *, dynamo: bool = False) -> dict[str
     import modelopt.torch.quantization as mtq
     import torch
 
-    from intaglio.pipeline.denoiser import denoise_with
+    from intaglio.pipeline.model.calls import denoise_with
 
     model = Checkpoint.resolve(model_in(place), Path()).open()
     call = {name: torch.from_numpy(value) for name, value in next(calls(place, 2)).items()}
@@ -289,7 +289,7 @@ PEERS: Mapping[str, Callable[[Path, Path], dict[str, str]]] = {
 
 def timed(graphs: Mapping[str, Path], place: Path, rounds: int, batches: list[int], threads: int) -> dict[str, Any]:
     """By turns, after one round that is not counted."""
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     sessions = {}
     for name, path in graphs.items():
@@ -335,9 +335,9 @@ def layer_by_layer(place: Path) -> dict[str, float]:
     """Fused kernels against the graph as it is written: every layer alone on the same input, and the whole."""
     import torch
 
-    from intaglio.exporters._layer import run_layer
-    from intaglio.exporters._session import graph_denoise
-    from intaglio.pipeline.denoiser import denoise_with
+    from intaglio.exporters.float_graph.sites import run_layer
+    from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+    from intaglio.pipeline.model.calls import denoise_with
 
     steps = [Step(uses="calibrate", options={"samples": 2}), Step(uses="export-float")]
     steps += [Step(uses="uniform", options={"schemes": SCHEMES["unet"]["w8a8"]})]

@@ -19,16 +19,16 @@ from typing import Annotated
 
 import typer
 
-from intaglio.exporters._engine_process import EngineProcess, Setting
-from intaglio.exporters.benchmark import CPU
-from intaglio.exporters.profile import ProfileLayers
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.keys import FRONT, GRAPH, PLAN, PROFILE, TARGET
-from intaglio.pipeline.profile import Profile
-from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Recipe, Step, Store, compile
+from intaglio.exporters.measure.benchmark import CPU
+from intaglio.exporters.measure.engine_process import EngineProcess, Setting
+from intaglio.exporters.measure.profile import ProfileLayers
+from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, PROFILE, TARGET
+from intaglio.pipeline.artifacts.profile import Profile
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 RUNTIME = "onnxruntime-cpu"
 PLAIN: Mapping[str, list[str]] = {

@@ -22,21 +22,21 @@ import typer
 from _efficientdm_peers import blocks, channel, quiet, tensor
 from scipy.stats import spearmanr
 
-from intaglio.passes._findings import MSE, forms_of
-from intaglio.passes._rounded import RoundedLayers
-from intaglio.passes._screen import Screen
-from intaglio.passes._study import Batch, Errors, Study
-from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline import Context, Recipe, Step, Store, compile
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.checkpoint import Checkpoint, layer_table
-from intaglio.pipeline.denoiser import Denoise, Inputs, Sampler, clocked, denoise_with
-from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.keys import MODEL, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.metrics import MetricContext, RelativeError
-from intaglio.pipeline.plan import structural_schemes
-from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.sensitivity import Sensitivity
+from intaglio import Context, Recipe, Step, Store, compile
+from intaglio.passes.sensitivity.estimates import MSE, forms_of
+from intaglio.passes.sensitivity.measure import MeasureSensitivity
+from intaglio.passes.sensitivity.rounded import RoundedLayers
+from intaglio.passes.sensitivity.screen import Screen
+from intaglio.passes.sensitivity.study import Batch, Errors, Study
+from intaglio.pipeline.artifacts.keys import MODEL, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import structural_schemes
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.metric import MetricContext, RelativeError
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler, clocked, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, layer_table
+from intaglio.pipeline.model.cost import measure_cost
 
 SCHEMES = ("w8a8_step", "w4a16")
 GROUP = 32

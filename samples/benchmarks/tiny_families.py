@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.checkpoint import CallSize, Factory
-from intaglio.pipeline.denoiser import OneCall
+from intaglio.pipeline.model.calls import OneCall
+from intaglio.pipeline.model.checkpoint import CallSize, Factory
 
 ROWS = 3
 """Recorded rows of each condition."""

@@ -30,10 +30,10 @@ from efficientdm import BALANCE, DISTILL
 from full_size import alone, folder
 from sensitivity_speed import speeds
 
-from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline import Recipe, Step, Store, compile
-from intaglio.pipeline.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.runner import CompiledTarget
+from intaglio import Recipe, Step, Store, compile
+from intaglio.passes.sensitivity.measure import MeasureSensitivity
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 BASE = Path(__file__).parents[1]
 MODELS: Mapping[str, str] = {

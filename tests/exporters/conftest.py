@@ -6,10 +6,10 @@ from browser import CHROMIUM, Browser, browser
 from harness import Artifacts, run_pass
 from tiny import save_folder, tiny_dit, tiny_unet
 
-from intaglio.exporters.onnx_float import ExportFloat
+from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.keys import MODEL
+from intaglio.pipeline.artifacts.keys import MODEL
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
 
 
 def export(module, folder: Path) -> Artifacts:

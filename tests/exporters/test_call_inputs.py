@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from intaglio.exporters._call_inputs import CallInputs, table_sizes
-from intaglio.exporters.runtime import CompiledDenoiser
+from intaglio.exporters.deploy.call_inputs import CallInputs, table_sizes
+from intaglio.exporters.deploy.denoiser import CompiledDenoiser
+from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
 from intaglio.pipeline.errors import CallError, RecipeError
-from intaglio.pipeline.graph import Graph, Interface, TensorSpec
 
 TABLES = """
 <ir_version: 10, opset_import: ["": 21]>

@@ -16,20 +16,20 @@ from numpy.typing import NDArray
 from quantizing import with_plan
 
 import intaglio
-from intaglio.exporters._component_calls import record_calls
-from intaglio.exporters.component_engines import BuildComponents
-from intaglio.exporters.components import ExportComponents, _round_weights
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.pipeline import Recipe
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.components import Components, PipelineFolder
+from intaglio import Recipe
+from intaglio.exporters.components.build_engines import BuildComponents
+from intaglio.exporters.components.calls import record_calls
+from intaglio.exporters.components.export_components import ExportComponents, _round_weights
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.pipeline.artifacts.components import Components, PipelineFolder
+from intaglio.pipeline.artifacts.graph import Engine
+from intaglio.pipeline.artifacts.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
-from intaglio.pipeline.graph import Engine
-from intaglio.pipeline.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN, W8A16
-from intaglio.pipeline.record import record
-from intaglio.pipeline.runner import plan
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN, W8A16
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.recording import record
+from intaglio.pipeline.runs.runner import plan
 
 STEPS = 2
 PROMPT = ["a boat", "the sea"]
@@ -359,7 +359,7 @@ def test_a_recipe_reads_what_is_around_the_model_only_where_a_step_does(sd, stor
     recipe = Recipe(
         model=sd[1][MODEL].ref,
         targets=("onnxruntime-cpu",),
-        steps=("intaglio.exporters.components:ExportComponents",),
+        steps=("intaglio.exporters.components.export_components:ExportComponents",),
     )
     (planned,) = plan(recipe, store, base=folder)["onnxruntime-cpu"]
     assert planned.status == "runs"

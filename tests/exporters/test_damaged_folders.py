@@ -13,15 +13,15 @@ from reporting import LAYERS, artifacts
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from intaglio.exporters.report import WriteReport
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.context import Context
+from intaglio.exporters.report.report import WriteReport
+from intaglio.pipeline.artifacts.graph import Engine, Graph
+from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, PLAN, REPORT
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import IntaglioError, RecipeError
-from intaglio.pipeline.graph import Engine, Graph
-from intaglio.pipeline.keys import ENGINE, GRAPH, PLAN, REPORT
-from intaglio.pipeline.manifest import Manifest
-from intaglio.pipeline.plan import QuantPlan
+from intaglio.pipeline.runs.manifest import Manifest
 
 TARGET = "onnxruntime-cpu"
 READ_BY = {

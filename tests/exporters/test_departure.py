@@ -13,18 +13,18 @@ from harness import Artifacts, run_pass
 from onnx import helper, numpy_helper
 from quantizing import with_plan
 
-from intaglio.exporters._departure import find_departures, value_names
-from intaglio.exporters._session import graph_values
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.verify import BETWEEN_HALVES, Verify
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import graph_values
+from intaglio.exporters.verify.departures import find_departures, value_names
+from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.verification import Departure
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.quant.modules import QuantizedLayer, simulate
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
-from intaglio.pipeline.target import Target, load_target
-from intaglio.pipeline.verification import Departure
+from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.formats.target import Target, load_target
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.simulation.layer import QuantizedLayer, simulate
 
 Fault = Callable[[onnx.GraphProto], None]
 BLOCK = "transformer_blocks.0"

@@ -9,14 +9,14 @@ from browser import Browser
 from reporting import LAYERS, Page, artifacts
 from typer.testing import CliRunner, Result
 
-from intaglio.exporters.report import WriteReport
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.keys import MODEL, PLAN, REPORT, SENSITIVITY, TARGET, VERIFICATION
-from intaglio.pipeline.manifest import DeliveredStep, Manifest
-from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.store import Store
+from intaglio.exporters.report.report import WriteReport
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, REPORT, SENSITIVITY, TARGET, VERIFICATION
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.runs.manifest import DeliveredStep, Manifest
+from intaglio.pipeline.runs.store import Store
 
 RECIPE = "model: m\nseed: {}\n"
 LAYER = LAYERS[1].name

@@ -9,12 +9,12 @@ import torch
 from compiled import compiled
 
 import intaglio
-from intaglio.exporters import kit
-from intaglio.exporters._engine import on_tensors
-from intaglio.exporters._kit.run import Execution, read_case
-from intaglio.exporters.runtime import CompiledDenoiser
+from intaglio.exporters.deploy import kit
+from intaglio.exporters.deploy.denoiser import CompiledDenoiser
+from intaglio.exporters.runtimes.tensorrt.engine import on_tensors
+from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import Execution, read_case
+from intaglio.pipeline.artifacts.graph import Engine, Graph
 from intaglio.pipeline.errors import CallError, MissingExtra, RecipeError, TargetError
-from intaglio.pipeline.graph import Engine, Graph
 
 CPU = torch.device("cpu")
 STREAM = 77

@@ -8,8 +8,8 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from intaglio.exporters._folding import ChannelScale, fold_scales
-from intaglio.pipeline.graph import ScaledBy
+from intaglio.exporters.qdq.folding import ChannelScale, fold_scales
+from intaglio.pipeline.artifacts.graph import ScaledBy
 
 D = np.array([2, -0.5, 4, 1.5, -3, 0.25, 1.25, 8], np.float32)
 RANDOM = np.random.default_rng(0)

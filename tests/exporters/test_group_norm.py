@@ -4,9 +4,9 @@ import onnx_ir as ir
 import pytest
 from tensorrt_layers import axes_of, layers, parse
 
-from intaglio.exporters._group_norm import spell_out_group_norm
-from intaglio.exporters._session import open_session
-from intaglio.pipeline.target import load_target
+from intaglio.exporters.qdq.group_norm import spell_out_group_norm
+from intaglio.exporters.runtimes.onnxruntime.session import open_session
+from intaglio.pipeline.formats.target import load_target
 
 OLD, RTX = load_target("tensorrt-10.3-orin"), load_target("tensorrt-rtx")
 

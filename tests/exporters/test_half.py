@@ -11,15 +11,15 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from quantizing import with_plan
 
-from intaglio.exporters._half import holds, type_half
-from intaglio.exporters._layer import LAYER_KEY
-from intaglio.exporters.lint import lint
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, TARGET, TRAJECTORY
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, IntInput, w4a8_step, w4a8_token
-from intaglio.pipeline.target import load_target
+from intaglio.exporters.float_graph.sites import LAYER_KEY
+from intaglio.exporters.lint.lint import lint
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.qdq.half import holds, type_half
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, TARGET, TRAJECTORY
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, IntInput, w4a8_step, w4a8_token
+from intaglio.pipeline.formats.target import load_target
 
 HALF, FLOAT32 = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 

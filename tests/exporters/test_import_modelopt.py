@@ -18,16 +18,16 @@ from harness import Artifacts, run_pass
 from pydantic import ValidationError
 from quantizing import rel_l2
 
-from intaglio.exporters._session import graph_denoise
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.passes.import_modelopt import ImportModelopt, read_modelopt
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.passes.imports.modelopt import ImportModelopt, read_modelopt
+from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.modules import simulate
-from intaglio.pipeline.quant.spec import IntInput
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import IntInput
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.simulation.layer import simulate
 
 CHANNEL, TENSOR = {"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}
 TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}

@@ -16,15 +16,15 @@ from pydantic import ValidationError
 from quantizing import rel_l2
 from safetensors.torch import load_file, save_file
 
-from intaglio.exporters._session import graph_denoise
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.passes.import_weights import ImportWeights
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.passes.imports.weights import ImportWeights
+from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.modules import simulate
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.simulation.layer import simulate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNEL8 = {"num_bits": 8, "strategy": "channel"}

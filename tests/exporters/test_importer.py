@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tensorrt_layers import compute, parse
 
-from intaglio.exporters.lint import lint
-from intaglio.pipeline.target import load_target
+from intaglio.exporters.lint.lint import lint
+from intaglio.pipeline.formats.target import load_target
 
 TARGET = load_target("tensorrt-rtx")
 

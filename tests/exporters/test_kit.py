@@ -21,15 +21,15 @@ from onnx.reference import ReferenceEvaluator
 from quantizing import with_plan
 from typer.testing import CliRunner
 
-from intaglio.exporters import kit
-from intaglio.exporters._kit.run import compare, read_case
-from intaglio.exporters._session import open_session
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.pipeline.cli import app
+from intaglio.exporters.deploy import kit
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import open_session
+from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import compare, read_case
+from intaglio.pipeline.artifacts.keys import GRAPH, TARGET
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import GRAPH, TARGET
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
+from intaglio.pipeline.formats.target import load_target
 
 SITE = Path(np.__file__).parents[1]
 STANDIN = Path(tensorrt_standin.__file__)

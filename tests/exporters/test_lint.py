@@ -21,18 +21,18 @@ from onnx import TensorProto, helper, numpy_helper
 from quantizing import with_plan
 from typer.testing import CliRunner
 
-from intaglio.exporters._trt_plan import Layer, count_products, find_hazards, read_layers
-from intaglio.exporters.lint import RULES, Lint, lint
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.pipeline.cli import app
+from intaglio.exporters.lint.lint import RULES, Lint, lint
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.exporters.runtimes.tensorrt.build_log import Layer, count_products, find_hazards, read_layers
+from intaglio.pipeline.artifacts.findings import Findings
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import GRAPH, LINT, TARGET
+from intaglio.pipeline.artifacts.plan import illegal
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.findings import Findings
-from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import GRAPH, LINT, TARGET
-from intaglio.pipeline.plan import illegal
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
-from intaglio.pipeline.target import Target, load_target, target_names
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.formats.target import Target, load_target, target_names
 
 RTX = load_target("tensorrt-rtx")
 ORT = load_target("onnxruntime-cpu")
@@ -663,8 +663,8 @@ def test_what_is_refused_is_really_refused(case, tmp_path):
 def builder_ends_with(path: Path) -> int:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no verdict can be tested")
     code = (
-        "import sys, tensorrt_rtx; from pathlib import Path; from intaglio.exporters.tensorrt import BuildTensorRT; "
-        "from intaglio.pipeline.target import load_target; "
+        "import sys, tensorrt_rtx; from pathlib import Path; from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT; "
+        "from intaglio.pipeline.formats.target import load_target; "
         "BuildTensorRT()._build(tensorrt_rtx, Path(sys.argv[1]), {}, load_target('tensorrt-rtx'))"
     )
     return subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=60).returncode
@@ -683,7 +683,7 @@ def test_every_rule_has_a_case_on_some_runtime():
 @pytest.mark.parametrize("case", named(ORT_CASES))
 def test_onnx_runtime_agrees(case, tmp_path, monkeypatch):
     # what loads and what is fused is asked, not what is exact on this CPU
-    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", dict)
+    monkeypatch.setattr("intaglio.exporters.runtimes.onnxruntime.session.exact_kernels", dict)
     path = case.write(tmp_path)
     errors, warnings = found(path, ORT)
     assert (set(errors), warnings) == (set(case.rules), case.warnings)
@@ -708,7 +708,9 @@ SHARED = [
 
 @pytest.mark.parametrize("case", named(SHARED))
 def test_weights_with_one_zero_point_do_not_load_with_the_kernels_for_cpus_without_vnni(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", lambda: ORT.kernels[-1].settings)
+    monkeypatch.setattr(
+        "intaglio.exporters.runtimes.onnxruntime.session.exact_kernels", lambda: ORT.kernels[-1].settings
+    )
     own = ORT.model_copy(update={"limits": ORT.limits.model_copy(update={"shared_zero_points": False})})
     path = case.write(tmp_path)
     assert found(path, own)[0] == case.rules
@@ -721,7 +723,7 @@ def test_weights_with_one_zero_point_do_not_load_with_the_kernels_for_cpus_witho
 
 def run(path: Path) -> tuple[list[np.ndarray], tuple[int, int]]:
     """What ONNX Runtime computes, and its products on integers and in floating point."""
-    from intaglio.exporters._session import open_session
+    from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     optimized = path.with_name("optimized.onnx")
     session = open_session(path, threads=1, optimized=optimized)

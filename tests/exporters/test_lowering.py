@@ -8,12 +8,11 @@ from layers import float_graph, make
 from onnx import numpy_helper
 from quantizing import parity
 
-from intaglio.exporters._layer import run_layer
-from intaglio.exporters._lowering import LOWERINGS, lowering
-from intaglio.exporters._session import multiplies_exactly, open_session
+from intaglio.exporters.float_graph.sites import run_layer
+from intaglio.exporters.qdq.lowering import LOWERINGS, lowering
+from intaglio.exporters.runtimes.onnxruntime.session import multiplies_exactly, open_session
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.quant.balance import Balance
-from intaglio.pipeline.quant.spec import (
+from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
     w4a4_step,
@@ -24,7 +23,8 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
-from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.formats.target import load_target, target_names
+from intaglio.pipeline.numerics.basis import Balance
 
 SHAPES = {"tokens": (2, 5, 64), "rows": (3, 64), "image": (2, 64, 6, 6)}
 
@@ -153,9 +153,9 @@ def test_inputs_of_other_bits_do_not_share(tmp_path):
 def test_a_shift_is_refused_where_zeros_are_added(tmp_path):
     import onnx_ir as ir
 
-    from intaglio.exporters._layer import find_sites
-    from intaglio.exporters._lowering import Call, Writer
-    from intaglio.pipeline.quantized import QuantizedLayerData
+    from intaglio.exporters.float_graph.sites import find_sites
+    from intaglio.exporters.qdq.lowering import Call, Writer
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 
     graph = ir.load(float_graph(tmp_path, {"a": convolution()}, SHAPES["image"]).path).graph
     step = ir.Value(name="step", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
@@ -188,7 +188,7 @@ def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simu
     settings = {} if vnni else {"session.x64quantprecision": "1"}
     if not multiplies_exactly(settings):
         pytest.skip("the CPU's own 8-bit kernels saturate: it has no VNNI")
-    monkeypatch.setattr("intaglio.exporters._session.exact_kernels", lambda: settings)
+    monkeypatch.setattr("intaglio.exporters.runtimes.onnxruntime.session.exact_kernels", lambda: settings)
     shape = (4, 64, 16, 16)
     graph, made = make(tmp_path, {"a": convolution()}, shape, {"a": scheme}, "onnxruntime")
     open_session(graph.path, optimized=tmp_path / "optimized.onnx")
@@ -226,9 +226,9 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
     """TensorRT-RTX would take K / groups for its size, and compute something else."""
     import onnx_ir as ir
 
-    from intaglio.exporters._layer import find_sites
-    from intaglio.exporters._lowering import Call, Writer, blocks
-    from intaglio.pipeline.quantized import QuantizedLayerData
+    from intaglio.exporters.float_graph.sites import find_sites
+    from intaglio.exporters.qdq.lowering import Call, Writer, blocks
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 
     graph = ir.load(float_graph(tmp_path, {"a": torch.nn.Linear(80, 32)}, (2, 5, 80)).path).graph
     site = find_sites(graph)["a"][0]

@@ -14,18 +14,18 @@ from harness import run_pass
 from layers import RANGES, SCHEMES, make, target_of
 from quantizing import HALF_TOLERANCE
 
-from intaglio.exporters._layer import run_layer
-from intaglio.exporters._lowering import LOWERINGS, Lowering
-from intaglio.exporters.lint import lint
-from intaglio.exporters.onnxruntime import BuildOnnxRuntime
-from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.pipeline.graph import Graph
-from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
-from intaglio.pipeline.quant.affine import group_integers
-from intaglio.pipeline.quant.balance import Balance
-from intaglio.pipeline.quant.branch import Branch
-from intaglio.pipeline.quant.modules import QuantizedLayer
-from intaglio.pipeline.quant.spec import Float, IntInput, PerStep
+from intaglio.exporters.float_graph.sites import run_layer
+from intaglio.exporters.lint.lint import lint
+from intaglio.exporters.qdq.lowering import LOWERINGS, Lowering
+from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
+from intaglio.pipeline.formats.schemes import Float, IntInput, PerStep
+from intaglio.pipeline.numerics.basis import Balance
+from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.rounding import group_integers
+from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 TOLERANCE = 1e-5
 """Relative L2 error of float32 sums of 576 products, and of what is multiplied behind; the reference is in float64."""

@@ -15,19 +15,19 @@ from harness import Artifacts, run_pass
 from quantizing import with_plan
 from tiny import save_folder, tiny_dit
 
-from intaglio.exporters._agreement import TOLERANCE
-from intaglio.exporters._session import lean_session
-from intaglio.exporters.onnx_float import ExportFloat, _magnitudes
-from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio.exporters.float_graph.agreement import TOLERANCE
+from intaglio.exporters.float_graph.export_float import ExportFloat, _magnitudes
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import lean_session
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.artifact import AnyKey
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.memory import forget_peak, resident_bytes
-from intaglio.pipeline.quant.spec import W8A8_STEP, W8A8_TOKEN
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.contract.artifact import AnyKey
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, PLAN, QUANTIZED, TARGET)
 STEPS = {"export-float": ExportFloat, "export-qdq": ExportQdq}

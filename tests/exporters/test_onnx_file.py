@@ -9,11 +9,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from intaglio.exporters._onnx_file import MOST_NODES, read_model, read_proto
-from intaglio.exporters._onnx_inference import ask
-from intaglio.exporters.lint import lint
+from intaglio.exporters.float_graph.onnx_file import MOST_NODES, read_model, read_proto
+from intaglio.exporters.lint.inference import ask
+from intaglio.exporters.lint.lint import lint
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.target import load_target
 
 RTX, ORT = load_target("tensorrt-rtx"), load_target("onnxruntime-cpu")
 OPS = [helper.make_opsetid("", 21), helper.make_opsetid("my", 1)]

@@ -14,16 +14,16 @@ import torch
 from harness import Artifacts, run_pass
 from quantizing import rel_l2
 
-from intaglio.exporters._layer import LAYER_KEY, layer_model
-from intaglio.exporters._session import graph_denoise
-from intaglio.exporters.onnx_float import ExportFloat
-from intaglio.pipeline.checkpoint import CallSize, Checkpoint, Factory, ModelRef, layer_table
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.exporters.float_graph.sites import LAYER_KEY, layer_model
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
+from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.errors import StepFailed, TargetError
-from intaglio.pipeline.graph import Graph, TensorSpec
-from intaglio.pipeline.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import CallSize, Checkpoint, Factory, ModelRef, layer_table
 
 
 class Opened(Checkpoint):

@@ -8,17 +8,17 @@ import torch
 from harness import Artifacts, run_pass
 from quantizing import HALF_TOLERANCE, Simulation, parity, rel_l2, with_plan
 
-from intaglio.exporters._layer import LAYER_KEY, layer_model
-from intaglio.exporters._session import graph_denoise
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.onnxruntime import BuildOnnxRuntime
-from intaglio.exporters.tensorrt import BuildTensorRT
+from intaglio.exporters.float_graph.sites import LAYER_KEY, layer_model
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.pipeline.artifacts.graph import TensorSpec
+from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import Layer, structural_schemes
+from intaglio.pipeline.artifacts.quantized import Quantized
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.graph import TensorSpec
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.plan import Layer, structural_schemes
-from intaglio.pipeline.quant.balance import Balance
-from intaglio.pipeline.quant.spec import (
+from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
@@ -30,9 +30,9 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
-from intaglio.pipeline.quant.step_table import refine
-from intaglio.pipeline.quantized import Quantized
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.numerics.basis import Balance
+from intaglio.pipeline.numerics.step_tables import refine
 
 RUNTIMES = ("onnxruntime-cpu", "tensorrt-rtx")
 

@@ -4,15 +4,15 @@ import pytest
 from harness import run_pass
 from quantizing import with_plan
 
-from intaglio.exporters import _session
-from intaglio.exporters._session import exact_kernels, multiplies_exactly, open_session
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.onnxruntime import BuildOnnxRuntime
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime import session as _session
+from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
+from intaglio.exporters.runtimes.onnxruntime.session import exact_kernels, multiplies_exactly, open_session
+from intaglio.pipeline.artifacts.graph import Engine
+from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, TARGET
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.graph import Engine
-from intaglio.pipeline.keys import ENGINE, FLOAT_GRAPH, GRAPH, TARGET
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.formats.target import load_target
 
 
 def build(artifacts, folder, target="onnxruntime-cpu") -> Engine:
@@ -72,7 +72,9 @@ def chosen(monkeypatch):
     """`exact_kernels`, on a CPU where these settings multiply exactly."""
 
     def choose(*exact: dict[str, str]):
-        monkeypatch.setattr("intaglio.exporters._session.multiplies_exactly", lambda settings: settings in exact)
+        monkeypatch.setattr(
+            "intaglio.exporters.runtimes.onnxruntime.session.multiplies_exactly", lambda settings: settings in exact
+        )
         return exact_kernels.__wrapped__()
 
     return choose

@@ -8,11 +8,11 @@ from browser import Browser
 from PIL import Image
 from reporting import artifacts, points
 
-from intaglio.exporters.report import WriteReport
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.front import Front
-from intaglio.pipeline.keys import FRONT, REPORT
+from intaglio.exporters.report.report import WriteReport
+from intaglio.pipeline.artifacts.front import Front
+from intaglio.pipeline.artifacts.keys import FRONT, REPORT
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
 
 FIGURES = {
     "samples": (".stage img.left", ".stage img.right", ".controls input", ".error img", ".strip .dot"),

@@ -12,25 +12,25 @@ from quantizing import with_plan
 from tiny import tiny_dit
 from typer.testing import CliRunner, Result
 
-from intaglio.exporters._engine_process import Loaded, Spent
-from intaglio.exporters.benchmark import _commands, _figures, _speedup, half_graph
-from intaglio.exporters.onnx_float import ExportFloat
-from intaglio.exporters.onnx_qdq import ExportQdq
+from intaglio import Recipe, Step, Store
+from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.exporters.measure.bench import Bench
+from intaglio.exporters.measure.benchmark import _commands, _figures, _speedup, half_graph
+from intaglio.exporters.measure.engine_process import Loaded, Spent
+from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline import Recipe, Step, Store
-from intaglio.pipeline.bench import Bench
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET, TRAJECTORY
-from intaglio.pipeline.publish import Provenance, made_from, publish
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.publish import Provenance, made_from, publish
 
 CLIPS = """
 import torch
 from diffusers import DDIMScheduler
 
-from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import Factory
 
 
 class Clips(torch.nn.Module):
@@ -194,7 +194,7 @@ def test_medians_are_of_calls_and_of_trajectories(dit):
 
 
 def test_the_graph_in_float16_is_half_as_large_and_computes_the_same(dit, tmp_path):
-    from intaglio.exporters._session import graph_denoise
+    from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
 
     call = dit[TRAJECTORY].call(1)
     half = half_graph(dit[FLOAT_GRAPH], tmp_path)

@@ -11,15 +11,15 @@ from layers import SCHEMES, make
 from onnx import helper
 from typer.testing import CliRunner, Result
 
-from intaglio.exporters._layer import LAYER_KEY
-from intaglio.exporters.profile import ProfileLayers, _kernels, _owners_of_kernels, read_trtexec
-from intaglio.pipeline.cli import app
+from intaglio.exporters.float_graph.sites import LAYER_KEY
+from intaglio.exporters.measure.profile import ProfileLayers, _kernels, _owners_of_kernels, read_trtexec
+from intaglio.pipeline.artifacts.keys import GRAPH, PLAN, PROFILE, TARGET
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.profile import Profile
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.keys import GRAPH, PLAN, PROFILE, TARGET
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.profile import Profile
-from intaglio.pipeline.quant.spec import FLOAT
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.target import load_target
 
 WANTED = {"a": SCHEMES["w8a8_token"], "b": SCHEMES["w4a16"], "c": SCHEMES["w8a8_step"]}
 

@@ -15,15 +15,13 @@ import torch
 from PIL import Image
 from reporting import EMBED, FIGURES, HOSTILE, LAYERS, Page, artifacts, points
 
-from intaglio.exporters._figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
-from intaglio.exporters._grids import Drawn, sample_figure
-from intaglio.exporters.report import WriteReport, metrics_of_files
-from intaglio.pipeline.artifact import AnyKey, Artifact, State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.findings import Findings
-from intaglio.pipeline.front import Front
-from intaglio.pipeline.graph import Engine, ScaledBy
-from intaglio.pipeline.keys import (
+from intaglio.exporters.report.figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
+from intaglio.exporters.report.grids import Drawn, sample_figure
+from intaglio.exporters.report.report import WriteReport, metrics_of_files
+from intaglio.pipeline.artifacts.findings import Findings
+from intaglio.pipeline.artifacts.front import Front
+from intaglio.pipeline.artifacts.graph import Engine, ScaledBy
+from intaglio.pipeline.artifacts.keys import (
     ADAPTER,
     ENGINE,
     FRONT,
@@ -37,12 +35,14 @@ from intaglio.pipeline.keys import (
     TARGET,
     VERIFICATION,
 )
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.balance import Balance, LayerBalance
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
-from intaglio.pipeline.quantized import Adapter
-from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.verification import Departure, LayerParity, Report, Verification
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.quantized import Adapter
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.verification import Departure, LayerParity, Report, Verification
+from intaglio.pipeline.contract.artifact import AnyKey, Artifact, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance
 
 
 @pytest.fixture
@@ -432,7 +432,7 @@ def test_the_page_says_what_it_was_made_from(made):
     assert "seed 11" in provenance
     assert "model models/tiny" in provenance
     assert "MODEL, sha256 " + "0123abcd" * 8 in provenance
-    assert "assign intaglio.passes.assign:AssignPrecision@4 1.2 s 1.50 GB PLAN ab12cd34" in provenance
+    assert "assign intaglio.passes.assign.assign:AssignPrecision@4 1.2 s 1.50 GB PLAN ab12cd34" in provenance
     assert "samples: 2" in provenance  # the recipe itself
     del made[PROVENANCE]
     assert "Make it again" not in Page(write(made).html).text("provenance")

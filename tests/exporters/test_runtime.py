@@ -11,17 +11,17 @@ from quantizing import with_plan
 from tiny_pipelines import pixart_transformer, sd_unet
 
 import intaglio
-from intaglio.exporters._session import graph_denoise
-from intaglio.exporters.onnx_float import ExportFloat
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.runtime import CompiledDenoiser
+from intaglio.exporters.deploy.denoiser import CompiledDenoiser
+from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
 from intaglio.pipeline.errors import CallError, RecipeError
-from intaglio.pipeline.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
-from intaglio.pipeline.quant.spec import W8A8_STEP
-from intaglio.pipeline.record import record
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import W8A8_STEP
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.recording import record
 
 STEPS = 3
 QUIET = {"num_inference_steps": STEPS, "output_type": "latent"}

@@ -11,9 +11,9 @@ import torch
 from tiny_pipelines import sd_unet
 from torch import nn
 
-from intaglio.exporters.runtime import CompiledDenoiser
+from intaglio.exporters.deploy.denoiser import CompiledDenoiser
+from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
 from intaglio.pipeline.errors import CallError
-from intaglio.pipeline.graph import Graph, Interface, TensorSpec
 
 COPY = """
 <ir_version: 10, opset_import: ["": 21]>

@@ -14,13 +14,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
-from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.context import Context
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.pipeline.artifacts.graph import Engine, Graph, TensorSpec
+from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import MissingExtra, TargetError
-from intaglio.pipeline.graph import Engine, Graph, TensorSpec
-from intaglio.pipeline.keys import ENGINE, GRAPH, TARGET
-from intaglio.pipeline.target import Target, load_target
+from intaglio.pipeline.formats.target import Target, load_target
 
 RTX = load_target("tensorrt-rtx")
 JETSON = load_target("tensorrt-10.3-orin")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.exporters._kit import build, run
+from intaglio.exporters.runtimes.tensorrt.kit_scripts import build, run
 
 NO_SUCH_METHOD = """
 import tensorrt

@@ -17,15 +17,15 @@ from harness import run_pass
 from quantizing import with_plan
 from typer.testing import CliRunner
 
-from intaglio.exporters._session import noise_feed, open_session
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.triton import wide_int8_weights, write_model
-from intaglio.pipeline.cli import app
+from intaglio.exporters.deploy.triton import wide_int8_weights, write_model
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.onnxruntime.session import noise_feed, open_session
+from intaglio.pipeline.artifacts.graph import Engine, Graph
+from intaglio.pipeline.artifacts.keys import GRAPH, TARGET
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
-from intaglio.pipeline.graph import Engine, Graph
-from intaglio.pipeline.keys import GRAPH, TARGET
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN, w4a16
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN, w4a16
+from intaglio.pipeline.formats.target import load_target
 
 PLAN = b"built on the device"
 
@@ -149,7 +149,7 @@ def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit, monkeypatch):
     own = write_model(folder, Path("repository"), name="vnni", vnni=True)
     assert len(wide_int8_weights(own / "1/model.onnx")) == len(weights)
     monkeypatch.setattr(
-        "intaglio.exporters._session.write_fused",
+        "intaglio.exporters.runtimes.onnxruntime.session.write_fused",
         lambda _, out, __: copytree(own / "1", out.parent, dirs_exist_ok=True),
     )
     with pytest.raises(TargetError, match=f"leaves {len(weights)} weights int8 on this CPU"):

@@ -9,21 +9,19 @@ import torch
 from harness import Artifacts, run_pass
 from unusual import Unusual
 
-from intaglio.exporters._figures import float_rows
-from intaglio.exporters.onnx_float import ExportFloat
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.tensorrt import BuildTensorRT
-from intaglio.exporters.verify import Verify
-from intaglio.passes.assign import AssignPrecision
+from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.report.figures import float_rows
+from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.exporters.verify.verify import Verify
+from intaglio.passes.assign.assign import AssignPrecision
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill import Distill
+from intaglio.passes.distill.distill import Distill
 from intaglio.passes.merge import MergeAdapters
-from intaglio.passes.sensitivity import MeasureSensitivity
+from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.denoiser import denoise_with
-from intaglio.pipeline.keys import (
+from intaglio.pipeline.artifacts.keys import (
     ENGINE,
     FLOAT_GRAPH,
     GRAPH,
@@ -35,11 +33,13 @@ from intaglio.pipeline.keys import (
     VERIFICATION,
     WORKLOAD,
 )
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, channel_axis, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_TOKEN
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.workload import Workload
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.workload import Workload
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, channel_axis, quantize_model
 
 REASONS = {
     "never": "it is never called",

@@ -8,15 +8,15 @@ import torch
 from harness import Artifacts, run_pass
 from quantizing import HALF_TOLERANCE, with_plan
 
-from intaglio.exporters.benchmark import MeasureLatency
-from intaglio.exporters.onnx_qdq import ExportQdq
-from intaglio.exporters.verify import BETWEEN_HALVES, Verify, _distances, layers_in_float
+from intaglio.exporters.measure.benchmark import MeasureLatency
+from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify, _distances, layers_in_float
+from intaglio.pipeline.artifacts.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
+from intaglio.pipeline.artifacts.plan import structural_schemes
+from intaglio.pipeline.artifacts.verification import Verification
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
-from intaglio.pipeline.plan import structural_schemes
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.verification import Verification
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN
+from intaglio.pipeline.formats.target import load_target
 
 OPTIONS = {"samples": 2, "rows": 4, "gap_db_tolerance": 6.0}  # random weights and 3 steps: one flipped tie moves much
 

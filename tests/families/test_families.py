@@ -7,7 +7,7 @@ import pytest
 from families import ORT, RTX
 from tiny_families import FAMILIES
 
-from intaglio.pipeline import Store
+from intaglio import Store
 
 
 @pytest.mark.parametrize("family", FAMILIES)

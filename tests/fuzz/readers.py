@@ -18,21 +18,21 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["intaglio", "yaml"]):
-    from intaglio.exporters.difference import compare
-    from intaglio.exporters.lint import lint
-    from intaglio.exporters.report import metrics_of_files
+    from intaglio.exporters.lint.lint import lint
+    from intaglio.exporters.report.difference import compare
+    from intaglio.exporters.report.report import metrics_of_files
+    from intaglio.pipeline.artifacts.findings import Findings
+    from intaglio.pipeline.artifacts.front import Front
+    from intaglio.pipeline.artifacts.graph import Engine, Graph
+    from intaglio.pipeline.artifacts.plan import QuantPlan
+    from intaglio.pipeline.artifacts.profile import Profile
+    from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+    from intaglio.pipeline.contract.recipe import Recipe
     from intaglio.pipeline.errors import IntaglioError
-    from intaglio.pipeline.findings import Findings
-    from intaglio.pipeline.front import Front
-    from intaglio.pipeline.graph import Engine, Graph
-    from intaglio.pipeline.manifest import MANIFEST, Manifest
-    from intaglio.pipeline.memory import forget_peak, resident_bytes
-    from intaglio.pipeline.plan import QuantPlan
-    from intaglio.pipeline.profile import Profile
-    from intaglio.pipeline.recipe import Recipe
-    from intaglio.pipeline.sensitivity import Sensitivity
-    from intaglio.pipeline.store import Store
-    from intaglio.pipeline.target import load_target
+    from intaglio.pipeline.formats.target import load_target
+    from intaglio.pipeline.runs.manifest import MANIFEST, Manifest
+    from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
+    from intaglio.pipeline.runs.store import Store
 
 TARGET = load_target("onnxruntime-cpu")
 SECONDS, MEMORY_MB = 2.0, 500
@@ -69,7 +69,7 @@ def read_model(content: bytes, folder: Path) -> None:
 def read_lora(content: bytes, folder: Path) -> None:
     import torch
 
-    from intaglio.pipeline.lora import find_lora, fuse_lora_
+    from intaglio.pipeline.model.lora import find_lora, fuse_lora_
 
     (folder / "style.safetensors").write_bytes(content)
     module = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
@@ -77,7 +77,7 @@ def read_lora(content: bytes, folder: Path) -> None:
 
 
 def read_modelopt(content: bytes, folder: Path) -> None:
-    from intaglio.passes.import_modelopt import read_modelopt as read
+    from intaglio.passes.imports.modelopt import read_modelopt as read
 
     (folder / "quantized.pt").write_bytes(content)
     read(folder / "quantized.pt")

@@ -5,10 +5,10 @@ from harness import Artifacts, run_pass
 from tiny import save_folder, tiny_dit
 
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.keys import MODEL, TARGET
-from intaglio.pipeline.target import load_target
+from intaglio.passes.sensitivity.measure import MeasureSensitivity
+from intaglio.pipeline.artifacts.keys import MODEL, TARGET
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,19 @@ from harness import run_pass
 from pydantic import ValidationError
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from intaglio.passes._knapsack import Knapsack, _stdout_to_stderr
-from intaglio.passes.assign import AssignPrecision, Budget
-from intaglio.pipeline import Recipe
-from intaglio.pipeline.binding import bind
-from intaglio.pipeline.cost import bit_operations, latency_s
+from intaglio import Recipe
+from intaglio.passes.assign.assign import AssignPrecision, Budget
+from intaglio.passes.assign.knapsack import Knapsack, _stdout_to_stderr
+from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.plan import Layer
+from intaglio.pipeline.artifacts.profile import LayerTime, Profile
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
-from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.profile import LayerTime, Profile
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
-from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.target import load_target
-from intaglio.pipeline.workload import Workload
+from intaglio.pipeline.formats.cost import bit_operations, latency_s
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.runs.binding import bind
 
 SCHEMES = {"float": FLOAT, "w8a8_token": W8A8_TOKEN, "w4a16": w4a16(32)}
 ERRORS = ((1e-6, 5e-4), (2e-6, 3e-4), (3e-6, 9e-4), (1e-7, 2e-5), (4e-6, 1e-4))

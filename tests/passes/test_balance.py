@@ -5,15 +5,15 @@ import torch
 from harness import run_pass
 from torch import nn
 
-from intaglio.passes._layer_inputs import layer_inputs
 from intaglio.passes.balance import BalanceLayers, _error
-from intaglio.pipeline.checkpoint import layer_table
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.denoiser import denoise_with
-from intaglio.pipeline.keys import MODEL, PLAN, TRAJECTORY
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a4_token
+from intaglio.passes.layer_inputs import layer_inputs
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a4_token
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.simulation.layer import StepClock, quantize_model
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from quantizing import with_plan
 from safetensors import safe_open
 from tiny import save_folder, tiny_dit
 
-from intaglio.passes._layer_inputs import SameInputs
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill import Distill
-from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef
+from intaglio.passes.distill.distill import Distill
+from intaglio.passes.layer_inputs import SameInputs
+from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.errors import RecipeError, StepFailed
-from intaglio.pipeline.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
-from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
+from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
+from intaglio.pipeline.model.checkpoint import Checkpoint, Factory, ModelRef
 
 
 def test_every_step_is_recorded_with_guidance_rows(calibrated):

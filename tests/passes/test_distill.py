@@ -7,23 +7,23 @@ import torch
 from harness import killed_at_save, run_pass
 from quantizing import output_error, with_plan
 
-from intaglio.passes._gptq import gptq, second_moment
-from intaglio.passes._trainer import ROUND, Trainer
-from intaglio.passes.assign import AssignPrecision, Budget
-from intaglio.passes.distill import Distill
+from intaglio.passes.assign.assign import AssignPrecision, Budget
+from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.gptq import gptq, second_moment
+from intaglio.passes.distill.trainer import ROUND, Trainer
 from intaglio.passes.merge import MergeAdapters
-from intaglio.pipeline.artifact import State
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.artifacts.quantized import Adapter, Quantized
+from intaglio.pipeline.contract.artifact import State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.plan import Layer, QuantPlan, structural_schemes
-from intaglio.pipeline.processes import Processes
-from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.balance import Balance
-from intaglio.pipeline.quant.modules import StepClock, quantize_model, simulate
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, LayerScheme, w4a8_token, w4a16, with_output, with_shift
-from intaglio.pipeline.quantized import Adapter, Quantized
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, w4a8_token, w4a16, with_output, with_shift
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.numerics.basis import Balance
+from intaglio.pipeline.simulation.layer import StepClock, quantize_model, simulate
 
 
 @pytest.fixture(scope="module")

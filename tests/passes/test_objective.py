@@ -3,18 +3,18 @@ import torch
 from harness import killed_at_save, run_pass
 from quantizing import output_error
 
-from intaglio.passes._objective import Split, tensors
-from intaglio.passes.assign import AssignPrecision, Budget
+from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill import Distill
+from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.objective import Split, tensors
 from intaglio.passes.merge import MergeAdapters
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.denoiser import denoise_with
+from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.plan import QuantPlan
-from intaglio.pipeline.quant.modules import simulate
-from intaglio.pipeline.quant.spec import w4a16
+from intaglio.pipeline.formats.schemes import w4a16
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.simulation.layer import simulate
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_killed_between_blocks_it_goes_on(planned, tmp_path):
 def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     (tmp_path / "plain.py").write_text(
         "import torch\n"
-        "from intaglio.pipeline.checkpoint import Factory\n"
-        "from intaglio.pipeline.denoiser import OneCall\n"
+        "from intaglio.pipeline.model.checkpoint import Factory\n"
+        "from intaglio.pipeline.model.calls import OneCall\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -76,7 +76,7 @@ def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     )
     start = {MODEL: Checkpoint.resolve(ModelRef(path="plain.py:plain", sampling_steps=1), tmp_path)}
     start |= run_pass(Calibrate(samples=8), start, tmp_path / "a")
-    from intaglio.pipeline.checkpoint import layer_table
+    from intaglio.pipeline.model.checkpoint import layer_table
 
     layers = layer_table(start[MODEL].open().module)
     start[PLAN] = QuantPlan(layers, {layer.name: w4a16(32) for layer in layers})

@@ -4,8 +4,8 @@ from tiny import tiny_dit, tiny_unet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from intaglio.passes._replay import Replay, record, replayed
-from intaglio.pipeline.checkpoint import layer_table
+from intaglio.passes.sensitivity.replay import Replay, record, replayed
+from intaglio.pipeline.model.checkpoint import layer_table
 
 
 class Block(nn.Module):

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from intaglio.passes._rounded import RoundedLayers
-from intaglio.passes._screen import Screen
-from intaglio.pipeline.checkpoint import Factory
-from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.passes.sensitivity.rounded import RoundedLayers
+from intaglio.passes.sensitivity.screen import Screen
+from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.quant.spec import W8A8_TOKEN, W8A16, w4a16
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.formats.schemes import W8A8_TOKEN, W8A16, w4a16
+from intaglio.pipeline.model.calls import Sampler, denoise_with
+from intaglio.pipeline.model.checkpoint import Factory
 
 NONE = Trajectory((1.0,), {}, torch.zeros(1), {}, {}, {}, {})
 

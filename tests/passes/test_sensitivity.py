@@ -14,21 +14,21 @@ from quantizing import with_plan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from intaglio.passes._layer_groups import layer_groups
-from intaglio.passes._study import Batch, Progress
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.sensitivity import MeasureSensitivity
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.denoiser import Sampler, denoise_with
+from intaglio.passes.sensitivity.groups import layer_groups
+from intaglio.passes.sensitivity.measure import MeasureSensitivity
+from intaglio.passes.sensitivity.study import Batch, Progress
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.keys import MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY
-from intaglio.pipeline.quant.balance import Balance, LayerBalance
-from intaglio.pipeline.quant.modules import StepClock, quantize_model
-from intaglio.pipeline.quant.spec import FLOAT, w4a16
-from intaglio.pipeline.sensitivity import Sensitivity
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.schemes import FLOAT, w4a16
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.calls import Sampler, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.cost import measure_cost
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.simulation.layer import StepClock, quantize_model
 
 ROUNDED = "transformer_blocks.1.norm1.linear"
 """The layer that is rounded alone, at 4 bits."""

@@ -3,8 +3,8 @@ from harness import run_pass
 from pydantic import ValidationError
 
 from intaglio.passes.uniform import UniformPlan
-from intaglio.pipeline.keys import PLAN, TARGET
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.artifacts.keys import PLAN, TARGET
+from intaglio.pipeline.formats.target import load_target
 
 
 def test_every_layer_has_the_first_scheme_that_fits(calibrated, tmp_path):

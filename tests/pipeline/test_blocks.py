@@ -1,7 +1,7 @@
 import torch
 from tiny import tiny_dit, tiny_unet
 
-from intaglio.pipeline.blocks import find_blocks, find_units, recomputed
+from intaglio.pipeline.model.blocks import find_blocks, find_units, recomputed
 
 
 def test_blocks_are_the_outermost_members_of_module_lists():

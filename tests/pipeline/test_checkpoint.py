@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import FACTORY, save_folder, tiny_dit, tiny_unet
 
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
-from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.calls import Sampler, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
 
 
 @pytest.mark.parametrize(("build", "layers"), [(tiny_dit, 21), (tiny_unet, 51)])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from intaglio.pipeline import Recipe
-from intaglio.pipeline.cli import app
+from intaglio import Recipe
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import exit_codes
-from intaglio.pipeline.target import Target, load_target, target_names
+from intaglio.pipeline.formats.target import Target, load_target, target_names
 
 RECIPE = """
 model: ./model.py:make
@@ -25,7 +25,7 @@ steps: ['toys:Begin', {'toys:Append': {number: 2}}, 'toys:Add', 'toys:Score']
 MODEL = """
 def make():
     import torch
-    from intaglio.pipeline.checkpoint import Factory
+    from intaglio.pipeline.model.checkpoint import Factory
     return Factory(torch.nn.Linear(1, 1), None, (1,))
 """
 
@@ -109,8 +109,8 @@ def test_passes_lists_options(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
     points = {name: EntryPoint(name, f"toys:{name}", "intaglio.passes") for name in ("Append", "Missing")}
-    monkeypatch.setattr("intaglio.pipeline.registry.named_passes", lambda: points)
-    monkeypatch.setattr("intaglio.pipeline.cli.named_passes", lambda: points)
+    monkeypatch.setattr("intaglio.pipeline.runs.registry.named_passes", lambda: points)
+    monkeypatch.setattr("intaglio.pipeline.cli.app.named_passes", lambda: points)
     listed = intaglio("passes").stdout
     assert "Append\n    Refines NUMBERS.\n    number: int = 1  what is appended\n" in listed
     assert "Missing: no class 'Missing'" in listed
@@ -307,8 +307,8 @@ def test_what_comes_from_a_file_is_printed_without_control_characters() -> None:
 
 
 def test_nothing_is_printed_past_the_function_that_escapes() -> None:
-    import intaglio.pipeline.cli as cli
-    import intaglio.pipeline.printing as printing
+    import intaglio.pipeline.cli.app as cli
+    import intaglio.pipeline.cli.printing as printing
 
     bare = [
         (module.__name__, function.name)
@@ -318,14 +318,14 @@ def test_nothing_is_printed_past_the_function_that_escapes() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
     ]
-    assert bare == [("intaglio.pipeline.printing", "say"), ("intaglio.pipeline.printing", "print_json")]
+    assert bare == [("intaglio.pipeline.cli.printing", "say"), ("intaglio.pipeline.cli.printing", "print_json")]
 
 
 def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise KeyError("x" * 100_000)
 
-    monkeypatch.setattr("intaglio.pipeline.cli.load_target", broken)
+    monkeypatch.setattr("intaglio.pipeline.cli.app.load_target", broken)
     result = intaglio("targets", "tensorrt-rtx")
     assert result.exit_code == 1
     assert result.stderr.startswith("intaglio: unexpected KeyError: 'xxx")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intaglio.pipeline import Context
+from intaglio import Context
 from intaglio.pipeline.errors import ContractError
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from intaglio.pipeline.cost import bit_operations, latency_s
-from intaglio.pipeline.plan import Layer
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16, with_output
-from intaglio.pipeline.target import Device
+from intaglio.pipeline.artifacts.plan import Layer
+from intaglio.pipeline.formats.cost import bit_operations, latency_s
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16, with_output
+from intaglio.pipeline.formats.target import Device
 
 DEVICE = Device(
     name="paper",

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.dataflow import follow
+from intaglio.pipeline.model.dataflow import follow
 
 LAYERS = (
     "used",

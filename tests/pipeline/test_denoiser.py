@@ -4,10 +4,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
 from tiny import tiny_dit
 
-from intaglio.pipeline.checkpoint import CallSize, Factory
-from intaglio.pipeline.denoiser import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.inputs import MissingInputs
+from intaglio.pipeline.model.calls import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
+from intaglio.pipeline.model.checkpoint import CallSize, Factory
+from intaglio.pipeline.model.inputs import MissingInputs
 
 
 def model(scheduler=None) -> Factory:

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from intaglio.pipeline import doctor
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.doctor import PACKAGES, examine
-from intaglio.pipeline.target import load_target, target_names
+from intaglio.pipeline.cli import doctor
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.cli.doctor import PACKAGES, examine
+from intaglio.pipeline.formats.target import load_target, target_names
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
 

@@ -9,9 +9,9 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from tiny import tiny_dit, tiny_unet
 from tiny_families import flux, sd3
 
-from intaglio.pipeline.empty_model import ANY_MODEL, empty_model
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model_files import ModelSize
+from intaglio.pipeline.model.empty_model import ANY_MODEL, empty_model
+from intaglio.pipeline.model.model_files import ModelSize
 
 
 def size_of(module: torch.nn.Module) -> ModelSize:

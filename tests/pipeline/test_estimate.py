@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline import Recipe, Store
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio import Recipe, Store
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.estimate import measure_cost
-from intaglio.pipeline.runner import plan
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.cost import measure_cost
+from intaglio.pipeline.runs.runner import plan
 
 RECIPE = """
 model: {path: model, sampling_steps: 4, guidance: 2.0}
@@ -44,7 +44,7 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
 def test_a_models_fault_in_a_plan_is_one_line(store: Store, tmp_path):
     source = """
 import torch, diffusers
-from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import Factory
 
 class Wrong(torch.nn.Module):
     def __init__(self):

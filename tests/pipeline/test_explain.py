@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from intaglio.pipeline.cli import app
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.cli.explain import explain, names_by_kind
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.explain import explain, names_by_kind
 
 
 def said(*arguments: str) -> str:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import save_folder, tiny_dit
 from tiny_families import ROWS, sd3, sd15
 
-from intaglio.pipeline import Recipe, compile
-from intaglio.pipeline.checkpoint import Checkpoint, LoraRef, ModelRef, layer_table
+from intaglio import Recipe, compile
+from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
-from intaglio.pipeline.keys import MODEL, TRAJECTORY
-from intaglio.pipeline.lora import fuse_lora_
-from intaglio.pipeline.record import Recording
+from intaglio.pipeline.model.checkpoint import Checkpoint, LoraRef, ModelRef, layer_table
+from intaglio.pipeline.model.lora import fuse_lora_
+from intaglio.pipeline.model.recording import Recording
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -177,7 +177,7 @@ def test_several_are_fused_one_after_the_other(dit):
 
 def test_a_module_from_a_factory_is_fused(tmp_path):
     source = "from tiny import tiny_dit\nfrom diffusers import DDIMScheduler\n"
-    source += "from intaglio.pipeline.checkpoint import Factory\n"
+    source += "from intaglio.pipeline.model.checkpoint import Factory\n"
     source += "def make():\n    return Factory(tiny_dit(), DDIMScheduler(), (3, 8, 8), classes=4)\n"
     (tmp_path / "net.py").write_text(source)
     tensors = load_file(written(tiny_dit(), tmp_path))
@@ -280,7 +280,9 @@ def test_a_lora_beside_other_weights_is_refused(dit):
 
 
 def test_a_module_that_takes_no_lora_is_one_clear_error(tmp_path):
-    source = "import torch\nfrom intaglio.pipeline.checkpoint import Factory\nfrom diffusers import DDIMScheduler\n"
+    source = (
+        "import torch\nfrom intaglio.pipeline.model.checkpoint import Factory\nfrom diffusers import DDIMScheduler\n"
+    )
     source += "def make():\n    return Factory(torch.nn.GroupNorm(1, 3), DDIMScheduler(), (3, 8, 8))\n"
     (tmp_path / "net.py").write_text(source)
     written(tiny_dit(), tmp_path)
@@ -383,7 +385,7 @@ def test_settings_of_an_adapter_that_are_none_are_one_clear_error(settings, mess
 )
 def test_tensors_are_held_against_the_layers_before_they_are_read(change, message, dit, monkeypatch):
     rewrite(dit / "lora.safetensors", change)
-    monkeypatch.setattr("intaglio.pipeline.lora._update", pytest.fail)
+    monkeypatch.setattr("intaglio.pipeline.model.lora._update", pytest.fail)
     with pytest.raises(RecipeError, match=message):
         fuse_lora_(tiny_dit(), dit / "lora.safetensors", 1.0, "model.loras[0]")
 

@@ -9,10 +9,10 @@ import pytest
 from toys import START, toy_recipe
 from typer.testing import CliRunner
 
-from intaglio.pipeline import Store, compile
-from intaglio.pipeline.cli import app
+from intaglio import Store, compile
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.manifest import Manifest, compiled_folders, target_name
+from intaglio.pipeline.runs.manifest import Manifest, compiled_folders, target_name
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
+from intaglio.pipeline.contract.metric import ConditionSwap, Edges, MetricContext, RelativeError, Structure, Temporal
 from intaglio.pipeline.errors import ContractError, RecipeError
-from intaglio.pipeline.metrics import ConditionSwap, Edges, MetricContext, RelativeError, Structure, Temporal
-from intaglio.pipeline.registry import METRICS, find_metric, named_metrics
+from intaglio.pipeline.runs.registry import METRICS, find_metric, named_metrics
 
 PAIRS = MetricContext(partner=torch.tensor([1, 0]))
 
@@ -14,10 +14,12 @@ PAIRS = MetricContext(partner=torch.tensor([1, 0]))
 def _points(monkeypatch):
     """Two metrics, as a distribution would bring them."""
     points = [
-        EntryPoint("edges", "intaglio.pipeline.metrics:Edges", METRICS),
-        EntryPoint("none", "intaglio.pipeline.metrics:MetricContext", METRICS),
+        EntryPoint("edges", "intaglio.pipeline.contract.metric:Edges", METRICS),
+        EntryPoint("none", "intaglio.pipeline.contract.metric:MetricContext", METRICS),
     ]
-    monkeypatch.setattr("intaglio.pipeline.registry.entry_points", lambda group: points if group == METRICS else [])
+    monkeypatch.setattr(
+        "intaglio.pipeline.runs.registry.entry_points", lambda group: points if group == METRICS else []
+    )
     named_metrics.cache_clear()
     yield
     named_metrics.cache_clear()

@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiTTransformer2DModel
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.components import PipelineFolder
+from intaglio.pipeline.artifacts.components import PipelineFolder
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -1,6 +1,6 @@
 import torch
 
-from intaglio.pipeline.nesting import flatten, in_order, nest
+from intaglio.pipeline.model.arguments import flatten, in_order, nest
 
 
 def test_a_nest_is_named_by_its_paths_and_comes_back():

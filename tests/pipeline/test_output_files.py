@@ -7,7 +7,7 @@ import pytest
 from harness import full_disk
 from typer.testing import CliRunner
 
-from intaglio.pipeline.cli import app
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.output_files import write_output
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef
-from intaglio.pipeline.context import Context
-from intaglio.pipeline.denoiser import OneCall, Sampler
+from intaglio.exporters.report.pictures import COMPILED, FULL, Drawing, distances, draw, picture
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.pictures import COMPILED, FULL, Drawing, distances, draw, picture
-from intaglio.pipeline.record import Recording
+from intaglio.pipeline.model.calls import OneCall, Sampler
+from intaglio.pipeline.model.checkpoint import Checkpoint, Factory, ModelRef
+from intaglio.pipeline.model.recording import Recording
 
 
 def grey(*levels: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
 import pytest
 
+from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
-from intaglio.pipeline.quant.spec import (
+from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
@@ -12,7 +12,7 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
-from intaglio.pipeline.target import load_target
+from intaglio.pipeline.formats.target import load_target
 
 LINEAR = Layer(name="to_q", op="linear", shape=(8, 128), bias=True)
 CONV = Layer(name="conv", op="conv", shape=(8, 32, 3, 3), bias=False)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef, layer_table
-from intaglio.pipeline.prepared import plain_weights_, unquantizable
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.model.prepared import plain_weights_, unquantizable
 
 
 class Doubled(nn.Module):
@@ -40,7 +40,7 @@ def test_a_computed_weight_becomes_a_parameter_with_the_value_it_has(make):
 FACTORY = """
 import torch
 from diffusers import DDIMScheduler
-from intaglio.pipeline.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import Factory
 
 class Net(torch.nn.Module):
     def __init__(self):

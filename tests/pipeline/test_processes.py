@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline import Recipe, Store, compile
-from intaglio.pipeline.keys import ADAPTER, QUANTIZED, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.processes import Processes, processes
+from intaglio import Recipe, Store, compile
+from intaglio.pipeline.artifacts.keys import ADAPTER, QUANTIZED, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.contract.processes import Processes, processes
 
 RECIPE = """
 model: {path: model, sampling_steps: 4, guidance: 2.0}

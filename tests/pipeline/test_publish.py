@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from toys import START, Text, toy_recipe
 
-from intaglio.pipeline import Store, compile, replacement
+from intaglio import Store, compile
 from intaglio.pipeline.errors import RecipeError, StoreError
-from intaglio.pipeline.manifest import Manifest, target_name
-from intaglio.pipeline.runner import StepEvent
+from intaglio.pipeline.runs import replacement
+from intaglio.pipeline.runs.manifest import Manifest, target_name
+from intaglio.pipeline.runs.runner import StepEvent
 
 TARGET = "onnxruntime-cpu"
 

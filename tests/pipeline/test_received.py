@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler
 from peft import LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from intaglio.pipeline.checkpoint import CallSize, Checkpoint, Factory, ModelRef
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.received import as_computed
+from intaglio.pipeline.model.checkpoint import CallSize, Checkpoint, Factory, ModelRef
+from intaglio.pipeline.model.received import as_computed
 
 SHAPE = (4, 8, 8)
 
@@ -129,7 +129,9 @@ def test_inputs_are_on_the_cpu_in_float32():
     ],
 )
 def test_what_a_factory_must_not_return_is_one_clear_error(make, message, tmp_path):
-    source = "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.checkpoint import Factory\n"
+    source = (
+        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.model.checkpoint import Factory\n"
+    )
     (tmp_path / "net.py").write_text(f"{source}def make():\n    return {make}\n")
     with pytest.raises(RecipeError, match=message):
         Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).open()
@@ -156,7 +158,7 @@ def test_an_adapter_without_weights_cannot_be_fused():
 
 def test_what_a_factory_prints_is_no_result(tmp_path: Path, capsys):
     (tmp_path / "net.py").write_text(
-        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.checkpoint import Factory\n"
+        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.model.checkpoint import Factory\n"
         "print('read')\ndef make():\n    print('made')\n"
         "    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
     )

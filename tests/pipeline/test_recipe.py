@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.pipeline import Recipe, Step, bind
+from intaglio import Recipe, Step, bind
 from intaglio.pipeline.errors import RecipeError
 
 TEXT = """

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from tiny import save_folder, tiny_dit
 from tiny_families import flux
 
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.denoiser import Sampler, denoise_with
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.record import Recording, record
+from intaglio.pipeline.model.calls import Sampler, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.recording import Recording, record
 
 ROWS, TEXT = 3, 5
 
@@ -118,7 +118,7 @@ def test_the_denoiser_computes_what_it_did_in_the_pipeline(recording):
 
 def test_without_its_recording_a_folder_says_what_is_missing(tmp_path):
     flux().module.save_pretrained(tmp_path / "model/transformer")
-    with pytest.raises(RecipeError, match=r"no sample_size: name a file of intaglio\.pipeline\.record"):
+    with pytest.raises(RecipeError, match=r"no sample_size: name a file of intaglio\.record"):
         Checkpoint.resolve(ModelRef(path="model"), tmp_path).open()
 
 
@@ -126,7 +126,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(RecipeError, match=r"x.safetensors was not written by intaglio\.pipeline\.record"):
+    with pytest.raises(RecipeError, match=r"x.safetensors was not written by intaglio\.record"):
         Recording.load(tmp_path / "x.safetensors")
     Path("y.safetensors").write_bytes(b"no")
     with pytest.raises(RecipeError, match=r"y.safetensors: is not a safetensors file"):

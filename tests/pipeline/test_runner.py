@@ -12,12 +12,12 @@ import pytest
 from harness import full_disk
 from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 
-from intaglio.pipeline import Recipe, Store, bind, compile
-from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
+from intaglio import Recipe, Store, bind, compile
+from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, StoreError, TargetError
-from intaglio.pipeline.keys import MODEL, PROVENANCE
-from intaglio.pipeline.runner import StepEvent, plan
-from intaglio.pipeline.store import tree_digest
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.runs.runner import StepEvent, plan
+from intaglio.pipeline.runs.store import tree_digest
 
 TWO_TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
 
@@ -196,7 +196,7 @@ def test_a_failed_step_says_that_it_goes_on_only_where_it_can(
 
 def test_an_error_names_the_users_model_and_not_its_copy_in_the_store(store: Store, tmp_path: Path) -> None:
     source = (
-        "from intaglio.pipeline.errors import RecipeError\nfrom intaglio.pipeline.keys import MODEL\n"
+        "from intaglio.pipeline.errors import RecipeError\nfrom intaglio.pipeline.artifacts.keys import MODEL\n"
         "from toys import Append\n\n\nclass Blames(Append):\n    requires = frozenset({MODEL})\n"
         "    def run(self, state, ctx):\n        raise RecipeError(f'{state[MODEL].root}/config.json: is wrong')\n"
     )
@@ -310,8 +310,8 @@ KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
 from toys import Append, Numbers, START, toy_recipe
-from intaglio.pipeline import Store, compile
-import intaglio.pipeline.publish as publish, intaglio.pipeline.store as store
+from intaglio import Store, compile
+import intaglio.pipeline.runs.publish as publish, intaglio.pipeline.runs.store as store
 
 place = Path("kill").read_text() if Path("kill").exists() else ""
 Path("kill").unlink(missing_ok=True)
@@ -357,7 +357,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
 
 def test_two_runs_on_one_store_run_each_step_once(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from toys import START, toy_recipe; from intaglio.pipeline import Store, compile\n"
+        "from pathlib import Path; from toys import START, toy_recipe; from intaglio import Store, compile\n"
         "compile(toy_recipe('Slow'), Store(Path('store')), start=START, out=Path('out'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

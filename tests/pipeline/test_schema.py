@@ -9,8 +9,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.schema import recipe_schema
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.cli.schema import recipe_schema
 
 SAMPLES = sorted((Path(__file__).parents[2] / "samples").glob("*.yaml"))
 

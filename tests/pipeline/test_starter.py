@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from tiny import FACTORY, save_folder, tiny_dit
 from typer.testing import CliRunner, Result
 
-from intaglio.pipeline import Recipe, bind
-from intaglio.pipeline.cli import app
-from intaglio.pipeline.record import Recording
+from intaglio import Recipe, bind
+from intaglio.pipeline.cli.app import app
+from intaglio.pipeline.model.recording import Recording
 
 UNFIT = """
 
@@ -58,10 +58,10 @@ def test_a_folder_without_its_weights_is_described_and_planned(tmp_path: Path) -
 
 
 def test_the_budget_is_what_eight_bits_take(tmp_path: Path) -> None:
-    from intaglio.pipeline.plan import QuantPlan, illegal
-    from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN
-    from intaglio.pipeline.starter import look_at
-    from intaglio.pipeline.target import load_target
+    from intaglio.pipeline.artifacts.plan import QuantPlan, illegal
+    from intaglio.pipeline.cli.starter import look_at
+    from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN
+    from intaglio.pipeline.formats.target import load_target
 
     save_folder(tiny_dit(), tmp_path / "dit")
     found = look_at("dit", ("tensorrt-rtx",), tmp_path)
@@ -85,7 +85,7 @@ def test_a_model_that_takes_more_is_told_how_it_is_recorded(tmp_path: Path) -> N
     found = json.loads(result.stdout)
     assert "PixArtTransformer2DModel also takes encoder_hidden_states" in found["lacks"]
     text = (tmp_path / "recipe.yaml").read_text()
-    assert "from intaglio.pipeline.record import record" in text
+    assert "from intaglio import record" in text
     refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
     assert "no file conditions.safetensors beside the recipe" in refused.stderr
     rows = {"encoder_hidden_states": torch.zeros(2, 3, 64)}

@@ -12,9 +12,9 @@ from harness import full_disk
 from safetensors.numpy import save_file
 from toys import NUMBERS, START, Numbers, Text, toy_recipe
 
-from intaglio.pipeline import Store, compile
+from intaglio import Store, compile
 from intaglio.pipeline.errors import ContractError, StoreError
-from intaglio.pipeline.store import RunRecord, file_digest, remove_tree, tree_digest, write_atomically
+from intaglio.pipeline.runs.store import RunRecord, file_digest, remove_tree, tree_digest, write_atomically
 
 
 def sha256(text: str) -> str:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.pipeline import Target
+from intaglio import Target
+from intaglio.pipeline.artifacts.plan import SCHEME_NAMES
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.plan import SCHEME_NAMES
-from intaglio.pipeline.target import _over, load_target, target_names
+from intaglio.pipeline.formats.target import _over, load_target, target_names
 
 
 @pytest.mark.parametrize("name", target_names())

@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio.pipeline import Recipe
+from intaglio import Recipe
+from intaglio.pipeline.contract.yaml_text import MOST_CHARACTERS, read_yaml
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.yaml_text import MOST_CHARACTERS, read_yaml
 
 GOOD = "model: m\ntargets: [onnxruntime-cpu]\nsteps: [calibrate]\n"
 DOUBLED = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))

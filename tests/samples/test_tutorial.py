@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from intaglio.pipeline.keys import PLAN, VERIFICATION
+from intaglio.pipeline.artifacts.keys import PLAN, VERIFICATION
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 NOTEBOOK = SAMPLES / "tutorial.ipynb"

@@ -6,9 +6,9 @@ from harness import run_pass
 from mixed_plan import narrowed
 from viditq import derived, summary
 
-from intaglio.pipeline.keys import PLAN
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.quant.spec import W8A8_TOKEN, w4a8_token
+from intaglio.pipeline.artifacts.keys import PLAN
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.formats.schemes import W8A8_TOKEN, w4a8_token
 
 LAYERS = tuple(
     Layer(name=name, op="linear", shape=(64, k), bias=True) for name, k in [("a", 128), ("b", 48), ("c", 256)]

@@ -3,8 +3,7 @@ import oracle
 import pytest
 import torch
 
-from intaglio.pipeline.quant import affine
-from intaglio.pipeline.quant.spec import (
+from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     Float,
     IntWeight,
@@ -14,6 +13,7 @@ from intaglio.pipeline.quant.spec import (
     TwoLevel,
     w4a8_step,
 )
+from intaglio.pipeline.numerics import rounding as affine
 
 INT8 = IntWeight(bits=8, granularity=PerChannel())
 INT4 = IntWeight(bits=4, granularity=PerGroup(size=16))

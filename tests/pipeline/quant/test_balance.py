@@ -3,12 +3,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
 from intaglio.pipeline.errors import ContractError
-from intaglio.pipeline.plan import Layer, QuantPlan
-from intaglio.pipeline.quant.balance import Balance, LayerBalance, hadamard
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock
-from intaglio.pipeline.quant.spec import FLOAT, W8A8_STEP, W8A8_TOKEN, Float, LayerScheme, w4a16
-from intaglio.pipeline.quantized import Quantized, QuantizedLayerData
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, Float, LayerScheme, w4a16
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance, hadamard
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

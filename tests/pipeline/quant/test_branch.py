@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from intaglio.pipeline.quant.branch import Branch, load_branches, save_branches
+from intaglio.pipeline.numerics.low_rank import Branch, load_branches, save_branches
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (24, 64)])

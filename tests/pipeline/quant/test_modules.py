@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from intaglio.pipeline.quant.affine import group_integers
-from intaglio.pipeline.quant.modules import QuantizedLayer, StepClock, quantize_model
-from intaglio.pipeline.quant.spec import (
+from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
@@ -19,6 +17,8 @@ from intaglio.pipeline.quant.spec import (
     with_output,
     with_shift,
 )
+from intaglio.pipeline.numerics.rounding import group_integers
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, quantize_model
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from intaglio.pipeline.quant.packing import pack_int4, unpack_int4
+from intaglio.pipeline.numerics.packing import pack_int4, unpack_int4
 
 
 def test_low_nibble_comes_first():

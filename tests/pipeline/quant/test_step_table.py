@@ -3,12 +3,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from tiny import tiny_unet
 
-from intaglio.pipeline.checkpoint import Factory
-from intaglio.pipeline.denoiser import Sampler, denoise_with
-from intaglio.pipeline.quant.modules import StepClock
-from intaglio.pipeline.quant.spec import W8A8_STEP, with_shift
-from intaglio.pipeline.quant.step_table import largest_of_repeated, refine, resample_linear, resample_magnitude
-from intaglio.pipeline.trajectory import Trajectory
+from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
+from intaglio.pipeline.model.calls import Sampler, denoise_with
+from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.numerics.step_tables import largest_of_repeated, refine, resample_linear, resample_magnitude
+from intaglio.pipeline.simulation.layer import StepClock
 
 KNOWN = (900.0, 500.0, 100.0)
 

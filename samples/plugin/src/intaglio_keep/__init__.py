@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from intaglio.pipeline import AnyKey, Context, Outputs, Pass, State
-from intaglio.pipeline.keys import PLAN
-from intaglio.pipeline.quant.spec import FLOAT
+from intaglio import AnyKey, Context, Outputs, Pass, State
+from intaglio.pipeline.artifacts.keys import PLAN
+from intaglio.pipeline.formats.schemes import FLOAT
 
 
 class Keep(Pass):

@@ -1,0 +1,229 @@
+"""Checks what a compiled graph is called with, and brings it into the form that the graph takes.
+
+Shapes: R rows of one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec
+from intaglio.pipeline.errors import CallError, IntaglioError
+
+if TYPE_CHECKING:
+    import onnx
+
+KEEPS_INDICES = frozenset(
+    {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
+"""Operators whose output has no other numbers than their first input."""
+KEEPS_TABLE = frozenset({"Cast", "DequantizeLinear", "Identity"})
+"""Operators whose output has the shape of their first input."""
+
+
+class CallInputs:
+    """What one graph takes. Every tensor that it cannot compute with, as torch would, is a CallError that names it."""
+
+    def __init__(self, graph: Graph, compiled_with: Mapping[str, object], name: str = "") -> None:
+        """`compiled_with`: arguments that are no inputs of the graph. `name`: how messages begin, for a component.
+
+        Raises RecipeError where model.onnx cannot be read.
+        """
+        from intaglio.exporters.float_graph.onnx_file import read_proto
+
+        self._graph, self._compiled_with, self._name = graph, compiled_with, name
+        self._names = [input_name for input_name in graph.inputs if input_name != STEP_INPUT]
+        tables = table_sizes(read_proto(graph.path).graph)
+        self._tables = {n: size for n, size in tables.items() if n in self._names}
+
+    def arguments(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+        """The arguments of a call by name. Raises CallError for more than there are, or one that is given twice."""
+        called, known = self._called, self._graph.interface.arguments
+        if len(args) > len(known):
+            raise CallError(f"{called} with {len(args)} arguments, but it takes {', '.join(known)}")
+        given = dict(zip(known, args, strict=False))
+        if twice := sorted(given.keys() & kwargs.keys()):
+            raise CallError(f"{called} with {', '.join(twice)} twice: by place and by name")
+        return given | dict(kwargs)
+
+    def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
+        """What the graph takes beside the step, by name, on the device, from arguments by flat name."""
+        specs, sample, timestep = self._graph.inputs, self._graph.interface.sample, self._graph.timestep
+        if absent := [name for name in self._names if given.get(name) is None]:
+            raise CallError(f"{self._called} without {', '.join(absent)}, which it was compiled with")
+        check_others(given, self._names, self._compiled_with, self._called)
+        found = {name: self._tensor(name, given[name]) for name in self._names}
+        if sample in found and not found[sample].is_floating_point():
+            raise CallError(f"{self._place(sample)} is of {found[sample].dtype}: give floating-point numbers")
+        if timestep in found and len(specs[timestep].shape) == 1:
+            found[timestep] = self._for_rows(found[timestep], found.get(sample))
+        check_shapes({name: specs[name] for name in found}, found, self._name)
+        for name, size in self._tables.items():
+            self._check_indices(name, found[name], size)
+        converted = {name: self._converted(name, value) for name, value in found.items()}
+        return {name: value.to(device).contiguous() for name, value in converted.items()}
+
+    @contextlib.contextmanager
+    def blamed(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Turn what a runtime raises for these inputs into a CallError with their sizes."""
+        try:
+            yield
+        except IntaglioError:
+            raise
+        except Exception as e:  # each runtime has its own
+            raise CallError(f"{self._sizes(inputs)}: the graph does not take them: {e}") from e
+
+    def check_outputs(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Raise CallError where an output has other sizes than the inputs' axes of the same names."""
+        sizes = dict(_named_sizes(self._graph.inputs, inputs))
+        for name, size in _named_sizes(self._graph.outputs, outputs):
+            if size != sizes.get(name, size):
+                raise CallError(f"{self._sizes(inputs)}: the graph returns {size} for {sizes[name]} of the axis {name}")
+
+    def _sizes(self, inputs: Mapping[str, torch.Tensor]) -> str:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
+        compiled = [f"{axis} {usual} and {other}" for axis, (usual, other) in self._graph.sizes.items()]
+        return f"{self._called} with {shapes}" + (f", but compiled for {', '.join(compiled)}" if compiled else "")
+
+    def _tensor(self, name: str, value: object) -> torch.Tensor:
+        """A tensor, or a number as one."""
+        if isinstance(value, Real):
+            try:
+                value = torch.as_tensor(value)
+            except (OverflowError, RuntimeError, TypeError, ValueError) as e:  # a number that no type of torch holds
+                raise CallError(f"{self._place(name)} is {value}: {e}") from e
+        if not isinstance(value, torch.Tensor):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+            raise CallError(f"{self._place(name)} is a {kind}: give a tensor of torch")
+        if value.is_meta or value.layout != torch.strided or value.is_quantized:
+            raise CallError(
+                f"{self._place(name)} is a {value.device.type} tensor, {value.layout}: give one with values"
+            )
+        if value.requires_grad and torch.is_grad_enabled():
+            raise CallError(
+                f"{self._place(name)} requires a gradient, and none goes through a compiled graph: call it under"
+                " torch.no_grad()"
+            )
+        return value.detach()
+
+    def _for_rows(self, timestep: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
+        """The timestep (R,), from one for all rows or one for each."""
+        flat = timestep.reshape(-1)
+        if sample is None or not sample.dim() or len(flat) == len(sample):
+            return flat
+        if len(flat) != 1:
+            name = self._graph.timestep or ""
+            raise CallError(
+                f"{self._place(name)} has {len(flat)} values for {len(sample)} rows: give 1 or {len(sample)}"
+            )
+        return flat.expand(len(sample))
+
+    def _check_indices(self, name: str, value: torch.Tensor, size: int) -> None:
+        """Raise CallError for numbers that are no places of a table of this size; torch takes none below 0 either."""
+        if value.is_complex() or value.dtype == torch.bool:
+            raise CallError(f"{self._place(name)} is of {value.dtype}: give whole numbers from 0 to {size - 1}")
+        for number in (float(end) for end in value.aminmax()):
+            if not 0 <= number < size:
+                raise CallError(f"{self._place(name)} has {number:g}, but there are 0 to {size - 1}")
+
+    def _converted(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """In the graph's element type. Raises CallError where that would be other numbers."""
+        wanted: torch.dtype = getattr(torch, self._graph.inputs[name].dtype)
+        if value.is_complex() and not wanted.is_complex:
+            raise CallError(f"{self._place(name)} is complex, but {wanted} is taken")
+        converted = value.to(wanted)
+        if wanted.is_floating_point and not converted.isfinite().all():
+            where = f"values beyond {wanted}" if value.isfinite().all() else "NaN or Inf"
+            raise CallError(
+                f"{self._place(name)} has {where}: integer codes have none, the output would be a wrong one"
+            )
+        if not (wanted.is_floating_point and value.is_floating_point()):
+            changed = converted.to(value.dtype) != value
+            if changed.any():
+                raise CallError(f"{self._place(name)} has {value[changed][0].item():g}, which {wanted} cannot hold")
+        return converted
+
+    @property
+    def _called(self) -> str:
+        return f"{self._name} called".lstrip()
+
+    def _place(self, name: str) -> str:
+        return f"{self._name}: {name}" if self._name else name
+
+
+def table_sizes(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many entries the smallest table has that a graph input picks from, by the input's name."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    origins = {value.name: value.name for value in graph.input}
+    sizes: dict[str, int] = {}
+    for node in graph.node:  # in an order in which they can run
+        first = node.input[0] if node.input else ""
+        if node.op_type in KEEPS_INDICES and first in origins:
+            origins[node.output[0]] = origins[first]
+        if node.op_type in KEEPS_TABLE and first in shapes:
+            shapes[node.output[0]] = shapes[first]
+        if node.op_type == "Constant" and (values := [a.t for a in node.attribute if a.name == "value"]):
+            shapes[node.output[0]] = tuple(values[0].dims)
+        if node.op_type == "Gather" and first in shapes and node.input[1] in origins:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            name = origins[node.input[1]]
+            sizes[name] = min(shapes[first][axis], sizes.get(name, shapes[first][axis]))
+    return sizes
+
+
+def check_others(
+    given: Mapping[str, object], inputs: Collection[str], compiled_with: Mapping[str, object], called: str = "called"
+) -> None:
+    """Raise CallError for arguments that a graph knows nothing of, unless they are what it was compiled with."""
+    problems = []
+    for argument, value in given.items():
+        if value is None or argument in inputs:
+            continue
+        if isinstance(value, torch.Tensor):
+            problems.append(f"{called} with {argument}, which it was compiled without")
+        elif _differs(value, compiled := compiled_with.get(argument)) and (value is not False or compiled is not None):
+            problems.append(f"{called} with {argument} = {value!r}, but compiled with {compiled!r}")
+    if problems:
+        raise CallError(*problems)
+
+
+def _differs(value: object, compiled: object) -> bool:
+    """Whether two arguments are not equal; an array, which compares number by number, always is another."""
+    try:
+        return bool(value != compiled)
+    except (TypeError, ValueError, RuntimeError):
+        return True
+
+
+def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Tensor], name: str = "") -> None:
+    """Raise CallError for sizes that a graph does not take."""
+    before = f"{name}: " if name else ""
+    sizes: dict[str, int] = {}
+    problems = []
+    for tensor, value in inputs.items():
+        wanted = specs[tensor].shape
+        if len(wanted) != value.dim():
+            shown = f"({', '.join(map(str, wanted))})"
+            problems.append(f"{before}{tensor} has the shape {tuple(value.shape)}, but {shown} is taken")
+            continue
+        for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
+            taken = size if isinstance(size, int) else sizes.setdefault(size, there)
+            if there != taken:
+                problems.append(f"{before}{tensor} has {there} at axis {axis}, but {taken} is taken")
+            elif not there and not isinstance(size, int):
+                problems.append(f"{before}{tensor} has 0 at axis {axis}, but at least 1 is taken")
+    if problems:
+        raise CallError(*problems)
+
+
+def _named_sizes(specs: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int]]:
+    """The size of every axis that has a name."""
+    for tensor, value in tensors.items():
+        for name, size in zip(specs[tensor].shape, value.shape, strict=False):
+            if isinstance(name, str):
+                yield name, size

@@ -1,0 +1,167 @@
+"""Stands in the place of a denoiser: a compiled folder, called as the diffusers model that it was made from.
+
+Shapes: R rows of one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from intaglio.exporters.deploy.call_inputs import CallInputs
+from intaglio.exporters.deploy.standin import Standin
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
+from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
+from intaglio.pipeline.files import printable
+from intaglio.pipeline.model.arguments import flatten
+from intaglio.pipeline.model.model_files import ModelSize
+from intaglio.pipeline.runs.store import files_below
+
+if TYPE_CHECKING:
+    from intaglio.exporters.verify.departures import Values
+
+
+ONNXRUNTIME = "onnxruntime"
+BACKENDS = (ONNXRUNTIME, "tensorrt", "tensorrt-rtx")
+
+
+class DenoiserOutput(NamedTuple):
+    """What diffusers' denoisers return unless a tuple is asked for."""
+
+    sample: torch.Tensor
+
+
+class CompiledDenoiser(Standin):
+    """A denoiser that a runtime executes. Everything but the computation is as in the original.
+
+    It takes what the original takes, in the same order, at the shapes and timesteps that it was compiled for. Where
+    layers have a scale for each denoising step, the step is found from the timestep. A learned variance is not computed
+    and not in `config` either, so that pipelines look for none. What would change the computation raises CallError.
+    """
+
+    def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
+        """`call` computes what the graph does, on the device; without one, the CPU."""
+        original = _original(graph)
+        compiled_with = {} if original is None else defaults(original.forward)
+        compiled_with |= dict(flatten(graph.interface.constants))
+        super().__init__(original)
+        own = self.__dict__  # as nothing can be set
+        own["graph"], own["_call"], own["_device"] = graph, call, device or torch.device("cpu")
+        own["_call_inputs"] = CallInputs(graph, compiled_with)
+
+    @property
+    def device(self) -> torch.device:
+        """Of outputs, and of inputs, which are brought there."""
+        device: torch.device = self.__dict__["_device"]
+        return device
+
+    def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
+        """As the original. Raises CallError for what it was not compiled for."""
+        graph, called = self.graph, self._call_inputs
+        given = called.arguments(args, kwargs)
+        whole = given.pop("return_dict", True)
+        inputs = called.tensors(dict(flatten(given)), self.device)
+        if STEP_INPUT in graph.inputs and graph.timestep is not None:
+            self._check_timestep(inputs[graph.timestep])
+        with called.blamed(inputs):
+            outputs = self._call(inputs)
+        called.check_outputs(inputs, outputs)
+        output = outputs[next(iter(graph.outputs))].to(given[graph.interface.sample].dtype)
+        return DenoiserOutput(sample=output) if whole else (output,)
+
+    def _check_timestep(self, given: torch.Tensor) -> None:
+        """Raise CallError for one beyond the first or the last of those that there are scales for, or for several."""
+        timesteps = self.graph.timesteps
+        if len(timesteps) == 1:
+            return
+        timestep = float(given[0])
+        if (given != given[0]).any():
+            raise CallError("rows at different timesteps: layers have one scale for all rows of a call")
+        last, first = min(timesteps), max(timesteps)
+        apart = (first - last) / (len(timesteps) - 1)
+        if not last - apart <= timestep <= first + apart:
+            raise CallError(
+                f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
+                " compile with the scheduler that it is used with"
+            )
+
+
+def defaults(function: Callable[..., object]) -> dict[str, object]:
+    """Of its arguments."""
+    parameters = inspect.signature(function).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def load(
+    folder: str | Path, *, backend: str = "onnxruntime", threads: int = 0, providers: Sequence[str] = ()
+) -> CompiledDenoiser:
+    """The denoiser of a compiled folder, `build/<recipe>/<target>`, for the place of a pipeline's own.
+
+    `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
+    stream without a copy; those two have not run on a GPU yet. `threads`: of ONNX Runtime, 0 for one a core;
+    `providers`: those wanted beside the CPU's. Raises RecipeError where the folder holds nothing that the backend
+    executes, TargetError where an engine does not run here.
+    """
+    root, device = Path(folder), device_of(backend)
+    if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
+        raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
+    graph = Graph.load(root)
+    return CompiledDenoiser(graph, open_call(graph, backend, threads, providers), device).eval()
+
+
+def device_of(backend: str) -> torch.device:
+    """Where it takes and leaves tensors. Raises RecipeError for a name that is none."""
+    if backend not in BACKENDS:
+        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
+    return torch.device("cpu" if backend == ONNXRUNTIME else "cuda")
+
+
+def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> Values:
+    """What computes a graph that is in its folder, or the engine there, on tensors where the backend takes them."""
+    if backend == ONNXRUNTIME:
+        from intaglio.exporters.runtimes.onnxruntime.session import graph_call
+
+        return graph_call(graph, threads=threads, providers=providers)
+    from intaglio.exporters.runtimes.tensorrt.engine import engine_call
+
+    return engine_call(graph, backend)
+
+
+def size_bound(folder: Path) -> ModelSize:
+    """Return more tensors and numbers than a model can have whose graphs are in `folder`, by the size of its files.
+
+    A number takes half a byte at least; a tensor, in the mean, takes much more than 256 bytes.
+    """
+    size_bytes = sum(file.stat().st_size for file in files_below(folder))
+    return ModelSize(tensors=500 + size_bytes // 256, elements=10**7 + 8 * size_bytes)
+
+
+def _original(graph: Graph) -> nn.Module | None:
+    """Make the model without weights, for its attributes; None where it is no class of diffusers.
+
+    Raises RecipeError that names graph.json for a configuration of no such model, or of one too large for the graph.
+    """
+    interface, channels = graph.interface, next(iter(graph.outputs.values())).shape[1]
+    if not interface.kind:
+        return None
+    import diffusers
+
+    from intaglio.pipeline.model.empty_model import empty_model
+
+    file = f"{printable(graph.path.parent)}/graph.json"
+    try:
+        kind: Any = getattr(diffusers, interface.kind)
+    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules when they are asked for
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        name = printable(interface.kind)[:100]
+        raise RecipeError(f"{file}: compiled from {name}, which diffusers {diffusers.__version__} does not have")
+    module = empty_model(kind, dict(interface.config), size_bound(graph.path.parent), file)
+    if "out_channels" in interface.config and isinstance(channels, int):
+        module.register_to_config(out_channels=channels)  # type: ignore[operator]  # a method of diffusers
+    return module

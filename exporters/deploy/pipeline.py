@@ -1,0 +1,177 @@
+"""A whole pipeline from a compiled folder: diffusers' own class around models that a runtime executes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from intaglio.exporters.deploy.call_inputs import CallInputs
+from intaglio.exporters.deploy.denoiser import ONNXRUNTIME, defaults, device_of, load, open_call, size_bound
+from intaglio.exporters.deploy.standin import Standin
+from intaglio.pipeline.artifacts.components import (
+    INDEX,
+    METHODS,
+    Components,
+    PipelineFolder,
+    is_generator,
+    output_class,
+)
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.files import printable
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.arguments import flatten, nest
+from intaglio.pipeline.model.model_files import blamed
+
+if TYPE_CHECKING:
+    from intaglio.exporters.verify.departures import Values
+
+
+class CompiledMethod:
+    """One method of a component, called as the original: what it was not compiled for is a CallError.
+
+    It computes on `device`; outputs are brought `home`, where the pipeline's tensors are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        call: Values,
+        original: Callable[..., object],
+        kind: Any,
+        device: torch.device,
+        home: torch.device,
+    ) -> None:
+        self.name, self.graph, self.device, self.home = name, graph, device, home
+        self._call, self._kind = call, kind
+        self._call_inputs = CallInputs(graph, defaults(original) | dict(flatten(graph.interface.constants)), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. Raises CallError."""
+        given = self._call_inputs.arguments(args, kwargs)
+        whole = given.pop("return_dict", True)
+        outputs = self._run(dict(flatten({n: v for n, v in given.items() if not is_generator(v)})))
+        if self._kind is None:
+            return tuple(outputs.values())
+        output = self._kind(**{name: _restored(value) for name, value in nest(outputs).items()})
+        return output.to_tuple() if whole is False else output
+
+    def _run(self, given: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
+        """The graph's outputs by flat name."""
+        inputs = self._call_inputs.tensors(given, self.device)
+        with self._call_inputs.blamed(inputs):
+            outputs = self._call(inputs)
+        self._call_inputs.check_outputs(inputs, outputs)
+        return {name: value.to(self.home) for name, value in outputs.items()}
+
+
+class CompiledComponent(Standin):
+    """A text encoder or an autoencoder whose methods a runtime executes; config and all else are the original's.
+
+    Its weights are nowhere: what was not compiled cannot be called, and nothing of it changed. Both raise CallError.
+    """
+
+    def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
+        super().__init__(original, name, f"of its component only {', '.join(methods)}")
+        self.__dict__["_methods"] = methods  # as nothing can be set
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return self._method(name) if name in METHODS else found
+
+    @property
+    def device(self) -> torch.device:
+        """Of outputs; inputs can be anywhere."""
+        methods: Mapping[str, CompiledMethod] = self._methods
+        return next(iter(methods.values())).home
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original. Raises CallError."""
+        return self._method("forward")(*args, **kwargs)
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        return self._methods.get(name) or self._uncompiled(name)
+
+    def _uncompiled(self, name: str) -> Callable[..., NoReturn]:
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            raise CallError(f"{self._name}.{name} was not compiled, {self._compiled}; its weights are nowhere")
+
+        return refuse
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    backend: str = "onnxruntime",
+    threads: int = 0,
+    providers: Sequence[str] = (),
+    **components: Any,
+) -> Any:  # a diffusers pipeline
+    """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs or engines.
+
+    No weights are read but those in them. `backend`, `threads`, `providers`: as of `load`; components
+    compiled for ONNX Runtime run in it beside engines. `components`: those that take the place of the folder's own,
+    such as another scheduler. Raises RecipeError where the folder holds no pipeline, or not what the backend executes,
+    TargetError where an engine does not run here.
+    """
+    root = Path(folder)
+    home = device_of(backend)
+    if not (root / "pipeline" / INDEX).is_file():
+        raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
+    compiled = Components(root / "pipeline")
+    settings, there = PipelineFolder(compiled.root), compiled.compiled
+    made: dict[str, Any] = dict.fromkeys(settings.absent())
+    for name in settings.classes():
+        if name in components:
+            continue
+        if name == settings.denoiser:
+            made[name] = load(root, backend=backend, threads=threads, providers=providers)
+        elif name not in there:
+            made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
+        else:
+            original = _without_weights(settings.component_class(name), compiled.root / name)
+            own = ONNXRUNTIME if load_target(there[name].target).runtime == ONNXRUNTIME else backend
+            methods = {}
+            for method, kind in there[name].returns.items():
+                graph = Graph.load(compiled.root / name / method)
+                call = open_call(graph, own, threads, providers)
+                output = output_class(kind) if kind else None
+                methods[method] = CompiledMethod(
+                    f"{name}.{method}", graph, call, getattr(original, method), output, device_of(own), home
+                )
+            made[name] = CompiledComponent(name, original, methods).eval()
+    kind = settings.kind()
+    taken = inspect.signature(kind).parameters
+    pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe.save_pretrained = _not_saved  # which would leave out what is compiled
+    return pipe
+
+
+def _not_saved(*_: Any, **__: Any) -> NoReturn:
+    raise CallError("save_pretrained: the weights of a compiled pipeline are in its compiled folder alone: copy that")
+
+
+def _without_weights(kind: Any, folder: Path) -> nn.Module:
+    """A model for its attributes, from its configuration alone."""
+    from intaglio.pipeline.model.empty_model import bounded
+
+    origin = f"{printable(folder)}/config.json"
+    with blamed(origin), bounded(size_bound(folder), origin):
+        if hasattr(kind, "config_class"):  # transformers
+            original = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        else:
+            original = kind.from_config(kind.load_config(folder, local_files_only=True))
+    return original.eval()  # type: ignore[no-any-return]  # classes of diffusers and transformers
+
+
+def _restored(value: Any) -> Any:
+    """A distribution of latents, where the value is the parameters of one."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution(value["parameters"]) if isinstance(value, dict) else value

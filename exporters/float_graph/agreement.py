@@ -1,0 +1,96 @@
+"""Holds an exported graph against torch, and finds how large the values inside it become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from intaglio.exporters.float_graph.onnx_file import read_model
+from intaglio.exporters.runtimes.onnxruntime.session import lean_session
+from intaglio.pipeline.errors import StepFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    from intaglio.pipeline.model.calls import Inputs
+
+TOLERANCE = 1e-4
+"""Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
+HALF_TOLERANCE = 1e-2
+"""The same where something is in float16: a network may answer 2^-11 with some times as much."""
+
+
+class Expected(NamedTuple):
+    """What torch returns for a call, by name in the order of the graph's outputs, and which call it is."""
+
+    where: str
+    inputs: Inputs
+    outputs: Mapping[str, torch.Tensor]
+
+
+def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) -> None:
+    """Run the graph on calls. Raise StepFailed where it leaves torch."""
+    with lean_session(path) as session:
+        for call in expected:
+            _check(call, _run(session, call.inputs), tolerance)
+
+
+def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> dict[str, float]:
+    """The largest magnitude of each floating-point value in these calls, by name.
+
+    To three digits: the order of a sum moves the others, and with them the digest of the artifact. Raises StepFailed
+    where the graph leaves torch in one of them.
+    """
+    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
+    names = _write_with_ends(path, beside)
+    amax = np.zeros(len(names), np.float32)
+    with lean_session(beside) as session:
+        beside.unlink()
+        for call in calls:
+            found = _run(session, call.inputs)
+            _check(call, found[: len(call.outputs)], tolerance)
+            ends = np.array(found[len(call.outputs) :], np.float32)
+            amax = np.maximum(amax, np.abs(ends).reshape(-1, 2).max(1))
+    return {name: float(f"{largest:.2e}") for name, largest in zip(names, amax, strict=True)}
+
+
+def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[np.float32]]:
+    """All outputs for a call of which the graph may read only a part."""
+    found: list[NDArray[np.float32]] = session.run(
+        None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+    )
+    return found
+
+
+def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: float) -> None:
+    """Raise StepFailed unless what the graph returned is what torch did."""
+    for y, expected in zip(found, call.outputs.values(), strict=True):
+        if y.shape != expected.shape:
+            raise StepFailed(f"{call.where} the exported graph returns {y.shape}, torch {tuple(expected.shape)}")
+        error = float((torch.from_numpy(y) - expected).norm() / expected.norm().clamp_min(1e-12))
+        if not error <= tolerance:  # NaN is not
+            raise StepFailed(
+                f"{call.where} the exported graph is {error:.1e} from torch, relative L2 ({tolerance:.0e} allowed)"
+            )
+
+
+def _write_with_ends(path: Path, beside: Path) -> list[str]:
+    """The graph with the ends of each floating-point value, largest and least, as outputs more; names of the values."""
+    model = read_model(path)
+    made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    for node, value in made:  # two ends and not one magnitude: that is first a copy of the value, which may be large
+        ends = [ir.node(op, [value], {"keepdims": 0}, name=f"{value.name}/{op}") for op in ("ReduceMax", "ReduceMin")]
+        for end in ends:
+            end.outputs[0].dtype, end.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+            model.graph.outputs.append(end.outputs[0])
+        # at once: among nodes that can run the runtime takes the first, and the value is free then
+        model.graph.insert_after(node, ends)
+    ir.save(model, beside)
+    return [str(value.name) for _, value in made]

@@ -1,0 +1,151 @@
+"""Export the denoiser in full precision: once, for every target and every plan.
+
+Shapes: R rows of one call.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from intaglio.pipeline.artifacts.graph import NOT_IN_GRAPH, Graph, Interface
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import in_float_lines
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import StepFailed, TargetError
+from intaglio.pipeline.formats.target import Target
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from intaglio.exporters.float_graph.agreement import Expected
+    from intaglio.exporters.float_graph.torch_export import Calls
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.model.checkpoint import Factory
+
+OUTPUT = "output"
+"""Name of what the denoiser's graph returns."""
+RANGE_STEPS, RANGE_ROWS = 5, 4
+"""Recorded calls, from first to last, and rows of each, that magnitudes are taken from: float16 keeps a margin."""
+
+
+class ExportFloat(Pass):
+    """The graph computes what torch does at any number of rows, and every node knows the layer it came from.
+
+    Axes that have another size in the model's other call are dynamic too.
+    """
+
+    name: ClassVar[str] = "export-float"
+    version: ClassVar[int] = 6
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
+
+    opset: int = Field(21, ge=21, le=22, description="ONNX opset; 21 has 4-bit weights, 23 hides attention's products")
+
+    def check(self, target: Target) -> None:
+        """Raises TargetError for an opset that the target does not read."""
+        if self.opset > target.opset_max:
+            raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises StepFailed where the graph does not compute what torch does."""
+        from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
+
+        graph, expected = self._write_graph(state, ctx)
+        gc.collect()  # the wrapped module is in a cycle
+        tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
+        amax = _magnitudes(graph.path, state[TRAJECTORY], tolerance, ctx)
+        if expected is not None:
+            check_outputs(graph.path, [expected], tolerance)
+        return {FLOAT_GRAPH: replace(graph, amax=amax)}
+
+    def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, Expected | None]:
+        """The graph's files, and what torch returns at the other size, if there is one."""
+        from intaglio.exporters.float_graph.torch_export import Calls, write_graph
+        from intaglio.pipeline.model.arguments import in_order
+        from intaglio.pipeline.model.calls import denoise_with, other_call
+        from intaglio.pipeline.model.checkpoint import layer_table
+
+        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        recorded = trajectory.call(0, slice(2))  # a wide call takes minutes in a full-size model, and shows no more
+        call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
+        calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
+        expected = _at_other_size(model, calls)
+        denoise = denoise_with(model.module, model)
+        graph = write_graph(
+            ctx.scratch / "model.onnx",
+            model.module,
+            lambda inputs: {OUTPUT: denoise(inputs)},
+            calls,
+            (OUTPUT,),
+            opset=self.opset,
+            called="the denoiser",
+        )
+        if absent := [layer.name for layer in layer_table(model.module) if layer.name not in graph.nodes]:
+            for line in in_float_lines(dict.fromkeys(absent, NOT_IN_GRAPH)):
+                ctx.log.info("%s", line)
+        return replace(graph, timestep=model.names.timestep, interface=_interface(model)), expected
+
+
+def _interface(model: Factory) -> Interface:
+    """Of a diffusers class its configuration, without where it came from."""
+    import diffusers
+
+    module: Any = model.module
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    kind = type(module).__name__
+    config: dict[str, object] = {}
+    if getattr(diffusers, kind, None) is type(module):
+        config = {n: v for n, v in json.loads(module.to_json_string()).items() if not n.startswith("_")}
+    return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants))
+
+
+def _at_other_size(model: Factory, calls: Calls) -> Expected | None:
+    """What torch returns there, if there is one. Raises StepFailed where torch cannot."""
+    import torch
+
+    from intaglio.exporters.float_graph.agreement import Expected
+    from intaglio.exporters.float_graph.torch_export import shapes
+    from intaglio.pipeline.model.calls import denoise_with
+
+    if calls.other is None:
+        return None
+    try:
+        with torch.no_grad():
+            found = denoise_with(model.module, model)(calls.other)
+    except (RuntimeError, ValueError) as e:  # shapes that do not fit
+        called = shapes(calls.other)
+        raise StepFailed(f"at the other size the denoiser cannot be called with {called}: {e}") from e
+    return Expected("at the other size", calls.other, {OUTPUT: found})
+
+
+def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
+    """Of each floating-point value in some rows of some recorded calls, by name: `find_magnitudes`."""
+    import numpy as np
+
+    from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes
+
+    rows = range(trajectory.outputs.shape[1])[trajectory.some_rows(RANGE_ROWS)]
+    steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int)).tolist()
+    # one at a time, as scores of attention are large; the first one twice in its call, to see that rows are apart
+    first, *others = ((step, [row]) for step, row in itertools.product(steps, rows))
+    taken = [(first[0], first[1] * 2), *others]
+    with ctx.progress("ranges", len(taken)) as advance:
+
+        def calls() -> Iterator[Expected]:
+            for step, some in taken:
+                where = f"at {len(some)} row{'s' * (len(some) > 1)}"
+                yield Expected(where, trajectory.call(step, some), {OUTPUT: trajectory.outputs[step][some]})
+                advance()
+
+        return find_magnitudes(path, calls(), tolerance)

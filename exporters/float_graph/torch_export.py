@@ -1,0 +1,343 @@
+"""torch's exporter on one call, and what makes of its graph one that can be compiled: names, axes, no leftovers.
+
+Shapes: R rows of one call.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import Sequential, common
+from onnxscript import optimizer, rewriter
+from onnxscript.rewriter.rules import common as rules
+from torch import nn
+
+from intaglio.exporters.float_graph.repair import repair, transposed_keys
+from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
+from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.model.checkpoint import layer_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from intaglio.pipeline.model.calls import Inputs
+
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+"""Operators that torch's exporter writes a Linear or a Conv2d as."""
+Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
+"""A call of a module: flat inputs to flat outputs, by name."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The recorded call, and one where every axis that is to be dynamic has another size, by input name.
+
+    `shared` names the inputs that have no axis of rows.
+    """
+
+    usual: Inputs
+    other: Inputs | None
+    shared: frozenset[str]
+
+    @property
+    def traced(self) -> Inputs:
+        """The larger call, with more than one row: an axis of size 1 would be taken for a constant."""
+        both = (self.usual,) if self.other is None else (self.usual, self.other)
+        larger = max(both, key=lambda call: sum(value.numel() for value in call.values()))
+        return self.with_rows(larger, max(2, self.rows))
+
+    @property
+    def rows(self) -> int:
+        return next(len(value) for name, value in self.usual.items() if name not in self.shared)
+
+    def with_rows(self, call: Inputs, rows: int) -> dict[str, torch.Tensor]:
+        """As many rows, repeated where there are fewer."""
+        return {
+            name: value.contiguous() if name in self.shared else value[torch.arange(rows) % len(value)]
+            for name, value in call.items()
+        }
+
+    def dynamic_axes(self, name: str) -> tuple[int, ...]:
+        """Those of an input that have another size in the other call, the rows first."""
+        shape, other = self.usual[name].shape, (self.other or self.usual)[name].shape
+        if len(shape) != len(other):
+            raise StepFailed(f"{name}: {len(shape)} axes in the recorded call, {len(other)} at the other size")
+        varying = tuple(axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b)
+        return varying if name in self.shared else tuple(dict.fromkeys((0, *varying)))
+
+    def sizes(self, axes: Mapping[str, tuple[str, str, int]]) -> dict[str, tuple[int, int]]:
+        """By name of a dynamic axis but the batch: its size in the recorded call, and in the other."""
+        other = self.other or self.usual
+        found = {name: (owner, axis) for name, owner, axis in axes.values() if name != "batch"}
+        return {
+            name: (self.usual[owner].shape[axis], other[owner].shape[axis]) for name, (owner, axis) in found.items()
+        }
+
+
+def write_graph(
+    path: Path, module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], *, opset: int, called: str
+) -> Graph:
+    """What `compute` makes of `module`, which is `called` so in errors, as a float32 graph in files of its own.
+
+    It has these outputs, dynamic axes as `calls` have them, and in every node the layer that it came from. Raises
+    StepFailed.
+    """
+    exported = _export(module, compute, calls, outputs, opset, called)
+    weights = list(exported.graph.initializers.values())
+    _name_calls(exported, module)
+    repair(exported.graph)
+    _simplify(exported)
+    axes = _axis_names(exported.graph, calls)
+    _keep_layer_names(exported, frozenset(layer.name for layer in layer_table(module)), axes)
+    sites = find_sites(exported.graph)
+    _check_weights(module, sites)
+    ir.save(exported, path, external_data="model.onnx.data")
+    onnx.checker.check_model(path, full_check=True)
+    # onnxscript's rules keep the graph that they last looked at, and its weights are torch's own
+    for weight in (*weights, *exported.graph.initializers.values()):
+        weight.const_value = None
+    nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
+    ends = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
+    return Graph(path, *ends, nodes=nodes, timestep=None, sizes=calls.sizes(axes))
+
+
+def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
+    """Element types and shapes of graph inputs or outputs, by name."""
+    return {
+        str(v.name): TensorSpec(v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in v.shape))
+        for v in values
+        if v.dtype is not None and v.shape is not None
+    }
+
+
+class _Called(nn.Module):
+    """The call as a module whose arguments are `names`, those at the places `with_rows` with an axis of rows."""
+
+    def __init__(self, module: nn.Module, compute: Compute, names: Sequence[str], with_rows: Sequence[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.compute, self.names, self.with_rows = compute, names, with_rows
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = values[self.with_rows[0]].shape[0]
+        for place in self.with_rows[1:]:  # one symbol for the batch: masks and latents are combined in some models
+            torch._check(values[place].shape[0] == rows)  # type: ignore[no-untyped-call]  # torch
+        return tuple(self.compute(dict(zip(self.names, values, strict=True))).values())
+
+
+def _export(
+    module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], opset: int, called: str
+) -> ir.Model:
+    """torch's exporter on one call, its dynamic axes so, nothing simplified yet. Raises StepFailed."""
+    names = list(calls.usual)
+    with_rows = [place for place, name in enumerate(names) if name not in calls.shared]
+    # AUTO and not DYNAMIC: an axis that has to be constant is named below, all of them together
+    axes = tuple(dict.fromkeys(calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in names)
+    try:
+        with _silent(), torch.no_grad():
+            program = torch.onnx.export(
+                _Called(module, compute, names, with_rows).eval(),
+                tuple(calls.traced.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=names,
+                output_names=list(outputs),
+                dynamic_shapes=(axes,),
+                verbose=False,
+                optimize=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as e:
+        raise StepFailed(f"torch cannot export {called} called with {shapes(calls.traced)}: {_first_cause(e)}") from e
+    assert program is not None  # it is, with dynamo
+    assert program.exported_program is not None
+    _check_dynamic(program.exported_program, calls)
+    return program.model
+
+
+def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
+    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not tell."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
+    constant = []
+    for name, user_input in zip(calls.usual, program.graph_signature.user_inputs, strict=True):
+        for axis in calls.dynamic_axes(name):
+            size = values[user_input].shape[axis]
+            least, only = (size, True) if isinstance(size, int) else limits.get(str(size), (0, False))
+            if only:
+                constant.append(
+                    f"{name}: axis {axis} can only be {least}, it enters the graph as a constant (a position table,"
+                    " or a size that is computed with): call at one size only, or give what depends on it as an input"
+                )
+    if constant:
+        raise StepFailed(*constant)
+
+
+def _first_cause(error: BaseException) -> str:
+    """Where it began, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the exporter's progress, warnings and log lines."""
+    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and drop what does nothing. Changes `model`.
+
+    The exporter's own optimizer takes an addition of 1e-8 or less for none, and x / (|x| + eps) is NaN then.
+    """
+    nothing = (
+        rules.cast_cast_rule,
+        rules.no_op_cast_rule,
+        rules.no_op_expand_rule,
+        rules.no_op_transpose_rule,
+        rules.transpose_transpose_rule,
+        rules.reshape_reshape_rule,
+        rules.collapse_slice_rule,
+        rules.collapse_slice2_rule,
+        rules.materialize_reshape_shape_rule,
+        transposed_keys(),
+    )
+    with _silent():
+        for _ in range(2):
+            optimizer.fold_constants(model, onnx_shape_inference=True)
+            rewriter.rewrite(model, nothing)
+        Sequential(
+            common.RemoveUnusedNodesPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.DeduplicateInitializersPass(),
+        )(model)
+        products = [node for node in model.graph if node.op_type in PRODUCTS]
+        for node in products:  # two layers with equal weights on one input are two
+            node.attributes["layer"] = ir.AttrString("layer", _module_path(node))
+        common.CommonSubexpressionEliminationPass()(model)
+        for node in products:
+            del node.attributes["layer"]
+        Sequential(common.OutputFixPass(), common.RemoveUnusedOpsetsPass())(model)
+
+
+def _module_path(node: ir.Node) -> str:
+    """Of the module that the exporter made the node for; empty where it does not say."""
+    return _scope(node, "name_scopes").removeprefix("module.")
+
+
+def _scope(node: ir.Node, of: str) -> str:
+    """The innermost module's entry in one of the lists that the exporter leaves at a node."""
+    scopes = ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{of}", "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
+    """By symbol of a dynamic axis: its name, and an input and axis that have it."""
+    names: dict[str, tuple[str, str, int]] = {}
+    for value in graph.inputs:
+        name = str(value.name)
+        assert value.shape is not None  # the exporter's inputs have shapes
+        for axis in calls.dynamic_axes(name):
+            rows = axis == 0 and name not in calls.shared
+            names.setdefault(str(value.shape[axis]), ("batch" if rows else f"{name}_{axis}", name, axis))
+    return names
+
+
+def _name_calls(model: ir.Model, module: nn.Module) -> None:
+    """Give every product of a layer the layer's name in the table as its scope. Changes `model`.
+
+    torch names a module that is registered, or called, in several places by any of these, or by a path that there is
+    not; so a product belongs to the layer whose class is in its scope and that holds its weight. Layers that share a
+    weight are told apart by their paths.
+    """
+    layers = {layer.name: module.get_submodule(layer.name) for layer in layer_table(module)}
+    names = {layer: name for name, layer in layers.items()}
+    paths = {path: names[part] for path, part in module.named_modules(remove_duplicate=False) if part in names}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, layer in layers.items():
+        holders.setdefault(layer.get_parameter("weight"), []).append(name)
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type in PRODUCTS and len(node.inputs) > 1 else None
+        if weight is None:
+            continue
+        made = weight.producer()
+        source = made.inputs[0] if made is not None and made.op_type == "Transpose" else weight
+        parameter = None if source is None else parameters.get(str(source.name).removeprefix("module."))
+        if parameter is None:  # not a plain weight: what it becomes is compared with the layer's later
+            continue
+        path, kind, held = _module_path(node), _scope(node, "class_hierarchy"), holders.get(parameter, [])
+        alike = [n for n in held if kind == f"{type(layers[n]).__module__}.{type(layers[n]).__qualname__}"]
+        name = paths[path] if paths.get(path) in alike else alike[0] if len(alike) == 1 else ""
+        if name == path or not (name or path in layers):
+            continue
+        users = [use.node for use in node.outputs[0].uses()]
+        for each in (node, *(user for user in users if user.op_type == "Add" and _module_path(user) == path)):
+            each.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", name, ""])
+
+
+def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:
+    """Of all metadata leave each node's layer, and give axes their names. Changes `model`: no path is left in it."""
+    graph = model.graph
+    for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
+        value.metadata_props.clear()
+        value.doc_string = None
+        if value.shape is not None and value.const_value is None:
+            value.shape = ir.Shape([_axis(size, axes) for size in value.shape])
+    for node in graph:
+        layer = _module_path(node)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if layer in layers:
+            node.metadata_props[LAYER_KEY] = layer
+            node.name = f"{layer}/{node.op_type}"
+    for described in (model, graph):
+        described.metadata_props.clear()
+        described.doc_string = None
+    model.producer_name, model.producer_version = "intaglio", None
+    common.NameFixPass()(model)
+
+
+def _axis(size: int | ir.SymbolicDim, axes: Mapping[str, tuple[str, str, int]]) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    return axes[str(size)][0] if str(size) in axes else None
+
+
+def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
+    """Raise StepFailed for every layer whose product has another weight than the layer."""
+    problems = [
+        f"{name}: the exported {site.product.op_type} {site.product.name} has another weight than the layer"
+        for name, calls in sites.items()
+        for site in calls
+        if not np.array_equal(site.weight(), module.get_parameter(f"{name}.weight").detach().numpy())
+    ]
+    if problems:
+        raise StepFailed(*problems)
+
+
+def shapes(inputs: Inputs) -> str:
+    """Of all inputs, in a line."""
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())

@@ -1,0 +1,240 @@
+"""What onnx and ONNX Runtime make of a graph by anyone, in a process of its own with limits of time and memory.
+
+Types and shapes are inferred with the values that shapes are computed from, and a graph of 400 bytes can make values of
+16 GB so. No analysis of the graph foresees that for every operator. The process sees no weight: where the graph has
+one, it has a file of zeros.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+
+from intaglio.exporters.float_graph.onnx_file import graphs, nbytes, tensors
+
+if TYPE_CHECKING:
+    import onnx
+
+Question: TypeAlias = Literal["standard", "types", "loads"]
+SECONDS, SECONDS_PER_MB = 1.0, 2.0
+"""Of the CPU, for a question; for a model of a size without its weights."""
+MEGABYTES, TIMES = 256, 16
+"""That a question may take beside what the process has, and times the size of the model without its weights."""
+IDLE_SECONDS = 5
+"""Then the process ends."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the library complains about, and the model with types and shapes, where it was asked for them."""
+
+    complaint: str | None
+    model: onnx.ModelProto | None = None
+
+
+def ask(question: Question, proto: onnx.ModelProto) -> Answer:
+    """`standard`: whether it is ONNX. `types`: whether types and shapes fit together, and which they are.
+
+    `loads`: whether ONNX Runtime makes a session of it on the CPU, as it is, without a run or a rewrite.
+    """
+    import onnx
+
+    content = _without_weights(proto).SerializeToString()
+    seconds, megabytes = SECONDS + SECONDS_PER_MB * len(content) / 1e6, MEGABYTES + TIMES * len(content) // 1_000_000
+    found = _PROCESS.ask({"question": question, "seconds": seconds, "megabytes": megabytes}, content)
+    if found is None:
+        return Answer(f"it takes more than {seconds:.0f} s or {megabytes} MB to find out what its values are")
+    complaint, inferred = found
+    if not inferred:
+        return Answer(complaint)
+    model = onnx.ModelProto.FromString(inferred)
+    for there, here in zip(tensors(model), tensors(proto), strict=True):
+        there.CopyFrom(here)
+    return Answer(complaint, model)
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose external tensors are all in the file `weights`, each from its beginning."""
+    import onnx
+
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    for tensor in tensors(bare):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            del tensor.external_data[:]
+            tensor.external_data.add(key="location", value=_WEIGHTS)
+    return bare
+
+
+_WEIGHTS = "weights"
+
+
+class _Process:
+    """Is started for the first question, and again where the last one ended it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+        self._folder: TemporaryDirectory[str] | None = None
+        atexit.register(self._end)
+
+    def ask(self, header: dict[str, Any], content: bytes) -> tuple[str | None, bytes] | None:
+        """None where the process came to its limits."""
+        with self._lock:
+            for _ in range(2):  # it may have ended for want of questions a moment ago
+                try:
+                    running = self._start()
+                    assert running.stdin is not None
+                    _write(running.stdin, header, content)
+                except BrokenPipeError:
+                    self._end()
+                    continue
+                assert running.stdout is not None
+                found = _read(running.stdout)
+                if found is None:
+                    self._end()
+                    return None
+                return found[0]["complaint"], found[1]
+        raise AssertionError("a process that was just started takes no question")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._running is None or self._running.poll() is not None:
+            self._end()
+            self._folder = TemporaryDirectory(ignore_cleanup_errors=True)
+            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+            self._running = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=self._folder.name,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        return self._running
+
+    def _end(self) -> None:
+        if self._running is not None:
+            self._running.kill()
+            self._running.communicate()
+            self._running = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+_PROCESS = _Process()
+
+
+def _write(stream: IO[bytes], header: dict[str, Any], content: bytes) -> None:
+    stream.write(json.dumps({**header, "size": len(content)}).encode() + b"\n" + content)
+    stream.flush()
+
+
+def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
+    """None where the other side is gone."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        return None
+    header = json.loads(line)
+    content = stream.read(header["size"])
+    return (header, content) if len(content) == header["size"] else None
+
+
+def serve() -> None:
+    """Answer questions until there are none."""
+    import select
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print
+    while sys.platform == "win32" or select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
+        found = _read(sys.stdin.buffer)
+        if found is None:
+            return
+        header, content = found
+        _limit(header["seconds"], header["megabytes"])
+        complaint, inferred = _answer(header["question"], content)
+        _write(answers, {"complaint": complaint}, inferred)
+
+
+def _limit(seconds: float, megabytes: int) -> None:
+    """From here on. Where the system has no such limits there are none."""
+    if sys.platform != "linux":
+        return
+    import resource
+    import time
+
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
+    most = pages * os.sysconf("SC_PAGE_SIZE") + megabytes * 1_000_000
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
+    """What is wrong, and the inferred model."""
+    import onnx
+
+    proto = onnx.ModelProto.FromString(content)
+    inferred = b""
+    try:
+        _write_weights(proto)
+        match question:
+            case "standard":
+                _check(content)
+            case "types":
+                model = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+                inferred = model.SerializeToString()
+            case "loads":
+                _load(proto)
+    except MemoryError:
+        os._exit(1)
+    except Exception as e:  # they raise whatever the operators' own functions raise
+        if "bad_alloc" in str(e):
+            os._exit(1)
+        return " ".join(str(e).split()) or type(e).__name__, b""
+    return None, inferred
+
+
+def _write_weights(proto: onnx.ModelProto) -> None:
+    """A file of zeros as long as the largest external tensor, which takes no place."""
+    import onnx
+
+    sizes = [nbytes(t) or 0 for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL]
+    with open(_WEIGHTS, "wb") as file:
+        file.truncate(max(sizes, default=0))
+
+
+def _check(content: bytes) -> None:
+    """Raises what the checker of onnx raises, except for old operators: runtimes execute them."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(content)
+    except onnx.checker.ValidationError as e:
+        if "is deprecated" not in str(e):  # GroupNormalization of opsets 18 to 20
+            raise
+
+
+def _load(proto: onnx.ModelProto) -> None:
+    """Raises what ONNX Runtime raises, which names nodes by their first outputs then."""
+    import onnxruntime
+
+    for _, nodes in graphs(proto):
+        for node in nodes:
+            node.name = next(filter(None, node.output), node.name)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.getcwd())
+    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,139 @@
+"""The graph that the rules of `lint` look at, and what a rule is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from intaglio.exporters.float_graph.onnx_file import MOST_NODES, all_nodes, graphs, read_proto, tensors
+from intaglio.exporters.float_graph.products import Product, products
+from intaglio.exporters.lint.inference import ask
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from intaglio.pipeline.artifacts.findings import Level
+    from intaglio.pipeline.formats.target import Target
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A model with the types and shapes of all values that can be inferred, and what inference complains about."""
+
+    model: ir.Model
+    opset: int
+    nodes: list[ir.Node]
+    """Of all graphs and functions."""
+    products: list[Product]
+    standard: bool
+    """Whether it is ONNX, apart from types and shapes."""
+    complaint: str | None
+    """The reason that it is not, or that its types and shapes do not fit together."""
+
+    proto: onnx.ModelProto
+    """As it was read; its larger tensors are in files."""
+
+    @classmethod
+    def read(cls, path: Path) -> Checked:
+        """Raises RecipeError where the file cannot be read, is no graph, or keeps its data elsewhere."""
+        import onnx_ir as ir
+
+        proto = read_proto(path)
+        inferred, standard = proto, False
+        complaint = _expansion(proto) or ask("standard", proto).complaint
+        if complaint is None:
+            standard, complaint = True, _long_range(proto)
+        if complaint is None:
+            answer = ask("types", proto)
+            inferred, complaint = answer.model or proto, answer.complaint
+        try:
+            model = ir.from_proto(inferred)
+        except Exception as e:  # likewise: the file decodes, but says something impossible
+            raise RecipeError(f"{printable(path)}: is no ONNX model: {shortened(e)}") from e
+        ir.external_data.set_base_dir(model.graph, path.parent)
+        graphs = (model.graph, *(function.graph for function in model.functions.values()))
+        nodes = [node for graph in graphs for node in graph.all_nodes()]
+        opset = model.opset_imports.get("", 1)
+        return cls(model, opset, nodes, list(products(nodes)) if standard else [], standard, complaint, proto)
+
+    def of_type(self, *op_types: str) -> Iterator[ir.Node]:
+        return (node for node in self.nodes if node.op_type in op_types)
+
+
+def _expansion(proto: onnx.ModelProto) -> str | None:
+    """What is wrong with its functions: they call themselves, or each other more often than can be looked at."""
+    called: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
+    for function in proto.functions:
+        inner = all_nodes(function.node)
+        called[function.domain, function.name] = Counter((node.domain, node.op_type) for node in inner)
+    try:
+        inner_calls = {name: calls.keys() & called.keys() for name, calls in called.items()}
+        order = list(TopologicalSorter(inner_calls).static_order())
+    except CycleError as e:
+        return f"function {shortened('.'.join(e.args[1][0]))} calls itself"
+    size: dict[tuple[str, str], int] = {}
+    for name in order:
+        size[name] = sum(count * size.get(each, 1) for each, count in called[name].items())
+    total = sum(size.get((node.domain, node.op_type), 1) for node in all_nodes(proto.graph.node))
+    if total > MOST_NODES:
+        return f"functions that call each other stand for {total:.3g} nodes, the most that is looked at is {MOST_NODES}"
+    return None
+
+
+def _long_range(proto: onnx.ModelProto) -> str | None:
+    """A Range that inference would take minutes, and all memory, to write down."""
+    import onnx
+
+    numbers = {tensor.name: tensor for tensor in tensors(proto) if not tensor.dims}
+    for _, nodes in graphs(proto):
+        for node in nodes:
+            if node.op_type != "Range":
+                continue
+            ends = [float(onnx.numpy_helper.to_array(numbers[name])) for name in node.input[:2] if name in numbers]
+            if any(abs(end) > _LONGEST_RANGE for end in ends):
+                return f"Range of more than {_LONGEST_RANGE} numbers, up to {ends[-1]:g}"
+    return None
+
+
+_LONGEST_RANGE = 1 << 24
+
+Problems: TypeAlias = Iterator[tuple["ir.Node | None", str]]
+"""Where something is wrong (None: in the whole graph), and what, with its numbers."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table: what is looked for, what to do about it, and the reason that it matters."""
+
+    name: str
+    level: Level
+    check: Callable[[Checked, Target], Problems]
+    fix: str
+    why: str
+    last: bool = False
+    """Looked for only where no other rule finds an error."""
+
+    @property
+    def finds(self) -> str:
+        """What it looks for, in one line."""
+        return self.check.__doc__ or ""
+
+
+def named(node: ir.Node | None) -> str:
+    """Its name, or by what it makes."""
+    if node is None:
+        return "graph"
+    return shortened(node.name or f"{node.op_type} of {node.outputs[0].name if node.outputs else 'nothing'}")
+
+
+def shortened(text: object, length: int = 200) -> str:
+    """In one printable line of at most so many characters."""
+    line = printable(" ".join(str(text)[: 2 * length].split()))
+    return line if len(line) <= length else f"{line[: length - 3]}..."

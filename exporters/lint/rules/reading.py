@@ -1,0 +1,260 @@
+"""Rules of `lint` about what a target can read, and what it reads for something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+from intaglio.exporters.float_graph.products import producer, shape
+from intaglio.exporters.lint.inference import ask
+from intaglio.exporters.lint.reader import Checked, Problems, shortened
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from intaglio.pipeline.formats.target import Target
+
+
+def check_opset(graph: Checked, target: Target) -> Problems:
+    """An opset or an IR version above what the target reads."""
+    if graph.opset > target.opset_max:
+        yield None, f"opset {graph.opset}, but {target.name} reads up to {target.opset_max}"
+    highest = target.limits.ir_version_max
+    if highest is not None and graph.model.ir_version > highest:
+        yield None, f"IR version {graph.model.ir_version}, but {target.name} reads up to {highest}"
+
+
+def check_valid(graph: Checked, target: Target) -> Problems:
+    """What the ONNX standard does not allow, and types and shapes that do not fit together."""
+    if graph.complaint is not None:
+        what = "types and shapes do not fit together" if graph.standard else "not what the ONNX standard allows"
+        yield None, f"{what}: {graph.complaint}"
+    if not graph.standard:
+        return
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker does not look at their axes
+        x, scale = (shape(value) for value in node.inputs[:2])
+        axis = node.attributes.get_int("axis", 1)
+        if x is None or scale is None or len(scale) != 1 or scale == (1,):
+            continue
+        if not -len(x) <= axis < len(x):
+            yield node, f"scales along axis {axis} of {len(x)}"
+        elif scale[0] != x[axis]:
+            yield node, f"{scale[0]} scales along axis {axis}, which has {x[axis]} places"
+
+
+def check_operator(graph: Checked, target: Target) -> Problems:
+    """Operators, or attributes of them, that the target does not have."""
+    refused = frozenset(target.limits.unsupported)
+    own = {(domain, name) for domain, name, _ in graph.model.functions}
+    for node in graph.nodes:
+        op, name = node.op_type, shortened(f"{node.domain}.{node.op_type}".removeprefix("."), 100)
+        if (node.domain, op) in own:
+            continue
+        foreign = node.domain not in ("", "ai.onnx", *target.limits.domains)
+        if foreign and (target.limits.reads_domains or op not in _standard()):
+            yield node, f"{target.name} has no operator {name}"
+        if op in refused or (op in _standard() and f"{op}-{_since(op, graph.opset)}" in refused):
+            yield node, f"{target.name} has no operator {op}"
+        for key, attribute in node.attributes.items():
+            usual = attribute.value in _USUAL or set(attribute.value if isinstance(attribute.value, tuple) else ()) == {
+                1
+            }
+            if (f"{op}.{key}" in refused and not usual) or f"{op}.{key}={attribute.value}" in refused:
+                yield node, f"{target.name} takes no {op} with {key} = {shortened(attribute.value, 40)}"
+
+
+_USUAL = (0, 0.0, "none", "stretch")
+"""What attributes say that change nothing, and dilations of 1."""
+
+
+def check_type(graph: Checked, target: Target) -> Problems:
+    """Values of a type that the target does not have; codes are looked at by themselves."""
+    known = frozenset(target.limits.types)
+    for node, value in _values(graph) if known else ():
+        if value.dtype is None or value.dtype.name in known or value.dtype.name == "UNDEFINED":
+            continue
+        near = {value.producer(), *(use.node for use in value.uses())}
+        if not any(each is not None and each.op_type in ("QuantizeLinear", "DequantizeLinear") for each in near):
+            yield node, f"{shortened(value.name, 100)} is in {value.dtype.name}, which {target.name} does not have"
+
+
+def check_double(graph: Checked, target: Target) -> Problems:
+    """Values in float64 that the target computes in float32."""
+    for node, value in _values(graph) if target.limits.double_as_float else ():
+        if value.dtype is not None and value.dtype.name == "DOUBLE":
+            yield node, f"{shortened(value.name, 100)} is in float64, and {target.name} computes it in float32"
+
+
+def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
+    """Inputs and constants of all graphs, and what each node makes."""
+    main = graph.model.graph
+    for owner in (main, *main.subgraphs()):
+        yield from ((None, value) for value in (*owner.inputs, *owner.initializers.values()))
+    yield from ((node, value) for node in graph.nodes for value in node.outputs)
+
+
+def check_name(graph: Checked, target: Target) -> Problems:
+    """Functions, and operators of other domains, that the target takes for the operators of ONNX of that name."""
+    if target.limits.reads_domains:
+        return
+    own = {(domain, name) for domain, name, _ in graph.model.functions}
+    for node in graph.nodes:
+        op = node.op_type
+        if (node.domain, op) in own and op in _standard():
+            yield node, f"function {shortened(node.domain, 40)}.{op} is executed as the operator {op} of ONNX"
+        elif node.domain == "com.microsoft" and op in _OTHERWISE:
+            yield node, f"com.microsoft.{op} is read as the operator {op} of ONNX, which has other inputs"
+
+
+_OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "RotaryEmbedding"})
+"""Of ONNX Runtime's own operators with a name that ONNX has too: those with other inputs than ONNX's."""
+
+
+def check_form(graph: Checked, target: Target) -> Problems:
+    """Forms of operators that the target computes otherwise than ONNX says, or refuses."""
+    for name in target.limits.forms:
+        for node in graph.nodes:
+            if message := FORMS[name](node):
+                yield node, message
+
+
+def _one_group_norm(node: ir.Node) -> str | None:
+    if node.op_type != "GroupNormalization" or node.attributes.get_int("num_groups", 0) != 1:
+        return None
+    x = node.inputs[0]
+    channels = None if x is None or x.shape is None or len(x.shape) < 2 else x.shape[1]
+    if channels == 1:
+        return None
+    return f"one group of {channels if isinstance(channels, int) else 'all'} channels, each is normalized by itself"
+
+
+def _output_shape(node: ir.Node) -> str | None:
+    if node.op_type != "ConvTranspose" or "output_shape" not in node.attributes:
+        return None
+    if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    return "output_shape without auto_pad: where the padding is odd, the longer side is taken for the shorter"
+
+
+def _reduce_nothing(node: ir.Node) -> str | None:
+    if node.op_type not in ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare"):
+        return None
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if not node.attributes.get_int("noop_with_empty_axes", 0) or (axes is not None and shape(axes) != (0,)):
+        return None
+    return f"{node.op_type} over no axis gives its input, and ONNX Runtime takes each element for a sum of one"
+
+
+def _flat_group_norm(node: ir.Node) -> str | None:
+    flat = node.op_type in ("GroupNormalization", "InstanceNormalization") and _rank(node.inputs[0]) == 2
+    return f"{node.op_type} of two axes, and it takes three or more" if flat else None
+
+
+def _vector_by_batch(node: ir.Node) -> str | None:
+    if node.op_type != "MatMul" or _rank(node.inputs[0]) != 1 or (_rank(node.inputs[1]) or 0) < 3:
+        return None
+    return "a vector by a batch of matrices"
+
+
+def _reduction_of_truths(node: ir.Node) -> str | None:
+    x = node.inputs[0] if node.op_type in ("ReduceMax", "ReduceMin") else None
+    return (
+        f"{node.op_type} of truth values" if x is not None and x.dtype is not None and x.dtype.name == "BOOL" else None
+    )
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
+    "one-group-norm": _one_group_norm,
+    "deconvolution-output-shape": _output_shape,
+    "reduction-of-nothing": _reduce_nothing,
+    "flat-group-norm": _flat_group_norm,
+    "vector-by-batch": _vector_by_batch,
+    "reduction-of-truths": _reduction_of_truths,
+}
+"""By the names that targets have for it: what a node would become, if it is of that form."""
+
+
+def check_domain(graph: Checked, target: Target) -> Problems:
+    """Operators of other domains that the target reads by their names alone."""
+    if target.limits.reads_domains:
+        return
+    own = {(domain, name) for domain, name, _ in graph.model.functions}
+    for node in graph.nodes:
+        known = ("", "ai.onnx", "com.microsoft", "trt")
+        if node.domain not in known and node.op_type in _standard() and (node.domain, node.op_type) not in own:
+            yield node, f"{shortened(node.domain, 40)}.{node.op_type} is read as the operator {node.op_type} of ONNX"
+
+
+def check_loads(graph: Checked, target: Target) -> Problems:
+    """What ONNX Runtime does not load, such as operators that have no kernel for their types."""
+    if target.runtime != "onnxruntime":
+        return
+    complaint = ask("loads", graph.proto).complaint
+    if complaint is None:
+        return
+    missing = _NO_KERNEL.search(complaint)
+    if missing is None:
+        yield None, f"ONNX Runtime does not load it: {complaint.partition(' : FAIL : ')[2] or complaint}"
+        return
+    if target.provider != "CPUExecutionProvider":  # another provider may have what the CPU has not
+        return
+    op, made = missing.groups()
+    node = next((n for n in graph.of_type(op) if any(value.name == made for value in n.outputs)), None)
+    types = ", ".join(_type(value) for value in (() if node is None else node.inputs))
+    yield node, f"{target.name} has no kernel for {op} of {types or 'these types'}"
+
+
+_NO_KERNEL = re.compile(r"Could not find an implementation for (\S+?)\(\d+\) node with name '(.*?)'")
+
+
+def _type(value: ir.Value | None) -> str:
+    return "a type not known" if value is None or value.dtype is None else value.dtype.name
+
+
+@cache
+def _standard() -> frozenset[str]:
+    """Names of all operators that ONNX has, or had."""
+    import onnx
+
+    return frozenset(schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain)
+
+
+def _since(op: str, opset: int) -> int:
+    """The opset that defines `op` as `opset` has it; 0 where it has none."""
+    import onnx
+
+    try:
+        return int(onnx.defs.get_schema(op, max(1, min(opset, onnx.defs.onnx_opset_version()))).since_version)
+    except onnx.defs.SchemaError:
+        return 0
+
+
+def check_attention(graph: Checked, target: Target) -> Problems:
+    """The operator Attention in float32 where there is no kernel for it."""
+    for node in graph.of_type("Attention"):
+        q = node.inputs[0]
+        if target.limits.float32_attention or q is None or q.dtype is None or q.shape is None:
+            continue
+        if q.dtype.name == "FLOAT" and len(q.shape) == 4:
+            yield node, f"{target.name} has no Attention in float32 with heads as an axis of their own"
+
+
+def check_shared_attention(graph: Checked, target: Target) -> Problems:
+    """The operator Attention with one tensor as q and as k."""
+    for node in () if target.limits.shared_attention else graph.of_type("Attention"):
+        q, k = (_identity(value) for value in node.inputs[:2])
+        if q is k:
+            yield node, f"q and k are one tensor, {'' if q is None else q.name}"
+
+
+def _identity(value: ir.Value | None) -> ir.Value | None:
+    """What the value is a copy of."""
+    while (node := producer(value)) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value

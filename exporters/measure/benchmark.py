@@ -1,0 +1,171 @@
+"""Time the compiled graph against the full-precision one, by turns: calls in one process, or whole trajectories."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.exporters.measure.bench import Bench, EngineFigures
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, LATENCY, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.runs.publish import made_from
+from intaglio.pipeline.runs.store import Store
+
+if TYPE_CHECKING:
+    from intaglio.exporters.measure.engine_process import Loaded, Spent
+
+CPU = "CPUExecutionProvider"
+
+
+class MeasureLatency(Pass):
+    """One call of the denoiser in ONNX Runtime, float32 and compiled by turns, same session options: medians."""
+
+    name: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 2
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, GRAPH, TARGET, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({LATENCY})
+
+    rows: int = Field(8, ge=1, description="rows of the call that is timed")
+    rounds: int = Field(15, ge=1, description="calls of each, after one that is not counted")
+    threads: int = Field(
+        1, ge=0, description="threads of ONNX Runtime, 0 for all cores: with more than one, other jobs move the ratio"
+    )
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+        from intaglio.pipeline.artifacts.verification import Latency
+
+        optimized = state[TARGET].runtime == "onnxruntime"
+        both = {
+            "float32": graph_denoise(state[FLOAT_GRAPH], optimize=optimized, threads=self.threads),
+            "compiled": graph_denoise(state[GRAPH], optimize=optimized, threads=self.threads),
+        }
+        trajectory = state[TRAJECTORY]
+        call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
+        times: dict[str, list[float]] = {name: [] for name in both}
+        with ctx.progress("latency", self.rounds + 1) as advance:
+            for _ in range(self.rounds + 1):
+                for name, denoise in both.items():
+                    began = time.perf_counter()
+                    denoise(call)
+                    times[name].append(time.perf_counter() - began)
+                advance()
+        float_ms, compiled_ms = (1e3 * statistics.median(times[name][1:]) for name in ("float32", "compiled"))
+        ctx.log.info("%d rows: %.1f ms float32, %.1f ms compiled", self.rows, float_ms, compiled_ms)
+        return {LATENCY: Latency(rows=self.rows, float32_ms=float_ms, compiled_ms=compiled_ms)}
+
+
+def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, threads: int) -> Bench:
+    """Engines of a compiled folder by turns, `rounds` trajectories each, every engine in a process of its own.
+
+    float32 is the graph that it was made from, which `store` has; float16 is that graph for a provider that computes in
+    it. A trajectory is as many calls as the recipe has steps, on what `profile` calls with: what a scheduler does
+    between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
+    Raises RecipeError where the store lacks what is needed, TargetError for a graph that ONNX Runtime refuses.
+    """
+    from intaglio.exporters.measure.engine_process import EngineProcess, Setting
+
+    model, target = made_from(folder, store, MODEL), made_from(folder, store, TARGET)
+    graphs = {"float32": made_from(folder, store, FLOAT_GRAPH), "compiled": Graph.load(folder)}
+    steps, left_out = model.ref.sampling_steps, {}
+
+    def engine(graph: Graph) -> EngineProcess:
+        optimized = target.runtime == "onnxruntime"
+        return EngineProcess(Setting(graph.path.parent, rows, threads, target.provider, optimized))
+
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(engine(graph)) for name, graph in graphs.items()}
+        if (provider := engines["compiled"].loaded.provider) == CPU:
+            left_out["float16"] = f"{CPU} computes it in float32, with casts around"
+        else:
+            graphs["float16"] = half_graph(graphs["float32"], ctx.scratch)
+            engines["float16"] = stack.enter_context(engine(graphs["float16"]))
+        spent: dict[str, list[Spent]] = {name: [] for name in engines}
+        with ctx.progress("trajectories", rounds * len(engines)) as advance:
+            for _ in range(rounds):
+                for name, running in engines.items():
+                    spent[name].append(running.call(steps))
+                    advance()
+    figures = {name: _figures(graphs[name], engines[name].loaded, spent[name]) for name in engines}
+    whole, compiled = figures["float32"].peak_bytes, figures["compiled"].peak_bytes
+    return Bench(
+        target=target.name,
+        provider=provider,
+        rows=rows,
+        threads=threads,
+        steps=steps,
+        rounds=rounds,
+        engines=figures,
+        left_out=left_out,
+        trajectory_speedup_fp32=_speedup(spent, lambda one: one.clock),
+        trajectory_cpu_speedup_fp32=_speedup(spent, lambda one: one.cpu),
+        peak_memory_ratio=whole / compiled if whole and compiled else None,
+        size_ratio_fp16=2 * model.parameter_count() / graphs["compiled"].size_bytes,
+        filled_by=_commands(target, graphs["compiled"], rows),
+    )
+
+
+def half_graph(graph: Graph, scratch: Path) -> Graph:
+    """The graph in float16, as far as its range and precision allow."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    from intaglio.exporters.float_graph.onnx_file import read_model
+    from intaglio.exporters.qdq.half import type_half
+
+    model = read_model(graph.path)
+    type_half(model, (), graph.amax)
+    RemoveUnusedNodesPass()(model)
+    written, folder = scratch / "model.onnx", scratch / "float16"
+    ir.save(model, written, external_data="model.onnx.data")
+    folder.mkdir()
+    replace(graph, path=written).save(folder)
+    return Graph.load(folder)
+
+
+def _figures(graph: Graph, loaded: Loaded, spent: Sequence[Spent]) -> EngineFigures:
+    calls = [1e3 * seconds for one in spent for seconds in one.clock]
+    low, median, high = statistics.quantiles(calls, n=4) if len(calls) > 1 else calls * 3
+    return EngineFigures(
+        file_bytes=graph.size_bytes,
+        load_ms=1e3 * loaded.seconds,
+        resident_bytes=loaded.resident_bytes,
+        peak_bytes=loaded.peak_bytes,
+        latency_ms=median,
+        latency_ms_quartiles=(low, high),
+        cpu_ms=1e3 * statistics.median(seconds for one in spent for seconds in one.cpu),
+        trajectory_ms=1e3 * statistics.median(sum(one.clock) for one in spent),
+    )
+
+
+def _speedup(spent: Mapping[str, Sequence[Spent]], times: Callable[[Spent], Sequence[float]]) -> float:
+    pairs = zip(spent["float32"], spent["compiled"], strict=True)
+    return statistics.median(sum(times(whole)) / sum(times(compiled)) for whole, compiled in pairs)
+
+
+def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
+    """What measures on the device, in the folder of model.onnx, what cannot be measured here."""
+    from intaglio.exporters.runtimes.onnxruntime.session import usual_shapes
+
+    dynamic = {name for name, spec in graph.inputs.items() if any(isinstance(axis, str) for axis in spec.shape)}
+    usual = usual_shapes(graph, rows)
+    shapes = ",".join(f"{name}:{'x'.join(map(str, usual[name]))}" for name in usual if name in dynamic)
+    match target.runtime:
+        case "onnxruntime":
+            latency = "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"
+        case "tensorrt":
+            latency = f"trtexec --onnx=model.onnx --stronglyTyped --shapes={shapes} --exportProfile=times.json"
+        case "tensorrt-rtx":
+            latency = f"tensorrt_rtx --loadEngine=engine.plan --shapes={shapes}"
+    return {"gpu_latency_ms": latency, "energy_joules": "tegrastats --interval 100 --logfile power.log"}

@@ -1,0 +1,118 @@
+"""One graph in ONNX Runtime, in a process of its own, so that none hides the memory of another.
+
+The process holds no more than the runtime needs: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from intaglio.exporters.runtimes.onnxruntime.session import exact_kernels, graph_session, noise_feed, usual_shapes
+from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.errors import IntaglioError, TargetError
+from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The graph of a folder, and how it is run."""
+
+    folder: Path
+    rows: int
+    threads: int
+    provider: str
+    optimize: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Who executes the graph, and what that took. Bytes beyond those that the process had before; None: not known."""
+
+    provider: str
+    seconds: float
+    resident_bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Spent:
+    """By call, in seconds: by the clock, and of the process."""
+
+    clock: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+
+class EngineProcess:
+    """An engine that is loaded. It ends with the `with` statement that it is in."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        """Raises TargetError for a graph that ONNX Runtime refuses."""
+        self._pool.__enter__()
+        self.loaded = self._pool.submit(_load, self._setting).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def call(self, count: int) -> Spent:
+        """As many calls, one after the other."""
+        return self._pool.submit(_call, self._setting, count).result()
+
+
+class _Engine:
+    """A session, and the call that it is timed with."""
+
+    def __init__(self, setting: Setting) -> None:
+        graph = Graph.load(setting.folder)
+        exact_kernels()  # sessions of its own, which are not to be counted
+        before = forget_peak()
+        began = time.perf_counter()
+        self.session = graph_session(
+            graph, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
+        )
+        seconds = time.perf_counter() - began
+        self.feed = noise_feed(graph, usual_shapes(graph, setting.rows), np.random.default_rng(0))
+        self.session.run(None, self.feed)
+        resident = None if before is None else resident_bytes("VmRSS") - before
+        peak = None if before is None else resident_bytes("VmHWM") - before
+        self.loaded = Loaded(self.session.get_providers()[0], seconds, resident, peak)
+
+    def call(self, count: int) -> Spent:
+        marks = [(time.perf_counter(), time.process_time())]
+        for _ in range(count):
+            self.session.run(None, self.feed)
+            marks.append((time.perf_counter(), time.process_time()))
+        clock, cpu = (tuple(after - before for before, after in pairwise(each)) for each in zip(*marks, strict=True))
+        return Spent(clock, cpu)
+
+
+@cache
+def _engine(setting: Setting) -> _Engine:
+    """The one of this process."""
+    return _Engine(setting)
+
+
+def _load(setting: Setting) -> Loaded:
+    try:
+        return _engine(setting).loaded
+    except IntaglioError:
+        raise
+    except Exception as e:  # its errors have no common class
+        raise TargetError(f"{setting.folder}: ONNX Runtime does not run the graph: {e}") from e
+
+
+def _call(setting: Setting, count: int) -> Spent:
+    return _engine(setting).call(count)

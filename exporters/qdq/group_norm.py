@@ -1,0 +1,64 @@
+"""Group normalization in older operators, for parsers that do not know it, or take it for another.
+
+Shapes: B batch, C channels, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir import tape
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.formats.target import Target
+
+NAME = "GroupNormalization-21"
+"""The operator as targets name it, with the opset that its scale of one value a channel came with."""
+
+
+ONE_GROUP = "one-group-norm"
+"""The form of targets that normalize each channel by itself where all channels are one group."""
+
+
+def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
+    """Those that the target does not read as they are meant. Changes `graph`.
+
+    y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
+    """
+    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
+    for node in [n for n in graph if n.op_type == "GroupNormalization"]:
+        if unknown or (misread and node.attributes.get_int("num_groups", 1) == 1):
+            _spell_out(graph, node)
+
+
+def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
+    x, scale, bias = node.inputs
+    assert x is not None  # ONNX requires all three
+    assert x.shape is not None  # inferred when the graph was exported
+
+    def constant(role: str, array: NDArray[np.generic]) -> ir.Value:
+        value = ir.val(f"{node.name}/{role}", const_value=ir.Tensor(array, name=f"{node.name}/{role}"))
+        graph.register_initializer(value)
+        return value
+
+    groups = node.attributes.get_int("num_groups", 1)
+    axes = constant("axes", np.array([-1, *(1 for _ in x.shape[2:])]))
+    new = tape.Tape()
+    grouped = new.op("Reshape", [x, constant("groups", np.array([0, groups, -1]))])
+    moments = [constant("ones", np.ones(groups, np.float32)), constant("zeros", np.zeros(groups, np.float32))]
+    epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
+    unit = new.op("Reshape", [new.op("InstanceNormalization", [grouped, *moments], epsilon), new.op("Shape", [x])])
+    scaled = new.op("Mul", [unit, new.op("Reshape", [scale, axes])])
+    y = new.op("Add", [scaled, new.op("Reshape", [bias, axes])])
+    for i, each in enumerate(new.nodes):
+        each.name = f"{node.name}/{i}/{each.op_type}"
+        each.outputs[0].name = f"{each.name}:0"
+    graph.insert_before(node, new.nodes)
+    old, name = node.outputs[0], node.outputs[0].name
+    y.type, y.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    y.name = name

@@ -1,0 +1,271 @@
+"""Types a float32 graph for a runtime that computes in half precision: float16, and float32 where that is not enough.
+
+float16 has 11 bits of precision from 2^-14 to 65504. A node computes in one of both types; what passes between nodes of
+different types is cast once. Inputs and outputs of the graph stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from intaglio.exporters.float_graph.products import constant, dequantized, producer
+from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY
+
+_HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+_TYPES = (_HALF, _FLOAT)
+
+HALF_EPS = 2.0**-11
+"""Largest relative error of rounding to float16, within its normal range."""
+HALF_MAX = 65504.0
+MASKING = 1e30
+"""A constant as large as this stands for infinity: masks have the largest number of float32."""
+AMAX_LOW, AMAX_HIGH = 2.0**-14, 2.0**14
+"""Recorded magnitudes that float16 takes: its smallest normal number, and a quarter of its largest one for what was
+not recorded."""
+
+EXPONENT_AMAX = 2.0**8
+"""Recorded magnitude that float16 takes of an exponent: it is rounded by 1/16 there, and its power by 6 %."""
+
+STATISTICS = frozenset(
+    {"Exp", "Log", "Pow", "Reciprocal", "Sqrt"}
+    | {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Mean", "Prod", "Sum", "SumSquare")}
+)
+"""Sums and powers of what float16 holds need not fit it; what is combined with them has to be as exact."""
+CAREFUL = STATISTICS | {
+    "BatchNormalization",
+    "Cast",
+    "Cos",
+    "CumSum",
+    "GroupNormalization",
+    "If",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LogSoftmax",
+    "Loop",
+    "LpNormalization",
+    "MeanVarianceNormalization",
+    "RMSNormalization",
+    "Range",
+    "Scan",
+    "Sin",
+    "Softmax",
+}
+"""Operators that compute in float32; those beside STATISTICS have results that float16 holds."""
+EXPONENTIAL = frozenset({"Exp", "LogSoftmax", "Softmax"})
+PERIODIC = frozenset({"Sin", "Cos"})
+"""An angle of 1000 is only known to 0.5 in float16: all that leads to it from the graph's inputs is float32."""
+ELEMENTWISE = frozenset(
+    {"Abs", "Add", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish"}
+    | {"Mul", "Neg", "PRelu", "Relu", "Sigmoid", "Softplus", "Softsign", "Sub", "Swish", "Tanh", "Where"}
+)
+PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
+
+
+def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float]) -> None:
+    """Compute in float16 all but what needs float32, such as the nodes of `layers`, branches aside. Changes `model`.
+
+    `amax`: the largest magnitude of values that were seen, by name.
+    """
+    common.ShapeInferencePass(data_prop=False)(model)
+    graph, opset = model.graph, model.opset_imports[""]
+    typer = _Typer(graph, opset, _wide_nodes(graph, opset, layers, amax))
+    for node in list(graph):
+        typer.type_node(node)
+    typer.keep_outputs()
+
+
+def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapping[str, float]) -> set[ir.Node]:
+    """Those that compute in float32."""
+    wide = {
+        node
+        for node in graph
+        if node.op_type in CAREFUL
+        or node.domain not in ("", "ai.onnx")
+        or (node.metadata_props.get(LAYER_KEY) in layers and f"/{BRANCH}/" not in str(node.name))
+        or not any(_is_float(value) for value in node.inputs)
+        or any(use.node.graph is not graph for value in node.outputs for use in value.uses())
+        or not all(_within(value, amax) for value in (*_given(node.inputs), *node.outputs))
+        or not all(_fits(node, place) for place in _half_inputs(node, opset))
+    }
+    _add_angles(graph, wide)
+    wide |= {n for n in graph if n.op_type in ELEMENTWISE and any(_made_by(v, STATISTICS) for v in n.inputs)}
+    for node in graph:  # a Cast between DequantizeLinear and a product keeps its weight from being read as it is stored
+        operands = [dequantized(value) for value in node.inputs] if node.op_type in PRODUCTS else []
+        whole = {node, *(part for o in operands if o is not None for part in (o.dequantize, *o.between))}
+        if len(whole) > 1 and not wide.isdisjoint(whole):
+            wide.update(whole)
+    _go_on(graph, wide)
+    return wide
+
+
+def _add_angles(graph: ir.Graph, wide: set[ir.Node]) -> None:
+    """Add what computes angles, back to the graph's inputs or to a layer. Changes `wide`."""
+    pending = [value for node in graph if node.op_type in PERIODIC for value in node.inputs]
+    while pending:
+        maker = producer(pending.pop())
+        if maker is not None and LAYER_KEY not in maker.metadata_props:
+            wide.add(maker)
+            pending += [value for value in maker.inputs if _is_float(value)]
+
+
+def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:
+    """Add what is a function of one float32 value, and what only moves it on to float32 nodes. Changes `wide`.
+
+    A Cast in front of such a function rounds once more, and to TensorRT-RTX 1.7.1 it ends the kernel of a
+    GroupNormalization. Behind a Softmax it is the other way: with float32 nodes between it and the product of its
+    attention the builder fails, and float16 holds weights of at most 1. Sums of two values are where float16 pays: they
+    are written, and read by more than one.
+    """
+    origin: dict[ir.Value, ir.Value] = {}
+    more = set()
+    for node in graph:
+        sources = {origin.get(value, value) for value in _computed(node)}
+        behind_softmax = any(_made_by(value, frozenset({"Softmax"})) for value in sources)
+        if node not in wide and node.op_type not in PRODUCTS and len(sources) == 1 and not behind_softmax:
+            more.add(node)
+            origin.update(dict.fromkeys(node.outputs, sources.pop()))
+    while True:
+        both = wide | more
+        out = {
+            node
+            for node in more
+            if not all(maker is None or maker in both for maker in map(producer, _computed(node)))
+            or not (node.op_type in ELEMENTWISE or all(use.node in both for v in node.outputs for use in v.uses()))
+        }
+        if not out:
+            break
+        more -= out
+    wide |= more
+
+
+def _computed(node: ir.Node) -> list[ir.Value]:
+    """The floating-point values that it reads, without constants."""
+    return [value for value in node.inputs if value is not None and _is_float(value) and constant(value) is None]
+
+
+def _made_by(value: ir.Value | None, op_types: frozenset[str]) -> bool:
+    maker = producer(value)
+    return maker is not None and maker.op_type in op_types
+
+
+def _given(values: Sequence[ir.Value | None]) -> Iterator[ir.Value]:
+    return (value for value in values if value is not None)
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == _FLOAT
+
+
+def _within(value: ir.Value, amax: Mapping[str, float]) -> bool:
+    """Whether float16 takes what was recorded. Zero fits, and so does infinity: masks have it on purpose."""
+    recorded = amax.get(str(value.name), 0.0)
+    exponent = any(use.node.op_type in EXPONENTIAL for use in value.uses())
+    return recorded in (0.0, float("inf")) or AMAX_LOW <= recorded <= (EXPONENT_AMAX if exponent else AMAX_HIGH)
+
+
+def _fits(node: ir.Node, place: int) -> bool:
+    """Whether float16 holds the constant that is this input; anything else does."""
+    if (tensor := constant(node.inputs[place])) is None:
+        return True
+    if LAYER_KEY in node.metadata_props and (node.op_type == "Add" or place == 2):
+        # a bias: what is lost of it below 2^-14 is within the rounding of any sum that is not below it as well
+        return bool(np.abs(tensor.numpy()).max(initial=0) <= HALF_MAX)
+    return holds(tensor.numpy(), each=node.op_type == "DequantizeLinear")
+
+
+def holds(array: NDArray[np.float32], *, each: bool) -> bool:
+    """Whether float16 holds a constant as exactly as a normal number: the array as a whole, or each element.
+
+    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts, and what stands
+    for infinity becomes it.
+    """
+    finite = array[np.abs(array) < MASKING].astype(np.float32)
+    error = np.abs(_halved(finite).astype(np.float32) - finite)
+    if not np.isfinite(error).all():
+        return False
+    if each:
+        return bool(np.all(error <= HALF_EPS * np.abs(finite)))
+    return bool(np.linalg.norm(error) <= HALF_EPS * np.linalg.norm(finite))
+
+
+def _halved(array: NDArray[np.float32]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        return array.astype(np.float16)
+
+
+def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
+    """Places of the floating-point inputs that the operator takes in float16."""
+    formals = _schema(node.op_type, opset).inputs
+    for place, value in enumerate(node.inputs):
+        formal = formals[min(place, len(formals) - 1)]  # the last may stand for any number of inputs
+        if value is not None and value.dtype in _TYPES and "tensor(float16)" in formal.types:
+            yield place
+
+
+@lru_cache(maxsize=1024)
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
+    return onnx.defs.get_schema(op_type, opset)
+
+
+@dataclass
+class _Typer:
+    """Gives each node the inputs it computes with; nodes come in the graph's order."""
+
+    graph: ir.Graph
+    opset: int
+    wide: set[ir.Node]
+    _cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
+
+    def type_node(self, node: ir.Node) -> None:
+        half = () if node in self.wide else tuple(_half_inputs(node, self.opset))
+        for place, value in enumerate(node.inputs):
+            if value is not None and value.dtype in _TYPES:
+                node.replace_input_with(place, self._as(value, _HALF if place in half else _FLOAT))
+        if half:
+            for value in node.outputs:
+                if value.dtype == _FLOAT:
+                    value.dtype = _HALF
+
+    def keep_outputs(self) -> None:
+        """The graph's outputs keep their names and become float32 again."""
+        for place, value in enumerate(self.graph.outputs):
+            if value.dtype == _HALF:
+                name, cast = value.name, self._as(value, _FLOAT)
+                self.graph.outputs[place] = cast
+                value.name, cast.name = f"{name}/half", name
+
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """The same number in the other type: a constant, or one Cast for all that read it."""
+        if value.dtype == dtype:
+            return value
+        if (value, dtype) not in self._cast:
+            tensor = constant(value)
+            self._cast[value, dtype] = self._node(value, dtype) if tensor is None else self._constant(value, tensor)
+        return self._cast[value, dtype]
+
+    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        name, shape = f"{value.name}/half", ir.Shape(tensor.shape.numpy())
+        # read when it is written: a model need not be in memory twice
+        half = ir.LazyTensor(lambda: ir.Tensor(_halved(tensor.numpy()), name=name), _HALF, shape, name=name)
+        made = ir.Value(name=name, type=ir.TensorType(_HALF), shape=shape, const_value=half)
+        self.graph.register_initializer(made)
+        return made
+
+    def _node(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        role = "half" if dtype == _HALF else "float"
+        node = ir.node("Cast", [value], {"to": dtype.value}, name=f"{value.name}/Cast/{role}")
+        made = node.outputs[0]
+        made.name, made.dtype, made.shape = f"{value.name}/{role}", dtype, value.shape
+        if (maker := value.producer()) is None:
+            self.graph.insert_before(self.graph[0], node)
+        else:
+            self.graph.insert_after(maker, node)
+        return made

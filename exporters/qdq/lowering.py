@@ -1,0 +1,527 @@
+"""How each scheme is written in ONNX for each runtime, so that it executes on integers where the runtime can.
+
+Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY, Site
+from intaglio.exporters.qdq.folding import ChannelScale
+from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.formats.schemes import IntInput, IntOutput, IntWeight
+from intaglio.pipeline.formats.target import OpKind
+from intaglio.pipeline.numerics.basis import hadamard
+from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.packing import pack_int4
+from intaglio.pipeline.numerics.rounding import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
+
+Attributes: TypeAlias = Mapping[str, int | ir.Attr]
+InputKey: TypeAlias = tuple[str, IntInput, bytes]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, and its integers. `prefix` begins the names of what it becomes."""
+
+    site: Site
+    data: QuantizedLayerData
+    prefix: str
+
+    @property
+    def op(self) -> OpKind:
+        """What kind of layer it is."""
+        return "conv" if self.site.product.op_type == "Conv" else "linear"
+
+    @property
+    def input_key(self) -> InputKey | None:
+        """Equal for calls that can share their rounded input; None where the input stays in float."""
+        form = self.data.scheme.input
+        if not isinstance(form, IntInput):
+            return None
+        parts = (self.data.amax_T, self.data.shift_T, self.data.factor_T)
+        tables = [table for table in parts if table is not None]
+        x, basis = self.basis
+        return x, form, b"".join([basis, *(table.numpy().tobytes() for table in tables)])
+
+    @property
+    def basis(self) -> tuple[str, bytes]:
+        """Equal for calls with the same input in the same basis."""
+        balance = self.data.balance
+        return str(self.site.x.name), b"" if balance is None else balance.key
+
+    @property
+    def codes_NK(self) -> NDArray[np.int8]:
+        codes: NDArray[np.int8] = self.data.codes.numpy()
+        return codes
+
+    @property
+    def scale_NG(self) -> NDArray[np.float32]:
+        scale: NDArray[np.float32] = self.data.scale_NG.numpy()
+        return scale
+
+    @property
+    def group_NG(self) -> NDArray[np.int8]:
+        """Integers of the groups of a weight of two levels."""
+        assert self.data.group_NG is not None  # the table asks only for such weights
+        group: NDArray[np.int8] = self.data.group_NG.numpy()
+        return group
+
+    @property
+    def eight_bit_codes_NK(self) -> NDArray[np.int8]:
+        """What the product takes: the codes, times the integers of their groups where there are two levels."""
+        form = self.data.scheme.weight
+        assert isinstance(form, IntWeight)  # only integer weights have calls
+        if self.data.group_NG is None:
+            return self.codes_NK
+        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form).numpy()
+        return codes
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a scale. Raises TargetError where it does not divide them."""
+        form, k = self.data.scheme.weight, self.codes_NK.shape[1]
+        assert isinstance(form, IntWeight)  # the table asks only for such weights
+        size = form.group_size
+        assert size is not None
+        if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
+            raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")
+        return size
+
+
+def carrier_scale(calls: Sequence[Call]) -> np.float32:
+    """One scale for the weights of layers that read the same input: the power of two nearest their geometric mean.
+
+    A power of two, so that dividing the channels' scales by it is exact.
+    """
+    logs = np.log2(np.concatenate([call.scale_NG.ravel() for call in calls]).astype(np.float64))
+    return np.float32(2.0 ** np.rint(logs.mean()))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """An input on its way into a product: the value that enters, its magnitude and its shift, or None for either."""
+
+    x: ir.Value
+    amax: ir.Value | None = None
+    shift: ir.Value | None = None
+
+
+@dataclass
+class Writer:
+    """Adds the nodes of one call after the other, each in front of the product it replaces."""
+
+    graph: ir.Graph
+    step: ir.Value
+    input_zero: np.uint8 | np.int8
+    """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
+    carriers: Mapping[InputKey, np.float32]
+    """By input, the scale that the weights of all layers on it are relative to."""
+    scales: list[ChannelScale] = field(default_factory=list)
+    """The multiplications in front of balanced layers that were written so far."""
+    _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
+    _balanced: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
+
+    def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
+        """The node `prefix/role`, whose operator is the last part of its role; its only output."""
+        name = f"{call.prefix}/{role}"
+        node = ir.node(
+            role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
+        )
+        node.outputs[0].name = f"{name}:0"
+        self.graph.insert_before(call.site.product, node)
+        return node.outputs[0]
+
+    def constant(
+        self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
+    ) -> ir.Value:
+        """The constant of this name, which tells what it holds."""
+        if name not in self.graph.initializers:
+            # a scalar stays one: with a scale of shape (1,) TensorRT-RTX convolves in float, without a word; and a view
+            # of the codes stays one until it is written
+            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array))
+            tensor.name = name
+            self.graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+    def owner(self, call: Call, *, in_blocks: bool = False) -> str:
+        """Who has the weight of a product: the layer, or each call of it where the runtime takes no shared one.
+
+        ONNX Runtime makes the weights unsigned that meet unsigned codes, and fails at one that it has changed before.
+        TensorRT-RTX 1.7.1 crashes where two float products read one 4-bit weight `in_blocks`.
+        """
+        unsigned = self.input_zero.dtype == np.uint8
+        return call.prefix if unsigned != in_blocks else call.site.layer
+
+    def write(self, call: Call, product: Product) -> ir.Value:
+        """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
+        rounded = self._rounded_input(call)
+        y = product(self, call, rounded.x)
+        if isinstance(call.data.scheme.output, IntOutput):
+            y = self._rounded_output(call, y)
+        if rounded.amax is not None:
+            y = self.op(call, "amax/Mul", [y, rounded.amax])
+        if call.data.branch is not None:
+            y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
+        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
+        if rounded.shift is not None:
+            bias = self._shifted_bias(call, rounded.shift, bias)
+        return y if bias is None else self.op(call, "bias/Add", [y, bias])
+
+    def _branch(self, call: Call, branch: Branch) -> ir.Value:
+        """(x down^T) up^T, of the input in its basis, in float."""
+        layer, x = call.site.layer, self._input(call)
+        down, up = branch.down_RK.numpy(), branch.up_NR.numpy()
+        if call.op == "linear":
+            low = self.op(call, f"{BRANCH}/down/MatMul", [x, self.constant(f"{layer}/{BRANCH}/down", down.T)])
+            return self.op(call, f"{BRANCH}/up/MatMul", [low, self.constant(f"{layer}/{BRANCH}/up", up.T)])
+        down = down.reshape(-1, *call.site.weight().shape[1:])
+        window = dict(call.site.product.attributes)
+        low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
+        return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
+
+    def _rounded_input(self, call: Call) -> Rounded:
+        """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
+        key, x = call.input_key, self._input(call)
+        if key is None:
+            return Rounded(x)
+        if key not in self._inputs:
+            unit, amax, shift = (
+                self._by_token(call, x, key[1].shifted)
+                if call.data.amax_T is None
+                else self._by_step(call, x, call.data.amax_T.numpy())
+            )
+            bits = key[1].bits
+            scale = np.float32(input_scale(bits))
+            constants = [
+                self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
+                self.constant("input/zero", self.input_zero),
+            ]
+            if bits < 8 and call.data.stepped:  # a token's codes are within the range without it, unless it is clipped
+                low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
+                bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
+                unit = self.op(call, "input/Clip", [unit, *bounds])
+            codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
+            codes.type, codes.shape = constants[1].type, call.site.x.shape
+            self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
+        return self._inputs[key]
+
+    def _input(self, call: Call) -> ir.Value:
+        """What enters the layer, (x * d) H where it is balanced; shared by all layers that take it in this basis."""
+        balance = call.data.balance
+        if balance is None:
+            return call.site.x
+        if call.basis not in self._balanced:
+            channels, scale = len(balance.scale_C), balance.scale_C.numpy()
+            if call.op == "conv":
+                scale = scale.reshape(1, -1, 1, 1)
+            y = self.op(call, "balance/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
+            self.scales.append(ChannelScale(call.site.layer, y, scale))
+            self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
+        return self._balanced[call.basis]
+
+    def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
+        """x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
+        groups, h = channels // block, hadamard(block).numpy()
+        if call.op == "conv":
+            kernel = np.tile(h, (groups, 1)).reshape(channels, block, 1, 1)
+            constant = self.constant(f"balance/hadamard/{channels}/{block}", kernel)
+            return self.op(call, "balance/Conv", [x, constant], {"group": groups})
+        assert call.site.x.shape is not None  # of a linear layer's input the exporter knows at least the axes
+        kept = [0] * (len(call.site.x.shape) - 1)  # 0: as it is in the input
+        shapes = {"blocks": [*kept, groups, block], "channels": [*kept, channels]}
+        split, join = (self.constant(f"balance/{n}/{'x'.join(map(str, s))}", np.array(s)) for n, s in shapes.items())
+        x = self.op(call, "balance/blocks/Reshape", [x, split])
+        x = self.op(call, "balance/MatMul", [x, self.constant(f"balance/hadamard/{block}", h)])
+        return self.op(call, "balance/channels/Reshape", [x, join])
+
+    def _by_token(self, call: Call, x: ir.Value, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(x - c) / a, a and c: half the width, at least 1e-7, and the middle of the range over the last axis
+
+        Without a shift: x / a, a = max(max|x|, 1e-7).
+        """
+        shift = None
+        axes, keep = self.constant("token/axes", np.array([-1])), {"keepdims": 1}
+        if shifted:
+            high, low = (self.op(call, reduction, [x, axes], keep) for reduction in ("ReduceMax", "ReduceMin"))
+            half = self.constant("token/half", np.float32(0.5))
+            shift = self.op(call, "middle/Mul", [self.op(call, "middle/Add", [high, low]), half])
+            largest = self.op(call, "width/Mul", [self.op(call, "width/Sub", [high, low]), half])
+            x = self.op(call, "shift/Sub", [x, shift])
+        else:
+            largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
+        # Max and not an addition: optimizers take an addition of 1e-8 or less for none
+        amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
+        if call.data.factor_T is not None:
+            table = self.constant(f"{call.site.layer}/factor", call.data.factor_T.numpy())
+            amax = self.op(call, "factor/Mul", [amax, self.op(call, "factor/Gather", [table, self.step])])
+        return self.op(call, "Div", [x, amax]), amax, shift
+
+    def _by_step(
+        self, call: Call, x: ir.Value, amax_T: NDArray[np.float32]
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """(x - c_t) * r_t, a_t and c_t, r_t = float32(1 / a_t)"""
+        shift = None
+        amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
+        inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
+        table = self.constant(f"{call.site.layer}/amax", amax_T)
+        if call.data.shift_T is not None:
+            middle = self.constant(f"{call.site.layer}/shift", call.data.shift_T.numpy())
+            shift = self.op(call, "shift/Gather", [middle, self.step])
+            x = self.op(call, "shift/Sub", [x, shift])
+        r = self.op(call, "inverse/Gather", [inverse, self.step])
+        return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
+
+    def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
+        """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
+        amax_T, output_amax_T = call.data.amax_T, call.data.output_amax_T
+        assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
+        assert output_amax_T is not None
+        table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
+        scale = self.op(call, "output/Gather", [table, self.step])
+        parameters = [scale, self.constant("input/zero", self.input_zero)]
+        codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
+        return self.op(call, "output/DequantizeLinear", [codes, *parameters])
+
+    def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
+        """(N,), or (1, N, 1, 1) for a convolution, which cannot take it before the multiplication by amax."""
+        if call.op == "linear" or bias.const_value is None:
+            return bias
+        return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
+
+    def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """c * rowsum(w_hat) + b: what the shift took from the product."""
+        pads = call.site.product.attributes.get("pads")
+        if call.op == "conv" and pads is not None and any(pads.as_ints()):
+            raise TargetError(f"{call.site.layer}: zeros around a shifted input do not shift")
+        rowsum = (call.eight_bit_codes_NK.sum(1, dtype=np.int64) * call.scale_NG[:, 0]).astype(np.float32)
+        table = self.constant(
+            f"{call.site.layer}/rowsum", rowsum if call.op == "linear" else rowsum.reshape(1, -1, 1, 1)
+        )
+        taken = self.op(call, "shift/Mul", [shift, table])
+        return taken if bias is None else self.op(call, "shift/Add", [taken, bias])
+
+
+Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
+
+
+def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Wq, s_w), s_w (N,)"""
+    codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
+    weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
+    return _product(w, call, x, weight)
+
+
+def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Reshape(Cast(Wq) * g), s_w): 4-bit codes that become 8-bit ones when the graph is loaded"""
+    layer, size = call.site.layer, call.group_size
+    n, k = call.codes_NK.shape
+    linear = call.op == "linear"
+    codes_NGS, group_NG1 = call.codes_NK.reshape(n, k // size, size), call.group_NG[..., None]
+    codes, group = (v.transpose(1, 2, 0) if linear else v for v in (codes_NGS, group_NG1))
+    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    # not DQ and Q: ONNX Runtime leaves a chain of those as it is, and computes it anew in every run
+    cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
+    product = w.op(call, "weight/Mul", [cast, w.constant(f"{w.owner(call)}/group", group)])
+    shape = (k, n) if linear else call.site.weight().shape
+    weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", np.array(shape))])
+    weight.type, weight.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(shape)
+    return _product(w, call, x, _dequantize_channels(w, call, weight))
+
+
+def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
+    """Of 8-bit codes (K, N), or (N, C, kh, kw)."""
+    n = len(call.codes_NK)
+    scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
+    # not shared: with x64quantprecision ONNX Runtime 1.31 refuses two weights with one zero point
+    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, np.int8))
+    return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
+
+
+def carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """(x @ DQ(Wq, s_0)) * (s_w / s_0), s_0 one power of two for all layers that read x"""
+    return _carried(w, call, x, w.constant(f"{call.site.layer}/weight", call.codes_NK.T))
+
+
+def two_level_carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """(x @ DQ(Q(DQ(Wq, g), 1), s_0)) * (s_w / s_0), g the integers of the groups, s_0 as for `carrier`"""
+    return _carried(w, call, x, _unpacked(w, call))
+
+
+def two_level_channels(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """conv(x, DQ(Q(Reshape(DQ(Wq, g)), 1), s_w)), g the integers of the groups, s_w (N,)"""
+    return _product(w, call, x, _dequantize_channels(w, call, _unpacked(w, call)))
+
+
+def _carried(w: Writer, call: Call, x: ir.Value, codes_KN: ir.Value) -> ir.Value:
+    key = call.input_key
+    assert key is not None  # a carrier is for integer inputs only
+    scale = w.carriers[key]
+    weight = w.op(call, "weight/DequantizeLinear", [codes_KN, w.constant(f"weight/scale/{scale:.9g}", scale)])
+    relative = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(-1) / scale)
+    return w.op(call, "scale/Mul", [_product(w, call, x, weight), relative])
+
+
+def _unpacked(w: Writer, call: Call) -> ir.Value:
+    """8-bit codes (K, N), or (N, C, kh, kw), from 4-bit ones: their products with the groups' integers are exact."""
+    codes = _dequantize_blocks(w, call, call.group_NG.astype(np.float32), "group")
+    unit = [w.constant("weight/unit", np.float32(1)), w.constant("weight/zero", np.int8(0))]
+    return w.op(call, "weight/QuantizeLinear", [codes, *unit])
+
+
+def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """x @ DQ(Wq, s_w) with 4-bit codes and one scale for a group of neighbours along K"""
+    return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
+
+
+def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], called: str) -> ir.Value:
+    """4-bit codes times the scales of their groups, which are `called` so, (K, N), or (N, C, kh, kw)."""
+    layer, linear = call.site.layer, call.op == "linear"
+    codes, scale = (call.codes_NK.T, scale_NG.T) if linear else (call.codes_NK, scale_NG)
+    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    floating = called == "scale"
+    owner = w.owner(call, in_blocks=True) if floating else layer
+    weight = w.op(
+        call,
+        "weight/DequantizeLinear" if floating else f"weight/{called}/DequantizeLinear",
+        [w.constant(f"{owner}/weight", packed), w.constant(f"{layer}/{called}", scale)],
+        {"axis": 0 if linear else 1, "block_size": call.group_size},
+    )
+    if linear:
+        return weight
+    shape = w.constant(f"{layer}/shape", np.array(call.site.weight().shape))
+    return w.op(call, "weight/Reshape", [weight, shape])
+
+
+def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
+    """x @ w, or the convolution, without a bias."""
+    if call.op == "linear":
+        return w.op(call, "MatMul", [x, weight])
+    return w.op(call, "Conv", [x, weight], dict(call.site.product.attributes))
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A row of the table: how the product of a scheme is written for some runtimes, and why so."""
+
+    op: OpKind
+    scheme: str
+    runtimes: tuple[str, ...]
+    product: Product
+    integer: bool
+    """Whether the runtime multiplies integers."""
+    why: str
+
+
+_ORT = ("onnxruntime",)
+_TRT = ("tensorrt", "tensorrt-rtx")
+_TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
+
+_SYMMETRIC = (
+    Lowering(
+        "linear",
+        "w8a8_token",
+        _ORT,
+        per_channel,
+        True,
+        "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
+    ),
+    Lowering(
+        "linear",
+        "w8a8_step",
+        _ORT,
+        per_channel,
+        True,
+        "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
+    ),
+    Lowering("conv", "w8a8_step", _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
+    Lowering("conv", "w8a8o8_step", _ORT, per_channel, True, "becomes QLinearConv"),
+    *(
+        Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
+        for scheme in ("w4a8o8_step", "w4a4o8_step")
+    ),
+    Lowering("linear", "w8a16", _ORT, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
+    Lowering("conv", "w8a16", _ORT, per_channel, False, "exact; the weight is unpacked when it runs"),
+    Lowering("linear", "w4a16", _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+    Lowering("conv", "w4a16", _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
+    *(
+        Lowering("linear", scheme, _ORT, two_level_cast, True, "folded when it loads: executed as w8a8")
+        for scheme in _TWO_LEVEL
+    ),
+    *(
+        Lowering("conv", scheme, _ORT, two_level_cast, False, "exact, but in float, as w8a8_step")
+        for scheme in ("w4a8_step", "w4a4_step")
+    ),
+    *(
+        Lowering(
+            "linear", scheme, _TRT, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
+        )
+        for scheme in _TWO_LEVEL
+    ),
+    *(
+        Lowering(
+            "conv", scheme, _TRT, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
+        )
+        for scheme in ("w4a8_step", "w4a4_step")
+    ),
+    Lowering(
+        "linear",
+        "w8a8_token",
+        _TRT,
+        carrier,
+        True,
+        "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
+    ),
+    Lowering(
+        "linear",
+        "w8a8_step",
+        _TRT,
+        carrier,
+        True,
+        "as by token; both table look-ups join the kernels beside the product",
+    ),
+    Lowering(
+        "conv",
+        "w8a8_step",
+        _TRT,
+        per_channel,
+        True,
+        "becomes an INT8 convolution; scales for each channel are safe there",
+    ),
+    Lowering("linear", "w8a16", _TRT, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
+    Lowering("conv", "w8a16", _TRT, per_channel, False, "as of a linear layer"),
+    Lowering("linear", "w4a16", _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
+    Lowering(
+        "conv",
+        "w4a16",
+        _TRT,
+        blocks,
+        False,
+        "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
+    ),
+)
+
+
+LOWERINGS = _SYMMETRIC + tuple(
+    replace(row, scheme=row.scheme.replace("_", "s_"), why=f"{row.why}; the shift is behind it, in the bias")
+    for row in _SYMMETRIC
+    if "_" in row.scheme and "o8" not in row.scheme
+)
+
+
+def lowering(op: OpKind, scheme: str, runtime: str) -> Lowering:
+    """The row for a scheme on a runtime. Raises TargetError where there is none."""
+    for row in LOWERINGS:
+        if row.op == op and row.scheme == scheme and runtime in row.runtimes:
+            return row
+    raise TargetError(f"no way to write {scheme} of a {op} for {runtime}")

@@ -1,0 +1,153 @@
+"""Lays samples out to be compared: a sheet for each implementation, and maps of where two of them differ.
+
+Shapes: B samples, C channels, F frames, H W pixels; N pictures in R rows of K.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from intaglio.exporters.report.figures import MINUS, magma_palette
+from intaglio.exporters.report.pictures import Colours, as_image, frames, lines, png
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+SHEET_PIXELS_MAX = 384 * 384
+"""Of one sheet: five of them stay below 3 MB as text even if they are noise, which PNG cannot compress."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples (B, C, H, W), or clips (B, C, F, H, W), of one implementation."""
+
+    title: str
+    note: str
+    samples: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All pictures of one implementation as one PNG, a data URI."""
+
+    title: str
+    note: str
+    image: str
+
+
+@dataclass(frozen=True)
+class ErrorMap:
+    """Absolute difference of two sheets, `gain` times; `largest` is that of the values of all samples."""
+
+    title: str
+    gain: int
+    largest: float
+    image: str
+
+
+@dataclass(frozen=True)
+class SampleFigure:
+    """Sheets of the same layout, one shown over another: at first the `pair`."""
+
+    sheets: tuple[Sheet, ...]
+    errors: tuple[ErrorMap, ...]
+    pair: tuple[int, int]
+    columns: int
+    rows: int
+    shown: int
+    total: int
+    frames: int
+    pixels: tuple[int, int]
+    """Width and height of a picture."""
+    channels: int
+    reduced: int
+    """How many pixels of a picture, along each axis, became one of the page."""
+
+    @property
+    def latent(self) -> bool:
+        """Whether the samples are no images, but what a decoder makes images from."""
+        return self.channels not in (1, 3)
+
+
+def sample_figure(
+    drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]], count: int, pixels_max: int = SHEET_PIXELS_MAX
+) -> SampleFigure | None:
+    """The first `count` samples of each, fewer or smaller if a sheet would get too large; None if they are no images.
+
+    `pairs`: of whom the difference is shown, second minus first; the first pair lies on each other at first.
+    """
+    if not drawn or any(each.samples.ndim not in (4, 5) for each in drawn.values()):
+        return None
+    first = next(iter(drawn.values())).samples
+    total, channels, *length, height, width = first.shape
+    clip = math.prod(length)
+    reduced = math.ceil(math.sqrt(clip * height * width / pixels_max))
+    shown = min(total, count, max(pixels_max * reduced**2 // (clip * height * width), 1))
+    columns = clip if length else _columns(shown)
+    shown = shown if length else shown // columns * columns
+    found = {key: frames(each.samples[:shown].float()) for key, each in drawn.items()}
+    colour = Colours(next(iter(found.values())))
+    names, errors = list(drawn), []
+    for one, other in pairs:
+        largest = float((drawn[other].samples.float() - drawn[one].samples.float()).abs().max())
+        error_N1HW = (colour(found[other]) - colour(found[one])).abs().mean(1, keepdim=True)
+        title = f"{drawn[other].title} {MINUS} {drawn[one].title}"
+        errors.append(_error_map(error_N1HW, title, largest, reduced, columns))
+    return SampleFigure(
+        sheets=tuple(
+            Sheet(drawn[key].title, drawn[key].note, _png(as_image(_tiled(_pooled(colour(x), reduced), columns))))
+            for key, x in found.items()
+        ),
+        errors=tuple(errors),
+        pair=(names.index(pairs[0][0]), names.index(pairs[0][1])) if pairs else (0, len(names) - 1),
+        columns=columns,
+        rows=shown * clip // columns,
+        shown=shown,
+        total=total,
+        frames=clip,
+        pixels=(width, height),
+        channels=channels,
+        reduced=reduced,
+    )
+
+
+def _columns(count: int) -> int:
+    """Of full rows, with the fewest samples left out, then the nearest to a square; eight at most for a few samples."""
+    square = math.ceil(math.sqrt(count))
+    return max(
+        range(square, max(square, min(count, 8)) + 1), key=lambda columns: (count // columns * columns, -columns)
+    )
+
+
+def _tiled(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
+    """(C, R H, K W)"""
+    return lines(x_NCHW, columns).permute(1, 0, 2, 3).flatten(1, 2)
+
+
+def _error_map(error_N1HW: torch.Tensor, title: str, largest: float, reduced: int, columns: int) -> ErrorMap:
+    """Amplified by a power of two, 4096 at most, that brings all but one pixel in a hundred below white, just so."""
+    from PIL.Image import fromarray
+
+    error_1HW = _tiled(_pooled(error_N1HW, reduced, keep_peaks=True), columns)
+    bright = float(error_1HW.quantile(0.99))
+    gain = 2 ** min(max(math.floor(math.log2(1 / bright)), 0), 12) if bright > 0 else 1
+    image = fromarray(((gain * error_1HW[0]).clamp(0, 1) * 255).round().byte().numpy())
+    image.putpalette(magma_palette())
+    return ErrorMap(title, gain, largest, _png(image))
+
+
+def _pooled(x_NCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> torch.Tensor:
+    from torch.nn.functional import avg_pool2d, max_pool2d
+
+    if reduced == 1:
+        return x_NCHW
+    return max_pool2d(x_NCHW, reduced) if keep_peaks else avg_pool2d(x_NCHW, reduced)
+
+
+def _png(image: Image) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()

@@ -1,0 +1,249 @@
+"""Draws samples with a compiled denoiser, and lays them out as a picture.
+
+Shapes: B samples, C channels, F frames, H W pixels; N pictures in R lines of K, from P denoisers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.checkpoint import DENOISER_FOLDERS, Checkpoint
+from intaglio.pipeline.output_files import check_output, whole_file
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import nn
+
+    from intaglio.pipeline.model.calls import Denoise, Inputs
+    from intaglio.pipeline.model.checkpoint import Factory
+
+FULL, COMPILED = "full_precision", "compiled"
+MOST_STEPS, MOST_SAMPLES = 1000, 4096
+COLUMNS = 8
+SIDE = 96
+"""Pixels that a picture is enlarged to, or nearly."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What to draw. Conditions are `rows` in turn: classes, or what was recorded; all of them where none is given.
+
+    Or a text, `prompt`, by a whole `pipeline` of diffusers with its denoiser replaced: its folder, or hub id.
+    `compare`: with full precision too, from the same noise.
+    """
+
+    samples: int
+    steps: int
+    rows: tuple[int, ...] = ()
+    prompt: str | None = None
+    pipeline: str | None = None
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for what excludes each other, and for more than is drawn."""
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise RecipeError(f"--steps {self.steps}: the denoising steps are 1 to {MOST_STEPS}")
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise RecipeError(f"--samples {self.samples}: 1 to {MOST_SAMPLES} are drawn at once")
+        if self.prompt is not None and self.rows:
+            raise RecipeError("--prompt and --class exclude each other")
+        if self.prompt is not None and self.pipeline is None:
+            raise RecipeError(
+                "--prompt: a compiled folder and its store have the denoiser alone, and no text encoder: give the whole"
+                " diffusers pipeline as --pipeline, or draw what was recorded, --class N"
+            )
+
+
+def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Context) -> Mapping[str, torch.Tensor]:
+    """Samples (B, C, H, W) or (B, C, F, H, W) by COMPILED, and by FULL where they are to be compared.
+
+    With the recipe's scheduler and guidance. Raises RecipeError for what cannot be drawn, CallError for steps that the
+    denoiser was not compiled for.
+    """
+    model = checkpoint.open()
+    _check_steps(model, wanted.steps)
+    denoisers = ({FULL: model.module} if wanted.compare else {}) | {COMPILED: compiled}
+    through = _sampled if wanted.prompt is None else _piped
+    return through(model, checkpoint.ref.guidance, denoisers, wanted, ctx)
+
+
+def _sampled(
+    model: Factory, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
+) -> Mapping[str, torch.Tensor]:
+    """By the sampler that compiles too."""
+    from intaglio.pipeline.model.calls import Sampler, denoise_with
+
+    sampler = Sampler(model, wanted.steps, guidance)
+    _check(model, sampler.condition_rows, wanted.rows)
+    generator = ctx.torch_rng("sample")
+    start = sampler.start(wanted.samples, generator, wanted.rows or range(sampler.condition_rows))
+    with ctx.progress("steps", len(denoisers) * len(sampler.timesteps)) as advance:
+
+        def told(denoise: Denoise) -> Denoise:
+            def and_tells(inputs: Inputs) -> torch.Tensor:
+                output = denoise(inputs)
+                advance()
+                return output
+
+            return and_tells
+
+        return {n: sampler.sample(told(denoise_with(module, model)), start) for n, module in denoisers.items()}
+
+
+def _piped(
+    model: Factory, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
+) -> Mapping[str, torch.Tensor]:
+    """By the pipeline, decoded: in [-1, 1]."""
+    from diffusers import DiffusionPipeline
+
+    from intaglio.pipeline.model.scheduler import seeded
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(wanted.pipeline)
+    except (OSError, ValueError) as e:
+        raise RecipeError(f"--pipeline {wanted.pipeline}: diffusers finds no whole pipeline there: {e}") from e
+    if "prompt" not in inspect.signature(pipe.__call__).parameters:
+        raise RecipeError(f"--prompt: {type(pipe).__name__} takes no text: draw rows of conditions, --class N")
+    place = next(name for name in DENOISER_FOLDERS if getattr(pipe, name, None) is not None)
+    found = {}
+    for name, denoiser in denoisers.items():
+        setattr(pipe, place, denoiser)
+        pipe.scheduler = copy.deepcopy(model.scheduler)
+        generator = ctx.torch_rng("sample")
+        with seeded(generator.initial_seed()):  # some schedulers draw without the generator
+            (drawn,) = pipe(
+                prompt=[wanted.prompt] * wanted.samples,
+                num_inference_steps=wanted.steps,
+                guidance_scale=guidance,
+                generator=generator,
+                output_type="pt",
+                return_dict=False,
+            )[:1]
+        found[name] = 2 * (drawn.transpose(1, 2) if drawn.ndim == 5 else drawn) - 1
+    return found
+
+
+def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """PSNR of compiled samples to full precision as `verify` has it, mean and worst; nothing where there is but one."""
+    if FULL not in drawn:
+        return {}
+    psnr_B = psnr_db(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1))
+    return {"psnr_db": float(psnr_B.mean()), "psnr_db_min": float(psnr_B.min())}
+
+
+def psnr_db(samples: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """(B,) of samples (B, ...) in [-1, 1]; 206 dB where they are equal."""
+    return 10 * (4 / (samples - full).flatten(1).square().mean(1).clamp_min(1e-20)).log10()
+
+
+def check_file(path: Path) -> None:
+    """Raise RecipeError where no picture can be written."""
+    from PIL.Image import registered_extensions
+
+    if path.suffix.lower() not in registered_extensions():
+        raise RecipeError(f"{path}: not the name of a picture: end it in .png")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path}: there is no folder {path.parent}")
+    check_output(path)
+
+
+def save_picture(drawn: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Full precision, where it is there, above each line of compiled samples."""
+    parts = [drawn[name] for name in (FULL, COMPILED) if name in drawn]
+    with whole_file(path) as partial:
+        picture(parts, enlarged=max(1, SIDE // parts[0].shape[-1])).save(partial)
+
+
+def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int = 3) -> Image:
+    """Samples (B, C, H, W), or clips (B, C, F, H, W) with their frames in a line; below each line those of other parts.
+
+    Channels that are no colours share the map of the first part.
+    """
+    import torch
+    from PIL.Image import Resampling
+
+    if parts[0].ndim == 5:
+        columns = parts[0].shape[2]
+        parts = [frames(x) for x in parts]
+    colour = Colours(parts[0])
+    lines_RPCHW = torch.stack([lines(colour(x_NCHW), columns) for x_NCHW in parts], dim=1)
+    image = as_image(lines_RPCHW.permute(2, 0, 1, 3, 4).flatten(1, 3))
+    return image.resize((image.width * enlarged, image.height * enlarged), Resampling.NEAREST)
+
+
+def frames(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W): samples as they are, clips (B, C, F, H, W) frame by frame."""
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
+    """(R, C, H, K W), white where the last line has no picture."""
+    import torch
+
+    columns = min(columns, len(x_NCHW))
+    white = x_NCHW.new_ones(-len(x_NCHW) % columns, *x_NCHW.shape[1:])
+    x_RKCHW = torch.cat([x_NCHW, white]).view(-1, columns, *x_NCHW.shape[1:])
+    return x_RKCHW.permute(0, 2, 3, 1, 4).flatten(3)
+
+
+class Colours:
+    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1]; one map for all, so that grids compare."""
+
+    def __init__(self, reference_BCHW: torch.Tensor) -> None:
+        channels = reference_BCHW.shape[1]
+        self.kept = 3 if channels >= 3 else 1
+        self.low: torch.Tensor | float = -1.0
+        self.span: torch.Tensor | float = 2.0
+        if channels not in (1, 3):
+            kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
+            self.low = kept.amin((0, 2, 3), keepdim=True)
+            self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
+
+    def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return ((x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span).clamp(0, 1)
+
+
+def as_image(x_CHW: torch.Tensor) -> Image:
+    """Colours in [0, 1], one or three channels."""
+    from PIL.Image import fromarray
+
+    levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
+    return fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
+
+
+def png(image: Image) -> bytes:
+    """As a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _check_steps(model: Factory, steps: int) -> None:
+    """Raise RecipeError where the scheduler does not take so many steps."""
+    try:
+        model.scheduler.set_timesteps(steps, **model.schedule)
+    except Exception as e:  # each scheduler has its own
+        kind = type(model.scheduler).__name__
+        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses so many steps: {e}") from e
+
+
+def _check(model: Factory, count: int, rows: Sequence[int]) -> None:
+    """Raise RecipeError for what cannot be drawn."""
+    problems = []
+    if len(model.sample_shape) not in (3, 4):
+        problems.append(f"samples of the shape {model.sample_shape} are no pictures: draw a text, --prompt TEXT")
+    if rows and not count:
+        problems.append("--class: the model has neither classes nor recorded conditions")
+    elif absent := [row for row in rows if not 0 <= row < count]:
+        problems.append(f"--class {', '.join(map(str, absent))}: there are 0 to {count - 1}")
+    if problems:
+        raise RecipeError(*problems)

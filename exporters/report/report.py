@@ -1,0 +1,276 @@
+"""Writes the page that people read, and the figures that machines read, from what the other passes measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.exporters.report import figures as figures
+from intaglio.exporters.report.grids import Drawn, SampleFigure, sample_figure
+from intaglio.exporters.report.page import render
+from intaglio.exporters.report.pictures import picture, png, psnr_db
+from intaglio.pipeline.artifacts.graph import Engine, Graph
+from intaglio.pipeline.artifacts.keys import (
+    ADAPTER,
+    ENGINE,
+    FRONT,
+    GRAPH,
+    LATENCY,
+    LINT,
+    MODEL,
+    PLAN,
+    PROVENANCE,
+    REPORT,
+    SENSITIVITY,
+    TARGET,
+    VERIFICATION,
+)
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.provenance import Provenance
+from intaglio.pipeline.artifacts.verification import Latency, Report, Verification, dotted
+from intaglio.pipeline.contract.artifact import Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import StoreError
+from intaglio.pipeline.files import parse_json
+from intaglio.pipeline.formats.schemes import IntWeight
+from intaglio.pipeline.formats.target import load_target, target_names
+from intaglio.pipeline.runs.store import RunRecord
+from intaglio.pipeline.runs.versions import find_version
+
+if TYPE_CHECKING:
+    import torch
+
+MEASURED = (
+    "psnr_db",
+    "psnr_db_min",
+    "psnr_simulated_db",
+    "fidelity_gap_db",
+    "fidelity_gap_error_db",
+    "sqnr_db",
+    "parity_layer_rel_l2_max",
+    "parity_rel_l2",
+)
+"""What the metrics take over from the verification, under the same names."""
+
+
+class WriteReport(Pass):
+    """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
+
+    name: ClassVar[str] = "report"
+    version: ClassVar[int] = 5
+    requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
+    wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
+    provides = frozenset({REPORT})
+    needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
+
+    samples: int = Field(16, ge=1, le=64, description="samples shown, at most")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Write what was measured; what was not, for lack of its step or otherwise, is a dash, and null in metrics."""
+        model, target, plan = state[MODEL], state[TARGET], state[PLAN]
+        verification = state[VERIFICATION] if VERIFICATION in state else Verification({}, {}, {})
+        latency = state[LATENCY] if LATENCY in state else None  # noqa: SIM401 - State.get raises
+        engine = state[ENGINE] if ENGINE in state else Engine(target.runtime, "not built yet", None, None)
+        metrics = {"model": model.name, "target": target.name} | collect_metrics(
+            plan, state[GRAPH], engine, verification, latency
+        )
+        html = render(
+            "report.html.j2",
+            model=metrics["model"],
+            sampling=model.ref,
+            target=target,
+            graph=state[GRAPH],
+            engine=engine,
+            verification=verification,
+            metrics=metrics,
+            flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
+            plan=plan,
+            schemes=figures.scheme_rows(plan),
+            in_float=figures.float_rows(plan, target),
+            bit_maps=figures.bit_maps(plan),
+            gain_maps=figures.gain_maps(plan, state[GRAPH]),
+            folded=sum(state[GRAPH].is_folded(name) for name in plan.balances),
+            heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
+            front=figures.front_figure(state[FRONT]) if FRONT in state else None,
+            curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
+            samples=_comparison(verification.samples, self.samples),
+            strip=figures.strip(_psnr_db(verification.samples)),
+            parity_shares=figures.log_shares({name: parity.rel_l2 for name, parity in verification.layers.items()}),
+            lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
+            origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
+            sizes=_sizes(state[GRAPH], engine, verification),
+            latency=latency,
+            latencies=() if latency is None else _latencies(latency),
+            versions={name: find_version(name) or "not installed" for name in self.needs},
+        )
+        ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
+        return {REPORT: Report(html, metrics, _picture(verification.samples, 8))}
+
+
+def collect_metrics(
+    plan: QuantPlan, graph: Graph, engine: Engine, verification: Verification, latency: Latency | None
+) -> dict[str, object]:
+    """The figures of one target. Null: not measured, or not finite (JSON has no infinity).
+
+    Both ratios are full precision over compiled: above one, the compiled graph is smaller, or faster.
+    """
+    measured = verification.figures
+    fp16_bytes = measured.get("fp16_bytes")
+    return {
+        "layers_total": len(plan.layers),
+        "layers_quantized": sum(isinstance(scheme.weight, IntWeight) for scheme in plan.schemes.values()),
+        "weight_bits_mean": plan.weight_bits_mean,
+        "size_bytes": graph.size_bytes,
+        "size_ratio_fp16": _finite(fp16_bytes / graph.size_bytes if fp16_bytes and graph.size_bytes else None),
+        "latency_ms": None if latency is None else latency.compiled_ms,
+        "latency_fp32_ms": None if latency is None else latency.float32_ms,
+        "latency_ratio_fp32": None if latency is None else latency.float32_ms / latency.compiled_ms,
+        **{name: _finite(measured.get(name)) for name in MEASURED},
+        "engine": {
+            "path": "model.onnx" if engine.plan is None else "engine.plan",
+            "runtime": engine.runtime,
+            "version": engine.version,
+            "bytes": graph.size_bytes if engine.plan is None else len(engine.plan),
+            "int8_gemm": engine.int8_gemm,
+            "fp_gemm": engine.fp_gemm,
+        },
+    }
+
+
+def metrics_of_files(folder: Path) -> dict[str, object]:
+    """Return the metrics of a compiled folder without a report, as far as its files say them; null is left out.
+
+    Raises RecipeError for damaged files.
+    """
+    found: dict[str, object] = {"target": folder.resolve().name}
+    there = {name: (folder / name).exists() for name in ("plan.json", "graph.json", "engine.json")}
+    if there["plan.json"] and there["graph.json"]:
+        runtime = "" if found["target"] not in target_names() else load_target(str(found["target"])).runtime
+        engine = Engine.load(folder) if there["engine.json"] else Engine(runtime, "not built yet", None, None)
+        whole = collect_metrics(
+            QuantPlan.load(folder), Graph.load(folder), engine, Verification({}, {}, {}), latency=None
+        )
+        found |= {name: entry for name, entry in whole.items() if entry is not None}
+    return found
+
+
+_IMPLEMENTATIONS = {
+    "full_precision": ("Full precision", "the model as it was given"),
+    "simulated": ("Simulated", "its quantization, in PyTorch"),
+    "deployed": ("Deployed", "the ONNX graph, in ONNX Runtime"),
+}
+
+
+def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | None:
+    drawn = {key: Drawn(*about, samples[key]) for key, about in _IMPLEMENTATIONS.items() if key in samples}
+    pairs = [pair for pair in (("full_precision", "deployed"), ("simulated", "deployed")) if {*pair} <= drawn.keys()]
+    return sample_figure(drawn, pairs, count)
+
+
+def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """By title, of what was drawn beside full precision."""
+    if "full_precision" not in samples:
+        return {}
+    return {
+        title: psnr_db(samples[key], samples["full_precision"]).tolist()
+        for key, (title, _) in _IMPLEMENTATIONS.items()
+        if key in samples and key != "full_precision"
+    }
+
+
+def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
+    """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
+    found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
+    if not found or any(x.ndim != 4 for x in found):
+        return None
+    return png(picture(found, columns=count))
+
+
+@dataclass(frozen=True)
+class PastStep:
+    """A step before the report."""
+
+    name: str
+    pass_version: str
+    took: str
+    held: str
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What makes the page again, and what it was made from."""
+
+    command: str
+    recipe: str
+    model: str
+    seed: int
+    start: list[tuple[str, str]]
+    steps: tuple[PastStep, ...]
+
+
+def _origin(provenance: Provenance) -> Origin:
+    steps = tuple(
+        PastStep(
+            run.step,
+            _pass_of(run),
+            f"{run.seconds:,.1f} s",
+            figures.size(run.peak_bytes),
+            run.outputs,
+        )
+        for run in provenance.runs
+    )
+    start = [(f"{key}, sha256", digest) for key, digest in provenance.start.items()]
+    recipe = provenance.recipe
+    return Origin("intaglio run recipe.yaml", recipe.to_yaml(), recipe.model.path, recipe.seed, start, steps)
+
+
+def _pass_of(run: RunRecord) -> str:
+    """Return `module:Class@version` of the step's pass."""
+    match parse_json(run.ingredients, source=f"the record of {run.step}", error=StoreError):
+        case {"pass": str(name)}:
+            return name
+    return run.origin
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A labelled amount, and its share of the largest beside it."""
+
+    label: str
+    amount: str
+    share: float
+    ratio: str
+
+
+def _sizes(graph: Graph, engine: Engine, verification: Verification) -> tuple[Bar, ...]:
+    amounts = {"weights in float16": verification.figures.get("fp16_bytes"), "model.onnx": float(graph.size_bytes)}
+    if engine.plan is not None:
+        amounts["engine.plan"] = float(len(engine.plan))
+    return _bars(amounts, figures.size)
+
+
+def _latencies(latency: Latency) -> tuple[Bar, ...]:
+    amounts = {"float32 graph": latency.float32_ms, "deployed graph": latency.compiled_ms}
+    return _bars(amounts, lambda latency_ms: f"{figures.number(latency_ms)} ms")
+
+
+def _bars(amounts: Mapping[str, float | None], text: Callable[[float], str]) -> tuple[Bar, ...]:
+    """Ratios are to the first amount."""
+    known = {label: amount for label, amount in amounts.items() if amount is not None}
+    largest, first = max(known.values(), default=0.0), next(iter(amounts.values()))
+    return tuple(
+        Bar(label, text(amount), amount / largest, figures.number(amount / first if first else None))
+        for label, amount in known.items()
+    )
+
+
+def _finite(quantity: float | None) -> float | None:
+    return quantity if quantity is not None and math.isfinite(quantity) else None

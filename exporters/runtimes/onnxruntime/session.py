@@ -1,0 +1,321 @@
+"""ONNX Runtime with the settings under which it computes what the simulation does."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import onnxruntime
+
+from intaglio.exporters.float_graph.onnx_file import read_proto
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
+from intaglio.pipeline.errors import RecipeError, TargetError
+from intaglio.pipeline.files import checked_file, printable
+from intaglio.pipeline.formats.target import load_target
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from intaglio.exporters.verify.departures import Values
+    from intaglio.pipeline.model.calls import Denoise, Inputs
+
+CPU = "CPUExecutionProvider"
+Shape: TypeAlias = tuple[int | str | None, ...]
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    optimize: bool = True,
+    threads: int = 0,
+    providers: Sequence[str] = (),
+    optimized: Path | None = None,
+    profile: Path | None = None,
+    data: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
+
+    `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
+    writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
+    Raises what ONNX Runtime raises.
+    """
+    options = _options(exact_kernels(), threads)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized is not None:
+        _write_to(optimized, options)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.log_severity_level = 4  # it logs the end of a profile that never began as an error
+    if data is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    there = [p for p in providers if p in onnxruntime.get_available_providers() and p != CPU]
+    return onnxruntime.InferenceSession(
+        str(model) if isinstance(model, Path) else model, options, providers=[*there, CPU]
+    )
+
+
+def graph_session(
+    graph: Graph,
+    *,
+    optimize: bool = True,
+    threads: int = 0,
+    providers: Sequence[str] = (),
+    optimized: Path | None = None,
+    profile: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """Return a session of a graph in a folder, with the options of `open_session`.
+
+    Raises RecipeError where ONNX Runtime does not load the file, or where graph.json describes another graph.
+    """
+    for each in {graph.path, *graph.path.parent.glob("model.onnx*")}:
+        checked_file(each)
+    try:
+        session = open_session(
+            graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
+        )
+    except Exception as e:  # its errors have no common class
+        read_proto(graph.path)  # which says what is wrong with the files, where that is known
+        raise RecipeError(f"{printable(graph.path)}: ONNX Runtime does not load it: {printable(e)}") from e
+    ends = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
+    for end, (specs, values) in ends.items():
+        described = {name: (spec.dtype, spec.shape) for name, spec in specs.items()}
+        found = {value.name: (_dtype(value.type), tuple(value.shape)) for value in values}
+        needed = found.keys() if end == "inputs" else set()
+        if wrong := sorted(n for n in described.keys() | needed if not _alike(described.get(n), found.get(n))):
+            file = printable(graph.path.with_name("graph.json"))
+            raise RecipeError(f"{file}: {end}: is not of the model.onnx beside it: {', '.join(map(printable, wrong))}")
+    return session
+
+
+def _dtype(kind: str) -> str:
+    """Return ONNX's name of ONNX Runtime's element type: `tensor(float)` -> `float32`."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _alike(one: tuple[str, Shape] | None, other: tuple[str, Shape] | None) -> bool:
+    """Whether two descriptions of a value have one type and rank, and equal sizes where both know them."""
+    if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
+        return False
+    pairs = zip(one[1], other[1], strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def write_fused(model: Path, out: Path, settings: Mapping[str, str]) -> None:
+    """Writes the graph with the operators in it that it becomes under these settings, for sessions that take none.
+
+    How their weights are laid out is left to the CPU that loads it. Raises what ONNX Runtime raises.
+    """
+    options = _options(settings, threads=1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    _write_to(out, options)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    onnxruntime.InferenceSession(str(model), options, providers=[CPU])
+
+
+def _write_to(optimized: Path, options: onnxruntime.SessionOptions) -> None:
+    options.optimized_model_filepath = str(optimized)
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
+    )
+
+
+@contextmanager
+def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
+    """A session on the CPU that holds what it has to: weights stay in their file, and freed memory is given back.
+
+    Slower: weights are not laid out as kernels like it, and blocks of memory are mapped one by one.
+    """
+    options = _options(exact_kernels(), threads=0)
+    # the level above lays convolutions' weights out anew
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
+    options.enable_mem_reuse = False  # a buffer that a later value of its shape takes over is kept until then
+    with _giving_back():
+        yield onnxruntime.InferenceSession(str(path), options, providers=[CPU])
+
+
+@contextmanager
+def _giving_back() -> Iterator[None]:
+    """Memory that is freed goes back to the system: glibc keeps blocks below 32 MB, once some of them were freed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+
+
+_MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of malloc.h: blocks of this many bytes are mapped one by one."""
+
+
+@cache
+def exact_kernels() -> Mapping[str, str]:
+    """Settings of the first kernels of onnxruntime-cpu that multiply the largest codes exactly on this CPU.
+
+    They all give the same bits, so what is computed does not depend on the CPU. Raises TargetError where none is exact.
+    """
+    target = load_target("onnxruntime-cpu")
+    for kernels in target.kernels:
+        if multiplies_exactly(kernels.settings):
+            return kernels.settings
+    tried = ", ".join(kernels.name for kernels in target.kernels)
+    raise TargetError(f"no 8-bit kernels of ONNX Runtime are exact on this CPU: tried {tried}")
+
+
+def multiplies_exactly(settings: Mapping[str, str]) -> bool:
+    """Whether a linear layer and a convolution of the largest codes give the sums that they have.
+
+    255 * 127 twice is more than 16 bits hold: without VNNI, x86-64 adds such pairs in 16 bits (0.12 relative error).
+    """
+    import onnx
+
+    c, k = _PROBE_CHANNELS, 9 * _PROBE_CHANNELS
+    model = onnx.parser.parse_model(_PROBE)
+    constants = {"one": np.float32(1), "zero": np.uint8(128), "sum": np.float32(k * 127), "ones": np.ones(c, "f")}
+    constants |= {"w": np.full((c, c), 127, "b"), "f": np.full((c, c, 3, 3), 127, "b")}
+    constants |= {name: np.zeros(c, "b") for name in ("w_zero", "f_zero")}  # ONNX Runtime rewrites each of them
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _options(settings, threads=1), providers=[CPU])
+    image = np.full((1, c, 8, 8), 127, np.float32)
+    linear, convolution = session.run(None, {"rows": np.full((8, c), 127, np.float32), "image": image})
+    return bool((linear == c * 127 * 127).all() and (convolution == k * 127 * 127).all())
+
+
+_PROBE_CHANNELS = 64
+_PROBE = """
+<ir_version: 10, opset_import: ["": 21]>
+graph (float[8,64] rows, float[1,64,8,8] image) => (float[8,64] y, float[1,64,6,6] z)
+{
+    q = QuantizeLinear (rows, one, zero)
+    d = DequantizeLinear (q, one, zero)
+    v = DequantizeLinear <axis = 1> (w, ones, w_zero)
+    y = MatMul (d, v)
+    q2 = QuantizeLinear (image, one, zero)
+    d2 = DequantizeLinear (q2, one, zero)
+    v2 = DequantizeLinear <axis = 0> (f, ones, f_zero)
+    p = Conv (d2, v2)
+    q3 = QuantizeLinear (p, sum, zero)
+    z = DequantizeLinear (q3, sum, zero)
+}
+"""
+
+
+def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # an error is raised, and need not be printed too
+    options.intra_op_num_threads = threads
+    # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
+    for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Denoise:
+    """The graph as a denoiser: its first output for a call's inputs, as `graph_call` has it."""
+    call = graph_call(graph, optimize=optimize, threads=threads, providers=providers)
+    output = next(iter(graph.outputs))
+    return lambda inputs: call(inputs)[output]
+
+
+def graph_call(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Values:
+    """The graph as a function from a call's inputs to its outputs, by name; its `step` is found from the timestep."""
+    import torch
+
+    session = graph_session(graph, optimize=optimize, threads=threads, providers=providers)
+    if problem := _no_call(graph):
+        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
+
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        found = session.run(list(graph.outputs), _feed(graph, inputs))
+        return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
+
+    return call
+
+
+def _no_call(graph: Graph) -> str | None:
+    """Say what a graph lacks that a call of it needs."""
+    if not graph.outputs:
+        return "outputs: there is none"
+    if STEP_INPUT in graph.inputs and not graph.timesteps:
+        return "timesteps: there is none, but its layers have a scale for each"
+    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
+        return f"timestep: {printable(graph.timestep)} is no input"
+    return None
+
+
+def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:
+    """The graph as a function from a call's inputs to the values of these names inside it, as float32.
+
+    What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
+    """
+    import onnx
+    import torch
+
+    model = read_proto(graph.path)
+    there = {value.name for value in model.graph.output} | set(graph.inputs)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)
+    outputs = [output.name for output in session.get_outputs()]
+
+    def values(inputs: Inputs) -> dict[str, torch.Tensor]:
+        feed = _feed(graph, inputs)
+        found = feed | dict(zip(outputs, session.run(None, feed), strict=True))
+        return {name: torch.from_numpy(found[name]).float() for name in names}
+
+    return values
+
+
+def usual_shapes(graph: Graph, rows: int) -> dict[str, tuple[int, ...]]:
+    """Of the inputs, at the sizes that the graph was exported with."""
+    return {
+        name: tuple(axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape)
+        for name, spec in graph.inputs.items()
+    }
+
+
+def noise_feed(
+    graph: Graph, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, step: int = 0
+) -> dict[str, NDArray[np.generic]]:
+    """Inputs of a call that shows nothing: noise in floating point, ones elsewhere, and the step with its timestep."""
+    feed: dict[str, NDArray[np.generic]] = {}
+    for name, spec in graph.inputs.items():
+        if name == STEP_INPUT:
+            feed[name] = np.array(step, np.int64)
+        elif name == graph.timestep and graph.timesteps:
+            feed[name] = np.full(shapes[name], graph.timesteps[step], spec.dtype)
+        elif spec.dtype.startswith("float"):
+            feed[name] = rng.standard_normal(shapes[name]).astype(spec.dtype)
+        else:
+            feed[name] = np.ones(shapes[name], spec.dtype)
+    return feed
+
+
+def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
+    """What ONNX Runtime takes: a call's inputs, and the step whose timestep is nearest."""
+    feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
+    if STEP_INPUT in graph.inputs:
+        feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
+    return feed
+
+
+def step_index(graph: Graph, inputs: Inputs) -> int:
+    """Of the step whose timestep is nearest."""
+    from intaglio.pipeline.simulation.layer import StepClock
+
+    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

@@ -1,0 +1,194 @@
+"""Builds a TensorRT or TensorRT-RTX engine from the ONNX graph, and reads back what the engine executes."""
+
+import shlex
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from intaglio.exporters.runtimes.tensorrt.build_log import count_products, find_hazards, read_layers
+from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import BuildError, build_engine
+from intaglio.pipeline.artifacts.graph import Engine, Graph
+from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
+from intaglio.pipeline.contract.artifact import Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import MissingExtra, StepFailed, TargetError
+from intaglio.pipeline.formats.target import Target
+
+if TYPE_CHECKING:
+    from tensorrt import IBuilderConfig
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
+
+MODULES: Mapping[str, tuple[str, str]] = {
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+}
+"""By runtime: the module, and the extra that installs it."""
+
+
+def _ordered(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    smallest, usual, largest = sizes
+    if not smallest <= usual <= largest:
+        raise ValueError(f"sizes {list(sizes)} are not in the order smallest, usual, largest")
+    return sizes
+
+
+Sizes: TypeAlias = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], AfterValidator(_ordered)]
+"""Smallest, usual and largest size of an axis."""
+
+Profile: TypeAlias = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+"""By graph input: its smallest, usual and largest shape."""
+
+
+class BuildTensorRT(Pass):
+    """An engine it returns executes what the graph says: strongly typed, and free of the known silent faults.
+
+    TensorRT-RTX builds ahead of time, without a GPU. A TensorRT engine runs only on the GPU and with the version that
+    built it, so by default the artifact holds no plan but the command that builds it beside model.onnx on the device.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    requires = frozenset({GRAPH, TARGET})
+    provides = frozenset({ENGINE})
+    needs: ClassVar[tuple[str, ...]] = ("tensorrt-rtx-cu12", "tensorrt-cu12")
+
+    build_on: Literal["device", "host"] = Field(
+        "device", description="where a TensorRT engine is built (TensorRT-RTX: always on the host)"
+    )
+    workspace_mib: int = Field(1024, ge=1, description="memory a layer may use while it runs, MiB")
+    dynamic: Mapping[str, Sizes] = Field(
+        {"batch": (1, 2, 8)},
+        description="smallest, usual and largest size of a dynamic axis, by its name;"
+        " of one that is not named here, the sizes it was exported at",
+    )
+    compute_capabilities: tuple[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"], ...] = Field(
+        (), description="GPUs the engine runs on (TensorRT-RTX); none listed: those of its default, SM80 and newer"
+    )
+
+    @classmethod
+    def applies(cls, target: Target) -> bool:
+        """For both runtimes of the TensorRT family."""
+        return target.runtime in MODULES
+
+    def check(self, target: Target) -> None:
+        """Raises MissingExtra where the engine is to be built here and the builder is not installed."""
+        module, extra = MODULES[target.runtime]
+        if self._builds_here(target) and find_spec(module) is None:
+            raise MissingExtra(extra, f"building for {target.name}")
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises TargetError, with every node the runtime refuses or would compute wrongly."""
+        return {ENGINE: self.engine(state[GRAPH], state[TARGET], ctx)}
+
+    def engine(self, graph: Graph, target: Target, ctx: Context) -> Engine:
+        """Of one graph. Raises TargetError as `run` does."""
+        profile = self.profile(graph)
+        products = _read_products(graph.path)
+        if not self._builds_here(target):
+            return Engine(target.runtime, "on device", None, None, command=self._command(profile))
+        trt = _load(target)
+        plan, log = self._build(trt, graph.path, profile, target)
+        layers = read_layers(log)
+        if not layers:
+            raise StepFailed(f"{target.runtime} {trt.__version__} lists no layers: no telling what the engine executes")
+        if hazards := find_hazards(layers):
+            raise TargetError(*hazards)
+        integer, floating = count_products(layers, products)
+        ctx.log.info("%d matrix products on integers, %d in floating point", integer, floating)
+        return Engine(target.runtime, trt.__version__, integer, floating, plan, layers=tuple(map(str, layers)))
+
+    def _builds_here(self, target: Target) -> bool:
+        return target.runtime == "tensorrt-rtx" or self.build_on == "host"
+
+    def profile(self, graph: Graph) -> Profile:
+        """Of inputs with a dynamic axis. Raises TargetError for an axis of which no sizes are known."""
+        sizes = {axis: (min(ends), ends[0], max(ends)) for axis, ends in graph.sizes.items()} | dict(self.dynamic)
+        owners = {axis: name for name, spec in graph.inputs.items() for axis in spec.shape if isinstance(axis, str)}
+        if unknown := sorted(owners.keys() - sizes.keys()):
+            raise TargetError(*(f"{owners[a]}: axis {a!r} is dynamic: give its sizes in dynamic" for a in unknown))
+
+        def shape(axes: tuple[int | str, ...], size: int) -> tuple[int, ...]:
+            return tuple(sizes[axis][size] if isinstance(axis, str) else axis for axis in axes)
+
+        return {
+            name: (shape(spec.shape, 0), shape(spec.shape, 1), shape(spec.shape, 2))
+            for name, spec in graph.inputs.items()
+            if any(isinstance(axis, str) for axis in spec.shape)
+        }
+
+    def _command(self, profile: Profile) -> str:
+        """For trtexec 10 and 11 (which types strongly in any case), in the folder of model.onnx."""
+        options = [
+            "--onnx=model.onnx",
+            "--saveEngine=engine.plan",
+            "--stronglyTyped",
+            f"--memPoolSize=workspace:{self.workspace_mib}M",
+            "--profilingVerbosity=detailed",
+            "--exportLayerInfo=engine.layers.json",
+            "--skipInference",
+        ]
+        return shlex.join(["trtexec", *options, *shape_flags(profile)])
+
+    def _build(self, trt: ModuleType, path: Path, profile: Profile, target: Target) -> tuple[bytes, str]:
+        """The serialized engine, and the layer list of the builder's log."""
+
+        def set_gpus(config: "IBuilderConfig") -> None:
+            if target.runtime == "tensorrt-rtx" and self.compute_capabilities:
+                config.num_compute_capabilities = len(self.compute_capabilities)
+                for place, capability in enumerate(self.compute_capabilities):
+                    config.set_compute_capability(getattr(trt.ComputeCapability, capability), place)
+
+        try:
+            return build_engine(trt, path, profile, self.workspace_mib, set_gpus)
+        except BuildError as error:
+            raise TargetError(*error.problems) from error
+
+
+def shape_flags(profile: Profile) -> list[str]:
+    """The profile as trtexec takes it."""
+    return [
+        f"--{end}Shapes={','.join(f'{name}:{_x(shapes[place])}' for name, shapes in profile.items())}"
+        for place, end in enumerate(("min", "opt", "max"))
+        if profile
+    ]
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _load(target: Target) -> ModuleType:
+    module, extra = MODULES[target.runtime]
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise MissingExtra(extra, f"building for {target.name}") from e
+
+
+def _read_products(path: Path) -> frozenset[str]:
+    """Names, as the parser gives them, of the nodes that multiply. Raises TargetError for groups that do not fit."""
+    from intaglio.exporters.float_graph.onnx_file import read_proto
+
+    graph = read_proto(path).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    problems = []
+    for node in graph.node:
+        options = {option.name: option.i for option in node.attribute}
+        group = options.get("block_size", 0)
+        if node.op_type != "DequantizeLinear" or not group or node.input[0] not in shapes:
+            continue
+        features = shapes[node.input[0]][options.get("axis", 1)]
+        # the parser takes the group from the shape of the scales: a shorter last group gives wrong groups, not an error
+        if features % group:
+            problems.append(
+                f"{node.name or node.output[0]}: {features} input features are not a multiple of the group size {group}"
+            )
+    if problems:
+        raise TargetError(*problems)
+    return frozenset(node.name or f"node_of_{node.output[0]}" for node in graph.node if node.op_type in _PRODUCTS)

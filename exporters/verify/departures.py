@@ -1,0 +1,118 @@
+"""Where a deployed graph leaves its simulation: each layer, and what lies between layers, held alone against it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from intaglio.exporters.float_graph.onnx_file import read_proto
+from intaglio.exporters.float_graph.sites import LAYER_KEY
+from intaglio.pipeline.artifacts.verification import Departure
+from intaglio.pipeline.model.calls import Denoise, Inputs
+from intaglio.pipeline.model.hooks import after_calls
+from intaglio.pipeline.simulation.layer import channel_axis
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.artifacts.graph import Graph
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
+
+
+class LayersInGraph:
+    """Simulated layers on what enters them in a graph: other layers' channel scales may be folded into their ends."""
+
+    def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
+        self._graph, self._layers = graph, layers
+
+    def entering(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What the simulation has in front of a layer, as the graph has it."""
+        return x * self._scale(self._graph.nodes[name][0], name, x)
+
+    def leaving(self, name: str, y: torch.Tensor, value: str | None = None) -> torch.Tensor:
+        """What left a layer in the graph, as the simulation has it; `value` is its name, where it is another call's."""
+        return y / self._scale(value or self._graph.nodes[name][1], name, y)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[QuantizedLayer]:
+        """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
+        layer = self._layers[name]
+        balance = layer.balance
+        if balance is not None and self._graph.is_folded(name):
+            layer.balance = replace(balance, scale_C=torch.ones_like(balance.scale_C))
+        try:
+            yield layer
+        finally:
+            layer.balance = balance
+
+    def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Of the channels of a value at an end of the layer of this name."""
+        by = self._graph.scaled.get(value)
+        axis = channel_axis(self._layers[name].layer)
+        scale_C = torch.ones(x.shape[axis])
+        if by is not None and (balance := self._layers[by.layer].balance) is not None:
+            scale_C[by.start : by.start + len(balance.scale_C)] = balance.scale_C
+        return scale_C.reshape(-1, *[1] * (-1 - axis))
+
+
+Values: TypeAlias = Callable[[Inputs], Mapping[str, torch.Tensor]]
+"""A deployed graph as a function that also gives values inside it, by the names they have in the graph."""
+
+
+def value_names(graph: Graph) -> tuple[str, ...]:
+    """Of what enters and leaves each layer of a graph, and of its output: what `find_departures` asks for."""
+    ends = [end for name, calls in _call_outputs(graph).items() for end in (graph.nodes[name][0], *calls)]
+    return tuple(dict.fromkeys([*ends, *graph.outputs]))
+
+
+def _call_outputs(graph: Graph) -> dict[str, list[str]]:
+    """By layer, what leaves each of its calls, whose nodes begin with `layer`, `layer@1` and so on."""
+    last: dict[str, dict[str, str]] = {}
+    for node in read_proto(graph.path).graph.node:
+        layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
+        if layer in graph.nodes:
+            last.setdefault(layer, {})[node.name.partition("/")[0]] = node.output[0]
+    return {name: list(calls.values()) for name, calls in last.items()}
+
+
+def find_departures(
+    layers: Mapping[str, QuantizedLayer], simulated: Denoise, graph: Graph, deployed: Values, call: Inputs
+) -> tuple[dict[str, Departure], float]:
+    """Every layer in the order in which they run, and the error of the graph's output.
+
+    The simulation goes on with what left each layer in the graph, so that no difference is carried along. What enters
+    a layer is wrong then by what lies between it and the layers before it alone; what leaves it is held against the
+    simulated layer on what entered it in the graph. A layer that is called again is checked at its first call.
+    """
+    values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
+    found: dict[str, Departure] = {}
+    calls = dict.fromkeys(layers, 0)
+
+    def take_over(name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
+        layer, x = layers[name], args[0]
+        left = [ends.leaving(name, values[output], output) for output in outputs[name]]
+        if name not in found:
+            entered, own = values[graph.nodes[name][0]], math.inf
+            if entered.shape == x.shape:
+                with ends.reading(name):
+                    own = rel_l2(left[0], layer.forward(entered))
+            found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
+        calls[name] += 1
+        again = left[min(calls[name], len(left)) - 1]  # equal calls are one in the graph
+        return again if again.shape == y.shape else y
+
+    there = {name: layer for name, layer in layers.items() if name in graph.nodes}
+    with torch.no_grad(), after_calls(there, take_over):
+        output = simulated(call)
+    return found, rel_l2(values[next(iter(graph.outputs))], output)
+
+
+def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """|y - y_ref| / |y_ref|; infinite where the shapes differ."""
+    y, reference = y.detach(), reference.detach()
+    if y.shape != reference.shape:
+        return math.inf
+    return float((y - reference).norm() / reference.norm().clamp_min(1e-12))

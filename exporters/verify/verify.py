@@ -1,0 +1,297 @@
+"""Hold the deployed graph against its simulation, layer by layer and as a whole, and both against full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import LISTED, StepFailed
+from intaglio.pipeline.formats.schemes import IntInput
+from intaglio.pipeline.model.cost import ModelCost
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import torch
+    from torch import nn
+
+    from intaglio.exporters.verify.departures import LayersInGraph
+    from intaglio.pipeline.artifacts.graph import Graph
+    from intaglio.pipeline.artifacts.verification import Departure, LayerParity, Verification
+    from intaglio.pipeline.formats.target import Target
+    from intaglio.pipeline.model.calls import Denoise, Inputs
+    from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
+
+
+BETWEEN_HALVES = 10 * 2.0**-11
+"""Relative L2 error of what lies between two layers in float16: ten roundings, an attention's and its neighbours'."""
+
+
+class Verify(Pass):
+    """Fails when the graph in ONNX Runtime is not what was simulated.
+
+    Two executions that are both right round a tie differently now and then, and everything after it is rounded anew; so
+    layers are compared alone, on the same input, and whole models by their distance to full precision.
+    """
+
+    name: ClassVar[str] = "verify"
+    version: ClassVar[int] = 5
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
+    random: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
+
+    samples: int = Field(64, ge=1, description="samples drawn with each implementation, from the same noise")
+    rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
+    layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
+    half_tolerance: float = Field(
+        4e-3,
+        gt=0,
+        description="the same, of a layer in float16: eight roundings of 2^-11, of balance, weight, product, sum, bias",
+    )
+    code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
+    gap_db_tolerance: float = Field(
+        0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
+    )
+
+    bisect: bool = Field(
+        False, description="look into the whole graph as well, and name the first place where it leaves the simulation"
+    )
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Three times every sample at every step."""
+        return 3 * model.steps * self.samples * model.rows_per_sample
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
+        from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise, graph_values
+        from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
+        from intaglio.pipeline.artifacts.verification import Verification
+        from intaglio.pipeline.model.calls import Sampler, clocked, denoise_with, other_call
+        from intaglio.pipeline.simulation.layer import QuantizedLayer, simulate
+
+        checkpoint, trajectory, graph = state[MODEL], state[TRAJECTORY], state[GRAPH]
+        model = checkpoint.open()
+        quantized, target = state[QUANTIZED], state[TARGET]
+        in_float = layers_in_float(model.module, quantized.layers, target)
+        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        start = sampler.start(self.samples, ctx.torch_rng("verify"))
+        optimized, halves = target.runtime == "onnxruntime", target.float_type == "float16"
+        deployed = graph_denoise(graph, optimize=optimized)
+        samples = {}
+        departures: dict[str, Departure] = {}
+        with ctx.progress("samples", 3) as advance:
+            samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
+            advance()
+            clock = simulate(model.module, quantized.only(graph.nodes))
+            simulated = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
+            samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
+            advance()
+            samples["deployed"] = sampler.sample(deployed, start).clamp(-1, 1)
+            advance()
+        bad = [name for name, images in samples.items() if not images.isfinite().all()]
+        step = len(trajectory.timesteps) // 2
+        call = trajectory.call(step, trajectory.some_rows(self.rows))
+        layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
+        figures = {}
+        if self.bisect:
+            values = graph_values(graph, value_names(graph), optimize=optimized)
+            departures, figures["departure_output_rel_l2"] = find_departures(layers, simulated, graph, values, call)
+            figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
+            figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
+        if bad:
+            raise StepFailed(
+                *self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
+            )
+
+        parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
+        figures |= _distances(samples, HALF_TOLERANCE if halves else TOLERANCE)
+        figures["parity_rel_l2"] = rel_l2(deployed(call), simulated(call))
+        if (other := other_call(model, call)) is not None:
+            figures["parity_other_rel_l2"] = rel_l2(deployed(other), simulated(other))
+        figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
+        figures["fp16_bytes"] = fp16_bytes
+        ctx.log.info(
+            "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
+            figures["psnr_db"],
+            figures["psnr_simulated_db"],
+            figures["parity_layer_rel_l2_max"],
+        )
+        if in_float:
+            count = len(in_float)
+            ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
+        result = Verification(figures, parity, samples, departures)
+        half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
+        self._judge(result, half, halves=halves)
+        return {VERIFICATION: result}
+
+    def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
+        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first.
+
+        `half`: the layers that compute in float16; `halves`: whether what is between layers does.
+        """
+        problems = self._departed(result.figures, result.departures, halves=halves)
+        tolerances = {name: self.half_tolerance if name in half else self.layer_tolerance for name in result.layers}
+        problems += [
+            f"{name}: relative L2 error {p.rel_l2:.2e} on the same input, tolerance {tolerances[name]:.0e}"
+            for name, p in result.layers.items()
+            if not p.rel_l2 <= tolerances[name]
+        ]
+        problems += [
+            f"{name}: {p.codes_differing} of {p.codes} input codes differ, by at most {p.code_distance_max}"
+            for name, p in result.layers.items()
+            if p.codes_differing > max(1, self.code_tolerance * p.codes) or p.code_distance_max > 1
+        ]
+        if not math.isfinite(result.figures.get("parity_other_rel_l2", 0.0)):
+            problems.append("the graph or its simulation returns NaN or Inf at the model's other size")
+        gap, error = result.figures["fidelity_gap_db"], result.figures["fidelity_gap_error_db"]
+        if not abs(gap) - 2 * error <= self.gap_db_tolerance:
+            problems.append(
+                f"samples: simulated and deployed PSNR differ by {gap:.2f} dB, standard error {error:.2f} dB"
+                f" ({self.gap_db_tolerance} allowed)"
+            )
+        if problems:
+            raise StepFailed(*problems)
+
+    def _departed(
+        self, figures: Mapping[str, float], departures: Mapping[str, Departure], *, halves: bool
+    ) -> list[str]:
+        """Every layer that computes something else inside the graph, then the first that is handed something else."""
+        tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
+        allowed = f"tolerance {tolerance:.0e}"
+        problems = [
+            f"{name}: relative L2 error {d.own_rel_l2:.2e} inside the whole graph, on what reaches it there, {allowed}"
+            for name, d in departures.items()
+            if not d.own_rel_l2 <= tolerance
+        ]
+        reached = {name: d.input_rel_l2 for name, d in departures.items()}
+        reached["the output"] = figures.get("departure_output_rel_l2", 0.0)
+        wrong = [(name, error) for name, error in reached.items() if not error <= tolerance]
+        if wrong:
+            name, error = wrong[0]
+            problems.append(
+                f"{name}: relative L2 error {error:.2e} of what reaches it inside the whole graph from right layers,"
+                f" {allowed}: the fault is in front of it ({len(wrong) - 1} more places behind it)"
+            )
+        return problems
+
+
+def _compare_layers(
+    layers: dict[str, QuantizedLayer],
+    graph: Graph,
+    simulated: Denoise,
+    call: Inputs,
+    clock: StepClock,
+    optimize: bool,
+    ctx: Context,
+) -> dict[str, LayerParity]:
+    """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`.
+
+    A layer that is called several times is compared at its first call, the one whose ends the graph names.
+    """
+    import torch
+
+    from intaglio.exporters.verify.departures import LayersInGraph
+    from intaglio.pipeline.model.hooks import after_calls
+
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def note(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.setdefault(name, (args[0].detach(), output.detach()))
+
+    with torch.no_grad(), after_calls(layers, note):
+        simulated(call)
+    parity = {}
+    ends = LayersInGraph(graph, layers)
+    with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
+        for name in graph.nodes:
+            x, y = seen[name]
+            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, optimize)
+            advance()
+    return parity
+
+
+def _compare_layer(
+    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
+) -> LayerParity:
+    import numpy as np
+    import torch
+
+    from intaglio.exporters.float_graph.sites import entry_type, run_layer
+    from intaglio.exporters.verify.departures import rel_l2
+    from intaglio.pipeline.artifacts.verification import LayerParity
+
+    x = ends.entering(name, x)
+    half = entry_type(graph, name) == np.float16
+    if half:
+        x = x.half().float()
+    deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
+    with ends.reading(name) as layer:
+        error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
+        if not isinstance(layer.scheme.input, IntInput) or codes is None:
+            return LayerParity(error, 0, 0, 0)
+        simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
+    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
+    return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
+
+
+def layers_in_float(module: nn.Module, quantized: Collection[str], target: Target) -> dict[str, str]:
+    """Linear layers and convolutions of the full-precision model that are not quantized, and why, by name."""
+    from torch.nn.modules.conv import _ConvNd
+
+    from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, illegal, structural_schemes
+    from intaglio.pipeline.formats.schemes import FLOAT
+    from intaglio.pipeline.model.checkpoint import layer_table
+
+    table = {layer.name: layer for layer in layer_table(module)}
+    found = {}
+    for name, child in module.named_modules():
+        if name in quantized or (name not in table and not isinstance(child, _ConvNd)):
+            continue
+        found[name] = f"no scheme is for a {type(child).__name__} of its form"
+        if name in table:
+            schemes = [s for s in structural_schemes(table[name], names=SCHEME_NAMES) if s != FLOAT]
+            reasons = [illegal(table[name], scheme, target) for scheme in schemes]
+            refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
+            found[name] = refused or "the plan leaves it so"
+    return found
+
+
+def _by_reason(in_float: Mapping[str, str]) -> str:
+    """Names of layers in float behind each reason, the first of them where there are many."""
+    names: dict[str, list[str]] = {}
+    for name, reason in in_float.items():
+        names.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(them) - LISTED} more" if len(them) > LISTED else "" for reason, them in names.items()}
+    return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
+
+
+def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> dict[str, float]:
+    """PSNR (range 2, images in [-1, 1]) and SQNR to full precision, in dB: the mean over samples of each one's own.
+
+    The least of them is there too: a trajectory that parts from its reference makes one sample much worse than others.
+    The gap has its standard error over the samples beside it. Errors below `rounding`, relative to full precision, are
+    those of the order of sums: two implementations that are both nearer than that have no gap.
+    """
+    reference = samples["full_precision"].flatten(1)
+    mse = {n: (samples[n].flatten(1) - reference).square().mean(1).clamp_min(1e-20) for n in ("simulated", "deployed")}
+    psnr = {n: 10 * (4 / error).log10() for n, error in mse.items()}
+    floor = (rounding**2 * reference.square().mean(1)).clamp_min(1e-20)
+    gap = 10 * (mse["deployed"].maximum(floor) / mse["simulated"].maximum(floor)).log10()
+    sqnr = 10 * (reference.square().mean(1) / mse["deployed"]).log10()
+    return {
+        "psnr_db": float(psnr["deployed"].mean()),
+        "psnr_db_min": float(psnr["deployed"].min()),
+        "psnr_simulated_db": float(psnr["simulated"].mean()),
+        "sqnr_db": float(sqnr.mean()),
+        "fidelity_gap_db": float(gap.mean()),
+        "fidelity_gap_error_db": float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
+    }

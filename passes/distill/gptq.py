@@ -1,0 +1,55 @@
+"""Rounds a weight so that the layer's output, and not the weight, is nearest to what it was.
+
+Shapes: N out features, K in features, G scales a row, M rows of the input (tokens, or places of a convolution).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from intaglio.pipeline.formats.schemes import IntWeight
+from intaglio.pipeline.numerics import rounding as affine
+
+DAMPING = 0.01
+"""Added to the diagonal of the Hessian, relative to its mean: channels that are never used have none."""
+
+
+def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """sum x x^T over the rows that multiply the weight, float64 (K, K): half the Hessian of the output's error."""
+    if isinstance(layer, nn.Conv2d):
+        padding = layer.padding if isinstance(layer.padding, tuple) else 0
+        if isinstance(layer.padding, str):
+            x = functional.pad(x, layer._reversed_padding_repeated_twice)
+        patches = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+        rows_MK = patches.transpose(1, 2).flatten(0, 1)
+    else:
+        rows_MK = x.reshape(-1, x.shape[-1])
+    rows_MK = rows_MK.double()
+    return rows_MK.T @ rows_MK
+
+
+def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, moment_KK: torch.Tensor) -> torch.Tensor:
+    """Codes (N, K), int8, on the grid of the scales.
+
+    Columns are rounded one after the other; the columns that follow take up each one's error, as far as the inputs are
+    correlated (GPTQ, Frantar et al. 2023, Algorithm 1; the order is that of the inputs' energy).
+    """
+    k = w_NK.shape[1]
+    order = moment_KK.diagonal().argsort(descending=True, stable=True)
+    hessian = moment_KK[order][:, order].clone()
+    hessian.diagonal().add_(DAMPING * float(hessian.diagonal().mean()) + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    w = w_NK.detach().double()[:, order].clone()
+    scale_NK = affine.groups(torch.ones_like(w_NK), form).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
+    scale_NK = scale_NK.double()[:, order]
+    codes = torch.empty_like(w)
+    for i in range(k):
+        codes[:, i] = torch.clamp(torch.round(w[:, i] / scale_NK[:, i]), form.low, form.high)
+        error = (w[:, i] - codes[:, i] * scale_NK[:, i]) / factor[i, i]
+        w[:, i:] -= error.unsqueeze(1) * factor[i, i:].unsqueeze(0)
+    in_place = torch.empty_like(codes)
+    in_place[:, order] = codes
+    return in_place.to(torch.int8)

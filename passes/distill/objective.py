@@ -1,0 +1,294 @@
+"""What a distillation minimizes: errors of outputs against full precision, of the denoiser or of one block.
+
+Shapes: T denoising steps, R rows of a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.calls import Call, clocked
+from intaglio.pipeline.simulation.layer import QuantizedLayer, full_precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from intaglio.passes.distill.distill import Distill
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler
+    from intaglio.pipeline.simulation.layer import StepClock
+
+
+class Error(NamedTuple):
+    """One term of a loss on this process's rows: weight * sum (y - y_ref)^2 / sum y_ref^2, the sums over all rows."""
+
+    squared: torch.Tensor
+    energy: torch.Tensor
+    weight: float = 1.0
+
+
+class Objective(Protocol):
+    """Every process computes its share of an update's rows; all make the same draws."""
+
+    def prepare(self, update: int) -> None:
+        """Called now and then, before `update`."""
+
+    def errors(self, rng: np.random.Generator) -> Sequence[Error]:
+        """Of one update, at a step and on samples drawn with `rng`."""
+
+    def held_out(self) -> Iterator[Sequence[Error]]:
+        """Of calls that no update sees."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which samples of the trajectories are trained on, and which are held out: every eighth."""
+
+    training: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @classmethod
+    def of(cls, count: int) -> Split:
+        """A single sample is both."""
+        held_out = tuple(range(7, count, 8)) or (0,)
+        return cls(tuple(i for i in range(count) if i not in held_out) or (0,), held_out)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how."""
+
+    options: Distill
+    sampler: Sampler
+    denoise: Denoise
+    clock: StepClock
+    layers: Mapping[str, QuantizedLayer]
+    trajectory: Trajectory
+    blocks: Mapping[str, nn.Module]
+    ctx: Context
+
+    @property
+    def count(self) -> int:
+        """Of the trajectories."""
+        return self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
+
+    @property
+    def split(self) -> Split:
+        return Split.of(self.count)
+
+    @property
+    def size(self) -> int:
+        """Samples of an update."""
+        return min(self.options.samples, len(self.split.training))
+
+    def own_rows(self, samples: Sequence[int]) -> list[int]:
+        """Of those samples that are this process's share."""
+        return self.sampler.rows_of(samples[self.ctx.processes.share(len(samples))], self.count)
+
+    def add_adapters(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        """Changes `layers`."""
+        for name, layer in layers.items():
+            layer.add_adapter(self.options.rank, self.ctx.torch_rng("adapter", name))
+
+    def check_shares(self) -> None:
+        """Raises RecipeError where a process would have nothing of an update, or of the held-out samples."""
+        processes, held_out = self.ctx.processes.count, len(self.split.held_out)
+        if processes > min(held_out, self.size):
+            raise RecipeError(
+                f"distill: {processes} processes share {self.size} samples an update and {held_out} held-out ones:"
+                " use fewer processes, or raise distill.samples, or calibrate.samples, of which an eighth is held out"
+            )
+
+    def mixed(self) -> contextlib.AbstractContextManager[object]:
+        """Products in the precision that the student is trained in; codes and scales stay float32."""
+        return torch.autocast(self.ctx.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
+
+
+class WholeOutput:
+    """The guided output at one step of the recorded trajectories, or in a state that the quantized model reached.
+
+    (EfficientDM Eq. 7.) With `features`, the outputs of the blocks count too, each against full precision's.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.blocks = task.blocks if task.options.features else {}
+        self.weights = self._weights()
+        self.rolled: list[Inputs] = []
+
+    def _weights(self) -> list[float]:
+        """By step, of the relative error: what the samples feel of it, 1 on average over the steps."""
+        sampler, trajectory = self.task.sampler, self.task.trajectory
+        if self.task.options.weighting == "output":
+            return [1.0] * len(trajectory.timesteps)
+        outputs = [sampler.guided(output) for output in trajectory.outputs]
+        x = trajectory.inputs[sampler.names.sample][0][: self.task.count]
+        energies = [float(output.square().mean()) for output in outputs]
+        felt = [i**2 * e for i, e in zip(sampler.influence(x, outputs), energies, strict=True)]
+        return [weight * len(felt) / sum(felt) for weight in felt]
+
+    def prepare(self, update: int) -> None:
+        """The quantized model draws samples from new noise; its calls are what it will be corrected at."""
+        task, samples = self.task, self.task.options.samples
+        if not task.options.rollout:
+            return
+        start = task.sampler.start(samples, task.ctx.torch_rng("roll-out", update))
+        own = start.part(task.ctx.processes.share(samples))
+        denoise = clocked(task.denoise, task.clock, task.sampler.names.timestep)
+        self.rolled = [call.inputs for call in task.sampler.drive(denoise, own) if isinstance(call, Call)]
+
+    def errors(self, rng: np.random.Generator) -> Sequence[Error]:
+        """Of one update."""
+        step = int(rng.integers(len(self.task.trajectory.timesteps)))
+        picked = sorted(int(i) for i in rng.choice(self.task.split.training, self.task.size, replace=False))
+        if rng.random() < self.task.options.rollout:
+            return self._compare(step, self.rolled[step], None, self.blocks)
+        return self._recorded(step, picked, self.blocks)
+
+    def held_out(self) -> Iterator[Sequence[Error]]:
+        """Of every second step, of the output alone."""
+        for step in range(0, len(self.task.trajectory.timesteps), 2):
+            yield self._recorded(step, self.task.split.held_out, {})
+
+    def _recorded(self, step: int, samples: Sequence[int], blocks: Mapping[str, nn.Module]) -> Sequence[Error]:
+        rows, trajectory = self.task.own_rows(samples), self.task.trajectory
+        return self._compare(step, trajectory.call(step, rows), trajectory.outputs[step][rows], blocks)
+
+    def _compare(
+        self, step: int, inputs: Inputs, target: torch.Tensor | None, blocks: Mapping[str, nn.Module]
+    ) -> Sequence[Error]:
+        """`target` is full precision's output where it is known."""
+        task, weight = self.task, self.weights[step]
+        task.clock.step = step
+        expected: dict[str, list[torch.Tensor]] = {}
+        if target is None or blocks:
+            with torch.no_grad(), full_precision(task.layers.values()), outputs_of(blocks, expected):
+                target = task.denoise(inputs)
+        found: dict[str, list[torch.Tensor]] = {}
+        with outputs_of(blocks, found), task.mixed():
+            output = task.denoise(inputs)
+        pairs = [(found[name], expected[name], weight * task.options.features / len(found)) for name in found]
+        whole = _error([task.sampler.guided(output.float())], [task.sampler.guided(target)], weight)
+        return [whole, *(_error(*pair) for pair in pairs)]
+
+
+class BlockOutput:
+    """The output of one block behind blocks that are quantized already, against full precision's (BRECQ, Li 2021).
+
+    The block alone is in memory for the backward pass. Its calls are recorded once, before it is trained.
+    """
+
+    def __init__(self, task: Task, block: nn.Module, calls: Sequence[Sequence[BlockCall]]) -> None:
+        """`calls`: by step; of each the training calls, and last the held-out one."""
+        self.task, self.block, self.calls = task, block, calls
+
+    def prepare(self, update: int) -> None:
+        """All is recorded."""
+
+    def errors(self, rng: np.random.Generator) -> Sequence[Error]:
+        """Of one update."""
+        step = int(rng.integers(len(self.calls)))
+        training = self.calls[step][:-1]
+        return self._compare(step, training[int(rng.integers(len(training)))])
+
+    def held_out(self) -> Iterator[Sequence[Error]]:
+        """Of every second step."""
+        for step in range(0, len(self.calls), 2):
+            yield self._compare(step, self.calls[step][-1])
+
+    def _compare(self, step: int, call: BlockCall) -> Sequence[Error]:
+        self.task.clock.step = step
+        with self.task.mixed():
+            output = self.block(*call.args, **call.kwargs)
+        return [_error(tensors(output), call.expected)]
+
+
+class BlockCall(NamedTuple):
+    """What enters a block behind quantized ones, and what leaves it in full precision."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    expected: Sequence[torch.Tensor]
+
+
+def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
+    """By step, calls of this process's rows, the held-out ones last. Empty where the denoiser never calls the block."""
+    block, layers, training, size = task.blocks[name], task.layers.values(), task.split.training, task.size
+    samples = [training[i : i + size] for i in range(0, len(training) - size + 1, size)]
+    steps = []
+    with task.ctx.progress(f"calls of {name}", len(task.trajectory.timesteps)) as advance:
+        for step in range(len(task.trajectory.timesteps)):
+            task.clock.step = step
+            calls = []
+            for rows in map(task.own_rows, (*samples, task.split.held_out)):
+                inputs = task.trajectory.call(step, rows)
+                with full_precision(layers):
+                    teacher = _first_call(block, task.denoise, inputs)
+                student = _first_call(block, task.denoise, inputs)
+                if teacher is None or student is None:
+                    return []
+                with torch.no_grad(), full_precision(layers):
+                    expected = tensors(block(*teacher[0], **teacher[1]))
+                calls.append(BlockCall(*student, expected))
+            steps.append(calls)
+            advance()
+    return steps
+
+
+class _Reached(Exception):
+    """The block is called: what comes after it need not be computed."""
+
+
+def _first_call(
+    block: nn.Module, denoise: Denoise, inputs: Inputs
+) -> tuple[tuple[object, ...], Mapping[str, object]] | None:
+    seen: list[tuple[tuple[object, ...], Mapping[str, object]]] = []
+
+    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached
+
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), contextlib.suppress(_Reached):
+            denoise(inputs)
+    finally:
+        hook.remove()
+    return seen[0] if seen else None
+
+
+@contextlib.contextmanager
+def outputs_of(blocks: Mapping[str, nn.Module], found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+    """Fills `found` with the tensors that the blocks return."""
+    hooks = [
+        block.register_forward_hook(lambda _, __, y, name=name: found.__setitem__(name, tensors(y)))
+        for name, block in blocks.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors(output: object) -> list[torch.Tensor]:
+    """The floating-point ones in whatever a module returns."""
+    from torch.utils._pytree import tree_leaves
+
+    leaves = tree_leaves(tuple(output.values()) if isinstance(output, dict) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _error(output: Iterable[torch.Tensor], target: Iterable[torch.Tensor], weight: float = 1.0) -> Error:
+    pairs = list(zip(output, target, strict=True))
+    squared = torch.stack([(y.float() - reference).square().sum() for y, reference in pairs]).sum()
+    energy = torch.stack([reference.square().sum() for _, reference in pairs]).sum()
+    return Error(squared.cpu(), energy.cpu(), weight)

@@ -1,0 +1,151 @@
+"""Where a distillation starts: the first input scales, and the codes that the weights begin at.
+
+Shapes: N out features, K in features, T denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from intaglio.passes.distill.gptq import gptq, second_moment
+from intaglio.passes.distill.objective import Task
+from intaglio.passes.layer_inputs import layer_inputs, siblings
+from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme, PerStep
+from intaglio.pipeline.model.blocks import find_blocks
+from intaglio.pipeline.model.calls import Sampler, denoise_with, on_device
+from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer, StepClock, full_precision, quantize_model
+
+if TYPE_CHECKING:
+    from intaglio.passes.distill.distill import Distill
+    from intaglio.pipeline.artifacts.plan import QuantPlan
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.calls import Denoise
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+
+CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
+"""Shares of an input's range that are compared as its first scale."""
+START_ROWS = 8
+"""Rows of a recorded call from which layers start."""
+
+
+def begin(
+    options: Distill, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
+) -> tuple[Task, dict[str, torch.Tensor]]:
+    """The quantized model where training begins, and what `start_weights` returns of it."""
+    model = checkpoint.open()
+    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+    model.module.requires_grad_(False)
+    clock = StepClock(trajectory.timesteps)
+    schemes = trajectory.called(plan.schemes)
+    ranges = trajectory.ranges(schemes, plan.balances)
+    replaced = quantize_model(model.module, schemes, clock, *ranges, branch=plan.branches)
+    model.module.to(ctx.device)
+    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
+    denoise = on_device(denoise_with(model.module, model), ctx.device)
+    if layers and options.input_rate:
+        start_inputs({n: layer for n, layer in layers.items() if learns_input(layer.scheme)}, denoise, trajectory, ctx)
+    codes = start_weights(layers, denoise, trajectory, options.start, options.distance, ctx)
+    return Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx), codes
+
+
+def learns_input(scheme: LayerScheme) -> bool:
+    """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
+    form = scheme.input
+    return isinstance(form, IntInput) and (form.bits == 4 or isinstance(form.granularity, PerStep))
+
+
+def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
+    """Give layers trainable input scales; siblings share them.
+
+    At 4 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
+    """
+    rows = trajectory.some_rows(START_ROWS)
+    four = {name: layer for name, layer in layers.items() if _input_bits(layer) == 4}
+    steps = range(len(trajectory.timesteps) if four else 1)
+    groups: list[tuple[str, ...]] = []
+    factors: dict[tuple[str, ...], list[float]] = {}
+    with full_precision(layers.values()), ctx.progress("input scales", len(steps)) as advance:
+        for step in steps:
+            seen = layer_inputs(four if groups else layers, denoise, trajectory.call(step, rows))
+            groups = groups or [tuple(names) for group in siblings(seen) for names in _alike(group, layers)]
+            for names in groups:
+                if names[0] in four:
+                    layer = layers[names[0]]
+                    layer.clock.step = step
+                    inputs = [layer.balanced(x) for x in seen.get(names[0], ())]
+                    errors = [sum(_input_error(layer, x, share) for x in inputs) for share in CLIPPING]
+                    factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
+            advance()
+    for names in groups:
+        scales = InputScales(torch.tensor(factors.get(names) or [1.0] * len(trajectory.timesteps)))
+        for name in names:
+            layers[name].learn_input(scales)
+
+
+def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterator[list[str]]:
+    """Those of a group that round their input in the same way."""
+    kinds: dict[object, list[str]] = {}
+    for name in group:
+        layer = layers[name]
+        basis = None if layer.balance is None else layer.balance.key
+        kinds.setdefault((layer.scheme.input, basis), []).append(name)
+    yield from kinds.values()
+
+
+def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
+    """Squared error of the input, in its basis, when its range is cut to this share."""
+    layer.learn_input(InputScales(torch.full((len(layer.clock.timesteps),), share)))
+    with torch.no_grad():
+        q, amax, shift = layer.balanced_codes(x)
+        rounded = q * affine.input_scale(_input_bits(layer)) * amax + (0 if shift is None else shift)
+        return float((rounded - x).square().sum())
+
+
+def _input_bits(layer: QuantizedLayer) -> Literal[4, 8]:
+    assert isinstance(layer.scheme.input, IntInput)  # those that learn have rounded inputs
+    return layer.scheme.input.bits
+
+
+def start_weights(
+    layers: Mapping[str, QuantizedLayer],
+    denoise: Denoise,
+    trajectory: Trajectory,
+    start: Literal["round", "gptq"],
+    distance: float,
+    ctx: Context,
+) -> dict[str, torch.Tensor]:
+    """Move the layers to where training begins, at most `distance` scales from their codes.
+
+    Returns these codes, (N, K), of the layers that do not begin at the model's weight.
+    """
+    if start == "round" and distance > 0:
+        return {}
+    codes = {}
+    moments: dict[str, torch.Tensor] = {}
+    if start == "gptq":
+        rows = trajectory.some_rows(START_ROWS)
+        four = {n: m for n, m in layers.items() if isinstance(m.scheme.weight, IntWeight) and m.scheme.weight.bits == 4}
+        steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
+        with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
+            for step in steps:
+                for name, inputs in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
+                    layer = layers[name]
+                    for x in inputs:
+                        moment = second_moment(layer.layer, layer.balanced(x))
+                        moments[name] = moments.get(name, torch.zeros(())) + moment
+                advance()
+    with ctx.progress("start of the weights", len(layers)) as advance:
+        for name, layer in layers.items():
+            form = layer.scheme.weight
+            assert isinstance(form, IntWeight)  # `layers` are those
+            codes[name] = layer.weight_codes()
+            if name in moments:
+                codes[name] = gptq(layer.base_weight(), layer.code_scale(), form, moments[name])
+            layer.start_from(codes[name], distance)
+            advance()
+    return codes

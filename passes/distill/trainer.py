@@ -1,0 +1,187 @@
+"""The updates of a distillation: learning rates, checkpoints, and the best held-out state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+
+from intaglio.passes.imports.torch_file import load_torch_file
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import DAMAGE
+from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer
+
+if TYPE_CHECKING:
+    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.distill.objective import Error, Objective
+    from intaglio.pipeline.contract.context import Context
+
+ROUND = 20
+"""Updates between two checkpoints, after each of which the held-out error is measured and new states are rolled out."""
+
+
+class Trainer:
+    """Trains some layers on one objective.
+
+    What a resumed run needs is in the checkpoint or a function of the update's number. Several processes compute a
+    share of each update's rows; their summed gradients are those of one process, up to the order of float32 sums.
+    """
+
+    def __init__(
+        self,
+        options: Distill,
+        layers: Mapping[str, QuantizedLayer],
+        objective: Objective,
+        ctx: Context,
+        name: str = "distill",
+    ) -> None:
+        self.options, self.layers, self.objective, self.ctx = options, layers, objective, ctx
+        self.name = name
+        # gradients of a good start are as small as 1e-8: an epsilon of that size would be a learning rate of its own
+        self.optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99), eps=1e-15)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.checkpoint = ctx.scratch / f"{name}.pt"
+
+    def _groups(self) -> list[dict[str, object]]:
+        """Parameters and their learning rates. What an earlier training ended with stays as it is."""
+        options = self.options
+        code_scale = {name: layer.code_scale().detach().mean().item() for name, layer in self.layers.items()}
+        mean = sum(code_scale.values()) / len(code_scale)
+        groups: list[dict[str, object]] = []
+        self.gradient_scales: list[tuple[torch.nn.Parameter, float]] = []
+        seen: set[InputScales] = set()
+        for name, layer in self.layers.items():
+            adapter = [p for p in (layer.adapter_a, layer.adapter_b) if p is not None]
+            own = code_scale[name] if options.scale_aware == "rate" else mean
+            groups.append({"params": adapter, "lr": options.rate * own})
+            if options.scale_aware == "gradient":
+                self.gradient_scales += [(p, code_scale[name]) for p in adapter]
+            for scale in (layer.weight_scale, layer.weight_group):
+                if scale is not None:
+                    scale.requires_grad_(True)
+                    groups.append({"params": [scale], "lr": options.scale_rate * scale.detach().mean().item()})
+            if (scales := layer.input_scales) is not None and scales not in seen:
+                seen.add(scales)
+                if parameters := [p for p in scales.parameters() if p.requires_grad]:
+                    groups.append({"params": parameters, "lr": options.input_rate})
+        return groups
+
+    def train(self) -> tuple[float, ...]:
+        """Loss of every update. Leaves the best held-out state in the layers."""
+        loss: list[float] = []
+        best_error, best = self._held_out_error(), self._state()
+        ctx, updates = self.ctx, self.options.updates
+        first_error = best_error
+        saved = self._saved()
+        if saved is not None:
+            self._restore(saved["state"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            loss, best_error, best = saved["loss"], saved["best_error"], saved["best"]
+        with ctx.progress(self.name, updates) as advance:
+            advance(len(loss))
+            for update in range(len(loss), updates):
+                if update % ROUND == 0:
+                    self.objective.prepare(update)
+                    self._invalidate()
+                loss.append(self._update(update))
+                advance()
+                if (update + 1) % ROUND == 0 or update + 1 == updates:
+                    error = self._held_out_error()
+                    if error < best_error:
+                        best_error, best = error, self._state()
+                    self._save({"loss": loss, "best_error": best_error, "best": best})
+        self._restore(best)
+        ctx.log.info("%s: held-out relative error %.3e -> %.3e", self.name, first_error, best_error)
+        return tuple(loss)
+
+    def _update(self, update: int) -> float:
+        processes = self.ctx.processes
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * (1 - update / self.options.updates)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self.objective.errors(self.ctx.rng("update", update)))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
+        # those of an update's step alone have a gradient, the same ones in every process
+        moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = loss.detach()
+        processes.add([p.grad for p in moved] + [total])
+        for parameter, scale in self.gradient_scales:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self.optimizer.step()
+        self._invalidate()
+        return float(total)
+
+    def _loss(self, errors: Sequence[Error]) -> torch.Tensor:
+        """This process's part of sum weight * squared / energy."""
+        energies = [error.energy.clone() for error in errors]
+        self.ctx.processes.add(energies)
+        terms = [e.weight * e.squared / energy for e, energy in zip(errors, energies, strict=True)]
+        return torch.stack(terms).sum()
+
+    def _held_out_error(self) -> float:
+        with torch.no_grad():
+            losses = torch.stack([self._loss(errors) for errors in self.objective.held_out()])
+        self.ctx.processes.add([losses])
+        self._invalidate()
+        return float(losses.mean())
+
+    def _invalidate(self) -> None:
+        for layer in self.layers.values():
+            layer.invalidate()
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name."""
+        found: dict[str, torch.Tensor] = {}
+        for name, layer in self.layers.items():
+            found |= {f"{name}:{key}": p for key, p in layer.named_parameters() if p.requires_grad}
+        return found
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self._tensors().items()}
+
+    def _restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._tensors().items():
+            parameter.data.copy_(saved[name])
+        self._invalidate()
+
+    def _saved(self) -> dict[str, Any] | None:
+        """Return what a stopped run left, None where it left nothing or a file that is damaged or of another run."""
+        if not self.ctx.processes.agree(self.checkpoint.exists()):
+            return None
+        reason = f"{self.checkpoint.name} is of another run"
+        try:
+            saved = load_torch_file(self.checkpoint)
+            if self._fits(saved):
+                return saved
+        except RecipeError as error:
+            reason = str(error)
+        except DAMAGE:  # it holds other things than this training saves
+            pass
+        self.ctx.log.warning("%s: training starts again: %s", self.name, reason)
+        return None
+
+    def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
+        """Whether a checkpoint is one of this training: what is trained, its optimizer, and the updates so far."""
+        own = {name: parameter.shape for name, parameter in self._tensors().items()}
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+        moments = [(i, each[part].shape) for i, each in state.items() for part in ("exp_avg", "exp_avg_sq")]
+        counts = [len(group["params"]) for group in self.optimizer.param_groups]
+        return (
+            all({name: value.shape for name, value in saved[part].items()} == own for part in ("state", "best"))
+            and all(value.isfinite().all() for part in ("state", "best") for value in saved[part].values())
+            and [len(group["params"]) for group in groups] == counts
+            and all(shape == parameters[index].shape for index, shape in moments)
+            and all(type(each) is float for each in (*saved["loss"], saved["best_error"]))
+            and 0 < len(saved["loss"]) <= self.options.updates
+        )
+
+    def _save(self, progress: Mapping[str, object]) -> None:
+        if not self.ctx.processes.first:
+            return
+        part = self.checkpoint.with_suffix(".part")
+        torch.save({**progress, "state": self._state(), "optimizer": self.optimizer.state_dict()}, part)
+        os.replace(part, self.checkpoint)

@@ -1,0 +1,324 @@
+"""What passes share that take over a denoiser quantized elsewhere: its integers and scales, exactly or not at all.
+
+Shapes: N out features, K in features, G scales a row, T denoising steps: one entry, as these scales are of no step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MIB, open_stream, printable
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A16, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.numerics.basis import Balance
+
+GROUPS = (128, 64, 32)
+"""Sizes that a block is split into, the largest that fits."""
+LISTED_PROBLEMS = 24
+"""Problems of one import that its error lists."""
+NAMED_LAYERS = 24
+"""Layers that a line of the log names."""
+SPARSE = 256 * MIB
+"""Bytes up to which it does not matter that most of a file is not there. Weights are no eight times smaller on disk."""
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""Types of tensors that are numbers in themselves: without a scale, a block or a table."""
+
+
+class ImportPass(Pass):
+    """Its files are part of its key: the step runs again when one changes. Nothing in them is run."""
+
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, QUANTIZED})
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+
+    path: str
+    sha256: str = Field("", description="of what is read there, as it has to be; empty: as it is")
+    _place: Path = PrivateAttr()
+
+    @classmethod
+    def files(cls, place: Path) -> list[Path]:
+        """Return the files that are read of what `path` names. Raises RecipeError for those that cannot be."""
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digested(cls, written: object, info: ValidationInfo) -> object:
+        if not isinstance(written, dict) or not isinstance(written.get("path"), str):
+            return written
+        try:
+            found = _digest(cls.files(_base(info.context) / written["path"]))
+        except (OSError, RecipeError) as error:
+            raise ValueError(str(error)) from error
+        if (wanted := written.get("sha256") or found) != found:
+            raise ValueError(f"{written['path']}: its sha256 is {found}, not {wanted}")
+        return {**written, "sha256": found}
+
+    def model_post_init(self, context: Mapping[str, Path] | None) -> None:
+        self._place = _base(context) / self.path
+
+    def _outputs(
+        self,
+        origin: str,
+        layers: tuple[Layer, ...],
+        found: TakenLayers,
+        problems: Iterable[str],
+        trajectory: Trajectory,
+        ctx: Context,
+    ) -> Outputs:
+        """Return the plan and the integers; layers that were not taken stay in float, and the log says why.
+
+        Raises RecipeError with the first problems, and how many more there are.
+        """
+        from intaglio.pipeline.artifacts.quantized import Quantized
+        from intaglio.pipeline.numerics.basis import LayerBalance
+
+        if said := [f"{printable(self.path)}: {problem}" for problem in problems]:
+            more = len(said) - LISTED_PROBLEMS
+            raise RecipeError(*said[:LISTED_PROBLEMS], *([f"and {more} more problems"] if more > 0 else []))
+        taken = found.taken
+        plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
+        balances = {}
+        for name, data in taken.items():
+            if data.balance is None:
+                continue
+            if data.amax_T is None:  # no entry is larger
+                amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
+            else:
+                amax_T = data.amax_T.expand(len(trajectory.timesteps))
+            balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
+        plan = plan.balanced(balances)
+        bits = plan.weight_bits_mean
+        ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
+        for reason, names in found.in_float.items():
+            ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
+        # one entry: its scales are of no step
+        return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
+
+
+def _base(context: Mapping[str, Path] | None) -> Path:
+    return (context or {}).get("base", Path())
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Of one file its sha256, of several that of their names and sha256s."""
+    found = {}
+    for file in files:
+        with open_stream(file) as opened:
+            held, size = getattr(os.fstat(opened.fileno()), "st_blocks", 0) * 512, os.fstat(opened.fileno()).st_size
+            if size > SPARSE and 0 < held < size // 8:  # 0 where a file system does not say
+                raise RecipeError(f"{printable(file)}: is a sparse file: {held} of its {size} bytes are written")
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in found.items()).encode()).hexdigest()
+
+
+class NotCarried(Exception):
+    """Why a layer has no exact form here."""
+
+
+class StaysFloat(Exception):
+    """Why a layer is not quantized, which is no fault."""
+
+
+@dataclass(frozen=True)
+class TakenLayers:
+    """The layers' integers by name, and the names of the other layers by reason: in float, or refused."""
+
+    taken: dict[str, QuantizedLayerData]
+    in_float: dict[str, list[str]]
+    refused: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Entering:
+    """How a layer rounds its input, with what that takes: `amax_T` by step, `factor_T` of each token's magnitude."""
+
+    form: IntInput
+    amax_T: torch.Tensor | None = None
+    factor_T: torch.Tensor | None = None
+
+
+def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerData]) -> TakenLayers:
+    """Return what `take` gives for each layer, or the reason that it raises: StaysFloat or NotCarried."""
+    found = TakenLayers({}, defaultdict(list), defaultdict(list))
+    for layer in layers:
+        try:
+            found.taken[layer.name] = take(layer)
+        except StaysFloat as reason:
+            found.in_float[str(reason)].append(layer.name)
+        except NotCarried as reason:
+            found.refused[str(reason)].append(layer.name)
+    return found
+
+
+def check_called(layer: Layer, trajectory: Trajectory) -> None:
+    """Raise StaysFloat where the recorded calls never reach the layer: the graph has no product of it."""
+    if layer.name not in trajectory.amax:
+        raise StaysFloat("it is never called")
+
+
+def problems_of(
+    module: nn.Module, rest: Mapping[str, torch.Tensor], found: TakenLayers, quantized: Iterable[str]
+) -> Iterator[str]:
+    """Yield the refusals, and where `rest` differs from the model.
+
+    `rest` is what the file holds beside quantized weights. `quantized` are the layers whose weight is not compared.
+    """
+    yield from (f"{some(names)}: {reason}" for reason, names in found.refused.items())
+    weights = {f"{name}.weight" for name in quantized}
+    ours = {name: value for name, value in module.state_dict().items() if name not in weights}
+    theirs = {name: value for name, value in rest.items() if name not in weights}
+    if ours.keys() != theirs.keys():
+        missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+        parts = [f"has no {some(missing)}"] * bool(missing) + [f"has {some(surplus)}"] * bool(surplus)
+        yield f"is of another model: it {' and '.join(parts)}"
+    reasons = defaultdict(list)
+    for name in ours.keys() & theirs.keys():
+        if (reason := _difference(ours[name], theirs[name])) is not None:
+            reasons[reason].append(name)
+    yield from (f"{some(sorted(names))}: {reason}" for reason, names in reasons.items())
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+    """Return how a tensor of the file differs from the model's, None where the file's is a rounding of it."""
+    if theirs.shape != ours.shape:
+        return f"{tuple(theirs.shape)} where the recipe's model has {tuple(ours.shape)}"
+    kind = dtype_name(theirs)
+    if kind not in FLOATS if ours.is_floating_point() else theirs.dtype != ours.dtype:
+        return f"in {kind} where the recipe's model has {dtype_name(ours)}"
+    if ours.to(theirs.dtype).equal(theirs):
+        return None
+    if theirs.is_floating_point() and not theirs.isfinite().all():
+        return "holds NaN or Inf"
+    return (
+        "not what the recipe's model has, which the graph is made from: name the weights that were quantized in"
+        " model.path"
+    )
+
+
+def as_float32(what: str, value: torch.Tensor, cause: str = "") -> torch.Tensor:
+    """Return a tensor of the file in float32. Raises NotCarried for other types than floats, and for NaN and Inf.
+
+    `cause`: why it may have NaN.
+    """
+    if (kind := dtype_name(value)) not in FLOATS:
+        raise NotCarried(f"{what} in {kind}: only {', '.join(FLOATS)}")
+    values = value.float()
+    if not values.isfinite().all():
+        raise NotCarried(f"{what} with NaN or Inf{cause}")
+    return values
+
+
+def dtype_name(value: torch.Tensor) -> str:
+    """Return `float32` for torch.float32."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def layer_data(
+    layer: Layer,
+    bits: int,
+    codes: torch.Tensor,
+    scale_NG: torch.Tensor,
+    entering: Entering | None,
+    balance: Balance | None = None,
+) -> QuantizedLayerData:
+    """Codes (N, K) int8 and scales as they are. Raises NotCarried for what has no exact form."""
+    import torch
+
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+
+    group_NG = None
+    match bits, entering:
+        case 8, None | Entering(form=IntInput(bits=8)):
+            if scale_NG.shape[1] != 1:
+                raise NotCarried("8-bit weights in blocks: only with one scale for each output channel")
+            scheme = W8A16 if entering is None else LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
+        case 4, None:
+            group = _group(layer, scale_NG)
+            scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
+        case 4, Entering():
+            if not (scale_NG == scale_NG[:, :1]).all():
+                raise NotCarried(
+                    "4-bit weights with a float scale for each block in front of a rounded input: their product on"
+                    " integers takes one float scale a row and integers for its groups. Leave the input in float, use"
+                    " one scale for each output channel, or let `distill` round the weights"
+                )
+            group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]
+            group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)
+            scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
+        case _, None:
+            raise NotCarried(f"{bits}-bit weights in front of a float input: only those of 4 or 8 bits are")
+        case _, Entering():
+            raise NotCarried(f"{bits}-bit weights in front of a {entering.form.bits}-bit input")
+    amax_T, factor_T = (None, None) if entering is None else (entering.amax_T, entering.factor_T)
+    return QuantizedLayerData(
+        scheme, codes, scale_NG.contiguous(), amax_T, group_NG, balance=balance, factor_T=factor_T
+    )
+
+
+def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
+    """The largest group size that blocks can be split into: several neighbours then have one scale."""
+    block = layer.k // scale_NG.shape[1]
+    group = next((size for size in GROUPS if block % size == 0 and size < layer.k), None)
+    if group is None:
+        raise NotCarried(f"4-bit weights in blocks of {block} of {layer.k} in features: groups here have 32, 64 or 128")
+    return group
+
+
+def _split(scale_NG: torch.Tensor, count: int) -> torch.Tensor:
+    """With `count` scales a row, each as many times as it takes."""
+    return scale_NG.repeat_interleave(count // scale_NG.shape[1], dim=1)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """Return up to `most` of the names, shortened and printable, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(printable(name)[:120] for name in listed[:most]) + more
+
+
+def shown(value: object) -> str:
+    """Return a value of a file in a few words, whatever it is.
+
+    >>> shown((4, 3)), shown("8"), shown(10**5000), shown([[1]])
+    ('(4, 3)', "'8'", 'a number of many digits', '[a list]')
+    """
+    match value:
+        case None | bool() | float():
+            return str(value)
+        case int():
+            return str(value) if abs(value) < 10**12 else "a number of many digits"
+        case str():
+            return printable(repr(value[:60]))
+        case tuple() if len(value) <= 4:
+            return f"({', '.join(map(_inner, value))})"
+        case list() if len(value) <= 4:
+            return f"[{', '.join(map(_inner, value))}]"
+        case dict() if len(value) <= 4:
+            return f"{{{', '.join(f'{_inner(key)}: {_inner(item)}' for key, item in value.items())}}}"
+    return f"a {type(value).__name__}"
+
+
+def _inner(value: object) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, tuple | list | dict) else shown(value)

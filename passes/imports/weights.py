@@ -1,0 +1,121 @@
+"""Take over weights that compressed-tensors or torchao quantized: their codes and scales, exactly or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from intaglio.passes.imports.imported import (
+    ImportPass,
+    NotCarried,
+    StaysFloat,
+    check_called,
+    layer_data,
+    problems_of,
+    shown,
+    some,
+    take_layers,
+)
+from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
+from intaglio.pipeline.contract.artifact import Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MOST_JSON, checked_file, open_safetensors, printable, read_json_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.passes.imports.saved_weights import SavedWeights
+    from intaglio.pipeline.artifacts.plan import Layer
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+
+CONFIG = "config.json"
+
+
+class ImportWeights(ImportPass):
+    """The plan and the integers are those of safetensors that compressed-tensors or torchao wrote.
+
+    Codes and scales of weights are equal to the bit. An input's codes are those of the same float32 scale but for a
+    rounding of it: where a token's scale is its largest magnitude / 127.5, that entry itself lies between two codes.
+    What has no exact form here is an error that names it, and so is what else differs from the recipe's model.
+    """
+
+    name: ClassVar[str] = "import-weights"
+
+    path: str = Field(
+        description="the denoiser's folder, with config.json and safetensors, or one such file, beside the recipe"
+    )
+
+    @classmethod
+    def files(cls, place: Path) -> list[Path]:
+        """Return the files of tensors, and config.json where it is beside them. Raises RecipeError for others."""
+        found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+        if not found:
+            raise RecipeError(f"{printable(place)}: no *.safetensors in it: name the folder of the denoiser itself")
+        config = found[0].with_name(CONFIG)
+        for file in found:
+            with open_safetensors(file, framework="np"):  # before all of it is read for its sum
+                pass
+        return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        """Raises RecipeError with everything that the files hold and that cannot be carried over."""
+        from intaglio.pipeline.model.checkpoint import layer_table
+
+        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        layers = layer_table(model.module)
+        saved = read_weights(self.files(self._place), model.module)
+
+        def take(layer: Layer) -> QuantizedLayerData:
+            read = saved.weights.get(layer.name)
+            if read is None:
+                raise StaysFloat("the file has its weight in float")
+            if layer.op != "linear":
+                raise NotCarried(f"the weight of a {layer.op}: only those of linear layers are taken")
+            check_called(layer, trajectory)
+            weight = read(layer)
+            return layer_data(layer, weight.bits, weight.codes, weight.scale_NG, weight.entering)
+
+        found = take_layers(layers, take)
+        if others := sorted(saved.weights.keys() - {layer.name for layer in layers}):
+            found.refused["no layer of the model that can be quantized: leave it in float"] = others
+        problems = [*saved.problems, *problems_of(model.module, saved.rest, found, saved.weights)]
+        return self._outputs(saved.origin, layers, found, problems, trajectory, ctx)
+
+
+def read_weights(files: Iterable[Path], module: nn.Module) -> SavedWeights:
+    """Read what compressed-tensors or torchao wrote for a module. Raises RecipeError for all other files."""
+    from intaglio.passes.imports import compressed_tensors as _compressed_tensors
+    from intaglio.passes.imports import torchao as _torchao
+
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    config: dict[str, object] = {}
+    for file in files:
+        if file.name == CONFIG:
+            config = read_json_object(file)
+            continue
+        with open_safetensors(file) as opened:
+            metadata |= opened.metadata() or {}
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if name in tensors:
+                    raise RecipeError(f"{printable(file)}: {some([name])} is in another file of the folder too")
+                tensors[name] = opened.get_tensor(name)
+    written = config.get("quantization_config")
+    method = written.get("quant_method") if isinstance(written, dict) else None
+    if isinstance(written, dict) and method == _compressed_tensors.METHOD:
+        return _compressed_tensors.read_compressed_tensors(tensors, written, module)
+    if _torchao.NAMES in metadata:
+        return _torchao.read_torchao(tensors, metadata)
+    if any(name.endswith((".weight._data", ".weight._data._data")) for name in tensors):
+        raise RecipeError(
+            "quanto's weights have no form here: 8-bit ones are for inputs in float, and 4-bit ones have float zeros"
+        )
+    raise RecipeError(
+        f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao: only"
+        f" what {_compressed_tensors.METHOD} or torchao wrote is read"
+    )

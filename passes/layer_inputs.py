@@ -1,0 +1,71 @@
+"""What enters the layers of a denoiser while it is called."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from intaglio.pipeline.model.hooks import before_calls
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.model.calls import Denoise, Inputs
+
+
+def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, list[torch.Tensor]]:
+    """The input of each call of a layer, by its name, in the order of first calls. Layers not called are not there."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    with before_calls(layers, lambda name, args: seen.setdefault(name, []).append(args[0])), torch.no_grad():
+        denoise(call)
+    return seen
+
+
+def siblings(seen: Mapping[str, Sequence[torch.Tensor]]) -> list[tuple[str, ...]]:
+    """Names of layers that read the same tensor, together, in the order in which they are first called."""
+    same = SameInputs()
+    for name, inputs in seen.items():
+        for x in inputs:
+            same.note(name, x)
+    return same.readers
+
+
+class SameInputs:
+    """Groups layers by the tensors that they read, as they are called. Keeps no tensor.
+
+    A layer that is called again is in one group with all that read any of its inputs.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._of: dict[str, int] = {}  # group of a layer
+        self._count = 0
+
+    def note(self, name: str, x: torch.Tensor) -> None:
+        """The layer is called with x, which lives until it has been read by all that read it."""
+        tensor, group = self._groups.get(id(x), (None, 0))
+        if tensor is None or tensor() is not x:  # else a new tensor has the id of one that is gone
+            group, self._count = self._count, self._count + 1
+        own = self._of.setdefault(name, group)
+        if own != group:
+            merged, gone = min(own, group), max(own, group)
+            self._of = {n: merged if g == gone else g for n, g in self._of.items()}
+            self._groups = {key: (t, merged if g == gone else g) for key, (t, g) in self._groups.items()}
+            group = merged
+        self._groups[id(x)] = weakref.ref(x), group
+
+    @property
+    def readers(self) -> list[tuple[str, ...]]:
+        """The groups, in the order of their first calls."""
+        groups: dict[int, list[str]] = {}
+        for name, group in self._of.items():
+            groups.setdefault(group, []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Those of two layers or more."""
+        return tuple(names for names in self.readers if len(names) > 1)

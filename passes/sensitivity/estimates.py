@@ -1,0 +1,164 @@
+"""Two estimates of what rounding costs, put together: predicted for all layers, measured for some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from statistics import mean, median, stdev
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme
+
+if TYPE_CHECKING:
+    from intaglio.passes.sensitivity.screen import Forms
+    from intaglio.passes.sensitivity.study import Errors
+    from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+    from intaglio.pipeline.contract.metric import Metric
+
+MSE = "mse"
+"""The metric that all layers have, and that a prediction is of."""
+Pair = tuple[str, str]
+"""Names of a layer and of a scheme."""
+Table = dict[str, dict[str, tuple[float, ...]]]
+
+
+def parts_of(scheme: LayerScheme) -> dict[str, LayerScheme]:
+    """The scheme with the weight rounded alone, and the input alone."""
+    weight, x = LayerScheme(weight=scheme.weight, input=Float()), LayerScheme(weight=Float(), input=scheme.input)
+    return {"weight": weight, "input": x}
+
+
+def forms_of(schemes: Mapping[str, LayerScheme], *, parts: bool) -> dict[str, LayerScheme]:
+    """By label, all in which a layer is rounded: its schemes but float, and each of their parts once."""
+    forms = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
+    for name, scheme in tuple(forms.items()) if parts else ():
+        for part, form in parts_of(scheme).items():
+            if form != FLOAT and form not in forms.values():
+                forms[f"{name}:{part}"] = form
+    return forms
+
+
+@dataclass
+class Findings:
+    """Errors by bucket and sample, of layers in their forms, for a table that has all but them.
+
+    `metrics` are each layer's, the mean squared error first. `add` brings measured errors; a measured one counts before
+    a predicted one.
+    """
+
+    table: Sensitivity
+    forms: Forms
+    metrics: Mapping[str, Mapping[str, Metric]]
+    predicted: Errors
+    measured: dict[str, Errors] = field(default_factory=lambda: {MSE: {}})
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Every layer in every scheme but float."""
+        return [(name, s) for name, by in self.table.schemes.items() for s in by if s != FLOAT.name]
+
+    def add(self, errors: Mapping[str, Errors]) -> None:
+        """By metric."""
+        for metric, found in errors.items():
+            for name, by in found.items():
+                self.measured.setdefault(metric, {}).setdefault(name, {}).update(by)
+
+    def expected(self, pair: Pair) -> float:
+        """Predicted squared error of the samples; 0 where nothing is predicted."""
+        name, label = pair
+        return self._total(self.predicted[name][label]) if self.predicted else 0.0
+
+    @property
+    def both(self) -> dict[Pair, tuple[float, float]]:
+        """Predicted and measured squared error of the samples, where there are both."""
+        found = {(n, s): by[s] for n, by in self.measured[MSE].items() for s in by if s in self.table.schemes[n]}
+        totals = {pair: (self.expected(pair), self._total(found[pair])) for pair in self.pairs if pair in found}
+        return {pair: (expected, total) for pair, (expected, total) in totals.items() if expected}
+
+    def usual_ratios(self) -> dict[str, float]:
+        """By scheme, measured to predicted error, in the median."""
+        both = self.both
+        return {
+            scheme: median(total / expected for (_, s), (expected, total) in both.items() if s == scheme)
+            for scheme in sorted({s for _, s in both})
+        }
+
+    def disagreeing(self, factor: float) -> set[str]:
+        """Layers with a scheme in which that ratio is further than the factor from the scheme's usual one."""
+        usual = self.usual_ratios()
+        ratios = {pair: total / expected / usual[pair[1]] for pair, (expected, total) in self.both.items()}
+        return {name for (name, _), ratio in ratios.items() if not 1 / factor <= ratio <= factor}
+
+    def rank_correlation(self) -> float | None:
+        """Spearman's, of predicted and measured; None for fewer than three."""
+        from scipy.stats import spearmanr
+
+        both = self.both.values()
+        if len(both) < 3:
+            return None
+        return float(spearmanr([expected for expected, _ in both], [total for _, total in both]).statistic)
+
+    def filled(self) -> Sensitivity:
+        """The table with all errors."""
+        zero = (0.0,) * len(self.table.buckets)
+        usual = self.usual_ratios()
+        errors = {(n, label): self._errors(n, label, usual) for n, forms in self.forms.items() for label in forms}
+        known = {pair: _means(samples) for pair, samples in errors.items() if samples}
+        spread = {
+            pair: _standard_errors(samples) for pair, samples in errors.items() if samples and len(samples[0]) > 1
+        }
+        apart: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {}
+        for name, scheme in self.pairs:
+            labels = {form: (name, label) for label, form in self.forms[name].items()}
+            parts = parts_of(self.table.schemes[name][scheme])
+            if all(form == FLOAT or labels.get(form) in known for form in parts.values()):
+                apart.setdefault(name, {})[scheme] = {
+                    part: zero if form == FLOAT else known[labels[form]] for part, form in parts.items()
+                }
+        return replace(
+            self.table,
+            error={n: {s: known.get((n, s), zero) for s in by} for n, by in self.table.schemes.items()},
+            stderr=self._by_layer({pair: spread[pair] for pair in self.pairs if pair in spread}),
+            screened=self._by_layer({(n, s): _means(self.predicted[n][s]) for n, s in self.pairs if self.predicted}),
+            measured={
+                n: tuple(s for s in by if s in self.measured[MSE].get(n, {})) for n, by in self.table.schemes.items()
+            },
+            apart=apart,
+            metrics={self.table.groups[name]: tuple(by)[-1] for name, by in self.metrics.items()},
+            ranked=self._by_layer(
+                {
+                    (n, s): _means(self.measured[metric][n][s])
+                    for n, s in self.pairs
+                    for metric in self.metrics[n]
+                    if metric != MSE
+                }
+            ),
+            rank_correlation=self.rank_correlation(),
+        )
+
+    def _errors(self, name: str, label: str, usual: Mapping[str, float]) -> list[list[float]]:
+        """Measured, or as predicted times what the measured ones of the scheme are; empty where there is neither."""
+        measured = self.measured[MSE].get(name, {})
+        if label in measured or not self.predicted:
+            return measured.get(label, [])
+        ratio = usual.get(label.partition(":")[0], 1.0)
+        return [[ratio * error for error in samples] for samples in self.predicted[name][label]]
+
+    def _total(self, errors: Sequence[Sequence[float]]) -> float:
+        return sum(w * mean(samples) for w, samples in zip(self.table.weights, errors, strict=True))
+
+    @staticmethod
+    def _by_layer(values: Mapping[Pair, tuple[float, ...]]) -> Table:
+        table: Table = {}
+        for (name, label), value in values.items():
+            table.setdefault(name, {})[label] = value
+        return table
+
+
+def _means(errors: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(mean(samples) for samples in errors)
+
+
+def _standard_errors(errors: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(stdev(samples) / len(samples) ** 0.5 for samples in errors)

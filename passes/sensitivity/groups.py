@@ -1,0 +1,75 @@
+"""Which layers a metric ranks together, found from what enters them and from what that depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from intaglio.pipeline.model.hooks import before_calls
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.model.calls import Denoise, Inputs
+
+
+class Seen(NamedTuple):
+    """What tells one input of a layer from another: its shape and two moments."""
+
+    shape: tuple[int, ...]
+    total: float
+    slope: float
+
+
+def layer_groups(
+    module: nn.Module,
+    denoise: Denoise,
+    calls: Mapping[str, Inputs],
+    layers: Sequence[str],
+    frames: tuple[int, int] | None = None,
+) -> dict[str, str]:
+    """The group of every layer: `content`, `temporal`, or else `visual`.
+
+    Content is what reads conditions alone, such as the keys and values of cross-attention: its input is another in the
+    call with other `conditions`, and the same, bit for bit, in the call with other `noise`. Both differ from the call
+    `plain` in nothing else. Temporal is what reads tokens along the frames of one place: see `_along_frames`, which
+    `frames` is for: rows of the call, and frames of a row; None where samples have none.
+    """
+    seen = {what: _seen(module, partial(denoise, inputs), layers) for what, inputs in calls.items()}
+
+    def group(layer: str) -> str:
+        moves = {what for what, found in seen.items() if found[layer] != seen["plain"][layer]}
+        if "conditions" in moves and "noise" not in moves:
+            return "content"
+        inputs = seen["plain"][layer]
+        return "temporal" if frames and inputs and all(_along_frames(x.shape, *frames) for x in inputs) else "visual"
+
+    return {name: group(name) for name in layers}
+
+
+def _along_frames(shape: tuple[int, ...], rows: int, frames: int) -> bool:
+    """Whether an input (rows * places, frames, K) has a row of frames for each of several places.
+
+    With as many places as frames it could as well have a row of places for each frame: then it does not count.
+    """
+    if len(shape) != 3 or shape[1] != frames or frames == 1:
+        return False
+    places, rest = divmod(shape[0], rows)
+    return rest == 0 and places not in (1, frames)
+
+
+def _seen(module: nn.Module, call: partial[torch.Tensor], layers: Sequence[str]) -> dict[str, tuple[Seen, ...]]:
+    """Every input, by layer."""
+    found: dict[str, tuple[Seen, ...]] = dict.fromkeys(layers, ())
+
+    def note(name: str, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().double()
+        place = torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device)
+        found[name] += (Seen(tuple(x.shape), float(x.sum()), float(x.flatten() @ place)),)
+
+    with before_calls({name: module.get_submodule(name) for name in layers}, note), torch.no_grad():
+        call()
+    return found

@@ -1,0 +1,369 @@
+"""Measure what each layer costs the denoiser's output when it alone is quantized."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import Field, field_validator
+
+from intaglio.passes.sensitivity.estimates import MSE, forms_of, parts_of
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TRAJECTORY
+from intaglio.pipeline.artifacts.plan import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
+from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.model.cost import ModelCost
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.passes.sensitivity.estimates import Findings, Pair
+    from intaglio.passes.sensitivity.rounded import RoundedLayers
+    from intaglio.passes.sensitivity.study import Study
+    from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+    from intaglio.pipeline.contract.metric import Metric
+    from intaglio.pipeline.formats.schemes import LayerScheme
+    from intaglio.pipeline.formats.target import Target
+    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler, Start
+
+NOISE = 0.02
+"""Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
+DRAWN = 0.15
+"""Share of layers for which samples are drawn in 4 bits, about, before any is measured: that of emoji-dit."""
+OUTPUTS_DB = 20
+"""By how much errors of outputs promise better samples than there are, for some layers."""
+Group = Literal["visual", "content", "temporal"]
+METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
+
+
+_Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
+"""Squared error of final samples, one layer rounded all the way, by layer and scheme; and what a call's error makes of
+them: nothing if not known."""
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """How samples are drawn, from the same noise whichever layer is rounded."""
+
+    ctx: Context
+    sampler: Sampler
+    denoise: Denoise
+    start: Start
+    rounded: RoundedLayers
+
+    def samples(self) -> torch.Tensor:
+        """With the layers as they are in the model now."""
+        return self.sampler.sample(self.denoise, self.start)
+
+
+class MeasureSensitivity(Pass):
+    """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs.
+
+    A few backward passes predict it for all layers at once. Some are then rounded alone, and the model is computed from
+    that layer on; so are the other schemes of layers for which the two estimates disagree. Backward passes through
+    whole trajectories predict what becomes of the samples; where that is much, they are drawn with that one layer
+    rounded. Behind a plan with balanced layers, these are rounded in the plan's bases.
+    """
+
+    name: ClassVar[str] = "sensitivity"
+    version: ClassVar[int] = 9
+    requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
+    provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
+    random: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
+
+    buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
+    rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
+    schemes: tuple[SchemeName, ...] = Field(
+        USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; every one costs as much time"
+    )
+    probes: int = Field(
+        2,
+        ge=0,
+        description="backward passes a row that predict errors of outputs for all layers at once; 0: none, each layer"
+        " is rounded alone",
+    )
+    samples: int = Field(
+        16, ge=0, description="samples whose errors are predicted for all layers at once, by a backward pass each"
+    )
+    direct: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the layers and schemes that are rounded alone, from the worst predicted on",
+    )
+    agree: float = Field(
+        3.0, gt=1, description="factor between prediction and measurement beyond which all of a layer is measured"
+    )
+    apart: Literal["no", "screened", "measured"] = Field(
+        "screened", description="weight and input alone too: not, predicted, or measured at three times the cost"
+    )
+    metrics: Mapping[Group, str] = Field(
+        METRICS,
+        description="what ranks layers within their group: those that read conditions alone are content, those that"
+        " read tokens along frames temporal, all others visual; mse, structure, edges, condition-swap, temporal, or of"
+        " a plug-in; mse where one does not apply; with another than mse the whole group is measured",
+    )
+    frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
+    drift_below_db: float = Field(
+        40, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
+    )
+    drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure that")
+    groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+
+    @field_validator("metrics")
+    @classmethod
+    def _every_group(cls, metrics: Mapping[Group, str]) -> Mapping[Group, str]:
+        return {**METRICS, **metrics}
+
+    def check(self, target: Target) -> None:
+        """Raises RecipeError for names of no metric."""
+        from intaglio.pipeline.runs.registry import find_metric
+
+        problems = []
+        for group, name in self.metrics.items():
+            try:
+                find_metric(name)
+            except IntaglioError as e:
+                problems.append(f"sensitivity.metrics.{group}: {e}")
+        if problems:
+            raise RecipeError(*problems)
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Of the predictions, of calls from every layer on, and of samples for some 4-bit layers.
+
+        A backward pass counts as a forward one: it has as many products, as weights need no gradients.
+        """
+        one = model.steps * model.rows_per_sample
+        whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
+        schemes = set(self.schemes) - {"float"}
+        usual = structural_schemes(Layer(name="", op="linear", shape=(64, 1280), bias=True), self.groups, self.schemes)
+        forms = forms_of({s.name: s for s in usual}, parts=self.apart != "no")
+        measured = len(forms if self.apart == "measured" else schemes) * model.layers
+        share = self.direct if self.probes else 1.0
+        screening = (1 + self.probes + len(forms)) if self.probes else 0
+        a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
+        drawn = DRAWN * sum(name.startswith("w4") for name in schemes) * model.layers
+        drift = (drawn + (drawn > 0)) * one * self.drift_samples
+        along = (2 + len(schemes) + 1) * one * self.samples
+        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)
+
+    def run(self, state: State, ctx: Context) -> Outputs:
+        from intaglio.passes.sensitivity.groups import layer_groups
+        from intaglio.passes.sensitivity.rounded import RoundedLayers
+        from intaglio.passes.sensitivity.study import Batch, Study
+        from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+        from intaglio.pipeline.model.calls import Sampler, clocked, denoise_with
+        from intaglio.pipeline.model.checkpoint import layer_table
+
+        checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
+        model = checkpoint.open()
+        model.module.requires_grad_(False)
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        layers = tuple(layer for layer in layer_table(model.module) if layer.name in trajectory.amax)
+        schemes = {
+            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self.schemes)} for layer in layers
+        }
+        count = len(trajectory.timesteps)
+        edges = [round(i * count / self.buckets) for i in range(self.buckets + 1)]
+        buckets = tuple((a, b) for a, b in itertools.pairwise(edges) if b > a)
+        steps = [(first + past) // 2 for first, past in buckets]
+        denoise = denoise_with(model.module, model)
+        calls = Batch.of(sampler, trajectory, self.rows).changed(steps[0], ctx.torch_rng("other noise"))
+        sample = calls["plain"][sampler.names.sample]
+        frames = (len(sample), sample.shape[self.frame_axis]) if sample.ndim == 5 else None
+        groups = layer_groups(model.module, denoise, calls, [layer.name for layer in layers], frames)
+        swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
+        batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
+        forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
+        rounded = RoundedLayers(model.module, trajectory, state[PLAN].balances if PLAN in state else {})
+        study = Study(ctx, denoise, rounded, batch, steps, forms)
+        at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
+        start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
+        drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
+        errors, by_call = self._along(drawn, schemes)
+        weights = _sums(by_call, buckets) if by_call else self._bucket_weights(sampler, buckets, ctx)
+        empty = Sensitivity(layers, buckets, weights, schemes, {}, groups=groups, drift_screened=errors)
+        table = self._measured(empty, study)
+        drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
+        return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
+
+    def _along(self, drawn: _Drawn, schemes: Mapping[str, Mapping[str, LayerScheme]]) -> _Predicted:
+        """Of samples, by one backward pass through each of their trajectories; nothing where no gradient comes back."""
+        from intaglio.passes.sensitivity.screen import Screen
+        from intaglio.passes.sensitivity.study import Progress, are_errors
+
+        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in schemes.items()}
+        screen = Screen(drawn.rounded, drawn.denoise, forms)
+        calls = len(drawn.sampler.timesteps)
+
+        def fits(value: Any) -> bool:
+            errors, weights = value
+            return are_errors(errors, forms) and len(weights) == calls and all(type(each) is float for each in weights)
+
+        progress, processes = Progress(ctx, "drift-screened", fits), ctx.processes
+
+        def predict(sample: int) -> _Predicted:
+            start = drawn.start.part(slice(sample, sample + 1))
+            return screen.errors_of_samples(drawn.sampler, start, ctx.torch_rng("drift probe", sample))
+
+        try:
+            with ctx.progress("screening samples", self.samples) as advance:
+                for sample in range(self.samples)[processes.index :: processes.count]:
+                    progress.get(str(sample), partial(predict, sample))
+                    advance(processes.count)
+        except RuntimeError as e:
+            ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
+        done = progress.gathered()
+        found = [done[str(sample)] for sample in range(self.samples) if str(sample) in done]
+        if not found or len(found) < self.samples:
+            return {}, []
+        every, weights = zip(*found, strict=True)
+        errors = {n: {label: fmean(each[n][label] for each in every) for label in by} for n, by in forms.items()}
+        return errors, [fmean(each) for each in zip(*weights, strict=True)]
+
+    def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
+        """With the errors of outputs: predicted for all, measured where they are large or the prediction is off."""
+        from intaglio.passes.sensitivity.estimates import Findings
+
+        metrics, context = self._metrics(table.groups, study), study.batch.context(self.frame_axis)
+        findings = Findings(table, study.forms, metrics, study.screen(self.probes) if self.probes else {})
+        first = self._first(findings)
+        findings.add(study.measure(self._labels(first, study), metrics, context))
+        disagreeing = findings.disagreeing(self.agree)
+        second = {(name, scheme) for name, scheme in findings.pairs if name in disagreeing} - first
+        findings.add(study.measure(self._labels(second, study), metrics, context))
+        filled = findings.filled()
+        study.ctx.log.info(
+            "rounded alone: %d of %d layers and schemes, %d of them as predictions were off in others of their layer%s",
+            len(first | second),
+            len(findings.pairs),
+            len(second),
+            "" if (rank := filled.rank_correlation) is None else f"; rank correlation with predictions {rank:.3f}",
+        )
+        return filled
+
+    def _metrics(self, groups: Mapping[str, str], study: Study) -> dict[str, dict[str, Metric]]:
+        """By layer: the first one, and that of the layer's group where it is another one and applies."""
+        import torch
+
+        from intaglio.pipeline.runs.registry import find_metric
+
+        context = study.batch.context(self.frame_axis)
+        with torch.no_grad():
+            reference = study.denoise(study.batch.inputs(study.steps[0]))
+        found: dict[str, dict[str, Metric]] = {}
+        for group, name in sorted(self.metrics.items()):
+            metric = find_metric(name)
+            applies = metric.applies(reference, context)
+            if group in groups.values() and not applies:
+                study.ctx.log.info("%s layers are ranked by %s: %s does not apply here", group, MSE, name)
+            found[group] = {MSE: find_metric(MSE)} | ({name: metric} if applies else {})
+        return {layer: found[group] for layer, group in groups.items()}
+
+    def _first(self, findings: Findings) -> set[Pair]:
+        """What is measured whatever comes of it: some, evenly from the worst predicted to the least, with which others
+        are compared, and all of which a prediction says nothing."""
+        expected = {pair: findings.expected(pair) for pair in findings.pairs}
+        ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
+        unknown = {pair for pair in ordered if expected[pair] == 0 or len(findings.metrics[pair[0]]) > 1}
+        count = math.ceil(self.direct * len(ordered))
+        return {*(ordered[i * len(ordered) // count] for i in range(count)), *unknown}
+
+    def _labels(self, chosen: set[Pair], study: Study) -> dict[str, list[str]]:
+        """What is measured of each layer: the chosen schemes, with their parts if those are measured too."""
+        wanted: dict[str, list[str]] = {}
+        for name, forms in study.forms.items():
+            schemes = [scheme for scheme in forms if (name, scheme) in chosen]
+            parts = [part for s in schemes if self.apart == "measured" for part in parts_of(forms[s]).values()]
+            if labels := [label for label, form in forms.items() if label in schemes or form in parts]:
+                wanted[name] = labels
+        return wanted
+
+    def _drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
+        """Squared error of final samples, one layer rounded all the way, where it is predicted to be visible."""
+        from scipy.stats import spearmanr
+
+        from intaglio.passes.sensitivity.study import Progress
+
+        below_db = self.drift_below_db + (0 if table.drift_screened else OUTPUTS_DB)
+        visible = 4 / 10 ** (below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
+        pairs = [
+            (layer.name, scheme)
+            for layer in table.layers
+            for scheme in table.error[layer.name]
+            if table.predicted(layer.name, scheme) > visible
+        ]
+        ctx = drawn.ctx
+        progress, processes = Progress(ctx, "drift", lambda value: type(value) is float), ctx.processes
+        own = pairs[processes.index :: processes.count]
+        reference = drawn.samples() if own else drawn.start.noise
+
+        def measure(name: str, scheme: str) -> float:
+            with drawn.rounded.alone(name, table.schemes[name][scheme]):
+                return float((drawn.samples() - reference).square().mean())
+
+        with ctx.progress("drift of samples", len(pairs)) as advance:
+            for name, scheme in own:
+                progress.get(f"{name}:{scheme}", partial(measure, name, scheme))
+                advance(processes.count)
+        done, drift = progress.gathered(), dict[str, dict[str, float]]()
+        for name, scheme in pairs:
+            drift.setdefault(name, {})[scheme] = done[f"{name}:{scheme}"]
+        if len(pairs) > 2:
+            measured = [drift[name][scheme] for name, scheme in pairs]
+            ways = (table.predicted, table.predicted_by_outputs)
+            ranks = (spearmanr([predict(*pair) for pair in pairs], measured).statistic for predict in ways)
+            ctx.log.info(
+                "drew samples for %d layers and schemes; rank correlation with predictions %.2f, by outputs alone %.2f",
+                len(pairs),
+                *ranks,
+            )
+        return drift
+
+    def _bucket_weights(
+        self, sampler: Sampler, buckets: tuple[tuple[int, int], ...], ctx: Context
+    ) -> tuple[float, ...]:
+        """Squared error of final samples per relative squared error of outputs, from noise put into each bucket."""
+        import torch
+
+        from intaglio.pipeline.model.calls import denoise_with
+
+        denoise = denoise_with(sampler.model.module, sampler.model)
+        start = sampler.start(max(1, self.rows // 2), ctx.torch_rng("start"))
+
+        def draw(first: int, past: int) -> torch.Tensor:
+            noise = ctx.torch_rng("noise")
+            calls = itertools.count()
+
+            def noisy(inputs: Inputs) -> torch.Tensor:
+                output = denoise(inputs)
+                spoilt = output + NOISE * output.square().mean().sqrt() * torch.randn(output.shape, generator=noise)
+                return spoilt if first <= next(calls) < past else output
+
+            return sampler.sample(noisy, start)
+
+        own = range(len(buckets))[ctx.processes.index :: ctx.processes.count]
+        with ctx.progress("bucket weights", 1 + len(buckets)) as advance:
+            reference = draw(0, 0)
+            advance()
+            weights = {}
+            for bucket in own:
+                weights[bucket] = float((draw(*buckets[bucket]) - reference).square().mean()) / NOISE**2
+                advance(ctx.processes.count)
+        every = {bucket: weight for part in ctx.processes.gather(weights) for bucket, weight in part.items()}
+        return tuple(every[bucket] for bucket in range(len(buckets)))
+
+
+def _sums(by_call: Sequence[float], buckets: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    """Over the calls of each bucket."""
+    return tuple(sum(by_call[first:past]) for first, past in buckets)

@@ -1,0 +1,83 @@
+"""One layer at a time as a scheme has it, in a model that stays in full precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, places_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.formats.schemes import LayerScheme
+    from intaglio.pipeline.numerics.basis import LayerBalance
+
+
+KEPT_BYTES = 2**28
+"""Of rounded weights, kept from call to call. With few tokens, rounding a weight takes longer than its product."""
+
+
+class RoundedLayers:
+    """The layers of a model in every form that is asked for. Scales are fitted once, and weights rounded as long as
+    there is room to keep them; others are rounded for every call.
+
+    Layers in `balances` are rounded in their basis, whatever the form.
+    """
+
+    def __init__(
+        self, module: nn.Module, trajectory: Trajectory, balances: Mapping[str, LayerBalance] = MappingProxyType({})
+    ) -> None:
+        self.module, self.trajectory, self.balances = module, trajectory, balances
+        self.clock = StepClock(trajectory.timesteps)
+        self._places = places_of(module)
+        self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
+        self._kept: set[QuantizedLayer] = set()
+        self._room = KEPT_BYTES
+
+    def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
+        """Outside the model, around its weight."""
+        key = (name, form)
+        if key not in self._made:
+            balances = {name: self.balances[name]} if name in self.balances else {}
+            tables = (table.get(name) for table in self.trajectory.ranges({name: form}, balances))
+            self._made[key] = QuantizedLayer(self.module.get_submodule(name), form, self.clock, *tables)  # type: ignore[arg-type]  # a Linear or Conv2d, tables in their order
+        return self._made[key]
+
+    @torch.no_grad()
+    def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
+        """Of the layer in this form."""
+        layer = self.layer(name, form)
+        y: torch.Tensor = layer(x)
+        self._leave(layer)
+        return y
+
+    def _leave(self, layer: QuantizedLayer) -> None:
+        """Keep the rounded weight of a layer that was called, if there is room."""
+        if layer in self._kept or isinstance(layer.scheme.weight, Float):
+            return
+        if (size := layer.layer.weight.nbytes) > self._room:
+            layer.invalidate()
+            return
+        self._kept.add(layer)
+        self._room -= size
+
+    @contextlib.contextmanager
+    def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
+        """With this one layer in the model in this form."""
+        layer, original = self.layer(name, form), self.module.get_submodule(name)
+        places = self._places[original]
+        for parent, child in places:
+            setattr(parent, child, layer)
+        try:
+            yield
+        finally:
+            for parent, child in places:
+                setattr(parent, child, original)
+            self._leave(layer)

@@ -1,0 +1,331 @@
+"""The decision: one scheme for every quantizable layer.
+
+Shapes: N out features, K in features (of a convolution: input channels times kernel).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from intaglio.pipeline.artifacts.graph import AxisSize
+from intaglio.pipeline.errors import ContractError, RecipeError, TargetError, did_you_mean
+from intaglio.pipeline.files import printable, read_typed
+from intaglio.pipeline.formats.schemes import (
+    FLOAT,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    W8A16,
+    InputFormat,
+    IntInput,
+    IntWeight,
+    LayerScheme,
+    OutputFormat,
+    WeightFormat,
+    w4a4_step,
+    w4a4_token,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+    with_output,
+    with_shift,
+)
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.formats.target import Target
+    from intaglio.pipeline.numerics.basis import LayerBalance
+    from intaglio.pipeline.numerics.low_rank import Branch
+
+USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
+"""Those that are measured where a recipe names none."""
+SCHEME_NAMES = (
+    *USUAL_SCHEMES,
+    "w8a16",
+    "w4a8_token",
+    "w4a8_step",
+    "w4a4_token",
+    "w4a4_step",
+    "w8a8o8_step",
+    "w4a8o8_step",
+    "w4a4o8_step",
+    "w8a8s_token",
+    "w8a8s_step",
+    "w4a8s_token",
+    "w4a8s_step",
+    "w4a4s_token",
+    "w4a4s_step",
+)
+
+
+def _known_scheme(name: str) -> str:
+    if name not in SCHEME_NAMES:
+        raise ValueError(f"no scheme {name!r}{did_you_mean(name, SCHEME_NAMES)}")
+    return name
+
+
+SchemeName: TypeAlias = Annotated[
+    str, AfterValidator(_known_scheme), WithJsonSchema({"type": "string", "enum": list(SCHEME_NAMES)})
+]
+"""Of an option of a pass."""
+
+
+class Layer(BaseModel):
+    """A layer that can be quantized, by its module path. `shape` is that of its weight in torch.
+
+    `padded`: a convolution that adds zeros around its input.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    op: Literal["linear", "conv"]
+    shape: tuple[AxisSize, ...] = Field(min_length=2)
+    bias: bool
+    padded: bool = False
+
+    @property
+    def n(self) -> int:
+        """Out features."""
+        return self.shape[0]
+
+    @property
+    def k(self) -> int:
+        """In features."""
+        return math.prod(self.shape[1:])
+
+    def size_bytes(self, scheme: LayerScheme, float_bytes: int = 2) -> int:
+        """Bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32.
+
+        >>> layer = Layer(name="to_q", op="linear", shape=(256, 128), bias=True)
+        >>> [layer.size_bytes(scheme) for scheme in (FLOAT, W8A8_TOKEN, w4a16(64))]
+        [66048, 34816, 20480]
+        """
+        match scheme.weight:
+            case IntWeight() as form:
+                return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)
+            case _:
+                return float_bytes * self.n * (self.k + self.bias)
+
+
+def structural_schemes(
+    layer: Layer, groups: tuple[int, ...] = (64, 32, 128), names: tuple[str, ...] = USUAL_SCHEMES
+) -> tuple[LayerScheme, ...]:
+    """Schemes of `names` that the layer's shape admits, float first, which is always there.
+
+    The group size is the first of `groups` that divides K.
+    """
+    schemes = [FLOAT, W8A8_TOKEN, W8A8_STEP, W8A16]
+    if group := next((g for g in groups if layer.k % g == 0 and layer.k != g), None):
+        schemes += [w4a16(group), w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group)]
+    if layer.op == "conv":
+        schemes = [s for s in schemes if not s.name.endswith("_token")]
+    integer = [s for s in schemes if isinstance(s.input, IntInput)]
+    if layer.op == "conv":
+        schemes += [with_output(s) for s in integer]
+    if not layer.padded:
+        schemes += [with_shift(s) for s in integer]
+    return tuple(s for s in schemes if s.name in names or s == FLOAT)
+
+
+def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
+    """Why the target cannot execute this layer so, or None."""
+    allowed = target.formats[layer.op]
+    if scheme.name not in allowed:
+        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
+    if layer.op == "conv" and scheme.name.endswith("_token"):
+        return f"{layer.name}: a convolution has no tokens: use {scheme.name.removesuffix('_token')}_step"
+    multiple = target.limits.conv_channels_multiple
+    if layer.op == "conv" and isinstance(scheme.input, IntInput) and (layer.n % multiple or layer.shape[1] % multiple):
+        channels = f"{layer.shape[1]} channels in and {layer.n} out"
+        return f"{layer.name}: {channels}, but {target.name} takes multiples of {multiple} where it rounds the input"
+    if isinstance(scheme.input, IntInput) and scheme.input.shifted and layer.padded:
+        return f"{layer.name}: zeros around a shifted input do not shift: use {scheme.name.replace('s_', '_')}"
+    if isinstance(scheme.weight, IntWeight) and (size := scheme.weight.group_size) is not None:
+        if size not in target.group_sizes:
+            return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
+        if layer.k % size or layer.k == size:
+            return f"{layer.name}: K = {layer.k} must be a multiple of the group size {size} and larger than it"
+    return None
+
+
+NAMED = 12
+"""Layers that one log line names for a reason; plan.json names all."""
+
+
+def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason to stay in float, with the layers that it holds for, by `reasons` of their names.
+
+    >>> in_float_lines({"a": "it is never called", "b": "it is never called"})
+    ['2 layers stay in float, it is never called: a, b']
+    """
+    lines = []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        stay = "layer stays" if len(names) == 1 else "layers stay"
+        lines.append(f"{len(names)} {stay} in float, {reason}: {', '.join(names[:NAMED])}{more}")
+    return lines
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
+
+    `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
+    `branches` has those of which a part of the weight stays in float. `reasons` says of layers that can only stay in
+    float why that is so.
+    """
+
+    layers: tuple[Layer, ...]
+    schemes: Mapping[str, LayerScheme]
+    balances: Mapping[str, LayerBalance] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named, planned = {layer.name for layer in self.layers}, set(self.schemes)
+        if named != planned:
+            missing, unknown = sorted(named - planned), sorted(planned - named)
+            raise ContractError(f"a plan names every layer once: missing {missing}, unknown {unknown}")
+        channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, IntWeight)}
+        if wrong := sorted(n for n, b in self.balances.items() if len(b.balance.scale_C) != channels.get(n)):
+            raise ContractError(f"a balance is for a quantized layer, with a scale for each input channel: {wrong}")
+        weights = {n.name: (n.n, n.k) for n in self.layers if n.name in channels}
+        shapes = {n: (len(b.up_NR), b.down_RK.shape[1]) for n, b in self.branches.items()}
+        if wrong := sorted(n for n, shape in shapes.items() if shape != weights.get(n)):
+            raise ContractError(f"a branch is for a quantized layer, of its weight's shape: {wrong}")
+        if wrong := sorted(n for n in self.reasons if self.schemes.get(n) != FLOAT):
+            raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
+
+    def check(self, target: Target) -> None:
+        """Raise TargetError that lists every layer whose scheme the target cannot execute."""
+        reasons = [r for layer in self.layers if (r := illegal(layer, self.schemes[layer.name], target))]
+        if reasons:
+            raise TargetError(*reasons)
+
+    def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
+        """A plan with these layers changed; those in float have no balance and no branch any more."""
+        schemes = {**self.schemes, **changes}
+        balances = {n: b for n, b in self.balances.items() if schemes[n] != FLOAT}
+        branches = {n: b for n, b in self.branches.items() if schemes[n] != FLOAT}
+        reasons = {n: reason for n, reason in self.reasons.items() if schemes[n] == FLOAT}
+        return QuantPlan(self.layers, schemes, balances, branches, reasons)
+
+    def left_in_float(self, reasons: Mapping[str, str]) -> QuantPlan:
+        """A plan with these layers of it in float, for these reasons."""
+        known = {n: reason for n, reason in reasons.items() if n in self.schemes}
+        changed = self.replace(dict.fromkeys(known, FLOAT))
+        return QuantPlan(changed.layers, changed.schemes, changed.balances, changed.branches, {**self.reasons, **known})
+
+    def balanced(
+        self, balances: Mapping[str, LayerBalance], branches: Mapping[str, Branch] = MappingProxyType({})
+    ) -> QuantPlan:
+        """A plan with these layers in another basis, and with these branches, beside those that are already."""
+        merged = {**self.balances, **balances}, {**self.branches, **branches}
+        return QuantPlan(self.layers, self.schemes, *merged, self.reasons)
+
+    @property
+    def quantized(self) -> int:
+        """Number of layers that do not stay in float."""
+        return sum(scheme != FLOAT for scheme in self.schemes.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all quantizable layers."""
+        return sum(map(self.layer_bytes, self.layers))
+
+    def layer_bytes(self, layer: Layer) -> int:
+        """With its branch."""
+        branch = self.branches.get(layer.name)
+        return layer.size_bytes(self.schemes[layer.name]) + (0 if branch is None else branch.size_bytes)
+
+    @property
+    def weight_bits_mean(self) -> float:
+        """Bits a weight, weighted by parameters; 16 for a layer in float, and for a plan without layers."""
+        total = sum(layer.n * layer.k for layer in self.layers)
+        bits = sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers)
+        return bits / total if total else float(FLOAT.weight_bits)
+
+    def save(self, root: Path) -> None:
+        """Write plan.json, balance.safetensors where a layer is balanced, branch.safetensors where one has a branch."""
+        rows = [
+            {
+                **layer.model_dump(mode="json"),
+                "scheme": (scheme := self.schemes[layer.name]).name,
+                **scheme.model_dump(mode="json"),
+                "size_bytes": self.layer_bytes(layer),
+                **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
+                **({"branch": self.branches[layer.name].rank} if layer.name in self.branches else {}),
+                **({"reason": self.reasons[layer.name]} if layer.name in self.reasons else {}),
+            }
+            for layer in self.layers
+        ]
+        if self.balances:
+            from intaglio.pipeline.numerics.basis import save_balances
+
+            save_balances(self.balances, root / "balance.safetensors")
+        if self.branches:
+            from intaglio.pipeline.numerics.low_rank import save_branches
+
+            save_branches(self.branches, root / "branch.safetensors")
+        (root / "plan.json").write_text(json.dumps({"layers": rows}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        file = root / "plan.json"
+        rows = read_typed(file, _Content).layers
+        layers = tuple(Layer(**{name: getattr(row, name) for name in Layer.model_fields}) for row in rows)
+        schemes = {row.name: LayerScheme(weight=row.weight, input=row.input, output=row.output) for row in rows}
+        if len(schemes) < len(rows):
+            problem = f"{len(rows)} rows of {len(schemes)} layers: a name is there twice"
+            raise RecipeError(f"{printable(file)}: is damaged: layers: {problem}")
+        reasons = {row.name: row.reason for row in rows if row.reason is not None}
+        balances, branches = root / "balance.safetensors", root / "branch.safetensors"
+        if balances.exists() or branches.exists():  # torch is imported only where it is needed
+            from intaglio.pipeline.numerics.basis import load_balances
+            from intaglio.pipeline.numerics.low_rank import load_branches
+
+        try:
+            return cls(
+                layers,
+                schemes,
+                load_balances(balances) if balances.exists() else {},
+                load_branches(branches) if branches.exists() else {},
+                reasons,
+            )
+        except ContractError as e:
+            raise RecipeError(f"{printable(file)}: is damaged: {e}") from e
+
+
+class _Row(Layer):
+    """One layer in plan.json: what the layer is, and its scheme by name and by formats."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    scheme: str
+    weight: WeightFormat
+    input: InputFormat
+    output: OutputFormat
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _named_as_it_is(self) -> Self:
+        name = LayerScheme(weight=self.weight, input=self.input, output=self.output).name
+        if name != self.scheme:
+            raise ValueError(f"its formats are {name}, not {self.scheme}")
+        return self
+
+
+@dataclass(frozen=True)
+class _Content:
+    """plan.json"""
+
+    layers: tuple[_Row, ...]

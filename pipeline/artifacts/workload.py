@@ -1,0 +1,67 @@
+"""What one call of the denoiser asks of its layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from intaglio.pipeline.artifacts.plan import Layer
+from intaglio.pipeline.files import read_typed
+
+
+class Unreached(NamedTuple):
+    """A layer that has no part in the recorded calls, so that it can only stay in float, and the reason."""
+
+    layer: Layer
+    reason: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """As recorded, of the call that denoises one sample; with guidance that has two rows.
+
+    `rows` are tokens, or pixels that a convolution gives, in all calls of the layer together, by its name; fractions
+    where samples share them. `same_input` has the names of layers that read the same tensor, in the order of calls.
+    `unreached` are the layers that are in neither.
+    """
+
+    rows: Mapping[str, float]
+    same_input: tuple[tuple[str, ...], ...] = ()
+    unreached: tuple[Unreached, ...] = ()
+
+    @property
+    def float_reasons(self) -> dict[str, str]:
+        """Why each unreached layer stays in float, by its name."""
+        return {layer.name: reason for layer, reason in self.unreached}
+
+    def save(self, root: Path) -> None:
+        """Write workload.json."""
+        content: dict[str, object] = {"rows": self.rows, "same_input": self.same_input}
+        if self.unreached:
+            content["unreached"] = [layer.model_dump(mode="json") | {"reason": why} for layer, why in self.unreached]
+        (root / "workload.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read workload.json."""
+        content = read_typed(root / "workload.json", _Content)
+        unreached = ((Layer(**row.model_dump(exclude={"reason"})), row.reason) for row in content.unreached)
+        return cls(content.rows, content.same_input, tuple(Unreached(*each) for each in unreached))
+
+
+class _Row(Layer):
+    """One unreached layer in workload.json."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The fields of workload.json."""
+
+    rows: Mapping[str, float]
+    same_input: tuple[tuple[str, ...], ...]
+    unreached: tuple[_Row, ...] = ()

@@ -1,0 +1,241 @@
+"""All that is known of a name: a pass, a target, a scheme, a rule of `lint`, a metric or an artifact."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, structural_schemes
+from intaglio.pipeline.contract.artifact import AnyKey, Key
+from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme
+from intaglio.pipeline.formats.target import OpKind, load_target, target_names
+from intaglio.pipeline.runs.registry import (
+    find_metric,
+    find_pass,
+    named_metrics,
+    named_passes,
+    pass_classes,
+    pass_module,
+)
+from intaglio.pipeline.runs.runner import installed_version
+
+Facts: TypeAlias = dict[str, Any]
+"""What JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a name means, in words and then as facts."""
+
+    kind: str
+    name: str
+    doc: str
+    facts: Facts
+
+    def to_json(self) -> Facts:
+        """All of it."""
+        return asdict(self)
+
+    def option_lines(self) -> Iterator[str]:
+        """Of a pass: `name: type = default  description`."""
+        yield from (f"{name}: {_in_a_line(option)}" for name, option in self.facts["options"].items())
+
+    def lines(self) -> Iterator[str]:
+        """As text: what is a sentence or a list beside its heading, what has names of its own below it."""
+        yield f"{self.name}: {self.kind}"
+        yield ""
+        yield from self.doc.splitlines()
+        short = {heading: fact for heading, fact in self.facts.items() if not isinstance(fact, dict)}
+        if short:
+            yield ""
+        for heading, fact in short.items():
+            text = ", ".join(map(str, fact)) if isinstance(fact, list) else str(fact)
+            yield f"{heading:<12} {text or '-'}"
+        for heading, fact in self.facts.items():
+            if isinstance(fact, dict) and fact:
+                yield from ("", f"{heading}:")
+                yield from (f"    {name}: {_in_a_line(inner)}" for name, inner in fact.items())
+
+
+def explain(name: str) -> tuple[Explanation, ...]:
+    """One for each kind of thing that has this name. Raises RecipeError where there is none."""
+    if ":" in name:  # a pass by its file or its module
+        return (explain_pass(name),)
+    found = tuple(describe(name) for names, describe in KINDS.values() if name in names())
+    if not found:
+        known = {each for names, _ in KINDS.values() for each in names()}
+        raise RecipeError(f"nothing is called {name!r}{did_you_mean(name, known)}")
+    return found
+
+
+def names_by_kind() -> dict[str, list[str]]:
+    """All that can be explained."""
+    return {kind: list(names()) for kind, (names, _) in KINDS.items()}
+
+
+def lint_rules() -> Mapping[str, Any]:
+    """The rules of `lint` by name: what it is that each looks for is said by the module that has them."""
+    return {rule.name: rule for rule in pass_module("lint").RULES}
+
+
+def _in_a_line(fact: object) -> str:
+    match fact:
+        case {"type": str(kind), "description": str(description), **default}:
+            value = f"= {default['default']!r}" if "default" in default else "required"
+            return f"{kind} {value}  {description}".rstrip()
+        case list():
+            return ", ".join(map(str, fact))
+    return str(fact)
+
+
+def explain_pass(name: str) -> Explanation:
+    """By its name or as a recipe written here names it. Raises what `find_pass` does."""
+    found = find_pass(name, Path())
+    kind = found.pass_class
+    facts: Facts = {
+        "class": found.origin,
+        "version": kind.version,
+        "requires": _names(kind.requires),
+        "wants": _names(kind.wants),
+        "provides": _names(kind.provides),
+        "random": kind.random,
+        "shared": kind.shared,
+        "needs": {distribution: installed_version(distribution) for distribution in kind.needs},
+        "options": dict(_options(kind)),
+    }
+    return Explanation("pass", name, _doc(kind), facts)
+
+
+def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Facts]]:
+    """Those of a model that is an option itself come behind it: `budget`, `budget.size`."""
+    for name, info in model.model_fields.items():
+        option: Facts = {"type": _type_name(info.annotation), "description": info.description or ""}
+        if not info.is_required():
+            option["default"] = to_jsonable_python(info.get_default(call_default_factory=True))
+        yield prefix + name, option
+        if get_origin(info.annotation) is None and inspect.isclass(kind := info.annotation):
+            yield from _options(kind, f"{prefix}{name}.") if issubclass(kind, BaseModel) else ()
+
+
+def _type_name(annotation: object) -> str:
+    """`tuple[int, ...]`, `Budget`, `'device' | 'host'`"""
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case None:
+            special: dict[object, str] = {Ellipsis: "...", NoneType: "None"}
+            return special[annotation] if annotation in special else getattr(annotation, "__name__", str(annotation))
+        case origin if origin is Annotated:
+            return _type_name(inner[0])
+        case origin if origin is Literal:
+            return " | ".join(map(repr, inner))
+        case origin if origin in (Union, UnionType):
+            return " | ".join(map(_type_name, inner))
+        case origin:
+            return f"{origin.__name__}[{', '.join(map(_type_name, inner))}]"
+
+
+def _of_target(name: str) -> Explanation:
+    target = load_target(name)
+    return Explanation("target", name, target.description, target.model_dump(mode="json"))
+
+
+def _of_rule(name: str) -> Explanation:
+    rule = lint_rules()[name]
+    return Explanation("rule of lint", name, rule.finds, {"level": rule.level, "fix": rule.fix, "why": rule.why})
+
+
+_SHAPES: Mapping[OpKind, tuple[int, ...]] = {"linear": (64, 1280), "conv": (64, 128, 3, 3)}
+"""Of layers that every scheme fits which there is for their kind."""
+
+
+def _of_scheme(name: str) -> Explanation:
+    layers = {op: Layer(name="", op=op, shape=shape, bias=True) for op, shape in _SHAPES.items()}
+    found = {
+        op: scheme
+        for op, layer in layers.items()
+        for scheme in structural_schemes(layer, names=SCHEME_NAMES)
+        if scheme.name == name
+    }
+    scheme = next(iter(found.values()))
+    targets = [load_target(target) for target in target_names()]
+    runs = {op: [t.name for t in targets if name in t.formats[op]] for op in found}
+    facts: Facts = {"weight": _weight(scheme), "input": _input(scheme), "output": _output(scheme)}
+    facts["measured"] = "where a recipe names none" if name in USUAL_SCHEMES else "where sensitivity.schemes names it"
+    return Explanation("scheme", name, _doc(LayerScheme), {**facts, "runs on": runs})
+
+
+def _weight(scheme: LayerScheme) -> str:
+    match scheme.weight:
+        case IntWeight() as form:
+            groups = form.group_size
+            size = f"; {form.bits_per_weight:g} with the scales of groups of {groups}" if groups else ""
+            return f"{form.bits} bits{size}; {_first(_doc(type(form.granularity)))}"
+        case _:
+            return "float"
+
+
+def _input(scheme: LayerScheme) -> str:
+    match scheme.input:
+        case IntInput() as form:
+            shifted = "; the middle of its range is taken off before" if form.shifted else ""
+            return f"{form.bits} bits; {_first(_doc(type(form.granularity)))}{shifted}"
+        case _:
+            return "float"
+
+
+def _output(scheme: LayerScheme) -> str:
+    return "8 bits; one scale a denoising step" if scheme.output.kind == "int" else "float"
+
+
+def _of_metric(name: str) -> Explanation:
+    return Explanation("metric", name, _doc(type(find_metric(name))), {"class": named_metrics()[name].value})
+
+
+def _of_artifact(name: str) -> Explanation:
+    key = _keys()[name]
+    passes = [(name, kind) for name, kind in pass_classes().items() if kind is not None]
+    facts: Facts = {
+        "class": f"{key.type.__module__}:{key.type.__name__}",
+        "published": key.published,
+        "provided by": [name for name, kind in passes if key in kind.provides],
+        "required by": [name for name, kind in passes if key in kind.requires],
+        "wanted by": [name for name, kind in passes if key in kind.wants],
+    }
+    return Explanation("artifact", name, _doc(key.type), facts)
+
+
+@cache
+def _keys() -> dict[str, AnyKey]:
+    from intaglio.pipeline.artifacts import keys
+
+    return {key.name: key for key in vars(keys).values() if isinstance(key, Key)}
+
+
+def _names(keys: Collection[AnyKey]) -> list[str]:
+    return sorted(map(str, keys))
+
+
+def _doc(documented: type) -> str:
+    return inspect.getdoc(documented) or ""
+
+
+def _first(doc: str) -> str:
+    return doc.partition("\n")[0]
+
+
+KINDS: Mapping[str, tuple[Callable[[], Collection[str]], Callable[[str], Explanation]]] = {
+    "passes": (named_passes, explain_pass),
+    "targets": (target_names, _of_target),
+    "schemes": (lambda: SCHEME_NAMES, _of_scheme),
+    "lint rules": (lint_rules, _of_rule),
+    "metrics": (named_metrics, _of_metric),
+    "artifacts": (_keys, _of_artifact),
+}
+"""By kind, which names there are, and what explains one."""

@@ -1,0 +1,198 @@
+"""How results are shown on a terminal."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from intaglio.exporters.measure.bench import Bench, EngineFigures
+from intaglio.pipeline.artifacts.profile import Profile
+from intaglio.pipeline.cli.doctor import Found, Machine
+from intaglio.pipeline.files import printable
+from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.runs.runner import PlannedStep
+
+WIDE = 10_000
+"""Characters of a line where nobody's terminal ends."""
+LONGEST_PROBLEM = 8000
+"""Characters of one problem in a message."""
+
+
+def say(text: str, *, end: str = "\n", error: bool = False) -> None:
+    """Print lines, to stderr where they say an error, with what a terminal would obey written as escapes.
+
+    Names and messages come from files by anyone: every command prints through here or through `print_table`.
+    """
+    print("\n".join(map(printable, text.split("\n"))), end=end, file=sys.stderr if error else sys.stdout)
+
+
+def shortened(problem: str) -> str:
+    """Return a message of one problem without its middle where it is longer than anyone reads."""
+    if len(problem) <= LONGEST_PROBLEM:
+        return problem
+    left_out = len(problem) - LONGEST_PROBLEM
+    return f"{problem[: LONGEST_PROBLEM // 2]} ... ({left_out} characters) ... {problem[-LONGEST_PROBLEM // 2 :]}"
+
+
+class EscapedFormatter(logging.Formatter):
+    """Formats log lines with what a terminal would obey written as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or the lines of a traceback."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    headed = (Column(printable(name), overflow="fold") for name in columns)
+    table = Table(*headed, title=printable(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width, soft_wrap=width is not None, markup=False, emoji=False).print(table)
+
+
+def print_json(content: object) -> None:
+    """Print JSON in ASCII, with every control character escaped."""
+    print(json.dumps(content, indent=1).replace("\x7f", "\\u007f"))
+
+
+def print_machine(machine: Machine) -> None:
+    features = machine.cpu_features
+    known = "features not known" if features is None else " ".join(n for n, there in features.items() if there) or "-"
+    memory = "not known" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.1f} GB"
+    gpus = [f"{gpu.name}, {gpu.memory_bytes / 1e9:.1f} GB, {gpu.compute_capability}" for gpu in machine.gpus]
+    lines = [
+        f"Python      {machine.python}, {machine.system}",
+        f"CPU         {machine.cpu}, {machine.cores} cores, {known}",
+        f"memory      {memory}",
+        f"GPU         {'; '.join(gpus) or 'none that torch can use'}",
+        f"providers   {', '.join(n + ' does not run' * (not runs) for n, runs in machine.providers.items()) or '-'}",
+        f"kernels     {machine.kernels or '-'}",
+        f"trtexec     {machine.trtexec or 'not on PATH'}",
+        *(f"FAULT       {what}: {fault}" for what, fault in machine.faults.items()),
+    ]
+    say("\n".join(lines))
+
+    def state(found: Found) -> str:
+        return found.fault or found.version or f"not here: {found.install}"
+
+    print_table("", ("package", "", "for"), [(name, state(p), p.serves) for name, p in machine.packages.items()])
+    columns = ("target", "compile", "build the engine", "run", "verify")
+    rows = [
+        (name, *(a.how if a.here else f"no: {a.how}" for a in each.values())) for name, each in machine.targets.items()
+    ]
+    print_table("", columns, rows)
+
+
+def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
+    status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
+    if step.seconds is not None:
+        held = "" if step.peak_bytes is None else f"{step.peak_bytes / 1e9:.1f} GB"
+        return step.step, status, duration(step.seconds), held
+    return step.step, "runs", "seconds" if step.estimate_s is None else f"about {duration(step.estimate_s)}", ""
+
+
+def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
+    """A row for each device, and one where there is none."""
+    formats = (_in_short(target.formats[op]) for op in ("linear", "conv"))
+    about: tuple[str, ...] = (target.name, str(target.opset_max), *formats)
+    for device in target.devices:
+        figures = (device.bandwidth_gb_s, device.fp16_tflops, device.int8_tops)
+        yield *about, device.description, f"{device.memory_gb:g} GB", *(f"{figure:g}" for figure in figures)
+        about = ("",) * len(about)
+    if not target.devices:
+        yield *about, "-", *("",) * 4
+
+
+def _in_short(schemes: Sequence[str]) -> str:
+    """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
+    return " ".join(dict.fromkeys(found[0] for scheme in schemes if (found := re.match(r"w\d+a\d+", scheme))))
+
+
+def print_target(target: Target) -> None:
+    limits = target.limits
+    lines = [
+        f"{target.name}: {target.description}",
+        f"runtime     {target.runtime}, opsets up to {target.opset_max}",
+        *(f"{op:<11} {', '.join(schemes)}" for op, schemes in target.formats.items()),
+        f"groups of   {', '.join(map(str, target.group_sizes))} input features",
+        f"codes       {target.activation_dtype} inputs; reads {', '.join(limits.code_types)}",
+        f"integers    {', '.join(limits.integer_products) or 'no product'}",
+    ]
+    if target.kernels:
+        lines.append(
+            f"kernels     {', else '.join(kernels.name for kernels in target.kernels)}: the first that are exact"
+        )
+    for device in target.devices:
+        figures = f"{device.memory_gb:g} GB, {device.bandwidth_gb_s:g} GB/s"
+        peak = f"{device.fp16_tflops:g} TFLOPS in float16, {device.int8_tops:g} TOPS in int8"
+        lines += ["", f"{device.description}, compute capability {device.compute_capability}: {figures}, {peak}"]
+        lines.append(f"    [{device.source}]")
+    for fact in target.facts:
+        lines += ["", fact.fact, f"    [{fact.source}]"]
+    say("\n".join(lines))
+
+
+def print_profile(title: str, profile: Profile) -> None:
+    """The longest first; what belongs to no layer below."""
+    layers = sorted(profile.layers.items(), key=lambda item: -item[1].microseconds)
+    rows = [(name, time.scheme, f"{time.microseconds:,.1f}", f"{time.bytes:,}") for name, time in layers]
+    rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
+    missing = [(name, "no kernel", "", "") for name in profile.missing]
+    called = "" if profile.rows is None else f" of {profile.rows} rows"
+    title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
+    print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
+
+
+def print_bench(title: str, bench: Bench) -> None:
+    """A column for each engine, the ratios below, then what was not measured."""
+
+    def mega(count: int | None) -> str:
+        return "-" if count is None else f"{count / 1e6:,.2f} MB"
+
+    def row(name: str, text: Callable[[EngineFigures], str]) -> tuple[str, ...]:
+        return name, *map(text, bench.engines.values())
+
+    rows = [
+        row("files", lambda e: mega(e.file_bytes)),
+        row("load, first in its process", lambda e: f"{e.load_ms:,.0f} ms"),
+        row("memory, resident", lambda e: mega(e.resident_bytes)),
+        row("memory, peak", lambda e: mega(e.peak_bytes)),
+        row("call, median", lambda e: f"{e.latency_ms:,.2f} ms"),
+        row("call, quartiles", lambda e: "{:,.2f} to {:,.2f} ms".format(*e.latency_ms_quartiles)),
+        row("call, CPU time", lambda e: f"{e.cpu_ms:,.2f} ms"),
+        row(f"trajectory of {bench.steps} steps", lambda e: f"{e.trajectory_ms:,.1f} ms"),
+    ]
+    run = f"{bench.provider}, {bench.rows} rows, {bench.threads or 'all'} threads, {bench.rounds} rounds"
+    print_table(f"{title}: {run}", ("", *bench.engines), rows)
+    say(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
+    say(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
+    if bench.peak_memory_ratio is not None:
+        say(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
+    say(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
+    for name, why in bench.left_out.items():
+        say(f"{name}: left out, {why}")
+    for name, command in bench.filled_by.items():
+        say(f"{name}: not measured here: {command}")
+
+
+def figure(found: object) -> str:
+    """Of metrics.json."""
+    match found:
+        case float():
+            return f"{found:.4g}"
+        case str():
+            return found
+        case _:
+            return json.dumps(found)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -1,0 +1,356 @@
+"""The first recipe for a model: what can be known of it without its weights, and steps that suit it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from intaglio.pipeline.artifacts.components import PipelineFolder
+from intaglio.pipeline.artifacts.plan import Layer, illegal, structural_schemes
+from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
+from intaglio.pipeline.cli.schema import editor_line
+from intaglio.pipeline.contract.recipe import Recipe, Step, beside
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.model.inputs import MissingInputs
+from intaglio.pipeline.model.model_files import single_file_cure
+from intaglio.pipeline.runs.binding import bind
+from intaglio.pipeline.runs.memory import least_bytes
+from intaglio.pipeline.runs.registry import find_pass
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.cost import ModelCost
+
+RECORDING = "conditions.safetensors"
+INT8 = ("w8a8_token", "w8a8_step")
+MOST_STEPS = 50
+"""Denoising steps that are taken over from a pipeline: calibration goes by them."""
+LARGE_BYTES = 10**9
+"""Of weights in float32: from there on activations are computed twice rather than kept."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled, and whose settings these are."""
+
+    steps: int = 20
+    guidance: float = 1.0
+    said_by: str | None = None
+    unknown: str | None = None
+    """Why the pipeline, which is there, does not say it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model, and what is suggested for it. Bytes are those of float32."""
+
+    path: str
+    """As the recipe names it."""
+    kind: str
+    parameters: int
+    layers: tuple[Layer, ...]
+    blocks: int
+    sampling: Sampling
+    takes: str
+    """Beside sample and timestep, as far as it is given or recorded."""
+    conditions: str | None
+    """A recording that is there, or that is needed."""
+    lacks: str | None
+    """Why the model cannot be called without a recording."""
+    targets: tuple[str, ...]
+    size: float
+    """Of fp16, with 8 bits wherever the targets take them."""
+    least: float
+    """With 4-bit weights wherever they do."""
+    components: Mapping[str, str]
+    """Of the whole pipeline that the model is in, its models and their classes."""
+    cost: ModelCost | None
+    """None where a call without weights does not tell."""
+    has_weights: bool = True
+    """Without them the model can be looked at, and not compiled."""
+
+    @property
+    def counts(self) -> str:
+        """`46 linear, 2 conv`"""
+        return ", ".join(f"{count} {op}" for op, count in Counter(layer.op for layer in self.layers).items())
+
+    @property
+    def summary(self) -> str:
+        """In one line."""
+        return f"{self.kind}, {self.parameters / 1e6:.1f} M parameters, {self.counts} layers"
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the table of layers."""
+        return {
+            "class": self.kind,
+            "parameters": self.parameters,
+            "float_bytes": 4 * self.parameters,
+            "least_memory_bytes": least_bytes(self.parameters),
+            "layers": dict(Counter(layer.op for layer in self.layers)),
+            "blocks": self.blocks,
+            "sampling": asdict(self.sampling),
+            "takes": self.takes,
+            "conditions": self.conditions,
+            "lacks": self.lacks,
+            "targets": list(self.targets),
+            "size": self.size,
+            "least_size": self.least,
+            "components": dict(self.components),
+            "operations_per_row": None if self.cost is None else self.cost.operations_per_row,
+        }
+
+    def next_steps(self, recipe: str) -> Iterator[str]:
+        """What to do now, in order."""
+        if not self.has_weights:
+            yield f"put the weights in safetensors into {self.path}: there are none, and a run reads them"
+        if self.lacks is not None:
+            yield f"record {self.conditions}, as the recipe says: {self.lacks}"
+        try:
+            bind(Recipe.parse(recipe_text(self)), base=Path(recipe).parent)
+        except IntaglioError as error:
+            yield from error.problems
+        yield f"intaglio plan {recipe}    # how long it will take"
+        yield f"intaglio run {recipe}"
+
+
+def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
+    """`base`: the recipe's folder. Raises RecipeError for what is no model, or is none that can be quantized."""
+    from intaglio.pipeline.model.blocks import find_blocks
+    from intaglio.pipeline.model.cost import count_cost
+
+    chosen = targets or _usual_targets()
+    for name in chosen:
+        load_target(name)
+    path = _beside(model, base)
+    ref = ModelRef(path=path)
+    checkpoint = Checkpoint.resolve(ref, base)
+    sampling = _sampling(checkpoint)
+    recording = next((file for file in _recordings(path) if (base / file).is_file()), None)
+    ref = ref.model_copy(
+        update={"conditions": recording, "sampling_steps": sampling.steps, "guidance": sampling.guidance}
+    )
+    checkpoint = Checkpoint.resolve(ref, base)
+    lacks, cost, opened = None, None, None
+    try:
+        opened = checkpoint.open(weights=False)
+        cost = count_cost(opened, ref)
+    except MissingInputs as error:
+        lacks = str(error).partition(": ")[2].partition(":")[0]
+    except (NotImplementedError, RuntimeError):  # of a tensor without values, something asks for one
+        pass
+    module = checkpoint.empty() if opened is None else opened.module
+    layers = layer_table(module)
+    if not layers:
+        raise RecipeError(f"model: {model} has neither Linear nor Conv2d layers: there is nothing to quantize")
+    return Found(
+        path=path,
+        kind=type(module).__name__,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        layers=layers,
+        blocks=len(find_blocks(module)),
+        sampling=sampling,
+        takes="" if opened is None else _takes(opened),
+        conditions=RECORDING if recording is None and lacks is not None else recording,
+        lacks=lacks,
+        targets=chosen,
+        size=max(_relative_size(layers, name, INT8) for name in chosen),
+        least=max(_relative_size(layers, name, (*INT8, "w4a16")) for name in chosen),
+        components=_components(checkpoint),
+        cost=cost,
+        has_weights=checkpoint.has_weights,
+    )
+
+
+def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml") -> str:
+    """The recipe, which reads as one, with what was found as comments. `schema`: its file is beside the recipe."""
+    lines = [editor_line(SCHEMA_FILE)] if schema else []
+    lines += [f"# {line}" if line else "#" for line in _about(found, name)]
+    lines += ["model:", f"  path: {_scalar(found.path)}"]
+    lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
+    lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance as you sample with it; 1 is none"]
+    if found.conditions is not None:
+        lines.append(f"  conditions: {_scalar(found.conditions)}")
+    lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
+    for step, comment in _steps(found):
+        lines.append(f"  - {step}{f'   # {comment}' if comment else ''}")
+        if step == "lint":
+            lines += _commented_components(found)
+    return "\n".join(lines) + "\n"
+
+
+def _about(found: Found, name: str) -> Iterator[str]:
+    million, float_bytes = found.parameters / 1e6, 4 * found.parameters
+    held = sum(layer.n * layer.k for layer in found.layers) / found.parameters
+    yield f"{found.kind}: {million:.1f} M parameters, {float_bytes / 1e6:,.1f} MB in float32."
+    yield f"Compiling it takes at least {least_bytes(found.parameters) / 1e9:.1f} GB of memory."
+    yield f"Layers that can be quantized: {found.counts}, with {held:.1%} of the parameters."
+    if found.takes:
+        yield f"Beside sample and timestep it takes {found.takes}."
+    if found.lacks is not None:
+        yield from ("", *wrap(f"{found.lacks}. Record it once, with the pipeline, beside this file:", 110))
+        yield from _snippet(found)
+    if found.cost is not None:
+        operations = found.cost.operations_per_row
+        yield from ("", f"One row of a call of the model is {operations / 1e9:,.3g} GFLOP. Steps that call it:")
+        for step, rows in _rows(found):
+            yield f"  {step:<12} {rows:>9,} rows, {rows * operations / 1e12:>10,.3g} TFLOP"
+    yield ""
+    yield f"intaglio plan {name}    # how long it takes here"
+    yield f"intaglio run {name}"
+    yield f"intaglio run {name} --set assign.budget.size={_between(found):.2f}    # 4-bit weights where they cost least"
+
+
+def _snippet(found: Found) -> Iterator[str]:
+    place = found.path if found.components else "the pipeline's folder"
+    yield "  import diffusers"
+    yield "  from intaglio import record"
+    yield f"  pipe = diffusers.DiffusionPipeline.from_pretrained({place.removeprefix('hub:')!r})"
+    yield '  plain = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}'
+    yield '  prompts = ["a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas"]    # 8 or more are better'
+    yield f'  record(pipe, {{"prompt": prompts, **plain}}, {{"prompt": "", **plain}}).save("{found.conditions}")'
+
+
+def _steps(found: Found) -> Iterator[tuple[str, str]]:
+    """Each as YAML, with its comment."""
+    runtimes = {load_target(name).runtime for name in found.targets}
+    yield "calibrate", "no data set: the model's own trajectories"
+    yield "sensitivity", ""
+    bound = f"bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least"
+    yield f"assign: {{budget: {{size: {found.size:.2f}}}}}", bound
+    large = 4 * found.parameters >= LARGE_BYTES and found.blocks
+    if large:
+        yield "distill: {recompute: true}", "`scope: block` takes less memory still"
+    else:
+        yield "distill", "`updates: 0` leaves training out"
+    yield from ((step, "") for step in ("merge", "export-float", "export-qdq", "lint"))
+    if "onnxruntime" in runtimes:
+        yield "onnxruntime", ""
+    if runtimes - {"onnxruntime"}:
+        yield "tensorrt", ""
+    yield from ((step, "") for step in ("verify", "benchmark", "report"))
+
+
+def _commented_components(found: Found) -> Iterator[str]:
+    if found.components:
+        yield f"  # what is around the model: {', '.join(f'{n} ({kind})' for n, kind in found.components.items())}"
+        first = next(iter(found.components))
+        yield f"  # - components: {{precision: {{{first}: w4a16}}, image_to_image: true}}"
+
+
+def _rows(found: Found) -> Iterator[tuple[str, int]]:
+    """By step whose time goes by them."""
+    assert found.cost is not None  # whoever asks has looked
+    for written, _ in _steps(found):
+        step = Step.model_validate(yaml.safe_load(written))
+        configured = find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options))
+        if (rows := configured.forward_rows(found.cost)) is not None:
+            yield step.name, rows
+
+
+def _between(found: Found) -> float:
+    """A budget for which some layers have 4 bits."""
+    return (found.size + found.least) / 2
+
+
+def _usual_targets() -> tuple[str, ...]:
+    """Those for which this machine makes all that there is."""
+    return ("onnxruntime-cpu", *(["tensorrt-rtx"] if find_spec("tensorrt_rtx") else []))
+
+
+def _beside(model: str, base: Path) -> str:
+    """A path is given relative to where the command runs; in the recipe it is relative to the recipe."""
+    if model.startswith("hub:") or Path(model).is_absolute():
+        return model
+    if model.rpartition(":")[0].endswith(".py"):
+        return beside(model, base)
+    if Path(model).is_file():
+        raise RecipeError(f"{model} is one file, and a folder is needed: {single_file_cure(model)}")
+    if not Path(model).is_dir():
+        raise RecipeError(
+            f"no folder {model}: give a diffusers folder, `./file.py:factory`, or `hub:{model}` to download it"
+            if model.count("/") == 1
+            else f"no folder {model}: give a diffusers folder, `./file.py:factory` or `hub:owner/name`"
+        )
+    return Path(os.path.relpath(model, base)).as_posix()
+
+
+def _recordings(path: str) -> tuple[str, ...]:
+    """Where one may be: beside the recipe, and in the model's folder."""
+    return RECORDING, f"{path}/{RECORDING}"
+
+
+def _sampling(checkpoint: Checkpoint) -> Sampling:
+    """Of the pipeline that the model is in, its defaults; guidance that the denoiser has as an input is none here."""
+    try:
+        folder = PipelineFolder.around(checkpoint)
+    except RecipeError:
+        return Sampling()
+    try:
+        kind = folder.kind()
+    except RecipeError as error:
+        return Sampling(unknown=str(error).removeprefix("model: "))
+    if backends := getattr(kind, "_backends", ()):  # what diffusers has in the place of a class that needs more
+        absent = [name for name in backends if find_spec(name) is None] or backends
+        return Sampling(unknown=f"{kind.__name__} needs {' and '.join(absent)} to be looked at")
+    defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
+    steps, guidance = defaults.get("num_inference_steps"), defaults.get("guidance_scale")
+    embedded = checkpoint.config().get("guidance_embeds", False)
+    if not isinstance(steps, int):
+        return Sampling(unknown=f"{kind.__name__} does not say it")
+    return Sampling(
+        min(steps, MOST_STEPS),
+        max(1.0, float(guidance)) if isinstance(guidance, int | float) and not embedded else Sampling.guidance,
+        kind.__name__,
+    )
+
+
+def _said(sampling: Sampling) -> str:
+    """Where the numbers of steps and guidance are from, as a comment of YAML."""
+    if sampling.said_by:
+        return f"   # of {sampling.said_by}, as it samples"
+    return f"   # not known, set it as you sample: {sampling.unknown}" if sampling.unknown else ""
+
+
+def _takes(model: Factory) -> str:
+    named = ", ".join((*model.conditions, *model.shared))
+    if model.conditions:
+        return f"{named}, of {len(next(iter(model.conditions.values())))} rows"
+    return named or ("" if model.classes is None else f"class_labels, of {model.classes} classes")
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, str]:
+    """Those with weights, but for the denoiser."""
+    try:
+        folder = PipelineFolder.around(checkpoint)
+    except RecipeError:
+        return {}
+    classes = {n: kind for n, (_, kind) in folder.classes().items() if n != folder.denoiser}
+    return {n: kind for n, kind in classes.items() if any((folder.root / n).glob("*.safetensors"))}
+
+
+def _relative_size(layers: tuple[Layer, ...], target_name: str, names: tuple[str, ...]) -> float:
+    """Bytes relative to fp16, where each layer has the smallest of these schemes that it can; a little more."""
+    target = load_target(target_name)
+    smallest = (
+        min(s.size_bytes(scheme) for scheme in structural_schemes(s, names=names) if illegal(s, scheme, target) is None)
+        for s in layers
+    )
+    return math.ceil(100 * sum(smallest) / sum(layer.size_bytes(FLOAT) for layer in layers)) / 100
+
+
+def _scalar(text: str) -> str:
+    """As YAML has it, in quotes where it needs them."""
+    return yaml.safe_dump(text, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("...\n").strip()

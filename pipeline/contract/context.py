@@ -1,0 +1,106 @@
+"""What a running step gets from its surroundings: scratch space, seeded generators, a device, a log, a progress bar."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from intaglio.pipeline.contract.processes import Processes
+from intaglio.pipeline.errors import ContractError
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from rich.console import Console
+
+Advance: TypeAlias = Callable[..., None]
+"""advance(n: int = 1)"""
+
+LOG_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Context:
+    """The only way to randomness, to the device and to the terminal: a pass that uses it alone can be repeated."""
+
+    scratch: Path
+    """Kept when the run is killed and found again by the same step; removed when the step succeeds."""
+    seed: int | None = 0
+    """None for a pass that does not declare `random`."""
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("intaglio"))
+    processes: Processes = field(default_factory=Processes)
+    """Those that run the step together; more than one only for a pass that is `shared`."""
+
+    @cached_property
+    def device(self) -> str:
+        """ "cuda" where torch finds a GPU, else "cpu"."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def rng(self, *labels: str | int) -> "numpy.random.Generator":
+        """A generator that depends on the recipe's seed and the labels, on nothing else."""
+        import numpy
+
+        return numpy.random.default_rng(self._entropy(labels))
+
+    def torch_rng(self, *labels: str | int) -> "torch.Generator":
+        """As `rng`, on the CPU."""
+        import torch
+
+        return torch.Generator().manual_seed(self._entropy(labels) % 2**63)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Advance]:
+        """Yields `advance(n=1)`. A bar on a terminal, elsewhere a log line now and then; of the first process alone."""
+        if not self.processes.first:
+            yield lambda n=1: None
+            return
+        console = terminal()
+        if not console.is_terminal:
+            yield _logged_progress(self.log, description, total)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("  {task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bars:
+            task = bars.add_task(description, total=total)
+            yield lambda n=1: bars.advance(task, n)
+
+    def _entropy(self, labels: tuple[str | int, ...]) -> int:
+        if self.seed is None:
+            raise ContractError(f"{self.log.name}: asks for random numbers without declaring it: set random = True")
+        text = json.dumps([self.seed, *labels])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+
+
+@cache
+def terminal() -> "Console":
+    """The one console that bars and log lines share, on stderr: results alone go to stdout."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _logged_progress(log: logging.Logger, description: str, total: int) -> Advance:
+    done, logged_at = 0, time.monotonic()
+
+    def advance(n: int = 1) -> None:
+        nonlocal done, logged_at
+        done += n
+        if done >= total or time.monotonic() - logged_at >= LOG_EVERY_S:
+            logged_at = time.monotonic()
+            log.info("%s %d/%d", description, done, total)
+
+    return advance

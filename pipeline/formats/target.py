@@ -1,0 +1,176 @@
+"""What one runtime on one device can execute, as data."""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.files import read_typed
+
+OpKind: TypeAlias = Literal["linear", "conv"]
+
+
+class Fact(BaseModel):
+    """One statement the target rests on, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fact: str
+    source: str
+
+
+class Device(BaseModel):
+    """What a device does at most: figures of its data sheet, dense and not sparse, for `cost`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str
+    compute_capability: str = Field(pattern=r"^\d+\.\d$", description="of CUDA")
+    memory_gb: float = Field(gt=0, description="memory that the GPU has, or shares with the CPU")
+    bandwidth_gb_s: float = Field(gt=0, description="10^9 bytes a second between memory and GPU")
+    fp16_tflops: float = Field(gt=0, description="10^12 float16 operations a second, a multiplication and an addition")
+    int8_tops: float = Field(gt=0, description="10^12 int8 operations a second, a multiplication and an addition")
+    source: str
+
+
+class Kernels(BaseModel):
+    """One choice of 8-bit kernels: the session settings that make the runtime take them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    settings: Mapping[str, str] = {}
+
+
+class Limits(BaseModel):
+    """What becomes of a graph, as far as `lint` looks. Where each line comes from is in the target's `facts`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ir_version_max: int | None = Field(None, description="highest IR version; None: the runtime does not look at it")
+    unsupported: tuple[str, ...] = Field(
+        (),
+        description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
+        "changes something, Op.attribute=value",
+    )
+    forms: tuple[str, ...] = Field(
+        (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"
+    )
+    types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
+    double_as_float: bool = Field(False, description="computes in float32 what is in float64")
+    domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
+    reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
+    float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
+    shared_attention: bool = Field(True, description="takes the operator Attention with one tensor as q and as k")
+    code_types: tuple[str, ...] = Field(description="types of quantized tensors that it reads for what they are")
+    symmetric: bool = Field(description="zero points are zero, and scales positive")
+    constant_scales: bool = Field(description="a scale that the graph computes keeps a product off the integers")
+    mixed_scale_types: bool = Field(description="a tensor may be quantized with a scale of another type")
+    reciprocal_scales: bool = Field(False, description="quantizes with 1 / scale, rounded to the scale's type")
+    codes_only_dequantized: bool = Field(description="constant codes may not be moved or cast before they are scaled")
+    moves_codes: bool = Field(True, description="computed codes may be moved before they are scaled")
+    integer_products: Mapping[str, Literal["input", "output"]] = Field(
+        description="operators that run on integers with 8-bit operands, and those that need an 8-bit output as well"
+    )
+    one_element_scales: tuple[str, ...] = Field(description="products that take a scale of shape (1,) for a scalar")
+    int4_by_int8: tuple[OpKind, ...] = Field(description="layers that multiply an 8-bit input by a 4-bit weight")
+    same_codes: bool = Field(False, description="multiplies codes of one type, and an int4 weight by an int8 input")
+    mixed_pairs: bool = Field(True, description="codes made with one scale may be read with one for each channel")
+    unscaled_half_sums: bool = Field(False, description="a float16 product is written before its channels are scaled")
+    ragged_groups: bool = Field(description="the last group of weights may be shorter")
+    trailing_groups: bool = Field(description="groups lie along the last axis or the one before it")
+    int4_rank_max: int | None = Field(None, description="axes of a 4-bit weight; None: any number")
+    int4_even: bool = Field(False, description="the last axis of a 4-bit weight has an even size")
+    conv_channels_multiple: int = Field(1, ge=1, description="of the channels of an 8-bit convolution, in and out")
+    shared_zero_points: bool = Field(True, description="8-bit weights may have one zero point in common")
+    moves_int8: bool = Field(True, description="codes of an 8-bit signed input can be moved about from opset 21 on")
+
+
+class Target(BaseModel):
+    """Constraints only: what is not listed is not executed. An artifact, so that only passes that read it run again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    description: str
+    runtime_version: tuple[int, int] | None = Field(
+        None, description="major and minor of the oldest runtime that it is for, where the device comes with one"
+    )
+    opset_max: int = Field(ge=20, description="highest ONNX opset the runtime reads")
+    formats: Mapping[OpKind, tuple[str, ...]] = Field(
+        description="schemes the runtime executes, for each kind of layer"
+    )
+    group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
+    activation_dtype: Literal["uint8", "int8"] = Field(description="how 8-bit activation codes are written")
+    float_type: Literal["float32", "float16"] = Field(
+        "float32", description="what computes in floating point is of this type, where its range and precision do"
+    )
+    conv_output: Literal["float", "int8"] = Field(
+        "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
+    )
+    limits: Limits
+    provider: str = Field("CPUExecutionProvider", description="execution provider of ONNX Runtime that runs the graph")
+    kernels: tuple[Kernels, ...] = Field(
+        (), description="8-bit kernels of ONNX Runtime, fastest first: a session takes the first that are exact"
+    )
+    devices: tuple[Device, ...] = ()
+    facts: tuple[Fact, ...] = ()
+
+    def save(self, root: Path) -> None:
+        (root / "target.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        return read_typed(root / "target.json", cls)
+
+
+def target_names() -> tuple[str, ...]:
+    """The names of the targets that come with intaglio, sorted. A file that begins with _ only lends its content."""
+    names = (path.name for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_")))
+
+
+@cache
+def load_target(name: str) -> Target:
+    """Raises RecipeError for an unknown name."""
+    if name not in target_names():
+        raise RecipeError(f"no target {name!r}{did_you_mean(name, target_names())}")
+    content = _read(name)
+    devices = _parse("_devices")
+    content["devices"] = [{"name": device, **devices[device]} for device in content.get("devices", [])]
+    return Target.model_validate({"name": name, **content})
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A file's content over that of the file it `extends`."""
+    content = _parse(name)
+    base = content.pop("extends", None)
+    return content if base is None else _over(_read(base), content)
+
+
+def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Mappings key by key; `key+` adds to the list that is there; anything else takes its place."""
+    result = dict(base)
+    for key, value in changes.items():
+        if key.endswith("+"):
+            result[key[:-1]] = [*result[key[:-1]], *value]
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _over(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _parse(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text("utf-8"))
+    return content
+
+
+_FOLDER = files("intaglio.pipeline.formats") / "targets"

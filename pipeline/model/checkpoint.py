@@ -1,0 +1,448 @@
+"""The model that is compiled: a diffusers folder, a hub id, or a factory in a Python file."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from intaglio.pipeline.artifacts.plan import Layer
+from intaglio.pipeline.errors import RecipeError, StoreError
+from intaglio.pipeline.files import checked_file, printable, read_json_object
+from intaglio.pipeline.model.hub import download
+from intaglio.pipeline.model.inputs import InputNames, MissingInputs, input_names
+from intaglio.pipeline.model.lora import find_lora, fuse_lora_
+from intaglio.pipeline.model.model_files import (
+    ModelSize,
+    Weights,
+    blamed,
+    boundary,
+    check_settings,
+    class_of,
+    find_weights,
+    no_denoiser,
+    other_model,
+    pickled,
+    single_file_cure,
+)
+from intaglio.pipeline.model.prepared import own_forward, plain_weights_
+from intaglio.pipeline.model.received import call_factory, check_sample_shape
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.model.recording import Recording
+    from intaglio.pipeline.model.scheduler import Scheduler
+
+DENOISER_FOLDERS = ("transformer", "unet", ".")
+SCHEDULER = "scheduler_config.json"
+STORED = "model"
+"""The path of a model that is a copy in the store."""
+
+
+class LoraRef(BaseModel):
+    """One style LoRA, an entry of a recipe's `model.loras`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(
+        description="a safetensors file as diffusers' save_lora_weights or save_lora_adapter writes it, or its folder"
+    )
+    scale: float = Field(1.0, allow_inf_nan=False, description="factor of its change of the weights")
+
+
+class ModelRef(BaseModel):
+    """Where the model is, and how it is sampled: a recipe's `model`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="a diffusers folder, `./file.py:factory`, or a hub id as `hub:owner/name`")
+    sampling_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sampler")
+    guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1.0 is none")
+    conditions: str | None = Field(
+        None,
+        description="what a folder's denoiser takes beside sample and timestep: a file of intaglio.record",
+    )
+    other_size: tuple[int, ...] | str | None = Field(
+        None,
+        description="a second size of a folder's calls: one sample's shape, or a second file of conditions;"
+        " axes that have another size there are dynamic",
+    )
+    loras: tuple[LoraRef, ...] = Field(
+        (), description="style LoRAs, fused into the denoiser's weights in this order before anything is measured"
+    )
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """Another size at which a denoiser is called. What is not named is as in the usual call."""
+
+    sample_shape: tuple[int, ...]
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
+
+    `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
+    `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
+
+    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
+    `conditions`: M rows each, drawn together for the samples; `null`: the rows for guidance, as many or one for all;
+    a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
+    position tables. `constants`: arguments that are no tensors.
+    `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
+    scheduler's times `timestep_scale`. `schedule`: what else the scheduler's `set_timesteps` is given, such as `mu`.
+    Axes whose size is another in `other` are dynamic in the graph.
+    """
+
+    module: nn.Module
+    scheduler: Scheduler
+    sample_shape: tuple[int, ...]
+    classes: int | None = None
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    null: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+    sample_name: str | None = None
+    timestep_name: str | None = None
+    timestep_scale: float = 1.0
+    schedule: Mapping[str, float] = field(default_factory=dict)
+    other: CallSize | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: len(rows) for name, rows in self.conditions.items()}
+        problems = []
+        if len(set(counts.values())) > 1:
+            problems.append(f"model: conditions have different numbers of rows: {counts}")
+        for name, rows in self.null.items():
+            if name not in counts:
+                problems.append(f"model: null rows for {name}, which is no condition")
+            elif len(rows) not in (1, counts[name]):
+                problems.append(f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} as it has itself")
+        if problems:
+            raise RecipeError(*problems)
+
+    @cached_property
+    def names(self) -> InputNames:
+        """Raises RecipeError for arguments that are required and not given."""
+        return input_names(self)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files in a folder of their own, with its sampling settings. Nothing outside the folder is read."""
+
+    root: Path
+    ref: ModelRef
+    entry: str = field(default="")
+    """`file.py:factory` inside `root`, or empty for a diffusers folder."""
+    recordings: Mapping[str, Path] = field(default_factory=dict)
+    """Files of recorded conditions, by the field of `ref` that names them."""
+    loras: tuple[Path, ...] = ()
+    """Files of `ref.loras`."""
+
+    @classmethod
+    def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
+        """Find the model that a recipe in `base` names. Raises RecipeError when it is not there or is no model."""
+        from intaglio.pipeline.model.recording import Recording
+
+        named = {"conditions": ref.conditions, "other_size": ref.other_size}
+        recordings = {role: (base / name).resolve() for role, name in named.items() if isinstance(name, str)}
+        for role, path in recordings.items():
+            if not path.exists():
+                raise RecipeError(f"model: no file {named[role]} beside the recipe")
+            Recording.check(path)
+        loras = tuple(find_lora(lora.path, base) for lora in ref.loras)
+        return replace(cls._find(ref, base), recordings=recordings, loras=loras)
+
+    @classmethod
+    def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
+        if ref.path.startswith("hub:"):
+            return cls._of_folder(download(ref.path, DENOISER_FOLDERS), ref)
+        file, colon, _ = ref.path.partition(":")
+        if colon and file.endswith(".py"):
+            path = (base / file).resolve()
+            if not path.is_file():
+                raise RecipeError(f"model: no file {file} beside the recipe")
+            return cls(path.parent, ref, f"{path.name}:{ref.path.rpartition(':')[2]}")
+        folder = base / ref.path
+        if folder.is_file():
+            raise RecipeError(f"model: {ref.path} is one file, and a folder is needed: {single_file_cure(ref.path)}")
+        if not folder.is_dir():
+            raise RecipeError(
+                f"model: no folder {ref.path} beside the recipe: "
+                "give a diffusers folder, `./file.py:factory` or `hub:owner/name`"
+            )
+        return cls._of_folder(folder.resolve(), ref)
+
+    @classmethod
+    def _of_folder(cls, folder: Path, ref: ModelRef) -> Checkpoint:
+        found = cls(folder, ref)
+        denoiser = found._denoiser_folder
+        if denoiser is None:
+            raise RecipeError(f"model: {ref.path} {no_denoiser(folder)}")
+        if denoiser == folder / "." and (advice := other_model(found.name)) is not None:
+            raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
+        weights = found._weights
+        if weights is not None:
+            _ = weights.size  # what is damaged or leads elsewhere is said here, where the path is the user's
+        elif others := pickled(denoiser):
+            raise found._no_weights(others)
+        if (settings := folder / "scheduler" / SCHEDULER).is_file():
+            check_settings(settings, found._inside)
+        return found
+
+    @cached_property
+    def _inside(self) -> Path:
+        """What links of the model's files may not lead out of."""
+        return boundary(self.root)
+
+    @cached_property
+    def _denoiser_folder(self) -> Path | None:
+        for name in DENOISER_FOLDERS:
+            config = self.root / name / "config.json"
+            if (config.is_file() or config.is_symlink()) and "_class_name" in self._read(config):
+                return self.root / name
+        return None
+
+    def _read(self, file: Path) -> dict[str, object]:
+        return read_json_object(file, inside=self._inside)
+
+    @cached_property
+    def _weights(self) -> Weights | None:
+        """Of a folder's denoiser."""
+        assert self._denoiser_folder is not None  # `resolve` made sure
+        return find_weights(self._denoiser_folder, self._inside)
+
+    def _no_weights(self, others: Sequence[str]) -> RecipeError:
+        folder = self._denoiser_folder
+        save = f"diffusers.{self.name}.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained(...)"
+        cure = f"it holds {', '.join(others[:3])}: save it as such with {save}" if others else "get the model again"
+        return RecipeError(f"model: no safetensors in {folder}, and no other weights are read: {cure}")
+
+    def config(self) -> dict[str, object]:
+        """Of a folder's denoiser. Raises RecipeError for a file that holds none."""
+        assert self._denoiser_folder is not None  # `resolve` made sure
+        return self._read(self._denoiser_folder / "config.json")
+
+    @property
+    def name(self) -> str:
+        """The diffusers class of the denoiser, or `file.py:factory`."""
+        if self.entry:
+            return self.entry
+        return self.root.name if self._denoiser_folder is None else str(self.config()["_class_name"])
+
+    def save(self, root: Path) -> None:
+        """Copy the denoiser and its scheduler, or the factory's file, and what the recipe names beside them."""
+        files = root / "model"
+        if self.entry:
+            files.mkdir()
+            name = self.entry.partition(":")[0]
+            shutil.copyfile(checked_file(self.root / name), files / name)
+        else:
+            self._save_folder(files)
+        for role, path in self.recordings.items():
+            shutil.copyfile(checked_file(path), files / f"{role}.safetensors")
+        named: dict[str, object] = {role: f"{role}.safetensors" for role in self.recordings}
+        if self.loras:
+            named["loras"] = [
+                {"path": f"lora.{position}.safetensors", "scale": lora.scale}
+                for position, lora in enumerate(self.ref.loras)
+            ]
+            for position, path in enumerate(self.loras):
+                shutil.copyfile(checked_file(path), files / f"lora.{position}.safetensors")
+        ref = self.ref.model_dump(mode="json", exclude={"path", "loras"}) | named
+        (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
+
+    def _save_folder(self, files: Path) -> None:
+        """Copy what is read of a diffusers folder, and nothing else: settings and weights."""
+        folder = self._denoiser_folder
+        assert folder is not None  # `resolve` made sure
+        if self._weights is None:
+            raise self._no_weights(pickled(folder))
+        place = files if folder == self.root / "." else files / folder.name
+        place.mkdir(parents=True)
+        shutil.copyfile(checked_file(folder / "config.json", inside=self._inside), place / "config.json")
+        self._weights.copy(place)
+        settings = self.root / "scheduler" / SCHEDULER
+        if settings.parent.is_dir():
+            (files / "scheduler").mkdir()
+            shutil.copyfile(checked_file(settings, inside=self._inside), files / "scheduler" / SCHEDULER)
+
+    @classmethod
+    def load(cls, root: Path) -> Self:
+        """Read what `save` wrote."""
+        settings: Any = read_json_object(root / "checkpoint.json", error=StoreError)
+        files, ref = root / "model", ModelRef(path=STORED, **settings["ref"])
+        recordings = {role: files / f"{role}.safetensors" for role in ("conditions", "other_size")}
+        there = {role: path for role, path in recordings.items() if path.is_file()}
+        return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
+
+    def open(self, *, weights: bool = True) -> Factory:
+        """The denoiser in float32 and evaluation mode, its LoRAs fused, its scheduler, conditions and sample shape.
+
+        Without `weights` it is on torch's meta device, and no weights are read. Raises RecipeError where it needs to be
+        told more.
+        """
+        from intaglio.pipeline.model.recording import Recording
+
+        recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
+        usual, other = recorded.get("conditions"), recorded.get("other_size")
+        made = self._call_factory() if self.entry else self._open_folder(usual, weights)
+        plain_weights_(made.module)
+        if not weights:
+            made.module.to("meta")
+        for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
+            fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
+        if usual is not None:
+            made = usual.given_to(made)
+        if other is not None:
+            made = replace(made, other=CallSize(other.sample_shape, other.conditions, other.shared))
+        elif isinstance(self.ref.other_size, tuple):
+            made = replace(made, other=CallSize(self.ref.other_size))
+        _ = made.names  # what is missing is said here, before anything runs
+        return made
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The layer table. A folder's weights are not read. Raises RecipeError as `open` does."""
+        return layer_table(self.empty())
+
+    def parameter_count(self) -> int:
+        """Of the denoiser. Reads and raises what `layers` does."""
+        return sum(parameter.numel() for parameter in self.empty().parameters())
+
+    def empty(self) -> nn.Module:
+        """The denoiser, of a folder without its weights. Raises RecipeError as `open` does."""
+        if self.entry:
+            return plain_weights_(self._call_factory().module)
+        from intaglio.pipeline.model.empty_model import empty_model
+
+        kind = self._diffusers_class()
+        return plain_weights_(empty_model(kind, self.config(), self._size, self._called))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is what `open` reads, or a factory that makes it."""
+        return bool(self.entry) or self._weights is not None
+
+    @property
+    def _size(self) -> ModelSize:
+        """Of a folder's weights. Without them there is no other bound than that of any model."""
+        from intaglio.pipeline.model.empty_model import ANY_MODEL
+
+        return ANY_MODEL if self._weights is None else self._weights.size
+
+    def _diffusers_class(self) -> Any:
+        """Of the denoiser."""
+        import diffusers
+
+        return class_of(self.name, diffusers.ModelMixin)
+
+    @property
+    def _called(self) -> str:
+        """How messages call a folder's denoiser: by the path in the recipe, also where a copy of it is read."""
+        return f"{self.name} of {self._place(self._denoiser_folder)}"
+
+    def _place(self, folder: Path | None) -> str:
+        assert folder is not None  # `resolve` made sure
+        inner = folder.relative_to(self.root).as_posix()
+        if self.ref.path == STORED:  # a copy, which knows no other path
+            return "the model's folder" if inner == "." else f"the model's folder {inner}"
+        return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
+
+    def _open_folder(self, recording: Recording | None, weights: bool) -> Factory:
+        module: Any = self._weighed() if weights else self.empty()
+        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
+        check_sample_shape(shape, self._called)
+        return Factory(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
+
+    def _weighed(self) -> Any:
+        """The denoiser with all of its weights. Raises RecipeError where some are not there, or none in safetensors."""
+        import torch
+
+        kind, folder, weights = self._diffusers_class(), self._denoiser_folder, self._weights
+        assert folder is not None  # `resolve` made sure
+        if weights is None:
+            raise self._no_weights(pickled(folder))
+        self.empty()  # no larger than the weights
+        settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
+        with blamed(self._called, {str(folder): self._place(folder)}):
+            module, info = kind.from_pretrained(folder, output_loading_info=True, variant=weights.variant, **settings)
+        if missing := sorted(info["missing_keys"]):
+            raise RecipeError(
+                f"model: {len(missing)} weights of {self.name} are not in {self._place(folder)}, such as"
+                f" {printable(missing[0])}: get it again"
+            )
+        return module
+
+    def _scheduler(self) -> Scheduler:
+        import diffusers
+
+        folder = self.root / "scheduler"
+        if not folder.is_dir():
+            return diffusers.DDIMScheduler()  # type: ignore[no-any-return]  # diffusers has no types
+        origin = f"the scheduler of {self._place(folder)}"
+        with blamed(origin, {str(folder): self._place(folder)}):
+            settings = self._read(folder / SCHEDULER)
+            kind = class_of(settings["_class_name"], diffusers.SchedulerMixin)
+            return kind.from_config(settings)  # type: ignore[no-any-return]  # diffusers has no types
+
+    def _call_factory(self) -> Factory:
+        file, _, name = self.entry.partition(":")
+        return call_factory(self.root / file, name)
+
+
+def layer_table(module: nn.Module) -> tuple[Layer, ...]:
+    """List every Linear and every ungrouped Conv2d, in the model's own order, under its first name.
+
+    `unquantizable` names the layers with weights that are not in the table.
+    """
+    from torch import nn
+
+    layers = []
+    for name, child in module.named_modules():
+        if own_forward(child):
+            continue
+        match child:
+            case nn.Linear():
+                layers.append(
+                    Layer(name=name, op="linear", shape=tuple(child.weight.shape), bias=child.bias is not None)
+                )
+            case nn.Conv2d(groups=1, padding_mode="zeros"):
+                padded = any(child._reversed_padding_repeated_twice)
+                shape, bias = tuple(child.weight.shape), child.bias is not None
+                layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded))
+    return tuple(layers)
+
+
+def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
+    """As far as a configuration says it: `received.check_sample_shape` checks it."""
+    size = config.get("sample_size")
+    if size is None:
+        raise MissingInputs(
+            "model: its configuration has no sample_size: name a file of intaglio.record in `conditions`"
+        )
+    return (config.get("in_channels"), *(size if isinstance(size, list | tuple) else (size, size)))
+
+
+def _class_count(module: Any) -> int | None:  # a model of diffusers
+    """Classes without the null class: a DiT adds one for it, a UNet counts it among its class embeddings."""
+    config = module.config
+    if "class_labels" not in inspect.signature(module.forward).parameters:
+        return None
+    if config.get("num_embeds_ada_norm") is not None:
+        return int(config["num_embeds_ada_norm"])
+    if config.get("num_class_embeds") is not None:
+        return int(config["num_class_embeds"]) - 1
+    return None

@@ -1,0 +1,80 @@
+"""Names of a denoiser's arguments, and which of them nobody gave."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.errors import RecipeError
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.model.checkpoint import Factory
+
+
+@dataclass(frozen=True)
+class InputNames:
+    """Arguments of a denoiser: the sample, the timestep if it has one, and those that are None as nobody gave them."""
+
+    sample: str
+    timestep: str | None
+    absent: tuple[str, ...]
+
+
+def input_names(model: Factory) -> InputNames:
+    """The timestep is the argument of this name, or else the only one that is required and not given.
+
+    Raises RecipeError for arguments that are required and not given.
+    """
+    parameters = inspect.signature(model.module.forward).parameters
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    sample = model.sample_name or next(iter(named))
+    flat = (
+        *model.conditions,
+        *model.shared,
+        *model.constants,
+        *(("class_labels",) if model.classes is not None else ()),
+    )
+    given = {sample, *(name.partition(".")[0] for name in flat)}
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
+    timestep = model.timestep_name or ("timestep" if "timestep" in named else None)
+    if timestep is None and len(missing) == 1:
+        timestep = missing[0]
+    if left := [name for name in missing if name != timestep]:
+        raise missing_inputs(type(model.module).__name__, left)
+    return InputNames(
+        sample, timestep, tuple(n for n, p in named.items() if p.default is None and n not in {*given, timestep})
+    )
+
+
+class MissingInputs(RecipeError):
+    """A denoiser needs inputs that nobody gave, or a size that its configuration does not have."""
+
+
+def missing_inputs(kind: str, names: Sequence[str], ended: str = "") -> MissingInputs:
+    """What to do about inputs that a denoiser needs and nobody gave. `ended`: how a call without them ended."""
+    return MissingInputs(
+        f"model: {kind} also takes {', '.join(names)}, which nobody gave: name a file of intaglio.record in"
+        f" `conditions`, or give them in the Factory, as conditions, shared or constants{ended}"
+    )
+
+
+def unmet(error: Exception, absent: Sequence[str]) -> Sequence[str]:
+    """Those of the arguments that are None, as nobody gave them, for which a call failed.
+
+    They are named in the message, or in the innermost line of source that names any of them if the message says that
+    something is None.
+    """
+
+    def named_in(text: str) -> list[str]:
+        return [name for name in absent if re.search(rf"\b{re.escape(name)}\b", text)]
+
+    if found := named_in(str(error)):
+        return found
+    if "None" not in str(error):
+        return ()
+    lines = (frame.line or "" for frame in reversed(traceback.extract_tb(error.__traceback__)))
+    return next(filter(None, map(named_in, lines)), absent)

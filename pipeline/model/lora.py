@@ -1,0 +1,282 @@
+"""Style LoRAs: found beside a recipe, and fused into a denoiser's weights before anything is measured.
+
+Shapes: r rank, N out, K in; of a convolution, K is the input channels with the kernel behind them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
+from intaglio.pipeline.files import open_safetensors, parse_json, printable
+from intaglio.pipeline.model.model_files import boundary
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PREFIXES = ("", "transformer.", "unet.")
+"""What diffusers writes before the names of a denoiser's modules."""
+TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?\.|lora_te\d?_")
+KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
+KOHYA = re.compile(r"lora_unet_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
+"""How kohya's trainer writes a layer, the dots of its name as underscores."""
+KOHYA_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
+FLOATS = ("F16", "BF16", "F32", "F64")
+PLAIN = re.compile(r"\^?[\w.]+")
+"""A pattern of alphas that is the end of a layer's name, or behind ^ all of it."""
+LONGEST_NAME = 120
+"""Characters of a name that a message prints."""
+ADAPTER = "lora"
+TOLERANCE = 1e-5
+"""Of the magnitudes that are added: r roundings in float32."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """W + strength * B A; a magnitude (DoRA) scales each row of the sum to that norm."""
+
+    a_rK: torch.Tensor
+    b_Nr: torch.Tensor
+    magnitude_N: torch.Tensor | None
+    strength: float
+
+
+def find_lora(given: str, base: Path) -> Path:
+    """The safetensors file that a recipe in `base` names. Raises RecipeError when it has nothing for a denoiser."""
+    path = (base / given).resolve()
+    if not path.exists():
+        raise RecipeError(f"model.loras: no {given} beside the recipe")
+    whole = path.is_dir()
+    files = sorted(path.glob("*.safetensors")) if whole else [path]
+    if len(files) != 1:
+        names = f" ({_some(file.name for file in files)})" if files else ""
+        raise RecipeError(f"model.loras: {given} holds {len(files)} safetensors files{names}: name one file")
+    try:
+        with open_safetensors(files[0], inside=boundary(path) if whole else None) as file:
+            keys = sorted(file.keys())
+    except RecipeError as e:
+        raise RecipeError(f"model.loras: {e} (no other kind is read)") from e
+    others = [key for key in keys if TEXT_ENCODER.match(key)]
+    if len(others) == len(keys):
+        raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} is of a denoiser: {_some(keys)}")
+    if others:
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d keys are of text encoders, which are not compiled: %s",
+            given,
+            len(others),
+            len(keys),
+            _some(others),
+        )
+    return files[0]
+
+
+def fuse_lora_(module: nn.Module, file: Path, scale: float, label: str) -> None:
+    """Each weight W that the file names becomes W + scale * alpha / r * B A. Modules keep their names and types.
+
+    alpha is r unless the file says otherwise, as in diffusers. Raises RecipeError for what does not fit, and
+    StepFailed where a weight is not what it should be.
+    """
+    try:
+        import peft  # noqa: F401  # what fuses
+    except ImportError as e:
+        raise MissingExtra("lora", "fusing model.loras") from e
+    updates = _updates(module, file, scale, label)
+    trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    alike: dict[tuple[int, float, bool], dict[str, Update]] = defaultdict(dict)
+    for name, update in updates.items():
+        alike[len(update.a_rK), update.strength, update.magnitude_N is not None][name] = update
+    changed = sum(_fuse_alike_(module, group, label) for group in alike.values())
+    if not changed:
+        raise RecipeError(f"{label}: changes none of {len(updates)} weights: its scale or all its products are zero")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable[name])  # peft froze them
+
+
+def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping[str, Update]:
+    """What the file does, by module. No tensor is read before its shape is known to fit."""
+    layers = _layers(module)
+    with open_safetensors(file, framework="pt") as opened:
+        keys = _canonical([key for key in opened.keys() if not TEXT_ENCODER.match(key)], layers)  # noqa: SIM118  # no dict
+        prefix = max(PREFIXES, key=lambda each: len(_fitting(keys, each, layers)))
+        fitting = _fitting(keys, prefix, layers)
+        if unfit := sorted(keys.keys() - fitting.keys()):
+            there = f"its layers are {_some(layers)}" if layers else "it has no layer that takes a LoRA"
+            raise RecipeError(
+                f"{label}: {len(unfit)} of {len(keys)} keys fit no layer of the {type(module).__name__}:"
+                f" {_some(unfit)}; {there}: load the file with diffusers into the model that it was trained for, and"
+                " write it with save_lora_adapter"
+            )
+        parts: dict[str, dict[str, str]] = defaultdict(dict)
+        for key, (name, part) in sorted(fitting.items()):
+            parts[name][part] = keys[key]
+        slices = {name: {part: opened.get_slice(key) for part, key in found.items()} for name, found in parts.items()}
+        if problems := [f"{label}: {p}" for name, found in slices.items() if (p := _misfit(name, found, layers[name]))]:
+            raise RecipeError(*problems)
+        settings = _settings(opened.metadata() or {}, prefix, label)
+        return {
+            name: _update({part: opened.get_tensor(key) for part, key in found.items()}, scale, settings, name, label)
+            for name, found in parts.items()
+        }
+
+
+def _update(
+    found: Mapping[str, torch.Tensor], scale: float, settings: Mapping[str, Any], name: str, label: str
+) -> Update:
+    tensors = {part: tensor.float() for part, tensor in found.items()}
+    if wrong := [part for part, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise RecipeError(f"{label}: {name}: {', '.join(wrong)} has NaN or Inf: the file is damaged: get it again")
+    a_rK = tensors["A.weight"]
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else _alpha(settings, name, len(a_rK), label)
+    strength = scale * alpha / (math.sqrt(len(a_rK)) if settings.get("use_rslora") is True else len(a_rK))
+    return Update(a_rK, tensors["B.weight"], tensors.get("magnitude_vector"), strength)
+
+
+def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # JSON
+    """The configuration of the adapter, as far as the file has it. Raises RecipeError for what is not read."""
+    written = parse_json(metadata.get("lora_adapter_metadata", "{}"), source=f"{label}: lora_adapter_metadata")
+    if not isinstance(written, dict):
+        raise RecipeError(f"{label}: lora_adapter_metadata is a {type(written).__name__}, not a JSON object")
+    settings = {key.removeprefix(prefix): value for key, value in written.items()}
+    init = settings.get("init_lora_weights")
+    if isinstance(init, str) and init != "gaussian":
+        raise RecipeError(
+            f"{label}: was trained beside weights that {_name(init)!r} changed: convert it to a plain LoRA"
+        )
+    alphas = settings.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise RecipeError(f"{label}: alpha_pattern is a {type(alphas).__name__}, not a JSON object")
+    if wrong := [key for key in alphas if not PLAIN.fullmatch(key)]:
+        raise RecipeError(f"{label}: alpha_pattern has {_name(wrong[0])!r}, and only names of layers are read")
+    return settings | {"alpha_pattern": alphas}
+
+
+def _canonical(keys: Sequence[str], layers: Collection[str]) -> Mapping[str, str]:
+    """Keys of the file by what peft calls them."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    flat = {name.replace(".", "_"): name for name in layers}
+    named = {}
+    for key in keys:
+        kohya = KOHYA.fullmatch(key)
+        if kohya is not None and kohya["module"] in flat:
+            named[f"{flat[kohya['module']]}.{KOHYA_PARTS[kohya['part']]}"] = key
+        else:
+            named[key] = key
+    renamed: Mapping[str, str] = convert_unet_state_dict_to_peft(named)  # UNets may be spelt `to_q.lora.down`
+    return renamed
+
+
+def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
+    """Linear layers and convolutions, grouped ones aside, whose updates peft does not merge."""
+    from torch import nn
+
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    found = {name: each for name, each in module.named_modules() if isinstance(each, kinds)}
+    return {name: each for name, each in found.items() if getattr(each, "groups", 1) == 1}
+
+
+def _fitting(keys: Iterable[str], prefix: str, layers: Mapping[str, nn.Module]) -> Mapping[str, tuple[str, str]]:
+    """Module and part by key, of the keys that name a layer behind the prefix."""
+    found = {key: KEY.fullmatch(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
+    fitting = {key: m for key, m in found.items() if m is not None and m["module"] in layers}
+    return {key: (m["module"], m["part"].removeprefix("lora_")) for key, m in fitting.items()}
+
+
+def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None:  # slices of safetensors
+    """What is wrong with the shapes and types of the tensors of one layer."""
+    shapes = {part: tuple(each.get_shape()) for part, each in found.items()}
+    a, b, magnitude = shapes.get("A.weight"), shapes.get("B.weight"), shapes.get("magnitude_vector")
+    if a is None or b is None:
+        return f"{name} has no {'A' if a is None else 'B'}"
+    shape = tuple(layer.get_parameter("weight").shape)
+    rank = a[0] if a else 0
+    if rank == 0 or a != (rank, *shape[1:]) or b != (shape[0], rank, *(1 for _ in shape[2:])):
+        return f"A {a} and B {b} do not fit {name}, whose weight is {shape}"
+    if magnitude is not None and math.prod(magnitude) != shape[0]:
+        return f"{math.prod(magnitude)} magnitudes do not fit {name}, whose weight is {shape}"
+    if math.prod(shapes.get("alpha", ())) != 1:
+        return f"{math.prod(shapes['alpha'])} alphas for {name}, which has one"
+    kinds = sorted({each.get_dtype() for each in found.values()} - set(FLOATS))
+    return f"{name} has tensors of the type {', '.join(kinds)}: only {', '.join(FLOATS)} are read" if kinds else None
+
+
+def _alpha(settings: Mapping[str, Any], name: str, rank: int, label: str) -> float:
+    """The layer's alpha: its pattern's, which is the end of its name, or that of all; the rank if none is written."""
+    alphas: Mapping[str, Any] = settings["alpha_pattern"]
+    words = name.split(".")
+    ends = {f"^{name}", *(".".join(words[place:]) for place in range(len(words)))} & alphas.keys()
+    first = next((key for key in alphas if key in ends), None) if ends else None
+    alpha = settings.get("lora_alpha", rank) if first is None else alphas[first]
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise RecipeError(f"{label}: the alpha of {name} is {_name(str(alpha))}, not a number")
+    return float(alpha)
+
+
+def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -> int:
+    """Fuses updates of one rank, strength and kind; how many weights changed."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    first = next(iter(updates.values()))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, update in updates.items():
+        tensors |= {f"{name}.lora_A.weight": update.a_rK, f"{name}.lora_B.weight": update.b_Nr}
+        if update.magnitude_N is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = update.magnitude_N
+    rank = len(first.a_rK)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=first.strength * rank,
+        target_modules=list(updates),
+        use_dora=first.magnitude_N is not None,
+    )
+    # empty at first: nothing is drawn from torch's global generator
+    inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=True, state_dict=tensors)
+    set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
+    changed = 0
+    for name, update in updates.items():
+        adapted: Any = module.get_submodule(name)  # a layer of peft
+        layer = adapted.get_base_layer()
+        before = layer.weight.detach().clone()
+        adapted.merge()
+        module.set_submodule(name, layer)
+        _check(before, layer.weight.detach(), update, f"{label}: {name}")
+        changed += not before.equal(layer.weight)
+    del module.peft_config
+    return changed
+
+
+def _check(before: torch.Tensor, after: torch.Tensor, update: Update, place: str) -> None:
+    """Raises RecipeError where a weight is not finite, StepFailed where it is not what the update makes of it."""
+    if not after.isfinite().all():
+        raise RecipeError(f"{place}: the fused weight has NaN or Inf: the file's tensors do, or its scale is too large")
+    w_NK, a_rK, b_Nr = (each.double().flatten(1) for each in (before, update.a_rK, update.b_Nr))
+    expected_NK = w_NK + update.strength * b_Nr @ a_rK
+    size_NK = w_NK.abs() + abs(update.strength) * b_Nr.abs() @ a_rK.abs()
+    if update.magnitude_N is not None:
+        gain_N1 = update.magnitude_N.double().reshape(-1, 1) / expected_NK.norm(dim=1, keepdim=True)
+        expected_NK, size_NK = expected_NK * gain_N1, size_NK * gain_N1.abs()
+    off_NK = (after.double().flatten(1) - expected_NK).abs()
+    if (off_NK > TOLERANCE * size_NK).any():
+        raise StepFailed(
+            f"{place}: peft's fused weight is {off_NK.max():.3g} off W + {update.strength:g} B A,"
+            f" whose largest is {expected_NK.abs().max():.3g}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """Up to three of them."""
+    listed = [_name(name) for name in names]
+    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
+
+
+def _name(text: str) -> str:
+    """As a message prints it: without control characters, and not too long."""
+    return printable(text[:LONGEST_NAME]) + ("..." if len(text) > LONGEST_NAME else "")

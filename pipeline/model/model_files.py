@@ -1,0 +1,235 @@
+"""Files of a model that somebody else may have written: which of them are read, and what their headers say."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import ENOSPC
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.files import MIB, checked_file, one_line, open_safetensors, printable, read_json_object
+
+STEM = "diffusion_pytorch_model"
+"""What diffusers calls the weights of a model."""
+STEMS = (STEM, "model")
+"""With the name that transformers has for them."""
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FOREIGN = (*PICKLED, "*.msgpack", "*.h5", "*.onnx*", "*.py")
+"""Files of a model that are not read."""
+MOST_COMPONENTS = 64
+"""Folders of a pipeline that a message names."""
+OTHER_MODELS = {
+    "controlnets": "it steers one: name the folder of the UNet or transformer that it steers, and record what it gives"
+    " it with intaglio.pipeline.model.recording",
+    "autoencoders": "name the folder of the whole pipeline, and compile it there with the step `components`",
+}
+"""What to do about a model of one of these packages of diffusers."""
+MOST_VOCABULARY = 256 * MIB
+"""Bytes of a file beside a component's weights, such as its tokens."""
+MOST_SETTING = 10**5
+"""A scheduler's largest whole number: it keeps tables of that length."""
+
+
+class ModelSize(NamedTuple):
+    """How many tensors there are, and how many numbers they hold together."""
+
+    tensors: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one model in safetensors: one file, or an index and its shards."""
+
+    folder: Path
+    stem: str
+    index: str | None
+    files: tuple[str, ...]
+    variant: str | None
+    """`fp16` where there are only weights that were saved as such; None for plain ones."""
+    inside: Path
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """From the headers. Raises RecipeError for a file that is no safetensors file or a link out of the model."""
+        tensors = elements = 0
+        for name in self.files:
+            with open_safetensors(self.folder / name, inside=self.inside) as file:
+                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118  # no dict
+            tensors += len(shapes)
+            elements += sum(map(math.prod, shapes))
+        return ModelSize(tensors, elements)
+
+    def copy(self, to: Path) -> None:
+        """Copy them under their plain names: without a variant in the name of the index or of the only file.
+
+        Raises OSError before anything is written where there is no room for them.
+        """
+        needed = sum((self.folder / name).stat().st_size for name in self.files)
+        if needed > (free := shutil.disk_usage(to).free):
+            raise OSError(ENOSPC, f"the weights have {needed:,} bytes, and {free:,} are free", str(to))
+        if self.index is not None:
+            source = checked_file(self.folder / self.index, inside=self.inside)
+            shutil.copyfile(source, to / f"{self.stem}.safetensors.index.json")
+        for name in self.files:
+            plain = f"{self.stem}.safetensors" if self.index is None else name
+            shutil.copyfile(checked_file(self.folder / name, inside=self.inside), to / plain)
+
+
+def boundary(folder: Path) -> Path:
+    """The folder that a model's links may not lead out of: its own, or its repository's in a cache of the hub.
+
+    There a snapshot's files are links to `../../blobs`.
+    """
+    resolved = folder.resolve()
+    around = (resolved, *resolved.parents)
+    caches = (each for each in around if re.fullmatch("models--.+", each.name) and (each / "blobs").is_dir())
+    return next(caches, resolved)
+
+
+def find_weights(folder: Path, inside: Path, stems: Collection[str] = (STEM,)) -> Weights | None:
+    """The weights that diffusers reads of a model's folder: plain ones, or the only variant. None where there are none.
+
+    Raises RecipeError for several variants without plain weights, and for an index that is none.
+    """
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    for stem in stems:
+        found = {variant: name for name in names if (variant := _variant(name, stem)) is not None}
+        # diffusers prefers an index to a file, so an index replaces it here
+        found |= {v: name for name in names if name.endswith(".json") and (v := _variant(name, stem)) is not None}
+        if not found:
+            continue
+        if "" not in found and len(found) > 1:
+            raise RecipeError(
+                f"model: {printable(folder)} holds the variants {', '.join(sorted(found))} and no plain weights:"
+                " keep one of them"
+            )
+        variant = "" if "" in found else next(iter(found))
+        name = found[variant]
+        indexed = name.endswith(".json")
+        files = _shards(folder / name, inside) if indexed else (name,)
+        return Weights(folder, stem, name if indexed else None, files, variant or None, inside)
+    return None
+
+
+def _variant(name: str, stem: str) -> str | None:
+    """The variant that a file of weights, or their index, is of: empty for plain ones; None for another file."""
+    found = re.fullmatch(
+        rf"{stem}(?:\.(?P<file>\w+))?\.safetensors(?:\.index(?:\.(?P<index>\w+))?\.json)?", name, re.ASCII
+    )
+    return None if found is None else found["file"] or found["index"] or ""
+
+
+def _shards(index: Path, inside: Path) -> tuple[str, ...]:
+    """Names of the files that an index names. Raises RecipeError where it names none, or one in another folder."""
+    placed = read_json_object(index, inside=inside).get("weight_map")
+    names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
+    if not names:
+        raise RecipeError(f"{printable(index)}: has no weight_map that names the files of the weights")
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise RecipeError(f"{printable(index)}: names {printable(name)!r}, which is no safetensors file beside it")
+    return tuple(names)
+
+
+def pickled(folder: Path) -> list[str]:
+    """Names of files of weights that are not read, as reading them may run what somebody else wrote."""
+    return sorted(each.name for each in folder.iterdir() if any(fnmatch(each.name, kind) for kind in PICKLED))
+
+
+def copy_model(folder: Path, to: Path, inside: Path) -> None:
+    """Copy the files of one component of a pipeline: settings, vocabularies, and its weights in safetensors.
+
+    Subfolders, files that are not regular, links out of `inside` and names that are not UTF-8 are left out: no loader
+    of diffusers or transformers asks for them. Raises RecipeError for weights that cannot be read.
+    """
+    to.mkdir(parents=True)
+    for each in sorted(folder.iterdir()):
+        weights = each.name.endswith(".safetensors") or ".safetensors.index." in each.name
+        foreign = any(fnmatch(each.name, kind) for kind in FOREIGN)
+        if weights or foreign or not each.is_file() or each.name != printable(each.name):
+            continue
+        if each.resolve().is_relative_to(inside):
+            shutil.copyfile(checked_file(each, most=MOST_VOCABULARY), to / each.name)
+    if (found := find_weights(folder, inside, STEMS)) is not None:
+        found.copy(to)
+
+
+def check_settings(file: Path, inside: Path) -> None:
+    """Raise RecipeError for a scheduler's settings with a whole number that no schedule has."""
+    for name, value in read_json_object(file, inside=inside).items():
+        if isinstance(value, int) and abs(value) > MOST_SETTING:
+            raise RecipeError(
+                f"{printable(file)}: {printable(name)} is {value}, and the most that is taken is {MOST_SETTING}"
+            )
+
+
+@contextmanager
+def blamed(origin: str, called: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turn what is raised inside into a RecipeError in one line that names `origin`, a file or model of the user's.
+
+    `called`: what paths in the message are called instead. Errors of intaglio's pass as they are.
+    """
+    try:
+        yield
+    except IntaglioError:
+        raise
+    except (Exception, SystemExit) as error:  # a file of Python may end the process
+        text = one_line(error)
+        for path, name in (called or {}).items():
+            text = text.replace(path, name)
+        raise RecipeError(f"model: {origin} raised {type(error).__name__}: {text}") from error
+
+
+def class_of(name: object, kind: type) -> Any:
+    """The class of diffusers with this name. Raises RecipeError where it has none of that kind."""
+    import diffusers
+
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise RecipeError(f"model: diffusers {diffusers.__version__} has no {kind.__name__} {printable(name)}")
+    return found
+
+
+def other_model(name: str) -> str | None:
+    """What to do about a model that is no denoiser, by the package of diffusers that it is in; None for a denoiser."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    place = str(getattr(found, "__module__", "")).split(".")
+    if place[:2] != ["diffusers", "models"]:
+        return None
+    return OTHER_MODELS.get(place[2])
+
+
+def no_denoiser(folder: Path) -> str:
+    """What a folder has where a denoiser is looked for, and what to do."""
+    single = sorted(each.name for each in folder.glob("*.safetensors"))
+    if single:
+        return f"holds no denoiser's folder, but {printable(single[0])}: {single_file_cure(printable(single[0]))}"
+    kinds = {}
+    for config in sorted(folder.glob("*/config.json"))[:MOST_COMPONENTS]:
+        with suppress(RecipeError):
+            if isinstance(kind := read_json_object(config, inside=boundary(folder)).get("_class_name"), str):
+                kinds[printable(config.parent.name)] = printable(kind)
+    there = f", there is {', '.join(f'{name} ({kind})' for name, kind in kinds.items())}" if kinds else ""
+    return (
+        "holds no denoiser: none of transformer/config.json, unet/config.json, ./config.json names a diffusers"
+        f" class{there}"
+    )
+
+
+def single_file_cure(path: str) -> str:
+    """How a checkpoint in one file becomes a folder."""
+    return (
+        "write it as one with diffusers, with the pipeline that it is of, such as"
+        f" StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(...)"
+    )

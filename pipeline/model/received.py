@@ -1,0 +1,190 @@
+"""Calls a model factory of the user's, and makes what it returns a plain module in float32 on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.files import MIB, checked_file, printable
+from intaglio.pipeline.model.model_files import blamed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.model.checkpoint import CallSize, Factory
+
+MOST_SOURCE = 16 * MIB
+"""Bytes of a factory's file."""
+MOST_SAMPLE = 1 << 25
+"""Numbers in one sample: 128 MiB in float32, of which a call has several."""
+
+
+def call_factory(file: Path, name: str) -> Factory:
+    """What the function `name` of a Python file returns. What it prints goes to standard error.
+
+    Raises RecipeError where the file has no such function, where it raises, and for what is no Factory of a module.
+    """
+    from intaglio.pipeline.model.checkpoint import Factory
+
+    entry = f"{file.name}:{name}"
+    checked_file(file, most=MOST_SOURCE)
+    spec = importlib.util.spec_from_file_location(f"intaglio_model_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"model: {file.name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    with blamed(entry), redirect_stdout(sys.stderr):
+        _Uncompiled(spec.name, str(file)).exec_module(module)
+        factory: Callable[[], Factory] | None = getattr(module, name, None)
+        if factory is None:
+            functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+            raise RecipeError(f"model: {file.name} has no function {name}{did_you_mean(name, functions)}")
+        made = factory()
+    if not isinstance(made, Factory):
+        raise RecipeError(f"model: {entry} returned a {type(made).__name__}, not an intaglio Factory")
+    return as_computed(made, entry)
+
+
+def as_computed(made: Factory, entry: str) -> Factory:
+    """The same model as it is computed: without what wraps it, adapters fused, evaluated, in float32 on the CPU.
+
+    Raises RecipeError that names `entry` for a model that this cannot be done with, and for inputs that are no tensors.
+    """
+    with blamed(entry):
+        module = _merged(_unwrapped(made.module, entry), entry).eval()
+        if lost := [name for name, each in module.named_parameters() if each.is_meta]:
+            raise RecipeError(
+                f"model: {entry}: {len(lost)} parameters are on torch's meta device, such as {lost[0]}: they have no"
+                " values: load the model without offloading"
+            )
+        module.to("cpu").float()
+    check_sample_shape(made.sample_shape, entry)
+    return replace(
+        made,
+        module=module,
+        sample_shape=tuple(made.sample_shape),
+        conditions=_plain(made.conditions, entry),
+        null=_plain(made.null, entry),
+        shared=_plain(made.shared, entry),
+        other=None if made.other is None else _plain_size(made.other, entry),
+    )
+
+
+def check_sample_shape(shape: object, origin: str) -> None:
+    """Raise RecipeError for what is no shape of a sample, or of one that is too large to be computed with."""
+    sizes = list(shape) if isinstance(shape, list | tuple) else []
+    elements = 1
+    for size in sizes:
+        if not isinstance(size, int) or size < 1:
+            sizes = []
+            break
+        elements *= min(size, MOST_SAMPLE + 1)
+    if not sizes:
+        given = printable(shape)[:100]
+        raise RecipeError(f"model: {origin}: {given} is no shape of a sample: give positive whole numbers")
+    if elements > MOST_SAMPLE:
+        raise RecipeError(
+            f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers,"
+            " the most that is taken"
+        )
+
+
+class _Uncompiled(SourceFileLoader):
+    """Leaves no compiled file beside the source: a folder of the store holds what was put there, and nothing more."""
+
+    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
+        """Written nowhere."""
+
+
+def _unwrapped(module: Any, entry: str) -> nn.Module:
+    """The module inside torch.compile, DataParallel and their like, and of their hooks.
+
+    Raises RecipeError for what is no module.
+    """
+    from accelerate.hooks import remove_hook_from_module
+    from accelerate.utils import extract_model_from_parallel
+    from torch import nn
+
+    inner, outer = module, None
+    while isinstance(inner, nn.Module) and inner is not outer:  # one in another, in any order
+        outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
+    if not isinstance(inner, nn.Module):
+        raise RecipeError(f"model: {entry}: its Factory has a {type(module).__name__} as module, not a torch.nn.Module")
+    compiled: list[tuple[str, Any]] = [(n, each) for n, each in inner.named_modules() if hasattr(each, "_orig_mod")]
+    for name, block in reversed(compiled):  # the inner ones first
+        inner.set_submodule(name, block._orig_mod)
+    for child in inner.modules():
+        if getattr(child, "_compiled_call_impl", None) is not None:  # `module.compile()`
+            child._compiled_call_impl = None
+        if hasattr(child, "_hf_hook"):
+            remove_hook_from_module(child)
+    return inner
+
+
+def _merged(module: nn.Module, entry: str) -> nn.Module:
+    """The module with its active adapters of peft fused into the layers that they change, as its calls compute them."""
+    if "peft" not in sys.modules:  # then nothing is of it
+        return module
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, PeftModel):
+        config = module.active_peft_config
+        if getattr(config, "is_prompt_learning", False):
+            raise RecipeError(f"model: {entry}: {config.peft_type} adds inputs and no weights: it cannot be fused")
+        module = module.get_base_model()
+    kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+    adapted = [name for name, each in module.named_modules() if isinstance(each, kinds)]
+    outer = [name for name in adapted if not any(name.startswith(f"{other}.") for other in adapted)]
+    if outer:
+        module.float()  # fused in full precision
+    for name in outer:
+        adapter: Any = module.get_submodule(name)
+        fused = not adapter.disable_adapters
+        if not fused and getattr(adapter, "merged", False):
+            adapter.unmerge()
+        if hasattr(adapter, "unload_and_optionally_merge_module"):
+            plain = adapter.unload_and_optionally_merge_module(merge=fused, safe_merge=True, adapter_names=None)
+        else:
+            if fused:
+                adapter.merge(safe_merge=True)
+            plain = adapter.get_base_layer()
+        module.set_submodule(name, plain)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if outer and name in vars(module):
+            delattr(module, name)
+    return module
+
+
+def _plain(tensors: Mapping[str, Any], entry: str) -> dict[str, torch.Tensor]:
+    """On the CPU, in float32 if in floating point. Raises RecipeError for what is no tensor, and for NaN."""
+    import torch
+
+    made = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise RecipeError(f"model: {entry}: {name} is a {type(tensor).__name__}, no tensor: give it in constants")
+        kept = tensor.detach().cpu()
+        if kept.isnan().any():
+            raise RecipeError(f"model: {entry}: {name} has NaN")
+        made[name] = kept.float() if kept.is_floating_point() else kept
+    return made
+
+
+def _plain_size(other: CallSize, entry: str) -> CallSize:
+    check_sample_shape(other.sample_shape, entry)
+    return replace(
+        other,
+        sample_shape=tuple(other.sample_shape),
+        conditions=_plain(other.conditions, entry),
+        shared=_plain(other.shared, entry),
+    )

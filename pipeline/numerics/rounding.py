@@ -1,0 +1,246 @@
+"""Scales, rounding and its inverse, in float32: x ~= scale * q.
+
+Shapes: N out features, K in features (of a convolution: channels times kernel), G scales a row (1, or K // group size).
+A weight of two levels has one scale a row and an integer for each group; their product takes the place of the scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from intaglio.pipeline.formats.schemes import IntWeight, PerChannel, PerGroup, TwoLevel
+
+INPUT_HIGH = {8: 127, 4: 7}
+"""By bits, the code of an input's largest magnitude. The smallest code is one further from zero."""
+NEARLY_HALF = 0.45
+"""Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
+TOKEN_EPS = 1e-7
+"""Smallest magnitude a token is divided by: an all-zero token stays zero."""
+ROWS_ELEMENTS = 1 << 18
+"""Weights that are fitted or rounded together: what is made of them stays in the processor's cache."""
+SCALE_EPS = 1e-9
+"""Smallest weight scale: an all-zero channel gets zero codes."""
+GROUP_LOW, GROUP_HIGH = 1, 15
+"""Integers of the groups of two levels: with codes in [-8, 7] every 8-bit code is in [-120, 105]."""
+
+
+class _RoundStraightThrough(torch.autograd.Function):
+    """Round half to even; the gradient passes as if it had not."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+def round_ste(x: torch.Tensor) -> torch.Tensor:
+    """Round half to even with a straight-through gradient (Bengio et al. 2013)."""
+    rounded: torch.Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]  # torch's apply has no types
+    return rounded
+
+
+def groups(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """w (N, K) -> (N, G, K // G), the view in which a scale (N, G) belongs to a row of the last axis."""
+    n, k = w_NK.shape
+    match form.granularity:
+        case PerChannel():
+            return w_NK.reshape(n, 1, k)
+        case PerGroup(size=size) | TwoLevel(size=size):
+            if k % size:
+                raise ValueError(f"in features {k} is not a multiple of the group size {size}")
+            return w_NK.reshape(n, k // size, size)
+
+
+def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
+    """The scale of a 4- or 8-bit code, (N, G): s, or s * clip(round(g), 1, 15) where the groups have integers g.
+
+    Differentiable in both, straight through the rounding of g.
+    """
+    if group_NG is None:
+        return scale_NG
+    return scale_NG * round_ste(torch.clamp(group_NG, GROUP_LOW, GROUP_HIGH))
+
+
+def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
+    """clip(round(g), 1, 15), int8 (N, G)."""
+    return torch.clamp(group_NG.detach(), GROUP_LOW, GROUP_HIGH).round().to(torch.int8)
+
+
+def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
+
+    >>> form = IntWeight(bits=4, granularity=TwoLevel(size=16))
+    >>> eight_bit_codes(torch.full((1, 32), -8, dtype=torch.int8), torch.tensor([[2.0, 15.0]]), form)[0, 15:17].tolist()
+    [-16, -120]
+    """
+    return (groups(q_NK, form) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
+
+
+def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Codes q = clip(round(w / s), low, high) as floats (N, G, K // G); differentiable in w and s."""
+    return round_ste(torch.clamp(groups(w_NK, form) / scale_NG.unsqueeze(-1), form.low, form.high))
+
+
+def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Integer codes (N, K), int8.
+
+    >>> form = IntWeight(bits=8, granularity=PerChannel())
+    >>> quantize(torch.tensor([[1.0, -0.26, 99.0]]), torch.tensor([[0.5]]), form).tolist()
+    [[2, -1, 127]]
+    """
+    codes = w_NK.new_empty(w_NK.shape, dtype=torch.int8)
+    for rows in _some_rows(*w_NK.shape):
+        codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), form).flatten(1)
+    return codes
+
+
+def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """s * q, float32 (N, K).
+
+    >>> form = IntWeight(bits=8, granularity=PerChannel())
+    >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), form).tolist()
+    [[1.0, -0.5, 63.5]]
+    """
+    return (groups(q_NK.to(torch.float32), form) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
+
+
+def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Round w to the grid and back. Idempotent. Error <= scale / 2 inside the range.
+
+    The gradient to w is 1 inside the range and 0 outside; to s it is round(w/s) - w/s inside and the bound outside
+    (LSQ, Esser et al. 2020, Eq. 3).
+    """
+    return (codes_float(w_NK, scale_NG, form) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
+
+
+def rounds_to(
+    q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, distance: float
+) -> torch.Tensor:
+    """The weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
+    q, scale = groups(q_NK.to(torch.float32), form), scale_NG.unsqueeze(-1)
+    off = torch.clamp(groups(w_NK, form) / scale - q, -distance, distance)
+    return ((q + off) * scale).reshape(w_NK.shape)
+
+
+def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight scales, and for two levels the integers of the groups."""
+    some_rows = [w_NK[rows] for rows in _some_rows(*w_NK.shape)]
+    match form.granularity:
+        case TwoLevel():
+            found = [fit_two_level(w, form) for w in some_rows]
+            return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])
+        case _:
+            return torch.cat([fit_scale(w, form) for w in some_rows]), None
+
+
+def _some_rows(n: int, k: int) -> list[slice]:
+    """All of n, so many of k weights at a time as are fitted or rounded together."""
+    step = max(1, ROWS_ELEMENTS // k)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Weight scales (N, G): the largest magnitude at 8 bit, the clipping of least squared error at 4 bit."""
+    w = groups(w_NK.detach().float(), form)
+    largest = w.abs().amax(-1)
+    ratios = (1.0,) if form.bits == 8 else tuple(1.0 - 0.02 * i for i in range(21))
+    best_scale = (largest / form.high).clamp_min(SCALE_EPS)
+    best_error = torch.full_like(largest, torch.inf)
+    for ratio in ratios:
+        scale = (ratio * largest / form.high).clamp_min(SCALE_EPS)
+        error = _squared_error(w, scale, form)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return best_scale
+
+
+def fit_two_level(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales (N, 1), and float integers (N, G) that no others beat in squared error with these scales.
+
+    The scale is the best of a few at which the largest scale that a group would have alone is near 15.
+    """
+    w = groups(w_NK.detach().float(), form)
+    alone = fit_scale(w_NK, form)
+    best_scale = torch.full_like(alone[:, :1], SCALE_EPS)
+    best_error = torch.full_like(best_scale, torch.inf)
+    for ratio in (1.0, 0.96, 0.92, 1.04, 1.08):
+        scale = (ratio * alone.amax(-1, keepdim=True) / GROUP_HIGH).clamp_min(SCALE_EPS)
+        group = torch.clamp(torch.round(alone / scale), GROUP_LOW, GROUP_HIGH)
+        error = _squared_error(w, scale * group, form).sum(-1, keepdim=True)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    best_group = torch.ones_like(alone)
+    best_error = torch.full_like(alone, torch.inf)
+    for integer in range(GROUP_LOW, GROUP_HIGH + 1):
+        error = _squared_error(w, (best_scale * integer).expand_as(alone), form)
+        better = error < best_error
+        best_group, best_error = torch.where(better, float(integer), best_group), torch.where(better, error, best_error)
+    return best_scale, best_group
+
+
+def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+    """Of each group when rounded with its scale, (N, G)."""
+    q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), form.low, form.high)
+    return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
+
+
+def input_scale(bits: int = 8) -> float:
+    """float32(1 / 127) or float32(1 / 7): the scale of an input that was divided by its largest magnitude.
+
+    A constant, so that the integer GEMM stays one.
+    """
+    return float(np.float32(1 / INPUT_HIGH[bits]))
+
+
+def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7).
+
+    >>> x = torch.tensor([-1.0, 0.1, 0.5, 2.0])
+    >>> input_codes(x).tolist(), input_codes(x, bits=4).tolist()
+    ([-127.0, 13.0, 64.0, 127.0], [-7.0, 1.0, 3.0, 7.0])
+    """
+    high = INPUT_HIGH[bits]
+    return round_ste(torch.clamp(x_unit / input_scale(bits), -high - 1, high))
+
+
+def output_scale(output_amax_T: torch.Tensor, amax_T: torch.Tensor) -> torch.Tensor:
+    """(T,) scales of the codes of a product whose input was divided by `amax_T`: the largest is 127."""
+    return (output_amax_T / amax_T / 127).clamp_min(SCALE_EPS)
+
+
+def output_codes(acc: torch.Tensor, weight_scale: torch.Tensor, scale: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Codes, as floats, of a sum of products of codes: clip(round(sum * ((S * s_w) / s)), -128, 127), S the input's.
+
+    In this order, which is that of ONNX Runtime; `acc` is exact below 2^24.
+    """
+    return round_ste(torch.clamp(acc * ((input_scale(bits) * weight_scale) / scale), -128, 127))
+
+
+def token_amax(x: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
+    return x.abs().amax(-1, keepdim=True).clamp_min(TOKEN_EPS)
+
+
+def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice.
+
+    >>> half, middle = token_range(torch.tensor([[-1.0, 0.0, 5.0]]))
+    >>> half.item(), middle.item()
+    (3.0, 2.0)
+    """
+    return half_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+
+
+def half_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Half the width of a range, at least `TOKEN_EPS`, and its middle."""
+    return ((high - low) * 0.5).clamp_min(TOKEN_EPS), (high + low) * 0.5
+
+
+def half_table(table: torch.Tensor) -> torch.Tensor:
+    """Each entry in float16, error <= 2^-11 of it or 2^-25; the table as it is where one is beyond float16."""
+    half = table.to(torch.float16)
+    return half if half.isfinite().all() else table

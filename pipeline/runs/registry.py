@@ -1,0 +1,188 @@
+"""Finds the class behind a pass reference: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
+
+A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
+in the group `intaglio.metrics`.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from intaglio.pipeline.contract.metric import Metric
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
+from intaglio.pipeline.files import MIB, read_bytes
+
+GROUP = "intaglio.passes"
+METRICS = "intaglio.metrics"
+MOST_SOURCE = 16 * MIB
+"""Bytes of one Python file that are read."""
+
+
+@dataclass(frozen=True)
+class PassSource:
+    """A pass class and where it comes from."""
+
+    pass_class: type[Pass]
+    origin: str
+    """`module:Class`; for a file beside the recipe `file.py:Class`."""
+    source_sha256: str | None
+    """None for intaglio's own passes: their `version` says when they change."""
+
+
+def find_pass(reference: str, base: Path) -> PassSource:
+    """Raises RecipeError for what cannot be found, ContractError for what is not a pass."""
+    where, colon, class_name = reference.rpartition(":")
+    if not colon:
+        return _from_name(reference)
+    if where.endswith(".py"):
+        file = base / where
+        if not file.is_file():
+            raise RecipeError(f"{reference}: no file {file}: paths are relative to the recipe")
+        module = _load_file(file)
+        origin = f"{file.name}:{class_name}"
+    else:
+        module = _import(where, reference)
+        origin = reference
+    return _source(_member(module, class_name, reference), origin)
+
+
+def pass_module(name: str) -> Any:
+    """Where the pass of this name is, and what else belongs to it. Raises what `find_pass` does."""
+    return sys.modules[find_pass(name, Path()).pass_class.__module__]
+
+
+@cache
+def named_passes() -> dict[str, EntryPoint]:
+    """All entry points, by name and sorted. Raises RecipeError when two distributions own one name."""
+    return _named(GROUP, "pass")
+
+
+def pass_classes() -> dict[str, type[Pass] | None]:
+    """Of all named passes; None for one that cannot be imported."""
+
+    def found(name: str) -> type[Pass] | None:
+        try:
+            return _from_name(name).pass_class
+        except IntaglioError:
+            return None
+
+    return {name: found(name) for name in named_passes()}
+
+
+@cache
+def named_metrics() -> dict[str, EntryPoint]:
+    """As `named_passes`."""
+    return _named(METRICS, "metric")
+
+
+def find_metric(name: str) -> Metric:
+    """Raises RecipeError for what cannot be found, ContractError for what is no metric."""
+    points = named_metrics()
+    if name not in points:
+        raise RecipeError(f"no metric {name!r}{did_you_mean(name, points)}")
+    module_name, _, class_name = points[name].value.partition(":")
+    made = getattr(_import(module_name, name), class_name, None)
+    if missing := [method for method in ("applies", "compare") if not callable(getattr(made, method, None))]:
+        raise ContractError(f"metric {name}: {points[name].value} does not define {', '.join(missing)}")
+    assert made is not None  # it has the methods
+    metric: Metric = made()
+    return metric
+
+
+def _named(group: str, kind: str) -> dict[str, EntryPoint]:
+    owners: dict[str, dict[str, EntryPoint]] = {}
+    for point in entry_points(group=group):
+        owners.setdefault(point.name, {})[f"{_owner(point)} ({point.value})"] = point
+    clashes = [
+        f"{kind} {name!r} is provided twice, by {' and by '.join(sorted(points))}: uninstall one of them"
+        for name, points in sorted(owners.items())
+        if len(points) > 1
+    ]
+    if clashes:
+        raise RecipeError(*clashes)
+    return {name: next(iter(points.values())) for name, points in sorted(owners.items())}
+
+
+def _from_name(name: str) -> PassSource:
+    points = named_passes()
+    if name not in points:
+        raise RecipeError(f"no pass {name!r}{did_you_mean(name, points)}")
+    module_name, _, class_name = points[name].value.partition(":")
+    return _source(_member(_import(module_name, name), class_name, name), points[name].value)
+
+
+def _owner(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unnamed distribution"
+
+
+def _import(module_name: str, reference: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except IntaglioError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"{reference}: cannot import {module_name}: {type(error).__name__}: {error}") from error
+
+
+def _load_file(file: Path) -> ModuleType:
+    """The module of a file, once for each content it had: its name is made of both."""
+    source = read_bytes(file, most=MOST_SOURCE)
+    digest = hashlib.sha256(str(file.resolve()).encode() + b"\0" + source).hexdigest()
+    module_name = f"intaglio_file_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest[:16]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # pydantic and pickle look classes up by their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise RecipeError(f"{file}: cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _member(module: ModuleType, class_name: str, reference: str) -> type[Pass]:
+    """The class, held against what a pass has to declare."""
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Pass)]
+        raise RecipeError(f"{reference}: no class {class_name!r}{did_you_mean(class_name, set(classes) - {'Pass'})}")
+    if not (inspect.isclass(found) and issubclass(found, Pass)):
+        raise ContractError(f"{reference}: {class_name} is not a subclass of intaglio.pipeline.Pass")
+    missing = [attribute for attribute in ("name", "requires", "provides") if not hasattr(found, attribute)]
+    missing += sorted(found.__abstractmethods__)
+    if missing:
+        raise ContractError(f"{reference}: {class_name} does not define {', '.join(missing)}")
+    return found
+
+
+def _source(pass_class: type[Pass], origin: str) -> PassSource:
+    own = pass_class.__module__.split(".")[0] == "intaglio"
+    return PassSource(pass_class, origin, None if own else _source_sha256(pass_class))
+
+
+def _source_sha256(pass_class: type[Pass]) -> str:
+    """Of the file, or of every Python file of the top-level package the class is in."""
+    file = Path(inspect.getfile(pass_class))
+    depth = pass_class.__module__.count(".") + (file.name == "__init__.py")
+    if depth == 0:
+        return hashlib.sha256(read_bytes(file, most=MOST_SOURCE)).hexdigest()
+    package = file.parents[depth - 1]
+    lines = (
+        f"{path.relative_to(package).as_posix()} {hashlib.sha256(read_bytes(path, most=MOST_SOURCE)).hexdigest()}\n"
+        for path in sorted(package.rglob("*.py"))
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,361 @@
+"""Runs, for each target of a recipe, the steps that the store does not have yet."""
+
+import errno
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from intaglio.pipeline.artifacts.provenance import Provenance
+from intaglio.pipeline.contract.artifact import A, AnyKey, Key, Outputs, State
+from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.contract.processes import Processes, processes
+from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
+from intaglio.pipeline.files import parse_json
+from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
+from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
+from intaglio.pipeline.runs.publish import check_folders, publish
+from intaglio.pipeline.runs.store import RunRecord, Store
+from intaglio.pipeline.runs.versions import find_version
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.model.checkpoint import ModelRef
+
+Digests: TypeAlias = Mapping[AnyKey, str]
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+"""What torch and the system say in an error of no class of its own."""
+MENDED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR)
+"""Errors of the system that may not be there the next time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which step of which chain."""
+
+    target: str
+    step: str
+    position: int
+    """From 1."""
+    count: int
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What `on_step` is told: before a step runs, when it has run, or when the store has it."""
+
+    place: Place
+    status: Literal["runs", "done", "hit"]
+    seconds: float | None = None
+    """What it took when it ran; None before it runs."""
+
+
+@dataclass(frozen=True)
+class CompiledTarget:
+    """A finished chain. `compiled[PLAN]` loads a fresh copy of an artifact."""
+
+    store: Store
+    outputs: Digests
+    """The last artifact of each key."""
+    runs: tuple[RunRecord, ...]
+    folder: Path | None
+    """Where the published files are; None when `compile` was given no `out`."""
+
+    def __getitem__(self, key: Key[A]) -> A:
+        return self.store.load(key, self.outputs[key])
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What a step would do now.
+
+    `depends`: the step runs, unless the new output of an earlier step turns out equal to its old one.
+    """
+
+    step: str
+    status: Literal["hit", "runs", "depends"]
+    seconds: float | None
+    """What the pass took when it last ran on this model; None when it never did."""
+    peak_bytes: int | None = None
+    """The most memory that the process held then."""
+    estimate_s: float | None = None
+    """What it should take, by the number of rows it computes; only where it never ran and says how many."""
+
+
+def compile(
+    recipe: Recipe,
+    store: Store,
+    *,
+    out: Path | None = None,
+    start: Outputs | None = None,
+    on_step: Callable[[StepEvent], None] = lambda event: None,
+    base: Path = Path(),
+) -> Mapping[str, CompiledTarget]:
+    """Runs the recipe for each of its targets and publishes to `out / target`. What the store has is not run again.
+
+    `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
+    `base`: the folder that paths in the recipe are relative to.
+    """
+    from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE, TARGET
+
+    chains = bind(recipe, start=start, base=base)
+    if out is not None and processes().first:
+        check_folders([out / chain.target.name for chain in chains], store)
+    whole = resolved(recipe, chains)
+    artifacts = start_artifacts(recipe, base, chains) if start is None else start
+    shared = _put(artifacts, store)
+    compiled = {}
+    for chain in chains:
+        given = shared | _put({TARGET: chain.target}, store)
+        outputs = dict(given)
+        if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
+            check_memory(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+        runs: list[RunRecord] = []
+        for position, step in enumerate(chain.steps, start=1):
+            if PROVENANCE in step.requires:
+                outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
+            place = Place(chain.target.name, step.name, position, len(chain.steps))
+            with _by_users_paths(recipe.model, base, store, given):
+                record = _run_step(step, outputs, recipe.seed, store, on_step, place)
+            outputs |= {key: record.outputs[key.name] for key in step.provides}
+            runs.append(record)
+        folder = None if out is None else out / chain.target.name
+        if folder is not None and processes().first:
+            publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
+        compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
+    return compiled
+
+
+def plan(
+    recipe: Recipe, store: Store, *, start: Outputs | None = None, base: Path = Path()
+) -> Mapping[str, tuple[PlannedStep, ...]]:
+    """What `compile` would do now, for each target. Runs nothing."""
+    from intaglio.pipeline.artifacts.keys import TARGET
+
+    chains = bind(recipe, start=start, base=base)
+    whole = resolved(recipe, chains)
+    artifacts = start_artifacts(recipe, base, chains) if start is None else start
+    shared = _put(artifacts, store)
+    measured = {(record.origin, _model_of(record)): record for record in store.records()}
+    planned = {}
+    for chain in chains:
+        given = shared | _put({TARGET: chain.target}, store)
+        planned[chain.target.name] = tuple(_plan_chain(chain, given, whole, store, measured))
+    with _by_users_paths(recipe.model, base, store, shared):
+        return _estimated(planned, chains, artifacts)
+
+
+def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
+    """What chains begin with, their targets aside: what is around the model only where a step reads it."""
+    from intaglio.pipeline.artifacts.components import PipelineFolder
+    from intaglio.pipeline.artifacts.keys import MODEL, PIPELINE
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+
+    model = Checkpoint.resolve(recipe.model, base)
+    if not any(PIPELINE in step.requires for chain in chains for step in chain.steps):
+        return {MODEL: model}
+    return {MODEL: model, PIPELINE: PipelineFolder.around(model)}
+
+
+def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
+    """The key of a run, and the JSON text of all that its outputs depend on."""
+    configured = step.configured
+    ingredients: dict[str, object] = {
+        "pass": f"{step.origin}@{configured.version}",
+        "options": configured.model_dump(mode="json"),
+        "inputs": _by_name({key: inputs[key] for key in step.requires}),
+        "needs": {name: installed_version(name) for name in configured.needs},
+    }
+    if configured.random:
+        ingredients["seed"] = seed
+    if step.source_sha256 is not None:
+        ingredients["source"] = step.source_sha256
+    text = json.dumps(ingredients, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest(), text
+
+
+def installed_version(distribution: str) -> str:
+    """`none` for what is not installed, which is one more version."""
+    return find_version(distribution) or "none"
+
+
+def _run_step(
+    step: BoundStep, inputs: Digests, seed: int, store: Store, tell: Callable[[StepEvent], None], place: Place
+) -> RunRecord:
+    """Of several processes the first one does it, and the others wait, or do their share if the pass is `shared`."""
+    key, ingredients = run_key(step, inputs, seed)
+    every = processes()
+    with store.lock(key) if every.first else nullcontext():
+        if (record := every.agree(store.find(key, _key_names(step)) if every.first else None)) is not None:
+            tell(StepEvent(place, "hit", record.seconds))
+            return record
+        tell(StepEvent(place, "runs"))
+        began, counted = time.perf_counter(), forget_peak() is not None
+        outputs: Outputs = {}
+        if every.first or step.configured.shared:
+            state = State({each: store.load(each, inputs[each]) for each in step.requires}, reader=step.name)
+            context = Context(
+                scratch=store.scratch(key),
+                seed=seed if step.configured.random else None,
+                log=logging.getLogger(f"intaglio.{step.name}"),
+                processes=every if step.configured.shared else Processes(),
+            )
+            outputs = _outputs(step, state, context)
+        if every.first:
+            digests = {each.name: store.put(outputs[each], staging=key) for each in sorted(outputs, key=str)}
+            record = RunRecord(
+                step=step.name,
+                origin=step.origin,
+                key=key,
+                ingredients=ingredients,
+                outputs=digests,
+                seconds=round(time.perf_counter() - began, 3),
+                peak_bytes=resident_bytes("VmHWM") if counted else None,
+            )
+            store.finish(record)
+        record = every.agree(record)
+        assert record is not None  # the first process has made it
+    tell(StepEvent(place, "done", record.seconds))
+    return record
+
+
+def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
+    """What the pass returned, held against what it declares."""
+    try:
+        outputs = step.configured.run(state, context)
+    except IntaglioError:
+        raise
+    except Exception as error:
+        raise StepFailed(f"{step.name}: {type(error).__name__}: {error}: {_advice(error, context.scratch)}") from error
+    if missing := _names(step.provides - outputs.keys()):
+        raise ContractError(f"{step.name}: provides {missing}, but did not return it")
+    if undeclared := _names(outputs.keys() - step.provides):
+        raise ContractError(f"{step.name}: returned {undeclared}, but does not provide it: add it to provides")
+    for key, artifact in outputs.items():
+        if not isinstance(artifact, key.type):
+            raise ContractError(
+                f"{step.name}: returned {type(artifact).__name__} as {key}, which is {key.type.__name__}"
+            )
+    return outputs
+
+
+def _advice(error: Exception, scratch: Path) -> str:
+    """Say whether a second run can succeed: where the machine was at fault, and not what the step was given."""
+    text = str(error).lower()
+    for_lack = isinstance(error, MemoryError) or any(lack in text for lack in NO_MEMORY)
+    if for_lack or isinstance(error, BrokenExecutor) or (isinstance(error, OSError) and error.errno in MENDED):
+        return f"what it had done so far is in {scratch}, the same command goes on from there"
+    return f"what it had done so far is in {scratch}; mend the cause first, `intaglio --debug run` shows where it is"
+
+
+@contextmanager
+def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests) -> Iterator[None]:
+    """Give the model's path as the user knows it in every error that names its copy in the store."""
+    file, colon, _ = model.path.rpartition(":")
+    if model.path.startswith("hub:"):
+        known = model.path
+    else:
+        known = str((base / file).parent if colon and file.endswith(".py") else base / model.path)
+    copies = [store.object_folder(digest) for key, digest in given.items() if key.name in ("MODEL", "PIPELINE")]
+    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer first
+    try:
+        yield
+    except IntaglioError as error:
+        problems = list(error.problems)
+        for path in stored:
+            problems = [problem.replace(path, known) for problem in problems]
+        if problems == list(error.problems):
+            raise
+        raise type(error).together(problems) from error
+
+
+def _model_of(record: RunRecord) -> str | None:
+    """The digest of the model that the step read; None where it read none, or the record does not say so."""
+    match parse_json(record.ingredients, source=f"the ingredients of {record.step}", error=StoreError):
+        case {"inputs": {"MODEL": str(digest)}}:
+            return digest
+    return None
+
+
+def _plan_chain(
+    chain: Chain, given: Digests, recipe: Recipe, store: Store, measured: Mapping[tuple[str, str | None], RunRecord]
+) -> Iterator[PlannedStep]:
+    from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE
+
+    known = dict(given)
+    runs: list[RunRecord] = []
+    for position, step in enumerate(chain.steps):
+        if PROVENANCE in step.requires and len(runs) == position:  # else it is not known what comes before
+            known |= _put({PROVENANCE: Provenance(recipe, _by_name(given), tuple(runs))}, store)
+        decidable = step.requires <= known.keys()
+        record = store.find(run_key(step, known, recipe.seed)[0], _key_names(step)) if decidable else None
+        for key in (PROVENANCE, *step.provides):
+            known.pop(key, None)
+        if record is not None:
+            known |= {key: record.outputs[key.name] for key in step.provides}
+            runs.append(record)
+            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes)
+        else:
+            last = measured.get((step.origin, known.get(MODEL) if MODEL in step.requires else None))
+            seconds, held = (None, None) if last is None else (last.seconds, last.peak_bytes)
+            yield PlannedStep(step.name, "runs" if decidable else "depends", seconds, held)
+
+
+def _estimated(
+    planned: Mapping[str, tuple[PlannedStep, ...]], chains: tuple[Chain, ...], artifacts: Outputs
+) -> Mapping[str, tuple[PlannedStep, ...]]:
+    """Estimates for the steps that never ran and whose time goes by rows of the denoiser, which is timed for them."""
+    from intaglio.pipeline.artifacts.keys import MODEL
+    from intaglio.pipeline.model.cost import measure_cost
+
+    by_rows = {
+        step.name: step.configured
+        for chain in chains
+        for step in chain.steps
+        if type(step.configured).forward_rows is not Pass.forward_rows
+    }
+
+    def unknown(step: PlannedStep) -> bool:
+        return step.status != "hit" and step.seconds is None and step.step in by_rows
+
+    if not any(unknown(step) for steps in planned.values() for step in steps):
+        return planned
+    try:
+        cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+    except IntaglioError:
+        raise
+    except Exception as error:  # of the model's own code
+        said = f"{type(error).__name__}: {error}"
+        raise StepFailed(
+            f"model: one call of it, to estimate times, ended in {said}: a run would end in it too"
+        ) from error
+
+    def estimated(step: PlannedStep) -> PlannedStep:
+        rows = by_rows[step.step].forward_rows(cost) if unknown(step) else None
+        return step if rows is None else replace(step, estimate_s=rows * cost.seconds_per_row)
+
+    return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
+
+
+def _put(artifacts: Outputs, store: Store) -> dict[AnyKey, str]:
+    with store.lock("start"):
+        return {key: store.put(each, staging="start") for key, each in artifacts.items()}
+
+
+def _by_name(digests: Digests) -> dict[str, str]:
+    return {key.name: digests[key] for key in sorted(digests, key=str)}
+
+
+def _key_names(step: BoundStep) -> list[str]:
+    return [key.name for key in step.provides]
+
+
+def _names(keys: frozenset[AnyKey] | set[AnyKey]) -> str:
+    return ", ".join(sorted(map(str, keys)))
