@@ -236,8 +236,9 @@ def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int =
     """Squared error of the layers' outputs relative to them, all rounded in the basis; the mean over S timesteps."""
     import torch
 
+    from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.numerics.rounding import half_range
-    from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
 
     clock = StepClock(tuple(float(i) for i in range(len(x))))
     axis = _axis_of(parts)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.calls import Call, Sampler
+    from intaglio.pipeline.model.sampler import Call, Sampler
 
 
 class Calibrate(Pass):
@@ -54,9 +54,10 @@ class Calibrate(Pass):
 
         from intaglio.passes.layer_ranges import LayerRanges, unreached_layers
         from intaglio.pipeline.artifacts.trajectory import Trajectory
-        from intaglio.pipeline.model.calls import Call, Sampler, check_inputs, denoise_with, on_device
-        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.calls import check_inputs, denoise_with, on_device
         from intaglio.pipeline.model.hooks import after_calls
+        from intaglio.pipeline.model.layers import layer_table
+        from intaglio.pipeline.model.sampler import Call, Sampler
 
         checkpoint = state[MODEL]
         model = checkpoint.open()

@@ -17,9 +17,9 @@ from intaglio.pipeline.model.dataflow import NEVER_CALLED, NO_EFFECT, WEIGHT_REA
 from intaglio.pipeline.numerics.step_tables import where_known
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.artifacts.plan import Layer
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.calls import Denoise
+    from intaglio.pipeline.formats.layer import Layer
+    from intaglio.pipeline.model.types import Denoise
 
 
 @dataclass

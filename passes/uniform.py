@@ -7,18 +7,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TARGET, WORKLOAD
-from intaglio.pipeline.artifacts.plan import (
-    SCHEME_NAMES,
-    Layer,
-    QuantPlan,
-    SchemeName,
-    illegal,
-    in_float_lines,
-    structural_schemes,
-)
+from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, SchemeName, illegal, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.formats.target import Target
 

@@ -25,7 +25,7 @@ from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
 from PIL import Image
 from train_emoji import Training, careful_scheduler, read_emoji, sample, sampling_scheduler, save_grid
 
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.denoiser import Factory
 from intaglio.pipeline.model.recording import Recording
 
 WORDS, EMBEDDING = 4, 32

@@ -27,8 +27,10 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from intaglio.pipeline.model.calls import CLASS_LABELS, Inputs, Sampler, Start, denoise_with
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.sampler import CLASS_LABELS, Sampler, Start
+from intaglio.pipeline.model.types import Inputs
 
 SIZE = 32
 GROUPS = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")

@@ -14,11 +14,14 @@ from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, structural_schemes
 from intaglio.pipeline.formats.target import Target, load_target
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance
 from intaglio.pipeline.numerics.low_rank import Branch
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, quantize_model
+from intaglio.pipeline.simulation.layer import QuantizedLayer
+from intaglio.pipeline.simulation.model import quantize_model
 
 SCHEMES = {
     scheme.name: scheme

@@ -7,18 +7,21 @@ import numpy as np
 import torch
 from harness import Artifacts
 
-from intaglio.exporters.float_graph.sites import entry_type, run_layer
 from intaglio.exporters.verify.departures import LayersInGraph
+from intaglio.exporters.verify.layer_run import entry_type, run_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
 from intaglio.pipeline.numerics.rounding import group_integers
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, channel_axis, quantize_model, simulate
+from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
+from intaglio.pipeline.simulation.model import quantize_model, simulate
 
 HALF_TOLERANCE = 1e-3
 """Relative L2 error of a layer in float16: its weight, product, sum and bias are rounded, by 2^-11 / sqrt(3) each."""

@@ -22,17 +22,19 @@ from intaglio.pipeline.artifacts.keys import (
     TARGET,
     VERIFICATION,
 )
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.artifacts.quantized import Adapter
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification
 from intaglio.pipeline.contract.artifact import AnyKey, Artifact
 from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.contract.run_record import RunRecord
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.runs.store import RunRecord
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 
 HOSTILE = 'transformer_blocks.1.<script>alert("x")</script>&amp;'
 EMBED = Layer(name="pos_embed.proj", op="conv", shape=(64, 3, 2, 2), bias=True)

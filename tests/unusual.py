@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.denoiser import Factory
 
 
 class Inner(nn.Module):

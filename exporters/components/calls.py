@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from intaglio.pipeline.artifacts.components import METHODS, is_generator
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.model.arguments import flatten, in_order, nest
+from intaglio.pipeline.model.pipeline_folder import METHODS, is_generator
 from intaglio.pipeline.model.recording import as_constant
 
 if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.exporters.float_graph.torch_export import Compute
-    from intaglio.pipeline.model.calls import Inputs
+    from intaglio.pipeline.model.types import Inputs
 
 PARAMETERS = "parameters"
 """Of a distribution of latents: what an encoder gives in the place of them."""

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from intaglio.exporters.components.calls import MethodCalls
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.torch_export import Calls, Compute
-    from intaglio.pipeline.artifacts.components import PipelineFolder
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
-    from intaglio.pipeline.model.calls import Inputs
     from intaglio.pipeline.model.checkpoint import Checkpoint
+    from intaglio.pipeline.model.pipeline_folder import PipelineFolder
+    from intaglio.pipeline.model.types import Inputs
 
 Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
 
@@ -313,12 +313,12 @@ def _round_weights(
     """Round the weights that the target has in this scheme, and tables of embeddings to float16. Changes `module`."""
     import torch
 
-    from intaglio.pipeline.artifacts.plan import illegal, structural_schemes
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+    from intaglio.pipeline.formats.layer import illegal, structural_schemes
     from intaglio.pipeline.formats.schemes import IntWeight
-    from intaglio.pipeline.model.checkpoint import layer_table
+    from intaglio.pipeline.model.layers import layer_table
     from intaglio.pipeline.numerics import rounding as affine
-    from intaglio.pipeline.simulation.layer import round_tables
+    from intaglio.pipeline.simulation.model import round_tables
 
     rounded = {}
     with torch.no_grad():

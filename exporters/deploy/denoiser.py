@@ -23,7 +23,7 @@ from intaglio.pipeline.model.model_files import ModelSize
 from intaglio.pipeline.runs.store import files_below
 
 if TYPE_CHECKING:
-    from intaglio.exporters.verify.departures import Values
+    from intaglio.pipeline.model.types import Values
 
 
 ONNXRUNTIME = "onnxruntime"

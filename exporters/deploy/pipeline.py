@@ -13,23 +13,17 @@ from torch import nn
 from intaglio.exporters.deploy.call_inputs import CallInputs
 from intaglio.exporters.deploy.denoiser import ONNXRUNTIME, defaults, device_of, load, open_call, size_bound
 from intaglio.exporters.deploy.standin import Standin
-from intaglio.pipeline.artifacts.components import (
-    INDEX,
-    METHODS,
-    Components,
-    PipelineFolder,
-    is_generator,
-    output_class,
-)
+from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.arguments import flatten, nest
 from intaglio.pipeline.model.model_files import blamed
+from intaglio.pipeline.model.pipeline_folder import INDEX, METHODS, PipelineFolder, is_generator, output_class
 
 if TYPE_CHECKING:
-    from intaglio.exporters.verify.departures import Values
+    from intaglio.pipeline.model.types import Values
 
 
 class CompiledMethod:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
-    from intaglio.pipeline.model.calls import Inputs
+    from intaglio.pipeline.model.types import Inputs
 
 TOLERANCE = 1e-4
 """Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.torch_export import Calls
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
 
 OUTPUT = "output"
 """Name of what the denoiser's graph returns."""
@@ -74,7 +74,7 @@ class ExportFloat(Pass):
         from intaglio.exporters.float_graph.torch_export import Calls, write_graph
         from intaglio.pipeline.model.arguments import in_order
         from intaglio.pipeline.model.calls import denoise_with, other_call
-        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         recorded = trajectory.call(0, slice(2))  # a wide call takes minutes in a full-size model, and shows no more

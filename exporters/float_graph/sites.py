@@ -6,16 +6,9 @@ Shapes: N out features, K in features, C input channels, kh kw kernel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
-
-from intaglio.exporters.float_graph.onnx_file import read_model
-from intaglio.exporters.runtimes.onnxruntime.session import open_session
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -81,51 +74,6 @@ def find_sites(nodes: Iterable[ir.Node]) -> dict[str, list[Site]]:
         adds = [user for user in users if user.op_type == "Add" and user.metadata_props.get(LAYER_KEY) == layer]
         sites.setdefault(layer, []).append(Site(layer, node, adds[0] if len(users) == len(adds) == 1 else None))
     return sites
-
-
-def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
-    """The layer alone: from the value that enters it, and `step` if it looks at that, to the one that leaves it.
-
-    The codes of its input, where it has any, are a second output. Raises KeyError for a layer not in `graph.nodes`.
-    """
-    before, after = graph.nodes[layer]
-    model = _loaded(graph.path, graph.path.stat().st_mtime_ns)
-    inputs = [before, *(v.name for v in model.graph.inputs if v.name == STEP_INPUT != before)]
-    alone = ir.convenience.extract(model.graph, [n for n in inputs if n is not None], [after])
-    for value in list(alone.inputs):
-        if value.name == STEP_INPUT and not value.uses():
-            alone.inputs.remove(value)
-    alone.outputs.extend(node.outputs[0] for node in alone if str(node.name).endswith(INPUT_CODES))
-    proto: onnx.ModelProto = ir.to_proto(ir.external_data.load_to_model(ir.Model(alone, ir_version=model.ir_version)))
-    return proto
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: Path, _: int) -> ir.Model:
-    """Parsed once for all layers of a graph; its weights stay on disk."""
-    return read_model(path)
-
-
-def run_layer(
-    graph: Graph, layer: str, x: NDArray[np.float32], step: int = 0, *, optimize: bool = True
-) -> tuple[NDArray[np.float32], NDArray[np.integer] | None]:
-    """The layer's output on x at `step`, and the codes of its input, if it has any, in ONNX Runtime."""
-    import numpy as np
-
-    session = open_session(layer_model(graph, layer).SerializeToString(), optimize=optimize)
-    x = x.astype(entry_type(graph, layer))
-    feed = {session.get_inputs()[0].name: x, STEP_INPUT: np.array(step, np.int64)}
-    y, *codes = session.run(None, {i.name: feed[i.name] for i in session.get_inputs()})
-    return y.astype(np.float32), codes[0] if codes else None
-
-
-def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
-    """Of the value that enters the layer: float32 or float16."""
-    model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
-    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
-    dtype = next(value.dtype for value in values if value.name == name)
-    assert dtype is not None  # the exporter writes graphs with all types
-    return dtype.numpy()
 
 
 def _given(value: ir.Value | None) -> ir.Value:

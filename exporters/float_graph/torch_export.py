@@ -27,12 +27,12 @@ from intaglio.exporters.float_graph.repair import repair, transposed_keys
 from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.model.layers import layer_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from intaglio.pipeline.model.calls import Inputs
+    from intaglio.pipeline.model.types import Inputs
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 """Operators that torch's exporter writes a Linear or a Conv2d as."""

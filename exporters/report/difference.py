@@ -14,12 +14,13 @@ from intaglio.exporters.report import figures as figures
 from intaglio.exporters.report.grids import SHEET_PIXELS_MAX, Drawn, SampleFigure, sample_figure
 from intaglio.exporters.report.page import render
 from intaglio.pipeline.artifacts.keys import SENSITIVITY, VERIFICATION
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.verification import MOST_PICTURE, dotted
 from intaglio.pipeline.contract.artifact import A, Key
 from intaglio.pipeline.contract.yaml_text import MOST_CHARACTERS
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE, printable, read_bytes, read_json_object, read_text
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.runs.manifest import Manifest, compiled_folders, target_name
 from intaglio.pipeline.runs.publish import RECIPE
 from intaglio.pipeline.runs.store import Store

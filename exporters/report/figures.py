@@ -10,8 +10,9 @@ from statistics import fmean
 
 from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.graph import Graph
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, Layer, QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, illegal, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
 from intaglio.pipeline.formats.target import Target
 

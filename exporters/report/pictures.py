@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.checkpoint import DENOISER_FOLDERS, Checkpoint
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import DENOISER_FOLDERS
 from intaglio.pipeline.output_files import check_output, whole_file
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from intaglio.pipeline.model.calls import Denoise, Inputs
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 FULL, COMPILED = "full_precision", "compiled"
 MOST_STEPS, MOST_SAMPLES = 1000, 4096
@@ -80,7 +81,8 @@ def _sampled(
     model: Factory, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
     """By the sampler that compiles too."""
-    from intaglio.pipeline.model.calls import Sampler, denoise_with
+    from intaglio.pipeline.model.calls import denoise_with
+    from intaglio.pipeline.model.sampler import Sampler
 
     sampler = Sampler(model, wanted.steps, guidance)
     _check(model, sampler.condition_rows, wanted.rows)

@@ -37,11 +37,11 @@ from intaglio.pipeline.artifacts.verification import Latency, Report, Verificati
 from intaglio.pipeline.contract.artifact import Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.formats.schemes import IntWeight
 from intaglio.pipeline.formats.target import load_target, target_names
-from intaglio.pipeline.runs.store import RunRecord
 from intaglio.pipeline.runs.versions import find_version
 
 if TYPE_CHECKING:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 
 from intaglio.exporters.float_graph.onnx_file import read_proto
 from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.pipeline.artifacts.verification import Departure
-from intaglio.pipeline.model.calls import Denoise, Inputs
 from intaglio.pipeline.model.hooks import after_calls
+from intaglio.pipeline.model.types import Denoise, Inputs, Values
 from intaglio.pipeline.simulation.layer import channel_axis
 
 if TYPE_CHECKING:
@@ -56,10 +56,6 @@ class LayersInGraph:
         if by is not None and (balance := self._layers[by.layer].balance) is not None:
             scale_C[by.start : by.start + len(balance.scale_C)] = balance.scale_C
         return scale_C.reshape(-1, *[1] * (-1 - axis))
-
-
-Values: TypeAlias = Callable[[Inputs], Mapping[str, torch.Tensor]]
-"""A deployed graph as a function that also gives values inside it, by the names they have in the graph."""
 
 
 def value_names(graph: Graph) -> tuple[str, ...]:

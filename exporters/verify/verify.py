@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.graph import Graph
     from intaglio.pipeline.artifacts.verification import Departure, LayerParity, Verification
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.calls import Denoise, Inputs
-    from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
+    from intaglio.pipeline.model.step_clock import StepClock
+    from intaglio.pipeline.model.types import Denoise, Inputs
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 
 BETWEEN_HALVES = 10 * 2.0**-11
@@ -74,8 +75,10 @@ class Verify(Pass):
         from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise, graph_values
         from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
         from intaglio.pipeline.artifacts.verification import Verification
-        from intaglio.pipeline.model.calls import Sampler, clocked, denoise_with, other_call
-        from intaglio.pipeline.simulation.layer import QuantizedLayer, simulate
+        from intaglio.pipeline.model.calls import clocked, denoise_with, other_call
+        from intaglio.pipeline.model.sampler import Sampler
+        from intaglio.pipeline.simulation.layer import QuantizedLayer
+        from intaglio.pipeline.simulation.model import simulate
 
         checkpoint, trajectory, graph = state[MODEL], state[TRAJECTORY], state[GRAPH]
         model = checkpoint.open()
@@ -225,8 +228,8 @@ def _compare_layer(
     import numpy as np
     import torch
 
-    from intaglio.exporters.float_graph.sites import entry_type, run_layer
     from intaglio.exporters.verify.departures import rel_l2
+    from intaglio.exporters.verify.layer_run import entry_type, run_layer
     from intaglio.pipeline.artifacts.verification import LayerParity
 
     x = ends.entering(name, x)
@@ -247,9 +250,9 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
     """Linear layers and convolutions of the full-precision model that are not quantized, and why, by name."""
     from torch.nn.modules.conv import _ConvNd
 
-    from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, illegal, structural_schemes
+    from intaglio.pipeline.formats.layer import SCHEME_NAMES, illegal, structural_schemes
     from intaglio.pipeline.formats.schemes import FLOAT
-    from intaglio.pipeline.model.checkpoint import layer_table
+    from intaglio.pipeline.model.layers import layer_table
 
     table = {layer.name: layer for layer in layer_table(module)}
     found = {}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from intaglio.pipeline.artifacts.front import Front
 from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
-from intaglio.pipeline.artifacts.plan import USUAL_SCHEMES, Layer, QuantPlan, SchemeName, illegal, in_float_lines
+from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.workload import Workload
@@ -20,6 +20,7 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations
+from intaglio.pipeline.formats.layer import USUAL_SCHEMES, Layer, SchemeName, illegal
 from intaglio.pipeline.formats.schemes import FLOAT, IntInput, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from intaglio.passes.assign.knapsack import Chosen, Knapsack
 from intaglio.pipeline.artifacts.front import Point
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.cost import activation_bytes
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 
 UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations"}

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, structural_schemes
 from intaglio.pipeline.formats.cost import latency_s
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, structural_schemes
 from intaglio.pipeline.formats.schemes import IntInput
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.artifacts.plan import Layer
     from intaglio.pipeline.artifacts.profile import Profile
     from intaglio.pipeline.artifacts.workload import Workload
+    from intaglio.pipeline.formats.layer import Layer
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Device
 

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import Call, clocked
-from intaglio.pipeline.simulation.layer import QuantizedLayer, full_precision
+from intaglio.pipeline.model.calls import clocked
+from intaglio.pipeline.model.sampler import Call
+from intaglio.pipeline.simulation.layer import QuantizedLayer
+from intaglio.pipeline.simulation.model import full_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from intaglio.passes.distill.distill import Distill
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
-    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler
-    from intaglio.pipeline.simulation.layer import StepClock
+    from intaglio.pipeline.model.sampler import Sampler
+    from intaglio.pipeline.model.step_clock import StepClock
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 
 class Error(NamedTuple):

@@ -15,17 +15,20 @@ from intaglio.passes.distill.objective import Task
 from intaglio.passes.layer_inputs import layer_inputs, siblings
 from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme, PerStep
 from intaglio.pipeline.model.blocks import find_blocks
-from intaglio.pipeline.model.calls import Sampler, denoise_with, on_device
+from intaglio.pipeline.model.calls import denoise_with, on_device
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer, StepClock, full_precision, quantize_model
+from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer
+from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
 if TYPE_CHECKING:
     from intaglio.passes.distill.distill import Distill
     from intaglio.pipeline.artifacts.plan import QuantPlan
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
-    from intaglio.pipeline.model.calls import Denoise
     from intaglio.pipeline.model.checkpoint import Checkpoint
+    from intaglio.pipeline.model.types import Denoise
 
 CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
 """Shares of an input's range that are compared as its first scale."""

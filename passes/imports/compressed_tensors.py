@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.artifacts.plan import Layer
+    from intaglio.pipeline.formats.layer import Layer
 
 METHOD = "compressed-tensors"
 PARTS = re.compile(

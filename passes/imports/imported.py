@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
 
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import MIB, open_stream, printable
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A16, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from intaglio.passes.imports.imported import (
 )
 from intaglio.passes.imports.torch_file import check_end, load_torch_file
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.contract.artifact import Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
     from intaglio.pipeline.numerics.basis import Balance
 
 ZERO_AMAX = 2.0**-24
@@ -85,7 +85,7 @@ class ImportModelopt(ImportPass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError with everything that the file holds and that cannot be carried over."""
-        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], read_modelopt(self._place)
         layers = layer_table(model.module)

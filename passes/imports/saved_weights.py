@@ -15,7 +15,7 @@ from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 if TYPE_CHECKING:
     import torch
 
-    from intaglio.pipeline.artifacts.plan import Layer
+    from intaglio.pipeline.formats.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from intaglio.pipeline.files import DAMAGE, parse_json, printable
 if TYPE_CHECKING:
     import torch
 
-    from intaglio.pipeline.artifacts.plan import Layer
+    from intaglio.pipeline.formats.layer import Layer
 
 NAMES = "tensor_names"
 """In the metadata of a file: the tensors that it holds in parts or whole. Each has facts under its own name."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.passes.imports.saved_weights import SavedWeights
-    from intaglio.pipeline.artifacts.plan import Layer
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+    from intaglio.pipeline.formats.layer import Layer
 
 CONFIG = "config.json"
 
@@ -64,7 +64,7 @@ class ImportWeights(ImportPass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError with everything that the files hold and that cannot be carried over."""
-        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         layers = layer_table(model.module)

@@ -13,7 +13,7 @@ from intaglio.pipeline.model.hooks import before_calls
 if TYPE_CHECKING:
     from torch import nn
 
-    from intaglio.pipeline.model.calls import Denoise, Inputs
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 
 class Seen(NamedTuple):

@@ -14,11 +14,11 @@ from pydantic import Field, field_validator
 
 from intaglio.passes.sensitivity.estimates import MSE, forms_of, parts_of
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.formats.layer import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.contract.metric import Metric
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler, Start
+    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 NOISE = 0.02
 """Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
@@ -162,8 +163,9 @@ class MeasureSensitivity(Pass):
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.passes.sensitivity.study import Batch, Study
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
-        from intaglio.pipeline.model.calls import Sampler, clocked, denoise_with
-        from intaglio.pipeline.model.checkpoint import layer_table
+        from intaglio.pipeline.model.calls import clocked, denoise_with
+        from intaglio.pipeline.model.layers import layer_table
+        from intaglio.pipeline.model.sampler import Sampler
 
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()

@@ -20,7 +20,7 @@ from intaglio.pipeline.model.blocks import find_units
 if TYPE_CHECKING:
     from torch import nn
 
-    from intaglio.pipeline.model.calls import Denoise, Inputs
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 T = TypeVar("T")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from intaglio.pipeline.formats.schemes import Float
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, places_of
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,7 +17,8 @@ from intaglio.pipeline.model.hooks import after_calls
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
     from intaglio.pipeline.formats.schemes import LayerScheme
-    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler, Start
+    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 Forms = Mapping[str, Mapping[str, "LayerScheme"]]
 """By layer name and by label."""

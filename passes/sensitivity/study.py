@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Advance, Context
-    from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler
+    from intaglio.pipeline.model.sampler import Sampler
+    from intaglio.pipeline.model.types import Denoise, Inputs
 
 T = TypeVar("T")
 MOST_PROGRESS = 512 * MIB

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self, TypeAlias
-
-from pydantic import Field
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from intaglio.pipeline.files import read_bytes, read_typed
+from intaglio.pipeline.formats.layer import AxisSize
 
-AxisSize: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
+if TYPE_CHECKING:
+    from intaglio.pipeline.model.types import Inputs
+
 MOST_ENGINE = 1 << 36
 """Bytes of a serialized engine that are read."""
 STEP_INPUT = "step"
@@ -166,3 +167,10 @@ class _EngineFacts:
     fp_gemm: int | None
     command: str | None = None
     layers: tuple[str, ...] = ()
+
+
+def step_index(graph: Graph, inputs: Inputs) -> int:
+    """Of the step whose timestep is nearest."""
+    from intaglio.pipeline.model.step_clock import StepClock
+
+    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

@@ -1,6 +1,6 @@
 """The artifacts that passes exchange."""
 
-from intaglio.pipeline.artifacts.components import ComponentEngines, Components, PipelineFolder
+from intaglio.pipeline.artifacts.components import ComponentEngines, Components
 from intaglio.pipeline.artifacts.findings import Findings
 from intaglio.pipeline.artifacts.front import Front
 from intaglio.pipeline.artifacts.graph import Engine, Graph
@@ -15,6 +15,7 @@ from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.contract.artifact import Key
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 
 MODEL = Key("MODEL", Checkpoint)
 PIPELINE = Key("PIPELINE", PipelineFolder)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.files import read_typed
-from intaglio.pipeline.runs.store import RunRecord
 
 FILE = "provenance.json"
 

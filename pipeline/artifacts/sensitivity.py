@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import LayerScheme
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.formats.layer import Layer
 
 
 class Unreached(NamedTuple):

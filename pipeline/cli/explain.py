@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_orig
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, USUAL_SCHEMES, Layer, structural_schemes
 from intaglio.pipeline.contract.artifact import AnyKey, Key
 from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, USUAL_SCHEMES, Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme
 from intaglio.pipeline.formats.target import OpKind, load_target, target_names
 from intaglio.pipeline.runs.registry import (

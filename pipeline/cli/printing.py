@@ -1,20 +1,16 @@
 """How results are shown on a terminal."""
 
-import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from intaglio.exporters.measure.bench import Bench, EngineFigures
-from intaglio.pipeline.artifacts.profile import Profile
+from intaglio.pipeline.cli.console import duration, print_table
 from intaglio.pipeline.cli.doctor import Found, Machine
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.runner import PlannedStep
 
-WIDE = 10_000
-"""Characters of a line where nobody's terminal ends."""
 LONGEST_PROBLEM = 8000
 """Characters of one problem in a message."""
 
@@ -41,24 +37,6 @@ class EscapedFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or the lines of a traceback."""
         return "\n".join(map(printable, super().format(record).split("\n")))
-
-
-def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    headed = (Column(printable(name), overflow="fold") for name in columns)
-    table = Table(*headed, title=printable(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*map(printable, row))
-    width = None if sys.stdout.isatty() else WIDE
-    Console(width=width, soft_wrap=width is not None, markup=False, emoji=False).print(table)
-
-
-def print_json(content: object) -> None:
-    """Print JSON in ASCII, with every control character escaped."""
-    print(json.dumps(content, indent=1).replace("\x7f", "\\u007f"))
 
 
 def print_machine(machine: Machine) -> None:
@@ -136,63 +114,3 @@ def print_target(target: Target) -> None:
     for fact in target.facts:
         lines += ["", fact.fact, f"    [{fact.source}]"]
     say("\n".join(lines))
-
-
-def print_profile(title: str, profile: Profile) -> None:
-    """The longest first; what belongs to no layer below."""
-    layers = sorted(profile.layers.items(), key=lambda item: -item[1].microseconds)
-    rows = [(name, time.scheme, f"{time.microseconds:,.1f}", f"{time.bytes:,}") for name, time in layers]
-    rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
-    missing = [(name, "no kernel", "", "") for name in profile.missing]
-    called = "" if profile.rows is None else f" of {profile.rows} rows"
-    title = f"{title}: {profile.made_by}, medians of {profile.runs} calls{called}"
-    print_table(title, ("layer", "scheme", "µs", "bytes"), [*rows, *rest, *missing])
-
-
-def print_bench(title: str, bench: Bench) -> None:
-    """A column for each engine, the ratios below, then what was not measured."""
-
-    def mega(count: int | None) -> str:
-        return "-" if count is None else f"{count / 1e6:,.2f} MB"
-
-    def row(name: str, text: Callable[[EngineFigures], str]) -> tuple[str, ...]:
-        return name, *map(text, bench.engines.values())
-
-    rows = [
-        row("files", lambda e: mega(e.file_bytes)),
-        row("load, first in its process", lambda e: f"{e.load_ms:,.0f} ms"),
-        row("memory, resident", lambda e: mega(e.resident_bytes)),
-        row("memory, peak", lambda e: mega(e.peak_bytes)),
-        row("call, median", lambda e: f"{e.latency_ms:,.2f} ms"),
-        row("call, quartiles", lambda e: "{:,.2f} to {:,.2f} ms".format(*e.latency_ms_quartiles)),
-        row("call, CPU time", lambda e: f"{e.cpu_ms:,.2f} ms"),
-        row(f"trajectory of {bench.steps} steps", lambda e: f"{e.trajectory_ms:,.1f} ms"),
-    ]
-    run = f"{bench.provider}, {bench.rows} rows, {bench.threads or 'all'} threads, {bench.rounds} rounds"
-    print_table(f"{title}: {run}", ("", *bench.engines), rows)
-    say(f"trajectory {bench.trajectory_speedup_fp32:.2f}x as fast as float32", end="")
-    say(f" ({bench.trajectory_cpu_speedup_fp32:.2f}x by CPU time)", end="")
-    if bench.peak_memory_ratio is not None:
-        say(f", peak memory {bench.peak_memory_ratio:.2f}x smaller", end="")
-    say(f", files {bench.size_ratio_fp16:.2f}x smaller than fp16")
-    for name, why in bench.left_out.items():
-        say(f"{name}: left out, {why}")
-    for name, command in bench.filled_by.items():
-        say(f"{name}: not measured here: {command}")
-
-
-def figure(found: object) -> str:
-    """Of metrics.json."""
-    match found:
-        case float():
-            return f"{found:.4g}"
-        case str():
-            return found
-        case _:
-            return json.dumps(found)
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -15,24 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from intaglio.pipeline.artifacts.components import PipelineFolder
-from intaglio.pipeline.artifacts.plan import Layer, illegal, structural_schemes
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.cli.schema import editor_line
 from intaglio.pipeline.contract.recipe import Recipe, Step, beside
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.formats.layer import Layer, illegal, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.inputs import MissingInputs
+from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.model_files import single_file_cure
+from intaglio.pipeline.model.pipeline_folder import PipelineFolder
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.binding import bind
 from intaglio.pipeline.runs.memory import least_bytes
 from intaglio.pipeline.runs.registry import find_pass
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.checkpoint import Factory
     from intaglio.pipeline.model.cost import ModelCost
+    from intaglio.pipeline.model.denoiser import Factory
 
 RECORDING = "conditions.safetensors"
 INT8 = ("w8a8_token", "w8a8_step")

@@ -21,7 +21,7 @@ from pydantic import (
 from intaglio.pipeline.contract.yaml_text import MOST_CHARACTERS, read_yaml
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import printable, read_text
-from intaglio.pipeline.model.checkpoint import ModelRef
+from intaglio.pipeline.model.ref import ModelRef
 
 MOST_TARGETS, MOST_STEPS = 100, 1000
 LISTED_PROBLEMS = 50

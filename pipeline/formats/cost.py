@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from intaglio.pipeline.formats.schemes import IntInput, IntOutput
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.artifacts.plan import Layer
+    from intaglio.pipeline.formats.layer import Layer
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Device
 

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, printable, read_json_object
+from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.model.denoiser import CallSize, Factory
 from intaglio.pipeline.model.hub import download
-from intaglio.pipeline.model.inputs import InputNames, MissingInputs, input_names
+from intaglio.pipeline.model.inputs import MissingInputs
+from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.lora import find_lora, fuse_lora_
 from intaglio.pipeline.model.model_files import (
     ModelSize,
@@ -32,111 +32,19 @@ from intaglio.pipeline.model.model_files import (
     pickled,
     single_file_cure,
 )
-from intaglio.pipeline.model.prepared import own_forward, plain_weights_
+from intaglio.pipeline.model.prepared import plain_weights_
 from intaglio.pipeline.model.received import call_factory, check_sample_shape
+from intaglio.pipeline.model.ref import DENOISER_FOLDERS, ModelRef
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from intaglio.pipeline.model.recording import Recording
     from intaglio.pipeline.model.scheduler import Scheduler
 
-DENOISER_FOLDERS = ("transformer", "unet", ".")
 SCHEDULER = "scheduler_config.json"
 STORED = "model"
 """The path of a model that is a copy in the store."""
-
-
-class LoraRef(BaseModel):
-    """One style LoRA, an entry of a recipe's `model.loras`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: str = Field(
-        description="a safetensors file as diffusers' save_lora_weights or save_lora_adapter writes it, or its folder"
-    )
-    scale: float = Field(1.0, allow_inf_nan=False, description="factor of its change of the weights")
-
-
-class ModelRef(BaseModel):
-    """Where the model is, and how it is sampled: a recipe's `model`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    path: str = Field(description="a diffusers folder, `./file.py:factory`, or a hub id as `hub:owner/name`")
-    sampling_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sampler")
-    guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1.0 is none")
-    conditions: str | None = Field(
-        None,
-        description="what a folder's denoiser takes beside sample and timestep: a file of intaglio.record",
-    )
-    other_size: tuple[int, ...] | str | None = Field(
-        None,
-        description="a second size of a folder's calls: one sample's shape, or a second file of conditions;"
-        " axes that have another size there are dynamic",
-    )
-    loras: tuple[LoraRef, ...] = Field(
-        (), description="style LoRAs, fused into the denoiser's weights in this order before anything is measured"
-    )
-
-
-@dataclass(frozen=True)
-class CallSize:
-    """Another size at which a denoiser is called. What is not named is as in the usual call."""
-
-    sample_shape: tuple[int, ...]
-    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Factory:
-    """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
-
-    `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
-    `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
-
-    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
-    `conditions`: M rows each, drawn together for the samples; `null`: the rows for guidance, as many or one for all;
-    a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
-    position tables. `constants`: arguments that are no tensors.
-    `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale`. `schedule`: what else the scheduler's `set_timesteps` is given, such as `mu`.
-    Axes whose size is another in `other` are dynamic in the graph.
-    """
-
-    module: nn.Module
-    scheduler: Scheduler
-    sample_shape: tuple[int, ...]
-    classes: int | None = None
-    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    null: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    constants: Mapping[str, object] = field(default_factory=dict)
-    sample_name: str | None = None
-    timestep_name: str | None = None
-    timestep_scale: float = 1.0
-    schedule: Mapping[str, float] = field(default_factory=dict)
-    other: CallSize | None = None
-
-    def __post_init__(self) -> None:
-        counts = {name: len(rows) for name, rows in self.conditions.items()}
-        problems = []
-        if len(set(counts.values())) > 1:
-            problems.append(f"model: conditions have different numbers of rows: {counts}")
-        for name, rows in self.null.items():
-            if name not in counts:
-                problems.append(f"model: null rows for {name}, which is no condition")
-            elif len(rows) not in (1, counts[name]):
-                problems.append(f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} as it has itself")
-        if problems:
-            raise RecipeError(*problems)
-
-    @cached_property
-    def names(self) -> InputNames:
-        """Raises RecipeError for arguments that are required and not given."""
-        return input_names(self)
 
 
 @dataclass(frozen=True)
@@ -401,29 +309,6 @@ class Checkpoint:
     def _call_factory(self) -> Factory:
         file, _, name = self.entry.partition(":")
         return call_factory(self.root / file, name)
-
-
-def layer_table(module: nn.Module) -> tuple[Layer, ...]:
-    """List every Linear and every ungrouped Conv2d, in the model's own order, under its first name.
-
-    `unquantizable` names the layers with weights that are not in the table.
-    """
-    from torch import nn
-
-    layers = []
-    for name, child in module.named_modules():
-        if own_forward(child):
-            continue
-        match child:
-            case nn.Linear():
-                layers.append(
-                    Layer(name=name, op="linear", shape=tuple(child.weight.shape), bias=child.bias is not None)
-                )
-            case nn.Conv2d(groups=1, padding_mode="zeros"):
-                padded = any(child._reversed_padding_repeated_twice)
-                shape, bias = tuple(child.weight.shape), child.bias is not None
-                layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded))
-    return tuple(layers)
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict

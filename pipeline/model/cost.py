@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from intaglio.pipeline.model.checkpoint import Checkpoint, Factory, ModelRef
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.ref import ModelRef
 
 ROWS = 8
 
@@ -62,9 +64,10 @@ def _counted(model: Factory, ref: ModelRef) -> tuple[ModelCost, Callable[[], obj
     import torch
 
     from intaglio.pipeline.model.blocks import find_units
-    from intaglio.pipeline.model.calls import Sampler, check_inputs, denoise_with
-    from intaglio.pipeline.model.checkpoint import layer_table
+    from intaglio.pipeline.model.calls import check_inputs, denoise_with
+    from intaglio.pipeline.model.layers import layer_table
     from intaglio.pipeline.model.model_files import blamed
+    from intaglio.pipeline.model.sampler import Sampler
 
     with blamed(f"the scheduler, asked for {ref.sampling_steps} steps,"):
         sampler = Sampler(model, ref.sampling_steps, ref.guidance)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from intaglio.pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
 
 
 @dataclass(frozen=True)

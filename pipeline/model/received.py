@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.model.checkpoint import CallSize, Factory
+    from intaglio.pipeline.model.denoiser import CallSize, Factory
 
 MOST_SOURCE = 16 * MIB
 """Bytes of a factory's file."""
@@ -33,7 +33,7 @@ def call_factory(file: Path, name: str) -> Factory:
 
     Raises RecipeError where the file has no such function, where it raises, and for what is no Factory of a module.
     """
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
 
     entry = f"{file.name}:{name}"
     checked_file(file, most=MOST_SOURCE)

@@ -19,9 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_safetensors, parse_json, printable
 from intaglio.pipeline.model.arguments import flatten
-from intaglio.pipeline.model.checkpoint import DENOISER_FOLDERS, Factory
+from intaglio.pipeline.model.denoiser import Factory
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.received import check_sample_shape
+from intaglio.pipeline.model.ref import DENOISER_FOLDERS
 from intaglio.pipeline.output_files import whole_file
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from typing import Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
+from intaglio.pipeline.contract.run_record import Digest
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import MOST_JSON, printable, read_bytes
 from intaglio.pipeline.formats.target import target_names
 from intaglio.pipeline.output_files import kind_of
-from intaglio.pipeline.runs.store import Digest, entries_below, file_digest
+from intaglio.pipeline.runs.store import entries_below, file_digest
 
 MANIFEST = "manifest.json"
 

@@ -18,16 +18,17 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.contract.processes import Processes, processes
 from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
-from intaglio.pipeline.runs.store import RunRecord, Store
+from intaglio.pipeline.runs.store import Store
 from intaglio.pipeline.runs.versions import find_version
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.checkpoint import ModelRef
+    from intaglio.pipeline.model.ref import ModelRef
 
 Digests: TypeAlias = Mapping[AnyKey, str]
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
@@ -154,9 +155,9 @@ def plan(
 
 def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
     """What chains begin with, their targets aside: what is around the model only where a step reads it."""
-    from intaglio.pipeline.artifacts.components import PipelineFolder
     from intaglio.pipeline.artifacts.keys import MODEL, PIPELINE
     from intaglio.pipeline.model.checkpoint import Checkpoint
+    from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 
     model = Checkpoint.resolve(recipe.model, base)
     if not any(PIPELINE in step.requires for chain in chains for step in chain.steps):

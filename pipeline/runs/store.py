@@ -14,46 +14,23 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from intaglio.pipeline.contract.artifact import A, Artifact, Key
+from intaglio.pipeline.contract.run_record import DIGEST, RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
 from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes
 
-DIGEST = "[0-9a-f]{64}"
-Digest: TypeAlias = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
-"""A sha256 in hexadecimal digits. Anything else could lead out of the store, as digests become paths."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that end when there is more room."""
 
 log = logging.getLogger(__name__)
-
-MOST_SECONDS = 1e9
-"""A step that took longer, 30 years, is none that was measured."""
-
-
-class RunRecord(BaseModel):
-    """One step that succeeded: what it was made from, what came out, and how long it took."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: str
-    origin: str
-    key: Digest
-    ingredients: str
-    """The JSON text that `key` is the sha256 of."""
-    outputs: Mapping[str, Digest]
-    """Key name -> digest."""
-    seconds: float = Field(ge=0, le=MOST_SECONDS)
-    peak_bytes: int | None = Field(None, ge=0, lt=1 << 63)
-    """The most memory that the process held at once, what it held before among it; None where that is not known."""
 
 
 class Store:

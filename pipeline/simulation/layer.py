@@ -5,9 +5,6 @@ Shapes: N out features, K in features, G scales a row, T denoising steps.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 import torch
@@ -15,31 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from intaglio.pipeline.formats.schemes import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance
 from intaglio.pipeline.numerics.low_rank import Branch
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.artifacts.quantized import LayerAdapter, Quantized
-
-
-class StepClock:
-    """The denoising step that a call belongs to, found from its timestep and shared by all layers of a model.
-
-    Indexed by timestep and never by counting calls: split guidance, second-order solvers and partial trajectories work.
-    """
-
-    def __init__(self, timesteps: tuple[float, ...]) -> None:
-        self.timesteps = timesteps
-        self.step = 0
-
-    def index(self, timestep: float) -> int:
-        """The step whose timestep is nearest."""
-        return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
-
-    def set(self, timestep: float) -> None:
-        """Every layer that reads this clock computes at the step nearest to `timestep` from now on."""
-        self.step = self.index(timestep)
+    from intaglio.pipeline.artifacts.quantized import LayerAdapter
 
 
 class InputScales(nn.Module):
@@ -328,55 +307,6 @@ class QuantizedLayer(nn.Module):
         return values_N if isinstance(self.layer, nn.Linear) else values_N.reshape(-1, 1, 1)
 
 
-@contextlib.contextmanager
-def full_precision(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
-    """With these layers as the model has them: the teacher needs no memory of its own."""
-    switched = list(layers)
-    for layer in switched:
-        layer.full_precision = True
-    try:
-        yield
-    finally:
-        for layer in switched:
-            layer.full_precision = False
-
-
-def quantize_model(
-    model: nn.Module,
-    schemes: Mapping[str, LayerScheme],
-    clock: StepClock,
-    amax: Mapping[str, torch.Tensor],
-    output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    balance: Mapping[str, Balance] = MappingProxyType({}),
-    factor: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    branch: Mapping[str, Branch] = MappingProxyType({}),
-    *,
-    fit: bool = True,
-) -> dict[str, QuantizedLayer]:
-    """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
-
-    `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
-    output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
-    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,); `branch` the parts of weights
-    that stay in float. `fit` is False where `set_codes` brings the weight scales. Returns the new layers by name.
-    A layer that is registered in several places is replaced in all of them.
-    """
-    replaced = {}
-    places = places_of(model)
-    for name in sorted(schemes):
-        if schemes[name].name == "float":
-            continue
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
-        tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, branch.get(name), fit=fit)
-        for parent, child in places[layer]:
-            setattr(parent, child, replaced[name])
-    return replaced
-
-
 def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """List where each module is registered: the modules that hold it, and its name there."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
@@ -385,33 +315,3 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
             if child is not None:
                 places.setdefault(child, []).append((parent, name))
     return places
-
-
-def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
-    """Turn `model` into what the deployed graph computes, from integer codes and scales alone. Changes `model`.
-
-    Tables of embeddings are rounded to float16, in which the graph keeps them.
-    Returns the clock that is set to a call's timestep before the call.
-    """
-    clock = StepClock(quantized.timesteps)
-
-    def of_layers(part: str) -> dict[str, Any]:
-        """By layer name, of those that have it."""
-        found = {name: getattr(data, part) for name, data in quantized.layers.items()}
-        return {name: value for name, value in found.items() if value is not None}
-
-    parts = ("amax_T", "output_amax_T", "shift_T", "balance", "factor_T", "branch")  # in quantize_model's order
-    layers = quantize_model(model, of_layers("scheme"), clock, *map(of_layers, parts), fit=False)
-    for name, layer in layers.items():
-        if isinstance(layer.scheme.weight, IntWeight):
-            data = quantized.layers[name]
-            layer.set_codes(data.codes, data.scale_NG, data.group_NG)
-    round_tables(model)
-    return clock
-
-
-def round_tables(model: nn.Module) -> None:
-    """Tables of embeddings as graphs keep them, in float16 where that holds them. Changes `model`."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.weight = nn.Parameter(affine.half_table(module.weight).float(), requires_grad=False)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.formats.schemes import IntWeight
-from intaglio.pipeline.model.calls import Denoise, denoise_with
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.types import Denoise
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.checkpoint import Factory
+    from intaglio.pipeline.model.denoiser import Factory
 
 Quantizer = Mapping[str, Any] | None
 CALIBRATION_ROWS = 16

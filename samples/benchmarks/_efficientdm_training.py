@@ -25,9 +25,10 @@ from intaglio.passes.distill.start import begin
 from intaglio.passes.distill.trainer import ROUND, Trainer
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
-from intaglio.pipeline.model.calls import Denoise, Sampler
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.model.types import Denoise
 from intaglio.pipeline.runs.memory import resident_bytes
-from intaglio.pipeline.simulation.layer import StepClock
 
 if TYPE_CHECKING:
     import numpy as np

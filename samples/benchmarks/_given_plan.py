@@ -6,8 +6,8 @@ from pydantic import Field
 
 from intaglio import Context, Outputs, Pass, State
 from intaglio.pipeline.artifacts.keys import PLAN
-from intaglio.pipeline.artifacts.plan import structural_schemes
 from intaglio.pipeline.contract.artifact import AnyKey
+from intaglio.pipeline.formats.layer import structural_schemes
 
 
 class GivenPlan(Pass):

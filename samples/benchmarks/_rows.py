@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from intaglio.pipeline.artifacts.keys import MODEL, QUANTIZED
-from intaglio.pipeline.model.calls import Denoise, Sampler, clocked, denoise_with
+from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.types import Denoise
 from intaglio.pipeline.runs.runner import CompiledTarget
 from intaglio.pipeline.runs.store import write_atomically
-from intaglio.pipeline.simulation.layer import simulate
+from intaglio.pipeline.simulation.model import simulate
 
 NOISE_SEED = 2
 """Of what is compared, which no training saw. The two seeds behind it are those of other noise."""

@@ -18,7 +18,7 @@ from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.contract.recipe import Step
 from intaglio.pipeline.formats.schemes import FLOAT
-from intaglio.pipeline.model.calls import Sampler
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 WIDE = ["w8a8_token", "w8a8_step"]

@@ -17,11 +17,11 @@ import typer
 
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.pipeline.artifacts.keys import FRONT, SENSITIVITY, TARGET, WORKLOAD
-from intaglio.pipeline.artifacts.plan import Layer, structural_schemes
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.formats.layer import Layer, structural_schemes
 from intaglio.pipeline.formats.target import load_target
 
 WORST = {"float": 0, "w8a8_token": 1, "w8a8_step": 1.5, "w4a16": 20, "w4a8_token": 22, "w4a4_token": 300}

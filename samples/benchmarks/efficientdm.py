@@ -28,8 +28,9 @@ from full_size import alone, folder
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
-from intaglio.pipeline.model.calls import Denoise, Sampler
-from intaglio.pipeline.model.checkpoint import ModelRef
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.types import Denoise
 from intaglio.pipeline.runs.runner import CompiledTarget
 from intaglio.pipeline.runs.store import file_digest
 

@@ -23,9 +23,10 @@ from tiny_families import FAMILIES, NEWER
 from intaglio import Context, Outputs, Pass, Recipe, State, Store, compile
 from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
-from intaglio.pipeline.artifacts.plan import QuantPlan, illegal, structural_schemes
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.formats.layer import illegal, structural_schemes
 from intaglio.pipeline.model.calls import denoise_with, other_call
-from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}

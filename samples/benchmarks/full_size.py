@@ -22,7 +22,8 @@ import typer
 
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.memory import resident_bytes
 from intaglio.pipeline.runs.runner import StepEvent
 
@@ -210,7 +211,7 @@ def bare_export(place: Path) -> Figures:
     """`torch.onnx.export` with its own optimizer, from the files of the model to those of the graph."""
     import torch
 
-    from intaglio.pipeline.model.calls import Sampler
+    from intaglio.pipeline.model.sampler import Sampler
 
     began = time.perf_counter()
     model = Checkpoint.resolve(model_ref(place), Path()).open()

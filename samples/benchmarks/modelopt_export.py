@@ -26,7 +26,7 @@ from ort_speed import relative, size
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.graph import STEP_INPUT
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TRAJECTORY
-from intaglio.pipeline.model.checkpoint import ModelRef
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 if TYPE_CHECKING:

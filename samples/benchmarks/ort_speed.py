@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.graph import STEP_INPUT
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, TRAJECTORY
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 if TYPE_CHECKING:
@@ -335,8 +336,8 @@ def layer_by_layer(place: Path) -> dict[str, float]:
     """Fused kernels against the graph as it is written: every layer alone on the same input, and the whole."""
     import torch
 
-    from intaglio.exporters.float_graph.sites import run_layer
     from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+    from intaglio.exporters.verify.layer_run import run_layer
     from intaglio.pipeline.model.calls import denoise_with
 
     steps = [Step(uses="calibrate", options={"samples": 2}), Step(uses="export-float")]

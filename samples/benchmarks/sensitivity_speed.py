@@ -25,18 +25,22 @@ from scipy.stats import spearmanr
 from intaglio import Context, Recipe, Step, Store, compile
 from intaglio.passes.sensitivity.estimates import MSE, forms_of
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
+from intaglio.passes.sensitivity.metrics import RelativeError
 from intaglio.passes.sensitivity.rounded import RoundedLayers
 from intaglio.passes.sensitivity.screen import Screen
 from intaglio.passes.sensitivity.study import Batch, Errors, Study
 from intaglio.pipeline.artifacts.keys import MODEL, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import structural_schemes
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.contract.artifact import State
-from intaglio.pipeline.contract.metric import MetricContext, RelativeError
+from intaglio.pipeline.contract.metric import MetricContext
+from intaglio.pipeline.formats.layer import structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
-from intaglio.pipeline.model.calls import Denoise, Inputs, Sampler, clocked, denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, layer_table
+from intaglio.pipeline.model.calls import clocked, denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
+from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.types import Denoise, Inputs
 
 SCHEMES = ("w8a8_step", "w4a16")
 GROUP = 32

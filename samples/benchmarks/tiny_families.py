@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.model.calls import OneCall
-from intaglio.pipeline.model.checkpoint import CallSize, Factory
+from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.sampler import OneCall
 
 ROWS = 3
 """Recorded rows of each condition."""

@@ -9,7 +9,8 @@ from tiny import save_folder, tiny_dit, tiny_unet
 from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifacts.keys import MODEL
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 
 
 def export(module, folder: Path) -> Artifacts:

@@ -21,14 +21,16 @@ from intaglio.exporters.components.build_engines import BuildComponents
 from intaglio.exporters.components.calls import record_calls
 from intaglio.exporters.components.export_components import ExportComponents, _round_weights
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.pipeline.artifacts.components import Components, PipelineFolder
+from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.graph import Engine
 from intaglio.pipeline.artifacts.keys import COMPONENT_ENGINES, COMPONENTS, GRAPH, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.errors import CallError, RecipeError, StepFailed
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN, W8A16
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 from intaglio.pipeline.model.recording import record
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.runner import plan
 
 STEPS = 2

@@ -24,7 +24,8 @@ from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.simulation.layer import QuantizedLayer, simulate
+from intaglio.pipeline.simulation.layer import QuantizedLayer
+from intaglio.pipeline.simulation.model import simulate
 
 Fault = Callable[[onnx.GraphProto], None]
 BLOCK = "transformer_blocks.0"

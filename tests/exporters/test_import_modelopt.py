@@ -27,7 +27,7 @@ from intaglio.pipeline.formats.schemes import IntInput
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.simulation.layer import simulate
+from intaglio.pipeline.simulation.model import simulate
 
 CHANNEL, TENSOR = {"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None}
 TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}

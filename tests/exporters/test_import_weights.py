@@ -24,7 +24,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.simulation.layer import simulate
+from intaglio.pipeline.simulation.model import simulate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNEL8 = {"num_bits": 8, "strategy": "channel"}

@@ -28,9 +28,9 @@ from intaglio.exporters.runtimes.tensorrt.build_log import Layer, count_products
 from intaglio.pipeline.artifacts.findings import Findings
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import GRAPH, LINT, TARGET
-from intaglio.pipeline.artifacts.plan import illegal
 from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError, TargetError
+from intaglio.pipeline.formats.layer import illegal
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.formats.target import Target, load_target, target_names
 

@@ -8,9 +8,9 @@ from layers import float_graph, make
 from onnx import numpy_helper
 from quantizing import parity
 
-from intaglio.exporters.float_graph.sites import run_layer
 from intaglio.exporters.qdq.lowering import LOWERINGS, lowering
 from intaglio.exporters.runtimes.onnxruntime.session import multiplies_exactly, open_session
+from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,

@@ -14,11 +14,11 @@ from harness import run_pass
 from layers import RANGES, SCHEMES, make, target_of
 from quantizing import HALF_TOLERANCE
 
-from intaglio.exporters.float_graph.sites import run_layer
 from intaglio.exporters.lint.lint import lint
 from intaglio.exporters.qdq.lowering import LOWERINGS, Lowering
 from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
 from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.formats.schemes import Float, IntInput, PerStep

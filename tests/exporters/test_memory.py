@@ -26,7 +26,8 @@ from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, PLAN, QUANTIZED, TARGET)

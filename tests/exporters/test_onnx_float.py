@@ -15,15 +15,19 @@ from harness import Artifacts, run_pass
 from quantizing import rel_l2
 
 from intaglio.exporters.float_graph.export_float import ExportFloat
-from intaglio.exporters.float_graph.sites import LAYER_KEY, layer_model
+from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.verify.layer_run import layer_model
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.errors import StepFailed, TargetError
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.checkpoint import CallSize, Checkpoint, Factory, ModelRef, layer_table
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.ref import ModelRef
 
 
 class Opened(Checkpoint):

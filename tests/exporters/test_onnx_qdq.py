@@ -8,16 +8,17 @@ import torch
 from harness import Artifacts, run_pass
 from quantizing import HALF_TOLERANCE, Simulation, parity, rel_l2, with_plan
 
-from intaglio.exporters.float_graph.sites import LAYER_KEY, layer_model
+from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
 from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
 from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
+from intaglio.exporters.verify.layer_run import layer_model
 from intaglio.pipeline.artifacts.graph import TensorSpec
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import Layer, structural_schemes
 from intaglio.pipeline.artifacts.quantized import Quantized
 from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.formats.layer import Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,

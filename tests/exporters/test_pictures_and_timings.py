@@ -23,7 +23,8 @@ from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET, 
 from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.publish import Provenance, made_from, publish
 
 CLIPS = """

@@ -14,10 +14,11 @@ from typer.testing import CliRunner, Result
 from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.exporters.measure.profile import ProfileLayers, _kernels, _owners_of_kernels, read_trtexec
 from intaglio.pipeline.artifacts.keys import GRAPH, PLAN, PROFILE, TARGET
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.errors import RecipeError, TargetError
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import load_target
 

@@ -20,8 +20,9 @@ from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.formats.schemes import W8A8_STEP
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.recording import record
+from intaglio.pipeline.model.ref import ModelRef
 
 STEPS = 3
 QUIET = {"num_inference_steps": STEPS, "output_type": "latent"}

@@ -38,8 +38,11 @@ from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, channel_axis, quantize_model
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
+from intaglio.pipeline.simulation.model import quantize_model
 
 REASONS = {
     "never": "it is never called",

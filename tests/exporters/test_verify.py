@@ -12,9 +12,9 @@ from intaglio.exporters.measure.benchmark import MeasureLatency
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify, _distances, layers_in_float
 from intaglio.pipeline.artifacts.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
-from intaglio.pipeline.artifacts.plan import structural_schemes
 from intaglio.pipeline.artifacts.verification import Verification
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.formats.layer import structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 

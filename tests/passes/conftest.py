@@ -8,7 +8,8 @@ from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.pipeline.artifacts.keys import MODEL, TARGET
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 
 
 @pytest.fixture(scope="session")

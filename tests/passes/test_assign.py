@@ -13,12 +13,12 @@ from intaglio import Recipe
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.assign.knapsack import Knapsack, _stdout_to_stderr
 from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.artifacts.profile import LayerTime, Profile
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.formats.cost import bit_operations, latency_s
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.runs.binding import bind

@@ -12,8 +12,9 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a4_token
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.checkpoint import layer_table
-from intaglio.pipeline.simulation.layer import StepClock, quantize_model
+from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.simulation.model import quantize_model
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from intaglio.passes.layer_inputs import SameInputs
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
-from intaglio.pipeline.model.checkpoint import Checkpoint, Factory, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.ref import ModelRef
 
 
 def test_every_step_is_recorded_with_guidance_rows(calibrated):

@@ -13,17 +13,19 @@ from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.trainer import ROUND, Trainer
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.quantized import Adapter, Quantized
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.formats.layer import Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, w4a8_token, w4a16, with_output, with_shift
 from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance
-from intaglio.pipeline.simulation.layer import StepClock, quantize_model, simulate
+from intaglio.pipeline.simulation.model import quantize_model, simulate
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.schemes import w4a16
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.simulation.layer import simulate
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.simulation.model import simulate
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     )
     start = {MODEL: Checkpoint.resolve(ModelRef(path="plain.py:plain", sampling_steps=1), tmp_path)}
     start |= run_pass(Calibrate(samples=8), start, tmp_path / "a")
-    from intaglio.pipeline.model.checkpoint import layer_table
+    from intaglio.pipeline.model.layers import layer_table
 
     layers = layer_table(start[MODEL].open().module)
     start[PLAN] = QuantPlan(layers, {layer.name: w4a16(32) for layer in layers})

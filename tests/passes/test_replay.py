@@ -5,7 +5,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from intaglio.passes.sensitivity.replay import Replay, record, replayed
-from intaglio.pipeline.model.checkpoint import layer_table
+from intaglio.pipeline.model.layers import layer_table
 
 
 class Block(nn.Module):

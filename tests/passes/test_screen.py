@@ -10,8 +10,9 @@ from intaglio.passes.sensitivity.screen import Screen
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN, W8A16, w4a16
-from intaglio.pipeline.model.calls import Sampler, denoise_with
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.sampler import Sampler
 
 NONE = Trajectory((1.0,), {}, torch.zeros(1), {}, {}, {}, {})
 

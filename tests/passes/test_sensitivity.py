@@ -24,11 +24,14 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.schemes import FLOAT, w4a16
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.calls import Sampler, denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
-from intaglio.pipeline.simulation.layer import StepClock, quantize_model
+from intaglio.pipeline.simulation.model import quantize_model
 
 ROUNDED = "transformer_blocks.1.norm1.linear"
 """The layer that is rounded alone, at 4 bits."""

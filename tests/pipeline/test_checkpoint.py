@@ -6,8 +6,11 @@ import torch
 from tiny import FACTORY, save_folder, tiny_dit, tiny_unet
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import Sampler, denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
 
 
 @pytest.mark.parametrize(("build", "layers"), [(tiny_dit, 21), (tiny_unet, 51)])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from intaglio.pipeline.artifacts.plan import Layer
 from intaglio.pipeline.formats.cost import bit_operations, latency_s
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, LayerScheme, w4a8_token, w4a16, with_output
 from intaglio.pipeline.formats.target import Device
 

@@ -5,9 +5,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 from tiny import tiny_dit
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import Call, OneCall, Sampler, check_inputs, denoise_with, other_call
-from intaglio.pipeline.model.checkpoint import CallSize, Factory
+from intaglio.pipeline.model.calls import check_inputs, denoise_with, other_call
+from intaglio.pipeline.model.denoiser import CallSize, Factory
 from intaglio.pipeline.model.inputs import MissingInputs
+from intaglio.pipeline.model.sampler import Call, OneCall, Sampler
 
 
 def model(scheduler=None) -> Factory:

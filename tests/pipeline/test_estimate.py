@@ -5,8 +5,9 @@ from tiny import save_folder, tiny_dit
 
 from intaglio import Recipe, Store
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.runner import plan
 
 RECIPE = """

@@ -19,9 +19,11 @@ from tiny_families import ROWS, sd3, sd15
 from intaglio import Recipe, compile
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
-from intaglio.pipeline.model.checkpoint import Checkpoint, LoraRef, ModelRef, layer_table
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.lora import fuse_lora_
 from intaglio.pipeline.model.recording import Recording
+from intaglio.pipeline.model.ref import LoraRef, ModelRef
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -7,9 +7,9 @@ from tiny import save_folder, tiny_dit
 from toys import START, toy_recipe
 
 from intaglio import Recipe, Store, compile
+from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.runs import memory
-from intaglio.pipeline.runs.store import RunRecord
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_step(store, tmp_path, monkeypatch):

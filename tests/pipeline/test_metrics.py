@@ -3,7 +3,8 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from intaglio.pipeline.contract.metric import ConditionSwap, Edges, MetricContext, RelativeError, Structure, Temporal
+from intaglio.passes.sensitivity.metrics import ConditionSwap, Edges, RelativeError, Structure, Temporal
+from intaglio.pipeline.contract.metric import MetricContext
 from intaglio.pipeline.errors import ContractError, RecipeError
 from intaglio.pipeline.runs.registry import METRICS, find_metric, named_metrics
 
@@ -14,7 +15,7 @@ PAIRS = MetricContext(partner=torch.tensor([1, 0]))
 def _points(monkeypatch):
     """Two metrics, as a distribution would bring them."""
     points = [
-        EntryPoint("edges", "intaglio.pipeline.contract.metric:Edges", METRICS),
+        EntryPoint("edges", "intaglio.passes.sensitivity.metrics:Edges", METRICS),
         EntryPoint("none", "intaglio.pipeline.contract.metric:MetricContext", METRICS),
     ]
     monkeypatch.setattr(

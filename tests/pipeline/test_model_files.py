@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DiTTransformer2DModel
 from tiny import save_folder, tiny_dit
 
-from intaglio.pipeline.artifacts.components import PipelineFolder
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.pipeline_folder import PipelineFolder
+from intaglio.pipeline.model.ref import ModelRef
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"

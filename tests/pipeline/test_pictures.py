@@ -10,9 +10,11 @@ from tiny import save_folder, tiny_dit
 from intaglio.exporters.report.pictures import COMPILED, FULL, Drawing, distances, draw, picture
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import OneCall, Sampler
-from intaglio.pipeline.model.checkpoint import Checkpoint, Factory, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.denoiser import Factory
 from intaglio.pipeline.model.recording import Recording
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import OneCall, Sampler
 
 
 def grey(*levels: float) -> torch.Tensor:

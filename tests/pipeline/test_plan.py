@@ -1,7 +1,8 @@
 import pytest
 
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES, Layer, QuantPlan, structural_schemes
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef, layer_table
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.prepared import plain_weights_, unquantizable
+from intaglio.pipeline.model.ref import ModelRef
 
 
 class Doubled(nn.Module):

@@ -10,8 +10,10 @@ from peft import LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model, inj
 from torch import nn
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.checkpoint import CallSize, Checkpoint, Factory, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.denoiser import CallSize, Factory
 from intaglio.pipeline.model.received import as_computed
+from intaglio.pipeline.model.ref import ModelRef
 
 SHAPE = (4, 8, 8)
 

@@ -13,9 +13,11 @@ from tiny import save_folder, tiny_dit
 from tiny_families import flux
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import Sampler, denoise_with
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.recording import Recording, record
+from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
 
 ROWS, TEXT = 3, 5
 

@@ -11,8 +11,9 @@ import pytest
 
 from intaglio import Context, State
 from intaglio.pipeline.artifacts.keys import PLAN
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.runs.registry import GROUP, find_pass, named_passes
 

@@ -15,7 +15,8 @@ from toys import NOISE, NUMBERS, START, SUM, Numbers, toy_recipe
 from intaglio import Recipe, Store, bind, compile
 from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, StepFailed, StoreError, TargetError
-from intaglio.pipeline.model.checkpoint import Checkpoint, ModelRef
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.runner import StepEvent, plan
 from intaglio.pipeline.runs.store import tree_digest
 

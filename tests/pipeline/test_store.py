@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from toys import NUMBERS, START, Numbers, Text, toy_recipe
 
 from intaglio import Store, compile
+from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
-from intaglio.pipeline.runs.store import RunRecord, file_digest, remove_tree, tree_digest, write_atomically
+from intaglio.pipeline.runs.store import file_digest, remove_tree, tree_digest, write_atomically
 
 
 def sha256(text: str) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from intaglio import Target
-from intaglio.pipeline.artifacts.plan import SCHEME_NAMES
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.formats.layer import SCHEME_NAMES
 from intaglio.pipeline.formats.target import _over, load_target, target_names
 
 

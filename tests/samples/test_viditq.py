@@ -7,7 +7,8 @@ from mixed_plan import narrowed
 from viditq import derived, summary
 
 from intaglio.pipeline.artifacts.keys import PLAN
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN, w4a8_token
 
 LAYERS = tuple(

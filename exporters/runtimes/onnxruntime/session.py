@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from intaglio.exporters.float_graph.onnx_file import read_proto
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, step_index
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.files import checked_file, printable
 from intaglio.pipeline.formats.target import load_target
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from intaglio.exporters.verify.departures import Values
-    from intaglio.pipeline.model.calls import Denoise, Inputs
+    from intaglio.pipeline.model.types import Denoise, Inputs, Values
 
 CPU = "CPUExecutionProvider"
 Shape: TypeAlias = tuple[int | str | None, ...]
@@ -312,10 +311,3 @@ def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
     if STEP_INPUT in graph.inputs:
         feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
     return feed
-
-
-def step_index(graph: Graph, inputs: Inputs) -> int:
-    """Of the step whose timestep is nearest."""
-    from intaglio.pipeline.simulation.layer import StepClock
-
-    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.exporters.runtimes.onnxruntime.session import step_index
 from intaglio.exporters.runtimes.tensorrt.build import MODULES
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import Execution, RunError
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Engine, Graph
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Engine, Graph, step_index
 from intaglio.pipeline.errors import CallError, MissingExtra, RecipeError, TargetError
 
 if TYPE_CHECKING:
-    from intaglio.exporters.verify.departures import Values
-    from intaglio.pipeline.model.calls import Inputs
+    from intaglio.pipeline.model.types import Inputs, Values
 
 
 def engine_call(graph: Graph, runtime: str) -> Values:

@@ -3,12 +3,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.artifacts.plan import Layer, QuantPlan
+from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
 from intaglio.pipeline.errors import ContractError
+from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, Float, LayerScheme, w4a16
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance, hadamard
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
+from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -17,8 +17,10 @@ from intaglio.pipeline.formats.schemes import (
     with_output,
     with_shift,
 )
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.rounding import group_integers
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock, quantize_model
+from intaglio.pipeline.simulation.layer import QuantizedLayer
+from intaglio.pipeline.simulation.model import quantize_model
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN, LayerScheme, w4a4_token, w4a8_token
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.packing import pack_int4, unpack_int4
-from intaglio.pipeline.simulation.layer import QuantizedLayer, StepClock
+from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 NUMBERS = st.sampled_from([0.0, 1e-45, -1e-39, 1e-7, 1.0, -1.0, 0.5, 1e6, -1e6]) | st.floats(-1e6, 1e6, width=32)
 few = settings(deadline=None, max_examples=40)

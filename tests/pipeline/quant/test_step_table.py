@@ -5,10 +5,11 @@ from tiny import tiny_unet
 
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
-from intaglio.pipeline.model.calls import Sampler, denoise_with
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.step_tables import largest_of_repeated, refine, resample_linear, resample_magnitude
-from intaglio.pipeline.simulation.layer import StepClock
 
 KNOWN = (900.0, 500.0, 100.0)
 

@@ -1,0 +1,53 @@
+"""The commands `intaglio kit` and `intaglio triton`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intaglio.pipeline.cli.console import print_json
+from intaglio.pipeline.cli.options import json_option
+from intaglio.pipeline.cli.printing import say
+from intaglio.pipeline.formats.target import target_names
+
+
+def kit_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets for TensorRT."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The archive; default RECIPE-TARGET.tar.gz.")] = None,
+    as_json: Annotated[bool, json_option("where it was written")] = False,
+) -> None:
+    """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
+    from intaglio.exporters.deploy import kit
+
+    _print_written(kit.write_kit(folder, out, target), as_json)
+
+
+def _print_written(file: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({"out": str(file)})
+    else:
+        say(str(file))
+
+
+def triton_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")],
+    target: Annotated[
+        str | None, typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the model; default RECIPE-TARGET.")] = None,
+    version: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
+    vnni: Annotated[
+        bool, typer.Option("--vnni", help="The server's CPU has VNNI: its own 8-bit kernels are exact, and faster.")
+    ] = False,
+    as_json: Annotated[bool, json_option("where it was written")] = False,
+) -> None:
+    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
+    from intaglio.exporters.deploy import triton
+
+    write = triton.write_model
+    _print_written(write(folder, out, target=target, name=name, version=version, vnni=vnni), as_json)

@@ -1,0 +1,105 @@
+"""Metrics of the change of a sample: relative error, structure, edges, conditions and time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.contract.metric import MetricContext
+
+if TYPE_CHECKING:
+    import torch
+
+
+WINDOW = 7
+"""Width of the neighbourhoods whose structure is compared (Wang et al. 2004)."""
+
+
+class _OfView:
+    """Squared error of what `view` shows of the outputs, relative to the mean energy of a row of it."""
+
+    def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """Linear in the output: (R, ...) -> (R, ...)."""
+        raise NotImplementedError
+
+    def compare(self, output: torch.Tensor, reference: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """|view(y) - view(y_ref)|^2 / mean over rows |view(y_ref)|^2, (R,)."""
+        expected = self.view(reference, context).flatten(1)
+        error = self.view(output, context).flatten(1) - expected
+        return error.square().sum(1) / expected.square().sum(1).mean()
+
+
+class RelativeError(_OfView):
+    """Of the whole output. What every other metric is replaced by where it does not apply."""
+
+    def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
+        """Always."""
+        return True
+
+    def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """All of it."""
+        return output
+
+
+class Edges(_OfView):
+    """Of the differences between neighbours along the last two axes."""
+
+    def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
+        """To pictures and videos."""
+        return reference.ndim >= 4 and min(reference.shape[-2:]) > 1
+
+    def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """Both kinds of differences in one row."""
+        import torch
+
+        return torch.cat([output.diff(dim=-1).flatten(1), output.diff(dim=-2).flatten(1)], dim=1)
+
+
+class ConditionSwap(_OfView):
+    """Of the response to the condition: what changes in the output when the condition alone is another."""
+
+    def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
+        """Where rows have partners, and full precision responds."""
+        return context.partner is not None and bool(self.view(reference, context).any())
+
+    def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """y - y[partner]"""
+        return output - output[context.partner]
+
+
+class Temporal(_OfView):
+    """Of the differences between neighbouring frames."""
+
+    def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
+        """To videos whose frames differ."""
+        return reference.ndim == 5 and bool(self.view(reference, context).any())
+
+    def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """y[t + 1] - y[t]"""
+        return output.diff(dim=context.frame_axis)
+
+
+class Structure:
+    """1 - contrast and structure of SSIM over square windows of equal weight, the mean over windows and channels.
+
+    (2 cov + c) / (var + var_ref + c) (Wang et al. 2004, Eq. 9 and 10); luminance is for values that begin at zero.
+    """
+
+    def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
+        """To pictures and videos."""
+        return reference.ndim >= 4 and min(reference.shape[-2:]) > 1
+
+    def compare(self, output: torch.Tensor, reference: torch.Tensor, context: MetricContext) -> torch.Tensor:
+        """(R,); c is (0.03 of the reference's range)^2."""
+        from torch.nn import functional
+
+        height, width = reference.shape[-2:]
+        window = (min(WINDOW, height), min(WINDOW, width))
+        x, y = (tensor.reshape(len(tensor), -1, height, width).double() for tensor in (output, reference))
+
+        def covariance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            mean_a, mean_b, mean_ab = (functional.avg_pool2d(values, window, stride=1) for values in (a, b, a * b))
+            return mean_ab - mean_a * mean_b
+
+        c = (0.03 * float(y.max() - y.min())) ** 2
+        similar = (2 * covariance(x, y) + c) / (covariance(x, x) + covariance(y, y) + c)
+        return (1 - similar.flatten(1).mean(1)).float()

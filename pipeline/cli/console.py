@@ -1,0 +1,45 @@
+"""Prints tables, figures and durations on the terminal."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from intaglio.pipeline.files import printable
+
+WIDE = 10_000
+"""Characters of a line where nobody's terminal ends."""
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    headed = (Column(printable(name), overflow="fold") for name in columns)
+    table = Table(*headed, title=printable(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(printable, row))
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width, soft_wrap=width is not None, markup=False, emoji=False).print(table)
+
+
+def print_json(content: object) -> None:
+    """Print JSON in ASCII, with every control character escaped."""
+    print(json.dumps(content, indent=1).replace("\x7f", "\\u007f"))
+
+
+def figure(found: object) -> str:
+    """Of metrics.json."""
+    match found:
+        case float():
+            return f"{found:.4g}"
+        case str():
+            return found
+        case _:
+            return json.dumps(found)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

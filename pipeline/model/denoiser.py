@@ -1,0 +1,75 @@
+"""The denoiser as a factory or a folder gives it, with what it is called with, and how it is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.inputs import InputNames, input_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from intaglio.pipeline.model.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class CallSize:
+    """Another size at which a denoiser is called. What is not named is as in the usual call."""
+
+    sample_shape: tuple[int, ...]
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
+
+    `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
+    `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
+
+    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
+    `conditions`: M rows each, drawn together for the samples; `null`: the rows for guidance, as many or one for all;
+    a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
+    position tables. `constants`: arguments that are no tensors.
+    `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
+    scheduler's times `timestep_scale`. `schedule`: what else the scheduler's `set_timesteps` is given, such as `mu`.
+    Axes whose size is another in `other` are dynamic in the graph.
+    """
+
+    module: nn.Module
+    scheduler: Scheduler
+    sample_shape: tuple[int, ...]
+    classes: int | None = None
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    null: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+    sample_name: str | None = None
+    timestep_name: str | None = None
+    timestep_scale: float = 1.0
+    schedule: Mapping[str, float] = field(default_factory=dict)
+    other: CallSize | None = None
+
+    def __post_init__(self) -> None:
+        counts = {name: len(rows) for name, rows in self.conditions.items()}
+        problems = []
+        if len(set(counts.values())) > 1:
+            problems.append(f"model: conditions have different numbers of rows: {counts}")
+        for name, rows in self.null.items():
+            if name not in counts:
+                problems.append(f"model: null rows for {name}, which is no condition")
+            elif len(rows) not in (1, counts[name]):
+                problems.append(f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} as it has itself")
+        if problems:
+            raise RecipeError(*problems)
+
+    @cached_property
+    def names(self) -> InputNames:
+        """Raises RecipeError for arguments that are required and not given."""
+        return input_names(self)
