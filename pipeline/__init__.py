@@ -1,26 +1,14 @@
-"""The core: artifacts, passes, recipes, targets, the store and the runner. It names no pass and no exporter."""
+"""The core: formats, numerics, models, artifacts, recipes, the store and the runner.
 
-from intaglio.pipeline.contract.artifact import AnyKey, Artifact, Key, Outputs, State
-from intaglio.pipeline.contract.context import Context
-from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.contract.recipe import Recipe, Step
-from intaglio.pipeline.formats.target import Target
-from intaglio.pipeline.runs.binding import bind
-from intaglio.pipeline.runs.runner import compile
-from intaglio.pipeline.runs.store import Store
+It names no pass, no exporter and no runtime. Each folder imports only folders above it in this order: formats,
+numerics, model, contract, artifacts, simulation, runs, cli.
+"""
 
-__all__ = [
-    "AnyKey",
-    "Artifact",
-    "Context",
-    "Key",
-    "Outputs",
-    "Pass",
-    "Recipe",
-    "State",
-    "Step",
-    "Store",
-    "Target",
-    "bind",
-    "compile",
-]
+
+def __getattr__(name: str) -> object:
+    """Return a public name of intaglio, for code that asks this package for it. Raises AttributeError for others."""
+    import intaglio
+
+    if name not in intaglio.__all__:
+        raise AttributeError(f"module 'intaglio.pipeline' has no attribute {name!r}")
+    return getattr(intaglio, name)

@@ -25,7 +25,7 @@ from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
 from PIL import Image
 from train_emoji import Training, careful_scheduler, read_emoji, sample, sampling_scheduler, save_grid
 
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.recording import Recording
 
 WORDS, EMBEDDING = 4, 32
@@ -172,7 +172,7 @@ TASKS: Mapping[str, Callable[[Path], Task]] = {"emoji-pixart": pictures, "emoji-
 def drawn(net: torch.nn.Module, texts: torch.Tensor, task: Task) -> torch.Tensor:
     """Samples of the captions embedded in `texts`, (B, L, EMBEDDING): 50 DDIM steps over all timesteps, guidance 2."""
     given, null = {CONDITION: texts}, {CONDITION: torch.zeros_like(texts)}
-    model = Factory(net, careful_scheduler(), task.shape, conditions=given, null=null, constants=task.constants)
+    model = DenoiserModel(net, careful_scheduler(), task.shape, conditions=given, null=null, constants=task.constants)
     return sample(model, 50, 2.0, given, null, 1)
 
 

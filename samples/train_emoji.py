@@ -28,7 +28,7 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.sampler import CLASS_LABELS, Sampler, Start
 from intaglio.pipeline.model.types import Inputs
 
@@ -154,7 +154,7 @@ def careful_scheduler() -> DDIMScheduler:
     return DDIMScheduler(1000, FIRST_BETA, LAST_BETA, beta_schedule="linear", timestep_spacing="trailing")
 
 
-def sample(model: Factory, steps: int, guidance: float, given: Inputs, null: Inputs, seed: int) -> torch.Tensor:
+def sample(model: DenoiserModel, steps: int, guidance: float, given: Inputs, null: Inputs, seed: int) -> torch.Tensor:
     """Samples in [-1, 1], one for each row of the conditions `given`, guided away from those that are `null`."""
     rows = len(next(iter(given.values())))
     noise = torch.randn(rows, *model.sample_shape, generator=torch.Generator().manual_seed(seed))
@@ -165,7 +165,7 @@ def drawn(
     net: torch.nn.Module, scheduler: DDIMScheduler, labels: torch.Tensor, null: int, steps: int, guidance: float
 ) -> torch.Tensor:
     """DDIM samples (B, 3, H, W) of these classes."""
-    model = Factory(net, scheduler, (3, SIZE, SIZE), classes=null)
+    model = DenoiserModel(net, scheduler, (3, SIZE, SIZE), classes=null)
     return sample(model, steps, guidance, {CLASS_LABELS: labels}, {CLASS_LABELS: torch.full_like(labels, null)}, 1)
 
 

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,11 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "passes", "exporters")
+ORDER = ("formats", "numerics", "model", "contract", "artifacts", "simulation", "runs", "cli")
+"""Folders of the core. Each may import those before it, and the modules beside them."""
 HEAVY = frozenset({"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorrt", "tensorrt_rtx"})
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+NAME = re.compile(r"intaglio\.(?:pipeline|passes|exporters)\.[a-z_]+(\.\w+)*")
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
+    """Everything that is imported, anywhere in the file, and every module that a string names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -23,20 +28,37 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             assert node.module is not None
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from (found[0] for found in NAME.finditer(node.value))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_passes_and_exporters_meet_only_in_the_core(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
-    others = {f"intaglio.{folder}" for folder in ("passes", "exporters") if folder != own}
-    found = {name for name in _imports(ast.parse(path.read_text())) if any(_inside(name, other) for other in others)}
-    assert not found
+def test_a_folder_imports_only_what_stands_above_it(path: Path) -> None:
+    own = path.relative_to(ROOT).with_suffix("").parts
+    wrong = {name for name in _imports(ast.parse(path.read_text())) if not _allowed(own, tuple(name.split(".")))}
+    assert not wrong
+
+
+def _allowed(own: tuple[str, ...], name: tuple[str, ...]) -> bool:
+    if name[0] != "intaglio" or len(name) < 2 or name[1] not in FOLDERS:
+        return True
+    if name[1] != own[0]:
+        return name[1] == "pipeline"
+    if own[0] != "pipeline" or len(name) < 3 or name[2] not in ORDER:
+        return True
+    return own[1] in ORDER and ORDER.index(name[2]) <= ORDER.index(own[1])
+
+
+def test_every_folder_of_the_core_has_its_place_in_the_order() -> None:
+    folders = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert folders == set(ORDER)
 
 
 def test_heavy_modules_are_imported_where_they_are_used() -> None:
-    """Importing every pass loads none of them; a private module is imported by those who need it, when they run."""
-    public = (path for path in SOURCES if not path.stem.startswith("_"))
-    modules = [f"intaglio.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}" for path in public]
+    """Importing every pass, command and artifact loads none of them."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    modules = sorted(set(re.findall(r'= "(intaglio\.[\w.]+):\w+"', text)))
+    assert len(modules) > 20
     assert not _loaded(modules, HEAVY)
 
 
@@ -51,5 +73,8 @@ def _loaded(modules: list[str], heavy: frozenset[str]) -> list[str]:
     return printed.split()
 
 
-def _inside(name: str, package: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
+def test_public_names_are_there_and_bring_nothing_heavy_before_they_are_used() -> None:
+    assert not _loaded(["intaglio"], HEAVY | {"torch", "numpy"})
+    import intaglio
+
+    assert {name for name in intaglio.__all__ if getattr(intaglio, name) is not None} == set(intaglio.__all__)

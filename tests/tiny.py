@@ -45,7 +45,7 @@ def save_folder(module: torch.nn.Module, folder: Path) -> Path:
 FACTORY = """
 import torch
 from diffusers import DDIMScheduler
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import DenoiserModel
 
 
 class Net(torch.nn.Module):
@@ -59,6 +59,6 @@ class Net(torch.nn.Module):
 
 def make():
     torch.manual_seed(0)
-    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+    return DenoiserModel(Net(), DDIMScheduler(), (3, 8, 8))
 """
 """A file with a model factory."""

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 
 
 class Inner(nn.Module):
@@ -49,6 +49,6 @@ class Unusual(nn.Module):
         return self.last((y + self.named(input=y)).transpose(1, 2).reshape(x.shape))
 
 
-def make() -> Factory:
+def make() -> DenoiserModel:
     torch.manual_seed(0)
-    return Factory(Unusual().eval(), DDIMScheduler(timestep_spacing="trailing"), (4, 8, 8))
+    return DenoiserModel(Unusual().eval(), DDIMScheduler(timestep_spacing="trailing"), (4, 8, 8))

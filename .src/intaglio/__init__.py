@@ -1,23 +1,134 @@
-"""Deployment compiler for diffusion models."""
+"""Deployment compiler for diffusion models.
 
+Everything that users import is here, and is imported when it is first asked for: `import intaglio` alone brings neither
+torch nor onnxruntime with it. All other modules may move between versions.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from intaglio.exporters.deploy.denoiser import load
     from intaglio.exporters.deploy.pipeline import load_pipeline
+    from intaglio.pipeline.artifacts.keys import (
+        ADAPTER,
+        COMPONENTS,
+        ENGINE,
+        FLOAT_GRAPH,
+        FRONT,
+        GRAPH,
+        LATENCY,
+        LINT,
+        MODEL,
+        PLAN,
+        PROFILE,
+        QUANTIZED,
+        REPORT,
+        SENSITIVITY,
+        TARGET,
+        TRAJECTORY,
+        VERIFICATION,
+    )
+    from intaglio.pipeline.contract.artifact import AnyKey, Artifact, Key, Outputs, State
+    from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.contract.pass_base import Pass
+    from intaglio.pipeline.contract.recipe import Recipe, Step
+    from intaglio.pipeline.errors import (
+        CallError,
+        ContractError,
+        IntaglioError,
+        MissingExtra,
+        RecipeError,
+        StepFailed,
+        StoreError,
+        TargetError,
+    )
+    from intaglio.pipeline.formats.target import Target
+    from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
+    from intaglio.pipeline.model.recording import record
+    from intaglio.pipeline.runs.binding import bind
+    from intaglio.pipeline.runs.runner import compile
+    from intaglio.pipeline.runs.store import Store
 
 __version__ = "0.1.0"
-__all__ = ["load", "load_pipeline"]
+
+_KEYS = """ADAPTER COMPONENTS ENGINE FLOAT_GRAPH FRONT GRAPH LATENCY LINT MODEL PLAN PROFILE QUANTIZED REPORT
+SENSITIVITY TARGET TRAJECTORY VERIFICATION"""
+_ERRORS = "CallError ContractError IntaglioError MissingExtra RecipeError StepFailed StoreError TargetError"
+_MODULES = {
+    "exporters.deploy.denoiser": "load",
+    "exporters.deploy.pipeline": "load_pipeline",
+    "pipeline.artifacts.keys": _KEYS,
+    "pipeline.contract.artifact": "AnyKey Artifact Key Outputs State",
+    "pipeline.contract.context": "Context",
+    "pipeline.contract.pass_base": "Pass",
+    "pipeline.contract.recipe": "Recipe Step",
+    "pipeline.errors": _ERRORS,
+    "pipeline.formats.target": "Target",
+    "pipeline.model.denoiser": "DenoiserModel SecondSize",
+    "pipeline.model.recording": "record",
+    "pipeline.runs.binding": "bind",
+    "pipeline.runs.runner": "compile",
+    "pipeline.runs.store": "Store",
+}
+_PLACES = {name: f"intaglio.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+__all__ = [
+    "ADAPTER",
+    "COMPONENTS",
+    "ENGINE",
+    "FLOAT_GRAPH",
+    "FRONT",
+    "GRAPH",
+    "LATENCY",
+    "LINT",
+    "MODEL",
+    "PLAN",
+    "PROFILE",
+    "QUANTIZED",
+    "REPORT",
+    "SENSITIVITY",
+    "TARGET",
+    "TRAJECTORY",
+    "VERIFICATION",
+    "AnyKey",
+    "Artifact",
+    "CallError",
+    "Context",
+    "ContractError",
+    "DenoiserModel",
+    "IntaglioError",
+    "Key",
+    "MissingExtra",
+    "Outputs",
+    "Pass",
+    "Recipe",
+    "RecipeError",
+    "SecondSize",
+    "State",
+    "Step",
+    "StepFailed",
+    "Store",
+    "StoreError",
+    "Target",
+    "TargetError",
+    "bind",
+    "compile",
+    "load",
+    "load_pipeline",
+    "record",
+]
 
 
 def __getattr__(name: str) -> object:
-    """`load` and `load_pipeline`, which bring torch with them, when they are asked for."""
-    if name == "load":
-        from intaglio.exporters.deploy.denoiser import load
+    """Import a public name when it is first asked for. Raises AttributeError for any other name."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
+    found = getattr(import_module(_PLACES[name]), name)
+    globals()[name] = found
+    return found
 
-        return load
-    if name == "load_pipeline":
-        from intaglio.exporters.deploy.pipeline import load_pipeline
 
-        return load_pipeline
-    raise AttributeError(name)
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,4 @@
-"""float_graph."""
+"""Exports the denoiser to an ONNX graph in float32, and checks that the graph computes the same.
+
+A module enters. A graph leaves whose linear layers and convolutions can be found again by their names in the model.
+"""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.torch_export import Calls
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
 
 OUTPUT = "output"
 """Name of what the denoiser's graph returns."""
@@ -97,7 +97,7 @@ class ExportFloat(Pass):
         return replace(graph, timestep=model.names.timestep, interface=_interface(model)), expected
 
 
-def _interface(model: Factory) -> Interface:
+def _interface(model: DenoiserModel) -> Interface:
     """Of a diffusers class its configuration, without where it came from."""
     import diffusers
 
@@ -110,7 +110,7 @@ def _interface(model: Factory) -> Interface:
     return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants))
 
 
-def _at_other_size(model: Factory, calls: Calls) -> Expected | None:
+def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
     """What torch returns there, if there is one. Raises StepFailed where torch cannot."""
     import torch
 

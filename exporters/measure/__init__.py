@@ -1,1 +1,1 @@
-"""measure."""
+"""Measures the time and memory of compiled graphs, as a whole and layer by layer."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.model.types import Denoise, Inputs
 
 FULL, COMPILED = "full_precision", "compiled"
@@ -78,7 +78,7 @@ def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Cont
 
 
 def _sampled(
-    model: Factory, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
+    model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
     """By the sampler that compiles too."""
     from intaglio.pipeline.model.calls import denoise_with
@@ -102,7 +102,7 @@ def _sampled(
 
 
 def _piped(
-    model: Factory, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
+    model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
     """By the pipeline, decoded: in [-1, 1]."""
     from diffusers import DiffusionPipeline
@@ -229,7 +229,7 @@ def png(image: Image) -> bytes:
     return file.getvalue()
 
 
-def _check_steps(model: Factory, steps: int) -> None:
+def _check_steps(model: DenoiserModel, steps: int) -> None:
     """Raise RecipeError where the scheduler does not take so many steps."""
     try:
         model.scheduler.set_timesteps(steps, **model.schedule)
@@ -238,7 +238,7 @@ def _check_steps(model: Factory, steps: int) -> None:
         raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses so many steps: {e}") from e
 
 
-def _check(model: Factory, count: int, rows: Sequence[int]) -> None:
+def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:
     """Raise RecipeError for what cannot be drawn."""
     problems = []
     if len(model.sample_shape) not in (3, 4):

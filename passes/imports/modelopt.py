@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.numerics.basis import Balance
 
 ZERO_AMAX = 2.0**-24
@@ -232,7 +232,7 @@ def _is_plain(value: object) -> bool:
     )
 
 
-def _ranks(model: Factory, trajectory: Trajectory, names: Collection[str]) -> dict[str, int]:
+def _ranks(model: DenoiserModel, trajectory: Trajectory, names: Collection[str]) -> dict[str, int]:
     """How many axes the input of each of these layers has."""
     import torch
 

@@ -34,7 +34,7 @@ from intaglio.pipeline.runs.registry import find_pass
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.cost import ModelCost
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
 
 RECORDING = "conditions.safetensors"
 INT8 = ("w8a8_token", "w8a8_step")
@@ -326,7 +326,7 @@ def _said(sampling: Sampling) -> str:
     return f"   # not known, set it as you sample: {sampling.unknown}" if sampling.unknown else ""
 
 
-def _takes(model: Factory) -> str:
+def _takes(model: DenoiserModel) -> str:
     named = ", ".join((*model.conditions, *model.shared))
     if model.conditions:
         return f"{named}, of {len(next(iter(model.conditions.values())))} rows"

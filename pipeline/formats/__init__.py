@@ -1,1 +1,6 @@
-"""formats."""
+"""What a layer can become, and what a target executes.
+
+A scheme is a weight format with an input format, such as 8-bit weights with per-token 8-bit inputs. A target lists the
+schemes that one runtime executes on one device. `illegal` in `layer.py` says why a layer cannot take a scheme there.
+Nothing in this package computes with tensors.
+"""

@@ -13,7 +13,7 @@ import torch
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import one_line
 from intaglio.pipeline.model.arguments import nest
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.inputs import missing_inputs, unmet
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.types import Denoise, Inputs
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.step_clock import StepClock
 
 
-def denoise_with(module: nn.Module, model: Factory) -> Denoise:
+def denoise_with(module: nn.Module, model: DenoiserModel) -> Denoise:
     """The denoiser as a function of flat named inputs; a learned variance (extra output channels) is cut off.
 
     A model without a timestep has none, and none is looked for on an axis whose size varies.
@@ -67,7 +67,7 @@ def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> De
     return at_its_step
 
 
-def other_call(model: Factory, call: Inputs) -> dict[str, torch.Tensor] | None:
+def other_call(model: DenoiserModel, call: Inputs) -> dict[str, torch.Tensor] | None:
     """`call` at the model's other size, with as many rows and the same timestep; None where there is no other."""
     other = model.other
     if other is None:

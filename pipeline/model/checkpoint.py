@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, printable, read_json_object
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.hub import download
 from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.layers import layer_table
@@ -197,7 +197,7 @@ class Checkpoint:
         there = {role: path for role, path in recordings.items() if path.is_file()}
         return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
 
-    def open(self, *, weights: bool = True) -> Factory:
+    def open(self, *, weights: bool = True) -> DenoiserModel:
         """The denoiser in float32 and evaluation mode, its LoRAs fused, its scheduler, conditions and sample shape.
 
         Without `weights` it is on torch's meta device, and no weights are read. Raises RecipeError where it needs to be
@@ -216,9 +216,9 @@ class Checkpoint:
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:
-            made = replace(made, other=CallSize(other.sample_shape, other.conditions, other.shared))
+            made = replace(made, other=SecondSize(other.sample_shape, other.conditions, other.shared))
         elif isinstance(self.ref.other_size, tuple):
-            made = replace(made, other=CallSize(self.ref.other_size))
+            made = replace(made, other=SecondSize(self.ref.other_size))
         _ = made.names  # what is missing is said here, before anything runs
         return made
 
@@ -269,11 +269,11 @@ class Checkpoint:
             return "the model's folder" if inner == "." else f"the model's folder {inner}"
         return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
 
-    def _open_folder(self, recording: Recording | None, weights: bool) -> Factory:
+    def _open_folder(self, recording: Recording | None, weights: bool) -> DenoiserModel:
         module: Any = self._weighed() if weights else self.empty()
         shape = _sample_shape(module.config) if recording is None else recording.sample_shape
         check_sample_shape(shape, self._called)
-        return Factory(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
+        return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
 
     def _weighed(self) -> Any:
         """The denoiser with all of its weights. Raises RecipeError where some are not there, or none in safetensors."""
@@ -306,7 +306,7 @@ class Checkpoint:
             kind = class_of(settings["_class_name"], diffusers.SchedulerMixin)
             return kind.from_config(settings)  # type: ignore[no-any-return]  # diffusers has no types
 
-    def _call_factory(self) -> Factory:
+    def _call_factory(self) -> DenoiserModel:
         file, _, name = self.entry.partition(":")
         return call_factory(self.root / file, name)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.pipeline.model.checkpoint import Checkpoint
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.model.ref import ModelRef
 
 ROWS = 8
@@ -51,7 +51,7 @@ def measure_cost(checkpoint: Checkpoint) -> ModelCost:
     return replace(cost, seconds_per_row=(time.perf_counter() - began) / ROWS)
 
 
-def count_cost(model: Factory, ref: ModelRef) -> ModelCost:
+def count_cost(model: DenoiserModel, ref: ModelRef) -> ModelCost:
     """All but the time, also of a model without weights, where the shapes of what it computes depend on no value.
 
     Raises RecipeError where it needs an input that nobody gave.
@@ -59,7 +59,7 @@ def count_cost(model: Factory, ref: ModelRef) -> ModelCost:
     return _counted(model, ref)[0]
 
 
-def _counted(model: Factory, ref: ModelRef) -> tuple[ModelCost, Callable[[], object]]:
+def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[], object]]:
     """With a call of eight rows."""
     import torch
 

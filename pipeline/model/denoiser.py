@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CallSize:
+class SecondSize:
     """Another size at which a denoiser is called. What is not named is as in the usual call."""
 
     sample_shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class CallSize:
 
 
 @dataclass(frozen=True)
-class Factory:
+class DenoiserModel:
     """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
 
     `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
@@ -54,7 +54,7 @@ class Factory:
     timestep_name: str | None = None
     timestep_scale: float = 1.0
     schedule: Mapping[str, float] = field(default_factory=dict)
-    other: CallSize | None = None
+    other: SecondSize | None = None
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}

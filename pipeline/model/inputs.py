@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from intaglio.pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class InputNames:
     absent: tuple[str, ...]
 
 
-def input_names(model: Factory) -> InputNames:
+def input_names(model: DenoiserModel) -> InputNames:
     """The timestep is the argument of this name, or else the only one that is required and not given.
 
     Raises RecipeError for arguments that are required and not given.
@@ -58,7 +58,7 @@ def missing_inputs(kind: str, names: Sequence[str], ended: str = "") -> MissingI
     """What to do about inputs that a denoiser needs and nobody gave. `ended`: how a call without them ended."""
     return MissingInputs(
         f"model: {kind} also takes {', '.join(names)}, which nobody gave: name a file of intaglio.record in"
-        f" `conditions`, or give them in the Factory, as conditions, shared or constants{ended}"
+        f" `conditions`, or give them in the DenoiserModel, as conditions, shared or constants{ended}"
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.model.denoiser import CallSize, Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 
 MOST_SOURCE = 16 * MIB
 """Bytes of a factory's file."""
@@ -28,12 +28,13 @@ MOST_SAMPLE = 1 << 25
 """Numbers in one sample: 128 MiB in float32, of which a call has several."""
 
 
-def call_factory(file: Path, name: str) -> Factory:
+def call_factory(file: Path, name: str) -> DenoiserModel:
     """What the function `name` of a Python file returns. What it prints goes to standard error.
 
-    Raises RecipeError where the file has no such function, where it raises, and for what is no Factory of a module.
+    Raises RecipeError where the file has no such function, where it raises, and for what is no
+    DenoiserModel.
     """
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
 
     entry = f"{file.name}:{name}"
     checked_file(file, most=MOST_SOURCE)
@@ -43,17 +44,17 @@ def call_factory(file: Path, name: str) -> Factory:
     module = importlib.util.module_from_spec(spec)
     with blamed(entry), redirect_stdout(sys.stderr):
         _Uncompiled(spec.name, str(file)).exec_module(module)
-        factory: Callable[[], Factory] | None = getattr(module, name, None)
+        factory: Callable[[], DenoiserModel] | None = getattr(module, name, None)
         if factory is None:
             functions = [n for n, value in vars(module).items() if inspect.isfunction(value)]
             raise RecipeError(f"model: {file.name} has no function {name}{did_you_mean(name, functions)}")
         made = factory()
-    if not isinstance(made, Factory):
-        raise RecipeError(f"model: {entry} returned a {type(made).__name__}, not an intaglio Factory")
+    if not isinstance(made, DenoiserModel):
+        raise RecipeError(f"model: {entry} returned a {type(made).__name__}, not an intaglio DenoiserModel")
     return as_computed(made, entry)
 
 
-def as_computed(made: Factory, entry: str) -> Factory:
+def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
     """The same model as it is computed: without what wraps it, adapters fused, evaluated, in float32 on the CPU.
 
     Raises RecipeError that names `entry` for a model that this cannot be done with, and for inputs that are no tensors.
@@ -117,7 +118,9 @@ def _unwrapped(module: Any, entry: str) -> nn.Module:
     while isinstance(inner, nn.Module) and inner is not outer:  # one in another, in any order
         outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
     if not isinstance(inner, nn.Module):
-        raise RecipeError(f"model: {entry}: its Factory has a {type(module).__name__} as module, not a torch.nn.Module")
+        raise RecipeError(
+            f"model: {entry}: its DenoiserModel has a {type(module).__name__} as module, not a torch.nn.Module"
+        )
     compiled: list[tuple[str, Any]] = [(n, each) for n, each in inner.named_modules() if hasattr(each, "_orig_mod")]
     for name, block in reversed(compiled):  # the inner ones first
         inner.set_submodule(name, block._orig_mod)
@@ -180,7 +183,7 @@ def _plain(tensors: Mapping[str, Any], entry: str) -> dict[str, torch.Tensor]:
     return made
 
 
-def _plain_size(other: CallSize, entry: str) -> CallSize:
+def _plain_size(other: SecondSize, entry: str) -> SecondSize:
     check_sample_shape(other.sample_shape, entry)
     return replace(
         other,

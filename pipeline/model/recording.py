@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_safetensors, parse_json, printable
 from intaglio.pipeline.model.arguments import flatten
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.received import check_sample_shape
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
@@ -35,7 +35,7 @@ SAMPLES = ("hidden_states", "sample")
 
 @dataclass(frozen=True)
 class Recording:
-    """The inputs of a denoiser beside sample and timestep, as a Factory has them, and one sample's shape."""
+    """The inputs of a denoiser beside sample and timestep, as a DenoiserModel has them, and one sample's shape."""
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
@@ -45,7 +45,7 @@ class Recording:
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
     constants: Mapping[str, object] = field(default_factory=dict)
 
-    def given_to(self, model: Factory) -> Factory:
+    def given_to(self, model: DenoiserModel) -> DenoiserModel:
         """The model with what was recorded."""
         return replace(
             model,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise
 from intaglio.pipeline.model.types import Denoise, Inputs
 
@@ -55,7 +55,7 @@ class Sampler:
     (`SeededScheduler`). The model's own scheduler is never stepped. Without null rows there is no guidance.
     """
 
-    def __init__(self, model: Factory, steps: int, guidance: float) -> None:
+    def __init__(self, model: DenoiserModel, steps: int, guidance: float) -> None:
         self.model, self.steps = model, steps
         self.names = model.names
         self._conditions, self._null = model.conditions, model.null

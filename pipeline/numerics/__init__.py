@@ -1,1 +1,5 @@
-"""All numerics: what a format means, as one set of functions for simulation, merge, export and verification."""
+"""The arithmetic of quantization: scales, rounding, codes, bases and packing.
+
+Tensors enter as float32 and leave as float32 values or as integer codes. Simulation, merge, export and verification all
+call the functions of this package, so that the exported graph computes what was simulated, bit for bit.
+"""

@@ -16,7 +16,7 @@ from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.types import Denoise
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.denoiser import Factory
+    from intaglio.pipeline.model.denoiser import DenoiserModel
 
 Quantizer = Mapping[str, Any] | None
 CALIBRATION_ROWS = 16
@@ -89,7 +89,7 @@ def config(peer: Peer, plan: QuantPlan) -> dict[str, Any]:
     return {"quant_cfg": entries, "algorithm": algorithm}
 
 
-def quantized_by(peer: Peer, model: "Factory", plan: QuantPlan, trajectory: Trajectory) -> Denoise:
+def quantized_by(peer: Peer, model: "DenoiserModel", plan: QuantPlan, trajectory: Trajectory) -> Denoise:
     """The fake-quantized denoiser. Changes `model`."""
     rows = trajectory.some_rows(CALIBRATION_ROWS)
 

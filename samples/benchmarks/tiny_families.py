@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.sampler import OneCall
 
 ROWS = 3
@@ -57,7 +57,7 @@ def _grid(*sizes: int) -> torch.Tensor:
     return torch.stack([axis.flatten() for axis in axes], dim=-1)
 
 
-def unet() -> Factory:
+def unet() -> DenoiserModel:
     module = _make(
         lambda: diffusers.UNet2DModel(
             sample_size=8,
@@ -71,7 +71,7 @@ def unet() -> Factory:
             num_class_embeds=5,
         )
     )
-    return Factory(module, _noise(), (3, 8, 8), classes=4, other=CallSize((3, 8, 12)))
+    return DenoiserModel(module, _noise(), (3, 8, 8), classes=4, other=SecondSize((3, 8, 12)))
 
 
 class _PlainUNet(nn.Module):
@@ -94,8 +94,8 @@ class _PlainUNet(nn.Module):
         return outlet
 
 
-def plain_unet() -> Factory:
-    return Factory(_make(_PlainUNet), _flow(), (3, 8, 8), other=CallSize((3, 8, 12)))
+def plain_unet() -> DenoiserModel:
+    return DenoiserModel(_make(_PlainUNet), _flow(), (3, 8, 8), other=SecondSize((3, 8, 12)))
 
 
 def _conditional_unet(down: tuple[str, ...], up: tuple[str, ...], **options: object) -> nn.Module:
@@ -115,15 +115,15 @@ def _conditional_unet(down: tuple[str, ...], up: tuple[str, ...], **options: obj
     )
 
 
-def sd15() -> Factory:
+def sd15() -> DenoiserModel:
     text = {"encoder_hidden_states": _rows(5, 64)}
     null = {name: rows[:1] * 0 for name, rows in text.items()}
-    other = CallSize((4, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    other = SecondSize((4, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
     module = _conditional_unet(("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D"))
-    return Factory(module, _noise(), (4, 8, 8), conditions=text, null=null, other=other)
+    return DenoiserModel(module, _noise(), (4, 8, 8), conditions=text, null=null, other=other)
 
 
-def sdxl() -> Factory:
+def sdxl() -> DenoiserModel:
     module = _conditional_unet(
         ("CrossAttnDownBlock2D",),
         ("CrossAttnUpBlock2D",),
@@ -139,11 +139,11 @@ def sdxl() -> Factory:
         sizes: torch.tensor([[8.0, 8, 0, 0, 8, 8]]).expand(ROWS, 6),
     }
     null = {name: conditions[name][:1] * 0 for name in ("encoder_hidden_states", pooled)}
-    other = CallSize((4, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
-    return Factory(module, _noise(), (4, 8, 8), conditions=conditions, null=null, other=other)
+    other = SecondSize((4, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    return DenoiserModel(module, _noise(), (4, 8, 8), conditions=conditions, null=null, other=other)
 
 
-def dit() -> Factory:
+def dit() -> DenoiserModel:
     module = _make(
         lambda: diffusers.DiTTransformer2DModel(
             num_attention_heads=2,
@@ -155,10 +155,10 @@ def dit() -> Factory:
             num_embeds_ada_norm=4,
         )
     )
-    return Factory(module, _noise(), (3, 8, 8), classes=4)  # one size: its positions are a table
+    return DenoiserModel(module, _noise(), (3, 8, 8), classes=4)  # one size: its positions are a table
 
 
-def pixart() -> Factory:
+def pixart() -> DenoiserModel:
     module = _make(
         lambda: diffusers.PixArtTransformer2DModel(
             num_attention_heads=2,
@@ -177,11 +177,11 @@ def pixart() -> Factory:
         "added_cond_kwargs.aspect_ratio": torch.ones(ROWS, 1),
     }
     null = {"encoder_hidden_states": _rows(5, 64, seed=2)[:1]}
-    other = CallSize((4, 8, 8), {"encoder_hidden_states": _rows(7, 64), "encoder_attention_mask": _mask(7)})
-    return Factory(module, _noise(), (4, 8, 8), conditions=conditions, null=null, other=other)
+    other = SecondSize((4, 8, 8), {"encoder_hidden_states": _rows(7, 64), "encoder_attention_mask": _mask(7)})
+    return DenoiserModel(module, _noise(), (4, 8, 8), conditions=conditions, null=null, other=other)
 
 
-def sd3() -> Factory:
+def sd3() -> DenoiserModel:
     module = _make(
         lambda: diffusers.SD3Transformer2DModel(
             sample_size=8,
@@ -198,11 +198,11 @@ def sd3() -> Factory:
     )
     conditions = {"encoder_hidden_states": _rows(5, 64), "pooled_projections": _rows(64, seed=2)}
     null = {name: rows[:1] * 0 for name, rows in conditions.items()}
-    other = CallSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
-    return Factory(module, _flow(), (16, 8, 8), conditions=conditions, null=null, other=other)
+    other = SecondSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    return DenoiserModel(module, _flow(), (16, 8, 8), conditions=conditions, null=null, other=other)
 
 
-def auraflow() -> Factory:
+def auraflow() -> DenoiserModel:
     module = _make(
         lambda: diffusers.AuraFlowTransformer2DModel(
             sample_size=8,
@@ -215,12 +215,12 @@ def auraflow() -> Factory:
             pos_embed_max_size=64,
         )
     )
-    other = CallSize((4, 8, 8), {"encoder_hidden_states": _rows(7, 64)})  # positions are chosen from a table
+    other = SecondSize((4, 8, 8), {"encoder_hidden_states": _rows(7, 64)})  # positions are chosen from a table
     text = {"encoder_hidden_states": _rows(5, 64)}
-    return Factory(module, _flow(), (4, 8, 8), conditions=text, timestep_scale=1e-3, other=other)
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=text, timestep_scale=1e-3, other=other)
 
 
-def cogview4() -> Factory:
+def cogview4() -> DenoiserModel:
     module = _make(
         lambda: diffusers.CogView4Transformer2DModel(
             num_layers=1,
@@ -235,12 +235,12 @@ def cogview4() -> Factory:
         )
     )
     sizes = {name: torch.full((ROWS, 2), 64.0) for name in ("original_size", "target_size", "crop_coords")}
-    other = CallSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    other = SecondSize((16, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
     conditions = {"encoder_hidden_states": _rows(5, 64), **sizes}
-    return Factory(module, _flow(), (16, 8, 8), conditions=conditions, other=other)
+    return DenoiserModel(module, _flow(), (16, 8, 8), conditions=conditions, other=other)
 
 
-def flux2() -> Factory:
+def flux2() -> DenoiserModel:
     module = _make(
         lambda: diffusers.Flux2Transformer2DModel(
             in_channels=64,
@@ -254,9 +254,11 @@ def flux2() -> Factory:
         )
     )
     conditions = {"encoder_hidden_states": _rows(5, 64), "guidance": torch.full((ROWS,), 3.5)}
-    other = CallSize((24, 64), {"encoder_hidden_states": _rows(7, 64)}, _flux_ids(7, 4, 6, 4))
+    other = SecondSize((24, 64), {"encoder_hidden_states": _rows(7, 64)}, _flux_ids(7, 4, 6, 4))
     shared = _flux_ids(5, 4, 4, 4)
-    return Factory(module, _flow(), (16, 64), conditions=conditions, shared=shared, timestep_scale=1e-3, other=other)
+    return DenoiserModel(
+        module, _flow(), (16, 64), conditions=conditions, shared=shared, timestep_scale=1e-3, other=other
+    )
 
 
 def _flux_ids(text: int, height: int, width: int, axes: int = 3) -> Mapping[str, torch.Tensor]:
@@ -264,7 +266,7 @@ def _flux_ids(text: int, height: int, width: int, axes: int = 3) -> Mapping[str,
     return {"img_ids": places, "txt_ids": torch.zeros(text, axes)}
 
 
-def flux() -> Factory:
+def flux() -> DenoiserModel:
     module = _make(
         lambda: diffusers.FluxTransformer2DModel(
             num_layers=1,
@@ -282,13 +284,13 @@ def flux() -> Factory:
         "pooled_projections": _rows(64, seed=2),
         "guidance": torch.full((ROWS,), 3.5),
     }
-    other = CallSize((24, 64), {"encoder_hidden_states": _rows(7, 64)}, _flux_ids(7, 4, 6))
-    return Factory(
+    other = SecondSize((24, 64), {"encoder_hidden_states": _rows(7, 64)}, _flux_ids(7, 4, 6))
+    return DenoiserModel(
         module, _flow(), (16, 64), conditions=conditions, shared=_flux_ids(5, 4, 4), timestep_scale=1e-3, other=other
     )
 
 
-def sana() -> Factory:
+def sana() -> DenoiserModel:
     module = _make(
         lambda: diffusers.SanaTransformer2DModel(
             num_attention_heads=2,
@@ -303,7 +305,7 @@ def sana() -> Factory:
     )
     conditions = {"encoder_hidden_states": _rows(5, 64), "encoder_attention_mask": _mask(5)}
     changed = {"encoder_hidden_states": _rows(7, 64), "encoder_attention_mask": _mask(7)}
-    return Factory(module, _flow(), (32, 8, 8), conditions=conditions, other=CallSize((32, 8, 12), changed))
+    return DenoiserModel(module, _flow(), (32, 8, 8), conditions=conditions, other=SecondSize((32, 8, 12), changed))
 
 
 def _cogvideox(rotary: bool) -> nn.Module:
@@ -324,22 +326,22 @@ def _cogvideox(rotary: bool) -> nn.Module:
     )
 
 
-def cogvideox() -> Factory:
+def cogvideox() -> DenoiserModel:
     # one size: its positions are a table, and only at the sizes of the configuration can it be exported
-    return Factory(_cogvideox(False), _noise(), (2, 16, 8, 8), conditions={"encoder_hidden_states": _rows(6, 64)})
+    return DenoiserModel(_cogvideox(False), _noise(), (2, 16, 8, 8), conditions={"encoder_hidden_states": _rows(6, 64)})
 
 
-def cogvideox_rotary() -> Factory:
+def cogvideox_rotary() -> DenoiserModel:
     def tables(tokens: int) -> Mapping[str, torch.Tensor]:
         angles = torch.arange(tokens)[:, None] * torch.logspace(0, -2, 16).repeat_interleave(2)
         return {"image_rotary_emb.0": angles.cos(), "image_rotary_emb.1": angles.sin()}
 
     text = {"encoder_hidden_states": _rows(6, 64)}
-    other = CallSize((2, 16, 8, 12), shared=tables(48))
-    return Factory(_cogvideox(True), _noise(), (2, 16, 8, 8), conditions=text, shared=tables(32), other=other)
+    other = SecondSize((2, 16, 8, 12), shared=tables(48))
+    return DenoiserModel(_cogvideox(True), _noise(), (2, 16, 8, 8), conditions=text, shared=tables(32), other=other)
 
 
-def ltx() -> Factory:
+def ltx() -> DenoiserModel:
     module = _make(
         lambda: diffusers.LTXVideoTransformer3DModel(
             in_channels=64,
@@ -358,16 +360,16 @@ def ltx() -> Factory:
     def text(tokens: int) -> Mapping[str, torch.Tensor]:
         return {"encoder_hidden_states": _rows(tokens, 64), "encoder_attention_mask": _mask(tokens)}
 
-    return Factory(
+    return DenoiserModel(
         module,
         _flow(),
         (32, 64),
         conditions={**text(5), "video_coords": places(4)},
-        other=CallSize((48, 64), {**text(7), "video_coords": places(6)}),
+        other=SecondSize((48, 64), {**text(7), "video_coords": places(6)}),
     )
 
 
-def wan() -> Factory:
+def wan() -> DenoiserModel:
     module = _make(
         lambda: diffusers.WanTransformer3DModel(
             num_attention_heads=2,
@@ -379,12 +381,12 @@ def wan() -> Factory:
             rope_max_seq_len=32,
         )
     )
-    other = CallSize((16, 3, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
+    other = SecondSize((16, 3, 8, 12), {"encoder_hidden_states": _rows(7, 64)})
     text = {"encoder_hidden_states": _rows(5, 64)}
-    return Factory(module, _flow(), (16, 2, 8, 8), conditions=text, other=other)
+    return DenoiserModel(module, _flow(), (16, 2, 8, 8), conditions=text, other=other)
 
 
-def hunyuan_video() -> Factory:
+def hunyuan_video() -> DenoiserModel:
     module = _make(
         lambda: diffusers.HunyuanVideoTransformer3DModel(
             num_attention_heads=2,
@@ -404,10 +406,12 @@ def hunyuan_video() -> Factory:
         "guidance": torch.full((ROWS,), 6000.0),
     }
     changed = {"encoder_hidden_states": _rows(7, 64), "encoder_attention_mask": _mask(7)}
-    return Factory(module, _flow(), (16, 2, 8, 8), conditions=conditions, other=CallSize((16, 2, 8, 12), changed))
+    return DenoiserModel(
+        module, _flow(), (16, 2, 8, 8), conditions=conditions, other=SecondSize((16, 2, 8, 12), changed)
+    )
 
 
-def latte() -> Factory:
+def latte() -> DenoiserModel:
     module = _make(
         lambda: diffusers.LatteTransformer3DModel(
             num_attention_heads=2,
@@ -427,8 +431,8 @@ def latte() -> Factory:
         )
     )
     conditions = {"encoder_hidden_states": _rows(5, 64)}
-    other = CallSize((4, 2, 8, 8), {"encoder_hidden_states": _rows(7, 64)})  # positions and frames are tables
-    return Factory(module, _noise(), (4, 2, 8, 8), conditions=conditions, other=other)
+    other = SecondSize((4, 2, 8, 8), {"encoder_hidden_states": _rows(7, 64)})  # positions and frames are tables
+    return DenoiserModel(module, _noise(), (4, 2, 8, 8), conditions=conditions, other=other)
 
 
 class _Decoder(nn.Module):
@@ -443,7 +447,7 @@ class _Decoder(nn.Module):
         return picture
 
 
-def vae_decoder() -> Factory:
+def vae_decoder() -> DenoiserModel:
     module = _make(
         lambda: _Decoder(
             diffusers.AutoencoderKL(
@@ -455,10 +459,10 @@ def vae_decoder() -> Factory:
             )
         )
     )
-    return Factory(module, OneCall(), (4, 8, 8), other=CallSize((4, 8, 12)))
+    return DenoiserModel(module, OneCall(), (4, 8, 8), other=SecondSize((4, 8, 12)))
 
 
-FAMILIES: Mapping[str, Callable[[], Factory]] = {
+FAMILIES: Mapping[str, Callable[[], DenoiserModel]] = {
     made.__name__: made
     for made in (
         unet,
@@ -479,5 +483,5 @@ FAMILIES: Mapping[str, Callable[[], Factory]] = {
         vae_decoder,
     )
 }
-NEWER: Mapping[str, Callable[[], Factory]] = {made.__name__: made for made in (auraflow, cogview4, flux2)}
+NEWER: Mapping[str, Callable[[], DenoiserModel]] = {made.__name__: made for made in (auraflow, cogview4, flux2)}
 """For the benchmark alone: tests have no time for them."""

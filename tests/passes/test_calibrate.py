@@ -16,7 +16,7 @@ from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOA
 from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
 from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.ref import ModelRef
 
 
@@ -223,7 +223,7 @@ def test_numbers_that_are_none_are_named(broken, error, message, calibrated, tmp
     model = Overflows()
     if broken is not None:
         model.get_parameter(broken).data.view(-1)[3] = torch.nan
-    factory = Factory(model.eval(), DDIMScheduler(timestep_spacing="trailing"), (3, 8, 8))
+    factory = DenoiserModel(model.eval(), DDIMScheduler(timestep_spacing="trailing"), (3, 8, 8))
     monkeypatch.setattr(Checkpoint, "open", lambda _: factory)
     with pytest.raises(error, match=message):
         run_pass(Calibrate(samples=1), calibrated, tmp_path / "scratch")

@@ -1,1 +1,1 @@
-"""onnxruntime."""
+"""ONNX Runtime: sessions that compute exactly what was simulated, and the step that checks a graph in one."""

@@ -1,1 +1,1 @@
-"""tensorrt."""
+"""TensorRT and TensorRT-RTX: builds engines, reads what they execute, and runs them."""

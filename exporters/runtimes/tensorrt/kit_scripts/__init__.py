@@ -1,1 +1,1 @@
-"""What a kit holds beside the model: it runs on the device, so it imports nothing of intaglio."""
+"""Scripts of a device kit. They run on the device, so they import nothing of intaglio."""

@@ -11,7 +11,7 @@ from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN, W8A16, w4a16
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.sampler import Sampler
 
 NONE = Trajectory((1.0,), {}, torch.zeros(1), {}, {}, {}, {})
@@ -75,7 +75,7 @@ def test_errors_of_samples_are_predicted_along_the_trajectory(scheduler):
     torch.manual_seed(0)
     module = Pointwise().requires_grad_(False).eval()
     c = {"c": torch.randn(2, 64)}
-    model = Factory(module, scheduler, (1, 1, 1), conditions=c)
+    model = DenoiserModel(module, scheduler, (1, 1, 1), conditions=c)
     sampler = Sampler(model, 4, 1.0)
     rounded = RoundedLayers(module, NONE)
     start, denoise = sampler.start(1, torch.Generator().manual_seed(0)), denoise_with(module, model)

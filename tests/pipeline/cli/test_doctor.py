@@ -16,7 +16,7 @@ from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.cli.doctor import PACKAGES, examine
 from intaglio.pipeline.formats.target import load_target, target_names
 
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_it_says_what_is_here() -> None:

@@ -25,7 +25,7 @@ from intaglio.pipeline.errors import StepFailed, TargetError
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.ref import ModelRef
 
@@ -35,9 +35,9 @@ class Opened(Checkpoint):
 
     def __init__(self, module: torch.nn.Module, **options) -> None:
         super().__init__(Path(), ModelRef(path="toy"))
-        object.__setattr__(self, "factory", Factory(module.eval(), None, (2, 4, 4), **options))
+        object.__setattr__(self, "factory", DenoiserModel(module.eval(), None, (2, 4, 4), **options))
 
-    def open(self) -> Factory:
+    def open(self) -> DenoiserModel:
         return self.factory
 
 
@@ -160,7 +160,7 @@ def test_nothing_in_the_graph_tells_where_it_was_made(unet):
 
 
 def test_another_process_writes_the_same_bytes(odd):
-    code = "import sys, test_onnx_float as t; from pathlib import Path; t.export_odd(Path(sys.argv[1]))"
+    code = "import sys, test_export_float as t; from pathlib import Path; t.export_odd(Path(sys.argv[1]))"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "17"}
     subprocess.run([sys.executable, "-c", code, "again"], env=environment, check=True, capture_output=True)
@@ -224,12 +224,12 @@ def test_a_model_whose_rows_are_not_apart_is_refused(tmp_path):
 def test_a_model_that_cannot_be_called_at_its_other_size_is_told_so(tmp_path):
     message = r"at the other size the denoiser cannot be called with sample \(2, 2, 4, 8\), timestep \(2,\): The size"
     with pytest.raises(StepFailed, match=message):
-        export(Positions(4), tmp_path, other=CallSize((2, 4, 8)))
+        export(Positions(4), tmp_path, other=SecondSize((2, 4, 8)))
 
 
 def test_an_axis_that_a_table_holds_constant_is_named(tmp_path):
     with pytest.raises(StepFailed, match=r"^sample: axis 3 can only be 8, it enters the graph as a constant"):
-        export(Positions(None), tmp_path, other=CallSize((2, 4, 8)))
+        export(Positions(None), tmp_path, other=SecondSize((2, 4, 8)))
 
 
 class Quirks(torch.nn.Module):
@@ -243,7 +243,7 @@ class Quirks(torch.nn.Module):
 
 
 def test_what_onnx_has_no_operator_for_is_written_otherwise(tmp_path):
-    graph = export(Quirks(), tmp_path, other=CallSize((2, 4, 6)))
+    graph = export(Quirks(), tmp_path, other=SecondSize((2, 4, 6)))
     assert graph.inputs["sample"].shape == ("batch", 2, 4, "sample_3")
     assert graph.sizes == {"sample_3": (4, 6)}
     assert not {"Squeeze"} & {node.op_type for node in onnx.load(graph.path).graph.node}

@@ -11,7 +11,7 @@ from intaglio.exporters.report.pictures import COMPILED, FULL, Drawing, distance
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.recording import Recording
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import OneCall, Sampler
@@ -67,7 +67,7 @@ def test_steps_that_the_models_scheduler_does_not_have_are_refused(tmp_path):
 
 
 def test_conditions_are_the_rows_that_were_asked_for_in_turn():
-    classes = Sampler(Factory(tiny_dit(), OneCall(), (3, 8, 8), classes=4), 1, 2.0)
+    classes = Sampler(DenoiserModel(tiny_dit(), OneCall(), (3, 8, 8), classes=4), 1, 2.0)
     start = classes.start(5, torch.Generator().manual_seed(0), rows=(3, 1))
     assert start.conditions["class_labels"].tolist() == [3, 1, 3, 1, 3]
     assert start.null["class_labels"].tolist() == [4] * 5

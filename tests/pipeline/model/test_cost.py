@@ -45,7 +45,7 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
 def test_a_models_fault_in_a_plan_is_one_line(store: Store, tmp_path):
     source = """
 import torch, diffusers
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import DenoiserModel
 
 class Wrong(torch.nn.Module):
     def __init__(self):
@@ -56,7 +56,7 @@ class Wrong(torch.nn.Module):
         return self.one(sample)[:, 7] + timestep.nothing
 
 def make():
-    return Factory(Wrong().eval(), diffusers.DDIMScheduler(), (4, 4))
+    return DenoiserModel(Wrong().eval(), diffusers.DDIMScheduler(), (4, 4))
 """
     (tmp_path / "wrong.py").write_text(source)
     recipe = Recipe.parse("{model: ./wrong.py:make, targets: [onnxruntime-cpu], steps: [calibrate]}")

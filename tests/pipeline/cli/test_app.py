@@ -25,8 +25,8 @@ steps: ['toys:Begin', {'toys:Append': {number: 2}}, 'toys:Add', 'toys:Score']
 MODEL = """
 def make():
     import torch
-    from intaglio.pipeline.model.checkpoint import Factory
-    return Factory(torch.nn.Linear(1, 1), None, (1,))
+    from intaglio.pipeline.model.checkpoint import DenoiserModel
+    return DenoiserModel(torch.nn.Linear(1, 1), None, (1,))
 """
 
 

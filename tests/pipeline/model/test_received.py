@@ -11,7 +11,7 @@ from torch import nn
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.received import as_computed
 from intaglio.pipeline.model.ref import ModelRef
 
@@ -32,8 +32,8 @@ def net() -> Net:
     return Net()
 
 
-def received(module: object, **given) -> Factory:
-    return as_computed(Factory(module, DDIMScheduler(), SHAPE, **given), "net.py:make")
+def received(module: object, **given) -> DenoiserModel:
+    return as_computed(DenoiserModel(module, DDIMScheduler(), SHAPE, **given), "net.py:make")
 
 
 def output(module: nn.Module) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_inputs_are_on_the_cpu_in_float32():
     rows = torch.ones(3, 5, dtype=torch.bfloat16, requires_grad=True)
     made = received(
         net(), conditions={"text": rows, "ids": torch.arange(3)}, shared={"mask": torch.full((2,), -torch.inf)},
-        other=CallSize((4, 4, 4), {"text": rows}),
+        other=SecondSize((4, 4, 4), {"text": rows}),
     )  # fmt: skip
     assert (made.conditions["text"].dtype, made.conditions["ids"].dtype) == (torch.float32, torch.int64)
     assert not made.conditions["text"].requires_grad
@@ -119,21 +119,31 @@ def test_inputs_are_on_the_cpu_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        ("Factory(3, DDIMScheduler(), (3, 8, 8))", "its Factory has a int as module, not a torch.nn.Module"),
-        ("Factory(torch.nn.Linear(2, 2, device='meta'), DDIMScheduler(), (2,))", "2 parameters are on torch's meta"),
-        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 0))", r"\(3, 0\) is no shape of a sample"),
-        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 10**9))", "more than 33,554,432 numbers"),
-        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': [1]})", "x is a list, no tensor: give it in"),
-        ("Factory(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': torch.tensor(float('nan'))})", "x has NaN"),
-        ("torch.nn.ReLU()", "returned a ReLU, not an intaglio Factory"),
+        (
+            "DenoiserModel(3, DDIMScheduler(), (3, 8, 8))",
+            "its DenoiserModel has a int as module, not a torch.nn.Module",
+        ),
+        (
+            "DenoiserModel(torch.nn.Linear(2, 2, device='meta'), DDIMScheduler(), (2,))",
+            "2 parameters are on torch's meta",
+        ),
+        ("DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3, 0))", r"\(3, 0\) is no shape of a sample"),
+        ("DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3, 10**9))", "more than 33,554,432 numbers"),
+        (
+            "DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': [1]})",
+            "x is a list, no tensor: give it in",
+        ),
+        (
+            "DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': torch.tensor(float('nan'))})",
+            "x has NaN",
+        ),
+        ("torch.nn.ReLU()", "returned a ReLU, not an intaglio DenoiserModel"),
         ("1 / 0", "net.py:make raised ZeroDivisionError: division by zero"),
         ("exit(3)", "net.py:make raised SystemExit: 3"),
     ],
 )
 def test_what_a_factory_must_not_return_is_one_clear_error(make, message, tmp_path):
-    source = (
-        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.model.checkpoint import Factory\n"
-    )
+    source = "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio import DenoiserModel\n"
     (tmp_path / "net.py").write_text(f"{source}def make():\n    return {make}\n")
     with pytest.raises(RecipeError, match=message):
         Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).open()
@@ -160,9 +170,9 @@ def test_an_adapter_without_weights_cannot_be_fused():
 
 def test_what_a_factory_prints_is_no_result(tmp_path: Path, capsys):
     (tmp_path / "net.py").write_text(
-        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio.pipeline.model.checkpoint import Factory\n"
+        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio import DenoiserModel\n"
         "print('read')\ndef make():\n    print('made')\n"
-        "    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
+        "    return DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))\n"
     )
     Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).empty()
     assert capsys.readouterr() == ("", "read\nmade\n")

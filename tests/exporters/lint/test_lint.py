@@ -663,7 +663,8 @@ def test_what_is_refused_is_really_refused(case, tmp_path):
 def builder_ends_with(path: Path) -> int:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no verdict can be tested")
     code = (
-        "import sys, tensorrt_rtx; from pathlib import Path; from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT; "
+        "import sys, tensorrt_rtx; from pathlib import Path; "
+        "from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT; "
         "from intaglio.pipeline.formats.target import load_target; "
         "BuildTensorRT()._build(tensorrt_rtx, Path(sys.argv[1]), {}, load_target('tensorrt-rtx'))"
     )

@@ -63,7 +63,7 @@ def test_killed_between_blocks_it_goes_on(planned, tmp_path):
 def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     (tmp_path / "plain.py").write_text(
         "import torch\n"
-        "from intaglio.pipeline.model.checkpoint import Factory\n"
+        "from intaglio.pipeline.model.checkpoint import DenoiserModel\n"
         "from intaglio.pipeline.model.calls import OneCall\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
@@ -73,7 +73,7 @@ def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
         "        return self.layer(sample)\n"
         "def plain():\n"
         "    torch.manual_seed(0)\n"
-        "    return Factory(Net(), OneCall(), (64,))\n"
+        "    return DenoiserModel(Net(), OneCall(), (64,))\n"
     )
     start = {MODEL: Checkpoint.resolve(ModelRef(path="plain.py:plain", sampling_steps=1), tmp_path)}
     start |= run_pass(Calibrate(samples=8), start, tmp_path / "a")

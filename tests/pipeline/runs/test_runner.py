@@ -335,7 +335,7 @@ PLACES = ("before a step", "while outputs are staged", "before the record", "ins
 
 
 def _run_killed(folder: Path) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run([sys.executable, "-c", KILLED_RUN], cwd=folder, env=environment, check=False).returncode
 
 
@@ -361,7 +361,7 @@ def test_two_runs_on_one_store_run_each_step_once(tmp_path: Path) -> None:
         "from pathlib import Path; from toys import START, toy_recipe; from intaglio import Store, compile\n"
         "compile(toy_recipe('Slow'), Store(Path('store')), start=START, out=Path('out'))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert (tmp_path / "slow.log").read_text() == "ran\n"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.cli.schema import recipe_schema
 
-SAMPLES = sorted((Path(__file__).parents[2] / "samples").glob("*.yaml"))
+SAMPLES = sorted((Path(__file__).parents[3] / "samples").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from tiny import tiny_dit
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.calls import check_inputs, denoise_with, other_call
-from intaglio.pipeline.model.denoiser import CallSize, Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.sampler import Call, OneCall, Sampler
 
 
-def model(scheduler=None) -> Factory:
-    return Factory(tiny_dit(), scheduler or DDIMScheduler(timestep_spacing="trailing"), (3, 8, 8), classes=4)
+def model(scheduler=None) -> DenoiserModel:
+    return DenoiserModel(tiny_dit(), scheduler or DDIMScheduler(timestep_spacing="trailing"), (3, 8, 8), classes=4)
 
 
 def test_guidance_is_the_null_output_plus_the_weighted_difference():
@@ -56,7 +56,7 @@ def test_learned_variance_is_cut_off():
         def forward(self, sample, timestep):
             return (torch.cat([sample, sample + 1], dim=1),)
 
-    wide = Factory(Wide(), DDIMScheduler(), (3, 8, 8))
+    wide = DenoiserModel(Wide(), DDIMScheduler(), (3, 8, 8))
     assert denoise_with(wide.module, wide)({"sample": torch.zeros(1, 3, 8, 8), "timestep": torch.ones(1)}).shape[1] == 3
 
 
@@ -65,7 +65,7 @@ def test_unconditional_model_has_no_guidance():
         def forward(self, sample, timestep):
             return sample
 
-    sampler = Sampler(Factory(Plain(), DDIMScheduler(), (3, 8, 8)), 2, 5.0)
+    sampler = Sampler(DenoiserModel(Plain(), DDIMScheduler(), (3, 8, 8)), 2, 5.0)
     assert sampler.guidance == 1.0
     assert not sampler.start(2, torch.Generator().manual_seed(0)).conditions
 
@@ -79,14 +79,14 @@ class Nested(torch.nn.Module):
         return sample + added["text"][:, :, None, None] + rotary[0][:, None, None, None] * frames + table * scale
 
 
-def nested(**changed) -> Factory:
+def nested(**changed) -> DenoiserModel:
     given = {
         "conditions": {"added.text": torch.arange(15.0).reshape(5, 3), "rotary.0": torch.arange(5.0)},
         "null": {"added.text": torch.full((1, 3), -1.0)},
         "shared": {"table": torch.full((8,), 10.0)},
         "constants": {"frames": 2, "scale": 0.5},
     }
-    return Factory(Nested(), FlowMatchEulerDiscreteScheduler(), (3, 8, 8), **given | changed)
+    return DenoiserModel(Nested(), FlowMatchEulerDiscreteScheduler(), (3, 8, 8), **given | changed)
 
 
 def test_rows_of_all_conditions_are_drawn_together_and_null_rows_follow():
@@ -127,7 +127,7 @@ def test_what_may_be_left_out_and_is_needed_after_all_is_named():
         def forward(self, sample, timestep, text=None, mask=None):
             return sample + text.mean()
 
-    sampler = Sampler(Factory(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
+    sampler = Sampler(DenoiserModel(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
     with pytest.raises(RecipeError, match=r"Lazy also takes text, which nobody gave.*NoneType"):
         check_inputs(sampler)
 
@@ -141,9 +141,9 @@ def test_names_of_sample_and_timestep_can_be_given_and_the_only_other_argument_i
         def forward(self, noisy, sigma):
             return noisy
 
-    given = Factory(Swapped(), DDIMScheduler(), (3, 8, 8), sample_name="noisy", timestep_name="sigma")
+    given = DenoiserModel(Swapped(), DDIMScheduler(), (3, 8, 8), sample_name="noisy", timestep_name="sigma")
     assert (given.names.sample, given.names.timestep) == ("noisy", "sigma")
-    found = Factory(Plain(), DDIMScheduler(), (3, 8, 8)).names
+    found = DenoiserModel(Plain(), DDIMScheduler(), (3, 8, 8)).names
     assert (found.sample, found.timestep) == ("noisy", "sigma")
 
 
@@ -152,7 +152,7 @@ def test_a_model_without_a_timestep_is_called_once():
         def forward(self, latents):
             return latents.repeat(1, 2, 1, 1)
 
-    model = Factory(Decoder(), OneCall(), (2, 4, 4))
+    model = DenoiserModel(Decoder(), OneCall(), (2, 4, 4))
     sampler = Sampler(model, 20, 1.0)
     start = sampler.start(3, torch.Generator().manual_seed(0))
     call, samples = sampler.drive(denoise_with(model.module, model), start)
@@ -161,7 +161,7 @@ def test_a_model_without_a_timestep_is_called_once():
 
 
 def test_the_other_call_has_the_same_rows_and_timestep():
-    other = CallSize((3, 8, 12), {"added.text": torch.zeros(2, 3)}, {"table": torch.zeros(12)})
+    other = SecondSize((3, 8, 12), {"added.text": torch.zeros(2, 3)}, {"table": torch.zeros(12)})
     model = nested(other=other)
     sampler = Sampler(model, 2, 3.0)
     call = sampler.rows(torch.zeros(3, 3, 8, 8), torch.tensor(7.0), sampler.start(3, torch.Generator().manual_seed(0)))
@@ -207,7 +207,7 @@ class Blend(torch.nn.Module):
 
 
 def blending(scheduler) -> tuple[Sampler, object]:
-    model = Factory(Blend(), scheduler, (4, 8, 8))
+    model = DenoiserModel(Blend(), scheduler, (4, 8, 8))
     return Sampler(model, 4, 1.0), denoise_with(model.module, model)
 
 
@@ -327,9 +327,11 @@ def test_inputs_that_a_call_works_without_are_not_called_missing():
             return sample if text is None else sample + self.proj(text).mean() + mask.mean()
 
     text = {"text": torch.zeros(2, 5, 3)}
-    unfit = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions=text), 2, 1.0)
+    unfit = Sampler(DenoiserModel(Wide(), DDIMScheduler(), (3, 8, 8), conditions=text), 2, 1.0)
     with pytest.raises(RecipeError, match=r"Wide cannot be called with sample \(1, 3, 8, 8\), .*text \(1, 5, 3\): it"):
         check_inputs(unfit)
-    lacking = Sampler(Factory(Wide(), DDIMScheduler(), (3, 8, 8), conditions={"text": torch.zeros(2, 5, 4)}), 2, 1.0)
+    lacking = Sampler(
+        DenoiserModel(Wide(), DDIMScheduler(), (3, 8, 8), conditions={"text": torch.zeros(2, 5, 4)}), 2, 1.0
+    )
     with pytest.raises(MissingInputs, match="Wide also takes mask, which nobody gave"):
         check_inputs(lacking)

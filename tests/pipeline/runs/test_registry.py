@@ -17,7 +17,7 @@ from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.runs.registry import GROUP, find_pass, named_passes
 
-SAMPLES = Path(__file__).parents[2] / "samples"
+SAMPLES = Path(__file__).parents[3] / "samples"
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ def test_a_computed_weight_becomes_a_parameter_with_the_value_it_has(make):
 FACTORY = """
 import torch
 from diffusers import DDIMScheduler
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import DenoiserModel
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -53,7 +53,7 @@ class Net(torch.nn.Module):
         return self.body(sample)
 
 def make():
-    return Factory(Net(), DDIMScheduler(), (3, 8, 8))
+    return DenoiserModel(Net(), DDIMScheduler(), (3, 8, 8))
 """
 
 

@@ -31,7 +31,7 @@ CLIPS = """
 import torch
 from diffusers import DDIMScheduler
 
-from intaglio.pipeline.model.checkpoint import Factory
+from intaglio.pipeline.model.checkpoint import DenoiserModel
 
 
 class Clips(torch.nn.Module):
@@ -46,7 +46,7 @@ class Clips(torch.nn.Module):
 
 def make():
     torch.manual_seed(0)
-    return Factory(Clips(), DDIMScheduler(), (3, 2, 8, 8), conditions={"text": torch.randn(3, 8)})
+    return DenoiserModel(Clips(), DDIMScheduler(), (3, 2, 8, 8), conditions={"text": torch.randn(3, 8)})
 """
 
 
@@ -211,7 +211,7 @@ def test_commands_for_a_device_name_every_dynamic_input(dit):
 
 
 def test_the_sample_draws_through_a_pipeline_of_diffusers(folder, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[2] / "samples/draw.py")
+    spec = importlib.util.spec_from_file_location("draw", Path(__file__).parents[3] / "samples/draw.py")
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
     store = Store(folder.parent / "store")

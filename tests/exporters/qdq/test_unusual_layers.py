@@ -58,7 +58,7 @@ QUANTIZED_LAYERS = {*CALLS, "first", "one", "tied", "named", "last"}
 def start(tmp_path_factory) -> Artifacts:
     folder = tmp_path_factory.mktemp("unusual")
     model = ModelRef(path="./unusual.py:make", sampling_steps=2)
-    made: Artifacts = {MODEL: Checkpoint.resolve(model, Path(__file__).parents[1])}
+    made: Artifacts = {MODEL: Checkpoint.resolve(model, Path(__file__).parents[2])}
     made |= run_pass(Calibrate(samples=4), made, folder / "calibrate")
     return made | run_pass(ExportFloat(), made, folder / "export")
 

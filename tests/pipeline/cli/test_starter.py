@@ -16,7 +16,7 @@ from intaglio.pipeline.model.recording import Recording
 UNFIT = """
 
 def plain():
-    return Factory(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))
+    return DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3, 8, 8))
 
 
 def broken():
@@ -206,7 +206,7 @@ def test_without_transformers_steps_and_guidance_are_not_invented(tmp_path: Path
 
 def test_inputs_that_do_not_fit_end_init_and_plan_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
-        FACTORY + "\n\ndef wide():\n    net = make()\n    return Factory(net.module, net.scheduler, (5, 8, 8))\n"
+        FACTORY + "\n\ndef wide():\n    net = make()\n    return DenoiserModel(net.module, net.scheduler, (5, 8, 8))\n"
     )
     found = init("net.py:wide", "--target", "onnxruntime-cpu")
     recipe = "model: {path: './net.py:wide'}\ntargets: [onnxruntime-cpu]\nsteps: [calibrate]\n"

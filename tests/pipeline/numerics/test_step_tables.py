@@ -6,7 +6,7 @@ from tiny import tiny_unet
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.denoiser import Factory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.step_tables import largest_of_repeated, refine, resample_linear, resample_magnitude
@@ -100,7 +100,7 @@ class Entries:
         self.clock, self.picked, self.called = StepClock(table), [], []
 
     def run(self, scheduler, steps: int) -> None:
-        model = Factory(tiny_unet(), scheduler, (3, 8, 8), 4)
+        model = DenoiserModel(tiny_unet(), scheduler, (3, 8, 8), 4)
         sampler = Sampler(model, steps, 1.0)
         denoise = denoise_with(model.module, model)
 

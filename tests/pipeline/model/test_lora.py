@@ -179,8 +179,8 @@ def test_several_are_fused_one_after_the_other(dit):
 
 def test_a_module_from_a_factory_is_fused(tmp_path):
     source = "from tiny import tiny_dit\nfrom diffusers import DDIMScheduler\n"
-    source += "from intaglio.pipeline.model.checkpoint import Factory\n"
-    source += "def make():\n    return Factory(tiny_dit(), DDIMScheduler(), (3, 8, 8), classes=4)\n"
+    source += "from intaglio import DenoiserModel\n"
+    source += "def make():\n    return DenoiserModel(tiny_dit(), DDIMScheduler(), (3, 8, 8), classes=4)\n"
     (tmp_path / "net.py").write_text(source)
     tensors = load_file(written(tiny_dit(), tmp_path))
     ref = ModelRef(path="./net.py:make", loras=(LoraRef(path="lora.safetensors"),))
@@ -282,10 +282,8 @@ def test_a_lora_beside_other_weights_is_refused(dit):
 
 
 def test_a_module_that_takes_no_lora_is_one_clear_error(tmp_path):
-    source = (
-        "import torch\nfrom intaglio.pipeline.model.checkpoint import Factory\nfrom diffusers import DDIMScheduler\n"
-    )
-    source += "def make():\n    return Factory(torch.nn.GroupNorm(1, 3), DDIMScheduler(), (3, 8, 8))\n"
+    source = "import torch\nfrom intaglio import DenoiserModel\nfrom diffusers import DDIMScheduler\n"
+    source += "def make():\n    return DenoiserModel(torch.nn.GroupNorm(1, 3), DDIMScheduler(), (3, 8, 8))\n"
     (tmp_path / "net.py").write_text(source)
     written(tiny_dit(), tmp_path)
     ref = ModelRef(path="./net.py:make", loras=(LoraRef(path="lora.safetensors"),))

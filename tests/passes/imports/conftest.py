@@ -1,0 +1,3 @@
+from exported import dit
+
+__all__ = ["dit"]
