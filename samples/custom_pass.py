@@ -1,12 +1,10 @@
-"""A pass of your own: `./custom_pass.py:KeepFirst` as a step after `assign`, or on the command line by --insert."""
+"""A custom pass. Use `./custom_pass.py:KeepFirst` as a step after `assign`, or insert it with `--insert`."""
 
-from intaglio import Context, Outputs, Pass, State
-from intaglio.pipeline.artifacts.keys import PLAN
-from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio import FLOAT, PLAN, Context, Outputs, Pass, State
 
 
 class KeepFirst(Pass):
-    """The first and the last layer of the plan stay in float."""
+    """Keep the first and the last layer of the plan in float."""
 
     name = "keep-first"
     requires = frozenset({PLAN})

@@ -1,17 +1,15 @@
-"""Keeps layers in float by a pattern of their names."""
+"""A pass that keeps layers in float by a pattern of their names."""
 
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from pydantic import Field
 
-from intaglio import AnyKey, Context, Outputs, Pass, State
-from intaglio.pipeline.artifacts.keys import PLAN
-from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio import FLOAT, PLAN, AnyKey, Context, Outputs, Pass, State
 
 
 class Keep(Pass):
-    """Layers whose name matches one of the patterns stay in float."""
+    """Keep every layer in float whose name matches one of the patterns."""
 
     name = "keep"
     requires: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
