@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from intaglio.pipeline.contract.artifact import AnyKey, Artifact, Key, Outputs, State
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.contract.metric import MetricContext
     from intaglio.pipeline.contract.pass_base import Pass
     from intaglio.pipeline.contract.recipe import Recipe, Step
     from intaglio.pipeline.errors import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         StoreError,
         TargetError,
     )
+    from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
     from intaglio.pipeline.model.recording import record
@@ -61,9 +63,11 @@ _MODULES = {
     "pipeline.artifacts.keys": _KEYS,
     "pipeline.contract.artifact": "AnyKey Artifact Key Outputs State",
     "pipeline.contract.context": "Context",
+    "pipeline.contract.metric": "MetricContext",
     "pipeline.contract.pass_base": "Pass",
     "pipeline.contract.recipe": "Recipe Step",
     "pipeline.errors": _ERRORS,
+    "pipeline.formats.schemes": "FLOAT W8A8_TOKEN",
     "pipeline.formats.target": "Target",
     "pipeline.model.denoiser": "DenoiserModel SecondSize",
     "pipeline.model.recording": "record",
@@ -77,6 +81,7 @@ __all__ = [
     "ADAPTER",
     "COMPONENTS",
     "ENGINE",
+    "FLOAT",
     "FLOAT_GRAPH",
     "FRONT",
     "GRAPH",
@@ -91,6 +96,7 @@ __all__ = [
     "TARGET",
     "TRAJECTORY",
     "VERIFICATION",
+    "W8A8_TOKEN",
     "AnyKey",
     "Artifact",
     "CallError",
@@ -99,6 +105,7 @@ __all__ = [
     "DenoiserModel",
     "IntaglioError",
     "Key",
+    "MetricContext",
     "MissingExtra",
     "Outputs",
     "Pass",
