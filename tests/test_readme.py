@@ -72,7 +72,7 @@ def test_every_command_has_the_options_that_it_is_given(document: Path) -> None:
 
 def check_command(words: list[str], place: str) -> None:
     """Parse a command of intaglio without running it; look for the options of a script in its source."""
-    program, first = words[0], words[1]
+    program, first = words[0], words[1] if len(words) > 1 else ""
     if program == "intaglio" and not first.startswith("-"):
         command = typer.main.get_command(app).get_command(None, first)  # type: ignore[attr-defined]  # it is a group
         assert command is not None, f"{place}: no command {first}"

@@ -141,6 +141,8 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
     checkpoint = Checkpoint.resolve(ref, base)
     sampling = _sampling(checkpoint)
     recording = next((file for file in _recordings(path) if (base / file).is_file()), None)
+    if path.rpartition(":")[0].endswith(".py"):
+        recording = None  # a factory returns the conditions itself
     ref = ref.model_copy(
         update={"conditions": recording, "sampling_steps": sampling.steps, "guidance": sampling.guidance}
     )
@@ -231,7 +233,7 @@ def _steps(found: Found) -> Iterator[tuple[str, str]]:
     yield "calibrate", "no data set: the model's own trajectories"
     yield "sensitivity", ""
     bound = f"bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least"
-    yield f"assign: {{budget: {{size: {found.size:.2f}}}}}", bound
+    yield f"assign: {{budget: {{size: {found.size:.2f}}}{_schemes(found.targets)}}}", bound
     large = 4 * found.parameters >= LARGE_BYTES and found.blocks
     if large:
         yield "distill: {recompute: true}", "`scope: block` takes less memory still"
@@ -243,6 +245,17 @@ def _steps(found: Found) -> Iterator[tuple[str, str]]:
     if runtimes - {"onnxruntime"}:
         yield "tensorrt", ""
     yield from ((step, "") for step in ("verify", "benchmark", "report"))
+
+
+def _schemes(targets: tuple[str, ...]) -> str:
+    """Return the option `schemes` of assign as YAML, empty if the targets run all of its default schemes."""
+    usual = find_pass("assign", Path()).pass_class.model_fields["schemes"].default
+    formats = [load_target(name).formats for name in targets]
+    common = {op: [name for name in names if all(name in each[op] for each in formats)] for op, names in usual.items()}
+    if all(common[op] == list(names) for op, names in usual.items()):
+        return ""
+    written = (f"{op}: [{', '.join(names)}]" for op, names in common.items())
+    return f", schemes: {{{', '.join(written)}}}"
 
 
 def _commented_components(found: Found) -> Iterator[str]:

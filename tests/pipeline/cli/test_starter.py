@@ -136,6 +136,25 @@ def test_a_factory_is_named_beside_the_recipe(tmp_path: Path) -> None:
     assert planned.exit_code == 0, planned.stderr
 
 
+def test_a_recipe_for_a_target_that_runs_fewer_schemes_can_be_run_as_it_is(tmp_path: Path) -> None:
+    save_folder(tiny_dit(), tmp_path / "dit")
+    for arguments in (["--target", "tensorrt-10.3-orin"], ["--target", "onnxruntime-cpu", "--target", "tensorrt-11"]):
+        result = init("dit", *arguments, "--out", "recipe.yaml", "--force")
+        assert result.exit_code == 0, result.stderr
+        recipe = Recipe.read(tmp_path / "recipe.yaml")
+        assert recipe.steps[2].options["schemes"] == {"linear": ["w8a8_token", "w4a16"], "conv": ["w8a8_step"]}
+        assert bind(recipe, base=tmp_path)
+
+
+def test_a_factory_needs_no_recording_that_lies_beside_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(FACTORY)
+    Recording((3, 8, 8), conditions={"encoder_hidden_states": torch.zeros(2, 4, 8)}).save(
+        tmp_path / "conditions.safetensors"
+    )
+    assert init("./model.py:make").exit_code == 0
+    assert Recipe.read(tmp_path / "recipe.yaml").model.conditions is None
+
+
 def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(FACTORY + UNFIT)
     (tmp_path / "recipe.schema.json").touch()
