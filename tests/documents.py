@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "samples/guides").glob("*.md"))
 RESULTS = ROOT / "samples/benchmarks/README.md"
-DOCUMENTS = [README, *GUIDES, RESULTS, ROOT / ".github/CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+CONTRIBUTING = ROOT / ".github/CONTRIBUTING.md"
+DOCUMENTS = [README, *GUIDES, RESULTS, CONTRIBUTING, ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(r"^```(\w*) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")

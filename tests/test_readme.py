@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from documents import DOCUMENTS, GUIDES, README, REASON, RESULTS, ROOT, anchors, blocks, links
+from documents import CONTRIBUTING, DOCUMENTS, GUIDES, README, REASON, RESULTS, ROOT, anchors, blocks, links
 
 import intaglio
 from intaglio.pipeline.cli.app import app
@@ -45,6 +45,26 @@ def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
         if not place.exists() or not place.is_relative_to(ROOT) or (anchor and anchor not in anchors(place)):
             broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+def test_every_path_of_the_repository_that_is_named_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:pipeline|passes|exporters|tests|samples)/[\w./*-]+)`", text)
+    assert [path for path in named if "my_" not in path and not list(ROOT.glob(path))] == []
+
+
+def test_the_picture_of_the_house_shows_the_folders_that_exist() -> None:
+    house = next(block for block in blocks(CONTRIBUTING) if block.language == "text")
+    shown, parent = set(), ""
+    for line in house.text.splitlines():
+        if (found := re.match(r"( *)([\w.]+(?:/[\w.]+)*)/ ", line)) is not None:
+            parent = parent if found[1] else found[2]
+            shown.add(f"{parent}/{found[2]}" if found[1] else found[2])
+    packages = [file for top in ("pipeline", "passes", "exporters") for file in ROOT.glob(f"{top}/*/__init__.py")]
+    folders = {package.parent.relative_to(ROOT).as_posix() for package in packages}
+    assert [folder for folder in sorted(shown) if not (ROOT / folder).is_dir()] == []
+    assert folders <= shown
 
 
 def test_every_result_is_under_a_command_and_names_its_machine() -> None:
