@@ -1,12 +1,13 @@
 """The documents are short where they should be, their links lead somewhere, and they use public names only."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
 import typer
-from documents import CONTRIBUTING, DOCUMENTS, GUIDES, README, REASON, RESULTS, ROOT, anchors, blocks, links
+from documents import CONTRIBUTING, DOCUMENTS, GUIDES, LINK, README, REASON, RESULTS, ROOT, anchors, blocks, links
 
 import intaglio
 from intaglio.pipeline.cli.app import app
@@ -45,6 +46,13 @@ def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
         if not place.exists() or not place.is_relative_to(ROOT) or (anchor and anchor not in anchors(place)):
             broken.append(link)
     assert broken == []
+
+
+def test_every_link_of_the_tutorial_leads_to_a_file() -> None:
+    cells = json.loads((ROOT / "samples/tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert len(found := LINK.findall(text)) > 3
+    assert [link for link in found if not (ROOT / "samples" / link).exists()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=names)

@@ -1,4 +1,4 @@
-"""Every family compiles: what is held here is half of the matrix that the README shows, which the benchmark makes."""
+"""Every family compiles. The tests take half of the matrix that families.py measures for samples/benchmarks/README.md."""
 
 from pathlib import Path
 
