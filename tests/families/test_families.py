@@ -1,4 +1,4 @@
-"""Every family compiles. The tests take half of the matrix that families.py measures for samples/benchmarks/README.md."""
+"""Every family compiles: half of the matrix that families.py measures for samples/benchmarks/README.md."""
 
 from pathlib import Path
 
