@@ -4,7 +4,7 @@ import pytest
 from tiny import save_folder, tiny_dit
 
 from intaglio import Recipe, Store
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
 from intaglio.pipeline.model.ref import ModelRef
@@ -60,7 +60,6 @@ def make():
 """
     (tmp_path / "wrong.py").write_text(source)
     recipe = Recipe.parse("{model: ./wrong.py:make, targets: [onnxruntime-cpu], steps: [calibrate]}")
-    with pytest.raises(
-        StepFailed, match=r"^model: one call of it, to estimate times, ended in IndexError: .*would end"
-    ):
+    message = r"^model: Wrong cannot be called with sample \(1, 4, 4\), timestep \(1,\): it ended in IndexError: "
+    with pytest.raises(RecipeError, match=message):
         plan(recipe, store, base=tmp_path)
