@@ -70,7 +70,7 @@ class Calibrate(Pass):
         layers = {layer.name: layer for layer in layer_table(model.module)}
         modules = {name: model.module.get_submodule(name) for name in layers}
         calls: list[Call] = []
-        seen = LayerRanges(layers, modules)
+        seen = LayerRanges(layers, modules, ctx.processes.count)
         start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
         denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):

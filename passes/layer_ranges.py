@@ -38,8 +38,9 @@ class _Call:
 class LayerRanges:
     """What enters and leaves layers in each call of the model. All calls of a layer in one of them count together."""
 
-    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module]) -> None:
-        self._layers, self._modules = layers, modules
+    def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], processes: int = 1) -> None:
+        """`processes`: how many see as many rows as this one, whose ranges are joined afterwards."""
+        self._layers, self._modules, self._processes = layers, modules, processes
         self._now = _Call()
         self._calls: list[_Call] = []
         self._rows: dict[str, int] = {}
@@ -51,14 +52,14 @@ class LayerRanges:
         if not self._calls:
             self._readers.note(name, x)
         now.rows[name] = now.rows.get(name, 0) + output.numel() // self._layers[name].n
-        low, high = expected_ends(x.detach())
+        low, high = expected_ends(x.detach(), self._processes)
         now.low[name] = min(now.low.get(name, low), low)
         now.high[name] = max(now.high.get(name, high), high)
         if isinstance(module, nn.Conv2d):
             product = output.detach()
             if module.bias is not None:
                 product = product - module.bias.detach().reshape(-1, 1, 1)
-            now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs())[1])
+            now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs(), self._processes)[1])
 
     def end_of_call(self) -> None:
         """The model has returned: what follows is its next call."""
@@ -90,16 +91,17 @@ class LayerRanges:
         return Workload(rows, tuple(names for names in groups if len(names) > 1), unreached)
 
 
-def expected_ends(x: torch.Tensor) -> tuple[float, float]:
-    """Return the ends of the range that `x` (R, ...) would have if it had ENOUGH_ROWS rows.
+def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
+    """Return the ends of the range that `x` (R, ...), with the rows of all processes, would have in ENOUGH_ROWS rows.
 
     The largest of n values of a row lies, in the mean, sqrt(6) / pi * ln(n) standard deviations beyond that of one:
     the extreme value of Gumbel's distribution. Fewer rows show too small a range, which would clip what comes later.
     """
     lows, highs = x.reshape(len(x), -1).aminmax(dim=1)
-    if not 1 < len(x) < ENOUGH_ROWS:
+    rows = len(x) * processes
+    if len(x) == 1 or rows >= ENOUGH_ROWS:
         return lows.amin().item(), highs.amax().item()
-    beyond = math.sqrt(6) / math.pi * math.log(ENOUGH_ROWS / len(x))
+    beyond = math.sqrt(6) / math.pi * math.log(ENOUGH_ROWS / rows)
     return (lows.amin() - beyond * lows.std()).item(), (highs.amax() + beyond * highs.std()).item()
 
 
