@@ -88,6 +88,11 @@ def test_metrics_are_those_of_the_artifacts(made):
     }
 
 
+def test_the_file_of_metrics_is_these_bytes(made, tmp_path):
+    write(made).save(tmp_path)
+    assert (tmp_path / "metrics.json").read_bytes() == Path(__file__).with_name("metrics.json").read_bytes()
+
+
 def test_a_built_engine_is_the_file_that_metrics_name(made):
     made[ENGINE] = Engine("tensorrt-rtx", "1.7.1", int8_gemm=3, fp_gemm=2, plan=bytes(1234))
     report = write(made)
