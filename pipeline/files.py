@@ -1,4 +1,4 @@
-"""Opens files that somebody else may have written.
+"""Opens files that somebody else may have written, and writes values of known types as JSON files.
 
 Every file that does not come from the running process is opened here: only regular files, only up to a stated size, and
 text only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
@@ -8,14 +8,14 @@ import copy
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import SchemaValidator
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+
+def _is_unset(value: object) -> bool:
+    return value is None or value is False or value == ()
+
+
+OPTIONAL: Any = Field(exclude_if=_is_unset)
+"""Annotation of a field that `write_typed` leaves out where it is None, False or an empty tuple."""
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
@@ -103,25 +111,50 @@ def read_typed(
     most: int = MOST_ARTIFACT,
     inside: Path | None = None,
     error: type[IntaglioError] = RecipeError,
+    may_lack: Collection[str] | None = None,
 ) -> T:
     """Return what a JSON file says as a value of `kind`: a dataclass, a TypedDict, a model of pydantic or a generic.
 
-    Types are exact: a text is no number. Raises `error` with the first places of another type.
+    Types are exact: a text is no number. The file may lack every field that has a default, or only those fields of
+    dataclasses that `may_lack` names. Raises `error` with the first places of another type.
     """
     text = read_text(path, most=most, inside=inside, error=error)
     _check_count(text, printable(path), error)
     try:
-        validator = _validator(kind)  # type: ignore[arg-type]  # every type is hashable
+        names = None if may_lack is None else frozenset(may_lack)
+        validator = _validator(kind, names)  # type: ignore[arg-type]  # every type is hashable
         found: T = validator.validate_json(text, strict=True)
     except ValidationError as e:
         raise error(f"{printable(path)}: is damaged: {_places(e)}") from e
     return found
 
 
+def write_typed(path: Path, content: T, kind: type[T], *, indent: int | None = 1, sort_keys: bool = False) -> None:
+    """Write `content` as the JSON file that `read_typed` reads as a value of `kind`, its fields in their order.
+
+    `kind` may be a base class of the value's own dataclass: the file has the fields of `kind` alone.
+    """
+    path.write_text(typed_json(content, kind, indent=indent, sort_keys=sort_keys) + "\n", encoding="utf-8")
+
+
+def typed_json(content: T, kind: type[T], *, indent: int | None = 1, sort_keys: bool = False) -> str:
+    """Return the JSON text of a value of `kind`, in ASCII: floats as Python writes them, among them NaN and Infinity.
+
+    >>> typed_json({"a": (1, 0.5)}, dict[str, tuple[int, float]], indent=None)
+    '{"a": [1, 0.5]}'
+    """
+    return json.dumps(_adapter(kind).dump_python(content, by_alias=True), indent=indent, sort_keys=sort_keys)  # type: ignore[arg-type]
+
+
 @cache
-def _validator(kind: Any) -> SchemaValidator:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+@cache
+def _validator(kind: Any, may_lack: frozenset[str] | None) -> SchemaValidator:
     """Return what checks a value of `kind`, and stops at the first wrong element of a list or mapping."""
-    schema = copy.deepcopy(TypeAdapter[Any](kind).core_schema)
+    schema = copy.deepcopy(_adapter(kind).core_schema)
     parts: list[Any] = [schema]
     while parts:
         part = parts.pop()
@@ -129,6 +162,8 @@ def _validator(kind: Any) -> SchemaValidator:
             parts += part.values()
             if part.get("type") in ("dict", "list", "tuple"):
                 part["fail_fast"] = True
+            if part.get("type") == "dataclass-field" and may_lack is not None and part["name"] not in may_lack:
+                part["schema"] = part["schema"].get("schema", part["schema"])  # without its default
         elif isinstance(part, list | tuple):
             parts += part
     return SchemaValidator(schema)

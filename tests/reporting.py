@@ -27,7 +27,7 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.artifacts.quantized import Adapter
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
-from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification
+from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification, VerificationFigures
 from intaglio.pipeline.contract.artifact import AnyKey, Artifact
 from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
@@ -47,17 +47,17 @@ LAYERS = (
     Layer(name=HOSTILE, op="linear", shape=(64, 64), bias=True),
 )
 SCHEMES = (FLOAT, W8A8_TOKEN, w4a16(64), W8A8_STEP, W8A8_TOKEN)
-FIGURES = {
-    "psnr_db": 31.42,
-    "psnr_db_min": 24.1,
-    "psnr_simulated_db": 31.54,
-    "fidelity_gap_db": 0.12,
-    "fidelity_gap_error_db": 0.05,
-    "sqnr_db": 28.9,
-    "parity_layer_rel_l2_max": 4.1e-7,
-    "parity_rel_l2": 0.013,
-    "fp16_bytes": 100_000.0,
-}
+FIGURES = VerificationFigures(
+    psnr_db=31.42,
+    psnr_db_min=24.1,
+    psnr_simulated_db=31.54,
+    fidelity_gap_db=0.12,
+    fidelity_gap_error_db=0.05,
+    sqnr_db=28.9,
+    parity_layer_rel_l2_max=4.1e-7,
+    parity_rel_l2=0.013,
+    fp16_bytes=100_000.0,
+)
 MODEL_BYTES = 40_000
 
 
@@ -113,9 +113,9 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     plan = QuantPlan(LAYERS, {layer.name: scheme for layer, scheme in zip(LAYERS, SCHEMES, strict=True)})
     measured = {x.name: (FLOAT, W8A8_STEP) if x.op == "conv" else (FLOAT, W8A8_TOKEN, W8A8_STEP) for x in LAYERS}
     sensitivity = Sensitivity(
-        LAYERS,
         ((0, 4), (4, 8)),
         (1.0, 3.0),
+        LAYERS,
         {name: {s.name: s for s in schemes} for name, schemes in measured.items()},
         {n: {s.name: (0.0, 0.0) if s == FLOAT else (2e-3, 3e-5) for s in schemes} for n, schemes in measured.items()},
     )
@@ -143,7 +143,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
         ADAPTER: Adapter({}, tuple(0.1 * 0.98**i for i in range(100))),
         GRAPH: Graph(root / "model.onnx", {"sample": sample, "step": TensorSpec("int64", ())}, {"noise": sample}),
         ENGINE: Engine("onnxruntime", "1.31.1", int8_gemm=3, fp_gemm=2),
-        VERIFICATION: Verification(FIGURES, parity, samples),
+        VERIFICATION: Verification(FIGURES, parity, samples=samples),
         LATENCY: Latency(rows=8, float32_ms=30.0, compiled_ms=12.0),
         LINT: Findings((finding,)),
         PROVENANCE: Provenance(recipe, {"MODEL": "0123abcd" * 8}, (run,)),

@@ -17,6 +17,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
 from intaglio.pipeline.output_files import check_output, whole_file
 
 if TYPE_CHECKING:
@@ -138,13 +139,8 @@ def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """PSNR of compiled samples to full precision as `verify` has it, mean and worst; nothing where there is but one."""
     if FULL not in drawn:
         return {}
-    psnr_B = psnr_db(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1))
+    psnr_B = psnr_db(mean_squared_error(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1)))
     return {"psnr_db": float(psnr_B.mean()), "psnr_db_min": float(psnr_B.min())}
-
-
-def psnr_db(samples: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """(B,) of samples (B, ...) in [-1, 1]; 206 dB where they are equal."""
-    return 10 * (4 / (samples - full).flatten(1).square().mean(1).clamp_min(1e-20)).log10()
 
 
 def check_file(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from intaglio.exporters.report import figures as figures
 from intaglio.exporters.report.grids import Drawn, SampleFigure, sample_figure
 from intaglio.exporters.report.page import render
-from intaglio.exporters.report.pictures import picture, png, psnr_db
+from intaglio.exporters.report.pictures import picture, png
 from intaglio.pipeline.artifacts.graph import Engine, Graph
 from intaglio.pipeline.artifacts.keys import (
     ADAPTER,
@@ -33,7 +33,7 @@ from intaglio.pipeline.artifacts.keys import (
 )
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.provenance import Provenance
-from intaglio.pipeline.artifacts.verification import Latency, Report, Verification, dotted
+from intaglio.pipeline.artifacts.verification import Latency, Report, VerificationFigures, dotted
 from intaglio.pipeline.contract.artifact import Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
@@ -42,6 +42,7 @@ from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.formats.schemes import IntWeight
 from intaglio.pipeline.formats.target import load_target, target_names
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
 from intaglio.pipeline.runs.versions import find_version
 
 if TYPE_CHECKING:
@@ -75,11 +76,14 @@ class WriteReport(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Write what was measured; what was not, for lack of its step or otherwise, is a dash, and null in metrics."""
         model, target, plan = state[MODEL], state[TARGET], state[PLAN]
-        verification = state[VERIFICATION] if VERIFICATION in state else Verification({}, {}, {})
+        verification = state[VERIFICATION] if VERIFICATION in state else None  # noqa: SIM401 - State.get raises
+        drawn = {} if verification is None else verification.samples
+        parity = {} if verification is None else verification.layers
+        measured = None if verification is None else verification.figures
         latency = state[LATENCY] if LATENCY in state else None  # noqa: SIM401 - State.get raises
         engine = state[ENGINE] if ENGINE in state else Engine(target.runtime, "not built yet", None, None)
         metrics = {"model": model.name, "target": target.name} | collect_metrics(
-            plan, state[GRAPH], engine, verification, latency
+            plan, state[GRAPH], engine, measured, latency
         )
         html = render(
             "report.html.j2",
@@ -88,7 +92,8 @@ class WriteReport(Pass):
             target=target,
             graph=state[GRAPH],
             engine=engine,
-            verification=verification,
+            parity=parity,
+            departures={} if verification is None else verification.departures,
             metrics=metrics,
             flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
             plan=plan,
@@ -100,29 +105,33 @@ class WriteReport(Pass):
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
-            samples=_comparison(verification.samples, self.samples),
-            strip=figures.strip(_psnr_db(verification.samples)),
-            parity_shares=figures.log_shares({name: parity.rel_l2 for name, parity in verification.layers.items()}),
+            samples=_comparison(drawn, self.samples),
+            strip=figures.strip(_psnr_db(drawn)),
+            parity_shares=figures.log_shares({name: layer.rel_l2 for name, layer in parity.items()}),
             lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
             origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
-            sizes=_sizes(state[GRAPH], engine, verification),
+            sizes=_sizes(state[GRAPH], engine, measured),
             latency=latency,
             latencies=() if latency is None else _latencies(latency),
             versions={name: find_version(name) or "not installed" for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
-        return {REPORT: Report(html, metrics, _picture(verification.samples, 8))}
+        return {REPORT: Report(html, metrics, _picture(drawn, 8))}
 
 
 def collect_metrics(
-    plan: QuantPlan, graph: Graph, engine: Engine, verification: Verification, latency: Latency | None
+    plan: QuantPlan,
+    graph: Graph,
+    engine: Engine,
+    figures: VerificationFigures | None = None,
+    latency: Latency | None = None,
 ) -> dict[str, object]:
-    """The figures of one target. Null: not measured, or not finite (JSON has no infinity).
+    """Return the metrics of one target; None where a figure was not measured or is not finite.
 
     Both ratios are full precision over compiled: above one, the compiled graph is smaller, or faster.
     """
-    measured = verification.figures
-    fp16_bytes = measured.get("fp16_bytes")
+    measured: dict[str, float | None] = {} if figures is None else asdict(figures)
+    fp16_bytes = None if figures is None else figures.fp16_bytes
     return {
         "layers_total": len(plan.layers),
         "layers_quantized": sum(isinstance(scheme.weight, IntWeight) for scheme in plan.schemes.values()),
@@ -154,9 +163,7 @@ def metrics_of_files(folder: Path) -> dict[str, object]:
     if there["plan.json"] and there["graph.json"]:
         runtime = "" if found["target"] not in target_names() else load_target(str(found["target"])).runtime
         engine = Engine.load(folder) if there["engine.json"] else Engine(runtime, "not built yet", None, None)
-        whole = collect_metrics(
-            QuantPlan.load(folder), Graph.load(folder), engine, Verification({}, {}, {}), latency=None
-        )
+        whole = collect_metrics(QuantPlan.load(folder), Graph.load(folder), engine)
         found |= {name: entry for name, entry in whole.items() if entry is not None}
     return found
 
@@ -175,11 +182,11 @@ def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure
 
 
 def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
-    """By title, of what was drawn beside full precision."""
+    """Return the PSNR of each sample to full precision in dB, by the implementation's title."""
     if "full_precision" not in samples:
         return {}
     return {
-        title: psnr_db(samples[key], samples["full_precision"]).tolist()
+        title: psnr_db(mean_squared_error(samples[key], samples["full_precision"])).tolist()
         for key, (title, _) in _IMPLEMENTATIONS.items()
         if key in samples and key != "full_precision"
     }
@@ -250,8 +257,9 @@ class Bar:
     ratio: str
 
 
-def _sizes(graph: Graph, engine: Engine, verification: Verification) -> tuple[Bar, ...]:
-    amounts = {"weights in float16": verification.figures.get("fp16_bytes"), "model.onnx": float(graph.size_bytes)}
+def _sizes(graph: Graph, engine: Engine, measured: VerificationFigures | None) -> tuple[Bar, ...]:
+    fp16_bytes = None if measured is None else measured.fp16_bytes
+    amounts = {"weights in float16": fp16_bytes, "model.onnx": float(graph.size_bytes)}
     if engine.plan is not None:
         amounts["engine.plan"] = float(len(engine.plan))
     return _bars(amounts, figures.size)

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.verify.departures import LayersInGraph
     from intaglio.pipeline.artifacts.graph import Graph
-    from intaglio.pipeline.artifacts.verification import Departure, LayerParity, Verification
+    from intaglio.pipeline.artifacts.verification import (
+        Departure,
+        DepartureFigures,
+        LayerParity,
+        SampleFigures,
+        Verification,
+    )
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.model.types import Denoise, Inputs
@@ -74,7 +80,7 @@ class Verify(Pass):
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
         from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise, graph_values
         from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
-        from intaglio.pipeline.artifacts.verification import Verification
+        from intaglio.pipeline.artifacts.verification import DepartureFigures, Verification, VerificationFigures
         from intaglio.pipeline.model.calls import clocked, denoise_with, other_call
         from intaglio.pipeline.model.sampler import Sampler
         from intaglio.pipeline.simulation.layer import QuantizedLayer
@@ -90,7 +96,6 @@ class Verify(Pass):
         optimized, halves = target.runtime == "onnxruntime", target.float_type == "float16"
         deployed = graph_denoise(graph, optimize=optimized)
         samples = {}
-        departures: dict[str, Departure] = {}
         with ctx.progress("samples", 3) as advance:
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
             advance()
@@ -104,34 +109,41 @@ class Verify(Pass):
         step = len(trajectory.timesteps) // 2
         call = trajectory.call(step, trajectory.some_rows(self.rows))
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-        figures = {}
+        departures: dict[str, Departure] = {}
+        departed = DepartureFigures()
         if self.bisect:
             values = graph_values(graph, value_names(graph), optimize=optimized)
-            departures, figures["departure_output_rel_l2"] = find_departures(layers, simulated, graph, values, call)
-            figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
-            figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
+            departures, output_rel_l2 = find_departures(layers, simulated, graph, values, call)
+            departed = DepartureFigures(
+                departure_output_rel_l2=output_rel_l2,
+                departure_own_rel_l2_max=max((d.own_rel_l2 for d in departures.values()), default=0.0),
+                departure_input_rel_l2_max=max((d.input_rel_l2 for d in departures.values()), default=0.0),
+            )
         if bad:
             raise StepFailed(
-                *self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
+                *self._departed(departed, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
             )
 
         parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
-        figures |= _distances(samples, HALF_TOLERANCE if halves else TOLERANCE)
-        figures["parity_rel_l2"] = rel_l2(deployed(call), simulated(call))
-        if (other := other_call(model, call)) is not None:
-            figures["parity_other_rel_l2"] = rel_l2(deployed(other), simulated(other))
-        figures["parity_layer_rel_l2_max"] = max((p.rel_l2 for p in parity.values()), default=0.0)
-        figures["fp16_bytes"] = fp16_bytes
+        other = other_call(model, call)
+        figures = VerificationFigures(
+            **vars(departed),
+            **vars(_distances(samples, HALF_TOLERANCE if halves else TOLERANCE)),
+            parity_rel_l2=rel_l2(deployed(call), simulated(call)),
+            parity_other_rel_l2=None if other is None else rel_l2(deployed(other), simulated(other)),
+            parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
+            fp16_bytes=fp16_bytes,
+        )
         ctx.log.info(
             "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
-            figures["psnr_db"],
-            figures["psnr_simulated_db"],
-            figures["parity_layer_rel_l2_max"],
+            figures.psnr_db,
+            figures.psnr_simulated_db,
+            figures.parity_layer_rel_l2_max,
         )
         if in_float:
             count = len(in_float)
             ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
-        result = Verification(figures, parity, samples, departures)
+        result = Verification(figures, parity, departures, samples=samples)
         half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
         self._judge(result, half, halves=halves)
         return {VERIFICATION: result}
@@ -153,9 +165,9 @@ class Verify(Pass):
             for name, p in result.layers.items()
             if p.codes_differing > max(1, self.code_tolerance * p.codes) or p.code_distance_max > 1
         ]
-        if not math.isfinite(result.figures.get("parity_other_rel_l2", 0.0)):
+        if not math.isfinite(result.figures.parity_other_rel_l2 or 0.0):
             problems.append("the graph or its simulation returns NaN or Inf at the model's other size")
-        gap, error = result.figures["fidelity_gap_db"], result.figures["fidelity_gap_error_db"]
+        gap, error = result.figures.fidelity_gap_db, result.figures.fidelity_gap_error_db
         if not abs(gap) - 2 * error <= self.gap_db_tolerance:
             problems.append(
                 f"samples: simulated and deployed PSNR differ by {gap:.2f} dB, standard error {error:.2f} dB"
@@ -164,9 +176,7 @@ class Verify(Pass):
         if problems:
             raise StepFailed(*problems)
 
-    def _departed(
-        self, figures: Mapping[str, float], departures: Mapping[str, Departure], *, halves: bool
-    ) -> list[str]:
+    def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
         """Every layer that computes something else inside the graph, then the first that is handed something else."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
@@ -176,7 +186,7 @@ class Verify(Pass):
             if not d.own_rel_l2 <= tolerance
         ]
         reached = {name: d.input_rel_l2 for name, d in departures.items()}
-        reached["the output"] = figures.get("departure_output_rel_l2", 0.0)
+        reached["the output"] = figures.departure_output_rel_l2 or 0.0
         wrong = [(name, error) for name, error in reached.items() if not error <= tolerance]
         if wrong:
             name, error = wrong[0]
@@ -277,24 +287,24 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
 
 
-def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> dict[str, float]:
-    """PSNR (range 2, images in [-1, 1]) and SQNR to full precision, in dB: the mean over samples of each one's own.
+def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> SampleFigures:
+    """Return the distances of simulated and deployed samples to those of full precision.
 
-    The least of them is there too: a trajectory that parts from its reference makes one sample much worse than others.
-    The gap has its standard error over the samples beside it. Errors below `rounding`, relative to full precision, are
-    those of the order of sums: two implementations that are both nearer than that have no gap.
+    Errors below `rounding`, relative to full precision, are those of the order of sums: two implementations that are
+    both nearer than that have no gap.
     """
-    reference = samples["full_precision"].flatten(1)
-    mse = {n: (samples[n].flatten(1) - reference).square().mean(1).clamp_min(1e-20) for n in ("simulated", "deployed")}
-    psnr = {n: 10 * (4 / error).log10() for n, error in mse.items()}
-    floor = (rounding**2 * reference.square().mean(1)).clamp_min(1e-20)
-    gap = 10 * (mse["deployed"].maximum(floor) / mse["simulated"].maximum(floor)).log10()
-    sqnr = 10 * (reference.square().mean(1) / mse["deployed"]).log10()
-    return {
-        "psnr_db": float(psnr["deployed"].mean()),
-        "psnr_db_min": float(psnr["deployed"].min()),
-        "psnr_simulated_db": float(psnr["simulated"].mean()),
-        "sqnr_db": float(sqnr.mean()),
-        "fidelity_gap_db": float(gap.mean()),
-        "fidelity_gap_error_db": float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
-    }
+    from intaglio.pipeline.artifacts.verification import SampleFigures
+    from intaglio.pipeline.numerics.quality import LEAST_MSE, decibels, mean_squared_error, psnr_db, sqnr_db
+
+    reference = samples["full_precision"]
+    simulated, deployed = (mean_squared_error(samples[name], reference) for name in ("simulated", "deployed"))
+    floor = (rounding**2 * reference.flatten(1).square().mean(1)).clamp_min(LEAST_MSE)
+    gap = decibels(deployed.maximum(floor) / simulated.maximum(floor))
+    return SampleFigures(
+        psnr_db=float(psnr_db(deployed).mean()),
+        psnr_db_min=float(psnr_db(deployed).min()),
+        psnr_simulated_db=float(psnr_db(simulated).mean()),
+        sqnr_db=float(sqnr_db(deployed, reference).mean()),
+        fidelity_gap_db=float(gap.mean()),
+        fidelity_gap_error_db=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
+    )

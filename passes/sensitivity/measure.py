@@ -20,6 +20,7 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.layer import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
 from intaglio.pipeline.model.cost import ModelCost
+from intaglio.pipeline.numerics.quality import PEAK
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +195,7 @@ class MeasureSensitivity(Pass):
         drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
         errors, by_call = self._along(drawn, schemes)
         weights = _sums(by_call, buckets) if by_call else self._bucket_weights(sampler, buckets, ctx)
-        empty = Sensitivity(layers, buckets, weights, schemes, {}, groups=groups, drift_screened=errors)
+        empty = Sensitivity(buckets, weights, layers, schemes, {}, groups=groups, drift_screened=errors)
         table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
         return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
@@ -298,7 +299,7 @@ class MeasureSensitivity(Pass):
         from intaglio.passes.sensitivity.study import Progress
 
         below_db = self.drift_below_db + (0 if table.drift_screened else OUTPUTS_DB)
-        visible = 4 / 10 ** (below_db / 10)  # squared error of samples in [-1, 1], whose range is 2
+        visible = PEAK**2 / 10 ** (below_db / 10)  # the squared error with this PSNR
         pairs = [
             (layer.name, scheme)
             for layer in table.layers

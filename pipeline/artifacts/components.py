@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import read_typed, write_typed
 from intaglio.pipeline.model.pipeline_folder import INDEX, WEIGHTS, PipelineFolder
 
-if TYPE_CHECKING:
-    pass
+COMPILED = "components.json"
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,13 @@ class Components(_OfPipeline):
                 shutil.copytree(folder.root / name, root / name, ignore=keep, dirs_exist_ok=True)
         index = folder.index() | {name: [None, None] for name in without}
         (root / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        content = {name: asdict(one) for name, one in compiled.items()}
-        (root / "components.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_typed(root / COMPILED, dict(compiled), dict[str, Compiled], sort_keys=True)
         return cls(root)
 
     @property
     def compiled(self) -> dict[str, Compiled]:
         """By name of the component."""
-        found: dict[str, Compiled] = read_typed(self.root / "components.json", dict[str, Compiled], inside=self.root)
-        return found
+        return read_typed(self.root / COMPILED, dict[str, Compiled], inside=self.root)
 
 
 @dataclass(frozen=True)

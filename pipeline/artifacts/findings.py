@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, TypeAlias
 
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import read_typed, typed_json, write_typed
 
 Level: TypeAlias = Literal["error", "warning"]
 
@@ -34,7 +33,7 @@ class Findings:
 
     def to_json(self) -> str:
         """`{"findings": [{"rule": ..., "level": ..., "node": ..., "message": ..., "fix": ...}]}`"""
-        return json.dumps({"findings": [asdict(finding) for finding in self.findings]}, indent=1)
+        return typed_json(self, Findings)
 
     def at(self, level: Level) -> tuple[Finding, ...]:
         """Those of one level."""
@@ -42,7 +41,7 @@ class Findings:
 
     def save(self, root: Path) -> None:
         """Write lint.json."""
-        (root / "lint.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        write_typed(root / "lint.json", self, Findings)
 
     @classmethod
     def load(cls, root: Path) -> Self:

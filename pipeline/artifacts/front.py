@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import read_typed, typed_json
+from intaglio.pipeline.numerics.quality import psnr_db
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Point:
 
     @property
     def psnr_db(self) -> float:
-        """Predicted, of samples in [-1, 1]; infinite where nothing is lost."""
-        return 10 * math.log10(4 / self.loss) if self.loss > 0 else math.inf
+        """Predicted PSNR of the final samples; infinite where nothing is lost."""
+        return psnr_db(self.loss)
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Front:
 
     def save(self, root: Path) -> None:
         """Write front.json, a line for each point."""
-        lines = ",\n  ".join(json.dumps(asdict(point)) for point in self.points)
-        chosen = json.dumps(asdict(self.chosen))
+        lines = ",\n  ".join(typed_json(point, Point, indent=None) for point in self.points)
+        chosen = typed_json(self.chosen, Point, indent=None)
         (root / "front.json").write_text(f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen}\n}}\n')
 
     @classmethod

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from intaglio.pipeline.files import read_bytes, read_typed
+from intaglio.pipeline.files import read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
 
 if TYPE_CHECKING:
@@ -55,7 +54,29 @@ class ScaledBy(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Graph:
+class _File:
+    """The place of a graph's file. A base class, so that `path` stands first among the fields of `Graph`."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class _GraphFacts:
+    """The content of graph.json: what `Graph` has beside its path."""
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    timesteps: tuple[float, ...] = ()
+    nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    timestep: str | None = "timestep"
+    sizes: Mapping[str, tuple[AxisSize, AxisSize]] = field(default_factory=dict)
+    amax: Mapping[str, float] = field(default_factory=dict)
+    interface: Interface = field(default_factory=Interface)
+    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Graph(_GraphFacts, _File):
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
 
     `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
@@ -66,34 +87,21 @@ class Graph:
     `scaled` are those ends of layers, by value name, that the channel scales of a layer behind them are folded into.
     """
 
-    path: Path
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    timesteps: tuple[float, ...] = ()
-    nodes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    timestep: str | None = "timestep"
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    amax: Mapping[str, float] = field(default_factory=dict)
-    interface: Interface = field(default_factory=Interface)
-    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
-
     def save(self, root: Path) -> None:
         """Copy the model's files and write graph.json."""
         for name in ("model.onnx", "model.onnx.data"):
             if (self.path.parent / name).exists():
                 shutil.copy(self.path.parent / name, root / name)
-        facts = asdict(self)
-        del facts["path"]
-        (root / "graph.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_typed(root / "graph.json", self, _GraphFacts)
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = vars(read_typed(root / "graph.json", _GraphFacts))
-        return cls(root / "model.onnx", **facts | {"interface": Interface(**vars(facts["interface"]))})
+        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants"))
+        return cls(root / "model.onnx", **vars(facts))
 
     def is_folded(self, layer: str) -> bool:
-        """Whether the channel scales of a layer's input are in what precedes it."""
+        """Return whether the channel scales of a layer's input are folded into what precedes the layer."""
         return layer in self.nodes and self.nodes[layer][0] in self.scaled
 
     @property
@@ -103,50 +111,31 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class _GraphFacts:
-    """graph.json: what `Graph` has beside its path."""
-
-    inputs: Mapping[str, TensorSpec]
-    outputs: Mapping[str, TensorSpec]
-    timesteps: tuple[float, ...]
-    nodes: Mapping[str, tuple[str, str]]
-    timestep: str | None
-    sizes: Mapping[str, tuple[AxisSize, AxisSize]]
-    amax: Mapping[str, float]
-    interface: _InterfaceFacts
-    scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _InterfaceFacts:
-    """What `Interface` has, all of which is in graph.json."""
-
-    kind: str
-    config: Mapping[str, object]
-    arguments: tuple[str, ...]
-    sample: str
-    constants: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a runtime made of a graph: how many of its matrix products and convolutions it executes on integers.
-
-    `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` are those executed.
-    """
+class _EngineFacts:
+    """The content of engine.json: what `Engine` has beside its plan."""
 
     runtime: str
     version: str
     int8_gemm: int | None
     fp_gemm: int | None
-    plan: bytes | None = None
     command: str | None = None
     layers: tuple[str, ...] = ()
 
+
+@dataclass(frozen=True)
+class Engine(_EngineFacts):
+    """A graph as a runtime built it, with the number of matrix products and convolutions that run on integers.
+
+    `int8_gemm` and `fp_gemm` are numbers of products on integers and in float, None where they are not known.
+    `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` names the layers
+    that the runtime executes.
+    """
+
+    plan: bytes | None = field(default=None, kw_only=True)
+
     def save(self, root: Path) -> None:
         """Write engine.json, and engine.plan where there is one."""
-        facts = {k: v for k, v in self.__dict__.items() if k != "plan"}
-        (root / "engine.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_typed(root / "engine.json", self, _EngineFacts)
         if self.plan is not None:
             (root / "engine.plan").write_bytes(self.plan)
 
@@ -155,18 +144,6 @@ class Engine:
         """Read what `save` wrote."""
         facts, plan = read_typed(root / "engine.json", _EngineFacts), root / "engine.plan"
         return cls(**vars(facts), plan=read_bytes(plan, most=MOST_ENGINE) if plan.exists() else None)
-
-
-@dataclass(frozen=True)
-class _EngineFacts:
-    """engine.json: what `Engine` has beside its plan."""
-
-    runtime: str
-    version: str
-    int8_gemm: int | None
-    fp_gemm: int | None
-    command: str | None = None
-    layers: tuple[str, ...] = ()
 
 
 def step_index(graph: Graph, inputs: Inputs) -> int:

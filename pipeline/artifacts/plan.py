@@ -5,17 +5,16 @@ Shapes: N out features, K in features (of a convolution: input channels times ke
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from intaglio.pipeline.errors import ContractError, RecipeError, TargetError
-from intaglio.pipeline.files import printable, read_typed
+from intaglio.pipeline.files import OPTIONAL, printable, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer, illegal
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
@@ -132,18 +131,6 @@ class QuantPlan:
 
     def save(self, root: Path) -> None:
         """Write plan.json, balance.safetensors where a layer is balanced, branch.safetensors where one has a branch."""
-        rows = [
-            {
-                **layer.model_dump(mode="json"),
-                "scheme": (scheme := self.schemes[layer.name]).name,
-                **scheme.model_dump(mode="json"),
-                "size_bytes": self.layer_bytes(layer),
-                **({"rotated": self.balances[layer.name].balance.block} if layer.name in self.balances else {}),
-                **({"branch": self.branches[layer.name].rank} if layer.name in self.branches else {}),
-                **({"reason": self.reasons[layer.name]} if layer.name in self.reasons else {}),
-            }
-            for layer in self.layers
-        ]
         if self.balances:
             from intaglio.pipeline.numerics.basis import save_balances
 
@@ -152,7 +139,20 @@ class QuantPlan:
             from intaglio.pipeline.numerics.low_rank import save_branches
 
             save_branches(self.branches, root / "branch.safetensors")
-        (root / "plan.json").write_text(json.dumps({"layers": rows}, indent=1) + "\n")
+        write_typed(root / "plan.json", _Content(tuple(map(self._row, self.layers))), _Content)
+
+    def _row(self, layer: Layer) -> _Row:
+        scheme = self.schemes[layer.name]
+        balance, branch = self.balances.get(layer.name), self.branches.get(layer.name)
+        return _Row(
+            **dict(layer),
+            scheme=scheme.name,
+            **dict(scheme),
+            size_bytes=self.layer_bytes(layer),
+            rotated=None if balance is None else balance.balance.block,
+            branch=None if branch is None else branch.rank,
+            reason=self.reasons.get(layer.name),
+        )
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -183,7 +183,10 @@ class QuantPlan:
 
 
 class _Row(Layer):
-    """One layer in plan.json: what the layer is, and its scheme by name and by formats."""
+    """One layer in plan.json: the layer, its scheme by name and by formats, and its bytes with its branch.
+
+    `rotated` is the block size of its balance, `branch` the rank of its branch.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -191,7 +194,10 @@ class _Row(Layer):
     weight: WeightFormat
     input: InputFormat
     output: OutputFormat
-    reason: str | None = None
+    all_bytes: int = Field(alias="size_bytes")
+    rotated: Annotated[int | None, OPTIONAL] = None
+    branch: Annotated[int | None, OPTIONAL] = None
+    reason: Annotated[str | None, OPTIONAL] = None
 
     @model_validator(mode="after")
     def _named_as_it_is(self) -> Self:
@@ -203,6 +209,6 @@ class _Row(Layer):
 
 @dataclass(frozen=True)
 class _Content:
-    """plan.json"""
+    """The content of plan.json."""
 
     layers: tuple[_Row, ...]

@@ -1,6 +1,5 @@
 """Where the files of one target come from: the recipe, what there was at the start, and the steps so far."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Self
 
 from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import read_typed, write_typed
 
 FILE = "provenance.json"
 
@@ -25,9 +24,7 @@ class Provenance:
 
     def save(self, root: Path) -> None:
         """Write provenance.json."""
-        runs = [run.model_dump(mode="json") for run in self.runs]
-        content = {"recipe": self.recipe.to_yaml(), "start": dict(self.start), "runs": runs}
-        (root / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_typed(root / FILE, _Content(self.recipe.to_yaml(), self.start, self.runs), _Content)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -38,7 +35,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class _Content:
-    """provenance.json"""
+    """The content of provenance.json: the recipe is its YAML text."""
 
     recipe: str
     start: Mapping[str, str]

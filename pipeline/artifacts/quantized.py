@@ -5,13 +5,12 @@ Shapes: N out features, K in features, G scales a row, T denoising steps, rank o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-from intaglio.pipeline.files import damage_of, load_tensors, read_typed
+from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
 from intaglio.pipeline.formats.schemes import IntWeight, LayerScheme
 
 if TYPE_CHECKING:
@@ -60,8 +59,8 @@ class Adapter:
             parts = ((part.name, getattr(layer, part.name)) for part in fields(layer))
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in parts if value is not None}
         save_file(tensors, root / "adapter.safetensors")
-        content = {"layers": list(self.layers), "loss": self.loss, "distance": self.distance}
-        (root / "adapter.json").write_text(json.dumps(content) + "\n")
+        content = _AdapterContent(tuple(self.layers), self.loss, self.distance)
+        write_typed(root / "adapter.json", content, _AdapterContent, indent=None)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -79,7 +78,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class _AdapterContent:
-    """adapter.json"""
+    """The content of adapter.json: the names of its layers, whose tensors are in adapter.safetensors."""
 
     layers: tuple[str, ...]
     loss: tuple[float, ...]
@@ -162,15 +161,11 @@ class Quantized:
                 tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
         tensors |= branch_tensors({n: v.branch for n, v in self.layers.items() if v.branch is not None})
         save_file(tensors, root / "quantized.safetensors")
-        content = {
-            "timesteps": self.timesteps,
-            "layers": {
-                n: {"shape": list(v.codes.shape), "scheme": v.scheme.model_dump(mode="json")}
-                | ({} if v.balance is None else {"rotated": v.balance.block})
-                for n, v in self.layers.items()
-            },
+        facts = {
+            n: _LayerFacts(tuple(v.codes.shape), v.scheme, None if v.balance is None else v.balance.block)
+            for n, v in self.layers.items()
         }
-        (root / "quantized.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_typed(root / "quantized.json", _Content(self.timesteps, facts), _Content)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -187,16 +182,16 @@ class Quantized:
 
 @dataclass(frozen=True)
 class _LayerFacts:
-    """One layer in quantized.json."""
+    """One layer in quantized.json: `shape` is that of its codes, `rotated` the block size of its balance."""
 
     shape: tuple[int, ...]
     scheme: LayerScheme
-    rotated: int | None = None
+    rotated: Annotated[int | None, OPTIONAL] = None
 
 
 @dataclass(frozen=True)
 class _Content:
-    """quantized.json"""
+    """The content of quantized.json."""
 
     timesteps: tuple[float, ...]
     layers: Mapping[str, _LayerFacts]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import LayerScheme
 
@@ -34,9 +33,9 @@ class Sensitivity:
     where it is another one than the mean squared error.
     """
 
-    layers: tuple[Layer, ...]
     buckets: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
+    layers: tuple[Layer, ...]
     schemes: Mapping[str, Mapping[str, LayerScheme]]
     """Measured schemes by layer name and scheme name."""
     error: Mapping[str, Mapping[str, tuple[float, ...]]]
@@ -97,24 +96,7 @@ class Sensitivity:
 
     def save(self, root: Path) -> None:
         """Write sensitivity.json."""
-        content = {
-            "buckets": self.buckets,
-            "weights": self.weights,
-            "layers": [layer.model_dump(mode="json") for layer in self.layers],
-            "schemes": {n: {s: v.model_dump(mode="json") for s, v in by.items()} for n, by in self.schemes.items()},
-            "error": self.error,
-            "drift": self.drift,
-            "stderr": self.stderr,
-            "screened": self.screened,
-            "measured": self.measured,
-            "apart": self.apart,
-            "groups": self.groups,
-            "metrics": self.metrics,
-            "ranked": self.ranked,
-            "drift_screened": self.drift_screened,
-            "rank_correlation": self.rank_correlation,
-        }
-        (root / "sensitivity.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_typed(root / "sensitivity.json", self, Sensitivity)
 
     @classmethod
     def load(cls, root: Path) -> Self:

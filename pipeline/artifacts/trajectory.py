@@ -5,14 +5,13 @@ Shapes: T denoising steps, R rows of a call, L layers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
-from intaglio.pipeline.files import damage_of, load_tensors, read_typed
+from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
 from intaglio.pipeline.formats.schemes import IntInput, LayerScheme
 
 if TYPE_CHECKING:
@@ -121,8 +120,7 @@ class Trajectory:
         if self.half:
             tensors |= {n: _halved(tensors[n]) for n in ("outputs", *(f"input.{name}" for name in self.inputs))}
         save_file(tensors, root / "trajectory.safetensors")
-        settings = {"timesteps": self.timesteps} | ({"half": True} if self.half else {})
-        (root / "trajectory.json").write_text(json.dumps(settings) + "\n")
+        write_typed(root / "trajectory.json", _Settings(self.timesteps, self.half), _Settings, indent=None)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -141,10 +139,10 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class _Settings:
-    """trajectory.json"""
+    """The content of trajectory.json."""
 
     timesteps: tuple[float, ...]
-    half: bool = False
+    half: Annotated[bool, OPTIONAL] = False
 
 
 def _halved(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,22 @@
-"""Measured agreement: the deployed graph against its simulation, and both against full precision."""
+"""Measurements of a deployed graph: its agreement with the simulation, its quality, its speed, its report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-from intaglio.pipeline.files import MIB, load_tensors, read_bytes, read_json_object, read_text, read_typed
+from intaglio.pipeline.files import (
+    MIB,
+    OPTIONAL,
+    load_tensors,
+    read_bytes,
+    read_json_object,
+    read_text,
+    read_typed,
+    write_typed,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +27,11 @@ MOST_PAGE, MOST_PICTURE = 64 * MIB, 64 * MIB
 
 @dataclass(frozen=True)
 class LayerParity:
-    """One layer on the same input in both: relative L2 error, and how many of its input codes differ, by how much."""
+    """Agreement of one layer, deployed and simulated, on the same input.
+
+    `rel_l2` is the relative L2 error of its output. `codes_differing` of its `codes` input codes differ, by at most
+    `code_distance_max`; all three are zero where its input is not rounded.
+    """
 
     rel_l2: float
     codes: int
@@ -29,60 +41,98 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Departure:
-    """One layer inside the whole graph, as relative L2 errors.
+    """Relative L2 errors of one layer inside the whole graph.
 
-    `input_rel_l2` of what enters it, from a simulation that goes on with the graph's own values of all layers before;
-    `own_rel_l2` of what leaves it, from the simulated layer on what entered it in the graph.
+    `input_rel_l2` is the error of the layer's input against a simulation that continues with the graph's own outputs of
+    all layers before it. `own_rel_l2` is the error of the layer's output against the simulated layer on the same input.
     """
 
     input_rel_l2: float
     own_rel_l2: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class DepartureFigures:
+    """Relative L2 errors inside the whole graph; None where `verify` did not look into it."""
+
+    departure_output_rel_l2: Annotated[float | None, OPTIONAL] = None
+    """Error of what reaches the graph's output."""
+    departure_own_rel_l2_max: Annotated[float | None, OPTIONAL] = None
+    """Largest `own_rel_l2` of a layer's `Departure`."""
+    departure_input_rel_l2_max: Annotated[float | None, OPTIONAL] = None
+    """Largest `input_rel_l2` of a layer's `Departure`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFigures:
+    """Distances of samples to full precision, in dB: means over the samples of each one's own, but for the worst one.
+
+    The worst is there too, since a trajectory that parts from its reference makes one sample much worse than others.
+    """
+
+    psnr_db: float
+    """PSNR of the deployed samples."""
+    psnr_db_min: float
+    """PSNR of the worst deployed sample."""
+    psnr_simulated_db: float
+    """PSNR of the simulated samples."""
+    sqnr_db: float
+    """SQNR of the deployed samples."""
+    fidelity_gap_db: float
+    """PSNR of the simulated samples minus that of the deployed ones."""
+    fidelity_gap_error_db: float
+    """Standard error of the gap over the samples; zero where there is one sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationFigures(SampleFigures, DepartureFigures):
+    """All figures of one target that `verify` measures, in the order of verification.json."""
+
+    parity_rel_l2: float
+    """Relative L2 error of the deployed denoiser against the simulated one, in one recorded call."""
+    parity_other_rel_l2: Annotated[float | None, OPTIONAL] = None
+    """The same error at the model's other size; None where the model has one size."""
+    parity_layer_rel_l2_max: float
+    """Largest `rel_l2` of a layer's `LayerParity`; zero where no layer is quantized."""
+    fp16_bytes: float
+    """Bytes of all weights of the full-precision model in float16."""
+
+
 @dataclass(frozen=True)
-class Verification:
-    """What `verify` measured. `samples`: (B, ...) of full precision, the simulation and the deployed graph.
+class _Measured:
+    """The content of verification.json: what `Verification` has beside its samples."""
+
+    figures: VerificationFigures
+    layers: Mapping[str, LayerParity]
+    departures: Mapping[str, Departure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification(_Measured):
+    """The measurements of `verify`. `samples`: (B, ...) of full precision, the simulation and the deployed graph.
 
     `departures` has the layers in the order in which they run; empty where the whole graph was not looked into.
     """
 
-    figures: Mapping[str, float]
-    layers: Mapping[str, LayerParity]
-    samples: Mapping[str, torch.Tensor]
-    departures: Mapping[str, Departure] = field(default_factory=dict)
+    samples: Mapping[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
 
     def save(self, root: Path) -> None:
         """Write verification.json and samples.safetensors."""
         from safetensors.torch import save_file
 
-        content = {
-            "figures": self.figures,
-            "layers": {n: p.__dict__ for n, p in self.layers.items()},
-            "departures": {n: d.__dict__ for n, d in self.departures.items()},
-        }
-        (root / "verification.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_typed(root / "verification.json", self, _Measured)
         save_file({k: v.contiguous() for k, v in self.samples.items()}, root / "samples.safetensors")
 
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        content = read_typed(root / "verification.json", _Content)
-        samples = load_tensors(root / "samples.safetensors")
-        return cls(content.figures, content.layers, samples, content.departures)
-
-
-@dataclass(frozen=True)
-class _Content:
-    """verification.json"""
-
-    figures: Mapping[str, float]
-    layers: Mapping[str, LayerParity]
-    departures: Mapping[str, Departure]
+        measured = read_typed(root / "verification.json", _Measured)
+        return cls(**vars(measured), samples=load_tensors(root / "samples.safetensors"))
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median time of one call in ONNX Runtime, of full precision and of the compiled graph."""
+    """Median time of one call with `rows` rows in ONNX Runtime, of the float32 graph and of the compiled graph."""
 
     rows: int
     float32_ms: float
@@ -90,7 +140,7 @@ class Latency:
 
     def save(self, root: Path) -> None:
         """Write latency.json."""
-        (root / "latency.json").write_text(json.dumps(self.__dict__) + "\n")
+        write_typed(root / "latency.json", self, Latency, indent=None)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -99,7 +149,7 @@ class Latency:
 
 
 def dotted(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every figure of metrics.json by its name.
+    """Yield every figure of metrics.json with its name, the names of nested objects joined by dots.
 
     >>> dict(dotted({"psnr_db": 44.1, "engine": {"int8_gemm": 47}}))
     {'psnr_db': 44.1, 'engine.int8_gemm': 47}
@@ -113,7 +163,7 @@ def dotted(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 @dataclass(frozen=True)
 class Report:
-    """The page that people read, the figures that machines read, and a picture of samples (PNG)."""
+    """A page for people, figures for programs, and a picture of samples (PNG), None where samples are no images."""
 
     html: str
     metrics: Mapping[str, object]
@@ -124,7 +174,7 @@ class Report:
         if self.picture is not None:
             (root / "samples.png").write_bytes(self.picture)
         (root / "report.html").write_text(self.html, encoding="utf-8")
-        (root / "metrics.json").write_text(json.dumps(self.metrics, indent=1) + "\n")
+        write_typed(root / "metrics.json", dict(self.metrics), dict[str, object])
 
     @classmethod
     def load(cls, root: Path) -> Self:

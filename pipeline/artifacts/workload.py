@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
-from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.files import OPTIONAL, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 
 
@@ -39,10 +38,8 @@ class Workload:
 
     def save(self, root: Path) -> None:
         """Write workload.json."""
-        content: dict[str, object] = {"rows": self.rows, "same_input": self.same_input}
-        if self.unreached:
-            content["unreached"] = [layer.model_dump(mode="json") | {"reason": why} for layer, why in self.unreached]
-        (root / "workload.json").write_text(json.dumps(content, indent=1) + "\n")
+        unreached = tuple(_Row(**layer.model_dump(), reason=reason) for layer, reason in self.unreached)
+        write_typed(root / "workload.json", _Content(self.rows, self.same_input, unreached), _Content)
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -64,4 +61,4 @@ class _Content:
 
     rows: Mapping[str, float]
     same_input: tuple[tuple[str, ...], ...]
-    unreached: tuple[_Row, ...] = ()
+    unreached: Annotated[tuple[_Row, ...], OPTIONAL] = ()

@@ -10,27 +10,26 @@ from torch.nn import functional
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
+from intaglio.pipeline.numerics import quality
+from intaglio.pipeline.numerics.quality import mean_squared_error
+
 FEATURE_SIZE = 128
 """Pixels to which images are enlarged: four times those of the sample models."""
 
 
 def psnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,), for a range of 2."""
-    return 10 * (4 / _mse(x, reference)).log10()
+    """Return the PSNR of each image in dB, (B,)."""
+    return quality.psnr_db(mean_squared_error(x, reference))
 
 
 def sqnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,)"""
-    return 10 * (reference.square().flatten(1).mean(1) / _mse(x, reference)).log10()
+    """Return the SQNR of each image in dB, (B,)."""
+    return quality.sqnr_db(mean_squared_error(x, reference), reference)
 
 
 def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """(B,)"""
     return structural_similarity_index_measure(x, reference, data_range=2.0, reduction="none")
-
-
-def _mse(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    return (x - reference).square().flatten(1).mean(1).clamp_min(1e-20)
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor) -> float:

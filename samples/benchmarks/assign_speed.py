@@ -80,7 +80,7 @@ def model(count: int, rng: np.random.Generator) -> tuple[Sensitivity, Workload]:
         schemes[layer.name] = found
         error[layer.name] = {name: (loss * WORST[name] * 10 ** rng.normal(0, 0.15),) for name in found}
         rows[layer.name] = float(rng.choice([1, 77, 256, 1024, 4096]))
-    return Sensitivity(tuple(layers), ((0, 1),), (1.0,), schemes, error), Workload(rows)
+    return Sensitivity(((0, 1),), (1.0,), tuple(layers), schemes, error), Workload(rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.sampler import Sampler, Start
 from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.numerics import quality
+from intaglio.pipeline.numerics.quality import mean_squared_error
 from intaglio.pipeline.simulation.model import quantize_model
 
 
@@ -59,8 +61,8 @@ def main(
     reference = draw(checkpoint, None, trajectory, start)
 
     def psnr_db(plan: QuantPlan) -> float:
-        mse = (draw(checkpoint, plan, trajectory, start) - reference).square().flatten(1).mean(1)
-        return float((10 * (4 / mse).log10()).mean())
+        mse = mean_squared_error(draw(checkpoint, plan, trajectory, start), reference)
+        return float(quality.psnr_db(mse).mean())
 
     found_db = psnr_db(mixed)
     rng = np.random.default_rng(0)

@@ -41,7 +41,7 @@ def test_it_runs_and_shows_what_it_says(tmp_path, monkeypatch, capsys):
     assert 10 <= sum(scheme.weight_bits == 4 for scheme in made[PLAN].schemes.values()) <= 40
     changed = {n for n, scheme in spared[PLAN].schemes.items() if scheme != made[PLAN].schemes[n]}
     assert len(changed) == 4
-    assert made[VERIFICATION].figures["psnr_db"] + 0.5 < spared[VERIFICATION].figures["psnr_db"]
+    assert made[VERIFICATION].figures.psnr_db + 0.5 < spared[VERIFICATION].figures.psnr_db
     full, compiled = cells["full"], cells["compiled"]
     assert full.shape == (4, 3, 32, 32)
     assert 0 < float((compiled - full).square().mean()) < 0.1 * float(full.var())

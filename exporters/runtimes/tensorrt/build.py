@@ -101,7 +101,7 @@ class BuildTensorRT(Pass):
             raise TargetError(*hazards)
         integer, floating = count_products(layers, products)
         ctx.log.info("%d matrix products on integers, %d in floating point", integer, floating)
-        return Engine(target.runtime, trt.__version__, integer, floating, plan, layers=tuple(map(str, layers)))
+        return Engine(target.runtime, trt.__version__, integer, floating, layers=tuple(map(str, layers)), plan=plan)
 
     def _builds_here(self, target: Target) -> bool:
         return target.runtime == "tensorrt-rtx" or self.build_on == "host"

@@ -76,7 +76,14 @@ def test_metrics_are_those_of_the_artifacts(made):
         "latency_ms": 12.0,
         "latency_fp32_ms": 30.0,
         "latency_ratio_fp32": 2.5,
-        **{name: figure for name, figure in FIGURES.items() if name != "fp16_bytes"},
+        "psnr_db": 31.42,
+        "psnr_db_min": 24.1,
+        "psnr_simulated_db": 31.54,
+        "fidelity_gap_db": 0.12,
+        "fidelity_gap_error_db": 0.05,
+        "sqnr_db": 28.9,
+        "parity_layer_rel_l2_max": 4.1e-7,
+        "parity_rel_l2": 0.013,
         "engine": {
             "path": "model.onnx",
             "runtime": "onnxruntime",
@@ -103,8 +110,7 @@ def test_a_built_engine_is_the_file_that_metrics_name(made):
 
 
 def test_what_was_not_measured_is_null_and_a_dash(made):
-    figures = {"psnr_db": math.inf, "fp16_bytes": 100_000.0}
-    made[VERIFICATION] = Verification(figures, {}, {})
+    made[VERIFICATION] = Verification(replace(FIGURES, psnr_db=math.inf, sqnr_db=math.nan), {})
     made[ENGINE] = Engine("tensorrt", "10.3", None, None, command="trtexec --onnx=model.onnx")
     report = write(made)
     assert json.loads(json.dumps(report.metrics, allow_nan=False))["psnr_db"] is None
@@ -204,7 +210,7 @@ def test_every_sample_has_its_own_psnr(made):
 
 def test_latents_are_normalised_and_said_to_be_latents(made):
     latent = torch.linspace(-7, 3, 2 * 4 * 8 * 8).reshape(2, 4, 8, 8)
-    made[VERIFICATION] = Verification(FIGURES, {}, {"full_precision": latent, "deployed": latent})
+    made[VERIFICATION] = Verification(FIGURES, {}, samples={"full_precision": latent, "deployed": latent})
     page = Page(write(made).html)
     assert "latents with 4 channels: shown are the first three" in page.text("samples")
     images = [decode(image["src"]) for image in page.found("samples", "img")]
@@ -477,9 +483,9 @@ def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
     schemes = (FLOAT, W8A8_TOKEN, W8A8_STEP, w4a16(32))
     made[PLAN] = QuantPlan(layers, {layer.name: W8A8_TOKEN for layer in layers})
     made[SENSITIVITY] = Sensitivity(
-        layers,
         tuple((i, i + 1) for i in range(8)),
         (1.0,) * 8,
+        layers,
         {layer.name: {s.name: s for s in schemes} for layer in layers},
         {layer.name: {s.name: (1.234e-5,) * 8 for s in schemes} for layer in layers},
     )

@@ -12,7 +12,7 @@ from intaglio.exporters.measure.benchmark import MeasureLatency
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify, _distances, layers_in_float
 from intaglio.pipeline.artifacts.keys import GRAPH, LATENCY, QUANTIZED, TARGET, VERIFICATION
-from intaglio.pipeline.artifacts.verification import Verification
+from intaglio.pipeline.artifacts.verification import Verification, VerificationFigures
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.formats.layer import structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN
@@ -44,8 +44,8 @@ def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
         assert layer.rel_l2 <= (HALF_TOLERANCE if name in half else 1e-5)  # float32 sums of some hundred products
     assert all(layer.code_distance_max <= 1 for layer in verified.layers.values())
     assert sum(layer.codes for layer in verified.layers.values()) > 10_000
-    assert verified.figures["psnr_db"] > 15  # random weights, and 4 bits in every fourth layer
-    assert verified.figures["fp16_bytes"] > 0
+    assert verified.figures.psnr_db > 15  # random weights, and 4 bits in every fourth layer
+    assert verified.figures.fp16_bytes > 0
     verified.save(tmp_path)
     loaded = type(verified).load(tmp_path)
     assert loaded.layers == verified.layers
@@ -53,7 +53,7 @@ def test_layers_agree_and_figures_are_complete(compiled, tmp_path):
     assert loaded.departures == verified.departures
     assert set(loaded.departures) == set(compiled[QUANTIZED].layers)
     for figure in ("departure_own_rel_l2_max", "departure_input_rel_l2_max", "departure_output_rel_l2"):
-        assert verified.figures[figure] < (BETWEEN_HALVES if half else 1e-5)
+        assert getattr(verified.figures, figure) < (BETWEEN_HALVES if half else 1e-5)
     assert torch.equal(loaded.samples["deployed"], verified.samples["deployed"])
 
 
@@ -76,7 +76,18 @@ def test_a_wrong_input_range_is_found_in_the_codes(compiled, tmp_path):
 
 
 def verification(gap_db: float, error_db: float) -> Verification:
-    return Verification({"fidelity_gap_db": gap_db, "fidelity_gap_error_db": error_db}, {}, {})
+    figures = VerificationFigures(
+        psnr_db=30.0,
+        psnr_db_min=30.0,
+        psnr_simulated_db=30.0,
+        sqnr_db=30.0,
+        fidelity_gap_db=gap_db,
+        fidelity_gap_error_db=error_db,
+        parity_rel_l2=0.0,
+        parity_layer_rel_l2_max=0.0,
+        fp16_bytes=1.0,
+    )
+    return Verification(figures, {})
 
 
 def test_samples_that_part_are_an_error_with_numbers():
@@ -91,21 +102,21 @@ def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
     simulated = torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 20 and 40 dB
     deployed = torch.tensor([0.02, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 40 dB both
     figures = _distances({"full_precision": full + 0.0, "simulated": simulated, "deployed": deployed})
-    assert figures["psnr_simulated_db"] == pytest.approx(30, abs=1e-4)
-    assert figures["psnr_db"] == pytest.approx(40, abs=1e-4)
-    assert figures["fidelity_gap_db"] == pytest.approx(-10, abs=1e-4)
-    assert figures["fidelity_gap_error_db"] == pytest.approx(10, abs=1e-3)  # differences -20 and 0: std 14.1 / sqrt 2
+    assert figures.psnr_simulated_db == pytest.approx(30, abs=1e-4)
+    assert figures.psnr_db == pytest.approx(40, abs=1e-4)
+    assert figures.fidelity_gap_db == pytest.approx(-10, abs=1e-4)
+    assert figures.fidelity_gap_error_db == pytest.approx(10, abs=1e-3)  # differences -20 and 0: std 14.1 / sqrt 2
 
 
 def test_errors_within_the_rounding_of_float32_are_no_gap():
     full = torch.full((1, 1, 1, 2), 0.5)
     found = {"full_precision": full, "simulated": full, "deployed": full + 4e-6}
     figures = _distances(found, 1e-4)
-    assert figures["psnr_simulated_db"] == pytest.approx(206, abs=0.1)
-    assert figures["psnr_db"] == pytest.approx(114, abs=0.1)
-    assert figures["fidelity_gap_db"] == 0.0
+    assert figures.psnr_simulated_db == pytest.approx(206, abs=0.1)
+    assert figures.psnr_db == pytest.approx(114, abs=0.1)
+    assert figures.fidelity_gap_db == 0.0
     beyond = _distances({**found, "deployed": full + 5e-4}, 1e-4)  # ten times what rounding may be
-    assert beyond["fidelity_gap_db"] == pytest.approx(20, abs=0.1)
+    assert beyond.fidelity_gap_db == pytest.approx(20, abs=0.1)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt-10"])
@@ -114,7 +125,7 @@ def test_a_plan_that_leaves_all_in_float_passes_and_says_which_layers(unet, targ
     made |= run_pass(ExportQdq(), made, tmp_path / "qdq")
     caplog.set_level("INFO", logger="test")
     verified = run_pass(Verify(samples=2, rows=2), made, tmp_path / "verify")[VERIFICATION]
-    assert abs(verified.figures["fidelity_gap_db"]) < 0.1  # an error at the edge of float32's rounding; 70 without
+    assert abs(verified.figures.fidelity_gap_db) < 0.1  # an error at the edge of float32's rounding; 70 without
     assert not verified.layers
     assert "51 of 51 layers stay in float: " in caplog.text
     assert "the plan leaves it so (" in caplog.text

@@ -35,7 +35,7 @@ def table(*errors: tuple[float, float]) -> Sensitivity:
         layer.name: {"float": (0.0,), "w8a8_token": (e8,), "w4a16": (e4,)}
         for layer, (e8, e4) in zip(layers, errors, strict=True)
     }
-    return Sensitivity(layers, ((0, 1),), (1.0,), {layer.name: SCHEMES for layer in layers}, error)
+    return Sensitivity(((0, 1),), (1.0,), layers, {layer.name: SCHEMES for layer in layers}, error)
 
 
 def given(*errors: tuple[float, float], rows: tuple[float, ...] = (16, 4096, 256, 1, 1024), same_input=()):
@@ -413,6 +413,6 @@ def test_a_rounded_output_counts_with_its_own_error_if_that_was_measured(measure
     schemes = {"w8a8_step": W8A8_STEP, "w8a8o8_step": with_output(W8A8_STEP)}
     step = AssignPrecision(conv_output="target")
     for known in (schemes, {"w8a8_step": W8A8_STEP}):
-        t = Sensitivity((layer,), ((0, 1),), (1.0,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))})
+        t = Sensitivity(((0, 1),), (1.0,), (layer,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))})
         choices = step._choices(layer, t, load_target("onnxruntime-cpu"))
         assert choices == {list(known)[-1]: with_output(W8A8_STEP)}

@@ -17,7 +17,14 @@ from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.artifacts.quantized import Adapter, LayerAdapter, Quantized, QuantizedLayerData
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.trajectory import Trajectory
-from intaglio.pipeline.artifacts.verification import Departure, Latency, LayerParity, Report, Verification
+from intaglio.pipeline.artifacts.verification import (
+    Departure,
+    Latency,
+    LayerParity,
+    Report,
+    Verification,
+    VerificationFigures,
+)
 from intaglio.pipeline.artifacts.workload import Unreached, Workload
 from intaglio.pipeline.contract.artifact import Artifact
 from intaglio.pipeline.contract.recipe import Recipe
@@ -99,30 +106,30 @@ def trajectory(half: bool) -> Trajectory:
 
 
 def verification() -> Verification:
-    figures = {
-        "departure_output_rel_l2": 1e-05,
-        "departure_own_rel_l2_max": 0.0,
-        "departure_input_rel_l2_max": 0.0,
-        "psnr_db": 31.42,
-        "psnr_db_min": 24.1,
-        "psnr_simulated_db": 31.54,
-        "sqnr_db": 28.9,
-        "fidelity_gap_db": 0.12,
-        "fidelity_gap_error_db": 0.05,
-        "parity_rel_l2": 0.013,
-        "parity_other_rel_l2": math.nan,
-        "parity_layer_rel_l2_max": 4.1e-07,
-        "fp16_bytes": 100000.0,
-    }
-    samples = {"deployed": torch.zeros(1, 1)}
-    return Verification(figures, {"to_q": LayerParity(4.1e-07, 4096, 3, 1)}, samples, {"to_q": Departure(0.0, 1e-06)})
+    figures = VerificationFigures(
+        departure_output_rel_l2=1e-05,
+        departure_own_rel_l2_max=0.0,
+        departure_input_rel_l2_max=0.0,
+        psnr_db=31.42,
+        psnr_db_min=24.1,
+        psnr_simulated_db=31.54,
+        sqnr_db=28.9,
+        fidelity_gap_db=0.12,
+        fidelity_gap_error_db=0.05,
+        parity_rel_l2=0.013,
+        parity_other_rel_l2=math.nan,
+        parity_layer_rel_l2_max=4.1e-07,
+        fp16_bytes=100000.0,
+    )
+    layers = {"to_q": LayerParity(4.1e-07, 4096, 3, 1)}
+    return Verification(figures, layers, {"to_q": Departure(0.0, 1e-06)}, samples={"deployed": torch.zeros(1, 1)})
 
 
 POINT = Point({"size": 0.5, "latency": 1.0}, 0.001, {"to_q": "w4a16"})
 STEPPED = QuantizedLayerData(W8A8_STEP, CODES + 1, torch.ones(2, 1), TABLE, balance=BALANCE)
 ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25),
-    "engine": lambda _: Engine("tensorrt", "10.3", 3, None, b"plan", layers=("to_q",)),
+    "engine": lambda _: Engine("tensorrt", "10.3", 3, None, plan=b"plan", layers=("to_q",)),
     "engine_on_device": lambda _: Engine("tensorrt", "on device", None, None, command="trtexec --onnx=model.onnx"),
     "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT),
     "graph": graph,

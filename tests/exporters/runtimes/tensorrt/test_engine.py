@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, case in enumerate(kit._cases(Graph.load(folder), shapes)):
         names.append(folder.parent / f"{number}.npz")
         names[-1].write_bytes(kit._npz(case))
-    Engine("tensorrt", "10.3.0", None, None, "\n".join(("1.0", *map(str, names))).encode()).save(folder)
+    Engine("tensorrt", "10.3.0", None, None, plan="\n".join(("1.0", *map(str, names))).encode()).save(folder)
     return folder
 
 
@@ -89,7 +89,7 @@ def test_without_a_gpu_it_says_so(folder, monkeypatch):
 
 def test_an_engine_of_another_version_is_to_be_built_again(tmp_path, monkeypatch):
     compiled(tmp_path / "tensorrt-10.3-orin")
-    Engine("tensorrt", "10.16.2", None, None, b"1.0").save(tmp_path / "tensorrt-10.3-orin")
+    Engine("tensorrt", "10.16.2", None, None, plan=b"1.0").save(tmp_path / "tensorrt-10.3-orin")
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     message = (
