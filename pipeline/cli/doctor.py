@@ -42,7 +42,7 @@ PACKAGES = (
     Package(("onnx-ir",), "onnx_ir", "graphs", CORE),
     Package(("onnxscript",), "onnxscript", "export from torch", CORE),
     Package(("onnxruntime-gpu", "onnxruntime"), "onnxruntime", "running and verifying graphs", CORE),
-    Package(("nvidia-modelopt",), "modelopt", "what import-modelopt reads, where it is written", CORE),
+    Package(("nvidia-modelopt",), "modelopt", "writing files for import-modelopt", "pip install nvidia-modelopt"),
     Package(("transformers",), "transformers", "text encoders of whole pipelines", "pip install transformers"),
     Package(("peft",), "peft", "model.loras", "pip install 'intaglio[lora]'"),
     Package(("tensorrt-rtx-cu12",), "tensorrt_rtx", "engines of TensorRT-RTX", "pip install 'intaglio[rtx]'"),
