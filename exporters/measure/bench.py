@@ -1,4 +1,4 @@
-"""What a compiled graph costs where it runs, beside full precision in the same run."""
+"""Results of `intaglio bench`: time, memory and size of a compiled graph beside full precision."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class EngineFigures(BaseModel):
-    """One graph in a process of its own. Memory is what it adds to the process; None where the system does not say.
+    """Figures of one graph in a process of its own.
 
-    Times are medians of all calls, with their quartiles, by the clock and as CPU time of the process.
+    Times are medians of all calls, by the clock, or CPU time of the process. Memory is that which the graph adds to the
+    process; None where the system does not report it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file_bytes: int
-    load_ms: float = Field(description="until the process can call it for the first time")
-    resident_bytes: int | None = Field(description="after a call")
-    peak_bytes: int | None = Field(description="at most, while it was loaded and called once")
+    load_ms: float = Field(description="time until the process can call the graph")
+    resident_bytes: int | None = Field(description="memory after the first call")
+    peak_bytes: int | None = Field(description="largest memory while the graph was loaded and called once")
     latency_ms: float
     latency_ms_quartiles: tuple[float, float]
     cpu_ms: float
-    trajectory_ms: float = Field(description="of as many calls as the recipe has steps, one after the other")
+    trajectory_ms: float = Field(description="time of as many calls in a row as the recipe has steps")
 
 
 class Bench(BaseModel):
-    """Engines by turns, a trajectory each. Ratios are full precision over compiled: above one, compiled is better.
+    """Figures of engines that ran one trajectory each by turns, for `rounds` rounds.
 
-    Speedups are medians of each round's own ratio. What this machine cannot measure is None, and `filled_by` has the
-    commands that do.
+    Ratios are full precision over compiled: above one, compiled is better. Speedups are medians of each round's own
+    ratio. A figure that this machine cannot measure is None, and `filled_by` holds the command that measures it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +42,7 @@ class Bench(BaseModel):
     steps: int
     rounds: int
     engines: Mapping[str, EngineFigures]
-    left_out: Mapping[str, str] = Field(description="engines that were not run, and why")
+    left_out: Mapping[str, str] = Field(description="reason for each engine that was not run")
     trajectory_speedup_fp32: float
     trajectory_cpu_speedup_fp32: float
     peak_memory_ratio: float | None
@@ -49,7 +50,3 @@ class Bench(BaseModel):
     gpu_latency_ms: float | None = None
     energy_joules: float | None = None
     filled_by: Mapping[str, str]
-
-    def to_json(self) -> str:
-        """All of it."""
-        return self.model_dump_json(indent=1) + "\n"

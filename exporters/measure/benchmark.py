@@ -29,7 +29,7 @@ CPU = "CPUExecutionProvider"
 
 
 class MeasureLatency(Pass):
-    """One call of the denoiser in ONNX Runtime, float32 and compiled by turns, same session options: medians."""
+    """Measures the median time of one call in ONNX Runtime, of the float32 and the compiled graph by turns."""
 
     name: ClassVar[str] = "benchmark"
     version: ClassVar[int] = 2
@@ -67,12 +67,13 @@ class MeasureLatency(Pass):
 
 
 def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, threads: int) -> Bench:
-    """Engines of a compiled folder by turns, `rounds` trajectories each, every engine in a process of its own.
+    """Measure the engines of a compiled folder by turns, `rounds` trajectories each, each in a process of its own.
 
-    float32 is the graph that it was made from, which `store` has; float16 is that graph for a provider that computes in
-    it. A trajectory is as many calls as the recipe has steps, on what `profile` calls with: what a scheduler does
-    between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
-    Raises RecipeError where the store lacks what is needed, TargetError for a graph that ONNX Runtime refuses.
+    The float32 engine is the graph that the folder was made from, which `store` has. The float16 engine is the same
+    graph, where the provider computes in float16. A trajectory is as many calls as the recipe has steps, on the inputs
+    of `profile`; the scheduler's own time between the calls is the same for all and is left out. Graphs for TensorRT
+    run without ONNX Runtime's fusions. Raises RecipeError where the store lacks the float32 graph, TargetError for a
+    graph that ONNX Runtime refuses.
     """
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 
@@ -117,7 +118,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
 
 
 def half_graph(graph: Graph, scratch: Path) -> Graph:
-    """The graph in float16, as far as its range and precision allow."""
+    """Return the graph in float16, as far as its range and precision allow, written below `scratch`."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -155,7 +156,7 @@ def _speedup(spent: Mapping[str, Sequence[Spent]], times: Callable[[Spent], Sequ
 
 
 def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
-    """What measures on the device, in the folder of model.onnx, what cannot be measured here."""
+    """Return figure -> the command that measures it on the device, in the folder of model.onnx."""
     from intaglio.exporters.runtimes.onnxruntime.session import usual_shapes
 
     dynamic = {name for name, spec in graph.inputs.items() if any(isinstance(axis, str) for axis in spec.shape)}

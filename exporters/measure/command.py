@@ -43,7 +43,7 @@ def profile_command(
     ] = None,
     as_json: Annotated[bool, json_option("the times")] = False,
 ) -> None:
-    """Say how long each layer of a compiled graph takes, which `assign.profile` can count with."""
+    """Say how long each layer of a compiled graph takes. `assign.profile` reads the times that --out writes."""
     if out is not None:
         check_output(out)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +76,7 @@ def bench_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
-    """Say how fast, how large and how hungry for memory the graph is, beside full precision in the same run."""
+    """Measure speed, size and memory of a compiled graph, beside full precision in the same run."""
     with tempfile.TemporaryDirectory() as scratch:
         run = pass_module("benchmark").bench
         found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
@@ -87,7 +87,7 @@ def bench_command(
 
 
 def print_profile(title: str, profile: Profile) -> None:
-    """The longest first; what belongs to no layer below."""
+    """Print the layers, the longest first, and below them the time that belongs to no layer."""
     layers = sorted(profile.layers.items(), key=lambda item: -item[1].microseconds)
     rows = [(name, time.scheme, f"{time.microseconds:,.1f}", f"{time.bytes:,}") for name, time in layers]
     rest = [(name, "no layer", f"{microseconds:,.1f}", "") for name, microseconds in profile.rest_microseconds.items()]
@@ -98,7 +98,7 @@ def print_profile(title: str, profile: Profile) -> None:
 
 
 def print_bench(title: str, bench: Bench) -> None:
-    """A column for each engine, the ratios below, then what was not measured."""
+    """Print a column for each engine, the ratios below, then the figures that were not measured."""
 
     def mega(count: int | None) -> str:
         return "-" if count is None else f"{count / 1e6:,.2f} MB"

@@ -1,6 +1,6 @@
-"""One graph in ONNX Runtime, in a process of its own, so that none hides the memory of another.
+"""Runs one graph with ONNX Runtime in a process of its own, so that its memory can be measured.
 
-The process holds no more than the runtime needs: nothing here imports torch.
+The process holds only the runtime: nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 @dataclass(frozen=True)
 class Setting:
-    """The graph of a folder, and how it is run."""
+    """The folder of a graph, and the options of its session and of its calls."""
 
     folder: Path
     rows: int
@@ -35,7 +35,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Who executes the graph, and what that took. Bytes beyond those that the process had before; None: not known."""
+    """The provider of a loaded graph, the seconds of loading, and the bytes that it added to the process.
+
+    Bytes are None where the system does not report them.
+    """
 
     provider: str
     seconds: float
@@ -45,21 +48,21 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Spent:
-    """By call, in seconds: by the clock, and of the process."""
+    """Seconds of each call: by the clock, and CPU time of the process."""
 
     clock: tuple[float, ...]
     cpu: tuple[float, ...]
 
 
 class EngineProcess:
-    """An engine that is loaded. It ends with the `with` statement that it is in."""
+    """A context manager that loads an engine in a new process, and ends the process."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> Self:
-        """Raises TargetError for a graph that ONNX Runtime refuses."""
+        """Load the graph. Raises TargetError for a graph that ONNX Runtime refuses."""
         self._pool.__enter__()
         self.loaded = self._pool.submit(_load, self._setting).result()
         return self
@@ -68,12 +71,12 @@ class EngineProcess:
         self._pool.shutdown()
 
     def call(self, count: int) -> Spent:
-        """As many calls, one after the other."""
+        """Call the graph `count` times in a row."""
         return self._pool.submit(_call, self._setting, count).result()
 
 
 class _Engine:
-    """A session, and the call that it is timed with."""
+    """A session in this process, and the inputs that it is timed with."""
 
     def __init__(self, setting: Setting) -> None:
         graph = Graph.load(setting.folder)
@@ -101,7 +104,7 @@ class _Engine:
 
 @cache
 def _engine(setting: Setting) -> _Engine:
-    """The one of this process."""
+    """Return the engine of this process."""
     return _Engine(setting)
 
 

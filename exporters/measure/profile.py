@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _NO_NAME = re.compile(r" \+ | \|\| |\.\.\.|[\s()\[\]{},\x1e]+")
-"""What stands between names of nodes in the names that TensorRT makes of them."""
+"""Text between the names of nodes in the names of TensorRT's kernels."""
 MOST_TRTEXEC = 64 * MIB
 """Bytes of what trtexec writes that are read."""
 _RANGE = "..."
@@ -38,9 +38,9 @@ _KERNEL = "_kernel_time"
 
 
 class ProfileLayers(Pass):
-    """Sums the times of the kernels that ONNX Runtime runs for each layer, by its own profiler: medians over runs.
+    """Measures the median time of each layer with ONNX Runtime's profiler, as the sum of its kernels.
 
-    What belongs to no layer, such as attention and normalizations, is given by operator.
+    The time of kernels that belong to no layer, such as attention and normalizations, is given by operator.
     """
 
     name: ClassVar[str] = "profile"
@@ -55,7 +55,7 @@ class ProfileLayers(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """For ONNX Runtime alone."""
+        """Return True for targets of ONNX Runtime."""
         return target.runtime == "onnxruntime"
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -109,10 +109,11 @@ class ProfileLayers(Pass):
 
 
 def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None = None) -> Profile:
-    """From what `trtexec --exportProfile` wrote; `layers` is of `--exportLayerInfo`, for names that say no node.
+    """Read the profile that `trtexec --exportProfile` wrote as `times`.
 
-    A kernel for products of several layers counts for each by its number of weights. Raises RecipeError for other
-    files, and where no kernel is of a layer.
+    `layers` is the file of `--exportLayerInfo`, which names the nodes of kernels whose own names do not. The time of a
+    kernel that computes several layers is divided among them by their numbers of weights. Raises RecipeError for other
+    files, and where no kernel belongs to a layer.
     """
     from intaglio.exporters.float_graph.onnx_file import read_proto
 
@@ -149,7 +150,7 @@ def _profile(
     layers: Mapping[str, float],
     rest: Mapping[str, float],
 ) -> Profile:
-    """Times in microseconds, the longest of the rest first."""
+    """Return the profile. Times are in microseconds; those that belong to no layer are sorted, the longest first."""
     measured = {
         layer.name: LayerTime(
             scheme=plan.schemes[layer.name].name,
@@ -173,7 +174,7 @@ def _profile(
 
 
 def _kernels(events: Iterable[Mapping[str, Any]], calls: int) -> Iterator[tuple[str, str, Sequence[float]]]:
-    """Every kernel by its name: the operator, and what it took in each call, in microseconds."""
+    """Yield each kernel's name, its operator, and its time in each call in microseconds."""
     took: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in events:
         name, about = str(event["name"]), event.get("args", {})
@@ -185,10 +186,10 @@ def _kernels(events: Iterable[Mapping[str, Any]], calls: int) -> Iterator[tuple[
 
 
 def _owners_of_kernels(written: onnx.ModelProto, executed: onnx.ModelProto) -> dict[str, str]:
-    """Layer by name of an executed node: that of the values it makes, or else of the constants it reads.
+    """Return the layer of each executed node, by the node's name.
 
-    Optimizations drop what nodes say of themselves, but keep the names of values that stay; a convolution in another
-    layout is named after its output.
+    A node belongs to the layer of the values that it computes, or else of the constants that it reads: optimizations
+    drop the metadata of nodes, but keep the names of values. A convolution in another layout is named after its output.
     """
     nodes = [(node, owner) for node in written.graph.node if (owner := _owner(node)) is not None]
     constants = {tensor.name for tensor in written.graph.initializer}
@@ -210,7 +211,7 @@ def _owner(node: onnx.NodeProto) -> str | None:
 
 
 def _owners(nodes: Iterable[onnx.NodeProto]) -> list[str]:
-    """The layers of these nodes, each once."""
+    """Return the layers of these nodes, each once."""
     return list(dict.fromkeys(owner for node in nodes if (owner := _owner(node)) is not None))
 
 
@@ -232,7 +233,7 @@ def _kernels_of_trtexec(times: Path) -> tuple[int, list[tuple[str, float]]]:
 
 
 def _nodes_of_trtexec(layers: Path) -> dict[str, str]:
-    """Return, by name of a kernel, the text that names the nodes in it."""
+    """Return the text that names the nodes of each kernel, by the kernel's name."""
     information: Any = read_json(layers, most=MOST_TRTEXEC)
     with _as_written_by(layers, "--exportLayerInfo"):
         return {str(k["Name"]): str(k.get("Metadata", "")) for k in information.get("Layers", []) if "Name" in k}

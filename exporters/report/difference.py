@@ -1,4 +1,4 @@
-"""What differs between two compiled folders: figures, layers, samples, recipes and versions."""
+"""Compares two compiled folders: figures, layers, samples, recipes and versions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "engine.int8_gemm": ("products on integers", "higher"),
     "engine.fp_gemm": ("products in float", "neither"),
 }
-"""Of metrics.json: what it is called, and which is better."""
+"""Name in metrics.json -> label, and whether a higher or a lower figure is better."""
 SAMPLES = 16
 MOST_PIXELS = 1 << 23
 """Pixels of samples.png: each takes up to 30 bytes of memory."""
@@ -60,7 +60,7 @@ START = ("MODEL", "TARGET")
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity on both sides; None where it was not measured."""
+    """One quantity in A and in B; None where it was not measured."""
 
     a: float | None
     b: float | None
@@ -68,12 +68,12 @@ class Change:
 
     @property
     def delta(self) -> float | None:
-        """B minus A."""
+        """B minus A; None where one of them was not measured."""
         return None if self.a is None or self.b is None else self.b - self.a
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` of B, `same`, or nothing where neither is better or one is not known."""
+        """`better` or `worse`, said of B, or `same`; empty where that is not known, or neither direction is better."""
         if self.delta is None:
             return ""
         if self.delta == 0:
@@ -85,7 +85,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Side:
-    """One target's folder, and what the store still has of its run."""
+    """The folder of one target, and the artifacts of its run that the store still has."""
 
     folder: Path
     manifest: Manifest
@@ -93,18 +93,18 @@ class Side:
 
     @cached_property
     def metrics(self) -> dict[str, object]:
-        """Dotted names -> figures; nothing where no report was written."""
+        """Dotted name -> figure; empty where no report was written."""
         file = self.folder / "metrics.json"
         return dict(dotted(read_json_object(file))) if file.exists() else {}
 
     def figure(self, name: str) -> float | None:
-        """None where it was not measured."""
+        """Return one figure; None where it was not measured."""
         found = self.metrics.get(name)
         return float(found) if isinstance(found, int | float) and abs(found) < 1e300 else None
 
     @cached_property
     def plan(self) -> QuantPlan | None:
-        """None where the chain made none."""
+        """The plan; None where the folder has none."""
         return QuantPlan.load(self.folder) if (self.folder / "plan.json").exists() else None
 
     @cached_property
@@ -114,10 +114,12 @@ class Side:
 
     @cached_property
     def verification(self) -> Verification | None:
+        """The verification; None where the store does not have it."""
         return self._stored(VERIFICATION)
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
+        """The sensitivity; None where the store does not have it."""
         return self._stored(SENSITIVITY)
 
     def _stored(self, key: Key[A]) -> A | None:
@@ -127,7 +129,10 @@ class Side:
 
     @cached_property
     def samples(self) -> Mapping[str, torch.Tensor]:
-        """Of the verification; without it the picture in the folder, full precision above, each line as one."""
+        """Samples of the verification, by implementation.
+
+        Without a verification in the store, the two lines of samples.png, each as one sample.
+        """
         if self.verification is not None:
             return self.verification.samples
         file = self.folder / "samples.png"
@@ -156,18 +161,19 @@ def _picture(file: Path) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two targets' folders."""
+    """The difference of two folders, each of one target."""
 
     a: Side
     b: Side
 
     @property
     def title(self) -> str:
+        """Both folders in one line."""
         return f"A {self.a.folder}, B {self.b.folder}"
 
     @cached_property
     def model(self) -> list[str]:
-        """How models and targets differ; what is the same can be compared all the same."""
+        """Lines that say how models, targets and layers differ. Equal layers are compared all the same."""
         pairs = [
             (f"{n.lower()}, sha256", *(s.manifest.start.get(n, "-")[:12] for s in (self.a, self.b))) for n in START
         ]
@@ -185,13 +191,13 @@ class Difference:
 
     @cached_property
     def figures(self) -> dict[str, Change]:
-        """By their name in metrics.json; those that at least one side has."""
+        """Name in metrics.json -> both figures, for figures that at least one side has."""
         changes = {n: Change(self.a.figure(n), self.b.figure(n), better) for n, (_, better) in FIGURES.items()}
         return {n: change for n, change in changes.items() if (change.a, change.b) != (None, None)}
 
     @cached_property
     def both(self) -> list[tuple[Layer, Layer]]:
-        """Layers of one name."""
+        """Pairs of layers with the same name, of A and of B."""
         if self.a.plan is None or self.b.plan is None:
             return []
         others = {layer.name: layer for layer in self.b.plan.layers}
@@ -199,7 +205,7 @@ class Difference:
 
     @cached_property
     def schemes(self) -> dict[str, tuple[str, str, Change]]:
-        """Layers whose scheme differs: both names, and bytes."""
+        """Layer -> both scheme names and bytes, for layers whose scheme differs."""
         one, other = self.a.plan, self.b.plan
         if one is None or other is None:
             return {}
@@ -215,7 +221,7 @@ class Difference:
 
     @cached_property
     def parity(self) -> dict[str, Change]:
-        """Relative L2 error of each layer on the same input, where both have it."""
+        """Layer -> relative L2 error on the same input, for layers where both sides have it."""
         one, other = self.a.verification, self.b.verification
         if one is None or other is None:
             return {}
@@ -225,7 +231,10 @@ class Difference:
 
     @cached_property
     def sensitivity(self) -> dict[str, Change]:
-        """Predicted mean squared error of the samples with each layer alone as planned, where both have it."""
+        """Layer -> predicted mean squared error of the samples with this layer alone quantized as planned.
+
+        Only layers for which both sides have it.
+        """
         found = [
             {
                 layer.name: side.sensitivity.predicted(layer.name, name)
@@ -241,21 +250,24 @@ class Difference:
 
     @cached_property
     def recipe(self) -> list[str]:
-        """Unified diff of both recipes."""
+        """Lines of the unified diff of both recipes."""
         return list(
             difflib.unified_diff(self.a.recipe, self.b.recipe, "A/recipe.yaml", "B/recipe.yaml", lineterm="", n=2)
         )
 
     @cached_property
     def versions(self) -> dict[str, tuple[str, str]]:
-        """Packages and passes whose version differs."""
+        """Package or pass -> both versions, where they differ."""
         found = [dict(side.manifest.versions) for side in (self.a, self.b)]
         names = sorted(found[0].keys() | found[1].keys())
         pairs = {name: (found[0].get(name, "-"), found[1].get(name, "-")) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def comparison(self, pixels_max: int) -> SampleFigure | None:
-        """Both sides' deployed samples, and full precision, which is there twice where it differs."""
+        """Return both deployed samples with full precision, which is there twice where it differs.
+
+        None where the samples are no images or have different shapes. `pixels_max`: pixels of one sheet.
+        """
         one, other = self.a.samples, self.b.samples
         if not {"full_precision", "deployed"} <= one.keys() & other.keys():
             return None
@@ -274,7 +286,7 @@ class Difference:
         return sample_figure(drawn, pairs, SAMPLES, pixels_max)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For a terminal."""
+        """Return the rows of the table that a terminal shows."""
 
         def row(label: str, change: Change) -> tuple[str, ...]:
             return label, *map(figures.amount, (change.a, change.b, change.delta)), change.verdict
@@ -285,7 +297,7 @@ class Difference:
         return found + [(problem, "", "", "", "") for problem in self.model]
 
     def to_json(self) -> dict[str, object]:
-        """All of it but the samples. Null: not measured."""
+        """Return the whole difference but its samples; None where a figure was not measured."""
 
         def plain(changes: Mapping[str, Change]) -> dict[str, dict[str, float | None]]:
             return {name: {"a": change.a, "b": change.b, "delta": change.delta} for name, change in changes.items()}
@@ -307,9 +319,9 @@ class Difference:
 
 
 def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
-    """Targets of one name, or the two where each side has but one.
+    """Compare the targets with the same name in two folders, or the two targets where each side has one.
 
-    Raises RecipeError for what is no compiled folder, and where no target is in both.
+    Raises RecipeError for a folder that is no compiled one, and where no target is in both.
     """
     one, other = compiled_folders(first), compiled_folders(second)
     if len(one) == len(other) == 1:
@@ -324,7 +336,7 @@ def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
 
 
 def page(found: tuple[Difference, ...]) -> str:
-    """One HTML file, as the report is one."""
+    """Return the comparison as one HTML file that needs no other file."""
     return render(
         "difference.html.j2",
         found=[(each, each.comparison(SHEET_PIXELS_MAX // (2 * len(found)))) for each in found],

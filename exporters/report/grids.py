@@ -1,4 +1,4 @@
-"""Lays samples out to be compared: a sheet for each implementation, and maps of where two of them differ.
+"""Lays samples out for comparison: a sheet for each implementation, and maps of the error between two of them.
 
 Shapes: B samples, C channels, F frames, H W pixels; N pictures in R rows of K.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHEET_PIXELS_MAX = 384 * 384
-"""Of one sheet: five of them stay below 3 MB as text even if they are noise, which PNG cannot compress."""
+"""Pixels of one sheet. Five sheets stay below 3 MB as text even where they are noise, which PNG cannot compress."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sheet:
-    """All pictures of one implementation as one PNG, a data URI."""
+    """All pictures of one implementation in one PNG image, as a data URI."""
 
     title: str
     note: str
@@ -42,7 +42,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """Absolute difference of two sheets, `gain` times; `largest` is that of the values of all samples."""
+    """Absolute difference of two sheets, times `gain`; `largest` is the largest difference of all samples' values."""
 
     title: str
     gain: int
@@ -52,7 +52,7 @@ class ErrorMap:
 
 @dataclass(frozen=True)
 class SampleFigure:
-    """Sheets of the same layout, one shown over another: at first the `pair`."""
+    """Sheets of the same layout, two of which lie on each other: at first the `pair`, by position."""
 
     sheets: tuple[Sheet, ...]
     errors: tuple[ErrorMap, ...]
@@ -66,20 +66,21 @@ class SampleFigure:
     """Width and height of a picture."""
     channels: int
     reduced: int
-    """How many pixels of a picture, along each axis, became one of the page."""
+    """Pixels of a picture, along each axis, that became one pixel of the page."""
 
     @property
     def latent(self) -> bool:
-        """Whether the samples are no images, but what a decoder makes images from."""
+        """True where the samples are latents, which a decoder makes images from."""
         return self.channels not in (1, 3)
 
 
 def sample_figure(
     drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]], count: int, pixels_max: int = SHEET_PIXELS_MAX
 ) -> SampleFigure | None:
-    """The first `count` samples of each, fewer or smaller if a sheet would get too large; None if they are no images.
+    """Lay out the first `count` samples of each implementation; None where samples are no images.
 
-    `pairs`: of whom the difference is shown, second minus first; the first pair lies on each other at first.
+    A sheet has at most `pixels_max` pixels: larger ones show fewer or smaller samples. `pairs` are the implementations
+    whose difference is shown, second minus first; the sheets of the first pair lie on each other at first.
     """
     if not drawn or any(each.samples.ndim not in (4, 5) for each in drawn.values()):
         return None
@@ -117,7 +118,7 @@ def sample_figure(
 
 
 def _columns(count: int) -> int:
-    """Of full rows, with the fewest samples left out, then the nearest to a square; eight at most for a few samples."""
+    """Return the number of columns that leaves the fewest samples out of full rows, then the nearest to a square."""
     square = math.ceil(math.sqrt(count))
     return max(
         range(square, max(square, min(count, 8)) + 1), key=lambda columns: (count // columns * columns, -columns)
@@ -125,12 +126,12 @@ def _columns(count: int) -> int:
 
 
 def _tiled(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
-    """(C, R H, K W)"""
+    """Put pictures side by side in rows: (N, C, H, W) -> (C, R H, K W)."""
     return lines(x_NCHW, columns).permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _error_map(error_N1HW: torch.Tensor, title: str, largest: float, reduced: int, columns: int) -> ErrorMap:
-    """Amplified by a power of two, 4096 at most, that brings all but one pixel in a hundred below white, just so."""
+    """Return the map of an error, times the largest power of two up to 4096 that leaves 99% of it below white."""
     from PIL.Image import fromarray
 
     error_1HW = _tiled(_pooled(error_N1HW, reduced, keep_peaks=True), columns)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **shown: object) -> str:
-    """A page of `pages`, with what its template names."""
+    """Return the HTML of a template in `pages`, filled with the values that it names."""
     return _environment().get_template(template).render(**shown)
 
 

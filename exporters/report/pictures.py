@@ -37,10 +37,11 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Drawing:
-    """What to draw. Conditions are `rows` in turn: classes, or what was recorded; all of them where none is given.
+    """Settings of a drawing: samples of conditions, or of a text.
 
-    Or a text, `prompt`, by a whole `pipeline` of diffusers with its denoiser replaced: its folder, or hub id.
-    `compare`: with full precision too, from the same noise.
+    `rows` are classes, or rows of the recorded conditions, taken in turn; all of them where none is given. A text,
+    `prompt`, needs a whole diffusers pipeline, `pipeline`: its folder or hub id; its denoiser is replaced. `compare`
+    draws with full precision too, from the same noise.
     """
 
     samples: int
@@ -51,7 +52,7 @@ class Drawing:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        """Raise RecipeError for what excludes each other, and for more than is drawn."""
+        """Raise RecipeError for options that exclude each other, and for too many steps or samples."""
         if not 1 <= self.steps <= MOST_STEPS:
             raise RecipeError(f"--steps {self.steps}: the denoising steps are 1 to {MOST_STEPS}")
         if not 1 <= self.samples <= MOST_SAMPLES:
@@ -66,10 +67,10 @@ class Drawing:
 
 
 def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Context) -> Mapping[str, torch.Tensor]:
-    """Samples (B, C, H, W) or (B, C, F, H, W) by COMPILED, and by FULL where they are to be compared.
+    """Draw samples (B, C, H, W) or (B, C, F, H, W) with the recipe's scheduler and guidance.
 
-    With the recipe's scheduler and guidance. Raises RecipeError for what cannot be drawn, CallError for steps that the
-    denoiser was not compiled for.
+    Returns those of the compiled denoiser as COMPILED, and those of full precision as FULL where `wanted` compares.
+    Raises RecipeError for samples that cannot be drawn, CallError for steps that the denoiser was not compiled for.
     """
     model = checkpoint.open()
     _check_steps(model, wanted.steps)
@@ -81,7 +82,7 @@ def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Cont
 def _sampled(
     model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
-    """By the sampler that compiles too."""
+    """Draw with the sampler that calibration and verification use."""
     from intaglio.pipeline.model.calls import denoise_with
     from intaglio.pipeline.model.sampler import Sampler
 
@@ -105,7 +106,7 @@ def _sampled(
 def _piped(
     model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
-    """By the pipeline, decoded: in [-1, 1]."""
+    """Draw with the whole pipeline; samples are decoded images in [-1, 1]."""
     from diffusers import DiffusionPipeline
 
     from intaglio.pipeline.model.scheduler import seeded
@@ -136,7 +137,7 @@ def _piped(
 
 
 def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """PSNR of compiled samples to full precision as `verify` has it, mean and worst; nothing where there is but one."""
+    """Return the PSNR of compiled samples to full precision in dB, mean and worst; empty without full precision."""
     if FULL not in drawn:
         return {}
     psnr_B = psnr_db(mean_squared_error(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1)))
@@ -144,7 +145,7 @@ def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def check_file(path: Path) -> None:
-    """Raise RecipeError where no picture can be written."""
+    """Raise RecipeError where no picture can be written to `path`."""
     from PIL.Image import registered_extensions
 
     if path.suffix.lower() not in registered_extensions():
@@ -155,16 +156,17 @@ def check_file(path: Path) -> None:
 
 
 def save_picture(drawn: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Full precision, where it is there, above each line of compiled samples."""
+    """Write a picture of the samples, with full precision, where it is there, above each line of compiled ones."""
     parts = [drawn[name] for name in (FULL, COMPILED) if name in drawn]
     with whole_file(path) as partial:
         picture(parts, enlarged=max(1, SIDE // parts[0].shape[-1])).save(partial)
 
 
 def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int = 3) -> Image:
-    """Samples (B, C, H, W), or clips (B, C, F, H, W) with their frames in a line; below each line those of other parts.
+    """Lay out samples (B, C, H, W), or clips (B, C, F, H, W), each with its frames in one line.
 
-    Channels that are no colours share the map of the first part.
+    Below each line of the first part are the same lines of the other parts. Channels that are no colours are mapped to
+    colours as those of the first part.
     """
     import torch
     from PIL.Image import Resampling
@@ -179,12 +181,12 @@ def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int
 
 
 def frames(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W): samples as they are, clips (B, C, F, H, W) frame by frame."""
+    """Return pictures (N, C, H, W): samples as they are, clips (B, C, F, H, W) frame by frame."""
     return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
 
 
 def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
-    """(R, C, H, K W), white where the last line has no picture."""
+    """Put pictures side by side in lines (R, C, H, K W), white where the last line has no picture."""
     import torch
 
     columns = min(columns, len(x_NCHW))
@@ -194,7 +196,7 @@ def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 class Colours:
-    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1]; one map for all, so that grids compare."""
+    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference."""
 
     def __init__(self, reference_BCHW: torch.Tensor) -> None:
         channels = reference_BCHW.shape[1]
@@ -211,7 +213,7 @@ class Colours:
 
 
 def as_image(x_CHW: torch.Tensor) -> Image:
-    """Colours in [0, 1], one or three channels."""
+    """Return an image of colours in [0, 1], with one or three channels."""
     from PIL.Image import fromarray
 
     levels = (x_CHW * 255).round().byte().permute(1, 2, 0).numpy()
@@ -219,14 +221,14 @@ def as_image(x_CHW: torch.Tensor) -> Image:
 
 
 def png(image: Image) -> bytes:
-    """As a file."""
+    """Return the content of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 def _check_steps(model: DenoiserModel, steps: int) -> None:
-    """Raise RecipeError where the scheduler does not take so many steps."""
+    """Raise RecipeError where the model's scheduler refuses this number of steps."""
     try:
         model.scheduler.set_timesteps(steps, **model.schedule)
     except Exception as e:  # each scheduler has its own
@@ -235,7 +237,7 @@ def _check_steps(model: DenoiserModel, steps: int) -> None:
 
 
 def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:
-    """Raise RecipeError for what cannot be drawn."""
+    """Raise RecipeError for samples that are no pictures, and for rows that do not exist."""
     problems = []
     if len(model.sample_shape) not in (3, 4):
         problems.append(f"samples of the shape {model.sample_shape} are no pictures: draw a text, --prompt TEXT")

@@ -1,4 +1,4 @@
-"""Writes the page that people read, and the figures that machines read, from what the other passes measured."""
+"""Writes the report, a page for people and figures for programs, from the measurements of the other passes."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ MEASURED = (
     "parity_layer_rel_l2_max",
     "parity_rel_l2",
 )
-"""What the metrics take over from the verification, under the same names."""
+"""Figures of the verification that metrics.json has under the same names, in this order."""
 
 
 class WriteReport(Pass):
-    """One HTML file that needs no network and no other file, below 5 MB for a model of a thousand layers."""
+    """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
     version: ClassVar[int] = 5
@@ -74,7 +74,7 @@ class WriteReport(Pass):
     samples: int = Field(16, ge=1, le=64, description="samples shown, at most")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Write what was measured; what was not, for lack of its step or otherwise, is a dash, and null in metrics."""
+        """Write all measurements. A figure that was not measured is a dash on the page, and null in metrics."""
         model, target, plan = state[MODEL], state[TARGET], state[PLAN]
         verification = state[VERIFICATION] if VERIFICATION in state else None  # noqa: SIM401 - State.get raises
         drawn = {} if verification is None else verification.samples
@@ -154,7 +154,7 @@ def collect_metrics(
 
 
 def metrics_of_files(folder: Path) -> dict[str, object]:
-    """Return the metrics of a compiled folder without a report, as far as its files say them; null is left out.
+    """Return the metrics of a compiled folder without a report that its files contain; others are left out.
 
     Raises RecipeError for damaged files.
     """
@@ -193,7 +193,10 @@ def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
 
 
 def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
-    """PNG: the first `count` samples in full precision, and the deployed ones below; None if they are no images."""
+    """Return a PNG file of the first `count` samples in full precision, with the deployed ones below.
+
+    None where samples are no images.
+    """
     found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
     if not found or any(x.ndim != 4 for x in found):
         return None
@@ -202,7 +205,7 @@ def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
 
 @dataclass(frozen=True)
 class PastStep:
-    """A step before the report."""
+    """One step before the report: its time and memory as text, and the digests of its outputs by key."""
 
     name: str
     pass_version: str
@@ -213,7 +216,7 @@ class PastStep:
 
 @dataclass(frozen=True)
 class Origin:
-    """What makes the page again, and what it was made from."""
+    """The command, the recipe and the artifacts from which the page can be made again."""
 
     command: str
     recipe: str
@@ -249,7 +252,7 @@ def _pass_of(run: RunRecord) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A labelled amount, and its share of the largest beside it."""
+    """An amount with its label, its share of the largest amount, and its ratio to the first one."""
 
     label: str
     amount: str
@@ -271,7 +274,7 @@ def _latencies(latency: Latency) -> tuple[Bar, ...]:
 
 
 def _bars(amounts: Mapping[str, float | None], text: Callable[[float], str]) -> tuple[Bar, ...]:
-    """Ratios are to the first amount."""
+    """Return a bar for each amount that is known. Ratios are to the first amount, known or not."""
     known = {label: amount for label, amount in amounts.items() if amount is not None}
     largest, first = max(known.values(), default=0.0), next(iter(amounts.values()))
     return tuple(

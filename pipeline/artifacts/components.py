@@ -1,4 +1,4 @@
-"""A whole pipeline: the folder of its models and settings, and what the models around the denoiser were compiled to."""
+"""A compiled pipeline: its settings, and the graphs and engines of the models around the denoiser."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COMPILED = "components.json"
 
 @dataclass(frozen=True)
 class _OfPipeline:
-    """Files in the folder `pipeline` of a compiled one."""
+    """An artifact that is the folder `pipeline`; `root` is its place."""
 
     root: Path
 
     def save(self, root: Path) -> None:
-        """Copy it."""
+        """Copy the folder `pipeline`."""
         shutil.copytree(self.root, root / "pipeline")
 
     @classmethod
@@ -33,26 +33,29 @@ class _OfPipeline:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a component was compiled for, and the class that each of its methods returns."""
+    """The target that a component was compiled for, and the class that each of its methods returns."""
 
     target: str
     returns: Mapping[str, str]
-    """`module:name`, or nothing for a tuple."""
+    """Method -> `module:name`, empty where it returns a tuple."""
 
 
 @dataclass(frozen=True)
 class Components(_OfPipeline):
-    """The folder `pipeline` of a compiled one: a pipeline's without weights, and graphs in their place.
+    """The folder `pipeline`: a copy of the model's pipeline that holds graphs in the place of weights.
 
-    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` says what each component
-    was compiled for, and what class each method's output has.
+    `pipeline/vae/decode` holds the graph of the method `decode` of `vae`; `components.json` holds `Compiled` for each
+    component.
     """
 
     @classmethod
     def write(
         cls, root: Path, folder: PipelineFolder, compiled: Mapping[str, Compiled], without: Collection[str]
     ) -> Self:
-        """Into the folder with the graphs, what is needed beside them: every file but weights. Changes the folder."""
+        """Copy the pipeline's files but its weights into `root`, which holds the graphs, and describe both there.
+
+        Components in `without` are left out of the pipeline.
+        """
         keep = shutil.ignore_patterns(*WEIGHTS)
         for name in folder.classes():
             if (folder.root / name).is_dir() and name not in (folder.denoiser, *without):
@@ -64,10 +67,10 @@ class Components(_OfPipeline):
 
     @property
     def compiled(self) -> dict[str, Compiled]:
-        """By name of the component."""
+        """Component -> its target and the classes of its outputs."""
         return read_typed(self.root / COMPILED, dict[str, Compiled], inside=self.root)
 
 
 @dataclass(frozen=True)
 class ComponentEngines(_OfPipeline):
-    """What a runtime made of the graphs in the folder `pipeline`: engine.json and engine.plan beside each of them."""
+    """The folder `pipeline` with the engines of its graphs: engine.json and engine.plan beside each graph."""

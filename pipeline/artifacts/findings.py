@@ -1,4 +1,4 @@
-"""What `lint` finds in a graph before a runtime does."""
+"""Findings of `lint`: faults of a graph that are found before a runtime meets them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ Level: TypeAlias = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """An error does not build, computes something else, or stays off the integers it asks for; a warning computes."""
+    """One fault at one node.
+
+    A graph with an error does not build, computes wrong values, or runs in float where it asks for integers. A graph
+    with a warning alone builds and computes what it should.
+    """
 
     rule: str
     level: Level
@@ -27,16 +31,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was found, in the order of the rules and of the graph."""
+    """All findings in one graph, in the order of the rules and of the nodes."""
 
     findings: tuple[Finding, ...]
 
     def to_json(self) -> str:
-        """`{"findings": [{"rule": ..., "level": ..., "node": ..., "message": ..., "fix": ...}]}`"""
+        """Return the text `{"findings": [{"rule": ..., "level": ..., "node": ..., "message": ..., "fix": ...}]}`."""
         return typed_json(self, Findings)
 
     def at(self, level: Level) -> tuple[Finding, ...]:
-        """Those of one level."""
+        """Return the findings of one level."""
         return tuple(finding for finding in self.findings if finding.level == level)
 
     def save(self, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What else could have been decided: plans of which none is both smaller and better than another."""
+"""The Pareto front of plans: none of them is both smaller and better than another."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from intaglio.pipeline.numerics.quality import psnr_db
 
 @dataclass(frozen=True)
 class Point:
-    """One plan. Costs are those of the quantizable layers relative to float, by name of the budget, as far as known.
+    """One plan on the front.
 
-    `loss` is the predicted mean squared error of the final samples, `schemes` are their names by layer.
+    `costs` are those of the quantizable layers relative to float, by the budget's name, where they are known. `loss` is
+    the predicted mean squared error of the final samples. `schemes` are the names of schemes, by layer.
     """
 
     costs: Mapping[str, float]
@@ -30,13 +31,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """Points by growing size and falling loss, and the one that became the plan, which may lie between them."""
+    """Points in the order of growing size and falling loss, and the chosen one, which may lie between two of them."""
 
     points: tuple[Point, ...]
     chosen: Point
 
     def save(self, root: Path) -> None:
-        """Write front.json, a line for each point."""
+        """Write front.json, with one line for each point."""
         lines = ",\n  ".join(typed_json(point, Point, indent=None) for point in self.points)
         chosen = typed_json(self.chosen, Point, indent=None)
         (root / "front.json").write_text(f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen}\n}}\n')

@@ -1,4 +1,4 @@
-"""ONNX graphs and what was built from them."""
+"""ONNX graphs, and the engines that runtimes build from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_IN_GRAPH = "the graph has no product of it"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output: ONNX element type such as `float32`, and its shape, names for dynamic axes."""
+    """A graph input or output: its ONNX element type, such as `float32`, and its shape, with names for dynamic axes."""
 
     dtype: str
     shape: tuple[AxisSize | str, ...]
@@ -33,7 +33,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Interface:
-    """How the denoiser of a graph is called: what is needed to stand in its place without its weights.
+    """The call of a graph's denoiser, so that a compiled one can take its place without its weights.
 
     `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are those of
     its forward, in order, `sample` the one with the samples. `constants` are what was recorded beside tensors.
@@ -47,7 +47,7 @@ class Interface:
 
 
 class ScaledBy(NamedTuple):
-    """A balanced layer, and the first of the channels that are multiplied by its input's channel scales."""
+    """A balanced layer, and the first channel of a value that is multiplied by the layer's channel scales."""
 
     layer: str
     start: int
@@ -147,7 +147,7 @@ class Engine(_EngineFacts):
 
 
 def step_index(graph: Graph, inputs: Inputs) -> int:
-    """Of the step whose timestep is nearest."""
+    """Return the index of the graph's step whose timestep is nearest to that of the inputs; 0 without timesteps."""
     from intaglio.pipeline.model.step_clock import StepClock
 
     return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

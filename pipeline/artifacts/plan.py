@@ -1,4 +1,4 @@
-"""The decision: one scheme for every quantizable layer.
+"""The plan: one scheme for every quantizable layer.
 
 Shapes: N out features, K in features (of a convolution: input channels times kernel).
 """
@@ -36,7 +36,7 @@ NAMED = 12
 
 
 def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
-    """One line for each reason to stay in float, with the layers that it holds for, by `reasons` of their names.
+    """Return one line for each reason to stay in float, with the layers that have it. `reasons`: layer -> reason.
 
     >>> in_float_lines({"a": "it is never called", "b": "it is never called"})
     ['2 layers stay in float, it is never called: a, b']
@@ -54,9 +54,9 @@ def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
 class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
 
-    `balances` has the layers that are rounded in another basis of their input; it goes with any scheme but float.
-    `branches` has those of which a part of the weight stays in float. `reasons` says of layers that can only stay in
-    float why that is so.
+    `balances` holds the basis of each layer that is rounded in another basis of its input; every scheme but float may
+    have one. `branches` holds the low-rank part of the weight that stays in float, for layers that have such a part.
+    `reasons` says why a layer can only stay in float.
     """
 
     layers: tuple[Layer, ...]
@@ -81,13 +81,13 @@ class QuantPlan:
             raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
 
     def check(self, target: Target) -> None:
-        """Raise TargetError that lists every layer whose scheme the target cannot execute."""
+        """Raise a TargetError that lists every layer whose scheme the target cannot execute."""
         reasons = [r for layer in self.layers if (r := illegal(layer, self.schemes[layer.name], target))]
         if reasons:
             raise TargetError(*reasons)
 
     def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
-        """A plan with these layers changed; those in float have no balance and no branch any more."""
+        """Return a plan with other schemes for these layers; a layer in float has neither balance nor branch."""
         schemes = {**self.schemes, **changes}
         balances = {n: b for n, b in self.balances.items() if schemes[n] != FLOAT}
         branches = {n: b for n, b in self.branches.items() if schemes[n] != FLOAT}
@@ -95,7 +95,7 @@ class QuantPlan:
         return QuantPlan(self.layers, schemes, balances, branches, reasons)
 
     def left_in_float(self, reasons: Mapping[str, str]) -> QuantPlan:
-        """A plan with these layers of it in float, for these reasons."""
+        """Return a plan with these layers in float, for these reasons. Names of other layers are ignored."""
         known = {n: reason for n, reason in reasons.items() if n in self.schemes}
         changed = self.replace(dict.fromkeys(known, FLOAT))
         return QuantPlan(changed.layers, changed.schemes, changed.balances, changed.branches, {**self.reasons, **known})
@@ -103,7 +103,7 @@ class QuantPlan:
     def balanced(
         self, balances: Mapping[str, LayerBalance], branches: Mapping[str, Branch] = MappingProxyType({})
     ) -> QuantPlan:
-        """A plan with these layers in another basis, and with these branches, beside those that are already."""
+        """Return a plan with these balances and branches added to its own."""
         merged = {**self.balances, **balances}, {**self.branches, **branches}
         return QuantPlan(self.layers, self.schemes, *merged, self.reasons)
 
@@ -114,17 +114,17 @@ class QuantPlan:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all quantizable layers."""
+        """Bytes of all quantizable layers, with their branches."""
         return sum(map(self.layer_bytes, self.layers))
 
     def layer_bytes(self, layer: Layer) -> int:
-        """With its branch."""
+        """Return the bytes of one layer in its scheme, with its branch."""
         branch = self.branches.get(layer.name)
         return layer.size_bytes(self.schemes[layer.name]) + (0 if branch is None else branch.size_bytes)
 
     @property
     def weight_bits_mean(self) -> float:
-        """Bits a weight, weighted by parameters; 16 for a layer in float, and for a plan without layers."""
+        """Mean bits of a weight over all parameters. A layer in float counts 16, as does a plan without layers."""
         total = sum(layer.n * layer.k for layer in self.layers)
         bits = sum(layer.n * layer.k * self.schemes[layer.name].weight_bits for layer in self.layers)
         return bits / total if total else float(FLOAT.weight_bits)

@@ -1,4 +1,4 @@
-"""How long each layer of a compiled graph took where it ran."""
+"""Measured time of each layer of a compiled graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from intaglio.pipeline.files import read_typed
 
 
 class LayerTime(BaseModel):
-    """One layer in the scheme of its plan: the time of all its kernels in one call, and its stored bytes."""
+    """One layer with its planned scheme: the time of all its kernels in one call, and its stored bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,10 +22,10 @@ class LayerTime(BaseModel):
 
 
 class Profile(BaseModel):
-    """Medians over `runs` calls with `rows` rows; `rows` is None where who measured, `made_by`, does not say.
+    """Medians over `runs` calls with `rows` rows, measured by `made_by`; `rows` is None where that does not say it.
 
-    `rest_microseconds` has what belongs to no layer, by operator or by the runtime's own name; `missing` are the
-    plan's layers of which no kernel was found.
+    `rest_microseconds` is the time of kernels that belong to no layer, by operator or by the runtime's name for them.
+    `missing` names the plan's layers for which no kernel was found.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,7 +39,7 @@ class Profile(BaseModel):
     missing: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """As `load` reads it."""
+        """Return the text of profile.json, which `load` reads."""
         return self.model_dump_json(indent=1) + "\n"
 
     def save(self, root: Path) -> None:

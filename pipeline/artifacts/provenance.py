@@ -1,4 +1,4 @@
-"""Where the files of one target come from: the recipe, what there was at the start, and the steps so far."""
+"""The origin of one target's files: the recipe, the artifacts at the start, and the steps so far."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ FILE = "provenance.json"
 
 @dataclass(frozen=True)
 class Provenance:
-    """What came before: for a step that wants it the steps before it, for a finished chain all of them."""
+    """The recipe and the steps before the reading step; all steps, for a finished chain."""
 
     recipe: Recipe
-    """With every option of every step."""
+    """The recipe with every option of every step."""
     start: Mapping[str, str]
-    """Key name -> digest of what there was before the first step."""
+    """Key name -> digest of each artifact that was there before the first step."""
     runs: tuple[RunRecord, ...]
 
     def save(self, root: Path) -> None:

@@ -1,6 +1,6 @@
-"""Trained adapters, and the integer model they are merged into.
+"""Trained adapters, and the integer model that they are merged into.
 
-Shapes: N out features, K in features, G scales a row, T denoising steps, rank of the adapter.
+Shapes: N out features, K in features, G scales per row, T denoising steps, rank of the adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """What distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G).
+    """The result of distillation for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G).
 
     A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
     `amax_T` and `shift_T` are learnt input ranges at each calibrated step, `factor_T` what a token's magnitude is
@@ -41,9 +41,10 @@ class LayerAdapter:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What distillation learnt, for every layer with an integer weight, and the loss on the way.
+    """The result of distillation for every layer with an integer weight, and the loss of every update.
 
-    `distance`: how far from their codes, in scales, weights are that did not start as the model's own.
+    `distance` is the largest distance between a weight and its code, in scales, for weights that did not start as the
+    model's own.
     """
 
     layers: Mapping[str, LayerAdapter]
@@ -87,7 +88,7 @@ class _AdapterContent:
 
 @dataclass(frozen=True)
 class QuantizedLayerData:
-    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale a step.
+    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale per step.
 
     A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
     largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
@@ -109,7 +110,7 @@ class QuantizedLayerData:
 
     @property
     def stepped(self) -> bool:
-        """Whether it needs to know its denoising step."""
+        """True where the layer needs to know its denoising step."""
         return self.amax_T is not None or self.factor_T is not None
 
 
@@ -125,11 +126,11 @@ class Quantized:
 
     @property
     def stepped(self) -> bool:
-        """Whether some layer needs to know its denoising step."""
+        """True where some layer needs to know its denoising step."""
         return any(layer.stepped for layer in self.layers.values())
 
     def only(self, names: Container[str]) -> Quantized:
-        """These layers of it."""
+        """Return the integers of these layers alone."""
         return Quantized(self.timesteps, {name: data for name, data in self.layers.items() if name in names})
 
     def save(self, root: Path) -> None:

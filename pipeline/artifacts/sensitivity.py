@@ -1,4 +1,4 @@
-"""What each layer costs the output when it alone is quantized."""
+"""Sensitivity: the error of the output when one layer alone is quantized."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from intaglio.pipeline.formats.schemes import LayerScheme
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Relative squared error of the denoiser's output, one layer quantized: error[layer][scheme][bucket].
+    """Relative squared error of the denoiser's output with one layer quantized: error[layer][scheme][bucket].
 
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
     `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
@@ -51,7 +51,7 @@ class Sensitivity:
     rank_correlation: float | None = None
 
     def total(self, layer: str, scheme: str) -> float:
-        """Mean squared error of the final samples, times what its group's metric finds the layer to be worth.
+        """Return the mean squared error of the final samples, times the factor f of the layer by its group's metric.
 
         f = c (sum d r) / (sum d), r = m / e, summed over the layer's schemes: d is the error of the samples, e what the
         mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors; c keeps the
@@ -61,7 +61,7 @@ class Sensitivity:
 
     @cached_property
     def _factors(self) -> dict[str, float]:
-        """Of the layers that another metric ranks."""
+        """Factor f of `total`, for each layer that a metric other than the mean squared error ranks."""
         squared, moved = {}, {}
         for layer, by in self.ranked.items():
             squared[layer] = sum(self.error_of_samples(layer, scheme) for scheme in by)
@@ -78,17 +78,17 @@ class Sensitivity:
         return factors
 
     def error_of_samples(self, layer: str, scheme: str) -> float:
-        """Mean squared error of the final samples: measured, or else predicted."""
+        """Return the mean squared error of the final samples: the measured one, or else the predicted one."""
         measured = self.drift.get(layer, {}).get(scheme)
         return self.predicted(layer, scheme) if measured is None else measured
 
     def predicted(self, layer: str, scheme: str) -> float:
-        """Mean squared error of the final samples: by gradients of them, or else by errors of the buckets' outputs."""
+        """Return the predicted mean squared error of the samples: by their gradients, or else by output errors."""
         along = self.drift_screened.get(layer, {}).get(scheme)
         return self.predicted_by_outputs(layer, scheme) if along is None else along
 
     def predicted_by_outputs(self, layer: str, scheme: str) -> float:
-        """Mean squared error of the final samples, as the errors of the buckets' outputs predict it."""
+        """Return the mean squared error of the final samples that the errors of the buckets' outputs predict."""
         return self._weighed(self.error[layer][scheme])
 
     def _weighed(self, errors: tuple[float, ...]) -> float:

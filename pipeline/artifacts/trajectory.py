@@ -1,4 +1,4 @@
-"""Recorded calls of the full-precision denoiser, and the input ranges that were seen on the way.
+"""Recorded calls of the full-precision denoiser, and the ranges of layer inputs in them.
 
 Shapes: T denoising steps, R rows of a call, L layers.
 """
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class Ranges(NamedTuple):
-    """What quantized layers need beside their schemes, by layer name; in the order in which they take it.
+    """Tables that quantized layers need beside their schemes, by layer name, in the order in which layers take them.
 
-    The tables have one entry a step.
+    A table has one entry per step.
     """
 
     amax: Mapping[str, torch.Tensor]
@@ -34,7 +34,7 @@ class Ranges(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Every call on the way from noise to sample, by step: inputs (T, R, ...) by name, outputs (T, R, ...).
+    """Every call from noise to sample, by step: inputs (T, R, ...) by name, outputs (T, R, ...).
 
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
@@ -55,7 +55,7 @@ class Trajectory:
     half: bool = field(default=False, kw_only=True)
 
     def called(self, schemes: Mapping[str, LayerScheme]) -> dict[str, LayerScheme]:
-        """Schemes of those layers that have a part in the calls: all others stay in float."""
+        """Return the schemes of the layers that the calls reach. All other layers stay in float."""
         return {name: scheme for name, scheme in schemes.items() if name in self.low}
 
     def ranges(
@@ -64,9 +64,10 @@ class Trajectory:
         balances: Mapping[str, LayerBalance] = MappingProxyType({}),
         timesteps: tuple[float, ...] | None = None,
     ) -> Ranges:
-        """What these layers need, in ranges around their middle where the scheme shifts the input, else around zero.
+        """Return the tables of these layers at `timesteps`, or at the trajectory's own.
 
-        At `timesteps`, or at those of the trajectory. All calls at one timestep share a range.
+        A range lies around its middle where the scheme shifts the input, and around zero elsewhere. All calls at one
+        timestep share a range.
         """
         import torch
 
@@ -94,11 +95,11 @@ class Trajectory:
         return Ranges(amax, output_amax, shift, balance)
 
     def some_rows(self, least: int) -> slice:
-        """Rows of a call, evenly spread: as many as `least`, or more, or all there are."""
+        """Return evenly spread rows of a call: at least `least` of them, or all rows where there are fewer."""
         return slice(None, None, max(1, self.outputs.shape[1] // least))
 
     def call(self, step: int, rows: slice | Sequence[int] = slice(None)) -> dict[str, torch.Tensor]:
-        """Inputs of the call at `step`."""
+        """Return the inputs of these rows of the call at `step`."""
         at_step = {name: value[step][rows] for name, value in self.inputs.items()}
         return at_step | {name: value[rows] for name, value in self.conditions.items()} | dict(self.shared)
 
@@ -146,7 +147,7 @@ class _Settings:
 
 
 def _halved(tensor: torch.Tensor) -> torch.Tensor:
-    """In float16, if nothing of its float32 is lost."""
+    """Return a float32 tensor in float16 where that is exact, and any other tensor as it is."""
     import torch
 
     exact = tensor.dtype == torch.float32 and tensor.half().float().equal(tensor)
@@ -154,7 +155,7 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 again."""
+    """Return a float16 tensor in float32, and any other tensor as it is."""
     import torch
 
     return tensor.float() if tensor.dtype == torch.float16 else tensor

@@ -1,4 +1,4 @@
-"""What one call of the denoiser asks of its layers."""
+"""Workload: the rows that each layer computes in one call of the denoiser."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from intaglio.pipeline.formats.layer import Layer
 
 
 class Unreached(NamedTuple):
-    """A layer that has no part in the recorded calls, so that it can only stay in float, and the reason."""
+    """A layer that the recorded calls do not reach, so that it stays in float, and the reason."""
 
     layer: Layer
     reason: str
@@ -20,11 +20,11 @@ class Unreached(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """As recorded, of the call that denoises one sample; with guidance that has two rows.
+    """The recorded work of the call that denoises one sample; with guidance, such a call has two rows.
 
-    `rows` are tokens, or pixels that a convolution gives, in all calls of the layer together, by its name; fractions
-    where samples share them. `same_input` has the names of layers that read the same tensor, in the order of calls.
-    `unreached` are the layers that are in neither.
+    `rows` are tokens of a linear layer or output pixels of a convolution, by layer name, in all calls of the layer
+    together; a fraction where samples share them. `same_input` lists the layers that read the same tensor, in the order
+    of calls. `unreached` are the layers that the call does not reach.
     """
 
     rows: Mapping[str, float]
@@ -33,7 +33,7 @@ class Workload:
 
     @property
     def float_reasons(self) -> dict[str, str]:
-        """Why each unreached layer stays in float, by its name."""
+        """Layer name -> reason, for each unreached layer."""
         return {layer.name: reason for layer, reason in self.unreached}
 
     def save(self, root: Path) -> None:
@@ -57,7 +57,7 @@ class _Row(Layer):
 
 @dataclass(frozen=True)
 class _Content:
-    """The fields of workload.json."""
+    """The content of workload.json."""
 
     rows: Mapping[str, float]
     same_input: tuple[tuple[str, ...], ...]
