@@ -1,4 +1,4 @@
-"""Hold the deployed graph against its simulation, layer by layer and as a whole, and both against full precision."""
+"""Compares the deployed graph with its simulation, layer by layer and as a whole, and both with full precision."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         LayerParity,
         SampleFigures,
         Verification,
+        VerificationFigures,
     )
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.step_clock import StepClock
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 
 
 BETWEEN_HALVES = 10 * 2.0**-11
-"""Relative L2 error of what lies between two layers in float16: ten roundings, an attention's and its neighbours'."""
+"""Relative L2 error allowed between two layers in float16: ten roundings, of an attention and its neighbours."""
 
 
 class Verify(Pass):
     """Fails when the graph in ONNX Runtime is not what was simulated.
 
-    Two executions that are both right round a tie differently now and then, and everything after it is rounded anew; so
-    layers are compared alone, on the same input, and whole models by their distance to full precision.
+    Two correct executions may round a tie differently, and every later layer then rounds other values. So layers are
+    compared alone, on the same input, and whole models by their distance to full precision.
     """
 
     name: ClassVar[str] = "verify"
@@ -61,7 +62,7 @@ class Verify(Pass):
     half_tolerance: float = Field(
         4e-3,
         gt=0,
-        description="the same, of a layer in float16: eight roundings of 2^-11, of balance, weight, product, sum, bias",
+        description="relative L2 error of a layer in float16: eight roundings of 2^-11 of balance, weight, product, bias",
     )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(
@@ -73,7 +74,7 @@ class Verify(Pass):
     )
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Three times every sample at every step."""
+        """Return the rows of all calls: each sample is drawn three times, in all steps."""
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -114,11 +115,7 @@ class Verify(Pass):
         if self.bisect:
             values = graph_values(graph, value_names(graph), optimize=optimized)
             departures, output_rel_l2 = find_departures(layers, simulated, graph, values, call)
-            departed = DepartureFigures(
-                departure_output_rel_l2=output_rel_l2,
-                departure_own_rel_l2_max=max((d.own_rel_l2 for d in departures.values()), default=0.0),
-                departure_input_rel_l2_max=max((d.input_rel_l2 for d in departures.values()), default=0.0),
-            )
+            departed = DepartureFigures.of(departures, output_rel_l2)
         if bad:
             raise StepFailed(
                 *self._departed(departed, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
@@ -134,12 +131,7 @@ class Verify(Pass):
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
             fp16_bytes=fp16_bytes,
         )
-        ctx.log.info(
-            "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
-            figures.psnr_db,
-            figures.psnr_simulated_db,
-            figures.parity_layer_rel_l2_max,
-        )
+        _log_figures(ctx, figures)
         if in_float:
             count = len(in_float)
             ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
@@ -177,7 +169,7 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
     def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
-        """Every layer that computes something else inside the graph, then the first that is handed something else."""
+        """Return every layer that computes wrong inside the graph, then the first layer whose input is already wrong."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [
@@ -195,6 +187,15 @@ class Verify(Pass):
                 f" {allowed}: the fault is in front of it ({len(wrong) - 1} more places behind it)"
             )
         return problems
+
+
+def _log_figures(ctx: Context, figures: VerificationFigures) -> None:
+    ctx.log.info(
+        "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
+        figures.psnr_db,
+        figures.psnr_simulated_db,
+        figures.parity_layer_rel_l2_max,
+    )
 
 
 def _compare_layers(
@@ -257,7 +258,7 @@ def _compare_layer(
 
 
 def layers_in_float(module: nn.Module, quantized: Collection[str], target: Target) -> dict[str, str]:
-    """Linear layers and convolutions of the full-precision model that are not quantized, and why, by name."""
+    """Return layer -> reason for linear layers and convolutions of the full-precision model that stay in float."""
     from torch.nn.modules.conv import _ConvNd
 
     from intaglio.pipeline.formats.layer import SCHEME_NAMES, illegal, structural_schemes
@@ -279,7 +280,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
 
 
 def _by_reason(in_float: Mapping[str, str]) -> str:
-    """Names of layers in float behind each reason, the first of them where there are many."""
+    """Return each reason with the names of its layers in float, the first of them where there are many."""
     names: dict[str, list[str]] = {}
     for name, reason in in_float.items():
         names.setdefault(reason, []).append(name)
@@ -290,8 +291,8 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
 def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> SampleFigures:
     """Return the distances of simulated and deployed samples to those of full precision.
 
-    Errors below `rounding`, relative to full precision, are those of the order of sums: two implementations that are
-    both nearer than that have no gap.
+    An error below `rounding`, relative to full precision, comes from the order of sums: there is no gap between two
+    implementations whose errors are both below it.
     """
     from intaglio.pipeline.artifacts.verification import SampleFigures
     from intaglio.pipeline.numerics.quality import LEAST_MSE, decibels, mean_squared_error, psnr_db, sqnr_db

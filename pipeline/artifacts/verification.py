@@ -62,6 +62,15 @@ class DepartureFigures:
     departure_input_rel_l2_max: Annotated[float | None, OPTIONAL] = None
     """Largest `input_rel_l2` of a layer's `Departure`."""
 
+    @classmethod
+    def of(cls, departures: Mapping[str, Departure], output_rel_l2: float) -> Self:
+        """Return the figures of these layers, and of the graph's output."""
+        return cls(
+            departure_output_rel_l2=output_rel_l2,
+            departure_own_rel_l2_max=max((each.own_rel_l2 for each in departures.values()), default=0.0),
+            departure_input_rel_l2_max=max((each.input_rel_l2 for each in departures.values()), default=0.0),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFigures:

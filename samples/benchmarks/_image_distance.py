@@ -28,12 +28,12 @@ def sqnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,)"""
+    """Return the structural similarity of each image to its reference, (B,)."""
     return structural_similarity_index_measure(x, reference, data_range=2.0, reduction="none")
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x y / d + 1)^3, of two sets of the same size (Binkowski et al. 2018).
+    """Return the unbiased squared MMD with the kernel (x y / d + 1)^3, of two sets of the same size (Binkowski et al. 2018).
 
     The sets are independent of each other: no image of one is made from the noise of one in the other.
     """
@@ -41,7 +41,7 @@ def kid(features: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def feature_distance(features: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,): Euclidean, of each image to its own reference."""
+    """Return the Euclidean distance of each image's features to those of its reference, (B,)."""
     return (features - reference).square().sum(1).sqrt()
 
 
@@ -58,7 +58,7 @@ def _network() -> torch.nn.Module:
 
 @torch.no_grad()
 def features(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1280)"""
+    """Return the features of images, (B, 1280)."""
     network, size = _network(), (FEATURE_SIZE, FEATURE_SIZE)
     large = functional.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
     return torch.cat([network.extract_features(part).mean((2, 3)) for part in large.split(8)])

@@ -4,13 +4,15 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import (
+    OPTIONAL,
     checked_file,
     damage_of,
     load_tensors,
@@ -22,6 +24,7 @@ from intaglio.pipeline.files import (
     read_onnx,
     read_text,
     read_typed,
+    write_typed,
 )
 
 
@@ -208,3 +211,31 @@ def test_a_file_that_is_no_onnx_model_is_named(content: bytes, said: str, tmp_pa
     (tmp_path / "a.onnx").write_bytes(content)
     with pytest.raises(RecipeError, match=rf"a\.onnx: is not an ONNX model.*{said}"):
         read_onnx(tmp_path / "a.onnx")
+
+
+@dataclass(frozen=True)
+class Saved:
+    a: float
+    b: Annotated[int | None, OPTIONAL] = None
+    c: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Whole(Saved):
+    data: bytes = field(default=b"", kw_only=True)
+
+
+def test_a_file_has_the_fields_of_the_named_class_and_optional_ones_where_they_say_something(tmp_path: Path) -> None:
+    write_typed(tmp_path / "a.json", Whole(0.5, data=b"1"), Saved, indent=None)
+    write_typed(tmp_path / "b.json", Whole(0.5, 0, (1,)), Saved, indent=None)
+    assert (tmp_path / "a.json").read_bytes() == b'{"a": 0.5, "c": []}\n'
+    assert (tmp_path / "b.json").read_bytes() == b'{"a": 0.5, "b": 0, "c": [1]}\n'
+    assert read_typed(tmp_path / "a.json", Saved) == Saved(0.5)
+    assert read_typed(tmp_path / "b.json", Saved) == Saved(0.5, 0, (1,))
+
+
+def test_a_field_with_a_default_may_be_missing_where_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 0.5}')
+    assert read_typed(tmp_path / "a.json", Saved) == Saved(0.5)
+    with pytest.raises(RecipeError, match=r"a\.json: is damaged: c: is missing$"):
+        read_typed(tmp_path / "a.json", Saved, may_lack=("b",))
