@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean
+from typing import assert_never
 
 from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, illegal, structural_schemes
-from intaglio.pipeline.formats.schemes import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes, illegal
+from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedWeight, scheme_names
 from intaglio.pipeline.formats.target import Target
 
 HEAT_LEVELS = 10
@@ -101,40 +102,46 @@ class SchemeRow:
 def scheme_css(scheme: LayerScheme) -> str:
     """CSS class of a scheme: a colour for its bits, two for those of W8A8."""
     match scheme.weight, scheme.input:
-        case IntWeight(bits=8), IntInput(bits=8, granularity=granularity):
-            return f"s-w8a8_{'token' if isinstance(granularity, PerToken) else 'step'}"
-        case IntWeight(bits=4), _:
-            return f"s-w4a{scheme.input_bits}"
-        case IntWeight() | IntInput(), _:
-            return "s-other"
-        case _:
+        case Float(), Float():
             return "s-float"
+        case RoundedWeight(bits=8), IntInput(bits=8) as form:
+            return f"s-w8a8_{form.granularity.label}"
+        case RoundedWeight(bits=4), Float() | IntInput():
+            return f"s-w4a{scheme.input_bits}"
+        case ((Float() | RoundedWeight()), (Float() | IntInput())):
+            return "s-other"
+        case other:
+            assert_never(other)
 
 
 def scheme_code(scheme: LayerScheme) -> str:
     """At most two characters: weight bits, then t or s for a scale a token or a step, T or S at 4 bits; f for float."""
-    match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
-            unit = "t" if isinstance(granularity, PerToken) else "s"
-            return f"{bits}{unit if input_bits == 8 else unit.upper()}"
-        case IntWeight(bits=bits), _:
-            return str(bits)
-        case _:
-            return "f"
+    if isinstance(scheme.weight, Float):
+        return "f"
+    match scheme.input:
+        case Float():
+            return str(scheme.weight_bits)
+        case IntInput(bits=bits, granularity=granularity):
+            unit = granularity.label[0]
+            return f"{scheme.weight_bits}{unit if bits == 8 else unit.upper()}"
+        case other:
+            assert_never(other)
 
 
 def scheme_meaning(scheme: LayerScheme) -> str:
     """One phrase for the legend."""
-    match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
-            unit = "token" if isinstance(granularity, PerToken) else "denoising step"
-            shifted = " around the middle of its range" if scheme.input.shifted else ""
-            output = ", 8-bit output" if isinstance(scheme.output, IntOutput) else ""
-            return f"{bits}-bit weight, {input_bits}-bit input with one scale per {unit}{shifted}{output}"
-        case IntWeight(bits=bits), _:
-            return f"{bits}-bit weight, float input"
-        case _:
-            return "not quantized"
+    if isinstance(scheme.weight, Float):
+        return "not quantized"
+    match scheme.input:
+        case Float():
+            return f"{scheme.weight_bits}-bit weight, float input"
+        case IntInput() as form:
+            unit = "token" if scheme.by_token else "denoising step"
+            shifted = " around the middle of its range" if scheme.shifted else ""
+            output = "" if isinstance(scheme.output, Float) else f", {scheme.output.bits}-bit output"
+            return f"{scheme.weight_bits}-bit weight, {form.bits}-bit input with one scale per {unit}{shifted}{output}"
+        case other:
+            assert_never(other)
 
 
 def scheme_rows(plan: QuantPlan) -> tuple[SchemeRow, ...]:
@@ -164,7 +171,7 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
     for layer in plan.layers:
         if plan.schemes[layer.name] != FLOAT:
             continue
-        others = [scheme for scheme in structural_schemes(layer, names=SCHEME_NAMES) if scheme != FLOAT]
+        others = [scheme for scheme in admitted_schemes(layer) if scheme != FLOAT]
         legal = any(illegal(layer, scheme, target) is None for scheme in others)
         reason = plan.reasons.get(
             layer.name, "so planned" if legal else f"{target.name} has no other form for its shape"
@@ -174,7 +181,7 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
-    known = {name: place for place, name in enumerate(SCHEME_NAMES)}
+    known = {name: place for place, name in enumerate(scheme_names())}
     return tuple(sorted(set(names), key=lambda name: (known.get(name, len(known)), name)))
 
 
