@@ -19,7 +19,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
-from intaglio.pipeline.formats.schemes import USUAL_SCHEMES, SchemeName, known_schemes
+from intaglio.pipeline.formats.schemes import FLOAT, USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class MeasureSensitivity(Pass):
         """
         one = model.steps * model.rows_per_sample
         whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
-        schemes = set(self.schemes) - {"float"}
+        schemes = set(self.schemes) - {FLOAT.name}
         usual = structural_schemes(Layer(name="", op="linear", shape=(64, 1280), bias=True), self.groups, self.schemes)
         forms = forms_of({s.name: s for s in usual}, parts=self.apart != "no")
         measured = len(forms if self.apart == "measured" else schemes) * model.layers

@@ -17,6 +17,7 @@ class Float(Value):
     """Not quantized."""
 
     bits: ClassVar[int] = 16
+    label: ClassVar[str] = "float"
     group_size: ClassVar[None] = None
     kind: Literal["float"] = "float"
 

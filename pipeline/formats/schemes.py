@@ -113,7 +113,7 @@ class LayerScheme(Value):
     @property
     def label(self) -> str:
         """Bits of weight and input alone, such as w4a16; float where neither is rounded."""
-        return "float" if isinstance(self.weight, Float) else f"{self.weight.label}a{self.input_bits}"
+        return self.weight.label if isinstance(self.weight, Float) else f"{self.weight.label}a{self.input_bits}"
 
     @property
     def name(self) -> str:
@@ -126,12 +126,14 @@ class LayerScheme(Value):
         """
         if problem := self._problem():
             raise ValueError(f"{problem}: {self}")
-        match self.weight, self.input:
-            case RoundedWeight() as weight, IntInput() as form:
-                output = "" if isinstance(self.output, Float) else f"o{self.output.bits}"
-                return f"{weight.label}{form.label}{output}_{form.granularity.label}"
-            case _, _:
+        match self.input:
+            case Float():
                 return self.label
+            case IntInput() as form:
+                output = "" if isinstance(self.output, Float) else f"o{self.output.bits}"
+                return f"{self.weight.label}{form.label}{output}_{form.granularity.label}"
+            case other:
+                assert_never(other)
 
     def alike(self, other: LayerScheme) -> bool:
         """Whether the schemes differ in the size of groups at most, which is all that their names leave out."""

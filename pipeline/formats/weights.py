@@ -99,6 +99,8 @@ class RoundedWeight(Value, ABC):
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the codes, int8 of this shape, that `pack` stored. Raises ValueError where the sizes differ."""
+        if tuple(stored.shape) != shape:
+            raise ValueError(f"{list(stored.shape)} codes are stored for a weight of shape {list(shape)}")
         return stored
 
 
@@ -215,7 +217,7 @@ class IntWeight(RoundedWeight):
 
         from intaglio.pipeline.numerics.packing import unpack_int4
 
-        return torch.from_numpy(unpack_int4(stored.numpy(), shape)) if self.bits == 4 else stored
+        return torch.from_numpy(unpack_int4(stored.numpy(), shape)) if self.bits == 4 else super().unpack(stored, shape)
 
 
 def _first_line(documented: type) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.formats.schemes import Float, IntInput, LayerScheme, PerStep, PerToken, RoundedWeight
+from intaglio.pipeline.formats.schemes import Float, LayerScheme, PerStep, PerToken, RoundedWeight
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance
@@ -224,7 +224,7 @@ class QuantizedLayer(nn.Module):
 
     def balanced_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `input_codes`, of an input that is in the basis already."""
-        if not isinstance(self.scheme.input, IntInput):
+        if isinstance(self.scheme.input, Float):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
         match self.scheme.input.granularity:
@@ -264,7 +264,7 @@ class QuantizedLayer(nn.Module):
     def learnt_input(self) -> LearntInput:
         """The tables that `learn_input` trained, as an exported layer has them."""
         learnt = self.input_scales
-        if learnt is None or not isinstance(self.scheme.input, IntInput):
+        if learnt is None or isinstance(self.scheme.input, Float):
             return LearntInput()
         with torch.no_grad():
             factor_T = torch.stack([p.exp() for p in learnt.log_factor])
@@ -288,7 +288,7 @@ class QuantizedLayer(nn.Module):
             return y
         weight, x = self.rounded_weight(), self.balanced(input)
         shift = None
-        if isinstance(self.scheme.input, IntInput):
+        if not isinstance(self.scheme.input, Float):
             q, amax, shift = self.balanced_codes(x)
             if not isinstance(self.scheme.output, Float):
                 y = self._rounded_product(q, weight, amax, self.scheme.input.bits) * amax

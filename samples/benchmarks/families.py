@@ -93,7 +93,7 @@ def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVER
         engine = compiled[RTX][ENGINE] if RTX in targets else None
         plans[plan] = PlanFigures(
             layers=len(one[GRAPH].nodes),
-            four_bit=sum(scheme.name.startswith("w4") for scheme in one[PLAN].schemes.values()),
+            four_bit=sum(scheme.weight_bits == 4 for scheme in one[PLAN].schemes.values()),
             worst_layer=max(figures["parity_layer_rel_l2_max"] for figures in checks),
             whole=max(figures.get(f"parity{size}_rel_l2", 0.0) for figures in checks for size in ("", "_other")),
             int8=None if engine is None else engine.int8_gemm,
