@@ -11,8 +11,9 @@ from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.formats.known import SchemeName
 from intaglio.pipeline.formats.layer import GROUPS, Layer, admitted_schemes, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, SchemeName
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.formats.target import Target
 
 

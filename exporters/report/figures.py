@@ -13,8 +13,9 @@ from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.formats.known import scheme_names
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedWeight, scheme_names
+from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedWeight
 from intaglio.pipeline.formats.target import Target
 
 HEAT_LEVELS = 10

@@ -20,8 +20,9 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
 from intaglio.pipeline.formats.layer import Layer, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, USUAL_SCHEMES, Float, LayerScheme, SchemeName, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:

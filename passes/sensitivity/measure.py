@@ -18,8 +18,9 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
-from intaglio.pipeline.formats.schemes import FLOAT, USUAL_SCHEMES, SchemeName, known_schemes
+from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:

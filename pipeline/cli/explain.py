@@ -13,16 +13,9 @@ from pydantic_core import to_jsonable_python
 
 from intaglio.pipeline.contract.artifact import AnyKey, Key
 from intaglio.pipeline.errors import RecipeError, did_you_mean
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes, scheme_names
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
-from intaglio.pipeline.formats.schemes import (
-    USUAL_SCHEMES,
-    Float,
-    IntInput,
-    LayerScheme,
-    RoundedWeight,
-    known_schemes,
-    scheme_names,
-)
+from intaglio.pipeline.formats.schemes import Float, IntInput, LayerScheme, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind, load_target, target_names
 from intaglio.pipeline.runs.registry import (
     find_metric,

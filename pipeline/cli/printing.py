@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from intaglio.pipeline.cli.console import duration, print_table
 from intaglio.pipeline.cli.doctor import Found, Machine
 from intaglio.pipeline.files import printable
-from intaglio.pipeline.formats.schemes import FLOAT, known_schemes
+from intaglio.pipeline.formats.known import known_schemes
+from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.runner import PlannedStep
 

@@ -1,4 +1,4 @@
-"""What a layer costs: how long it takes at least, from what its device does at most, bit operations, activations.
+"""The cost of a layer: its least latency on a device, its bit operations, and the bytes of its activations.
 
 Shapes: R rows (tokens, or pixels that a convolution gives), N out features, K in features.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Device
 
 FLOAT_BYTES = 2
-"""Of a number in float16, which GPUs compute in."""
+"""Bytes of a number in float16, in which GPUs compute."""
 
 
 def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> float:

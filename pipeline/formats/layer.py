@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, assert_never
 from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.formats.inputs import Float, PerStep
-from intaglio.pipeline.formats.schemes import FLOAT, USUAL_SCHEMES, LayerScheme, known_schemes, without_shift
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, without_shift
 from intaglio.pipeline.formats.weights import RoundedWeight
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def structural_schemes(
 
 
 def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
-    """Why the target cannot execute this layer so, or None."""
+    """Return why the target cannot execute the layer in this scheme, or None."""
     allowed = target.formats[layer.op]
     if scheme.name not in allowed:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
@@ -98,7 +99,7 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
 
 
 def _misfit(layer: Layer, scheme: LayerScheme) -> str | None:
-    """Why no layer of this shape can have the scheme, whatever the target, or None."""
+    """Return why no layer of this shape can have the scheme on any target, or None."""
     if layer.op == "conv" and scheme.by_token:
         by_step = scheme.input.model_copy(update={"granularity": PerStep()})
         return f"a convolution has no tokens: use {scheme.model_copy(update={'input': by_step}).name}"

@@ -1,18 +1,15 @@
 """Schemes as values: a weight format with an input format and an output format.
 
-The name of a scheme is derived from its value, and no name is parsed: `known_schemes` finds a scheme by its name.
+The name of a scheme is derived from its value, and no name is parsed: `known.py` finds a scheme by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Annotated, TypeAlias, assert_never
 
-from pydantic import AfterValidator, BeforeValidator, SerializeAsAny, ValidationError, WithJsonSchema
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
-from intaglio.pipeline.errors import did_you_mean
 from intaglio.pipeline.formats.inputs import (
     Float,
     InputFormat,
@@ -27,7 +24,6 @@ from intaglio.pipeline.formats.weights import IntWeight, PerChannel, PerGroup, R
 
 __all__ = [
     "FLOAT",
-    "USUAL_SCHEMES",
     "W8A8_STEP",
     "W8A8_TOKEN",
     "W8A16",
@@ -43,13 +39,9 @@ __all__ = [
     "PerStep",
     "PerToken",
     "RoundedWeight",
-    "SchemeName",
     "TwoLevel",
     "WeightFormat",
     "int_schemes",
-    "known_schemes",
-    "scheme_families",
-    "scheme_names",
     "w4a4_step",
     "w4a4_token",
     "w4a8_step",
@@ -65,6 +57,8 @@ def _weight(written: object) -> object:
     """Return the format that JSON describes, by its `kind`. Raises ValueError where it describes none."""
     if not isinstance(written, dict):
         return written
+    from intaglio.pipeline.formats.known import known_schemes  # which imports this module
+
     formats = {scheme.weight.kind: type(scheme.weight) for scheme in known_schemes().values()}
     if (kind := written.get("kind")) not in formats:
         raise ValueError(f"no weight format of kind {kind!r}: {', '.join(formats)}")
@@ -87,37 +81,37 @@ class LayerScheme(Value):
 
     @property
     def weight_bits(self) -> int:
-        """16 in float."""
+        """Bits of a weight's code; 16 in float."""
         return self.weight.bits
 
     @property
     def input_bits(self) -> int:
-        """16 in float."""
+        """Bits of an input's code; 16 in float."""
         return self.input.bits
 
     @property
     def by_token(self) -> bool:
-        """Whether the input has a scale for each token."""
+        """True where the input has a scale for each token."""
         return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerToken)
 
     @property
     def by_step(self) -> bool:
-        """Whether the input has a scale for each denoising step."""
+        """True where the input has a scale for each denoising step."""
         return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)
 
     @property
     def shifted(self) -> bool:
-        """Whether the middle of the input's range is taken off before it is rounded."""
+        """True where the middle of the input's range is taken off before the input is rounded."""
         return isinstance(self.input, IntInput) and self.input.shifted
 
     @property
     def label(self) -> str:
-        """Bits of weight and input alone, such as w4a16; float where neither is rounded."""
+        """Bits of weight and input alone, such as w4a16; float where the weight is not rounded."""
         return self.weight.label if isinstance(self.weight, Float) else f"{self.weight.label}a{self.input_bits}"
 
     @property
     def name(self) -> str:
-        """The scheme's short name, as targets and tables use it: all of it but the size of groups.
+        """Short name of the scheme, as targets and tables use it. Only the size of groups is not in it.
 
         Raises ValueError where its formats make no scheme together.
 
@@ -136,11 +130,11 @@ class LayerScheme(Value):
                 assert_never(other)
 
     def alike(self, other: LayerScheme) -> bool:
-        """Whether the schemes differ in the size of groups at most, which is all that their names leave out."""
+        """Return True where the schemes differ in the size of groups at most, which names leave out."""
         return self.name == other.name
 
     def _problem(self) -> str | None:
-        """Why its formats make no scheme together, or None."""
+        """Return why its formats make no scheme together, or None."""
         if not isinstance(self.output, Float):
             if not self.by_step:
                 return "an output is rounded only behind an input with a scale a step"
@@ -162,19 +156,19 @@ W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Fl
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:
-    """The scheme with an 8-bit output: its product takes and gives 8-bit codes."""
+    """Return the scheme with an 8-bit output: its product takes and gives 8-bit codes."""
     return scheme.model_copy(update={"output": IntOutput()})
 
 
 def with_shift(scheme: LayerScheme) -> LayerScheme:
-    """The scheme with a shifted input: all codes are used where the range is not symmetric."""
+    """Return the scheme with a shifted input: all codes are used where the range is not symmetric."""
     if not isinstance(scheme.input, IntInput):
         raise ValueError(f"a float input has no shift: {scheme}")
     return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": True})})
 
 
 def without_shift(scheme: LayerScheme) -> LayerScheme:
-    """The scheme with an input that is rounded around zero."""
+    """Return the scheme with an input that is rounded around zero."""
     if not isinstance(scheme.input, IntInput):
         return scheme
     return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": False})})
@@ -216,40 +210,3 @@ def int_schemes(group: int) -> Iterator[LayerScheme]:
     yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four)
     yield from (with_output(scheme) for scheme in integer if scheme.by_step)
     yield from (with_shift(scheme) for scheme in integer)
-
-
-def scheme_families() -> tuple[Callable[[int], Iterator[LayerScheme]], ...]:
-    """List what yields schemes for a group size. A new format is known everywhere once its schemes are among them."""
-    return (int_schemes,)
-
-
-def known_schemes(group: int = 64) -> Mapping[str, LayerScheme]:
-    """Return all schemes by name, float first; those with groups have `group` input features in each."""
-    return _by_name(scheme_families(), group)
-
-
-@cache
-def _by_name(families: tuple[Callable[[int], Iterator[LayerScheme]], ...], group: int) -> Mapping[str, LayerScheme]:
-    schemes = (FLOAT, *(scheme for family in families for scheme in family(group)))
-    return MappingProxyType({scheme.name: scheme for scheme in schemes})
-
-
-USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
-"""Names of the schemes that are measured where a recipe names none."""
-
-
-def scheme_names() -> tuple[str, ...]:
-    """List the names of all schemes, the usual ones first."""
-    return tuple(dict.fromkeys((*USUAL_SCHEMES, *known_schemes())))
-
-
-def _known_name(name: str) -> str:
-    if name not in known_schemes():
-        raise ValueError(f"no scheme {name!r}{did_you_mean(name, scheme_names())}")
-    return name
-
-
-SchemeName: TypeAlias = Annotated[
-    str, AfterValidator(_known_name), WithJsonSchema({"type": "string", "enum": list(scheme_names())})
-]
-"""The name of a scheme that is known."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import read_typed
-from intaglio.pipeline.formats.schemes import SchemeName
+from intaglio.pipeline.formats.known import SchemeName
 
 OpKind: TypeAlias = Literal["linear", "conv"]
 

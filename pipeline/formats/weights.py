@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RoundedWeight(Value, ABC):
     """A weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
 
-    A subclass is a format. It is known once a scheme of `known_schemes` has it.
+    A subclass is a format. It is known once a scheme of `known.py` has it.
     Shapes: w and q (N, K), scales (N, G) with G = 1 or K // group_size.
     """
 
@@ -179,7 +179,10 @@ class IntWeight(RoundedWeight):
         return None if isinstance(self.granularity, PerChannel) else self.granularity.size
 
     def problem_with(self, form: InputFormat) -> str | None:
-        """Products on integers take a scale for each channel: 4-bit codes become 8-bit ones, in two levels."""
+        """Return why no product takes this weight with such an input, or None.
+
+        Products on integers take one scale for each channel, so 4-bit codes become 8-bit codes in two levels.
+        """
         match form:
             case Float():
                 two_level = isinstance(self.granularity, TwoLevel)

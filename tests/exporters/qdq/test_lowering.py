@@ -12,10 +12,10 @@ from intaglio.exporters.qdq.lowering import LOWERINGS, lowering
 from intaglio.exporters.runtimes.onnxruntime.session import multiplies_exactly, open_session
 from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
-    known_schemes,
     w4a4_step,
     w4a4_token,
     w4a8_step,

@@ -2,12 +2,12 @@ import pytest
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.formats.known import scheme_names
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes, structural_schemes
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
     W8A8_TOKEN,
-    scheme_names,
     w4a8_step,
     w4a8_token,
     w4a16,

@@ -6,7 +6,7 @@ import pytest
 
 from intaglio import Target
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.formats.schemes import scheme_names
+from intaglio.pipeline.formats.known import scheme_names
 from intaglio.pipeline.formats.target import _over, load_target, target_names
 
 

@@ -33,8 +33,9 @@ from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, MODEL, PLAN, QUANTIZED, TARGET, VERIFICATION
 from intaglio.pipeline.cli.explain import explain
-from intaglio.pipeline.formats import schemes
+from intaglio.pipeline.formats import known
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.schemes import LayerScheme, int_schemes
 from intaglio.pipeline.formats.target import load_target
 
 NAME = "w6a8_token"
@@ -46,7 +47,7 @@ ROW = lowering.Lowering("linear", W6A8_TOKEN, ("onnxruntime",), lowering.per_cha
 @pytest.fixture
 def six_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The format is known, and its row is in the table."""
-    monkeypatch.setattr(schemes, "scheme_families", lambda: (schemes.int_schemes, six_bit_schemes))
+    monkeypatch.setattr(known, "scheme_families", lambda: (int_schemes, six_bit_schemes))
     monkeypatch.setattr(lowering, "LOWERINGS", (*lowering.LOWERINGS, ROW))
 
 
@@ -126,7 +127,7 @@ def test_its_codes_are_those_of_the_oracle(recorded, six_bit, tmp_path):
 
 def test_its_name_and_size_follow_from_the_value_and_six_bit_codes_are_packed(six_bit):
     assert W6A8_TOKEN.name == NAME
-    assert schemes.known_schemes()[NAME] == W6A8_TOKEN
+    assert known.known_schemes()[NAME] == W6A8_TOKEN
     layer = Layer(name="a", op="linear", shape=(8, 64), bias=True)
     assert layer.size_bytes(W6A8_TOKEN) == 8 * 64 * 6 // 8 + 4 * 8 * 2
     codes = torch.tensor([[-31, 31, 0, 1], [-1, 7, -8, 30]], dtype=torch.int8)
@@ -141,4 +142,4 @@ def test_it_is_refused_where_nothing_lists_it():
     with pytest.raises(ValidationError, match=f"no scheme '{NAME}'"):
         UniformPlan(schemes=(NAME,))
     with pytest.raises(ValidationError, match="no weight format of kind 'six': float, int"):
-        schemes.LayerScheme.model_validate(W6A8_TOKEN.model_dump())
+        LayerScheme.model_validate(W6A8_TOKEN.model_dump())
