@@ -16,7 +16,7 @@ from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.formats.schemes import Float, IntInput, IntWeight, LayerScheme
+from intaglio.pipeline.formats.schemes import Float, LayerScheme, RoundedWeight
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class BalanceLayers(Pass):
         from intaglio.pipeline.model.calls import denoise_with
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
-        schemes = {n: s for n, s in trajectory.called(plan.schemes).items() if isinstance(s.weight, IntWeight)}
+        schemes = {n: s for n, s in trajectory.called(plan.schemes).items() if isinstance(s.weight, RoundedWeight)}
         layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, Linear | Conv2d)}
         denoise = denoise_with(model.module, model)
         rows = trajectory.some_rows(self.rows)
@@ -222,11 +222,10 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _branch(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
-    """Of a weight of 4 bits that is large enough."""
+    """Of a weight of fewer than 8 bits that is large enough."""
     from intaglio.pipeline.numerics.low_rank import Branch
 
-    four = isinstance(scheme.weight, IntWeight) and scheme.weight.bits == 4
-    if not rank or not four or min(layer.weight.flatten(1).shape) < 4 * rank:
+    if not rank or scheme.weight_bits >= 8 or min(layer.weight.flatten(1).shape) < 4 * rank:
         return None
     w = layer.weight if basis is None else basis.weight(layer.weight)
     return Branch.of(w.flatten(1), rank)
@@ -249,7 +248,7 @@ def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int =
     with torch.no_grad():
         for layer, scheme in parts.values():
             amax_S, shift_S = torch.maximum(-low_S, high_S), None
-            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+            if scheme.shifted:
                 amax_S, shift_S = half_range(low_S, high_S)
             plain = scheme.model_copy(update={"output": Float()})
             branch = _branch(layer, scheme, basis, rank)

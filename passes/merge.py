@@ -11,7 +11,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.formats.schemes import FLOAT, IntInput, IntOutput, IntWeight, PerStep
+from intaglio.pipeline.formats.schemes import FLOAT, Float, RoundedWeight
 
 
 class MergeAdapters(Pass):
@@ -48,20 +48,19 @@ class MergeAdapters(Pass):
         for layer in plan.layers:
             scheme, balance = schemes.get(layer.name, FLOAT), ranges.balance.get(layer.name)
             branch = plan.branches.get(layer.name)
-            if not isinstance(scheme.weight, IntWeight):
+            if not isinstance(scheme.weight, RoundedWeight):
                 continue
             learnt = adapter.layers[layer.name]
             w = module.get_submodule(layer.name).get_parameter("weight").detach()
             w_NK = (w if balance is None else balance.weight(w)).flatten(1)
             w_NK = w_NK if branch is None else branch.rest(w_NK)
             if learnt.codes is not None:
-                first = affine.product_scale(*affine.fit(w_NK, scheme.weight))
-                w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight, adapter.distance)
+                first = affine.product_scale(*scheme.weight.fit(w_NK))
+                w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight.grid, adapter.distance)
             if learnt.a is not None and learnt.b is not None:
                 w_NK = w_NK + learnt.b @ learnt.a
             if not all(end.isfinite() for end in w_NK.aminmax()) or not (learnt.scale_NG > 0).all():
                 raise StepFailed(f"{layer.name}: the merged weight has NaN or Inf, or a scale that is not positive")
-            stepped = isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep)
             amax_T, shift_T = ranges.amax[layer.name], ranges.shift.get(layer.name)
             if learnt.amax_T is not None:
                 amax_T = resample_magnitude(learnt.amax_T, trajectory.timesteps, timesteps)
@@ -72,12 +71,12 @@ class MergeAdapters(Pass):
                 factor_T = resample_magnitude(factor_T, trajectory.timesteps, timesteps)
             merged[layer.name] = QuantizedLayerData(
                 scheme,
-                affine.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG), scheme.weight),
+                scheme.weight.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG)),
                 learnt.scale_NG,
-                amax_T.clamp_min(affine.TOKEN_EPS) if stepped else None,
+                amax_T.clamp_min(affine.TOKEN_EPS) if scheme.by_step else None,
                 None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
-                ranges.output_amax[layer.name] if isinstance(scheme.output, IntOutput) else None,
-                shift_T if stepped else None,
+                None if isinstance(scheme.output, Float) else ranges.output_amax[layer.name],
+                shift_T if scheme.by_step else None,
                 balance,
                 factor_T,
                 branch,

@@ -11,7 +11,8 @@ from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, SchemeName, illegal, structural_schemes
+from intaglio.pipeline.formats.known import SchemeName
+from intaglio.pipeline.formats.layer import GROUPS, Layer, admitted_schemes, illegal
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.formats.target import Target
 
@@ -34,7 +35,7 @@ class UniformPlan(Pass):
     ends: tuple[SchemeName, ...] = Field(
         (), description="the same for the first and the last layer; none listed: as others"
     )
-    groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+    groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         layers, target = state[MODEL].layers(), state[TARGET]
@@ -56,7 +57,7 @@ class UniformPlan(Pass):
 
     def _choose(self, layer: Layer, wanted: tuple[SchemeName, ...], target: Target) -> tuple[LayerScheme, str | None]:
         """The layer's scheme, and why it is float where none of the wanted ones is possible."""
-        admitted = {scheme.name: scheme for scheme in structural_schemes(layer, self.groups, SCHEME_NAMES)}
+        admitted = {scheme.name: scheme for scheme in admitted_schemes(layer, self.groups)}
         problems = [illegal(layer, admitted[name], target) for name in wanted if name in admitted]
         for name in wanted:
             if name in admitted and illegal(layer, admitted[name], target) is None:

@@ -15,7 +15,7 @@ from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.artifacts.plan import QuantPlan
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, structural_schemes
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance
@@ -26,7 +26,7 @@ from intaglio.pipeline.simulation.model import quantize_model
 SCHEMES = {
     scheme.name: scheme
     for op, shape in (("linear", (64, 64)), ("conv", (64, 64, 3, 3)))
-    for scheme in structural_schemes(Layer(name="a", op=op, shape=shape, bias=True), (32,), SCHEME_NAMES)
+    for scheme in admitted_schemes(Layer(name="a", op=op, shape=shape, bias=True), (32,))
 }
 """All there are, with groups of 32."""
 TIMESTEPS = (900.0, 500.0, 100.0)

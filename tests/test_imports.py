@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "passes", "exporters")
-ORDER = ("formats", "numerics", "model", "contract", "artifacts", "simulation", "runs", "cli")
+ORDER = ("numerics", "formats", "model", "contract", "artifacts", "simulation", "runs", "cli")
 """Folders of the core. Each may import those before it, and the modules beside them."""
 HEAVY = frozenset({"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorrt", "tensorrt_rtx"})
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

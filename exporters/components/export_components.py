@@ -315,9 +315,8 @@ def _round_weights(
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
     from intaglio.pipeline.formats.layer import illegal, structural_schemes
-    from intaglio.pipeline.formats.schemes import IntWeight
+    from intaglio.pipeline.formats.schemes import RoundedWeight
     from intaglio.pipeline.model.layers import layer_table
-    from intaglio.pipeline.numerics import rounding as affine
     from intaglio.pipeline.simulation.model import round_tables
 
     rounded = {}
@@ -325,12 +324,12 @@ def _round_weights(
         for layer in layer_table(module):
             *_, scheme = structural_schemes(layer, groups, (precision,))
             form, weight = scheme.weight, module.get_submodule(layer.name).get_parameter("weight")
-            if not isinstance(form, IntWeight) or illegal(layer, scheme, target) is not None:
+            if not isinstance(form, RoundedWeight) or illegal(layer, scheme, target) is not None:
                 continue
             w_NK = weight.flatten(1)
-            scale_NG, _ = affine.fit(w_NK, form)
-            codes = affine.quantize(w_NK, scale_NG, form)
-            weight.copy_(affine.dequantize(codes, scale_NG, form).reshape(weight.shape))
+            scale_NG, _ = form.fit(w_NK)
+            codes = form.quantize(w_NK, scale_NG)
+            weight.copy_(form.dequantize(codes, scale_NG).reshape(weight.shape))
             rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG, None)
     round_tables(module)
     return rounded

@@ -12,7 +12,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.formats.schemes import FLOAT, IntInput
+from intaglio.pipeline.formats.schemes import FLOAT, Float
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +83,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     scaled, factors = fold_scales(model.graph, scales, ends, symmetric=target.limits.symmetric)
     amax = {name: largest * factors.get(name, 1.0) for name, largest in graph.amax.items()}
     if target.float_type == "float16":
-        integer = {name for name, data in quantized.layers.items() if isinstance(data.scheme.input, IntInput)}
+        integer = {name for name, data in quantized.layers.items() if not isinstance(data.scheme.input, Float)}
         type_half(model, integer, amax)
     _remove_unused(model.graph)
     _halve_tables(model.graph)
@@ -102,7 +102,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
 
 def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
     """Raise ContractError where the integers are not those of the plan."""
-    planned = {name: scheme for name, scheme in plan.schemes.items() if scheme.name != "float"}
+    planned = {name: scheme for name, scheme in plan.schemes.items() if scheme != FLOAT}
     made = {name: data.scheme for name, data in quantized.layers.items()}
     if wrong := sorted(name for name in planned.keys() | made.keys() if planned.get(name) != made.get(name)):
         raise ContractError(f"planned otherwise than quantized: {', '.join(wrong)}")
@@ -136,7 +136,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     if any(call.data.stepped for call in calls):
         graph.inputs.append(step)
     # all rows and scales before the first change: values are replaced as the graph is rewritten
-    rows = [lowering(call.op, call.data.scheme.name, target.runtime) for call in calls]
+    rows = [lowering(call.op, call.data.scheme, target.runtime) for call in calls]
     keys = {call.input_key for call in calls}
     carriers = {key: carrier_scale([c for c in calls if c.input_key == key]) for key in keys if key is not None}
     writer = Writer(graph, step, np.uint8(128) if target.activation_dtype == "uint8" else np.int8(0), carriers)

@@ -17,7 +17,22 @@ from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY, Site
 from intaglio.exporters.qdq.folding import ChannelScale
 from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.formats.schemes import IntInput, IntOutput, IntWeight
+from intaglio.pipeline.formats.schemes import (
+    W8A8_STEP,
+    W8A8_TOKEN,
+    W8A16,
+    Float,
+    IntInput,
+    LayerScheme,
+    RoundedWeight,
+    w4a4_step,
+    w4a4_token,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+    with_output,
+    with_shift,
+)
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.basis import hadamard
 from intaglio.pipeline.numerics.low_rank import Branch
@@ -45,7 +60,7 @@ class Call:
     def input_key(self) -> InputKey | None:
         """Equal for calls that can share their rounded input; None where the input stays in float."""
         form = self.data.scheme.input
-        if not isinstance(form, IntInput):
+        if isinstance(form, Float):
             return None
         parts = (self.data.amax_T, self.data.shift_T, self.data.factor_T)
         tables = [table for table in parts if table is not None]
@@ -79,19 +94,17 @@ class Call:
     def eight_bit_codes_NK(self) -> NDArray[np.int8]:
         """What the product takes: the codes, times the integers of their groups where there are two levels."""
         form = self.data.scheme.weight
-        assert isinstance(form, IntWeight)  # only integer weights have calls
+        assert isinstance(form, RoundedWeight)  # only rounded weights have calls
         if self.data.group_NG is None:
             return self.codes_NK
-        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form).numpy()
+        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form.grid).numpy()
         return codes
 
     @property
     def group_size(self) -> int:
         """Input features that share a scale. Raises TargetError where it does not divide them."""
-        form, k = self.data.scheme.weight, self.codes_NK.shape[1]
-        assert isinstance(form, IntWeight)  # the table asks only for such weights
-        size = form.group_size
-        assert size is not None
+        size, k = self.data.scheme.weight.group_size, self.codes_NK.shape[1]
+        assert size is not None  # the table asks only for such weights
         if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
             raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")
         return size
@@ -167,7 +180,7 @@ class Writer:
         """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
         rounded = self._rounded_input(call)
         y = product(self, call, rounded.x)
-        if isinstance(call.data.scheme.output, IntOutput):
+        if not isinstance(call.data.scheme.output, Float):
             y = self._rounded_output(call, y)
         if rounded.amax is not None:
             y = self.op(call, "amax/Mul", [y, rounded.amax])
@@ -412,10 +425,13 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A row of the table: how the product of a scheme is written for some runtimes, and why so."""
+    """A row of the table: how the product of a scheme is written for some runtimes, and why so.
+
+    The row is for every group size of the scheme's weight.
+    """
 
     op: OpKind
-    scheme: str
+    scheme: LayerScheme
     runtimes: tuple[str, ...]
     product: Product
     integer: bool
@@ -425,12 +441,15 @@ class Lowering:
 
 _ORT = ("onnxruntime",)
 _TRT = ("tensorrt", "tensorrt-rtx")
-_TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
+_GROUP = 64
+_W4A16 = w4a16(_GROUP)
+_TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
+_TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *_TWO_LEVEL_STEP)
 
 _SYMMETRIC = (
     Lowering(
         "linear",
-        "w8a8_token",
+        W8A8_TOKEN,
         _ORT,
         per_channel,
         True,
@@ -438,29 +457,29 @@ _SYMMETRIC = (
     ),
     Lowering(
         "linear",
-        "w8a8_step",
+        W8A8_STEP,
         _ORT,
         per_channel,
         True,
         "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
     ),
-    Lowering("conv", "w8a8_step", _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
-    Lowering("conv", "w8a8o8_step", _ORT, per_channel, True, "becomes QLinearConv"),
+    Lowering("conv", W8A8_STEP, _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
+    Lowering("conv", with_output(W8A8_STEP), _ORT, per_channel, True, "becomes QLinearConv"),
     *(
         Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
-        for scheme in ("w4a8o8_step", "w4a4o8_step")
+        for scheme in map(with_output, _TWO_LEVEL_STEP)
     ),
-    Lowering("linear", "w8a16", _ORT, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
-    Lowering("conv", "w8a16", _ORT, per_channel, False, "exact; the weight is unpacked when it runs"),
-    Lowering("linear", "w4a16", _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
-    Lowering("conv", "w4a16", _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
+    Lowering("linear", W8A16, _ORT, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
+    Lowering("conv", W8A16, _ORT, per_channel, False, "exact; the weight is unpacked when it runs"),
+    Lowering("linear", _W4A16, _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+    Lowering("conv", _W4A16, _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
     *(
         Lowering("linear", scheme, _ORT, two_level_cast, True, "folded when it loads: executed as w8a8")
         for scheme in _TWO_LEVEL
     ),
     *(
         Lowering("conv", scheme, _ORT, two_level_cast, False, "exact, but in float, as w8a8_step")
-        for scheme in ("w4a8_step", "w4a4_step")
+        for scheme in _TWO_LEVEL_STEP
     ),
     *(
         Lowering(
@@ -472,11 +491,11 @@ _SYMMETRIC = (
         Lowering(
             "conv", scheme, _TRT, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
         )
-        for scheme in ("w4a8_step", "w4a4_step")
+        for scheme in _TWO_LEVEL_STEP
     ),
     Lowering(
         "linear",
-        "w8a8_token",
+        W8A8_TOKEN,
         _TRT,
         carrier,
         True,
@@ -484,7 +503,7 @@ _SYMMETRIC = (
     ),
     Lowering(
         "linear",
-        "w8a8_step",
+        W8A8_STEP,
         _TRT,
         carrier,
         True,
@@ -492,18 +511,18 @@ _SYMMETRIC = (
     ),
     Lowering(
         "conv",
-        "w8a8_step",
+        W8A8_STEP,
         _TRT,
         per_channel,
         True,
         "becomes an INT8 convolution; scales for each channel are safe there",
     ),
-    Lowering("linear", "w8a16", _TRT, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
-    Lowering("conv", "w8a16", _TRT, per_channel, False, "as of a linear layer"),
-    Lowering("linear", "w4a16", _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
+    Lowering("linear", W8A16, _TRT, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
+    Lowering("conv", W8A16, _TRT, per_channel, False, "as of a linear layer"),
+    Lowering("linear", _W4A16, _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
     Lowering(
         "conv",
-        "w4a16",
+        _W4A16,
         _TRT,
         blocks,
         False,
@@ -513,15 +532,15 @@ _SYMMETRIC = (
 
 
 LOWERINGS = _SYMMETRIC + tuple(
-    replace(row, scheme=row.scheme.replace("_", "s_"), why=f"{row.why}; the shift is behind it, in the bias")
+    replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is behind it, in the bias")
     for row in _SYMMETRIC
-    if "_" in row.scheme and "o8" not in row.scheme
+    if not isinstance(row.scheme.input, Float) and isinstance(row.scheme.output, Float)
 )
 
 
-def lowering(op: OpKind, scheme: str, runtime: str) -> Lowering:
+def lowering(op: OpKind, scheme: LayerScheme, runtime: str) -> Lowering:
     """The row for a scheme on a runtime. Raises TargetError where there is none."""
     for row in LOWERINGS:
-        if row.op == op and row.scheme == scheme and runtime in row.runtimes:
+        if row.op == op and row.scheme.alike(scheme) and runtime in row.runtimes:
             return row
-    raise TargetError(f"no way to write {scheme} of a {op} for {runtime}")
+    raise TargetError(f"no way to write {scheme.name} of a {op} for {runtime}")

@@ -40,7 +40,6 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.files import parse_json
-from intaglio.pipeline.formats.schemes import IntWeight
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
 from intaglio.pipeline.runs.versions import find_version
@@ -134,7 +133,7 @@ def collect_metrics(
     fp16_bytes = None if figures is None else figures.fp16_bytes
     return {
         "layers_total": len(plan.layers),
-        "layers_quantized": sum(isinstance(scheme.weight, IntWeight) for scheme in plan.schemes.values()),
+        "layers_quantized": plan.quantized,
         "weight_bits_mean": plan.weight_bits_mean,
         "size_bytes": graph.size_bytes,
         "size_ratio_fp16": _finite(fp16_bytes / graph.size_bytes if fp16_bytes and graph.size_bytes else None),

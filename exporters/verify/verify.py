@@ -13,7 +13,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import LISTED, StepFailed
-from intaglio.pipeline.formats.schemes import IntInput
+from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Verify(Pass):
             count = len(in_float)
             ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
         result = Verification(figures, parity, departures, samples=samples)
-        half = {n for n, m in layers.items() if halves and (m.branch or not isinstance(m.scheme.input, IntInput))}
+        half = {n for n, m in layers.items() if halves and (m.branch or isinstance(m.scheme.input, Float))}
         self._judge(result, half, halves=halves)
         return {VERIFICATION: result}
 
@@ -250,7 +250,7 @@ def _compare_layer(
     deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
     with ends.reading(name) as layer:
         error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
-        if not isinstance(layer.scheme.input, IntInput) or codes is None:
+        if isinstance(layer.scheme.input, Float) or codes is None:
             return LayerParity(error, 0, 0, 0)
         simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
     distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
@@ -261,7 +261,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
     """Return layer -> reason for linear layers and convolutions of the full-precision model that stay in float."""
     from torch.nn.modules.conv import _ConvNd
 
-    from intaglio.pipeline.formats.layer import SCHEME_NAMES, illegal, structural_schemes
+    from intaglio.pipeline.formats.layer import admitted_schemes, illegal
     from intaglio.pipeline.formats.schemes import FLOAT
     from intaglio.pipeline.model.layers import layer_table
 
@@ -272,7 +272,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
             continue
         found[name] = f"no scheme is for a {type(child).__name__} of its form"
         if name in table:
-            schemes = [s for s in structural_schemes(table[name], names=SCHEME_NAMES) if s != FLOAT]
+            schemes = [s for s in admitted_schemes(table[name]) if s != FLOAT]
             reasons = [illegal(table[name], scheme, target) for scheme in schemes]
             refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
             found[name] = refused or "the plan leaves it so"

@@ -20,8 +20,9 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations
-from intaglio.pipeline.formats.layer import USUAL_SCHEMES, Layer, SchemeName, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, IntInput, LayerScheme, with_output
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
+from intaglio.pipeline.formats.layer import Layer, illegal
+from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class AssignPrecision(Pass):
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
         executed = [(n, self._executed(layer, measured[n], target)) for n in allowed if n in measured]
         legal = {s.name if s.name in measured else n: s for n, s in executed if illegal(layer, s, target) is None}
-        return legal or {"float": FLOAT}
+        return legal or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
         """Why the measured layers are in float that are, by name."""
@@ -269,7 +270,7 @@ class AssignPrecision(Pass):
 
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
         rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
-        return with_output(scheme) if rounds and isinstance(scheme.input, IntInput) else scheme
+        return with_output(scheme) if rounds and not isinstance(scheme.input, Float) else scheme
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:

@@ -9,8 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.pipeline.formats.cost import latency_s
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, structural_schemes
-from intaglio.pipeline.formats.schemes import IntInput
+from intaglio.pipeline.formats.layer import admitted_schemes
+from intaglio.pipeline.formats.schemes import Float
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.profile import Profile
@@ -76,11 +76,11 @@ class Latencies:
 
 
 def _named(layer: Layer) -> dict[str, LayerScheme]:
-    return {scheme.name: scheme for scheme in structural_schemes(layer, names=SCHEME_NAMES)}
+    return {scheme.name: scheme for scheme in admitted_schemes(layer)}
 
 
 def _apart(scheme: LayerScheme, other: LayerScheme) -> tuple[int, int, int]:
     """What makes kernels differ, the most first: products on integers or in float, bits of weights, bits of inputs."""
-    integer = [isinstance(each.input, IntInput) for each in (scheme, other)]
+    in_float = [isinstance(each.input, Float) for each in (scheme, other)]
     bits = abs(scheme.weight_bits - other.weight_bits), abs(scheme.input_bits - other.input_bits)
-    return integer[0] != integer[1], *bits
+    return in_float[0] != in_float[1], *bits

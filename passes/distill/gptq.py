@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.formats.schemes import IntWeight
 from intaglio.pipeline.numerics import rounding as affine
 
 DAMPING = 0.01
@@ -30,7 +29,7 @@ def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor
     return rows_MK.T @ rows_MK
 
 
-def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, moment_KK: torch.Tensor) -> torch.Tensor:
+def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: affine.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
     """Codes (N, K), int8, on the grid of the scales.
 
     Columns are rounded one after the other; the columns that follow take up each one's error, as far as the inputs are
@@ -43,11 +42,11 @@ def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, moment_KK:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
     w = w_NK.detach().double()[:, order].clone()
-    scale_NK = affine.groups(torch.ones_like(w_NK), form).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
+    scale_NK = affine.groups(torch.ones_like(w_NK), grid).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
     scale_NK = scale_NK.double()[:, order]
     codes = torch.empty_like(w)
     for i in range(k):
-        codes[:, i] = torch.clamp(torch.round(w[:, i] / scale_NK[:, i]), form.low, form.high)
+        codes[:, i] = torch.clamp(torch.round(w[:, i] / scale_NK[:, i]), grid.low, grid.high)
         error = (w[:, i] - codes[:, i] * scale_NK[:, i]) / factor[i, i]
         w[:, i:] -= error.unsqueeze(1) * factor[i, i:].unsqueeze(0)
     in_place = torch.empty_like(codes)

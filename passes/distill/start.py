@@ -13,7 +13,7 @@ import torch
 from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.objective import Task
 from intaglio.passes.layer_inputs import layer_inputs, siblings
-from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme, PerStep
+from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 from intaglio.pipeline.model.blocks import find_blocks
 from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
@@ -48,7 +48,7 @@ def begin(
     ranges = trajectory.ranges(schemes, plan.balances)
     replaced = quantize_model(model.module, schemes, clock, *ranges, branch=plan.branches)
     model.module.to(ctx.device)
-    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, IntWeight)}
+    layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, RoundedWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
     if layers and options.input_rate:
         start_inputs({n: layer for n, layer in layers.items() if learns_input(layer.scheme)}, denoise, trajectory, ctx)
@@ -58,26 +58,25 @@ def begin(
 
 def learns_input(scheme: LayerScheme) -> bool:
     """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
-    form = scheme.input
-    return isinstance(form, IntInput) and (form.bits == 4 or isinstance(form.granularity, PerStep))
+    return scheme.by_step or scheme.input_bits < 8
 
 
 def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
     """Give layers trainable input scales; siblings share them.
 
-    At 4 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
+    Below 8 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
     """
     rows = trajectory.some_rows(START_ROWS)
-    four = {name: layer for name, layer in layers.items() if _input_bits(layer) == 4}
-    steps = range(len(trajectory.timesteps) if four else 1)
+    few = {name: layer for name, layer in layers.items() if layer.scheme.input_bits < 8}
+    steps = range(len(trajectory.timesteps) if few else 1)
     groups: list[tuple[str, ...]] = []
     factors: dict[tuple[str, ...], list[float]] = {}
     with full_precision(layers.values()), ctx.progress("input scales", len(steps)) as advance:
         for step in steps:
-            seen = layer_inputs(four if groups else layers, denoise, trajectory.call(step, rows))
+            seen = layer_inputs(few if groups else layers, denoise, trajectory.call(step, rows))
             groups = groups or [tuple(names) for group in siblings(seen) for names in _alike(group, layers)]
             for names in groups:
-                if names[0] in four:
+                if names[0] in few:
                     layer = layers[names[0]]
                     layer.clock.step = step
                     inputs = [layer.balanced(x) for x in seen.get(names[0], ())]
@@ -105,13 +104,8 @@ def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
     layer.learn_input(InputScales(torch.full((len(layer.clock.timesteps),), share)))
     with torch.no_grad():
         q, amax, shift = layer.balanced_codes(x)
-        rounded = q * affine.input_scale(_input_bits(layer)) * amax + (0 if shift is None else shift)
+        rounded = q * affine.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)
         return float((rounded - x).square().sum())
-
-
-def _input_bits(layer: QuantizedLayer) -> Literal[4, 8]:
-    assert isinstance(layer.scheme.input, IntInput)  # those that learn have rounded inputs
-    return layer.scheme.input.bits
 
 
 def start_weights(
@@ -132,11 +126,11 @@ def start_weights(
     moments: dict[str, torch.Tensor] = {}
     if start == "gptq":
         rows = trajectory.some_rows(START_ROWS)
-        four = {n: m for n, m in layers.items() if isinstance(m.scheme.weight, IntWeight) and m.scheme.weight.bits == 4}
+        few = {name: layer for name, layer in layers.items() if layer.scheme.weight_bits < 8}
         steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
         with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
             for step in steps:
-                for name, inputs in layer_inputs(four, denoise, trajectory.call(step, rows)).items():
+                for name, inputs in layer_inputs(few, denoise, trajectory.call(step, rows)).items():
                     layer = layers[name]
                     for x in inputs:
                         moment = second_moment(layer.layer, layer.balanced(x))
@@ -145,10 +139,10 @@ def start_weights(
     with ctx.progress("start of the weights", len(layers)) as advance:
         for name, layer in layers.items():
             form = layer.scheme.weight
-            assert isinstance(form, IntWeight)  # `layers` are those
+            assert isinstance(form, RoundedWeight)  # `layers` are those
             codes[name] = layer.weight_codes()
             if name in moments:
-                codes[name] = gptq(layer.base_weight(), layer.code_scale(), form, moments[name])
+                codes[name] = gptq(layer.base_weight(), layer.code_scale(), form.grid, moments[name])
             layer.start_from(codes[name], distance)
             advance()
     return codes

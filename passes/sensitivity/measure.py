@@ -18,7 +18,9 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError
-from intaglio.pipeline.formats.layer import USUAL_SCHEMES, Layer, SchemeName, structural_schemes
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
+from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
+from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.numerics.quality import PEAK
 
@@ -120,7 +122,7 @@ class MeasureSensitivity(Pass):
         40, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
     )
     drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure that")
-    groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
+    groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
 
     @field_validator("metrics")
     @classmethod
@@ -147,14 +149,14 @@ class MeasureSensitivity(Pass):
         """
         one = model.steps * model.rows_per_sample
         whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
-        schemes = set(self.schemes) - {"float"}
+        schemes = set(self.schemes) - {FLOAT.name}
         usual = structural_schemes(Layer(name="", op="linear", shape=(64, 1280), bias=True), self.groups, self.schemes)
         forms = forms_of({s.name: s for s in usual}, parts=self.apart != "no")
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
-        drawn = DRAWN * sum(name.startswith("w4") for name in schemes) * model.layers
+        drawn = DRAWN * sum(known_schemes()[name].weight_bits < 8 for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
         along = (2 + len(schemes) + 1) * one * self.samples
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)

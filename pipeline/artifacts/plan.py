@@ -19,9 +19,9 @@ from intaglio.pipeline.formats.layer import Layer, illegal
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     InputFormat,
-    IntWeight,
     LayerScheme,
     OutputFormat,
+    RoundedWeight,
     WeightFormat,
 )
 
@@ -70,7 +70,7 @@ class QuantPlan:
         if named != planned:
             missing, unknown = sorted(named - planned), sorted(planned - named)
             raise ContractError(f"a plan names every layer once: missing {missing}, unknown {unknown}")
-        channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, IntWeight)}
+        channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, RoundedWeight)}
         if wrong := sorted(n for n, b in self.balances.items() if len(b.balance.scale_C) != channels.get(n)):
             raise ContractError(f"a balance is for a quantized layer, with a scale for each input channel: {wrong}")
         weights = {n.name: (n.n, n.k) for n in self.layers if n.name in channels}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
-from intaglio.pipeline.formats.schemes import IntWeight, LayerScheme
+from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ class QuantizedLayerData:
 class Quantized:
     """The compiled model's integers, by layer name; layers that stay in float are not among them.
 
-    `timesteps` are those of the tables' steps. 4-bit codes are packed two a byte on disk.
+    `timesteps` are those of the tables' steps. Files hold codes as their format packs them.
     """
 
     timesteps: tuple[float, ...]
@@ -135,18 +135,13 @@ class Quantized:
 
     def save(self, root: Path) -> None:
         """Write quantized.safetensors and quantized.json."""
-        import torch
         from safetensors.torch import save_file
 
         from intaglio.pipeline.numerics.low_rank import branch_tensors
-        from intaglio.pipeline.numerics.packing import pack_int4
 
         tensors = {}
         for name, layer in self.layers.items():
-            four = isinstance(layer.scheme.weight, IntWeight) and layer.scheme.weight.bits == 4
-            tensors[f"{name}:codes"] = (
-                torch.from_numpy(pack_int4(layer.codes.numpy())) if four else layer.codes.contiguous()
-            )
+            tensors[f"{name}:codes"] = _rounded(layer.scheme).pack(layer.codes)
             tensors[f"{name}:scale"] = layer.scale_NG.contiguous()
             if layer.group_NG is not None:
                 tensors[f"{name}:group"] = layer.group_NG.contiguous()
@@ -201,17 +196,11 @@ class _Content:
 def _layer(
     name: str, facts: _LayerFacts, tensors: Mapping[str, torch.Tensor], branch: Branch | None
 ) -> QuantizedLayerData:
-    import torch
-
     from intaglio.pipeline.numerics.basis import Balance
-    from intaglio.pipeline.numerics.packing import unpack_int4
 
-    codes = tensors[f"{name}:codes"]
-    if isinstance(facts.scheme.weight, IntWeight) and facts.scheme.weight.bits == 4:
-        codes = torch.from_numpy(unpack_int4(codes.numpy(), facts.shape))
     return QuantizedLayerData(
         facts.scheme,
-        codes,
+        _rounded(facts.scheme).unpack(tensors[f"{name}:codes"], facts.shape),
         tensors[f"{name}:scale"],
         tensors.get(f"{name}:amax"),
         tensors.get(f"{name}:group"),
@@ -221,3 +210,10 @@ def _layer(
         tensors.get(f"{name}:factor"),
         branch,
     )
+
+
+def _rounded(scheme: LayerScheme) -> RoundedWeight:
+    """Return the weight format of a layer that has codes. Raises ValueError for a weight in float."""
+    if not isinstance(scheme.weight, RoundedWeight):
+        raise ValueError(f"a weight in float has no codes: {scheme.name}")
+    return scheme.weight

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
-from intaglio.pipeline.formats.schemes import IntInput, LayerScheme
+from intaglio.pipeline.formats.schemes import LayerScheme
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ class Trajectory:
             ends = balances.get(name)
             low, high = (self.low[name], self.high[name]) if ends is None else (ends.low_T, ends.high_T)
             low, high = -largest_of_repeated(-low, known), largest_of_repeated(high, known)
-            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+            if scheme.shifted:
                 half, middle = half_range(low, high)
                 shift[name] = resample_linear(middle, known, wanted)
             else:

@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, assert_never, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from intaglio.pipeline.contract.artifact import AnyKey, Key
 from intaglio.pipeline.errors import RecipeError, did_you_mean
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, USUAL_SCHEMES, Layer, structural_schemes
-from intaglio.pipeline.formats.schemes import IntInput, IntWeight, LayerScheme
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes, scheme_names
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes
+from intaglio.pipeline.formats.schemes import Float, IntInput, LayerScheme, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind, load_target, target_names
 from intaglio.pipeline.runs.registry import (
     find_metric,
@@ -157,13 +158,8 @@ _SHAPES: Mapping[OpKind, tuple[int, ...]] = {"linear": (64, 1280), "conv": (64, 
 
 def _of_scheme(name: str) -> Explanation:
     layers = {op: Layer(name="", op=op, shape=shape, bias=True) for op, shape in _SHAPES.items()}
-    found = {
-        op: scheme
-        for op, layer in layers.items()
-        for scheme in structural_schemes(layer, names=SCHEME_NAMES)
-        if scheme.name == name
-    }
-    scheme = next(iter(found.values()))
+    scheme = known_schemes()[name]
+    found = [op for op, layer in layers.items() if scheme in admitted_schemes(layer)]
     targets = [load_target(target) for target in target_names()]
     runs = {op: [t.name for t in targets if name in t.formats[op]] for op in found}
     facts: Facts = {"weight": _weight(scheme), "input": _input(scheme), "output": _output(scheme)}
@@ -173,25 +169,29 @@ def _of_scheme(name: str) -> Explanation:
 
 def _weight(scheme: LayerScheme) -> str:
     match scheme.weight:
-        case IntWeight() as form:
+        case Float():
+            return "float"
+        case RoundedWeight() as form:
             groups = form.group_size
             size = f"; {form.bits_per_weight:g} with the scales of groups of {groups}" if groups else ""
-            return f"{form.bits} bits{size}; {_first(_doc(type(form.granularity)))}"
-        case _:
-            return "float"
+            return f"{form.bits} bits{size}; {form.scales}"
+        case other:
+            assert_never(other)
 
 
 def _input(scheme: LayerScheme) -> str:
     match scheme.input:
+        case Float():
+            return "float"
         case IntInput() as form:
             shifted = "; the middle of its range is taken off before" if form.shifted else ""
             return f"{form.bits} bits; {_first(_doc(type(form.granularity)))}{shifted}"
-        case _:
-            return "float"
+        case other:
+            assert_never(other)
 
 
 def _output(scheme: LayerScheme) -> str:
-    return "8 bits; one scale a denoising step" if scheme.output.kind == "int" else "float"
+    return "float" if isinstance(scheme.output, Float) else f"{scheme.output.bits} bits; one scale a denoising step"
 
 
 def _of_metric(name: str) -> Explanation:
@@ -233,7 +233,7 @@ def _first(doc: str) -> str:
 KINDS: Mapping[str, tuple[Callable[[], Collection[str]], Callable[[str], Explanation]]] = {
     "passes": (named_passes, explain_pass),
     "targets": (target_names, _of_target),
-    "schemes": (lambda: SCHEME_NAMES, _of_scheme),
+    "schemes": (scheme_names, _of_scheme),
     "lint rules": (lint_rules, _of_rule),
     "metrics": (named_metrics, _of_metric),
     "artifacts": (_keys, _of_artifact),

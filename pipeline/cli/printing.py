@@ -1,13 +1,14 @@
 """How results are shown on a terminal."""
 
 import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 
 from intaglio.pipeline.cli.console import duration, print_table
 from intaglio.pipeline.cli.doctor import Found, Machine
 from intaglio.pipeline.files import printable
+from intaglio.pipeline.formats.known import known_schemes
+from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.runner import PlannedStep
 
@@ -89,7 +90,8 @@ def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
 
 def _in_short(schemes: Sequence[str]) -> str:
     """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
-    return " ".join(dict.fromkeys(found[0] for scheme in schemes if (found := re.match(r"w\d+a\d+", scheme))))
+    known = known_schemes()
+    return " ".join(dict.fromkeys(known[name].label for name in schemes if known[name] != FLOAT))
 
 
 def print_target(target: Target) -> None:

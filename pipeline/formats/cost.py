@@ -1,4 +1,4 @@
-"""What a layer costs: how long it takes at least, from what its device does at most, bit operations, activations.
+"""The cost of a layer: its least latency on a device, its bit operations, and the bytes of its activations.
 
 Shapes: R rows (tokens, or pixels that a convolution gives), N out features, K in features.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from intaglio.pipeline.formats.schemes import IntInput, IntOutput
+from intaglio.pipeline.formats.inputs import Float
 
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.layer import Layer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Device
 
 FLOAT_BYTES = 2
-"""Of a number in float16, which GPUs compute in."""
+"""Bytes of a number in float16, in which GPUs compute."""
 
 
 def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> float:
@@ -27,15 +27,15 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
     """
     moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
-    tera = device.int8_tops if isinstance(scheme.input, IntInput) else device.fp16_tflops
+    tera = device.fp16_tflops if isinstance(scheme.input, Float) else device.int8_tops
     return max(moved_bytes / (device.bandwidth_gb_s * 1e9), operations / (tera * 1e12))
 
 
 def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
     """Bytes of x and y, with one byte for a number that is rounded."""
     kernel = layer.k // layer.shape[1]
-    x_bytes = 1 if isinstance(scheme.input, IntInput) else FLOAT_BYTES
-    y_bytes = 1 if isinstance(scheme.output, IntOutput) else FLOAT_BYTES
+    x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else 1
+    y_bytes = FLOAT_BYTES if isinstance(scheme.output, Float) else 1
     return rows * (layer.k // kernel * x_bytes + layer.n * y_bytes)
 
 

@@ -1,125 +1,78 @@
-"""Formats as values: what a weight and an input are rounded to. No numerics here, and no heavy import."""
+"""Schemes as values: a weight format with an input format and an output format.
+
+The name of a scheme is derived from its value, and no name is parsed: `known.py` finds a scheme by its name.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, TypeAlias, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
+from intaglio.pipeline.formats.inputs import (
+    Float,
+    InputFormat,
+    IntInput,
+    IntOutput,
+    OutputFormat,
+    PerStep,
+    PerToken,
+    Value,
+)
+from intaglio.pipeline.formats.weights import IntWeight, PerChannel, PerGroup, RoundedWeight, TwoLevel
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Float(_Value):
-    """Not quantized."""
-
-    kind: Literal["float"] = "float"
-
-
-class PerChannel(_Value):
-    """w: (N, K) -> scale: (N, 1)"""
-
-    kind: Literal["per_channel"] = "per_channel"
-
-
-class PerGroup(_Value):
-    """w: (N, K), axis=1 -> scale: (N, K // size)"""
-
-    kind: Literal["per_group"] = "per_group"
-    size: int = Field(ge=16, description="neighbouring input features that share a scale")
-
-
-class TwoLevel(_Value):
-    """w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1)
-
-    A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
-    (progressive group quantization: QServe, Lin et al. 2024, section 4.1).
-    """
-
-    kind: Literal["two_level"] = "two_level"
-    size: int = Field(ge=16, description="neighbouring input features that share an integer scale")
-
-
-class PerToken(_Value):
-    """x: (..., K) -> scale: (..., 1), measured when it runs"""
-
-    kind: Literal["per_token"] = "per_token"
-
-
-class PerStep(_Value):
-    """x: (...) -> scale: (), from a table with one entry a denoising step"""
-
-    kind: Literal["per_step"] = "per_step"
+__all__ = [
+    "FLOAT",
+    "W8A8_STEP",
+    "W8A8_TOKEN",
+    "W8A16",
+    "Float",
+    "InputFormat",
+    "IntInput",
+    "IntOutput",
+    "IntWeight",
+    "LayerScheme",
+    "OutputFormat",
+    "PerChannel",
+    "PerGroup",
+    "PerStep",
+    "PerToken",
+    "RoundedWeight",
+    "TwoLevel",
+    "WeightFormat",
+    "int_schemes",
+    "w4a4_step",
+    "w4a4_token",
+    "w4a8_step",
+    "w4a8_token",
+    "w4a16",
+    "with_output",
+    "with_shift",
+    "without_shift",
+]
 
 
-class IntWeight(_Value):
-    """Symmetric integer weight, w ~= scale * q."""
+def _weight(written: object) -> object:
+    """Return the format that JSON describes, by its `kind`. Raises ValueError where it describes none."""
+    if not isinstance(written, dict):
+        return written
+    from intaglio.pipeline.formats.known import known_schemes  # which imports this module
 
-    kind: Literal["int"] = "int"
-    bits: Literal[4, 8]
-    granularity: Annotated[PerChannel | PerGroup | TwoLevel, Field(discriminator="kind")]
-
-    @model_validator(mode="after")
-    def _two_levels_have_4_bits(self) -> Self:
-        if self.bits != 4 and isinstance(self.granularity, TwoLevel):
-            raise ValueError(f"two levels are for 4-bit codes, not {self.bits}")
-        return self
-
-    @property
-    def low(self) -> int:
-        """Smallest code. 8 bit leaves -128 out, so that a code and its negative are both there."""
-        return -127 if self.bits == 8 else -8
-
-    @property
-    def high(self) -> int:
-        """Largest code."""
-        return 127 if self.bits == 8 else 7
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not.
-
-        >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
-        [4.5, 4.125]
-        """
-        match self.granularity:
-            case PerChannel():
-                return float(self.bits)
-            case PerGroup(size=size):
-                return self.bits + 32 / size
-            case TwoLevel(size=size):
-                return self.bits + 8 / size
-
-    @property
-    def group_size(self) -> int | None:
-        """Neighbouring input features that share a scale; None where all of a channel do."""
-        return None if isinstance(self.granularity, PerChannel) else self.granularity.size
+    formats = {scheme.weight.kind: type(scheme.weight) for scheme in known_schemes().values()}
+    if (kind := written.get("kind")) not in formats:
+        raise ValueError(f"no weight format of kind {kind!r}: {', '.join(formats)}")
+    try:
+        return formats[kind].model_validate(written, strict=True)
+    except ValidationError as e:
+        wrong = e.errors(include_url=False, include_input=False, include_context=False)
+        raise ValueError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in wrong)) from e
 
 
-class IntInput(_Value):
-    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes multiply as 8-bit ones do."""
-
-    kind: Literal["int"] = "int"
-    bits: Literal[4, 8] = 8
-    granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
-    shifted: bool = Field(
-        False, description="the middle of the range is taken off before rounding and put back behind the product"
-    )
+WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weight), SerializeAsAny()]
 
 
-class IntOutput(_Value):
-    """Symmetric 8-bit product, without its bias, y ~= scale * q with q in [-128, 127]; one scale a denoising step."""
-
-    kind: Literal["int"] = "int"
-
-
-WeightFormat = Annotated[Float | IntWeight, Field(discriminator="kind")]
-InputFormat = Annotated[Float | IntInput, Field(discriminator="kind")]
-OutputFormat = Annotated[Float | IntOutput, Field(discriminator="kind")]
-
-
-class LayerScheme(_Value):
+class LayerScheme(Value):
     """How one layer computes: the format of its weight, of its input, and of the product without its bias."""
 
     weight: WeightFormat
@@ -128,42 +81,72 @@ class LayerScheme(_Value):
 
     @property
     def weight_bits(self) -> int:
-        """16 in float."""
-        return self.weight.bits if isinstance(self.weight, IntWeight) else 16
+        """Bits of a weight's code; 16 in float."""
+        return self.weight.bits
 
     @property
     def input_bits(self) -> int:
-        """16 in float."""
-        return self.input.bits if isinstance(self.input, IntInput) else 16
+        """Bits of an input's code; 16 in float."""
+        return self.input.bits
+
+    @property
+    def by_token(self) -> bool:
+        """True where the input has a scale for each token."""
+        return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerToken)
+
+    @property
+    def by_step(self) -> bool:
+        """True where the input has a scale for each denoising step."""
+        return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)
+
+    @property
+    def shifted(self) -> bool:
+        """True where the middle of the input's range is taken off before the input is rounded."""
+        return isinstance(self.input, IntInput) and self.input.shifted
+
+    @property
+    def label(self) -> str:
+        """Bits of weight and input alone, such as w4a16; float where the weight is not rounded."""
+        return self.weight.label if isinstance(self.weight, Float) else f"{self.weight.label}a{self.input_bits}"
 
     @property
     def name(self) -> str:
-        """The scheme's short name, as targets and tables use it.
+        """Short name of the scheme, as targets and tables use it. Only the size of groups is not in it.
+
+        Raises ValueError where its formats make no scheme together.
 
         >>> [each.name for each in (FLOAT, W8A8_TOKEN, w4a16(64), with_output(w4a8_step(64)), with_shift(W8A8_STEP))]
         ['float', 'w8a8_token', 'w4a16', 'w4a8o8_step', 'w8a8s_step']
         """
-        rounded = "o8" if isinstance(self.output, IntOutput) else ""
-        if rounded and not (isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)):
-            raise ValueError(f"an output is rounded only behind an input with a scale a step: {self}")
-        shifted = "s" if isinstance(self.input, IntInput) and self.input.shifted else ""
-        if rounded and shifted:
-            raise ValueError(f"an output is rounded only behind an input that is not shifted: {self}")
-        match self.weight, self.input:
-            case Float(), Float():
-                return "float"
-            case IntWeight(granularity=TwoLevel()), Float():
-                raise ValueError(f"two levels are for products with a quantized input: {self}")
-            case IntWeight(bits=bits), Float():
-                return f"w{bits}a16"
-            case IntWeight(bits=4, granularity=PerChannel() | PerGroup()), IntInput():
-                raise ValueError(f"4-bit weights multiply a quantized input in two levels only: {self}")
-            case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerToken()):
-                return f"w{bits}a{input_bits}{shifted}_token"
-            case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=PerStep()):
-                return f"w{bits}a{input_bits}{shifted}{rounded}_step"
+        if problem := self._problem():
+            raise ValueError(f"{problem}: {self}")
+        match self.input:
+            case Float():
+                return self.label
+            case IntInput() as form:
+                output = "" if isinstance(self.output, Float) else f"o{self.output.bits}"
+                return f"{self.weight.label}{form.label}{output}_{form.granularity.label}"
             case other:
-                raise ValueError(f"a float weight with a quantized input is no scheme: {other}")
+                assert_never(other)
+
+    def alike(self, other: LayerScheme) -> bool:
+        """Return True where the schemes differ in the size of groups at most, which names leave out."""
+        return self.name == other.name
+
+    def _problem(self) -> str | None:
+        """Return why its formats make no scheme together, or None."""
+        if not isinstance(self.output, Float):
+            if not self.by_step:
+                return "an output is rounded only behind an input with a scale a step"
+            if self.shifted:
+                return "an output is rounded only behind an input that is not shifted"
+        match self.weight:
+            case Float():
+                return None if isinstance(self.input, Float) else "a float weight with a quantized input is no scheme"
+            case RoundedWeight() as weight:
+                return weight.problem_with(self.input)
+            case other:
+                assert_never(other)
 
 
 FLOAT = LayerScheme(weight=Float(), input=Float())
@@ -173,15 +156,22 @@ W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Fl
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:
-    """The scheme with an 8-bit output: its product takes and gives 8-bit codes."""
+    """Return the scheme with an 8-bit output: its product takes and gives 8-bit codes."""
     return scheme.model_copy(update={"output": IntOutput()})
 
 
 def with_shift(scheme: LayerScheme) -> LayerScheme:
-    """The scheme with a shifted input: all codes are used where the range is not symmetric."""
+    """Return the scheme with a shifted input: all codes are used where the range is not symmetric."""
     if not isinstance(scheme.input, IntInput):
         raise ValueError(f"a float input has no shift: {scheme}")
     return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": True})})
+
+
+def without_shift(scheme: LayerScheme) -> LayerScheme:
+    """Return the scheme with an input that is rounded around zero."""
+    if not isinstance(scheme.input, IntInput):
+        return scheme
+    return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": False})})
 
 
 def w4a16(group: int) -> LayerScheme:
@@ -211,3 +201,12 @@ def w4a4_step(group: int) -> LayerScheme:
 
 def _two_level(group: int) -> IntWeight:
     return IntWeight(bits=4, granularity=TwoLevel(size=group))
+
+
+def int_schemes(group: int) -> Iterator[LayerScheme]:
+    """Yield the schemes with 8- and 4-bit weights; those with groups have `group` input features in each."""
+    four = (w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group))
+    integer = (W8A8_TOKEN, W8A8_STEP, *four)
+    yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four)
+    yield from (with_output(scheme) for scheme in integer if scheme.by_step)
+    yield from (with_shift(scheme) for scheme in integer)

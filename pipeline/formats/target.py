@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.formats.known import SchemeName
 
 OpKind: TypeAlias = Literal["linear", "conv"]
 
@@ -104,7 +105,7 @@ class Target(BaseModel):
         None, description="major and minor of the oldest runtime that it is for, where the device comes with one"
     )
     opset_max: int = Field(ge=20, description="highest ONNX opset the runtime reads")
-    formats: Mapping[OpKind, tuple[str, ...]] = Field(
+    formats: Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         description="schemes the runtime executes, for each kind of layer"
     )
     group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")

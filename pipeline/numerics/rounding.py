@@ -6,10 +6,10 @@ A weight of two levels has one scale a row and an integer for each group; their 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-
-from intaglio.pipeline.formats.schemes import IntWeight, PerChannel, PerGroup, TwoLevel
 
 INPUT_HIGH = {8: 127, 4: 7}
 """By bits, the code of an input's largest magnitude. The smallest code is one further from zero."""
@@ -19,10 +19,24 @@ TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 ROWS_ELEMENTS = 1 << 18
 """Weights that are fitted or rounded together: what is made of them stays in the processor's cache."""
+CLIPPING = tuple(1.0 - 0.02 * i for i in range(21))
+"""Shares of the largest magnitude at which weights are clipped to find the scale of least squared error."""
 SCALE_EPS = 1e-9
 """Smallest weight scale: an all-zero channel gets zero codes."""
 GROUP_LOW, GROUP_HIGH = 1, 15
 """Integers of the groups of two levels: with codes in [-8, 7] every 8-bit code is in [-120, 105]."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of a weight, all integers in [low, high], and which weights share a scale.
+
+    `group_size` neighbouring input features do, or all of a channel where it is None.
+    """
+
+    low: int
+    high: int
+    group_size: int | None = None
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -43,16 +57,16 @@ def round_ste(x: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def groups(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
-    """w (N, K) -> (N, G, K // G), the view in which a scale (N, G) belongs to a row of the last axis."""
+def groups(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return w (N, K) as (N, G, K // G), in which a scale (N, G) belongs to a row of the last axis.
+
+    Raises ValueError where groups do not divide K.
+    """
     n, k = w_NK.shape
-    match form.granularity:
-        case PerChannel():
-            return w_NK.reshape(n, 1, k)
-        case PerGroup(size=size) | TwoLevel(size=size):
-            if k % size:
-                raise ValueError(f"in features {k} is not a multiple of the group size {size}")
-            return w_NK.reshape(n, k // size, size)
+    size = k if grid.group_size is None else grid.group_size
+    if k % size:
+        raise ValueError(f"in features {k} is not a multiple of the group size {size}")
+    return w_NK.reshape(n, k // size, size)
 
 
 def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
@@ -70,71 +84,58 @@ def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
     return torch.clamp(group_NG.detach(), GROUP_LOW, GROUP_HIGH).round().to(torch.int8)
 
 
-def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
 
-    >>> form = IntWeight(bits=4, granularity=TwoLevel(size=16))
-    >>> eight_bit_codes(torch.full((1, 32), -8, dtype=torch.int8), torch.tensor([[2.0, 15.0]]), form)[0, 15:17].tolist()
+    >>> codes, grid = torch.full((1, 32), -8, dtype=torch.int8), Grid(-8, 7, group_size=16)
+    >>> eight_bit_codes(codes, torch.tensor([[2.0, 15.0]]), grid)[0, 15:17].tolist()
     [-16, -120]
     """
-    return (groups(q_NK, form) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
+    return (groups(q_NK, grid) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
 
 
-def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes q = clip(round(w / s), low, high) as floats (N, G, K // G); differentiable in w and s."""
-    return round_ste(torch.clamp(groups(w_NK, form) / scale_NG.unsqueeze(-1), form.low, form.high))
+    return round_ste(torch.clamp(groups(w_NK, grid) / scale_NG.unsqueeze(-1), grid.low, grid.high))
 
 
-def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Integer codes (N, K), int8.
 
-    >>> form = IntWeight(bits=8, granularity=PerChannel())
-    >>> quantize(torch.tensor([[1.0, -0.26, 99.0]]), torch.tensor([[0.5]]), form).tolist()
+    >>> quantize(torch.tensor([[1.0, -0.26, 99.0]]), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[2, -1, 127]]
     """
     codes = w_NK.new_empty(w_NK.shape, dtype=torch.int8)
     for rows in _some_rows(*w_NK.shape):
-        codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), form).flatten(1)
+        codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), grid).flatten(1)
     return codes
 
 
-def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """s * q, float32 (N, K).
 
-    >>> form = IntWeight(bits=8, granularity=PerChannel())
-    >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), form).tolist()
+    >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[1.0, -0.5, 63.5]]
     """
-    return (groups(q_NK.to(torch.float32), form) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
+    return (groups(q_NK.to(torch.float32), grid) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
 
 
-def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round w to the grid and back. Idempotent. Error <= scale / 2 inside the range.
 
     The gradient to w is 1 inside the range and 0 outside; to s it is round(w/s) - w/s inside and the bound outside
     (LSQ, Esser et al. 2020, Eq. 3).
     """
-    return (codes_float(w_NK, scale_NG, form) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
+    return (codes_float(w_NK, scale_NG, grid) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
 
 
 def rounds_to(
-    q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight, distance: float
+    q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid, distance: float
 ) -> torch.Tensor:
     """The weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
-    q, scale = groups(q_NK.to(torch.float32), form), scale_NG.unsqueeze(-1)
-    off = torch.clamp(groups(w_NK, form) / scale - q, -distance, distance)
+    q, scale = groups(q_NK.to(torch.float32), grid), scale_NG.unsqueeze(-1)
+    off = torch.clamp(groups(w_NK, grid) / scale - q, -distance, distance)
     return ((q + off) * scale).reshape(w_NK.shape)
-
-
-def fit(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight scales, and for two levels the integers of the groups."""
-    some_rows = [w_NK[rows] for rows in _some_rows(*w_NK.shape)]
-    match form.granularity:
-        case TwoLevel():
-            found = [fit_two_level(w, form) for w in some_rows]
-            return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])
-        case _:
-            return torch.cat([fit_scale(w, form) for w in some_rows]), None
 
 
 def _some_rows(n: int, k: int) -> list[slice]:
@@ -143,48 +144,65 @@ def _some_rows(n: int, k: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, n, step)]
 
 
-def fit_scale(w_NK: torch.Tensor, form: IntWeight) -> torch.Tensor:
-    """Weight scales (N, G): the largest magnitude at 8 bit, the clipping of least squared error at 4 bit."""
-    w = groups(w_NK.detach().float(), form)
+def fit_largest(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the scales (N, G) with which the largest magnitude has the largest code."""
+    return torch.cat([_largest(w_NK[rows], grid) for rows in _some_rows(*w_NK.shape)])
+
+
+def _largest(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    return (groups(w_NK.detach().float(), grid).abs().amax(-1) / grid.high).clamp_min(SCALE_EPS)
+
+
+def fit_clipped(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Return the scales (N, G) of least squared error, of those that clip at 0.6 to 1.0 of the largest magnitude."""
+    return torch.cat([_fit_clipped(w_NK[rows], grid) for rows in _some_rows(*w_NK.shape)])
+
+
+def _fit_clipped(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
+    w = groups(w_NK.detach().float(), grid)
     largest = w.abs().amax(-1)
-    ratios = (1.0,) if form.bits == 8 else tuple(1.0 - 0.02 * i for i in range(21))
-    best_scale = (largest / form.high).clamp_min(SCALE_EPS)
+    best_scale = _largest(w_NK, grid)
     best_error = torch.full_like(largest, torch.inf)
-    for ratio in ratios:
-        scale = (ratio * largest / form.high).clamp_min(SCALE_EPS)
-        error = _squared_error(w, scale, form)
+    for ratio in CLIPPING:
+        scale = (ratio * largest / grid.high).clamp_min(SCALE_EPS)
+        error = _squared_error(w, scale, grid)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     return best_scale
 
 
-def fit_two_level(w_NK: torch.Tensor, form: IntWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (N, 1), and float integers (N, G) that no others beat in squared error with these scales.
+def fit_two_level(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scales (N, 1), and float integers (N, G) that no others beat in squared error with these scales.
 
     The scale is the best of a few at which the largest scale that a group would have alone is near 15.
     """
-    w = groups(w_NK.detach().float(), form)
-    alone = fit_scale(w_NK, form)
+    found = [_fit_two_level(w_NK[rows], grid) for rows in _some_rows(*w_NK.shape)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])
+
+
+def _fit_two_level(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    w = groups(w_NK.detach().float(), grid)
+    alone = _fit_clipped(w_NK, grid)
     best_scale = torch.full_like(alone[:, :1], SCALE_EPS)
     best_error = torch.full_like(best_scale, torch.inf)
     for ratio in (1.0, 0.96, 0.92, 1.04, 1.08):
         scale = (ratio * alone.amax(-1, keepdim=True) / GROUP_HIGH).clamp_min(SCALE_EPS)
         group = torch.clamp(torch.round(alone / scale), GROUP_LOW, GROUP_HIGH)
-        error = _squared_error(w, scale * group, form).sum(-1, keepdim=True)
+        error = _squared_error(w, scale * group, grid).sum(-1, keepdim=True)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
     best_group = torch.ones_like(alone)
     best_error = torch.full_like(alone, torch.inf)
     for integer in range(GROUP_LOW, GROUP_HIGH + 1):
-        error = _squared_error(w, (best_scale * integer).expand_as(alone), form)
+        error = _squared_error(w, (best_scale * integer).expand_as(alone), grid)
         better = error < best_error
         best_group, best_error = torch.where(better, float(integer), best_group), torch.where(better, error, best_error)
     return best_scale, best_group
 
 
-def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, form: IntWeight) -> torch.Tensor:
+def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Of each group when rounded with its scale, (N, G)."""
-    q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), form.low, form.high)
+    q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), grid.low, grid.high)
     return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.formats.schemes import Float, IntInput, IntOutput, IntWeight, LayerScheme, PerStep, PerToken
+from intaglio.pipeline.formats.schemes import Float, LayerScheme, PerStep, PerToken, RoundedWeight
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance
@@ -89,21 +89,21 @@ class QuantizedLayer(nn.Module):
         self._base_NK: torch.Tensor | None = None
         self.weight_group: nn.Parameter | None = None
         self._rounded: torch.Tensor | None = None
-        if isinstance(scheme.weight, IntWeight) and fit:
-            self._set_scales(*affine.fit(self.float_weight(), scheme.weight))
-        if isinstance(scheme.input, IntInput) and isinstance(scheme.input.granularity, PerStep):
+        if isinstance(scheme.weight, RoundedWeight) and fit:
+            self._set_scales(*scheme.weight.fit(self.float_weight()))
+        if scheme.by_step:
             if amax_T is None:
                 raise ValueError("a scale for each step needs the calibrated input ranges")
             self.register_buffer("amax_T", amax_T.clone().clamp_min(affine.TOKEN_EPS))
         self.register_buffer("factor_T", None if factor_T is None else factor_T.clone())
-        if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+        if scheme.shifted:
             if isinstance(layer, nn.Conv2d) and any(layer._reversed_padding_repeated_twice):
                 raise ValueError("zeros around a shifted input do not shift: it needs a convolution without padding")
-            if isinstance(scheme.input.granularity, PerStep):
+            if scheme.by_step:
                 if shift_T is None:
                     raise ValueError("a shifted input needs the middle of its range at each step")
                 self.register_buffer("shift_T", shift_T.clone())
-        if isinstance(scheme.output, IntOutput):
+        if not isinstance(scheme.output, Float):
             if output_amax_T is None or not isinstance(layer, nn.Conv2d):
                 raise ValueError("a rounded output needs the calibrated output ranges, and a convolution")
             self.register_buffer("output_amax_T", output_amax_T.clone())
@@ -150,10 +150,10 @@ class QuantizedLayer(nn.Module):
 
     def start_from(self, q_NK: torch.Tensor, distance: float) -> None:
         """Train from the weight nearest to the model's own that is at most `distance` scales from these codes."""
-        if not isinstance(self.scheme.weight, IntWeight):
+        if not isinstance(self.scheme.weight, RoundedWeight):
             raise ValueError("a float weight has no codes")
         scale, w_NK = self.code_scale().detach(), self.base_weight().detach()
-        self._base_NK = affine.rounds_to(q_NK, w_NK, scale, self.scheme.weight, distance)
+        self._base_NK = affine.rounds_to(q_NK, w_NK, scale, self.scheme.weight.grid, distance)
         self.invalidate()
 
     def learnt(self, codes: torch.Tensor | None = None) -> LayerAdapter:
@@ -165,16 +165,16 @@ class QuantizedLayer(nn.Module):
 
     def weight_codes(self) -> torch.Tensor:
         """Integer codes (N, K), int8. Raises ValueError for a float weight."""
-        if not isinstance(self.scheme.weight, IntWeight):
+        if not isinstance(self.scheme.weight, RoundedWeight):
             raise ValueError("a float weight has no codes")
-        return affine.quantize(self.float_weight(), self.code_scale(), self.scheme.weight)
+        return self.scheme.weight.quantize(self.float_weight(), self.code_scale())
 
     def set_codes(self, q_NK: torch.Tensor, scale_NG: torch.Tensor, group_NG: torch.Tensor | None = None) -> None:
         """Compute with these codes from now on, which take the place of the float weight and the adapter."""
-        if not isinstance(self.scheme.weight, IntWeight):
+        if not isinstance(self.scheme.weight, RoundedWeight):
             raise ValueError("a float weight has no codes")
         self._set_scales(scale_NG, group_NG)
-        rounded_NK = affine.dequantize(q_NK, self.code_scale().detach(), self.scheme.weight)
+        rounded_NK = self.scheme.weight.dequantize(q_NK, self.code_scale().detach())
         rounded = rounded_NK.reshape(self.layer.weight.shape)
         self.layer.weight = nn.Parameter(rounded, requires_grad=False)  # the float one is free
         self._rounded = self.layer.weight
@@ -184,10 +184,10 @@ class QuantizedLayer(nn.Module):
         match self.scheme.weight:
             case Float():
                 return self.base_weight().reshape(self.layer.weight.shape)
-            case IntWeight() as form:
+            case RoundedWeight() as form:
                 if self._rounded is not None:
                     return self._rounded
-                w = affine.fake_quantize(self.float_weight(), self.code_scale(), form).reshape(self.layer.weight.shape)
+                w = form.fake_quantize(self.float_weight(), self.code_scale()).reshape(self.layer.weight.shape)
                 if not torch.is_grad_enabled():
                     self._rounded = w
                 return w
@@ -224,7 +224,7 @@ class QuantizedLayer(nn.Module):
 
     def balanced_codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """As `input_codes`, of an input that is in the basis already."""
-        if not isinstance(self.scheme.input, IntInput):
+        if isinstance(self.scheme.input, Float):
             raise ValueError("a float input has no codes")
         bits, shifted = self.scheme.input.bits, self.scheme.input.shifted
         match self.scheme.input.granularity:
@@ -264,7 +264,7 @@ class QuantizedLayer(nn.Module):
     def learnt_input(self) -> LearntInput:
         """The tables that `learn_input` trained, as an exported layer has them."""
         learnt = self.input_scales
-        if learnt is None or not isinstance(self.scheme.input, IntInput):
+        if learnt is None or isinstance(self.scheme.input, Float):
             return LearntInput()
         with torch.no_grad():
             factor_T = torch.stack([p.exp() for p in learnt.log_factor])
@@ -288,9 +288,9 @@ class QuantizedLayer(nn.Module):
             return y
         weight, x = self.rounded_weight(), self.balanced(input)
         shift = None
-        if isinstance(self.scheme.input, IntInput):
+        if not isinstance(self.scheme.input, Float):
             q, amax, shift = self.balanced_codes(x)
-            if isinstance(self.scheme.output, IntOutput):
+            if not isinstance(self.scheme.output, Float):
                 y = self._rounded_product(q, weight, amax, self.scheme.input.bits) * amax
             else:
                 y = self._apply_layer(q * affine.input_scale(self.scheme.input.bits), weight) * amax

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from intaglio.pipeline.formats.schemes import IntWeight, LayerScheme
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, RoundedWeight
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance
@@ -58,7 +58,7 @@ def quantize_model(
     replaced = {}
     places = places_of(model)
     for name in sorted(schemes):
-        if schemes[name].name == "float":
+        if schemes[name] == FLOAT:
             continue
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear | nn.Conv2d):
@@ -86,7 +86,7 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     parts = ("amax_T", "output_amax_T", "shift_T", "balance", "factor_T", "branch")  # in quantize_model's order
     layers = quantize_model(model, of_layers("scheme"), clock, *map(of_layers, parts), fit=False)
     for name, layer in layers.items():
-        if isinstance(layer.scheme.weight, IntWeight):
+        if isinstance(layer.scheme.weight, RoundedWeight):
             data = quantized.layers[name]
             layer.set_codes(data.codes, data.scale_NG, data.group_NG)
     round_tables(model)

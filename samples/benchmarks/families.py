@@ -93,9 +93,9 @@ def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVER
         engine = compiled[RTX][ENGINE] if RTX in targets else None
         plans[plan] = PlanFigures(
             layers=len(one[GRAPH].nodes),
-            four_bit=sum(scheme.name.startswith("w4") for scheme in one[PLAN].schemes.values()),
             worst_layer=max(figures.parity_layer_rel_l2_max for figures in checks),
             whole=max(max(figures.parity_rel_l2, figures.parity_other_rel_l2 or 0.0) for figures in checks),
+            four_bit=sum(scheme.weight_bits == 4 for scheme in one[PLAN].schemes.values()),
             int8=None if engine is None else engine.int8_gemm,
             floating=None if engine is None else engine.fp_gemm,
             balanced=len(one[PLAN].balances),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import assert_never
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, illegal, structural_schemes
-from intaglio.pipeline.formats.schemes import FLOAT, IntInput, IntOutput, IntWeight, LayerScheme, PerToken
+from intaglio.pipeline.formats.known import scheme_names
+from intaglio.pipeline.formats.layer import admitted_schemes, illegal
+from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedWeight
 from intaglio.pipeline.formats.target import Target
 
 
@@ -30,14 +32,16 @@ class SchemeRow:
 def scheme_css(scheme: LayerScheme) -> str:
     """Return the CSS class of a scheme: one colour for each pair of bits, and two for W8A8, by its input's scale."""
     match scheme.weight, scheme.input:
-        case IntWeight(bits=8), IntInput(bits=8, granularity=granularity):
-            return f"s-w8a8_{'token' if isinstance(granularity, PerToken) else 'step'}"
-        case IntWeight(bits=4), _:
-            return f"s-w4a{scheme.input_bits}"
-        case IntWeight() | IntInput(), _:
-            return "s-other"
-        case _:
+        case Float(), Float():
             return "s-float"
+        case RoundedWeight(bits=8), IntInput(bits=8) as form:
+            return f"s-w8a8_{form.granularity.label}"
+        case RoundedWeight(bits=4), Float() | IntInput():
+            return f"s-w4a{scheme.input_bits}"
+        case ((Float() | RoundedWeight()), (Float() | IntInput())):
+            return "s-other"
+        case other:
+            assert_never(other)
 
 
 def scheme_code(scheme: LayerScheme) -> str:
@@ -46,32 +50,36 @@ def scheme_code(scheme: LayerScheme) -> str:
     The digit is the weight's bits; the letter says whether the input has one scale per token (t) or per step (s), and
     is a capital for a 4-bit input.
     """
-    match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
-            unit = "t" if isinstance(granularity, PerToken) else "s"
-            return f"{bits}{unit if input_bits == 8 else unit.upper()}"
-        case IntWeight(bits=bits), _:
-            return str(bits)
-        case _:
-            return "f"
+    if isinstance(scheme.weight, Float):
+        return "f"
+    match scheme.input:
+        case Float():
+            return str(scheme.weight_bits)
+        case IntInput(bits=bits, granularity=granularity):
+            unit = granularity.label[0]
+            return f"{scheme.weight_bits}{unit if bits == 8 else unit.upper()}"
+        case other:
+            assert_never(other)
 
 
 def scheme_meaning(scheme: LayerScheme) -> str:
     """Return one phrase that says how a layer with this scheme computes."""
-    match scheme.weight, scheme.input:
-        case IntWeight(bits=bits), IntInput(bits=input_bits, granularity=granularity):
-            unit = "token" if isinstance(granularity, PerToken) else "denoising step"
-            shifted = " around the middle of its range" if scheme.input.shifted else ""
-            output = ", 8-bit output" if isinstance(scheme.output, IntOutput) else ""
-            return f"{bits}-bit weight, {input_bits}-bit input with one scale per {unit}{shifted}{output}"
-        case IntWeight(bits=bits), _:
-            return f"{bits}-bit weight, float input"
-        case _:
-            return "not quantized"
+    if isinstance(scheme.weight, Float):
+        return "not quantized"
+    match scheme.input:
+        case Float():
+            return f"{scheme.weight_bits}-bit weight, float input"
+        case IntInput() as form:
+            unit = "token" if scheme.by_token else "denoising step"
+            shifted = " around the middle of its range" if scheme.shifted else ""
+            output = "" if isinstance(scheme.output, Float) else f", {scheme.output.bits}-bit output"
+            return f"{scheme.weight_bits}-bit weight, {form.bits}-bit input with one scale per {unit}{shifted}{output}"
+        case other:
+            assert_never(other)
 
 
 def scheme_rows(plan: QuantPlan) -> tuple[SchemeRow, ...]:
-    """Return a row for each scheme that the plan uses, in the order of `SCHEME_NAMES`."""
+    """Return a row for each scheme that the plan uses, in the order of `scheme_names`."""
     parameters = sum(layer.n * layer.k for layer in plan.layers)
     rows = []
     for name in in_order(scheme.name for scheme in plan.schemes.values()):
@@ -97,7 +105,7 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
     for layer in plan.layers:
         if plan.schemes[layer.name] != FLOAT:
             continue
-        others = [scheme for scheme in structural_schemes(layer, names=SCHEME_NAMES) if scheme != FLOAT]
+        others = [scheme for scheme in admitted_schemes(layer) if scheme != FLOAT]
         legal = any(illegal(layer, scheme, target) is None for scheme in others)
         reason = plan.reasons.get(
             layer.name, "so planned" if legal else f"{target.name} has no other form for its shape"
@@ -107,6 +115,6 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Return each name once, in the order of `SCHEME_NAMES`, other names behind them."""
-    known = {name: place for place, name in enumerate(SCHEME_NAMES)}
+    """Return each name once, in the order of `scheme_names`, other names behind them."""
+    known = {name: place for place, name in enumerate(scheme_names())}
     return tuple(sorted(set(names), key=lambda name: (known.get(name, len(known)), name)))

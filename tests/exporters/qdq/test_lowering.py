@@ -12,6 +12,7 @@ from intaglio.exporters.qdq.lowering import LOWERINGS, lowering
 from intaglio.exporters.runtimes.onnxruntime.session import multiplies_exactly, open_session
 from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
@@ -35,15 +36,15 @@ def layer_for(shape) -> torch.nn.Module:
 
 
 def test_the_table_has_each_scheme_and_runtime_once():
-    rows = Counter((row.op, row.scheme, runtime) for row in LOWERINGS for runtime in row.runtimes)
+    rows = Counter((row.op, row.scheme.name, runtime) for row in LOWERINGS for runtime in row.runtimes)
     assert set(rows.values()) == {1}
     for name in target_names():
         target = load_target(name)
         for op, schemes in target.formats.items():
             for scheme in set(schemes) - {"float"}:
-                assert lowering(op, scheme, target.runtime).why
+                assert lowering(op, known_schemes()[scheme], target.runtime).why
     with pytest.raises(TargetError, match="no way to write w8a8_token of a conv for onnxruntime"):
-        lowering("conv", "w8a8_token", "onnxruntime")
+        lowering("conv", W8A8_TOKEN, "onnxruntime")
 
 
 def test_integer_sums_do_not_saturate(tmp_path):
@@ -161,7 +162,7 @@ def test_a_shift_is_refused_where_zeros_are_added(tmp_path):
     step = ir.Value(name="step", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     codes, ones = torch.ones(32, 576, dtype=torch.int8), torch.ones(3)
     data = QuantizedLayerData(with_shift(W8A8_STEP), codes, torch.ones(32, 1), ones, shift_T=ones)
-    row = lowering("conv", "w8a8s_step", "onnxruntime")
+    row = lowering("conv", with_shift(W8A8_STEP), "onnxruntime")
     with pytest.raises(TargetError, match="a: zeros around a shifted input do not shift"):
         Writer(graph, step, np.uint8(128), {}).write(Call(find_sites(graph)["a"][0], data, "a"), row.product)
 

@@ -100,7 +100,7 @@ class Written:
 
 
 def write(row: Lowering, runtime: str, folder: Path) -> Written:
-    scheme, cases = SCHEMES[row.scheme], CONV if row.op == "conv" else LINEAR
+    scheme, cases = SCHEMES[row.scheme.name], CONV if row.op == "conv" else LINEAR
     shifted = isinstance(scheme.input, IntInput) and scheme.input.shifted
     torch.manual_seed(1)
     layers = {name: case.layer(padded=not shifted) for name, case in cases.items()}
@@ -185,7 +185,7 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
             return four, computed._replace(y=computed.y + beside)
 
 
-ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme}-{row.runtimes[-1]}") for row in LOWERINGS]
+ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme.name}-{row.runtimes[-1]}") for row in LOWERINGS]
 
 
 @pytest.fixture(scope="module", params=ROWS)
@@ -244,7 +244,7 @@ def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
     products = len(written.cases)
     assert (engine.int8_gemm, engine.fp_gemm) == ((products, beside) if written.row.integer else (0, products + beside))
     if target.runtime == "tensorrt-rtx":
-        assert any("Int4" in layer for layer in engine.layers) == written.row.scheme.startswith("w4")
+        assert any("Int4" in layer for layer in engine.layers) == (written.row.scheme.weight_bits == 4)
 
 
 def test_no_row_is_what_lint_refuses(written):

@@ -332,14 +332,14 @@ def test_gptq_codes_lose_less_of_the_output_than_the_nearest_ones():
     mixing = torch.randn(64, 64, generator=generator)
     x = torch.randn(500, 8, generator=generator) @ mixing[:8] + 0.3 * torch.randn(500, 64, generator=generator)
     form = w4a16(32).weight
-    scale = affine.fit_scale(layer.weight, form)
-    nearest = affine.quantize(layer.weight, scale, form)
-    found = gptq(layer.weight, scale, form, second_moment(layer, x))
+    scale = form.fit(layer.weight)[0]
+    nearest = form.quantize(layer.weight, scale)
+    found = gptq(layer.weight, scale, form.grid, second_moment(layer, x))
     assert found.min() >= form.low
     assert found.max() <= form.high
 
     def error(codes: torch.Tensor) -> float:
-        return float((x @ (affine.dequantize(codes, scale, form) - layer.weight).T).square().sum())
+        return float((x @ (form.dequantize(codes, scale) - layer.weight).T).square().sum())
 
     assert error(found) < 0.5 * error(nearest)
 

@@ -103,7 +103,7 @@ def test_it_computes_what_compressed_tensors_does(dit, tmp_path):
             args = layer.quantization_scheme.weights
             rounded = fake_quantize(layer.weight, layer.weight_scale, layer.weight_zero_point, args)
             scale = affine.product_scale(data.scale_NG, data.group_NG)
-            assert affine.dequantize(data.codes, scale, data.scheme.weight).equal(rounded), name
+            assert data.scheme.weight.dequantize(data.codes, scale).equal(rounded), name
             # one code of a token, its largest, may be rounded otherwise
             assert rel_l2(own(x), y) < (2e-3 if schemes[name] == "w8a8_token" else 2e-6), name
         simulated = denoise_with(model.module, model)(call)
@@ -221,7 +221,7 @@ def test_the_library_itself_writes_such_files(dit, tmp_path):
     module = save(four, {LAYER})
     data = take(dit, tmp_path)[QUANTIZED].layers[LAYER]
     weight = module.get_submodule(LAYER).weight.dequantize()
-    assert affine.dequantize(data.codes, data.scale_NG, data.scheme.weight).equal(weight)
+    assert data.scheme.weight.dequantize(data.codes, data.scale_NG).equal(weight)
     module = save(quantization.Int8DynamicActivationInt8WeightConfig(), {LAYER})
     data = take(dit, tmp_path)[QUANTIZED].layers[LAYER]
     assert data.codes.equal(module.get_submodule(LAYER).weight.qdata)

@@ -2,7 +2,8 @@ import pytest
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import ContractError, TargetError
-from intaglio.pipeline.formats.layer import SCHEME_NAMES, Layer, structural_schemes
+from intaglio.pipeline.formats.known import scheme_names
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes, structural_schemes
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
@@ -39,11 +40,11 @@ def test_other_schemes_are_there_when_named():
     stepped = ("w8a8_step", "w4a8_step", "w4a4_step")
     rounded = tuple(name.replace("_", "o8_") for name in stepped)
     shifted = tuple(name.replace("_", "s_") for name in stepped)
-    known = {s.name for s in structural_schemes(CONV, names=SCHEME_NAMES)}
+    known = {s.name for s in admitted_schemes(CONV)}
     assert known == {"float", "w8a16", "w4a16", *stepped, *rounded, *shifted}
     padded = CONV.model_copy(update={"padded": True})
-    assert known - {s.name for s in structural_schemes(padded, names=SCHEME_NAMES)} == set(shifted)
-    assert set(SCHEME_NAMES) - {s.name for s in structural_schemes(LINEAR, names=SCHEME_NAMES)} == set(rounded)
+    assert known - {s.name for s in admitted_schemes(padded)} == set(shifted)
+    assert set(scheme_names()) - {s.name for s in admitted_schemes(LINEAR)} == set(rounded)
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
     assert structural_schemes(narrow, names=("w4a8_token",)) == (FLOAT,)
 

@@ -6,7 +6,7 @@ import pytest
 
 from intaglio import Target
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.formats.layer import SCHEME_NAMES
+from intaglio.pipeline.formats.known import scheme_names
 from intaglio.pipeline.formats.target import _over, load_target, target_names
 
 
@@ -17,7 +17,7 @@ def test_a_target_names_schemes_that_exist_and_its_sources(name: str) -> None:
     assert set(target.formats) == {"linear", "conv"}
     for schemes in target.formats.values():
         assert "float" in schemes
-        assert set(schemes) <= set(SCHEME_NAMES)
+        assert set(schemes) <= set(scheme_names())
     assert all(fact.fact and fact.source for fact in target.facts)
     assert target.activation_dtype == ("uint8" if target.runtime == "onnxruntime" else "int8")
 

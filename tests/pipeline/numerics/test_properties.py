@@ -45,7 +45,7 @@ def test_a_layer_of_any_numbers_equals_the_oracle(
         assert np.array_equal(layer.weight_codes().numpy(), four)
     assert np.isfinite(scale).all()
     assert (scale > 0).all()
-    high = 7 if scheme.name.startswith("w4a4") else 127
+    high = 7 if scheme.input_bits == 4 else 127
     x_codes, y, *_ = oracle.layer(x, codes, scale, base.bias.numpy(), high=high)
     assert np.array_equal(layer.input_codes(torch.from_numpy(x))[0].numpy(), x_codes)
     magnitude = np.abs(x).max(-1, keepdims=True) * (np.abs(codes) * 1.0).sum(1) * scale  # of a row's largest sum

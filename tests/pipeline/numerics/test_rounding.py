@@ -26,60 +26,54 @@ def random_weight(n: int = 5, k: int = 48) -> torch.Tensor:
 
 def test_int8_codes_and_scale_of_a_literal_row():
     w = torch.tensor([[1.27, -0.635, 0.005, 0.0]])
-    scale = affine.fit_scale(w, INT8)
+    scale = INT8.fit(w)[0]
     assert scale.item() == pytest.approx(0.01, rel=1e-6)
-    assert affine.quantize(w, torch.tensor([[0.01]]), INT8).tolist() == [
-        [127, -64, 0, 0]
-    ]  # -63.5 and 0.5: half to even
+    assert INT8.quantize(w, torch.tensor([[0.01]])).tolist() == [[127, -64, 0, 0]]  # -63.5 and 0.5: half to even
 
 
 def test_int4_codes_use_each_groups_own_scale():
     w = torch.zeros(1, 32)
     w[0, 0], w[0, 1], w[0, 16], w[0, 17] = 0.7, -0.8, 70.0, -80.0
-    codes = affine.quantize(w, torch.tensor([[0.1, 10.0]]), INT4)
+    codes = INT4.quantize(w, torch.tensor([[0.1, 10.0]]))
     assert codes[0, [0, 1, 16, 17]].tolist() == [7, -8, 7, -8]
-    assert affine.dequantize(codes, torch.tensor([[0.1, 10.0]]), INT4)[0, [0, 17]].tolist() == pytest.approx(
-        [0.7, -80.0]
-    )
+    assert INT4.dequantize(codes, torch.tensor([[0.1, 10.0]]))[0, [0, 17]].tolist() == pytest.approx([0.7, -80.0])
 
 
 @pytest.mark.parametrize(("form", "group"), [(INT8, 48), (INT4, 16)])
 def test_codes_equal_the_oracle(form: IntWeight, group: int):
     w = random_weight()
-    scale = affine.fit_scale(w, form)
+    scale = form.fit(w)[0]
     expected = oracle.weight_codes(w.numpy(), scale.numpy(), form.low, form.high, group)
-    assert np.array_equal(affine.quantize(w, scale, form).numpy(), expected)
+    assert np.array_equal(form.quantize(w, scale).numpy(), expected)
 
 
 @pytest.mark.parametrize("form", [INT8, INT4])
 def test_fake_quantize_is_dequantized_codes_and_idempotent(form: IntWeight):
     w = random_weight()
-    scale = affine.fit_scale(w, form)
-    once = affine.fake_quantize(w, scale, form)
-    assert torch.equal(once, affine.dequantize(affine.quantize(w, scale, form), scale, form))
-    assert torch.equal(affine.fake_quantize(once, scale, form), once)
+    scale = form.fit(w)[0]
+    once = form.fake_quantize(w, scale)
+    assert torch.equal(once, form.dequantize(form.quantize(w, scale), scale))
+    assert torch.equal(form.fake_quantize(once, scale), once)
 
 
 def test_error_is_at_most_half_a_scale_inside_the_range():
     w = random_weight()
-    scale = affine.fit_scale(w, INT8)
-    assert (
-        (affine.fake_quantize(w, scale, INT8) - w).abs() <= scale * 0.5 * (1 + 1e-5)
-    ).all()  # 1e-5: float32 rounding
+    scale = INT8.fit(w)[0]
+    assert ((INT8.fake_quantize(w, scale) - w).abs() <= scale * 0.5 * (1 + 1e-5)).all()  # 1e-5: float32 rounding
 
 
 def test_clipping_search_beats_the_largest_magnitude():
     w = random_weight(64, 64)
-    largest = affine.groups(w, INT4).abs().amax(-1) / 7
-    error = [(affine.fake_quantize(w, s, INT4) - w).square().sum() for s in (affine.fit_scale(w, INT4), largest)]
+    largest = affine.groups(w, INT4.grid).abs().amax(-1) / 7
+    error = [(INT4.fake_quantize(w, s) - w).square().sum() for s in (INT4.fit(w)[0], largest)]
     assert error[0] < 0.95 * error[1]
 
 
 def test_zero_channel_stays_zero_and_spoils_no_other():
     w = random_weight(2, 32)
     w[0] = 0
-    scale = affine.fit_scale(w, INT8)
-    rounded = affine.fake_quantize(w, scale, INT8)
+    scale = INT8.fit(w)[0]
+    rounded = INT8.fake_quantize(w, scale)
     assert rounded[0].abs().max() == 0
     assert (rounded[1] - w[1]).abs().max() <= scale[1] * 0.5 * (1 + 1e-5)
 
@@ -88,7 +82,7 @@ def test_gradients_are_straight_through_inside_and_cut_outside():
     w = torch.tensor([[0.24, 9.0]], requires_grad=True)
     scale = torch.tensor([[0.1]], requires_grad=True)
     form = IntWeight(bits=4, granularity=PerChannel())
-    affine.fake_quantize(w, scale, form).sum().backward()
+    form.fake_quantize(w, scale).sum().backward()
     assert w.grad is not None
     assert scale.grad is not None
     assert w.grad.tolist() == [[1.0, 0.0]]
@@ -97,7 +91,7 @@ def test_gradients_are_straight_through_inside_and_cut_outside():
 
 def test_group_that_does_not_divide_is_an_error_with_numbers():
     with pytest.raises(ValueError, match="in features 40 is not a multiple of the group size 16"):
-        affine.groups(torch.zeros(2, 40), INT4)
+        affine.groups(torch.zeros(2, 40), INT4.grid)
 
 
 def test_samples_of_a_batch_have_scales_of_their_own():
@@ -118,32 +112,32 @@ def test_two_level_codes_of_a_literal_row():
     w = torch.zeros(1, 32)
     w[0, 0], w[0, 1], w[0, 16], w[0, 17] = 0.875, -1.05, 2.625, -2.8125
     scale, group = torch.tensor([[0.125]]), torch.tensor([[1.0, 3.0]])
-    codes = affine.quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    codes = TWO_LEVEL.quantize(w, affine.product_scale(scale, group))
     assert codes[0, [0, 1, 16, 17]].tolist() == [7, -8, 7, -8]  # -2.8125 / 0.375 = -7.5: half to even
-    assert affine.eight_bit_codes(codes, group, TWO_LEVEL)[0, [0, 1, 16, 17]].tolist() == [7, -8, 21, -24]
-    rounded = affine.dequantize(codes, affine.product_scale(scale, group), TWO_LEVEL)
+    assert affine.eight_bit_codes(codes, group, TWO_LEVEL.grid)[0, [0, 1, 16, 17]].tolist() == [7, -8, 21, -24]
+    rounded = TWO_LEVEL.dequantize(codes, affine.product_scale(scale, group))
     assert rounded[0, [0, 1, 16, 17]].tolist() == [0.875, -1.0, 2.625, -3.0]
 
 
 def test_two_level_codes_equal_the_oracle_and_fit_8_bit():
     w = random_weight(7, 64) * torch.linspace(0.1, 20, 64)
-    scale, group = affine.fit(w, TWO_LEVEL)
+    scale, group = TWO_LEVEL.fit(w)
     assert group is not None
     four, eight = oracle.two_level_codes(w.numpy(), scale.numpy()[:, 0], group.numpy(), 16)
-    codes = affine.quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    codes = TWO_LEVEL.quantize(w, affine.product_scale(scale, group))
     assert np.array_equal(codes.numpy(), four)
-    assert np.array_equal(affine.eight_bit_codes(codes, group, TWO_LEVEL).numpy(), eight)
+    assert np.array_equal(affine.eight_bit_codes(codes, group, TWO_LEVEL.grid).numpy(), eight)
     assert np.abs(eight).max() <= 127
     assert eight.max() > 63  # most of the 8 bits are used
 
 
 def test_no_other_group_integer_is_better():
     w = random_weight(6, 64) * torch.linspace(0.3, 3, 64)
-    scale, group = affine.fit_two_level(w, TWO_LEVEL)
+    scale, group = TWO_LEVEL.fit(w)
 
     def error(integers: torch.Tensor) -> torch.Tensor:
-        rounded = affine.fake_quantize(w, affine.product_scale(scale, integers), TWO_LEVEL)
-        return affine.groups((rounded - w).square(), TWO_LEVEL).sum(-1)
+        rounded = TWO_LEVEL.fake_quantize(w, affine.product_scale(scale, integers))
+        return affine.groups((rounded - w).square(), TWO_LEVEL.grid).sum(-1)
 
     every = torch.stack([error(torch.full_like(group, g)) for g in range(1, 16)])
     assert torch.equal(error(group), every.amin(0))
@@ -151,14 +145,14 @@ def test_no_other_group_integer_is_better():
 
 def test_two_levels_cost_little_more_than_a_float_scale_a_group_and_far_less_than_one_a_channel():
     w = random_weight(64, 128)
-    scale, group = affine.fit(w, TWO_LEVEL)
+    scale, group = TWO_LEVEL.fit(w)
     channel = IntWeight(bits=4, granularity=PerChannel())
     errors = [
-        (affine.fake_quantize(w, s, form) - w).square().mean()
+        (form.fake_quantize(w, s) - w).square().mean()
         for s, form in (
             (affine.product_scale(scale, group), TWO_LEVEL),
-            (affine.fit_scale(w, INT4), INT4),
-            (affine.fit_scale(w, channel), channel),
+            (INT4.fit(w)[0], INT4),
+            (channel.fit(w)[0], channel),
         )
     ]
     assert errors[0] < 1.05 * errors[1]
@@ -170,7 +164,7 @@ def test_gradients_pass_straight_through_both_levels():
     w[0, 0], w[0, 1] = 0.72, 9.0
     scale, group = torch.tensor([[0.1]], requires_grad=True), torch.tensor([[3.2]], requires_grad=True)
     w.requires_grad_()
-    affine.fake_quantize(w, affine.product_scale(scale, group), TWO_LEVEL).sum().backward()
+    TWO_LEVEL.fake_quantize(w, affine.product_scale(scale, group)).sum().backward()
     to_code_scale = (2 - 2.4) + 7  # of a code's scale 0.1 * 3, as with one level
     assert w.grad is not None
     assert w.grad[0, :2].tolist() == [1.0, 0.0]
@@ -183,8 +177,8 @@ def test_gradients_pass_straight_through_both_levels():
 def test_a_zero_channel_of_two_levels_stays_zero():
     w = random_weight(2, 32)
     w[0] = 0
-    scale, group = affine.fit(w, TWO_LEVEL)
-    rounded = affine.fake_quantize(w, affine.product_scale(scale, group), TWO_LEVEL)
+    scale, group = TWO_LEVEL.fit(w)
+    rounded = TWO_LEVEL.fake_quantize(w, affine.product_scale(scale, group))
     assert rounded[0].abs().max() == 0
     assert rounded[1].abs().max() > 0
 
@@ -209,8 +203,11 @@ def test_four_bit_codes_of_a_literal_input():
 
 def test_rows_that_are_fitted_or_rounded_together_do_not_know_of_each_other():
     w = random_weight(affine.ROWS_ELEMENTS // 128 + 3, 128)
-    torch.testing.assert_close(affine.fit(w, INT8)[0], affine.fit_scale(w, INT8), rtol=0, atol=0)
-    torch.testing.assert_close(affine.fit(w, TWO_LEVEL), affine.fit_two_level(w, TWO_LEVEL), rtol=0, atol=0)
-    scale = affine.product_scale(*affine.fit(w, TWO_LEVEL))
-    whole = affine.codes_float(w, scale, TWO_LEVEL).reshape(w.shape).to(torch.int8)
-    torch.testing.assert_close(affine.quantize(w, scale, TWO_LEVEL), whole, rtol=0, atol=0)
+    few = w.split(100)
+    for form in (INT8, INT4):
+        assert torch.equal(form.fit(w)[0], torch.cat([form.fit(rows)[0] for rows in few]))
+    for whole, parts in zip(TWO_LEVEL.fit(w), zip(*map(TWO_LEVEL.fit, few), strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+    scale = affine.product_scale(*TWO_LEVEL.fit(w))
+    whole = affine.codes_float(w, scale, TWO_LEVEL.grid).reshape(w.shape).to(torch.int8)
+    torch.testing.assert_close(TWO_LEVEL.quantize(w, scale), whole, rtol=0, atol=0)

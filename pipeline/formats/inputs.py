@@ -1,0 +1,63 @@
+"""Formats of what enters and leaves a layer: float, or integer codes with a scale for each token or denoising step."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Value(BaseModel):
+    """A frozen value that compares by its fields, and takes no others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Float(Value):
+    """Not quantized."""
+
+    bits: ClassVar[int] = 16
+    label: ClassVar[str] = "float"
+    group_size: ClassVar[None] = None
+    kind: Literal["float"] = "float"
+
+
+class PerToken(Value):
+    """x: (..., K) -> scale: (..., 1), measured when it runs"""
+
+    label: ClassVar[str] = "token"
+    kind: Literal["per_token"] = "per_token"
+
+
+class PerStep(Value):
+    """x: (...) -> scale: (), from a table with one entry a denoising step"""
+
+    label: ClassVar[str] = "step"
+    kind: Literal["per_step"] = "per_step"
+
+
+class IntInput(Value):
+    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes multiply as 8-bit ones do."""
+
+    kind: Literal["int"] = "int"
+    bits: Literal[4, 8] = 8
+    granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
+    shifted: bool = Field(
+        False, description="the middle of the range is taken off before rounding and put back behind the product"
+    )
+
+    @property
+    def label(self) -> str:
+        """The input's part of a scheme's name, such as a8, or a8s where it is shifted."""
+        return f"a{self.bits}{'s' if self.shifted else ''}"
+
+
+class IntOutput(Value):
+    """Symmetric 8-bit product, without its bias, y ~= scale * q with q in [-128, 127]; one scale a denoising step."""
+
+    bits: ClassVar[int] = 8
+    kind: Literal["int"] = "int"
+
+
+InputFormat: TypeAlias = Annotated[Float | IntInput, Field(discriminator="kind")]
+OutputFormat: TypeAlias = Annotated[Float | IntOutput, Field(discriminator="kind")]

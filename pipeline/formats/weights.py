@@ -1,0 +1,227 @@
+"""Formats of weights. A format owns its label, its codes, its fit, its rounding and its bytes.
+
+The arithmetic is that of `numerics`, which is imported where it is used: this module imports nothing heavy.
+Shapes: N out features, K in features, G scales a row (1, or K // group size).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
+
+from pydantic import Field, model_validator
+
+from intaglio.pipeline.formats.inputs import Float, InputFormat, IntInput, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.pipeline.numerics.rounding import Grid
+
+
+class RoundedWeight(Value, ABC):
+    """A weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
+
+    A subclass is a format. It is known once a scheme of `known.py` has it.
+    Shapes: w and q (N, K), scales (N, G) with G = 1 or K // group_size.
+    """
+
+    kind: str
+    bits: int
+
+    @property
+    @abstractmethod
+    def low(self) -> int:
+        """Smallest code."""
+
+    @property
+    @abstractmethod
+    def high(self) -> int:
+        """Largest code."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Neighbouring input features that share a scale; None where all of a channel share one."""
+        return None
+
+    @property
+    def label(self) -> str:
+        """The weight's part of a scheme's name, such as w8."""
+        return f"w{self.bits}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, with the scales of its groups but without the scale of its channel."""
+        return float(self.bits)
+
+    @property
+    def scales(self) -> str:
+        """Shapes of the weight and its scales, in one line."""
+        return _first_line(PerChannel)
+
+    @property
+    def grid(self) -> Grid:
+        """The codes, and which weights share a scale, as the functions of `numerics.rounding` take them."""
+        from intaglio.pipeline.numerics.rounding import Grid
+
+        return Grid(self.low, self.high, self.group_size)
+
+    def problem_with(self, form: InputFormat) -> str | None:
+        """Return why no product takes this weight with such an input, or None."""
+        return None
+
+    @abstractmethod
+    def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scales, (N, G), or (N, 1) and the integers of the groups, (N, G), where there are two levels."""
+
+    def quantize(self, w_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
+        """Return the codes, int8 (N, K)."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.quantize(w_NK, scale_NG, self.grid)
+
+    def dequantize(self, q_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
+        """Return the weight that the codes stand for, float32 (N, K)."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.dequantize(q_NK, scale_NG, self.grid)
+
+    def fake_quantize(self, w_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
+        """Return the rounded weight (N, K), equal to `dequantize` of its codes; differentiable in weight and scales."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.fake_quantize(w_NK, scale_NG, self.grid)
+
+    def pack(self, q_NK: torch.Tensor) -> torch.Tensor:
+        """Return the codes as files store them: one byte each, unless a format says otherwise."""
+        return q_NK.contiguous()
+
+    def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the codes, int8 of this shape, that `pack` stored. Raises ValueError where the sizes differ."""
+        if tuple(stored.shape) != shape:
+            raise ValueError(f"{list(stored.shape)} codes are stored for a weight of shape {list(shape)}")
+        return stored
+
+
+class PerChannel(Value):
+    """w: (N, K) -> scale: (N, 1)"""
+
+    kind: Literal["per_channel"] = "per_channel"
+
+
+class PerGroup(Value):
+    """w: (N, K), axis=1 -> scale: (N, K // size)"""
+
+    kind: Literal["per_group"] = "per_group"
+    size: int = Field(ge=16, description="neighbouring input features that share a scale")
+
+
+class TwoLevel(Value):
+    """w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1)
+
+    A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
+    (progressive group quantization: QServe, Lin et al. 2024, section 4.1).
+    """
+
+    kind: Literal["two_level"] = "two_level"
+    size: int = Field(ge=16, description="neighbouring input features that share an integer scale")
+
+
+class IntWeight(RoundedWeight):
+    """Symmetric integer weight, w ~= scale * q."""
+
+    kind: Literal["int"] = "int"
+    bits: Literal[4, 8]
+    granularity: Annotated[PerChannel | PerGroup | TwoLevel, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _two_levels_have_4_bits(self) -> Self:
+        if self.bits != 4 and isinstance(self.granularity, TwoLevel):
+            raise ValueError(f"two levels are for 4-bit codes, not {self.bits}")
+        return self
+
+    @property
+    def low(self) -> int:
+        """Smallest code. 8 bit leaves -128 out, so that a code and its negative are both there."""
+        return -127 if self.bits == 8 else -8
+
+    @property
+    def high(self) -> int:
+        """Largest code."""
+        return 127 if self.bits == 8 else 7
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not.
+
+        >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
+        [4.5, 4.125]
+        """
+        match self.granularity:
+            case PerChannel():
+                return float(self.bits)
+            case PerGroup(size=size):
+                return self.bits + 32 / size
+            case TwoLevel(size=size):
+                return self.bits + 8 / size
+            case other:
+                assert_never(other)
+
+    @property
+    def scales(self) -> str:
+        """Shapes of the weight and its scales, in one line."""
+        return _first_line(type(self.granularity))
+
+    @property
+    def group_size(self) -> int | None:
+        """Neighbouring input features that share a scale; None where all of a channel do."""
+        return None if isinstance(self.granularity, PerChannel) else self.granularity.size
+
+    def problem_with(self, form: InputFormat) -> str | None:
+        """Return why no product takes this weight with such an input, or None.
+
+        Products on integers take one scale for each channel, so 4-bit codes become 8-bit codes in two levels.
+        """
+        match form:
+            case Float():
+                two_level = isinstance(self.granularity, TwoLevel)
+                return "two levels are for products with a quantized input" if two_level else None
+            case IntInput():
+                apart = self.bits == 4 and not isinstance(self.granularity, TwoLevel)
+                return "4-bit weights multiply a quantized input in two levels only" if apart else None
+            case other:
+                assert_never(other)
+
+    def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return scales of the largest magnitude at 8 bits, of the least squared error at 4 bits."""
+        from intaglio.pipeline.numerics import rounding
+
+        match self.granularity:
+            case TwoLevel():
+                return rounding.fit_two_level(w_NK, self.grid)
+            case PerChannel() | PerGroup():
+                fit = rounding.fit_largest if self.bits == 8 else rounding.fit_clipped
+                return fit(w_NK, self.grid), None
+            case other:
+                assert_never(other)
+
+    def pack(self, q_NK: torch.Tensor) -> torch.Tensor:
+        """Return 4-bit codes two a byte, 8-bit ones as they are."""
+        import torch
+
+        from intaglio.pipeline.numerics.packing import pack_int4
+
+        return torch.from_numpy(pack_int4(q_NK.numpy())) if self.bits == 4 else super().pack(q_NK)
+
+    def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the codes, int8 of this shape. Raises ValueError where the bytes hold another number of them."""
+        import torch
+
+        from intaglio.pipeline.numerics.packing import unpack_int4
+
+        return torch.from_numpy(unpack_int4(stored.numpy(), shape)) if self.bits == 4 else super().unpack(stored, shape)
+
+
+def _first_line(documented: type) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
