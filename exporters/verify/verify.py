@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.model.types import Denoise, Inputs
+    from intaglio.pipeline.runs.runtime import Runtime
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 
@@ -36,7 +37,7 @@ BETWEEN_HALVES = 10 * 2.0**-11
 
 
 class Verify(Pass):
-    """Fails when the graph in ONNX Runtime is not what was simulated.
+    """Fails when the graph in its runtime is not what was simulated.
 
     Two executions that are both right round a tie differently now and then, and everything after it is rounded anew; so
     layers are compared alone, on the same input, and whole models by their distance to full precision.
@@ -72,11 +73,12 @@ class Verify(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
-        from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise, graph_values
+        from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
         from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
         from intaglio.pipeline.artifacts.verification import Verification
         from intaglio.pipeline.model.calls import clocked, denoise_with, other_call
         from intaglio.pipeline.model.sampler import Sampler
+        from intaglio.pipeline.runs.registry import find_runtime
         from intaglio.pipeline.simulation.layer import QuantizedLayer
         from intaglio.pipeline.simulation.model import simulate
 
@@ -87,8 +89,8 @@ class Verify(Pass):
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        optimized, halves = target.runtime == "onnxruntime", target.float_type == "float16"
-        deployed = graph_denoise(graph, optimize=optimized)
+        runtime, halves = find_runtime(target.runtime), target.float_type == "float16"
+        deployed = graph_denoise(graph, runtime)
         samples = {}
         departures: dict[str, Departure] = {}
         with ctx.progress("samples", 3) as advance:
@@ -106,7 +108,7 @@ class Verify(Pass):
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
         figures = {}
         if self.bisect:
-            values = graph_values(graph, value_names(graph), optimize=optimized)
+            values = graph_values(graph, runtime, value_names(graph))
             departures, figures["departure_output_rel_l2"] = find_departures(layers, simulated, graph, values, call)
             figures["departure_own_rel_l2_max"] = max((d.own_rel_l2 for d in departures.values()), default=0.0)
             figures["departure_input_rel_l2_max"] = max((d.input_rel_l2 for d in departures.values()), default=0.0)
@@ -115,7 +117,7 @@ class Verify(Pass):
                 *self._departed(figures, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
             )
 
-        parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
+        parity = _compare_layers(layers, graph, simulated, call, clock, runtime, ctx)
         figures |= _distances(samples, HALF_TOLERANCE if halves else TOLERANCE)
         figures["parity_rel_l2"] = rel_l2(deployed(call), simulated(call))
         if (other := other_call(model, call)) is not None:
@@ -193,10 +195,10 @@ def _compare_layers(
     simulated: Denoise,
     call: Inputs,
     clock: StepClock,
-    optimize: bool,
+    runtime: Runtime,
     ctx: Context,
 ) -> dict[str, LayerParity]:
-    """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`.
+    """Every quantized layer in the runtime against the simulation, on the inputs it has there in `call`.
 
     A layer that is called several times is compared at its first call, the one whose ends the graph names.
     """
@@ -217,13 +219,13 @@ def _compare_layers(
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
         for name in graph.nodes:
             x, y = seen[name]
-            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, optimize)
+            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, runtime)
             advance()
     return parity
 
 
 def _compare_layer(
-    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
+    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
 ) -> LayerParity:
     import numpy as np
     import torch
@@ -236,7 +238,7 @@ def _compare_layer(
     half = entry_type(graph, name) == np.float16
     if half:
         x = x.half().float()
-    deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
+    deployed, codes = run_layer(graph, name, x.numpy(), runtime, step)
     with ends.reading(name) as layer:
         error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
         if not isinstance(layer.scheme.input, IntInput) or codes is None:

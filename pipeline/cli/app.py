@@ -38,6 +38,7 @@ from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
 from intaglio.pipeline.contract.recipe import Recipe, Step, beside, validation_problems
 from intaglio.pipeline.contract.yaml_text import DEEPEST, read_yaml
+from intaglio.pipeline.entry_points import COMMANDS
 from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.output_files import check_output, write_output
@@ -51,8 +52,6 @@ MOST_CHANGES = 1000
 """Times that --set, or --insert, is given."""
 
 
-COMMANDS = "intaglio.commands"
-"""The group of entry points in which other packages, and intaglio's own exporters, add commands."""
 
 
 class _Commands(TyperGroup):
@@ -199,10 +198,10 @@ def doctor_command(
 
     found = examine(imports)
     if as_json:
-        print_json(asdict(found))
+        print_json(found.to_json())
     else:
         print_machine(found)
-    if not any(each["compile"].here for each in found.targets.values()):
+    if not any(each.compile.here for each in found.targets.values()):
         raise typer.Exit(1)
 
 
