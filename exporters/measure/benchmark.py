@@ -26,6 +26,7 @@ from intaglio.pipeline.runs.store import Store
 if TYPE_CHECKING:
     from intaglio.exporters.measure.engine_process import Loaded, Spent
 
+
 class MeasureLatency(Pass):
     """One call of the denoiser in its runtime, float32 and compiled by turns, same session options: medians."""
 

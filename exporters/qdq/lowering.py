@@ -425,11 +425,12 @@ class Lowering:
 
 def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
     """Add to these rows those of the same schemes with a shifted input, where there are such schemes."""
-    return (*rows,) + tuple(
+    shifted = (
         replace(row, scheme=row.scheme.replace("_", "s_"), why=f"{row.why}; the shift is behind it, in the bias")
         for row in rows
         if "_" in row.scheme and "o8" not in row.scheme
     )
+    return (*rows, *shifted)
 
 
 def table(runtime: str) -> tuple[Lowering, ...]:

@@ -45,7 +45,7 @@ def _loaded(path: Path, _: int) -> ir.Model:
 
 def run_layer(
     graph: Graph, layer: str, x: NDArray[np.float32], runtime: Runtime, step: int = 0
-) -> tuple[NDArray[np.float32], NDArray[np.integer] | None]:
+) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
     """Return the layer's output on x at `step` in the runtime, and the codes of its input, if it has any."""
     import numpy as np
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from intaglio.pipeline.cli.console import duration, print_table
-
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.machine import Found, Machine

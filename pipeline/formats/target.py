@@ -60,7 +60,7 @@ class Limits(BaseModel):
         "changes something, Op.attribute=value",
     )
     forms: tuple[str, ...] = Field(
-        (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"
+        (), description="forms of operators that it computes otherwise than ONNX says, or refuses"
     )
     types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
     double_as_float: bool = Field(False, description="computes in float32 what is in float64")
@@ -122,7 +122,9 @@ class Target(BaseModel):
         "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
     )
     limits: Limits
-    provider: str = Field("CPUExecutionProvider", description="what executes the graph in a runtime that has several execution providers")
+    provider: str = Field(
+        "CPUExecutionProvider", description="execution provider that runs the graph, for runtimes that have several"
+    )
     kernels: tuple[Kernels, ...] = Field(
         (), description="8-bit kernels that the runtime can choose, fastest first: it takes the first that are exact"
     )

@@ -54,7 +54,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def lowerings(self) -> Iterable[object]:
-        """Return the rows of its table, `Lowering` of intaglio.exporters.qdq.lowering: how schemes are written."""
+        """Return the rows of its table, each a `Lowering`: how schemes are written in ONNX for it."""
 
     @abstractmethod
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
@@ -79,7 +79,7 @@ class Runtime(ABC):
 
     def prepare(self) -> None:
         """Do what has to be done once in a process, so that measuring an open graph does not count it."""
-        return None
+        return
 
     def usual_targets(self) -> tuple[str, ...]:
         """Return the targets that a first recipe has on this machine where the user names none."""

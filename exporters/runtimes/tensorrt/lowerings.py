@@ -13,49 +13,49 @@ from intaglio.exporters.qdq.lowering import (
 _TWO_LEVEL = ("w4a8_token", "w4a8_step", "w4a4_token", "w4a4_step")
 
 LOWERINGS = with_shifts(
-(
-    *(
+    (
+        *(
+            Lowering(
+                "linear", scheme, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
+            )
+            for scheme in _TWO_LEVEL
+        ),
+        *(
+            Lowering(
+                "conv", scheme, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
+            )
+            for scheme in ("w4a8_step", "w4a4_step")
+        ),
         Lowering(
-            "linear", scheme, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
-        )
-        for scheme in _TWO_LEVEL
-    ),
-    *(
+            "linear",
+            "w8a8_token",
+            carrier,
+            True,
+            "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
+        ),
         Lowering(
-            "conv", scheme, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
-        )
-        for scheme in ("w4a8_step", "w4a4_step")
-    ),
-    Lowering(
-        "linear",
-        "w8a8_token",
-        carrier,
-        True,
-        "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
-    ),
-    Lowering(
-        "linear",
-        "w8a8_step",
-        carrier,
-        True,
-        "as by token; both table look-ups join the kernels beside the product",
-    ),
-    Lowering(
-        "conv",
-        "w8a8_step",
-        per_channel,
-        True,
-        "becomes an INT8 convolution; scales for each channel are safe there",
-    ),
-    Lowering("linear", "w8a16", per_channel, False, "a float product; the weight stays 8 bit in the engine"),
-    Lowering("conv", "w8a16", per_channel, False, "as of a linear layer"),
-    Lowering("linear", "w4a16", blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
-    Lowering(
-        "conv",
-        "w4a16",
-        blocks,
-        False,
-        "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
-    ),
-)
+            "linear",
+            "w8a8_step",
+            carrier,
+            True,
+            "as by token; both table look-ups join the kernels beside the product",
+        ),
+        Lowering(
+            "conv",
+            "w8a8_step",
+            per_channel,
+            True,
+            "becomes an INT8 convolution; scales for each channel are safe there",
+        ),
+        Lowering("linear", "w8a16", per_channel, False, "a float product; the weight stays 8 bit in the engine"),
+        Lowering("conv", "w8a16", per_channel, False, "as of a linear layer"),
+        Lowering("linear", "w4a16", blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
+        Lowering(
+            "conv",
+            "w4a16",
+            blocks,
+            False,
+            "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
+        ),
+    )
 )
