@@ -161,4 +161,5 @@ def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
     usual = usual_shapes(graph, rows)
     shapes = ",".join(f"{name}:{'x'.join(map(str, usual[name]))}" for name in usual if name in dynamic)
     latency = find_runtime(target.runtime).latency_command(shapes)
-    return {"gpu_latency_ms": latency, "energy_joules": "tegrastats --interval 100 --logfile power.log"}
+    commands = {"gpu_latency_ms": latency, "energy_joules": "tegrastats --interval 100 --logfile power.log"}
+    return {figure: command for figure, command in commands.items() if command is not None}

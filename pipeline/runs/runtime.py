@@ -102,6 +102,6 @@ class Runtime(ABC):
         lacks = "; ".join(sorted({found.lack for p in self.packages if not (found := machine.package(p.module)).works}))
         return Ability(not lacks, lacks or "yes, on the CPU")
 
-    def latency_command(self, shapes: str) -> str:
-        """Return the command that times a call on the device, in the compiled folder; `shapes` as trtexec has them."""
-        return f"`intaglio bench` on the device, with shapes {shapes}"
+    def latency_command(self, shapes: str) -> str | None:
+        """Return the command that times a call on a GPU, in the compiled folder; `shapes` as trtexec has them."""
+        return None
