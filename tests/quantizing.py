@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from harness import Artifacts
 
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.departures import LayersInGraph
 from intaglio.exporters.verify.layer_run import entry_type, run_layer
 from intaglio.pipeline.artifacts.graph import Graph
@@ -134,7 +135,7 @@ def parity(
     half = entry_type(graph, name) == np.float16
     if half:
         x = x.half().float()
-    found, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
+    found, codes = run_layer(graph, name, x.numpy(), OnnxRuntime(optimize), step)
     with ends.reading(name) as layer, torch.no_grad():
         error = rel_l2(ends.leaving(name, torch.from_numpy(found)), layer(x) if half else y.detach())
         if codes is None:

@@ -39,7 +39,7 @@ PERMITTED = {
     "pipeline/runs/manifest.py:read": "text that was read, within its limits",
     "pipeline/runs/memory.py:machine_bytes": "a file of /sys",
     "pipeline/runs/memory.py:resident_bytes": "a file of /proc",
-    "pipeline/cli/starter.py:_rows": "text that it made itself",
+    "exporters/starter/starter.py:_rows": "text that it made itself",
     "pipeline/runs/store.py:_read_record": "text that was read, within its limits",
     "pipeline/formats/target.py:_parse": PACKAGE,
     "passes/imports/torch_file.py:check_torch_file": "a stream of a file that was checked",

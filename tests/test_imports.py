@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,12 @@ FOLDERS = ("pipeline", "passes", "exporters")
 ORDER = ("numerics", "formats", "model", "contract", "artifacts", "simulation", "runs", "cli")
 """Folders of the core. Each may import those before it, and the modules beside them."""
 HEAVY = frozenset({"diffusers", "modelopt", "onnx", "onnxruntime", "onnxscript", "scipy", "tensorrt", "tensorrt_rtx"})
+POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["entry-points"]
+ENTRY_POINTS = {name for group in ("intaglio.passes", "intaglio.runtimes") for name in POINTS[group]}
+ORDINARY = {name for name in ENTRY_POINTS if name.isalpha()} - POINTS["intaglio.runtimes"].keys()
+"""Those that are words of the language too."""
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+CORE = [path for path in SOURCES if path.is_relative_to(ROOT / "pipeline")]
 NAME = re.compile(r"intaglio\.(?:pipeline|passes|exporters)\.[a-z_]+(\.\w+)*")
 
 
@@ -47,6 +53,32 @@ def _allowed(own: tuple[str, ...], name: tuple[str, ...]) -> bool:
     if own[0] != "pipeline" or len(name) < 3 or name[2] not in ORDER:
         return True
     return own[1] in ORDER and ORDER.index(name[2]) <= ORDER.index(own[1])
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_names_no_pass_and_no_runtime(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not {text for text in _strings(tree) if _named_in(text)}
+
+
+@pytest.mark.parametrize("text", ["tensorrt", "run export-qdq first", "the step `lint`", "needs onnxruntime 1.31"])
+def test_a_name_of_an_entry_point_is_found_in_a_string(text: str) -> None:
+    assert _named_in(text)
+    assert not _named_in("a report with a balance, as lint has it")
+
+
+def _strings(tree: ast.AST) -> Iterator[str]:
+    """Every string but docstrings, which are statements of their own and may show examples."""
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.value
+
+
+def _named_in(text: str) -> set[str]:
+    """Names of passes and runtimes that are the text or stand in backticks; those that are no word also within it."""
+    words = set(re.findall(r"[\w-]+", text)) - ORDINARY
+    return ENTRY_POINTS & {text, *words, *re.findall(r"`([\w-]+)`", text)}
 
 
 def test_every_folder_of_the_core_has_its_place_in_the_order() -> None:

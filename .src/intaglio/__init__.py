@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from intaglio.exporters.deploy.denoiser import load
     from intaglio.exporters.deploy.pipeline import load_pipeline
+    from intaglio.pipeline.artifacts.graph import Engine, Graph
     from intaglio.pipeline.artifacts.keys import (
         ADAPTER,
         COMPONENTS,
@@ -49,7 +50,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
     from intaglio.pipeline.model.recording import record
     from intaglio.pipeline.runs.binding import bind
+    from intaglio.pipeline.runs.machine import Ability, Fact, Faults, Found, Machine, Package
     from intaglio.pipeline.runs.runner import compile
+    from intaglio.pipeline.runs.runtime import Opened, Runtime
     from intaglio.pipeline.runs.store import Store
 
 __version__ = "0.1.0"
@@ -60,6 +63,7 @@ _ERRORS = "CallError ContractError IntaglioError MissingExtra RecipeError StepFa
 _MODULES = {
     "exporters.deploy.denoiser": "load",
     "exporters.deploy.pipeline": "load_pipeline",
+    "pipeline.artifacts.graph": "Engine Graph",
     "pipeline.artifacts.keys": _KEYS,
     "pipeline.contract.artifact": "AnyKey Artifact Key Outputs State",
     "pipeline.contract.context": "Context",
@@ -72,7 +76,9 @@ _MODULES = {
     "pipeline.model.denoiser": "DenoiserModel SecondSize",
     "pipeline.model.recording": "record",
     "pipeline.runs.binding": "bind",
+    "pipeline.runs.machine": "Ability Fact Faults Found Machine Package",
     "pipeline.runs.runner": "compile",
+    "pipeline.runs.runtime": "Opened Runtime",
     "pipeline.runs.store": "Store",
 }
 _PLACES = {name: f"intaglio.{module}" for module, names in _MODULES.items() for name in names.split()}
@@ -97,20 +103,30 @@ __all__ = [
     "TRAJECTORY",
     "VERIFICATION",
     "W8A8_TOKEN",
+    "Ability",
     "AnyKey",
     "Artifact",
     "CallError",
     "Context",
     "ContractError",
     "DenoiserModel",
+    "Engine",
+    "Fact",
+    "Faults",
+    "Found",
+    "Graph",
     "IntaglioError",
     "Key",
+    "Machine",
     "MetricContext",
     "MissingExtra",
+    "Opened",
     "Outputs",
+    "Package",
     "Pass",
     "Recipe",
     "RecipeError",
+    "Runtime",
     "SecondSize",
     "State",
     "Step",

@@ -15,19 +15,18 @@ from torch import nn
 
 from intaglio.exporters.deploy.call_inputs import CallInputs
 from intaglio.exporters.deploy.standin import Standin
+from intaglio.exporters.runtimes.calls import opened_call
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
+from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.model.arguments import flatten
 from intaglio.pipeline.model.model_files import ModelSize
+from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import files_below
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Values
-
-
-ONNXRUNTIME = "onnxruntime"
-BACKENDS = (ONNXRUNTIME, "tensorrt", "tensorrt-rtx")
 
 
 class DenoiserOutput(NamedTuple):
@@ -116,20 +115,16 @@ def load(
 
 def device_of(backend: str) -> torch.device:
     """Where it takes and leaves tensors. Raises RecipeError for a name that is none."""
-    if backend not in BACKENDS:
-        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, BACKENDS)}")
-    return torch.device("cpu" if backend == ONNXRUNTIME else "cuda")
+    if backend not in named_runtimes():
+        raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, named_runtimes())}")
+    return torch.device(find_runtime(backend).device)
 
 
 def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> Values:
     """What computes a graph that is in its folder, or the engine there, on tensors where the backend takes them."""
-    if backend == ONNXRUNTIME:
-        from intaglio.exporters.runtimes.onnxruntime.session import graph_call
-
-        return graph_call(graph, threads=threads, providers=providers)
-    from intaglio.exporters.runtimes.tensorrt.engine import engine_call
-
-    return engine_call(graph, backend)
+    runtime = find_runtime(backend)
+    call = runtime.load(graph, threads=threads, providers=providers)
+    return opened_call(graph, runtime.open(graph, threads=threads, providers=providers)) if call is None else call
 
 
 def size_bound(folder: Path) -> ModelSize:

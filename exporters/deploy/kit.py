@@ -156,7 +156,8 @@ def _cases(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[Case]:
     """At the first, the middle and the last step where layers have scales for each, else one."""
     import numpy as np
 
-    from intaglio.exporters.runtimes.onnxruntime.session import noise_feed, open_session
+    from intaglio.exporters.runtimes.calls import noise_feed
+    from intaglio.exporters.runtimes.onnxruntime.session import open_session
     from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import compare
 
     session = open_session(graph.path, optimize=False)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from intaglio.exporters.deploy.call_inputs import CallInputs
-from intaglio.exporters.deploy.denoiser import ONNXRUNTIME, defaults, device_of, load, open_call, size_bound
+from intaglio.exporters.deploy.denoiser import defaults, device_of, load, open_call, size_bound
 from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.graph import Graph
@@ -21,6 +21,7 @@ from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.arguments import flatten, nest
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.pipeline_folder import INDEX, METHODS, PipelineFolder, is_generator, output_class
+from intaglio.pipeline.runs.registry import find_runtime
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Values
@@ -130,7 +131,8 @@ def load_pipeline(
             made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
         else:
             original = _without_weights(settings.component_class(name), compiled.root / name)
-            own = ONNXRUNTIME if load_target(there[name].target).runtime == ONNXRUNTIME else backend
+            runtime = find_runtime(load_target(there[name].target).runtime)
+            own = runtime.name if runtime.executes == "model.onnx" else backend
             methods = {}
             for method, kind in there[name].returns.items():
                 graph = Graph.load(compiled.root / name / method)

@@ -18,9 +18,8 @@ from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
 from intaglio.pipeline.files import MIB, checked_file, read_text
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.runs.manifest import target_name
+from intaglio.pipeline.runs.registry import find_runtime, runtimes
 
-PLATFORMS: Mapping[str, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-"""By runtime: what Triton calls it."""
 CONFIG = "config.pbtxt"
 ENGINE = "engine.plan"
 BATCH = "batch"
@@ -45,7 +44,8 @@ def write_model(
     delivered and for a version or another model that is there, StoreError where the disk does not take it.
     """
     why = "it serves ONNX Runtime and TensorRT, and loads no engine of TensorRT-RTX"
-    place = target_folder(folder, target, PLATFORMS, what="Triton", why=why)
+    served = [name for name, runtime in runtimes().items() if runtime.platform is not None]
+    place = target_folder(folder, target, served, what="Triton", why=why)
     name = delivered_name(place) if name is None else name
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise RecipeError(f"{name!r} is no name of a model: give one of letters, digits, _, . and - with --name")
@@ -87,7 +87,7 @@ def _check_place(model: Path, version: int, config: str) -> None:
 
 def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, out: Path, *, vnni: bool) -> None:
     """The model's files: for a CPU with the kernels in the graph, as Triton passes none of their settings on."""
-    if target.runtime == "tensorrt":
+    if find_runtime(target.runtime).executes == ENGINE:
         shutil.copyfile(delivered[ENGINE], out / "model.plan")
         return
     from intaglio.exporters.float_graph.onnx_file import read_proto
@@ -145,11 +145,12 @@ def _config(place: Path, target: Target, name: str) -> str:
     _check(place, target, graph)
     batched = all(spec.shape[:1] == (BATCH,) for specs in ends.values() for spec in specs.values())
     largest = next(iter(tensorrt_builder(place).profile(graph).values()))[2][0] if batched else 0
-    gpu = target.runtime == "tensorrt" or target.provider != "CPUExecutionProvider"
+    runtime = find_runtime(target.runtime)
+    gpu = runtime.device == "cuda" or target.provider != "CPUExecutionProvider"
     return _rendered(
         {
             "name": name,
-            "platform": PLATFORMS[target.runtime],
+            "platform": runtime.platform,
             "max_batch_size": largest,
             "ends": [(end, [*_tensors(specs, batched=batched)]) for end, specs in ends.items()],
             "kind": "KIND_GPU" if gpu else "KIND_CPU",
@@ -163,7 +164,7 @@ def _check(place: Path, target: Target, graph: Graph) -> None:
     specs = {**graph.inputs, **graph.outputs}
     if unknown := [f"{n}: {spec.dtype} is no type of Triton" for n, spec in specs.items() if spec.dtype not in _TYPES]:
         raise TargetError(*unknown)
-    if target.runtime != "tensorrt":
+    if find_runtime(target.runtime).executes != ENGINE:
         return
     engine = place / "engine.json"
     facts = Engine.load(place) if engine.is_file() else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -32,6 +32,11 @@ class Lint(Pass):
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     refuse: Literal["errors", "nothing"] = Field("errors", description="findings that end the run")
+
+    @classmethod
+    def rules(cls) -> Mapping[str, Rule]:
+        """Return the rules by name."""
+        return {rule.name: rule for rule in RULES}
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError with every error, RecipeError for a file that cannot be read."""

@@ -20,12 +20,11 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.publish import made_from
+from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import Store
 
 if TYPE_CHECKING:
     from intaglio.exporters.measure.engine_process import Loaded, Spent
-
-CPU = "CPUExecutionProvider"
 
 
 class MeasureLatency(Pass):
@@ -43,13 +42,13 @@ class MeasureLatency(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+        from intaglio.exporters.runtimes.calls import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 
-        optimized = state[TARGET].runtime == "onnxruntime"
+        runtime = find_runtime(state[TARGET].runtime)
         both = {
-            "float32": graph_denoise(state[FLOAT_GRAPH], optimize=optimized, threads=self.threads),
-            "compiled": graph_denoise(state[GRAPH], optimize=optimized, threads=self.threads),
+            "float32": graph_denoise(state[FLOAT_GRAPH], runtime, threads=self.threads),
+            "compiled": graph_denoise(state[GRAPH], runtime, threads=self.threads),
         }
         trajectory = state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
@@ -69,11 +68,10 @@ class MeasureLatency(Pass):
 def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, threads: int) -> Bench:
     """Measure the engines of a compiled folder by turns, `rounds` trajectories each, each in a process of its own.
 
-    The float32 engine is the graph that the folder was made from, which `store` has. The float16 engine is the same
-    graph, where the provider computes in float16. A trajectory is as many calls as the recipe has steps, on the inputs
-    of `profile`; the scheduler's own time between the calls is the same for all and is left out. Graphs for TensorRT
-    run without ONNX Runtime's fusions. Raises RecipeError where the store lacks the float32 graph, TargetError for a
-    graph that ONNX Runtime refuses.
+    float32 is the graph that it was made from, which `store` has; float16 is that graph for a provider that computes in
+    it. A trajectory is as many calls as the recipe has steps, on what `profile` calls with: what a scheduler does
+    between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
+    Raises RecipeError where the store lacks what is needed, TargetError for a graph that the runtime refuses.
     """
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 
@@ -82,13 +80,13 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     steps, left_out = model.ref.sampling_steps, {}
 
     def engine(graph: Graph) -> EngineProcess:
-        optimized = target.runtime == "onnxruntime"
-        return EngineProcess(Setting(graph.path.parent, rows, threads, target.provider, optimized))
+        return EngineProcess(Setting(graph.path.parent, rows, threads, target.provider, target.runtime))
 
     with ExitStack() as stack:
         engines = {name: stack.enter_context(engine(graph)) for name, graph in graphs.items()}
-        if (provider := engines["compiled"].loaded.provider) == CPU:
-            left_out["float16"] = f"{CPU} computes it in float32, with casts around"
+        provider = engines["compiled"].loaded.provider
+        if not engines["compiled"].loaded.half:
+            left_out["float16"] = f"{provider} computes it in float32, with casts around"
         else:
             graphs["float16"] = half_graph(graphs["float32"], ctx.scratch)
             engines["float16"] = stack.enter_context(engine(graphs["float16"]))
@@ -157,16 +155,11 @@ def _speedup(spent: Mapping[str, Sequence[Spent]], times: Callable[[Spent], Sequ
 
 def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
     """Return figure -> the command that measures it on the device, in the folder of model.onnx."""
-    from intaglio.exporters.runtimes.onnxruntime.session import usual_shapes
+    from intaglio.exporters.runtimes.calls import usual_shapes
 
     dynamic = {name for name, spec in graph.inputs.items() if any(isinstance(axis, str) for axis in spec.shape)}
     usual = usual_shapes(graph, rows)
     shapes = ",".join(f"{name}:{'x'.join(map(str, usual[name]))}" for name in usual if name in dynamic)
-    match target.runtime:
-        case "onnxruntime":
-            latency = "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"
-        case "tensorrt":
-            latency = f"trtexec --onnx=model.onnx --stronglyTyped --shapes={shapes} --exportProfile=times.json"
-        case "tensorrt-rtx":
-            latency = f"tensorrt_rtx --loadEngine=engine.plan --shapes={shapes}"
-    return {"gpu_latency_ms": latency, "energy_joules": "tegrastats --interval 100 --logfile power.log"}
+    latency = find_runtime(target.runtime).latency_command(shapes)
+    commands = {"gpu_latency_ms": latency, "energy_joules": "tegrastats --interval 100 --logfile power.log"}
+    return {figure: command for figure, command in commands.items() if command is not None}

@@ -1,4 +1,4 @@
-"""Runs one graph with ONNX Runtime in a process of its own, so that its memory can be measured.
+"""One graph in its runtime, in a process of its own, so that none hides the memory of another.
 
 The process holds only the runtime: nothing here imports torch.
 """
@@ -16,10 +16,11 @@ from typing import Self
 
 import numpy as np
 
-from intaglio.exporters.runtimes.onnxruntime.session import exact_kernels, graph_session, noise_feed, usual_shapes
+from intaglio.exporters.runtimes.calls import noise_feed, usual_shapes
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.errors import IntaglioError, TargetError
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
+from intaglio.pipeline.runs.registry import find_runtime
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Setting:
     rows: int
     threads: int
     provider: str
-    optimize: bool
+    runtime: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Loaded:
     """
 
     provider: str
+    half: bool
+    """Whether it computes float16 in float16."""
     seconds: float
     resident_bytes: int | None
     peak_bytes: int | None
@@ -76,27 +79,25 @@ class EngineProcess:
 
 
 class _Engine:
-    """A session in this process, and the inputs that it is timed with."""
+    """An open graph, and the call that it is timed with."""
 
     def __init__(self, setting: Setting) -> None:
-        graph = Graph.load(setting.folder)
-        exact_kernels()  # sessions of its own, which are not to be counted
+        graph, runtime = Graph.load(setting.folder), find_runtime(setting.runtime)
+        runtime.prepare()
         before = forget_peak()
         began = time.perf_counter()
-        self.session = graph_session(
-            graph, optimize=setting.optimize, threads=setting.threads, providers=[setting.provider]
-        )
+        self.opened = runtime.open(graph, threads=setting.threads, providers=[setting.provider])
         seconds = time.perf_counter() - began
         self.feed = noise_feed(graph, usual_shapes(graph, setting.rows), np.random.default_rng(0))
-        self.session.run(None, self.feed)
+        self.opened.run(self.feed)
         resident = None if before is None else resident_bytes("VmRSS") - before
         peak = None if before is None else resident_bytes("VmHWM") - before
-        self.loaded = Loaded(self.session.get_providers()[0], seconds, resident, peak)
+        self.loaded = Loaded(self.opened.executed_by, self.opened.half, seconds, resident, peak)
 
     def call(self, count: int) -> Spent:
         marks = [(time.perf_counter(), time.process_time())]
         for _ in range(count):
-            self.session.run(None, self.feed)
+            self.opened.run(self.feed)
             marks.append((time.perf_counter(), time.process_time()))
         clock, cpu = (tuple(after - before for before, after in pairwise(each)) for each in zip(*marks, strict=True))
         return Spent(clock, cpu)
@@ -114,7 +115,7 @@ def _load(setting: Setting) -> Loaded:
     except IntaglioError:
         raise
     except Exception as e:  # its errors have no common class
-        raise TargetError(f"{setting.folder}: ONNX Runtime does not run the graph: {e}") from e
+        raise TargetError(f"{setting.folder}: {setting.runtime} does not run the graph: {e}") from e
 
 
 def _call(setting: Setting, count: int) -> Spent:

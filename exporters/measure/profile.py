@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
+from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import GRAPH, PLAN, PROFILE, TARGET
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -24,6 +26,7 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.files import DAMAGE, MIB, printable, read_json, read_onnx
 from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.runs.registry import find_runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -55,14 +58,15 @@ class ProfileLayers(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """Return True for targets of ONNX Runtime."""
-        return target.runtime == "onnxruntime"
+        """For ONNX Runtime alone."""
+        return isinstance(find_runtime(target.runtime), OnnxRuntime)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         import onnxruntime
 
         from intaglio.exporters.float_graph.onnx_file import read_proto
-        from intaglio.exporters.runtimes.onnxruntime.session import graph_session, noise_feed, usual_shapes
+        from intaglio.exporters.runtimes.calls import noise_feed, usual_shapes
+        from intaglio.exporters.runtimes.onnxruntime.session import graph_session
 
         graph, plan, target = state[GRAPH], state[PLAN], state[TARGET]
         if not self.applies(target):
@@ -90,7 +94,7 @@ class ProfileLayers(Pass):
             part = rest[operator] if owner is None else layers[owner]
             part[:] = map(sum, zip(part, times[1:], strict=True))
         found = _profile(
-            "onnxruntime",
+            OnnxRuntime.name,
             f"onnxruntime {onnxruntime.__version__}, {session.get_providers()[0]}, {self.threads or 'all'} threads",
             self.runs,
             self.rows,
@@ -138,11 +142,11 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
             f"{times}: names no node of {graph.path} in {len(took)} kernels: give what --exportLayerInfo wrote as well,"
             " with --profilingVerbosity=detailed"
         )
-    return _profile("tensorrt", "trtexec", runs, None, plan, found, rest)
+    return _profile(TensorRT.name, "trtexec", runs, None, plan, found, rest)
 
 
 def _profile(
-    runtime: Literal["onnxruntime", "tensorrt"],
+    runtime: str,
     made_by: str,
     runs: int,
     rows: int | None,

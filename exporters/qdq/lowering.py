@@ -16,28 +16,14 @@ from numpy.typing import NDArray
 from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY, Site
 from intaglio.exporters.qdq.folding import ChannelScale
 from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
-from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.formats.schemes import (
-    W8A8_STEP,
-    W8A8_TOKEN,
-    W8A16,
-    Float,
-    IntInput,
-    LayerScheme,
-    RoundedWeight,
-    w4a4_step,
-    w4a4_token,
-    w4a8_step,
-    w4a8_token,
-    w4a16,
-    with_output,
-    with_shift,
-)
+from intaglio.pipeline.errors import ContractError, TargetError
+from intaglio.pipeline.formats.schemes import Float, IntInput, LayerScheme, RoundedWeight, with_shift
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.basis import hadamard
 from intaglio.pipeline.numerics.low_rank import Branch
 from intaglio.pipeline.numerics.packing import pack_int4
 from intaglio.pipeline.numerics.rounding import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
+from intaglio.pipeline.runs.registry import find_runtime
 
 Attributes: TypeAlias = Mapping[str, int | ir.Attr]
 InputKey: TypeAlias = tuple[str, IntInput, bytes]
@@ -425,122 +411,42 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A row of the table: how the product of a scheme is written for some runtimes, and why so.
+    """A row of a runtime's table: how the product of a scheme is written for it, and why so.
 
     The row is for every group size of the scheme's weight.
     """
 
     op: OpKind
     scheme: LayerScheme
-    runtimes: tuple[str, ...]
     product: Product
     integer: bool
     """Whether the runtime multiplies integers."""
     why: str
 
 
-_ORT = ("onnxruntime",)
-_TRT = ("tensorrt", "tensorrt-rtx")
-_GROUP = 64
-_W4A16 = w4a16(_GROUP)
-_TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
-_TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *_TWO_LEVEL_STEP)
-
-_SYMMETRIC = (
-    Lowering(
-        "linear",
-        W8A8_TOKEN,
-        _ORT,
-        per_channel,
-        True,
-        "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
-    ),
-    Lowering(
-        "linear",
-        W8A8_STEP,
-        _ORT,
-        per_channel,
-        True,
-        "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
-    ),
-    Lowering("conv", W8A8_STEP, _ORT, per_channel, False, "exact, but in float: see w8a8o8_step"),
-    Lowering("conv", with_output(W8A8_STEP), _ORT, per_channel, True, "becomes QLinearConv"),
-    *(
-        Lowering("conv", scheme, _ORT, two_level_cast, True, "folded when it loads; becomes QLinearConv")
-        for scheme in map(with_output, _TWO_LEVEL_STEP)
-    ),
-    Lowering("linear", W8A16, _ORT, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
-    Lowering("conv", W8A16, _ORT, per_channel, False, "exact; the weight is unpacked when it runs"),
-    Lowering("linear", _W4A16, _ORT, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
-    Lowering("conv", _W4A16, _ORT, blocks, False, "exact; the weight is unpacked when it runs"),
-    *(
-        Lowering("linear", scheme, _ORT, two_level_cast, True, "folded when it loads: executed as w8a8")
-        for scheme in _TWO_LEVEL
-    ),
-    *(
-        Lowering("conv", scheme, _ORT, two_level_cast, False, "exact, but in float, as w8a8_step")
-        for scheme in _TWO_LEVEL_STEP
-    ),
-    *(
-        Lowering(
-            "linear", scheme, _TRT, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
-        )
-        for scheme in _TWO_LEVEL
-    ),
-    *(
-        Lowering(
-            "conv", scheme, _TRT, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
-        )
-        for scheme in _TWO_LEVEL_STEP
-    ),
-    Lowering(
-        "linear",
-        W8A8_TOKEN,
-        _TRT,
-        carrier,
-        True,
-        "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
-    ),
-    Lowering(
-        "linear",
-        W8A8_STEP,
-        _TRT,
-        carrier,
-        True,
-        "as by token; both table look-ups join the kernels beside the product",
-    ),
-    Lowering(
-        "conv",
-        W8A8_STEP,
-        _TRT,
-        per_channel,
-        True,
-        "becomes an INT8 convolution; scales for each channel are safe there",
-    ),
-    Lowering("linear", W8A16, _TRT, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
-    Lowering("conv", W8A16, _TRT, per_channel, False, "as of a linear layer"),
-    Lowering("linear", _W4A16, _TRT, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
-    Lowering(
-        "conv",
-        _W4A16,
-        _TRT,
-        blocks,
-        False,
-        "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
-    ),
-)
+def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
+    """Add to these rows those of the same schemes with a shifted input, where there are such schemes."""
+    shifted = (
+        replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is behind it, in the bias")
+        for row in rows
+        if not isinstance(row.scheme.input, Float) and isinstance(row.scheme.output, Float)
+    )
+    return (*rows, *shifted)
 
 
-LOWERINGS = _SYMMETRIC + tuple(
-    replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is behind it, in the bias")
-    for row in _SYMMETRIC
-    if not isinstance(row.scheme.input, Float) and isinstance(row.scheme.output, Float)
-)
+def table(runtime: str) -> tuple[Lowering, ...]:
+    """Return the rows of a runtime. Raises ContractError where it gives something else."""
+    rows = []
+    for row in find_runtime(runtime).lowerings():
+        if not isinstance(row, Lowering):
+            raise ContractError(f"runtime {runtime}: lowerings gives a {type(row).__name__}, which is no Lowering")
+        rows.append(row)
+    return tuple(rows)
 
 
 def lowering(op: OpKind, scheme: LayerScheme, runtime: str) -> Lowering:
-    """The row for a scheme on a runtime. Raises TargetError where there is none."""
-    for row in LOWERINGS:
-        if row.op == op and row.scheme.alike(scheme) and runtime in row.runtimes:
+    """Return the row for a scheme on a runtime. Raises TargetError where there is none."""
+    for row in table(runtime):
+        if row.op == op and row.scheme.alike(scheme):
             return row
     raise TargetError(f"no way to write {scheme.name} of a {op} for {runtime}")

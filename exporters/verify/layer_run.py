@@ -11,12 +11,13 @@ import onnx_ir as ir
 
 from intaglio.exporters.float_graph.onnx_file import read_model
 from intaglio.exporters.float_graph.sites import INPUT_CODES
-from intaglio.exporters.runtimes.onnxruntime.session import open_session
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from intaglio.pipeline.runs.runtime import Runtime
 
 
 def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
@@ -43,15 +44,16 @@ def _loaded(path: Path, _: int) -> ir.Model:
 
 
 def run_layer(
-    graph: Graph, layer: str, x: NDArray[np.float32], step: int = 0, *, optimize: bool = True
-) -> tuple[NDArray[np.float32], NDArray[np.integer] | None]:
-    """The layer's output on x at `step`, and the codes of its input, if it has any, in ONNX Runtime."""
+    graph: Graph, layer: str, x: NDArray[np.float32], runtime: Runtime, step: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
+    """Return the layer's output on x at `step` in the runtime, and the codes of its input, if it has any."""
     import numpy as np
 
-    session = open_session(layer_model(graph, layer).SerializeToString(), optimize=optimize)
-    x = x.astype(entry_type(graph, layer))
-    feed = {session.get_inputs()[0].name: x, STEP_INPUT: np.array(step, np.int64)}
-    y, *codes = session.run(None, {i.name: feed[i.name] for i in session.get_inputs()})
+    model = layer_model(graph, layer)
+    inputs, outputs = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
+    feed = {inputs[0]: x.astype(entry_type(graph, layer)), STEP_INPUT: np.array(step, np.int64)}
+    found = runtime.open_model(model.SerializeToString()).run({name: feed[name] for name in inputs})
+    y, *codes = (found[name] for name in outputs)
     return y.astype(np.float32), codes[0] if codes else None
 
 

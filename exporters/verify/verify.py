@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.model.types import Denoise, Inputs
+    from intaglio.pipeline.runs.runtime import Runtime
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 
@@ -43,7 +44,7 @@ BETWEEN_HALVES = 10 * 2.0**-11
 
 
 class Verify(Pass):
-    """Fails when the graph in ONNX Runtime is not what was simulated.
+    """Fails when the graph in its runtime is not what was simulated.
 
     Two correct executions may round a tie differently, and every later layer then rounds other values. So layers are
     compared alone, on the same input, and whole models by their distance to full precision.
@@ -62,7 +63,7 @@ class Verify(Pass):
     half_tolerance: float = Field(
         4e-3,
         gt=0,
-        description="relative L2 error of a layer in float16: eight roundings of 2^-11 of balance, weight, product, bias",
+        description="relative L2 error of a float16 layer: eight roundings of 2^-11, of balance, weight, product, bias",
     )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(
@@ -79,11 +80,12 @@ class Verify(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
-        from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise, graph_values
+        from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
         from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
         from intaglio.pipeline.artifacts.verification import DepartureFigures, Verification, VerificationFigures
         from intaglio.pipeline.model.calls import clocked, denoise_with, other_call
         from intaglio.pipeline.model.sampler import Sampler
+        from intaglio.pipeline.runs.registry import find_runtime
         from intaglio.pipeline.simulation.layer import QuantizedLayer
         from intaglio.pipeline.simulation.model import simulate
 
@@ -94,8 +96,8 @@ class Verify(Pass):
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        optimized, halves = target.runtime == "onnxruntime", target.float_type == "float16"
-        deployed = graph_denoise(graph, optimize=optimized)
+        runtime, halves = find_runtime(target.runtime), target.float_type == "float16"
+        deployed = graph_denoise(graph, runtime)
         samples = {}
         with ctx.progress("samples", 3) as advance:
             samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
@@ -113,7 +115,7 @@ class Verify(Pass):
         departures: dict[str, Departure] = {}
         departed = DepartureFigures()
         if self.bisect:
-            values = graph_values(graph, value_names(graph), optimize=optimized)
+            values = graph_values(graph, runtime, value_names(graph))
             departures, output_rel_l2 = find_departures(layers, simulated, graph, values, call)
             departed = DepartureFigures.of(departures, output_rel_l2)
         if bad:
@@ -121,7 +123,7 @@ class Verify(Pass):
                 *self._departed(departed, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
             )
 
-        parity = _compare_layers(layers, graph, simulated, call, clock, optimized, ctx)
+        parity = _compare_layers(layers, graph, simulated, call, clock, runtime, ctx)
         other = other_call(model, call)
         figures = VerificationFigures(
             **vars(departed),
@@ -169,7 +171,7 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
     def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
-        """Return every layer that computes wrong inside the graph, then the first layer whose input is already wrong."""
+        """List every layer that computes wrong inside the graph, then the first layer whose input is wrong."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [
@@ -204,10 +206,10 @@ def _compare_layers(
     simulated: Denoise,
     call: Inputs,
     clock: StepClock,
-    optimize: bool,
+    runtime: Runtime,
     ctx: Context,
 ) -> dict[str, LayerParity]:
-    """Every quantized layer in ONNX Runtime against the simulation, on the inputs it has there in `call`.
+    """Every quantized layer in the runtime against the simulation, on the inputs it has there in `call`.
 
     A layer that is called several times is compared at its first call, the one whose ends the graph names.
     """
@@ -228,13 +230,13 @@ def _compare_layers(
     with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
         for name in graph.nodes:
             x, y = seen[name]
-            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, optimize)
+            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, runtime)
             advance()
     return parity
 
 
 def _compare_layer(
-    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, optimize: bool
+    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
 ) -> LayerParity:
     import numpy as np
     import torch
@@ -247,7 +249,7 @@ def _compare_layer(
     half = entry_type(graph, name) == np.float16
     if half:
         x = x.half().float()
-    deployed, codes = run_layer(graph, name, x.numpy(), step, optimize=optimize)
+    deployed, codes = run_layer(graph, name, x.numpy(), runtime, step)
     with ends.reading(name) as layer:
         error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
         if isinstance(layer.scheme.input, Float) or codes is None:

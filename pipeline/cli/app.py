@@ -4,7 +4,7 @@ import json
 import logging
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,9 +38,10 @@ from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
 from intaglio.pipeline.contract.recipe import Recipe, Step, beside, validation_problems
 from intaglio.pipeline.contract.yaml_text import DEEPEST, read_yaml
+from intaglio.pipeline.entry_points import COMMANDS
 from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
-from intaglio.pipeline.output_files import check_output, write_output
+from intaglio.pipeline.output_files import write_output
 from intaglio.pipeline.runs.manifest import Manifest, compiled_folders
 from intaglio.pipeline.runs.registry import named_passes
 from intaglio.pipeline.runs.runner import StepEvent, compile, plan
@@ -49,10 +50,6 @@ from intaglio.pipeline.runs.store import Store
 REPORT_FILE = "report.html"
 MOST_CHANGES = 1000
 """Times that --set, or --insert, is given."""
-
-
-COMMANDS = "intaglio.commands"
-"""The group of entry points in which other packages, and intaglio's own exporters, add commands."""
 
 
 class _Commands(TyperGroup):
@@ -153,13 +150,22 @@ def run_command(
         return
     found = {target: _results(target, result.folder, events) for target, result in compiled.items()}
     if as_json:
-        print_json(found)
+        print_json({target: asdict(results) for target, results in found.items()})
         return
     for target, results in found.items():
-        say(f"{target}: {results['report'] or results['folder']}")
+        say(f"{target}: {results.report or results.folder}")
 
 
-def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Results:
+    """What a run made for one target; `report` is None where its recipe makes none."""
+
+    folder: str
+    report: str | None
+    steps: list[dict[str, Any]]
+
+
+def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> _Results:
     assert folder is not None  # `out` was given
     report = folder / REPORT_FILE
     steps = [
@@ -167,7 +173,7 @@ def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> d
         for event in events
         if event.place.target == target and event.status != "runs"
     ]
-    return {"folder": str(folder), "report": str(report) if report.is_file() else None, "steps": steps}
+    return _Results(str(folder), str(report) if report.is_file() else None, steps)
 
 
 @app.command("plan")
@@ -199,42 +205,11 @@ def doctor_command(
 
     found = examine(imports)
     if as_json:
-        print_json(asdict(found))
+        print_json(found.to_json())
     else:
         print_machine(found)
-    if not any(each["compile"].here for each in found.targets.values()):
+    if not any(each.compile.here for each in found.targets.values()):
         raise typer.Exit(1)
-
-
-@app.command("init")
-def init_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A diffusers folder, ./file.py:factory, or hub:owner/name.")
-    ],
-    target: Annotated[
-        list[str],
-        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on, once for each."),
-    ] = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-    as_json: Annotated[bool, json_option("what was found in the model")] = False,
-) -> None:
-    """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
-    from intaglio.pipeline.cli.starter import look_at, recipe_text
-
-    if not out.parent.is_dir():
-        raise RecipeError(f"{out}: there is no folder {out.parent}")
-    check_output(out)
-    if out.exists() and not force:
-        raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")
-    found = look_at(model, tuple(target), out.parent)
-    write_output(out, recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name))
-    if as_json:
-        print_json({"out": str(out), **found.to_json()})
-    else:
-        say(f"{out}: {found.summary}")
-        for number, line in enumerate(found.next_steps(str(out)), start=1):
-            say(f"  {number}. {line}")
 
 
 @app.command("explain")
@@ -322,8 +297,8 @@ def targets_command(
         print_target(targets[0])
 
 
-@app.command("verify")
-def verify_command(
+@app.command()
+def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
     as_json: Annotated[bool, json_option("{folder: what departs}")] = False,
 ) -> None:

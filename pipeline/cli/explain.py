@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from intaglio.pipeline.contract.artifact import AnyKey, Key
+from intaglio.pipeline.contract.pass_base import Rule
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes, scheme_names
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
@@ -23,7 +24,6 @@ from intaglio.pipeline.runs.registry import (
     named_metrics,
     named_passes,
     pass_classes,
-    pass_module,
 )
 from intaglio.pipeline.runs.runner import installed_version
 
@@ -81,9 +81,9 @@ def names_by_kind() -> dict[str, list[str]]:
     return {kind: list(names()) for kind, (names, _) in KINDS.items()}
 
 
-def lint_rules() -> Mapping[str, Any]:
-    """The rules of `lint` by name: what it is that each looks for is said by the module that has them."""
-    return {rule.name: rule for rule in pass_module("lint").RULES}
+def lint_rules() -> Mapping[str, Rule]:
+    """Return the rules of all passes that have some, by name."""
+    return {name: rule for kind in pass_classes().values() if kind is not None for name, rule in kind.rules().items()}
 
 
 def _in_a_line(fact: object) -> str:

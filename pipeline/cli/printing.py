@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from intaglio.pipeline.cli.console import duration, print_table
-from intaglio.pipeline.cli.doctor import Found, Machine
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.runs.machine import Found, Machine
 from intaglio.pipeline.runs.runner import PlannedStep
 
 LONGEST_PROBLEM = 8000
@@ -50,9 +50,7 @@ def print_machine(machine: Machine) -> None:
         f"CPU         {machine.cpu}, {machine.cores} cores, {known}",
         f"memory      {memory}",
         f"GPU         {'; '.join(gpus) or 'none that torch can use'}",
-        f"providers   {', '.join(n + ' does not run' * (not runs) for n, runs in machine.providers.items()) or '-'}",
-        f"kernels     {machine.kernels or '-'}",
-        f"trtexec     {machine.trtexec or 'not on PATH'}",
+        *(f"{name:<11} {fact.text}" for name, fact in machine.facts.items()),
         *(f"FAULT       {what}: {fault}" for what, fault in machine.faults.items()),
     ]
     say("\n".join(lines))
@@ -61,9 +59,10 @@ def print_machine(machine: Machine) -> None:
         return found.fault or found.version or f"not here: {found.install}"
 
     print_table("", ("package", "", "for"), [(name, state(p), p.serves) for name, p in machine.packages.items()])
-    columns = ("target", "compile", "build the engine", "run", "verify")
+    columns = ("target", "compile", "build the engine", "run", "check the graph")
     rows = [
-        (name, *(a.how if a.here else f"no: {a.how}" for a in each.values())) for name, each in machine.targets.items()
+        (name, *(a.how if a.here else f"no: {a.how}" for a in (each.compile, each.build, each.run, each.verify)))
+        for name, each in machine.targets.items()
     ]
     print_table("", columns, rows)
 

@@ -1,7 +1,8 @@
 """What a pass is: its own options, what it reads, what it returns."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,6 +12,30 @@ if TYPE_CHECKING:
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.cost import ModelCost
+
+
+class Rule(Protocol):
+    """What `intaglio explain` says of one rule that a pass checks."""
+
+    @property
+    def name(self) -> str:
+        """The name that `explain` takes."""
+
+    @property
+    def level(self) -> str:
+        """How grave a finding is."""
+
+    @property
+    def finds(self) -> str:
+        """What it looks for."""
+
+    @property
+    def fix(self) -> str:
+        """What to do about a finding."""
+
+    @property
+    def why(self) -> str:
+        """The reason, with its source."""
 
 
 class Pass(BaseModel, ABC):
@@ -43,6 +68,11 @@ class Pass(BaseModel, ABC):
     def forward_rows(self, model: "ModelCost") -> int | None:
         """Forward rows of the denoiser that it computes, to estimate its time; None: its time does not go by rows."""
         return None
+
+    @classmethod
+    def rules(cls) -> Mapping[str, Rule]:
+        """Return the rules that the pass checks, by name, for `intaglio explain`."""
+        return {}
 
     @abstractmethod
     def run(self, state: State, ctx: "Context") -> Outputs:

@@ -18,6 +18,8 @@ LONGEST_NUMBER = 100
 """Characters of a number."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
+_MERGE = "tag:yaml.org,2002:merge"
+"""The key << takes over what another mapping has."""
 
 
 def read_yaml(text: str, source: str) -> object:
@@ -91,7 +93,7 @@ class _Values:
         merged: dict[str, object] = {}
         own: dict[str, object] = {}
         for key, value in node.value:
-            if key.tag == f"{_TAG}merge":
+            if key.tag == _MERGE:
                 for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if not isinstance(each, yaml.MappingNode):
                         raise self._error("<< takes a mapping, or a list of mappings", key, place)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from intaglio.pipeline.entry_points import named_runtimes, runtime_folders
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.known import SchemeName
@@ -61,7 +61,7 @@ class Limits(BaseModel):
         "changes something, Op.attribute=value",
     )
     forms: tuple[str, ...] = Field(
-        (), description="forms of operators that it computes otherwise than ONNX says, or refuses; see lint's rule"
+        (), description="forms of operators that it computes otherwise than ONNX says, or refuses"
     )
     types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
     double_as_float: bool = Field(False, description="computes in float32 what is in float64")
@@ -93,13 +93,19 @@ class Limits(BaseModel):
     moves_int8: bool = Field(True, description="codes of an 8-bit signed input can be moved about from opset 21 on")
 
 
+def _known_runtime(name: str) -> str:
+    if name not in named_runtimes():
+        raise ValueError(f"no runtime {name!r} is installed{did_you_mean(name, named_runtimes())}")
+    return name
+
+
 class Target(BaseModel):
     """Constraints only: what is not listed is not executed. An artifact, so that only passes that read it run again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    runtime: Annotated[str, AfterValidator(_known_runtime)]
     description: str
     runtime_version: tuple[int, int] | None = Field(
         None, description="major and minor of the oldest runtime that it is for, where the device comes with one"
@@ -117,9 +123,11 @@ class Target(BaseModel):
         "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
     )
     limits: Limits
-    provider: str = Field("CPUExecutionProvider", description="execution provider of ONNX Runtime that runs the graph")
+    provider: str = Field(
+        "CPUExecutionProvider", description="execution provider that runs the graph, for runtimes that have several"
+    )
     kernels: tuple[Kernels, ...] = Field(
-        (), description="8-bit kernels of ONNX Runtime, fastest first: a session takes the first that are exact"
+        (), description="8-bit kernels that the runtime can choose, fastest first: it takes the first that are exact"
     )
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
@@ -133,31 +141,30 @@ class Target(BaseModel):
 
 
 def target_names() -> tuple[str, ...]:
-    """The names of the targets that come with intaglio, sorted. A file that begins with _ only lends its content."""
-    names = (path.name for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
-    return tuple(sorted(name.removesuffix(".yaml") for name in names if not name.startswith("_")))
+    """Return the names of the targets that the runtimes bring, sorted. A file whose name begins with _ is no target."""
+    return tuple(sorted(name for name in _files() if not name.startswith("_")))
 
 
 @cache
 def load_target(name: str) -> Target:
-    """Raises RecipeError for an unknown name."""
+    """Read a target from its YAML. Raises RecipeError for an unknown name."""
     if name not in target_names():
         raise RecipeError(f"no target {name!r}{did_you_mean(name, target_names())}")
     content = _read(name)
-    devices = _parse("_devices")
+    devices = _parse(_DEVICES)
     content["devices"] = [{"name": device, **devices[device]} for device in content.get("devices", [])]
     return Target.model_validate({"name": name, **content})
 
 
 def _read(name: str) -> dict[str, Any]:
-    """A file's content over that of the file it `extends`."""
-    content = _parse(name)
+    """Return a file's content over that of the file that it `extends`."""
+    content = _parse(_files()[name])
     base = content.pop("extends", None)
     return content if base is None else _over(_read(base), content)
 
 
 def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Mappings key by key; `key+` adds to the list that is there; anything else takes its place."""
+    """Merge mappings key by key; `key+` adds to the list that is there; anything else takes its place."""
     result = dict(base)
     for key, value in changes.items():
         if key.endswith("+"):
@@ -169,9 +176,20 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _parse(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text("utf-8"))
+@cache
+def _files() -> dict[str, Path]:
+    """Return the YAML files in the folder `targets` beside each runtime. Raises RecipeError where two have one name."""
+    found: dict[str, Path] = {}
+    for file in (file for folder in runtime_folders() for file in sorted(folder.glob("targets/*.yaml"))):
+        if file.stem in found:
+            raise RecipeError(f"target {file.stem!r} is provided twice, by {found[file.stem]} and by {file}")
+        found[file.stem] = file
+    return found
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
     return content
 
 
-_FOLDER = files("intaglio.pipeline.formats") / "targets"
+_DEVICES = Path(__file__).with_name("devices.yaml")

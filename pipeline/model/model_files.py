@@ -29,7 +29,7 @@ MOST_COMPONENTS = 64
 OTHER_MODELS = {
     "controlnets": "it steers one: name the folder of the UNet or transformer that it steers, and record what it gives"
     " it with intaglio.pipeline.model.recording",
-    "autoencoders": "name the folder of the whole pipeline, and compile it there with the step `components`",
+    "autoencoders": "name the folder of the whole pipeline, and compile what is around the denoiser with it",
 }
 """What to do about a model of one of these packages of diffusers."""
 MOST_VOCABULARY = 256 * MIB

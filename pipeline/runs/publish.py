@@ -11,12 +11,14 @@ from intaglio.pipeline.contract.artifact import A, AnyKey, Key
 from intaglio.pipeline.errors import ContractError, RecipeError, StoreError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.runs.manifest import MANIFEST, DeliveredFile, DeliveredStep, Manifest
+from intaglio.pipeline.runs.registry import runtimes
 from intaglio.pipeline.runs.replacement import replacing
 from intaglio.pipeline.runs.store import Store, entries_below, file_digest, files_below
 from intaglio.pipeline.runs.versions import find_version
 
 RECIPE = "recipe.yaml"
-VERSIONS = ("intaglio", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu")
+VERSIONS = ("intaglio", "torch", "diffusers", "onnx")
+"""Distributions whose versions are in a manifest, beside those that runtimes need to compile anything."""
 
 
 def check_folders(folders: Collection[Path], store: Store) -> None:
@@ -122,5 +124,11 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
         steps=tuple(
             DeliveredStep(step=run.step, origin=run.origin, key=run.key, outputs=run.outputs) for run in provenance.runs
         ),
-        versions={name: found for name in VERSIONS if (found := find_version(name)) is not None},
+        versions={name: found for name in _distributions() if (found := find_version(name)) is not None},
     )
+
+
+def _distributions() -> tuple[str, ...]:
+    """Return the distributions that a manifest gives the versions of."""
+    needed = (package for runtime in runtimes().values() for package in runtime.packages if package.compiles)
+    return (*VERSIONS, *(name for package in needed for name in package.distributions))

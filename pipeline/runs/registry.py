@@ -1,7 +1,7 @@
 """Finds the class behind a pass reference: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
 
 A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
-in the group `intaglio.metrics`.
+in the group `intaglio.metrics`, and so have runtimes, in the group `intaglio.runtimes`.
 """
 
 import hashlib
@@ -10,20 +10,21 @@ import importlib.util
 import inspect
 import re
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from intaglio.pipeline.contract.metric import Metric
 from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.entry_points import METRICS, PASSES, named, named_runtimes
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
 from intaglio.pipeline.files import MIB, read_bytes
+from intaglio.pipeline.runs.runtime import Runtime
 
-GROUP = "intaglio.passes"
-METRICS = "intaglio.metrics"
 MOST_SOURCE = 16 * MIB
 """Bytes of one Python file that are read."""
 
@@ -64,7 +65,7 @@ def pass_module(name: str) -> Any:
 @cache
 def named_passes() -> dict[str, EntryPoint]:
     """All entry points, by name and sorted. Raises RecipeError when two distributions own one name."""
-    return _named(GROUP, "pass")
+    return named(PASSES, "pass")
 
 
 def pass_classes() -> dict[str, type[Pass] | None]:
@@ -82,7 +83,7 @@ def pass_classes() -> dict[str, type[Pass] | None]:
 @cache
 def named_metrics() -> dict[str, EntryPoint]:
     """As `named_passes`."""
-    return _named(METRICS, "metric")
+    return named(METRICS, "metric")
 
 
 def find_metric(name: str) -> Metric:
@@ -99,18 +100,28 @@ def find_metric(name: str) -> Metric:
     return metric
 
 
-def _named(group: str, kind: str) -> dict[str, EntryPoint]:
-    owners: dict[str, dict[str, EntryPoint]] = {}
-    for point in entry_points(group=group):
-        owners.setdefault(point.name, {})[f"{_owner(point)} ({point.value})"] = point
-    clashes = [
-        f"{kind} {name!r} is provided twice, by {' and by '.join(sorted(points))}: uninstall one of them"
-        for name, points in sorted(owners.items())
-        if len(points) > 1
-    ]
-    if clashes:
-        raise RecipeError(*clashes)
-    return {name: next(iter(points.values())) for name, points in sorted(owners.items())}
+@cache
+def find_runtime(name: str) -> Runtime:
+    """Return the runtime of this name. Raises RecipeError if it cannot be found, ContractError if it is no Runtime."""
+    points = named_runtimes()
+    if name not in points:
+        raise RecipeError(f"no runtime {name!r}{did_you_mean(name, points)}")
+    module_name, _, class_name = points[name].value.partition(":")
+    kind = getattr(_import(module_name, name), class_name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, Runtime)):
+        raise ContractError(f"runtime {name}: {points[name].value} is not a subclass of intaglio.Runtime")
+    if missing := sorted(kind.__abstractmethods__):
+        raise ContractError(f"runtime {name}: {points[name].value} does not define {', '.join(missing)}")
+    return kind()
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Return all runtimes that can be imported, by name and sorted."""
+    found = {}
+    for name in named_runtimes():
+        with suppress(IntaglioError):
+            found[name] = find_runtime(name)
+    return found
 
 
 def _from_name(name: str) -> PassSource:
@@ -119,10 +130,6 @@ def _from_name(name: str) -> PassSource:
         raise RecipeError(f"no pass {name!r}{did_you_mean(name, points)}")
     module_name, _, class_name = points[name].value.partition(":")
     return _source(_member(_import(module_name, name), class_name, name), points[name].value)
-
-
-def _owner(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unnamed distribution"
 
 
 def _import(module_name: str, reference: str) -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from intaglio.pipeline.numerics.low_rank import Branch
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.artifacts.quantized import Quantized
+    from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
 
 
 @contextlib.contextmanager
@@ -78,13 +78,23 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     """
     clock = StepClock(quantized.timesteps)
 
-    def of_layers(part: str) -> dict[str, Any]:
+    def of_layers(part: Callable[[QuantizedLayerData], Any]) -> dict[str, Any]:
         """By layer name, of those that have it."""
-        found = {name: getattr(data, part) for name, data in quantized.layers.items()}
+        found = {name: part(data) for name, data in quantized.layers.items()}
         return {name: value for name, value in found.items() if value is not None}
 
-    parts = ("amax_T", "output_amax_T", "shift_T", "balance", "factor_T", "branch")  # in quantize_model's order
-    layers = quantize_model(model, of_layers("scheme"), clock, *map(of_layers, parts), fit=False)
+    layers = quantize_model(
+        model,
+        of_layers(lambda data: data.scheme),
+        clock,
+        of_layers(lambda data: data.amax_T),
+        of_layers(lambda data: data.output_amax_T),
+        of_layers(lambda data: data.shift_T),
+        of_layers(lambda data: data.balance),
+        of_layers(lambda data: data.factor_T),
+        of_layers(lambda data: data.branch),
+        fit=False,
+    )
     for name, layer in layers.items():
         if isinstance(layer.scheme.weight, RoundedWeight):
             data = quantized.layers[name]

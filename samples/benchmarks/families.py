@@ -21,7 +21,8 @@ from rich.progress import track
 from tiny_families import FAMILIES, NEWER
 
 from intaglio import Context, Outputs, Pass, Recipe, State, Store, compile
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.layer import illegal, structural_schemes
@@ -128,7 +129,7 @@ def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
 def float_error(family: str, compiled: CompiledTarget) -> float:
     """The larger of those at the two sizes."""
     model, call = {**FAMILIES, **NEWER}[family](), compiled[TRAJECTORY].call(0)
-    module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH])
+    module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH], OnnxRuntime())
     errors = []
     for inputs in filter(None, (call, other_call(model, call))):
         with torch.no_grad():

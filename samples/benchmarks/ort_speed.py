@@ -336,7 +336,8 @@ def layer_by_layer(place: Path) -> dict[str, float]:
     """Fused kernels against the graph as it is written: every layer alone on the same input, and the whole."""
     import torch
 
-    from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+    from intaglio.exporters.runtimes.calls import graph_denoise
+    from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
     from intaglio.exporters.verify.layer_run import run_layer
     from intaglio.pipeline.model.calls import denoise_with
 
@@ -353,9 +354,9 @@ def layer_by_layer(place: Path) -> dict[str, float]:
         whole = denoise_with(model.module, model)(call).numpy()
     apart = []
     for name, x in entered.items():
-        fused, plain = (run_layer(graph, name, x.numpy(), optimize=optimize)[0] for optimize in (True, False))
+        fused, plain = (run_layer(graph, name, x.numpy(), OnnxRuntime(optimize))[0] for optimize in (True, False))
         apart.append(relative(fused, plain))
-    fused, plain = (graph_denoise(graph, optimize=optimize)(call).numpy() for optimize in (True, False))
+    fused, plain = (graph_denoise(graph, OnnxRuntime(optimize))(call).numpy() for optimize in (True, False))
     return {
         "layers alone, fused to unfused, median": statistics.median(apart),
         "layers alone, fused to unfused, largest": max(apart),

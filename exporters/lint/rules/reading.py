@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from intaglio.exporters.float_graph.products import producer, shape
 from intaglio.exporters.lint.inference import ask
 from intaglio.exporters.lint.reader import Checked, Problems, shortened
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
+from intaglio.pipeline.runs.registry import find_runtime
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -193,7 +195,7 @@ def check_domain(graph: Checked, target: Target) -> Problems:
 
 def check_loads(graph: Checked, target: Target) -> Problems:
     """What ONNX Runtime does not load, such as operators that have no kernel for their types."""
-    if target.runtime != "onnxruntime":
+    if not isinstance(find_runtime(target.runtime), OnnxRuntime):
         return
     complaint = ask("loads", graph.proto).complaint
     if complaint is None:

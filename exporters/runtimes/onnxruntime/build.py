@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.pipeline.artifacts.graph import Engine
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
@@ -42,7 +43,7 @@ class BuildOnnxRuntime(Pass):
     @classmethod
     def applies(cls, target: Target) -> bool:
         """For ONNX Runtime alone."""
-        return target.runtime == "onnxruntime"
+        return target.runtime == OnnxRuntime.name
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises TargetError for a graph that ONNX Runtime refuses."""
@@ -58,10 +59,10 @@ class BuildOnnxRuntime(Pass):
             raise TargetError(f"ONNX Runtime {onnxruntime.__version__} does not load the graph: {e}") from e
         if provider not in session.get_providers():
             ctx.log.info("%s is not here: what it executes is not known", provider)
-            return {ENGINE: Engine("onnxruntime", onnxruntime.__version__, None, None)}
+            return {ENGINE: Engine(OnnxRuntime.name, onnxruntime.__version__, None, None)}
         nodes = onnx.load(optimized, load_external_data=False).graph.node
         integer = sum(node.op_type in INTEGER_PRODUCTS for node in nodes)
         floating = sum(node.op_type in FLOAT_PRODUCTS for node in nodes)
         ctx.log.info("%d matrix products on integers, %d in floating point", integer, floating)
         layers = tuple(f"{node.domain or 'ai.onnx'}.{node.op_type} {node.name}" for node in nodes)
-        return {ENGINE: Engine("onnxruntime", onnxruntime.__version__, integer, floating, layers=layers)}
+        return {ENGINE: Engine(OnnxRuntime.name, onnxruntime.__version__, integer, floating, layers=layers)}

@@ -8,22 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime
 
 from intaglio.exporters.float_graph.onnx_file import read_proto
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, step_index
+from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.files import checked_file, printable
 from intaglio.pipeline.formats.target import load_target
-
-if TYPE_CHECKING:
-    import torch
-    from numpy.typing import NDArray
-
-    from intaglio.pipeline.model.types import Denoise, Inputs, Values
 
 CPU = "CPUExecutionProvider"
 Shape: TypeAlias = tuple[int | str | None, ...]
@@ -223,91 +217,3 @@ def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOp
     for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():
         options.add_session_config_entry(key, value)
     return options
-
-
-def graph_denoise(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Denoise:
-    """The graph as a denoiser: its first output for a call's inputs, as `graph_call` has it."""
-    call = graph_call(graph, optimize=optimize, threads=threads, providers=providers)
-    output = next(iter(graph.outputs))
-    return lambda inputs: call(inputs)[output]
-
-
-def graph_call(graph: Graph, *, optimize: bool = True, threads: int = 0, providers: Sequence[str] = ()) -> Values:
-    """The graph as a function from a call's inputs to its outputs, by name; its `step` is found from the timestep."""
-    import torch
-
-    session = graph_session(graph, optimize=optimize, threads=threads, providers=providers)
-    if problem := _no_call(graph):
-        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
-
-    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
-        found = session.run(list(graph.outputs), _feed(graph, inputs))
-        return {name: torch.from_numpy(y) for name, y in zip(graph.outputs, found, strict=True)}
-
-    return call
-
-
-def _no_call(graph: Graph) -> str | None:
-    """Say what a graph lacks that a call of it needs."""
-    if not graph.outputs:
-        return "outputs: there is none"
-    if STEP_INPUT in graph.inputs and not graph.timesteps:
-        return "timesteps: there is none, but its layers have a scale for each"
-    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
-        return f"timestep: {printable(graph.timestep)} is no input"
-    return None
-
-
-def graph_values(graph: Graph, names: Sequence[str], *, optimize: bool = True) -> Values:
-    """The graph as a function from a call's inputs to the values of these names inside it, as float32.
-
-    What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
-    """
-    import onnx
-    import torch
-
-    model = read_proto(graph.path)
-    there = {value.name for value in model.graph.output} | set(graph.inputs)
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
-    session = open_session(model.SerializeToString(), optimize=optimize, data=graph.path.parent)
-    outputs = [output.name for output in session.get_outputs()]
-
-    def values(inputs: Inputs) -> dict[str, torch.Tensor]:
-        feed = _feed(graph, inputs)
-        found = feed | dict(zip(outputs, session.run(None, feed), strict=True))
-        return {name: torch.from_numpy(found[name]).float() for name in names}
-
-    return values
-
-
-def usual_shapes(graph: Graph, rows: int) -> dict[str, tuple[int, ...]]:
-    """Of the inputs, at the sizes that the graph was exported with."""
-    return {
-        name: tuple(axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape)
-        for name, spec in graph.inputs.items()
-    }
-
-
-def noise_feed(
-    graph: Graph, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, step: int = 0
-) -> dict[str, NDArray[np.generic]]:
-    """Inputs of a call that shows nothing: noise in floating point, ones elsewhere, and the step with its timestep."""
-    feed: dict[str, NDArray[np.generic]] = {}
-    for name, spec in graph.inputs.items():
-        if name == STEP_INPUT:
-            feed[name] = np.array(step, np.int64)
-        elif name == graph.timestep and graph.timesteps:
-            feed[name] = np.full(shapes[name], graph.timesteps[step], spec.dtype)
-        elif spec.dtype.startswith("float"):
-            feed[name] = rng.standard_normal(shapes[name]).astype(spec.dtype)
-        else:
-            feed[name] = np.ones(shapes[name], spec.dtype)
-    return feed
-
-
-def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
-    """What ONNX Runtime takes: a call's inputs, and the step whose timestep is nearest."""
-    feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
-    if STEP_INPUT in graph.inputs:
-        feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
-    return feed

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from intaglio.exporters.runtimes.tensorrt.build_log import count_products, find_hazards, read_layers
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import BuildError, build_engine
+from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT, TensorRTRTX
 from intaglio.pipeline.artifacts.graph import Engine, Graph
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.contract.artifact import Outputs, State
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
 
 MODULES: Mapping[str, tuple[str, str]] = {
-    "tensorrt": ("tensorrt", "tensorrt"),
-    "tensorrt-rtx": ("tensorrt_rtx", "rtx"),
+    each.name: (each.packages[0].module, each.extra) for each in (TensorRT, TensorRTRTX)
 }
 """By runtime: the module, and the extra that installs it."""
 

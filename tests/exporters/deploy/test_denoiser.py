@@ -14,7 +14,8 @@ import intaglio
 from intaglio.exporters.deploy.denoiser import CompiledDenoiser
 from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET
 from intaglio.pipeline.errors import CallError, RecipeError
@@ -121,7 +122,7 @@ def test_scales_of_steps_are_found_from_the_timestep(by_step):
     pipe, call, denoiser = by_step
     graph = denoiser.graph
     assert graph.timesteps == (666.0, 333.0, 0.0)
-    deployed = graph_denoise(graph, threads=1)
+    deployed = graph_denoise(graph, OnnxRuntime(), threads=1)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for near, timestep in ((700, 666), (340, 333), (1, 0)):  # other step counts meet other timesteps
         inputs = {"hidden_states": x, "timestep": torch.full((2,), near), "class_labels": torch.tensor([1, 2])}

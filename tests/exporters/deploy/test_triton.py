@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from intaglio.exporters.deploy.triton import wide_int8_weights, write_model
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import noise_feed, open_session
+from intaglio.exporters.runtimes.calls import noise_feed
+from intaglio.exporters.runtimes.onnxruntime.session import open_session
 from intaglio.pipeline.artifacts.graph import Engine, Graph
 from intaglio.pipeline.artifacts.keys import GRAPH, TARGET
 from intaglio.pipeline.cli.app import app

@@ -16,7 +16,8 @@ from quantizing import rel_l2
 
 from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.exporters.float_graph.sites import LAYER_KEY
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.layer_run import layer_model
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TRAJECTORY
@@ -144,7 +145,7 @@ def test_the_graph_computes_what_torch_does_at_any_number_of_rows(name, rows, re
     with torch.no_grad():
         expected = denoise_with(model.module, model)(call)
     # rtol: the order of float32 sums in another implementation
-    assert rel_l2(graph_denoise(artifacts[FLOAT_GRAPH])(call), expected) < 1e-5
+    assert rel_l2(graph_denoise(artifacts[FLOAT_GRAPH], OnnxRuntime())(call), expected) < 1e-5
 
 
 def test_inputs_have_the_names_of_the_forward(dit):
@@ -182,7 +183,7 @@ def test_a_layer_called_twice_is_one_layer_and_one_never_called_none(odd):
 
 def test_a_tiny_epsilon_is_kept(odd):
     call = trajectory(Odd(), 2).call(0)
-    assert graph_denoise(odd)(call).isfinite().all()
+    assert graph_denoise(odd, OnnxRuntime())(call).isfinite().all()
 
 
 def test_a_float_layer_runs_alone(dit):

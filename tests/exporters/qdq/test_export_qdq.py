@@ -10,8 +10,9 @@ from quantizing import HALF_TOLERANCE, Simulation, parity, rel_l2, with_plan
 
 from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.exporters.qdq.export_qdq import ExportQdq
+from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
 from intaglio.exporters.verify.layer_run import layer_model
 from intaglio.pipeline.artifacts.graph import TensorSpec
@@ -101,7 +102,7 @@ def test_every_layer_computes_what_is_simulated(written, simulation):
 
 def test_the_whole_graph_runs_and_finds_its_step(written, simulation):
     """The distance to the simulation is not what is tested: one tie that rounds otherwise moves all later layers."""
-    denoise = graph_denoise(written[GRAPH])
+    denoise = graph_denoise(written[GRAPH], OnnxRuntime())
     for step in range(3):
         _, expected = simulation.at(step)
         call = written[TRAJECTORY].call(step)
@@ -130,7 +131,7 @@ def test_rows_are_picked_from_tables_in_float16(dit, tmp_path):
     _, expected = simulation.at(1)
     call = artifacts[TRAJECTORY].call(1)
     whole = rel_l2(artifacts[TRAJECTORY].outputs[1], expected)
-    found = graph_denoise(artifacts[GRAPH], optimize=False)(call)
+    found = graph_denoise(artifacts[GRAPH], OnnxRuntime(optimize=False))(call)
     assert rel_l2(found, expected) < 1e-6 < whole  # the simulation rounds them too; without, it would be `whole` away
 
 
@@ -252,7 +253,7 @@ def test_a_call_beside_the_recorded_ones_takes_the_nearest_step(dit, tmp_path):
     predictions = []
     for timestep in (dit[TRAJECTORY].timesteps[2], dit[TRAJECTORY].timesteps[2] + 1):
         call["timestep"] = torch.full_like(call["timestep"], int(timestep))
-        predictions.append(graph_denoise(graph)(call))
+        predictions.append(graph_denoise(graph, OnnxRuntime())(call))
     assert rel_l2(*predictions) < 0.1  # another timestep embedding, the same scales
 
 
@@ -268,7 +269,7 @@ def test_a_finer_table_is_used_between_the_calibrated_timesteps(dit, runtime, tm
     assert simulation.clock.step == 5
     with torch.no_grad():
         simulation.denoise(call)
-    assert rel_l2(graph_denoise(graph)(call), simulation.denoise(call).detach()) < 0.02
+    assert rel_l2(graph_denoise(graph, OnnxRuntime())(call), simulation.denoise(call).detach()) < 0.02
     for name in simulation.layers:
         assert parity(graph, name, simulation.layers, *simulation.seen[name], 5, optimize=False)[0] < 1e-5, name
         assert parity(graph, name, simulation.layers, *simulation.seen[name], 4, optimize=False)[0] > 1e-5, name

@@ -8,9 +8,11 @@ from layers import float_graph, make
 from onnx import numpy_helper
 from quantizing import parity
 
-from intaglio.exporters.qdq.lowering import LOWERINGS, lowering
+from intaglio.exporters.qdq.lowering import lowering, table
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.runtimes.onnxruntime.session import multiplies_exactly, open_session
 from intaglio.exporters.verify.layer_run import run_layer
+from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import (
@@ -36,7 +38,7 @@ def layer_for(shape) -> torch.nn.Module:
 
 
 def test_the_table_has_each_scheme_and_runtime_once():
-    rows = Counter((row.op, row.scheme.name, runtime) for row in LOWERINGS for runtime in row.runtimes)
+    rows = Counter((row.op, row.scheme.name, runtime) for runtime in named_runtimes() for row in table(runtime))
     assert set(rows.values()) == {1}
     for name in target_names():
         target = load_target(name)
@@ -137,7 +139,7 @@ def test_four_bit_inputs_never_leave_their_sixteen_codes(scheme, runtime, tmp_pa
     graph, _ = make(tmp_path, {"a": layer_for((3, 64))}, (3, 64), {"a": scheme}, runtime)
     x = np.linspace(-2, 2, 3 * 64, dtype=np.float32).reshape(3, 64)  # four times the calibrated range
     for optimize in (False, True):
-        _, codes = run_layer(graph, "a", x, 2, optimize=optimize)
+        _, codes = run_layer(graph, "a", x, OnnxRuntime(optimize), 2)
         found = codes.astype(int) - (128 if codes.dtype == np.uint8 else 0)
         assert -8 <= found.min() <= -7
         assert found.max() == 7
@@ -201,7 +203,7 @@ def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simu
         made["a"].clock.step = step
         with torch.no_grad():
             y = made["a"](x)
-        found, _ = run_layer(graph, "a", x.numpy(), step)
+        found, _ = run_layer(graph, "a", x.numpy(), OnnxRuntime(), step)
         scale = 1.5 / 127 if step == 2 else (2.5 if step == 1 else 4.0) / 127
         assert np.abs(found - y.numpy()).max() < 1e-3 * scale  # float32 after the codes: not one code differs
 

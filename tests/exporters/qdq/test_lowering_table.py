@@ -15,12 +15,14 @@ from layers import RANGES, SCHEMES, make, target_of
 from quantizing import HALF_TOLERANCE
 
 from intaglio.exporters.lint.lint import lint
-from intaglio.exporters.qdq.lowering import LOWERINGS, Lowering
+from intaglio.exporters.qdq.lowering import Lowering, table
 from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
 from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
+from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.formats.schemes import Float, IntInput, PerStep
 from intaglio.pipeline.numerics.basis import Balance
 from intaglio.pipeline.numerics.low_rank import Branch
@@ -185,12 +187,15 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
             return four, computed._replace(y=computed.y + beside)
 
 
-ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme.name}-{row.runtimes[-1]}") for row in LOWERINGS]
+TABLES = {name: table(name) for name in named_runtimes()}
+RUNTIMES = {row: [name for name in TABLES if row in TABLES[name]] for rows in TABLES.values() for row in rows}
+"""By row, the runtimes that have it."""
+ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme.name}-{RUNTIMES[row][-1]}") for row in RUNTIMES]
 
 
 @pytest.fixture(scope="module", params=ROWS)
 def written(request, tmp_path_factory) -> Written:
-    return write(request.param, request.param.runtimes[-1], tmp_path_factory.mktemp("row"))
+    return write(request.param, RUNTIMES[request.param][-1], tmp_path_factory.mktemp("row"))
 
 
 def test_codes_are_the_same_everywhere(written):
@@ -204,7 +209,7 @@ def test_codes_are_the_same_everywhere(written):
             assert rel_l2(layer(x).numpy(), computed.y) < TOLERANCE, name
             assert not rounds_input or np.array_equal(layer.input_codes(x)[0].numpy(), computed.x_codes), name
         for optimize in (False, True):
-            y, x_codes = run_layer(written.graph, name, x.numpy(), case.step, optimize=optimize)
+            y, x_codes = run_layer(written.graph, name, x.numpy(), OnnxRuntime(optimize), case.step)
             if not optimize and computed.unrounded is not None:
                 y = without_ties(y, computed)
             tolerance = TOLERANCE
@@ -226,7 +231,7 @@ def without_ties(y: np.ndarray, computed: oracle.Computed) -> np.ndarray:
 
 
 def test_all_runtimes_of_a_row_get_the_same_graph(written, tmp_path):
-    for runtime in written.row.runtimes[:-1]:
+    for runtime in RUNTIMES[written.row][:-1]:
         other = write(written.row, runtime, tmp_path / runtime)
         for name in ("model.onnx", "model.onnx.data"):
             assert (other.graph.path.parent / name).read_bytes() == (written.graph.path.parent / name).read_bytes()

@@ -195,12 +195,13 @@ def test_medians_are_of_calls_and_of_trajectories(dit):
 
 
 def test_the_graph_in_float16_is_half_as_large_and_computes_the_same(dit, tmp_path):
-    from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+    from intaglio.exporters.runtimes.calls import graph_denoise
+    from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 
     call = dit[TRAJECTORY].call(1)
     half = half_graph(dit[FLOAT_GRAPH], tmp_path)
     assert half.size_bytes < 0.7 * dit[FLOAT_GRAPH].size_bytes
-    found, expected = (graph_denoise(graph, threads=1)(call) for graph in (half, dit[FLOAT_GRAPH]))
+    found, expected = (graph_denoise(graph, OnnxRuntime(), threads=1)(call) for graph in (half, dit[FLOAT_GRAPH]))
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.01  # 2^-11 in every layer
 
 

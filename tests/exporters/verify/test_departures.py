@@ -14,7 +14,8 @@ from onnx import helper, numpy_helper
 from quantizing import with_plan
 
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import graph_values
+from intaglio.exporters.runtimes.calls import graph_values
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.departures import find_departures, value_names
 from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify
 from intaglio.pipeline.artifacts.graph import Graph
@@ -111,7 +112,7 @@ def departures(artifacts: Artifacts, graph: Graph, *, optimize: bool) -> tuple[d
     clock = simulate(model.module, artifacts[QUANTIZED])
     clock.step = 1
     layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-    values = graph_values(graph, value_names(graph), optimize=optimize)
+    values = graph_values(graph, OnnxRuntime(optimize), value_names(graph))
     return find_departures(layers, denoise_with(model.module, model), graph, values, trajectory.call(1))
 
 
@@ -181,7 +182,7 @@ def test_a_fault_behind_all_layers_is_in_the_output(compiled, tmp_path):
 
 def test_a_value_of_another_shape_has_departed_without_end(compiled):
     names = value_names(compiled[GRAPH])
-    values = graph_values(compiled[GRAPH], names, optimize=False)(compiled[TRAJECTORY].call(1))
+    values = graph_values(compiled[GRAPH], OnnxRuntime(optimize=False), names)(compiled[TRAJECTORY].call(1))
     assert set(values) == set(names)
     cut = {
         name: value[..., :-1] if name == compiled[GRAPH].nodes["proj_out_2"][0] else value

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from quantizing import rel_l2
 
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.passes.imports.modelopt import ImportModelopt, read_modelopt
 from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.errors import RecipeError
@@ -128,7 +129,7 @@ def check(start: Artifacts, config, folder: Path) -> Artifacts:
     rounding = rel_l2(whole, start[TRAJECTORY].outputs[STEP])
     # 4e-7 of each other, where no such tie moves what comes after it
     assert rel_l2(simulated, whole) < 0.5 * rounding
-    assert rel_l2(graph_denoise(graph)(call), whole) < 0.5 * rounding
+    assert rel_l2(graph_denoise(graph, OnnxRuntime())(call), whole) < 0.5 * rounding
     return ours
 
 

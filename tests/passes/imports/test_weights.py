@@ -17,7 +17,8 @@ from quantizing import rel_l2
 from safetensors.torch import load_file, save_file
 
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.passes.imports.weights import ImportWeights
 from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.errors import RecipeError
@@ -111,7 +112,7 @@ def test_it_computes_what_compressed_tensors_does(dit, tmp_path):
     rounding = rel_l2(whole, dit[TRAJECTORY].outputs[STEP])
     assert rel_l2(simulated, whole) < 0.2 * rounding
     graph = run_pass(ExportQdq(), ours | {TARGET: load_target("onnxruntime-cpu")}, tmp_path / "qdq")[GRAPH]
-    assert rel_l2(graph_denoise(graph)(call), simulated) < 0.1 * rounding
+    assert rel_l2(graph_denoise(graph, OnnxRuntime())(call), simulated) < 0.1 * rounding
 
 
 def test_a_token_is_rounded_in_the_steps_of_its_largest_magnitude(dit, tmp_path):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from intaglio.pipeline.cli import doctor
 from intaglio.pipeline.cli.app import app
-from intaglio.pipeline.cli.doctor import PACKAGES, examine
+from intaglio.pipeline.cli.doctor import all_packages, examine
 from intaglio.pipeline.formats.target import load_target, target_names
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
@@ -23,14 +23,14 @@ def test_it_says_what_is_here() -> None:
     found = examine()
     assert found.packages["torch"].version == version("torch")
     assert found.packages["onnx"].works
-    assert found.providers["CPUExecutionProvider"]
-    assert found.kernels in [kernels.name for kernels in load_target("onnxruntime-cpu").kernels]
+    assert found.facts["providers"].value["CPUExecutionProvider"]
+    assert found.facts["kernels"].value in [kernels.name for kernels in load_target("onnxruntime-cpu").kernels]
     assert found.memory_bytes is None or found.memory_bytes > 2**28
     assert tuple(found.targets) == target_names()
     cpu = found.targets["onnxruntime-cpu"]
-    assert all(ability.here for ability in cpu.values())
+    assert all(ability.here for ability in (cpu.compile, cpu.build, cpu.run, cpu.verify))
     orin = found.targets["tensorrt-10.3-orin"]
-    assert (orin["compile"].here, orin["verify"].here) == (True, True)
+    assert (orin.compile.here, orin.verify.here) == (True, True)
 
 
 def test_a_broken_module_is_a_fault_and_takes_away_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,16 +43,16 @@ def test_a_broken_module_is_a_fault_and_takes_away_what_needs_it(monkeypatch: py
     found = examine()
     faults = {package.fault for package in found.packages.values()} - {None}
     assert faults == {"ImportError: libsomething.so.13: cannot open shared object file"}
-    assert not found.providers
+    assert not found.facts["providers"].value
     cpu = found.targets["onnxruntime-cpu"]
-    assert not any(ability.here for ability in cpu.values())
-    assert cpu["compile"].how == "onnxruntime is broken"
+    assert not any(ability.here for ability in (cpu.compile, cpu.build, cpu.run, cpu.verify))
+    assert cpu.compile.how == "onnxruntime is broken"
 
 
 def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_version", lambda name: None if name.startswith(("tensorrt", "torch")) else "1.0")
     found = examine()
-    assert found.targets["tensorrt-rtx"]["build"] == doctor.Ability(False, "pip install 'intaglio[rtx]'")
+    assert found.targets["tensorrt-rtx"].build == doctor.Ability(False, "pip install 'intaglio[rtx]'")
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 1
     assert json.loads(result.stdout)["targets"]["tensorrt-rtx"]["compile"] == {
@@ -81,10 +81,10 @@ def test_engines_are_built_and_run_on_gpus_that_fit(
     monkeypatch.setattr(doctor, "find_version", lambda name: versions.get(name, "1.0"))
     monkeypatch.setattr(doctor, "import_module", lambda name: sys.modules.get(name, SimpleNamespace()))
     monkeypatch.setattr(doctor, "_gpus", lambda: (doctor.Gpu("some GPU", 8 * 10**9, capability),))
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/src/tensorrt/bin/trtexec")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/src/tensorrt/bin/trtexec")
     found = examine().targets[target]
-    assert (found["build"].here, found["build"].how) == build
-    assert (found["run"].here, found["run"].how) == run
+    assert (found.build.here, found.build.how) == build
+    assert (found.run.here, found.run.how) == run
 
 
 def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPa
 
 def test_the_extras_it_names_are_there_and_hold_the_package() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
-    named = {p.distributions[0]: found[1] for p in PACKAGES if (found := re.search(r"\[(\w+)\]", p.install))}
+    named = {p.distributions[0]: found[1] for p in all_packages() if (found := re.search(r"\[(\w+)\]", p.install))}
     assert named == {"peft": "lora", "tensorrt-rtx-cu12": "rtx", "tensorrt-cu12": "tensorrt"}
     assert all(name in extras[extra] for name, extra in named.items())
 

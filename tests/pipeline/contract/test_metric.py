@@ -5,8 +5,9 @@ import torch
 
 from intaglio.passes.sensitivity.metrics import ConditionSwap, Edges, RelativeError, Structure, Temporal
 from intaglio.pipeline.contract.metric import MetricContext
+from intaglio.pipeline.entry_points import METRICS
 from intaglio.pipeline.errors import ContractError, RecipeError
-from intaglio.pipeline.runs.registry import METRICS, find_metric, named_metrics
+from intaglio.pipeline.runs.registry import find_metric, named_metrics
 
 PAIRS = MetricContext(partner=torch.tensor([1, 0]))
 
@@ -18,9 +19,7 @@ def _points(monkeypatch):
         EntryPoint("edges", "intaglio.passes.sensitivity.metrics:Edges", METRICS),
         EntryPoint("none", "intaglio.pipeline.contract.metric:MetricContext", METRICS),
     ]
-    monkeypatch.setattr(
-        "intaglio.pipeline.runs.registry.entry_points", lambda group: points if group == METRICS else []
-    )
+    monkeypatch.setattr("intaglio.pipeline.entry_points.entry_points", lambda group: points if group == METRICS else [])
     named_metrics.cache_clear()
     yield
     named_metrics.cache_clear()

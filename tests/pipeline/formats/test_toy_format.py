@@ -22,8 +22,9 @@ from intaglio import Pass
 from intaglio.exporters.lint.lint import Lint
 from intaglio.exporters.qdq import lowering
 from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.report.figures import scheme_rows
+from intaglio.exporters.report.figures.schemes import scheme_rows
 from intaglio.exporters.runtimes.onnxruntime.build import BuildOnnxRuntime
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.verify import Verify
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.balance import BalanceLayers
@@ -41,14 +42,15 @@ from intaglio.pipeline.formats.target import load_target
 NAME = "w6a8_token"
 SHIPPED = load_target("onnxruntime-cpu")
 TARGET_LINE = {"formats": {**SHIPPED.formats, "linear": (*SHIPPED.formats["linear"], NAME)}}
-ROW = lowering.Lowering("linear", W6A8_TOKEN, ("onnxruntime",), lowering.per_channel, True, "8-bit codes hold 6 bits")
+ROW = lowering.Lowering("linear", W6A8_TOKEN, lowering.per_channel, True, "8-bit codes hold 6 bits")
 
 
 @pytest.fixture
 def six_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The format is known, and its row is in the table."""
     monkeypatch.setattr(known, "scheme_families", lambda: (int_schemes, six_bit_schemes))
-    monkeypatch.setattr(lowering, "LOWERINGS", (*lowering.LOWERINGS, ROW))
+    rows = OnnxRuntime().lowerings()
+    monkeypatch.setattr(OnnxRuntime, "lowerings", lambda _: (*rows, ROW))
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import pytest
 from intaglio import Context, State
 from intaglio.pipeline.artifacts.keys import PLAN
 from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.entry_points import PASSES
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
-from intaglio.pipeline.runs.registry import GROUP, find_pass, named_passes
+from intaglio.pipeline.runs.registry import find_pass, named_passes
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 
@@ -68,8 +69,8 @@ def test_our_own_passes_are_found_by_name() -> None:
 
 
 def test_two_owners_of_a_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [EntryPoint("assign", value, GROUP) for value in ("a:Assign", "b:Assign")]
-    monkeypatch.setattr("intaglio.pipeline.runs.registry.entry_points", lambda group: points)
+    points = [EntryPoint("assign", value, PASSES) for value in ("a:Assign", "b:Assign")]
+    monkeypatch.setattr("intaglio.pipeline.entry_points.entry_points", lambda group: points)
     with pytest.raises(RecipeError, match=r"pass 'assign' is provided twice, by .*\(a:Assign\) and by .*\(b:Assign\)"):
         named_passes()
 

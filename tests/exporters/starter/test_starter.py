@@ -58,8 +58,8 @@ def test_a_folder_without_its_weights_is_described_and_planned(tmp_path: Path) -
 
 
 def test_the_budget_is_what_eight_bits_take(tmp_path: Path) -> None:
+    from intaglio.exporters.starter.starter import look_at
     from intaglio.pipeline.artifacts.plan import QuantPlan
-    from intaglio.pipeline.cli.starter import look_at
     from intaglio.pipeline.formats.layer import illegal
     from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN
     from intaglio.pipeline.formats.target import load_target

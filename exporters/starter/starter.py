@@ -30,7 +30,7 @@ from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.binding import bind
 from intaglio.pipeline.runs.memory import least_bytes
-from intaglio.pipeline.runs.registry import find_pass
+from intaglio.pipeline.runs.registry import find_pass, runtimes
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.cost import ModelCost
@@ -229,7 +229,6 @@ def _snippet(found: Found) -> Iterator[str]:
 
 def _steps(found: Found) -> Iterator[tuple[str, str]]:
     """Each as YAML, with its comment."""
-    runtimes = {load_target(name).runtime for name in found.targets}
     yield "calibrate", "no data set: the model's own trajectories"
     yield "sensitivity", ""
     bound = f"bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least"
@@ -240,10 +239,9 @@ def _steps(found: Found) -> Iterator[tuple[str, str]]:
     else:
         yield "distill", "`updates: 0` leaves training out"
     yield from ((step, "") for step in ("merge", "export-float", "export-qdq", "lint"))
-    if "onnxruntime" in runtimes:
-        yield "onnxruntime", ""
-    if runtimes - {"onnxruntime"}:
-        yield "tensorrt", ""
+    needed = {load_target(name).runtime for name in found.targets}
+    steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
+    yield from ((step, "") for step in steps)
     yield from ((step, "") for step in ("verify", "benchmark", "report"))
 
 
@@ -282,7 +280,7 @@ def _between(found: Found) -> float:
 
 def _usual_targets() -> tuple[str, ...]:
     """Those for which this machine makes all that there is."""
-    return ("onnxruntime-cpu", *(["tensorrt-rtx"] if find_spec("tensorrt_rtx") else []))
+    return tuple(name for runtime in runtimes().values() for name in runtime.usual_targets())
 
 
 def _beside(model: str, base: Path) -> str:

@@ -1,0 +1,110 @@
+"""Calls a graph that a runtime has opened: as a denoiser, as a function of its inner values, or with noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, step_index
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import printable
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from intaglio.pipeline.model.types import Denoise, Inputs, Values
+    from intaglio.pipeline.runs.runtime import Opened, Runtime
+
+
+def graph_denoise(graph: Graph, runtime: Runtime, *, threads: int = 0) -> Denoise:
+    """Return the graph as a denoiser: its first output for a call's inputs, as `opened_call` has it."""
+    call = opened_call(graph, runtime.open(graph, threads=threads))
+    output = next(iter(graph.outputs))
+    return lambda inputs: call(inputs)[output]
+
+
+def opened_call(graph: Graph, opened: Opened) -> Values:
+    """Return a function from a call's inputs to the graph's outputs, by name; it finds `step` from the timestep.
+
+    Raises RecipeError where graph.json lacks what a call needs.
+    """
+    import torch
+
+    if problem := _no_call(graph):
+        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
+
+    def call(inputs: Inputs) -> dict[str, torch.Tensor]:
+        found = opened.run(_feed(graph, inputs))
+        return {name: torch.from_numpy(found[name]) for name in graph.outputs}
+
+    return call
+
+
+def graph_values(graph: Graph, runtime: Runtime, names: Sequence[str]) -> Values:
+    """Return a function from a call's inputs to the values of these names inside the graph, as float32.
+
+    What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
+    """
+    import onnx
+    import torch
+
+    from intaglio.exporters.float_graph.onnx_file import read_proto
+
+    model = read_proto(graph.path)
+    there = {value.name for value in model.graph.output} | set(graph.inputs)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    opened = runtime.open_model(model.SerializeToString(), graph.path.parent)
+
+    def values(inputs: Inputs) -> dict[str, torch.Tensor]:
+        feed = _feed(graph, inputs)
+        found = feed | opened.run(feed)
+        return {name: torch.from_numpy(found[name]).float() for name in names}
+
+    return values
+
+
+def usual_shapes(graph: Graph, rows: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the inputs at the sizes that the graph was exported with."""
+    return {
+        name: tuple(axis if isinstance(axis, int) else graph.sizes.get(axis, (rows,))[0] for axis in spec.shape)
+        for name, spec in graph.inputs.items()
+    }
+
+
+def noise_feed(
+    graph: Graph, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, step: int = 0
+) -> dict[str, NDArray[np.generic]]:
+    """Make inputs of a call that shows nothing: noise in floating point, else ones; the step and its timestep."""
+    feed: dict[str, NDArray[np.generic]] = {}
+    for name, spec in graph.inputs.items():
+        if name == STEP_INPUT:
+            feed[name] = np.array(step, np.int64)
+        elif name == graph.timestep and graph.timesteps:
+            feed[name] = np.full(shapes[name], graph.timesteps[step], spec.dtype)
+        elif spec.dtype.startswith("float"):
+            feed[name] = rng.standard_normal(shapes[name]).astype(spec.dtype)
+        else:
+            feed[name] = np.ones(shapes[name], spec.dtype)
+    return feed
+
+
+def _no_call(graph: Graph) -> str | None:
+    """Say what a graph lacks that a call of it needs."""
+    if not graph.outputs:
+        return "outputs: there is none"
+    if STEP_INPUT in graph.inputs and not graph.timesteps:
+        return "timesteps: there is none, but its layers have a scale for each"
+    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
+        return f"timestep: {printable(graph.timestep)} is no input"
+    return None
+
+
+def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
+    """Return what the graph takes: a call's inputs, and the step whose timestep is nearest."""
+    feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
+    if STEP_INPUT in graph.inputs:
+        feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
+    return feed

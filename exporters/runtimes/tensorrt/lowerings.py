@@ -1,0 +1,75 @@
+"""Writes each scheme so that TensorRT and TensorRT-RTX multiply integers where they can."""
+
+from intaglio.exporters.qdq.lowering import (
+    Lowering,
+    blocks,
+    carrier,
+    per_channel,
+    two_level_carrier,
+    two_level_channels,
+    with_shifts,
+)
+from intaglio.pipeline.formats.schemes import (
+    W8A8_STEP,
+    W8A8_TOKEN,
+    W8A16,
+    w4a4_step,
+    w4a4_token,
+    w4a8_step,
+    w4a8_token,
+    w4a16,
+)
+
+_GROUP = 64
+"""Any group size: a row is for all of them."""
+_W4A16 = w4a16(_GROUP)
+_TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
+_TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *_TWO_LEVEL_STEP)
+
+LOWERINGS = with_shifts(
+    (
+        *(
+            Lowering(
+                "linear", scheme, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
+            )
+            for scheme in _TWO_LEVEL
+        ),
+        *(
+            Lowering(
+                "conv", scheme, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
+            )
+            for scheme in _TWO_LEVEL_STEP
+        ),
+        Lowering(
+            "linear",
+            W8A8_TOKEN,
+            carrier,
+            True,
+            "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
+        ),
+        Lowering(
+            "linear",
+            W8A8_STEP,
+            carrier,
+            True,
+            "as by token; both table look-ups join the kernels beside the product",
+        ),
+        Lowering(
+            "conv",
+            W8A8_STEP,
+            per_channel,
+            True,
+            "becomes an INT8 convolution; scales for each channel are safe there",
+        ),
+        Lowering("linear", W8A16, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
+        Lowering("conv", W8A16, per_channel, False, "as of a linear layer"),
+        Lowering("linear", _W4A16, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
+        Lowering(
+            "conv",
+            _W4A16,
+            blocks,
+            False,
+            "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",
+        ),
+    )
+)

@@ -1,0 +1,122 @@
+"""What is known of the machine that intaglio runs on: packages, GPUs, and what each target can do here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that `doctor` looks for: the first of these distributions that is installed."""
+
+    distributions: tuple[str, ...]
+    module: str
+    serves: str
+    """What the package is for, in a few words."""
+    install: str
+    """One way to install it."""
+    compiles: bool = False
+    """Without it nothing is compiled, for any target."""
+    light: bool = False
+    """It is imported in any case: whether it works depends on the machine, and its import takes no seconds."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One package: its version, None if it is not installed, and why it cannot be imported, if that was tried."""
+
+    module: str
+    version: str | None
+    fault: str | None
+    serves: str
+    install: str
+
+    @property
+    def works(self) -> bool:
+        """Whether it is installed, and no fault is known."""
+        return self.version is not None and self.fault is None
+
+    @property
+    def lack(self) -> str:
+        """Say what has to be done so that it works."""
+        return self.install if self.version is None else f"{self.module} is broken"
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether a thing can be done here, and how, or what it takes."""
+
+    here: bool
+    how: str
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What can be done for one target on this machine."""
+
+    compile: Ability
+    build: Ability
+    run: Ability
+    verify: Ability
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that torch can use."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a runtime found on this machine: a value for JSON, and the same as a line of text."""
+
+    value: object
+    text: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything that was found. `faults` says, by what was asked, why there is no answer."""
+
+    python: str
+    system: str
+    cpu: str
+    cores: int | None
+    cpu_features: Mapping[str, bool] | None
+    """None where the system does not say."""
+    memory_bytes: int | None
+    """With swap, as far as this process may have it."""
+    packages: Mapping[str, Found]
+    """By distribution."""
+    facts: Mapping[str, Fact]
+    """What runtimes found, by name."""
+    gpus: tuple[Gpu, ...]
+    faults: Mapping[str, str]
+    targets: Mapping[str, Abilities]
+
+    def package(self, module: str) -> Found:
+        """Return what is known of the package that has this module."""
+        return next(each for each in self.packages.values() if each.module == module)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it, each fact under its own name."""
+        found = asdict(self)
+        del found["facts"]
+        return found | {name: fact.value for name, fact in self.facts.items()}
+
+
+class Faults(dict[str, str]):
+    """What could not be asked, and why."""
+
+    def ask(self, what: str, ask: Callable[[], T]) -> T | None:
+        """Return the answer; None where asking raises, which is a fault."""
+        try:
+            return ask()
+        except Exception as error:  # whatever a broken installation raises is what is looked for
+            self[what] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return None

@@ -1,0 +1,91 @@
+"""A runtime is one package: installed, it compiles, verifies and reports without a line in intaglio that names it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from tiny import save_folder, tiny_dit
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+model: {path: dit, sampling_steps: 2}
+targets: [onnx-reference]
+steps:
+  - calibrate: {samples: 2}
+  - uniform: {schemes: [w8a8_token, w8a8_step], ends: [w4a16]}
+  - distill: {updates: 0, samples: 2}
+  - merge
+  - export-float
+  - export-qdq
+  - lint
+  - reference
+  - verify: {samples: 2, rows: 2, bisect: true}
+  - benchmark: {rows: 2, rounds: 1}
+  - report
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With the plug-in, which pip has installed into a folder of its own that is on the path."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(ROOT / "samples/plugin_runtime", folder / "source")
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(folder / "site"), str(source)], check=True, capture_output=True)
+    path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def intaglio(environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "intaglio", *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_path: Path) -> None:
+    save_folder(tiny_dit(), tmp_path / "dit")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    intaglio(environment, "run", "recipe.yaml", "--out", "out")
+    made = tmp_path / "out/onnx-reference"
+    found = json.loads((made / "metrics.json").read_text())
+    assert found["layers_quantized"] == 20
+    assert {"w8a8_token", "w4a16"} <= set(re.findall(r'"scheme": "(\w+)"', (made / "plan.json").read_text()))
+    assert found["parity_layer_rel_l2_max"] < 1e-5  # sums of float32 in another order
+    assert found["latency_ms"] > 0
+    assert (found["engine"]["runtime"], found["engine"]["version"]) == ("reference", onnx.__version__)
+    assert "onnx-reference" in (made / "report.html").read_text()
+    code = (
+        "import intaglio, torch\n"
+        "denoiser = intaglio.load('out/onnx-reference', backend='reference')\n"
+        "inputs = torch.ones(2, 3, 8, 8), torch.tensor(1), torch.tensor([0, 1])\n"
+        "print(float((denoiser(*inputs)[0] - intaglio.load('out/onnx-reference')(*inputs)[0]).abs().max()))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(loaded.stdout) < 1e-4
+
+
+def test_doctor_targets_and_the_first_recipe_have_it(environment, tmp_path: Path) -> None:
+    found = json.loads(intaglio(environment, "doctor", "--json"))
+    assert found["reference"].startswith("1.")
+    assert found["targets"]["onnx-reference"]["run"] == {"here": True, "how": "onnx.reference"}
+    assert found["targets"]["onnx-reference"]["verify"]["here"]
+    assert json.loads(intaglio(environment, "targets", "onnx-reference", "--json"))["onnx-reference"]["opset_max"] == 21
+    save_folder(tiny_dit(), tmp_path / "dit")
+    intaglio(environment, "init", "dit", "--target", "onnx-reference")
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    assert "targets: [onnx-reference]" in recipe
+    assert "  - reference\n" in recipe
+    intaglio(environment, "plan", "recipe.yaml")
+
+
+def test_without_it_nothing_knows_its_name() -> None:
+    names = ("onnx-reference", "intaglio_reference", "onnx.reference")
+    sources = [path for folder in ("pipeline", "passes", "exporters") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in sources if any(name in path.read_text(encoding="utf-8") for name in names)]
