@@ -62,7 +62,7 @@ class Verify(Pass):
     half_tolerance: float = Field(
         4e-3,
         gt=0,
-        description="relative L2 error of a layer in float16: eight roundings of 2^-11 of balance, weight, product, bias",
+        description="relative L2 error of a float16 layer: eight roundings of 2^-11, of balance, weight, product, bias",
     )
     code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
     gap_db_tolerance: float = Field(
@@ -169,7 +169,7 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
     def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
-        """Return every layer that computes wrong inside the graph, then the first layer whose input is already wrong."""
+        """Return every layer that computes wrong inside the graph, then the first one whose input is already wrong."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [

@@ -33,9 +33,9 @@ def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the unbiased squared MMD with the kernel (x y / d + 1)^3, of two sets of the same size (Binkowski et al. 2018).
+    """Return the unbiased squared MMD of two sets of the same size, with the kernel (x y / d + 1)^3.
 
-    The sets are independent of each other: no image of one is made from the noise of one in the other.
+    (Binkowski et al. 2018.) The sets are independent of each other: no image of one is made from the noise of one in the other.
     """
     return float(poly_mmd(features.double(), reference.double()))
 
