@@ -171,7 +171,7 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
     def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
-        """List every layer that computes wrong inside the graph, then the first layer whose input is wrong."""
+        """Return every layer that computes wrong inside the graph, then the first one whose input is already wrong."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [

@@ -33,9 +33,9 @@ def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the unbiased squared MMD of two sets of one size, kernel (x y / d + 1)^3 (Binkowski et al. 2018).
+    """Return the unbiased squared MMD of two sets of the same size, with the kernel (x y / d + 1)^3.
 
-    The sets are independent of each other: no image of one is made from the noise of one in the other.
+    The sets are independent: no image of one is made from the noise of an image in the other (Binkowski et al. 2018).
     """
     return float(poly_mmd(features.double(), reference.double()))
 
