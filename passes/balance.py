@@ -237,6 +237,7 @@ def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int =
     import torch
 
     from intaglio.pipeline.model.step_clock import StepClock
+    from intaglio.pipeline.numerics.layer_tables import LayerTables
     from intaglio.pipeline.numerics.rounding import half_range
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
@@ -248,17 +249,17 @@ def _error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int =
     total = 0.0
     with torch.no_grad():
         for layer, scheme in parts.values():
-            amax_S, shift_S = torch.maximum(-low_S, high_S), None
+            tables = LayerTables(torch.maximum(-low_S, high_S))
             if isinstance(scheme.input, IntInput) and scheme.input.shifted:
-                amax_S, shift_S = half_range(low_S, high_S)
+                tables = LayerTables(*half_range(low_S, high_S))
             plain = scheme.model_copy(update={"output": Float()})
             branch = _branch(layer, scheme, basis, rank)
-            rounded = QuantizedLayer(layer, plain, clock, amax_S, None, shift_S, basis, branch=branch)
-            for clock.step, inputs in enumerate(x):
+            rounded = QuantizedLayer(layer, plain, clock, tables, balance=basis, branch=branch)
+            for step, inputs in enumerate(x):
                 y = [layer(part) for part in inputs]
+                with clock.at(step):
+                    errors = [(rounded(part) - each).square().sum() for part, each in zip(inputs, y, strict=True)]
                 energy = torch.stack([each.square().sum() for each in y]).sum()
-                error = torch.stack(
-                    [(rounded(p) - each).square().sum() for p, each in zip(inputs, y, strict=True)]
-                ).sum()
+                error = torch.stack(errors).sum()
                 total += float(error / energy.clamp_min(1e-30))
     return total / (len(x) * len(parts))

@@ -331,6 +331,6 @@ def _round_weights(
             scale_NG, _ = affine.fit(w_NK, form)
             codes = affine.quantize(w_NK, scale_NG, form)
             weight.copy_(affine.dequantize(codes, scale_NG, form).reshape(weight.shape))
-            rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG, None)
+            rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG)
     round_tables(module)
     return rounded

@@ -170,7 +170,7 @@ class _EngineFacts:
 
 
 def step_index(graph: Graph, inputs: Inputs) -> int:
-    """Of the step whose timestep is nearest."""
+    """Return the step whose timestep is nearest to the call's; 0 for a graph without timesteps."""
     from intaglio.pipeline.model.step_clock import StepClock
 
     return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from intaglio.pipeline.files import damage_of, load_tensors, read_typed
 from intaglio.pipeline.formats.schemes import IntInput, LayerScheme
@@ -18,19 +18,8 @@ from intaglio.pipeline.formats.schemes import IntInput, LayerScheme
 if TYPE_CHECKING:
     import torch
 
-    from intaglio.pipeline.numerics.basis import Balance, LayerBalance
-
-
-class Ranges(NamedTuple):
-    """What quantized layers need beside their schemes, by layer name; in the order in which they take it.
-
-    The tables have one entry a step.
-    """
-
-    amax: Mapping[str, torch.Tensor]
-    output_amax: Mapping[str, torch.Tensor]
-    shift: Mapping[str, torch.Tensor]
-    balance: Mapping[str, Balance]
+    from intaglio.pipeline.numerics.basis import LayerBalance
+    from intaglio.pipeline.numerics.layer_tables import LayerTables
 
 
 @dataclass(frozen=True)
@@ -59,40 +48,44 @@ class Trajectory:
         """Schemes of those layers that have a part in the calls: all others stay in float."""
         return {name: scheme for name, scheme in schemes.items() if name in self.low}
 
-    def ranges(
+    def tables(
         self,
         schemes: Mapping[str, LayerScheme],
         balances: Mapping[str, LayerBalance] = MappingProxyType({}),
         timesteps: tuple[float, ...] | None = None,
-    ) -> Ranges:
-        """What these layers need, in ranges around their middle where the scheme shifts the input, else around zero.
+    ) -> dict[str, LayerTables]:
+        """Return the calibrated tables of these layers, at `timesteps` or at those of the trajectory, by layer name.
 
-        At `timesteps`, or at those of the trajectory. All calls at one timestep share a range.
+        Ranges are around their middle where the scheme shifts the input, else around zero, and in the basis of the
+        layer's balance. All calls at one timestep share a range. Layers without a part in the calls are left out.
         """
+        return {
+            name: self._tables_of(name, scheme, balances.get(name)).resampled(
+                self.timesteps, timesteps or self.timesteps
+            )
+            for name, scheme in schemes.items()
+            if name in self.low
+        }
+
+    def _tables_of(self, name: str, scheme: LayerScheme, balance: LayerBalance | None) -> LayerTables:
+        """Return the tables of one layer at the timesteps of the calls."""
         import torch
 
+        from intaglio.pipeline.numerics.layer_tables import LayerTables
         from intaglio.pipeline.numerics.rounding import half_range
-        from intaglio.pipeline.numerics.step_tables import largest_of_repeated, resample_linear, resample_magnitude
+        from intaglio.pipeline.numerics.step_tables import largest_of_repeated
 
-        known, wanted = self.timesteps, timesteps or self.timesteps
-        amax, output_amax, shift = {}, {}, {}
-        for name, scheme in schemes.items():
-            if name not in self.low:  # never called
-                continue
-            ends = balances.get(name)
-            low, high = (self.low[name], self.high[name]) if ends is None else (ends.low_T, ends.high_T)
-            low, high = -largest_of_repeated(-low, known), largest_of_repeated(high, known)
-            if isinstance(scheme.input, IntInput) and scheme.input.shifted:
-                half, middle = half_range(low, high)
-                shift[name] = resample_linear(middle, known, wanted)
-            else:
-                half = torch.maximum(-low, high)
-            amax[name] = resample_magnitude(half, known, wanted)
-            if name in self.output_amax:
-                largest = largest_of_repeated(self.output_amax[name], known)
-                output_amax[name] = resample_magnitude(largest, known, wanted)
-        balance = {name: layer.balance for name, layer in balances.items()}
-        return Ranges(amax, output_amax, shift, balance)
+        low, high = (self.low[name], self.high[name]) if balance is None else (balance.low_T, balance.high_T)
+        low, high = -largest_of_repeated(-low, self.timesteps), largest_of_repeated(high, self.timesteps)
+        shift_T = None
+        if isinstance(scheme.input, IntInput) and scheme.input.shifted:
+            amax_T, shift_T = half_range(low, high)
+        else:
+            amax_T = torch.maximum(-low, high)
+        output_amax_T = None
+        if name in self.output_amax:
+            output_amax_T = largest_of_repeated(self.output_amax[name], self.timesteps)
+        return LayerTables(amax_T, shift_T, output_amax_T)
 
     def some_rows(self, least: int) -> slice:
         """Rows of a call, evenly spread: as many as `least`, or more, or all there are."""

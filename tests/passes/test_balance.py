@@ -14,6 +14,7 @@ from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a4
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import quantize_model
 
 
@@ -100,8 +101,9 @@ def test_layers_on_one_input_share_a_basis_and_the_model_gets_nearer(planned, tm
     def error(balances) -> float:
         model = planned[MODEL].open()
         clock = StepClock(trajectory.timesteps)
-        quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, balances))
-        with torch.no_grad():
+        tables = trajectory.tables(plan.schemes, balances)
+        quantize_model(model.module, plan.schemes, clock, tables, bases_of(balances))
+        with torch.no_grad(), clock.at(1):
             return float((denoise_with(model.module, model)(trajectory.call(1)) - trajectory.outputs[1]).norm())
 
     assert error(plan.balances) < error({})

@@ -12,7 +12,7 @@ from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TR
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.schemes import w4a16
-from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.simulation.model import simulate
@@ -119,14 +119,14 @@ def test_split_guidance_and_a_late_start_compute_what_whole_calls_do(planned, tm
     model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
     clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, tmp_path / "b")[QUANTIZED])
     denoise = denoise_with(model.module, model)
+    at_its_step = clocked(denoise, clock, "timestep")
     count = trajectory.outputs.shape[1]
     with torch.no_grad():
         for step in (2, 3):  # as image to image begins
-            clock.set(trajectory.timesteps[step])
-            whole = denoise(trajectory.call(step))
-            halves = [denoise(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
+            halves = [at_its_step(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
+            with clock.at(step):
+                whole = denoise(trajectory.call(step))
             torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
-            assert clock.step == step
 
 
 def test_steps_count_by_what_samples_feel_of_them(planned, tmp_path):
