@@ -91,8 +91,8 @@ def output_error(artifacts: Artifacts) -> float:
     clock = simulate(model.module, artifacts[QUANTIZED])
     total = 0.0
     with torch.no_grad():
-        for step in range(len(trajectory.timesteps)):
-            with clock.at(step):
+        for step, t in enumerate(trajectory.timesteps):
+            with clock.at(clock.index(t)):
                 error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
             total += float(error.square().sum() / trajectory.outputs[step].square().sum())
     return total

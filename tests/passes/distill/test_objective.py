@@ -64,7 +64,7 @@ def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     (tmp_path / "plain.py").write_text(
         "import torch\n"
         "from intaglio.pipeline.model.checkpoint import DenoiserModel\n"
-        "from intaglio.pipeline.model.calls import OneCall\n"
+        "from intaglio.pipeline.model.sampler import OneCall\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
