@@ -103,7 +103,7 @@ class Written:
 
 def write(row: Lowering, runtime: str, folder: Path) -> Written:
     scheme, cases = SCHEMES[row.scheme.name], CONV if row.op == "conv" else LINEAR
-    shifted = isinstance(scheme.input, IntInput) and scheme.input.shifted
+    shifted = scheme.shifted
     torch.manual_seed(1)
     layers = {name: case.layer(padded=not shifted) for name, case in cases.items()}
     x = {}
