@@ -1,13 +1,13 @@
-"""The graph that the rules of `lint` look at, and what a rule is."""
+"""Read the graph that the rules of `lint` check."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from intaglio.exporters.float_graph.onnx_file import MOST_NODES, all_nodes, graphs, read_proto, tensors
 from intaglio.exporters.float_graph.products import Product, products
@@ -18,9 +18,6 @@ from intaglio.pipeline.files import printable
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
-
-    from intaglio.pipeline.artifacts.findings import Level
-    from intaglio.pipeline.formats.target import Target
 
 
 @dataclass(frozen=True)
@@ -104,27 +101,6 @@ def _long_range(proto: onnx.ModelProto) -> str | None:
 
 _LONGEST_RANGE = 1 << 24
 
-Problems: TypeAlias = Iterator[tuple["ir.Node | None", str]]
-"""Where something is wrong (None: in the whole graph), and what, with its numbers."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row of the table: what is looked for, what to do about it, and the reason that it matters."""
-
-    name: str
-    level: Level
-    check: Callable[[Checked, Target], Problems]
-    fix: str
-    why: str
-    last: bool = False
-    """Looked for only where no other rule finds an error."""
-
-    @property
-    def finds(self) -> str:
-        """What it looks for, in one line."""
-        return self.check.__doc__ or ""
-
 
 def named(node: ir.Node | None) -> str:
     """Its name, or by what it makes."""
@@ -137,3 +113,8 @@ def shortened(text: object, length: int = 200) -> str:
     """In one printable line of at most so many characters."""
     line = printable(" ".join(str(text)[: 2 * length].split()))
     return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def type_name(value: ir.Value | None) -> str:
+    """Return the name of the value's element type, or say that it is not known."""
+    return "a type not known" if value is None or value.dtype is None else value.dtype.name

@@ -1,4 +1,4 @@
-"""Rules of `lint` about quantized tensors: what is refused, computed wrongly, or taken off the integers."""
+"""Rules about integer codes: which codes meet in a product, how they are stored, and what may move them."""
 
 from __future__ import annotations
 
@@ -18,129 +18,24 @@ from intaglio.exporters.float_graph.products import (
     producer,
     shape,
 )
-from intaglio.exporters.lint.reader import Checked, Problems, named
+from intaglio.exporters.lint.reader import Checked, named
+from intaglio.exporters.lint.rule import Problems, rule
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx_ir as ir
-    from numpy.typing import NDArray
 
     from intaglio.pipeline.formats.target import Target
 
 
-def check_code_type(graph: Checked, target: Target) -> Problems:
-    """Codes of a type that the target reads as another, or not at all."""
-    known = frozenset(target.limits.code_types)
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
-        made = producer(node.inputs[0])
-        if node.op_type == "DequantizeLinear" and made is not None and made.op_type == "QuantizeLinear":
-            continue  # said of the node that makes the codes
-        if (found := code_type(node)) not in known and found not in ("unknown", "INT32"):  # INT32: a bias
-            yield node, f"codes of type {found}, but {target.name} reads {', '.join(target.limits.code_types)}"
-
-
-def check_zero_point(graph: Checked, target: Target) -> Problems:
-    """Zero points that are not zero where quantization is symmetric."""
-    import numpy as np
-
-    seen: dict[ir.Value | None, str] = {None: ""}  # one constant may be of many nodes
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear") if target.limits.symmetric else ():
-        value = node.inputs[2] if len(node.inputs) > 2 else None
-        if value not in seen:
-            zero = array(value)
-            other = zero is not None and np.any(zero.astype(np.float32) != 0)
-            seen[value] = f"zero point {zero.astype(np.float32).ravel()[0]:g}" if zero is not None and other else ""
-        if seen[value]:
-            yield node, f"{seen[value]}, but {target.name} has none"
-
-
-def check_scale(graph: Checked, target: Target) -> Problems:
-    """Scales that are not numbers, not positive, or have no reciprocal in their type."""
-    seen: dict[ir.Value | None, tuple[str, str]] = {}
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
-        value = node.inputs[1]
-        if value not in seen:
-            seen[value] = _scale_problems(array(value), positive=target.limits.symmetric)
-        bad, tiny = seen[value]
-        if bad:
-            yield node, bad
-        if tiny and target.limits.reciprocal_scales and node.op_type == "QuantizeLinear":
-            yield node, tiny
-
-
-def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tuple[str, str]:
-    """What cannot be divided by, and what has no reciprocal; empty where nothing is wrong."""
-    import numpy as np
-
-    if scale is None:
-        return "", ""
-    s = scale.astype(np.float64).ravel()
-    bad = s[~(np.isfinite(s) & ((s > 0) if positive else (s != 0)))]
-    largest = 65504  # of float16; for types of more range, a reciprocal always fits
-    tiny = s[(s > 0) & (s < 1 / largest)] if scale.dtype == np.float16 else s[:0]
-    return (
-        f"{bad.size} of {s.size} scales cannot be divided by, such as {bad[0]:g}" if bad.size else "",
-        f"scale {tiny[0]:.2g}, whose reciprocal float16 does not hold" if tiny.size else "",
-    )
-
-
-def check_scale_type(graph: Checked, target: Target) -> Problems:
-    """Scales of another type than their tensor, or than the other operand."""
-    for node in graph.of_type("QuantizeLinear"):
-        x, scale = node.inputs[0], node.inputs[1]
-        if target.limits.mixed_scale_types or x is None or scale is None or x.dtype is None or scale.dtype is None:
-            continue
-        if x.dtype != scale.dtype:
-            yield node, f"{x.dtype.name} values with a scale in {scale.dtype.name}"
-    for product in graph.products:
-        x, w = product.x.dequantize.inputs[1], product.w.dequantize.inputs[1]
-        apart = x is not None and w is not None and x.dtype != w.dtype
-        if apart and product.w.granularity == "channel" and not product.is_convolution:
-            yield product.node, f"the input has its scale in {_type(x)}, the weight's channels theirs in {_type(w)}"
-
-
-def _type(value: ir.Value | None) -> str:
-    return "a type not known" if value is None or value.dtype is None else value.dtype.name
-
-
-def check_computed_scale(graph: Checked, target: Target) -> Problems:
-    """Scales that the graph computes, which keep a product off the integers."""
-    if not target.limits.constant_scales:
-        return
-    for product in graph.products:
-        for operand in (product.x, product.w):
-            if not is_constant(operand.dequantize.inputs[1]):
-                yield operand.dequantize, f"its scale is computed, and {named(product.node)} needs a constant"
-
-
-def check_input_scale(graph: Checked, target: Target) -> Problems:
-    """Inputs of products with a scale for each channel or group."""
-    for product in graph.products:
-        op = product.node.op_type
-        for operand in (product.x, product.w):
-            if operand.is_weight:
-                continue
-            scale = shape(operand.dequantize.inputs[1])
-            if operand.granularity in ("channel", "group"):
-                yield operand.dequantize, f"scales of shape {list(scale or ())} for the input of {named(product.node)}"
-            elif scale and op not in target.limits.one_element_scales:
-                yield operand.dequantize, f"a scale of shape {list(scale)}, which {op} takes for one a channel"
-
-
-def check_weight_axis(graph: Checked, target: Target) -> Problems:
-    """Weights with scales along another axis than the output channels."""
-    for product in graph.products:
-        if not product.w.is_weight or product.w.granularity != "channel":
-            continue
-        axis = product.w.channel_axis
-        if axis is not None and axis != product.output_axis:
-            yield (
-                product.w.dequantize,
-                f"scales along axis {axis} of the weight of {named(product.node)}, whose channels are on axis "
-                f"{product.output_axis}",
-            )
-
-
+@rule(
+    "input-by-groups",
+    "error",
+    why=(
+        "TensorRT-RTX 1.7.1 does not build it in 3-D and ignores all groups but the first in 2-D; ONNX Runtime 1.31.1 "
+        "fails when it runs, or multiplies in float"
+    ),
+    fix="give the weight one scale a channel, or leave the input in float",
+)
 def check_input_by_groups(graph: Checked, target: Target) -> Problems:
     """8-bit inputs by weights in groups."""
     known = {product.node for product in graph.products}
@@ -156,6 +51,15 @@ def _by_groups(x: str, w: Operand) -> str:
     return f"an {x} input and a weight with scales of shape {list(shape(w.dequantize.inputs[1]) or ())}"
 
 
+@rule(
+    "mixed-codes",
+    "error",
+    why=(
+        "TensorRT-RTX 1.7.1 does not build a linear layer of them (input and filter have to be the same type), and "
+        "computes a convolution in float"
+    ),
+    fix="quantize both to one type, or leave the input in float",
+)
 def check_mixed_codes(graph: Checked, target: Target) -> Problems:
     """Products of codes of two types."""
     for node, (x, w) in _pairs(graph, target):
@@ -183,6 +87,15 @@ def _factored(value: ir.Value | None) -> Operand | None:
     return next((dequantized(v) for v in node.inputs if v not in factors), None) if factors else None
 
 
+@rule(
+    "input-by-int4",
+    "error",
+    why=(
+        "TensorRT calls int4 weight-only; TensorRT-RTX 1.7.1 builds linear layers with a scale for each channel; ONNX "
+        "Runtime 1.31.1 multiplies in float"
+    ),
+    fix="store the weight as int8 codes, or leave the input in float",
+)
 def check_input_by_int4(graph: Checked, target: Target) -> Problems:
     """8-bit inputs by 4-bit weights."""
     for product in graph.products:
@@ -195,6 +108,15 @@ def check_input_by_int4(graph: Checked, target: Target) -> Problems:
             yield product.node, "an 8-bit input and a 4-bit weight with a single scale"
 
 
+@rule(
+    "requantized",
+    "error",
+    why=(
+        "TensorRT-RTX 1.7.1 takes a pair of equal scales for none and stops at the type; on scales of two shapes its "
+        "process ends with SIGSEGV"
+    ),
+    fix="quantize and read the codes with scales of one shape, finer than those of the 4-bit codes",
+)
 def check_requantized(graph: Checked, target: Target) -> Problems:
     """Weights that are scaled and quantized again in the graph, with scales that the builder cannot take."""
     import numpy as np
@@ -215,6 +137,15 @@ def check_requantized(graph: Checked, target: Target) -> Problems:
             yield dequantize, "a weight quantized with one scale is read with one for each channel"
 
 
+@rule(
+    "groups",
+    "error",
+    why=(
+        "the TensorRT parser ignores block_size and takes K / rows of the scale, so that a short last group regroups "
+        "all weights without a warning"
+    ),
+    fix="take a group size that divides K, and write one scale a group",
+)
 def check_groups(graph: Checked, target: Target) -> Problems:
     """Groups that do not divide an axis, lie along the wrong one, or are not as many as the scales."""
     limits = target.limits
@@ -233,6 +164,12 @@ def check_groups(graph: Checked, target: Target) -> Problems:
             yield node, f"groups along axis {axis} of {len(codes)}, but {target.name} takes the last two"
 
 
+@rule(
+    "int4-shape",
+    "error",
+    why="4-bit weights have two axes up to TensorRT 10.6 (NvInfer.h), and are packed in pairs along the last",
+    fix="store it in 2-D with an even last axis, and reshape or slice what DequantizeLinear makes",
+)
 def check_int4_shape(graph: Checked, target: Target) -> Problems:
     """4-bit weights of too many axes, or with an odd last one."""
     most = target.limits.int4_rank_max
@@ -246,6 +183,15 @@ def check_int4_shape(graph: Checked, target: Target) -> Problems:
             yield node, f"a 4-bit weight of shape {list(codes)}, but {target.name} takes an even last axis"
 
 
+@rule(
+    "half-sum",
+    "error",
+    why=(
+        "in the layer list of TensorRT-RTX 1.7.1 the product is Half and the scales come later: 28 % of the outputs "
+        "overflow at K = 4608"
+    ),
+    fix="give the weight one scale and multiply by the channels' own behind the product, or compute it in float32",
+)
 def check_half_sum(graph: Checked, target: Target) -> Problems:
     """Float16 products that are written before the scales of their channels."""
     for product in graph.products:
@@ -257,6 +203,12 @@ def check_half_sum(graph: Checked, target: Target) -> Problems:
             yield product.node, "the sum of 8-bit products is written to float16 before its channels are scaled"
 
 
+@rule(
+    "moved-codes",
+    "error",
+    why="TensorRT-RTX 1.7.1 does not build it; Cast of TensorRT 10 takes no codes",
+    fix="move the codes in the file, or what DequantizeLinear makes of them",
+)
 def check_moved_codes(graph: Checked, target: Target) -> Problems:
     """Constant codes that something else than DequantizeLinear reads."""
     if not target.limits.codes_only_dequantized:
@@ -270,6 +222,12 @@ def check_moved_codes(graph: Checked, target: Target) -> Problems:
                     yield node, f"reads the codes {value.name}, which {target.name} gives to DequantizeLinear alone"
 
 
+@rule(
+    "codes-between",
+    "error",
+    why="TensorRT 10.16.2 does not build such a graph on Orin, but on Thor (NVIDIA/TensorRT issue 4832)",
+    fix="move the input before QuantizeLinear, or what DequantizeLinear makes of it",
+)
 def check_codes_between(graph: Checked, target: Target) -> Problems:
     """Operators between QuantizeLinear and DequantizeLinear."""
     for node in () if target.limits.moves_codes else graph.of_type("DequantizeLinear"):
@@ -278,6 +236,15 @@ def check_codes_between(graph: Checked, target: Target) -> Problems:
             yield mover, f"moves codes on their way to {named(node)}"
 
 
+@rule(
+    "shared-zero-point",
+    "error",
+    why=(
+        "with session.x64quantprecision=1, which is exact without VNNI, ONNX Runtime 1.31.1 rewrites it for the first "
+        "weight and does not load for the second"
+    ),
+    fix="give each weight a zero point of its own",
+)
 def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
     """8-bit weights with one zero point in common."""
     seen: dict[str, ir.Node] = {}
@@ -291,15 +258,12 @@ def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
             yield weight, f"has its zero point {zero.name} in common with {named(first)}"
 
 
-def check_channels(graph: Checked, target: Target) -> Problems:
-    """8-bit convolutions whose channels are not multiples of what kernels take."""
-    multiple = target.limits.conv_channels_multiple
-    for product in graph.products:
-        filters = shape(product.node.inputs[1]) if product.is_convolution else None
-        if filters is not None and (filters[0] % multiple or filters[1] % multiple):
-            yield product.node, f"8-bit filters of shape {list(filters)}, not of multiples of {multiple} channels"
-
-
+@rule(
+    "int8-moves",
+    "error",
+    why="ONNX Runtime 1.31.1 rewrites them to uint8 on x86-64, with VNNI as without, and does not load what it wrote",
+    fix="write uint8 codes with zero point 128",
+)
 def check_int8_moves(graph: Checked, target: Target) -> Problems:
     """Int8 inputs that are moved about, which does not load."""
     if target.limits.moves_int8 or graph.opset < 21:
@@ -326,51 +290,14 @@ def _biased(node: ir.Node) -> bool:
     )
 
 
+@rule(
+    "input-type",
+    "warning",
+    why="layers that share an int8 input, or one without a zero point, stay in float in ONNX Runtime 1.31.1",
+    fix="write uint8 codes with zero point 128",
+)
 def check_input_type(graph: Checked, target: Target) -> Problems:
     """Int8 inputs of products where the target multiplies unsigned ones."""
     for product in graph.products:
         if target.activation_dtype == "uint8" and product.x.code_type == "INT8":
             yield product.x.dequantize, f"int8 codes for the input of {named(product.node)}"
-
-
-def check_floating(graph: Checked, target: Target) -> Problems:
-    """Products of codes that the target computes in floating point."""
-    for product in graph.products:
-        op = product.node.op_type
-        match target.limits.integer_products.get(op):
-            case None:
-                yield product.node, f"{target.name} computes {op} in floating point, on rounded values"
-            case "output":
-                users = [use.node.op_type for use in product.node.outputs[0].uses()]
-                if users != ["QuantizeLinear"]:
-                    yield product.node, f"{target.name} computes {op} in floating point unless its output is quantized"
-            case "input":
-                pass
-
-
-def check_between(graph: Checked, target: Target) -> Problems:
-    """Operators between DequantizeLinear and a product, which keep it in floating point."""
-    for product in graph.products:
-        casts = [sum(node.op_type == "Cast" for node in end.between) for end in (product.x, product.w)]
-        if casts[0] != casts[1]:
-            yield product.node, "Cast between DequantizeLinear and the product keeps it in floating point"
-    for node in graph.of_type("MatMul", "Gemm", "Conv"):
-        w = dequantized(node.inputs[1]) if len(node.inputs) > 1 else None
-        stop = producer(node.inputs[0])
-        if w is None or not w.is_weight or w.code_type not in ("INT8", "UINT8") or stop is None:
-            continue
-        if stop.op_type not in ("Add", "Clip", "Concat", "Mul", "Relu", "Resize") or _harmless(stop):
-            continue
-        before = [dequantized(value) for value in stop.inputs]
-        if any(operand is not None and not operand.is_weight for operand in before):
-            yield node, f"{stop.op_type} between DequantizeLinear and the product keeps it in floating point"
-
-
-def _harmless(node: ir.Node) -> bool:
-    """A factor joins the scale, and parts that share one scale are one tensor."""
-    if node.op_type == "Mul":
-        return any(shape(value) == () and constant(value) is not None for value in node.inputs)
-    if node.op_type == "Concat":
-        scales = [array(o.dequantize.inputs[1]) if (o := dequantized(v)) is not None else None for v in node.inputs]
-        return all(s is not None and s.shape == () and s == scales[0] for s in scales)
-    return False
