@@ -34,17 +34,14 @@ class CompiledMethod:
 
     def __init__(
         self,
-        name: str,
-        graph: Graph,
+        inputs: CallInputs,
         call: Values,
-        original: Callable[..., object],
         kind: Any,
         device: torch.device,
         home: torch.device,
     ) -> None:
-        self.name, self.graph, self.device, self.home = name, graph, device, home
-        self._call, self._kind = call, kind
-        self._call_inputs = CallInputs(graph, defaults(original) | dict(flatten(graph.interface.constants)), name)
+        self.device, self.home = device, home
+        self._call_inputs, self._call, self._kind = inputs, call, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises CallError."""
@@ -136,9 +133,9 @@ def load_pipeline(
                 graph = Graph.load(compiled.root / name / method)
                 call = open_call(graph, own, threads, providers)
                 output = output_class(kind) if kind else None
-                methods[method] = CompiledMethod(
-                    f"{name}.{method}", graph, call, getattr(original, method), output, device_of(own), home
-                )
+                usual = defaults(getattr(original, method)) | dict(flatten(graph.interface.constants))
+                inputs = CallInputs(graph, usual, f"{name}.{method}")
+                methods[method] = CompiledMethod(inputs, call, output, device_of(own), home)
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters

@@ -151,21 +151,25 @@ def _merged(module: nn.Module, entry: str) -> nn.Module:
     if outer:
         module.float()  # fused in full precision
     for name in outer:
-        adapter: Any = module.get_submodule(name)
-        fused = not adapter.disable_adapters
-        if not fused and getattr(adapter, "merged", False):
-            adapter.unmerge()
-        if hasattr(adapter, "unload_and_optionally_merge_module"):
-            plain = adapter.unload_and_optionally_merge_module(merge=fused, safe_merge=True, adapter_names=None)
-        else:
-            if fused:
-                adapter.merge(safe_merge=True)
-            plain = adapter.get_base_layer()
-        module.set_submodule(name, plain)
+        module.set_submodule(name, _without_adapters(module.get_submodule(name)))
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if outer and name in vars(module):
             delattr(module, name)
     return module
+
+
+def _without_adapters(adapted: Any) -> nn.Module:
+    """Return the layer below the adapters of peft, with the adapters fused into it unless they are disabled."""
+    fused = not adapted.disable_adapters
+    if not fused and getattr(adapted, "merged", False):
+        adapted.unmerge()
+    if hasattr(adapted, "unload_and_optionally_merge_module"):
+        plain: nn.Module = adapted.unload_and_optionally_merge_module(merge=fused, safe_merge=True, adapter_names=None)
+        return plain
+    if fused:
+        adapted.merge(safe_merge=True)
+    base: nn.Module = adapted.get_base_layer()
+    return base
 
 
 def _plain(tensors: Mapping[str, Any], entry: str) -> dict[str, torch.Tensor]:
