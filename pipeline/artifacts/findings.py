@@ -33,7 +33,7 @@ class Findings:
     findings: tuple[Finding, ...]
 
     def to_json(self) -> str:
-        """`{"findings": [{"rule": ..., "level": ..., "node": ..., "message": ..., "fix": ...}]}`"""
+        """Write `{"findings": [{"rule": ..., "level": ..., "node": ..., "message": ..., "fix": ...}]}`."""
         return json.dumps({"findings": [asdict(finding) for finding in self.findings]}, indent=1)
 
     def at(self, level: Level) -> tuple[Finding, ...]:

@@ -203,6 +203,6 @@ class _Row(Layer):
 
 @dataclass(frozen=True)
 class _Content:
-    """plan.json"""
+    """Content of plan.json."""
 
     layers: tuple[_Row, ...]

@@ -38,7 +38,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class _Content:
-    """provenance.json"""
+    """Content of provenance.json."""
 
     recipe: str
     start: Mapping[str, str]

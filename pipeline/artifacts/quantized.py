@@ -79,7 +79,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class _AdapterContent:
-    """adapter.json"""
+    """Content of adapter.json."""
 
     layers: tuple[str, ...]
     loss: tuple[float, ...]
@@ -196,7 +196,7 @@ class _LayerFacts:
 
 @dataclass(frozen=True)
 class _Content:
-    """quantized.json"""
+    """Content of quantized.json."""
 
     timesteps: tuple[float, ...]
     layers: Mapping[str, _LayerFacts]

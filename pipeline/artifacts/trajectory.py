@@ -141,7 +141,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class _Settings:
-    """trajectory.json"""
+    """Content of trajectory.json."""
 
     timesteps: tuple[float, ...]
     half: bool = False

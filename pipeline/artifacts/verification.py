@@ -73,7 +73,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Content:
-    """verification.json"""
+    """Content of verification.json."""
 
     figures: Mapping[str, float]
     layers: Mapping[str, LayerParity]
