@@ -234,10 +234,10 @@ def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
 
 
 def printable(text: object) -> str:
-    """Return the text with control characters, and bytes that are no UTF-8, written as escapes.
+    r"""Return the text with control characters, and bytes that are no UTF-8, written as escapes.
 
-    >>> printable("a\\x1b[31m\\udce9")
-    'a\\\\x1b[31m\\\\udce9'
+    >>> printable("a\x1b[31m\udce9")
+    'a\\x1b[31m\\udce9'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
 
@@ -252,9 +252,9 @@ def open_stream(
 
 
 def one_line(text: object) -> str:
-    """Return the text in one printable line of at most `LONGEST_LINE` characters.
+    r"""Return the text in one printable line of at most `LONGEST_LINE` characters.
 
-    >>> one_line("size mismatch\\n  for\\ta.weight")
+    >>> one_line("size mismatch\n  for\ta.weight")
     'size mismatch for a.weight'
     """
     line = printable(" ".join(str(text).split()))

@@ -11,6 +11,7 @@ WIDE = 10_000
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table as wide as the terminal; where the output is no terminal, as wide as its content."""
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table
@@ -40,6 +41,7 @@ def figure(found: object) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Write seconds as `12.3 s` or `4.5 min`, and `?` where they are not known."""
     if seconds is None:
         return "?"
     return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

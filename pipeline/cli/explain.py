@@ -125,7 +125,7 @@ def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fa
 
 
 def _type_name(annotation: object) -> str:
-    """`tuple[int, ...]`, `Budget`, `'device' | 'host'`"""
+    """Write a type as a recipe's author reads it: `tuple[int, ...]`, `Budget`, `'device' | 'host'`."""
     inner = get_args(annotation)
     match get_origin(annotation):
         case None:

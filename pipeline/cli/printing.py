@@ -40,6 +40,7 @@ class EscapedFormatter(logging.Formatter):
 
 
 def print_machine(machine: Machine) -> None:
+    """Print what this machine has: processor, memory, GPUs."""
     features = machine.cpu_features
     known = "features not known" if features is None else " ".join(n for n, there in features.items() if there) or "-"
     memory = "not known" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.1f} GB"
@@ -68,6 +69,7 @@ def print_machine(machine: Machine) -> None:
 
 
 def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
+    """Return the row of one step for the table of `--plan`."""
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
     if step.seconds is not None:
         held = "" if step.peak_bytes is None else f"{step.peak_bytes / 1e9:.1f} GB"
@@ -88,11 +90,12 @@ def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
 
 
 def _in_short(schemes: Sequence[str]) -> str:
-    """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
+    """Name schemes by the bits of weight and input alone: `w8a8_token, w8a8s_step` becomes `w8a8`."""
     return " ".join(dict.fromkeys(found[0] for scheme in schemes if (found := re.match(r"w\d+a\d+", scheme))))
 
 
 def print_target(target: Target) -> None:
+    """Print a target: its runtime, its limits, its formats and the sources of its facts."""
     limits = target.limits
     lines = [
         f"{target.name}: {target.description}",

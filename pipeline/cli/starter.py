@@ -86,7 +86,7 @@ class Found:
 
     @property
     def counts(self) -> str:
-        """`46 linear, 2 conv`"""
+        """Return the number of layers of each kind, such as `46 linear, 2 conv`."""
         return ", ".join(f"{count} {op}" for op, count in Counter(layer.op for layer in self.layers).items())
 
     @property

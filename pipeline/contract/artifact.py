@@ -11,10 +11,12 @@ from intaglio.pipeline.errors import ContractError
 class Artifact(Protocol):
     """Its whole content is the files `save` writes: equal content means equal bytes, so nothing may depend on a set."""
 
-    def save(self, root: Path) -> None: ...
+    def save(self, root: Path) -> None:
+        """Write the artifact to files in a folder."""
 
     @classmethod
-    def load(cls, root: Path) -> Self: ...
+    def load(cls, root: Path) -> Self:
+        """Read the artifact from the files that `save` wrote."""
 
 
 A = TypeVar("A", bound=Artifact)

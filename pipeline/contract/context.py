@@ -39,7 +39,7 @@ class Context:
 
     @cached_property
     def device(self) -> str:
-        """ "cuda" where torch finds a GPU, else "cpu"."""
+        """Return "cuda" if torch finds a GPU, else "cpu"."""
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -131,7 +131,7 @@ class Recipe(BaseModel):
         return self.model_copy(update={"steps": (*self.steps[:position], changed, *self.steps[position + 1 :])})
 
     def to_yaml(self) -> str:
-        """`Recipe.parse(recipe.to_yaml()) == recipe`"""
+        """Write the recipe as YAML, from which `Recipe.parse` makes an equal recipe."""
         fields = self.model_dump(mode="json", exclude={"steps"})
         return yaml.safe_dump({**fields, "steps": [step.written() for step in self.steps]}, sort_keys=False, width=120)
 

@@ -20,8 +20,11 @@ class Scheduler(Protocol):
 
     timesteps: torch.Tensor
 
-    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None: ...
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
+    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None:
+        """Prepare the timesteps of a schedule with this number of steps."""
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
+        """Return a value whose `prev_sample` is the sample after one step."""
 
 
 class SeededScheduler:

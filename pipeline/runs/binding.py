@@ -34,6 +34,7 @@ class BoundStep:
 
     @property
     def provides(self) -> frozenset[AnyKey]:
+        """Return the keys that the step provides."""
         return self.configured.provides
 
 

@@ -54,6 +54,7 @@ class Manifest(BaseModel):
     versions: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
+        """Write the manifest into a folder."""
         (folder / MANIFEST).write_bytes(self.content)
 
     @property
