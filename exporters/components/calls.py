@@ -39,7 +39,7 @@ class MethodCalls:
 
     @property
     def name(self) -> str:
-        """`vae.decode`"""
+        """Return the name of the call, such as `vae.decode`."""
         return f"{self.component}.{self.method}"
 
     @property

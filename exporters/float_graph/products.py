@@ -39,7 +39,7 @@ class Operand:
 
     @property
     def code_type(self) -> str:
-        """`INT8`, `UINT4`"""
+        """Return the type of the codes, such as `INT8` or `UINT4`."""
         return code_type(self.dequantize)
 
     @cached_property
@@ -94,6 +94,7 @@ class Product:
 
     @property
     def is_convolution(self) -> bool:
+        """Return True for a convolution, False for a matrix product."""
         return self.node.op_type.startswith("Conv")
 
     @property
@@ -136,6 +137,7 @@ def dequantized(value: ir.Value | None) -> Operand | None:
 
 
 def producer(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that computes a value; None for inputs and constants."""
     return None if value is None else value.producer()
 
 

@@ -60,6 +60,7 @@ class Calls:
 
     @property
     def rows(self) -> int:
+        """Return the number of rows of the usual call."""
         return next(len(value) for name, value in self.usual.items() if name not in self.shared)
 
     def with_rows(self, call: Inputs, rows: int) -> dict[str, torch.Tensor]:

@@ -61,6 +61,7 @@ class Checked:
         return cls(model, opset, nodes, list(products(nodes)) if standard else [], standard, complaint, proto)
 
     def of_type(self, *op_types: str) -> Iterator[ir.Node]:
+        """Return the nodes of these operators, in all graphs and functions."""
         return (node for node in self.nodes if node.op_type in op_types)
 
 

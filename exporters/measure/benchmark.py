@@ -43,6 +43,7 @@ class MeasureLatency(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Measure the median time of one call of the compiled graph and of the float graph, which take turns."""
         from intaglio.exporters.runtimes.onnxruntime.session import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 

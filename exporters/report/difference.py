@@ -114,10 +114,12 @@ class Side:
 
     @cached_property
     def verification(self) -> Verification | None:
+        """Return the stored verification, None where the run has none."""
         return self._stored(VERIFICATION)
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
+        """Return the stored sensitivities, None where the run has none."""
         return self._stored(SENSITIVITY)
 
     def _stored(self, key: Key[A]) -> A | None:
@@ -163,6 +165,7 @@ class Difference:
 
     @property
     def title(self) -> str:
+        """Return the two folders that are compared, in one line."""
         return f"A {self.a.folder}, B {self.b.folder}"
 
     @cached_property

@@ -75,7 +75,7 @@ def short_size(size_bytes: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`0.256` -> `25.6%`"""
+    """Write a share as a percentage: `0.256` becomes `25.6%`."""
     return f"{100 * share:.1f}%"
 
 

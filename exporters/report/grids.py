@@ -125,7 +125,7 @@ def _columns(count: int) -> int:
 
 
 def _tiled(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
-    """(C, R H, K W)"""
+    """Put the images side by side in rows of `columns`: (N, C, H, W) -> (C, R H, K W)."""
     return lines(x_NCHW, columns).permute(1, 0, 2, 3).flatten(1, 2)
 
 

@@ -126,19 +126,23 @@ class Cuda:
 
     @property
     def stream(self) -> int:
+        """Return the address of the stream, as TensorRT takes it."""
         return self._stream.value or 0
 
     def free_bytes(self) -> int:
+        """Return how many bytes of GPU memory are free now."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
     def allocate(self, size_bytes: int) -> int:
+        """Allocate GPU memory and return its address."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, size_bytes)))
         return address.value
 
     def free(self, address: int) -> None:
+        """Free GPU memory that `allocate` or `upload` returned."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def upload(self, array: Array) -> int:
@@ -155,6 +159,7 @@ class Cuda:
         return array
 
     def synchronize(self) -> None:
+        """Wait until all work on the stream is done."""
         self._call("cuStreamSynchronize", self._stream)
 
     def mark(self) -> ctypes.c_void_p:
@@ -165,6 +170,7 @@ class Cuda:
         return event
 
     def milliseconds(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Return the time between two marks, in milliseconds."""
         took = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(took), begin, end)
         return took.value
@@ -221,6 +227,7 @@ def run_case(execution: Execution, cuda: Cuda, inputs: dict[str, Array], outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Check engine.plan against the recorded outputs and time it. Returns 1 if a check fails."""
     parser = argparse.ArgumentParser(description="Check and time engine.plan.")
     parser.add_argument("--runs", type=int, default=50, help="calls that are timed")
     given = parser.parse_args(arguments)
