@@ -140,6 +140,7 @@ class AssignPrecision(Pass):
             raise TargetError(*problems)
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Choose the plan with the least predicted error within the budget."""
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
         problem = self._problem(table, workload, target, ctx)

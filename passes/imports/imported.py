@@ -75,6 +75,7 @@ class ImportPass(Pass):
         return {**written, "sha256": found}
 
     def model_post_init(self, context: Mapping[str, Path] | None) -> None:
+        """Keep the path from the folder of the recipe."""
         self._place = _base(context) / self.path
 
     def _outputs(

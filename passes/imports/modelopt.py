@@ -190,7 +190,6 @@ class _Saved:
 
 def read_modelopt(file: Path) -> _Saved:
     """Read a file of `modelopt.torch.opt.save`. Raises RecipeError for all other files; nothing in it is run."""
-
     where = printable(file)
     saved = load_torch_file(file)
     try:
