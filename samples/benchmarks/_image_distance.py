@@ -20,12 +20,12 @@ def psnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def sqnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,)"""
+    """Return the signal-to-noise ratio of each image in dB, (B,)."""
     return 10 * (reference.square().flatten(1).mean(1) / _mse(x, reference)).log10()
 
 
 def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """(B,)"""
+    """Return the structural similarity of each image, (B,)."""
     return structural_similarity_index_measure(x, reference, data_range=2.0, reduction="none")
 
 
@@ -59,7 +59,7 @@ def _network() -> torch.nn.Module:
 
 @torch.no_grad()
 def features(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1280)"""
+    """Return the features of each image, (B, 1280)."""
     network, size = _network(), (FEATURE_SIZE, FEATURE_SIZE)
     large = functional.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
     return torch.cat([network.extract_features(part).mean((2, 3)) for part in large.split(8)])
