@@ -1,4 +1,4 @@
-"""Brings a module that somebody hands over into the form that the compiler works on."""
+"""Bring a module of the user's into the form that the compiler works on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_weights_(module: Module) -> Module:
 
 
 def own_forward(layer: nn.Module) -> bool:
-    """Whether a Linear or Conv2d computes something else than torch's: its class or itself overrides `forward`."""
+    """Return True if a Linear or Conv2d overrides torch's `forward`, in its class or in itself."""
     from torch import nn
 
     if "forward" in vars(layer):
