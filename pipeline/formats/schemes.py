@@ -18,20 +18,20 @@ class Float(_Value):
 
 
 class PerChannel(_Value):
-    """One scale for each output channel. w: (N, K) -> scale: (N, 1)."""
+    """w: (N, K) -> scale: (N, 1)"""
 
     kind: Literal["per_channel"] = "per_channel"
 
 
 class PerGroup(_Value):
-    """One scale for each group of input features. w: (N, K), axis=1 -> scale: (N, K // size)."""
+    """w: (N, K), axis=1 -> scale: (N, K // size)"""
 
     kind: Literal["per_group"] = "per_group"
     size: int = Field(ge=16, description="neighbouring input features that share a scale")
 
 
 class TwoLevel(_Value):
-    """An integer for each group and a scale for each channel. w: (N, K) -> integers: (N, K // size), scale: (N, 1).
+    """w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1)
 
     A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
     (progressive group quantization: QServe, Lin et al. 2024, section 4.1).
@@ -42,13 +42,13 @@ class TwoLevel(_Value):
 
 
 class PerToken(_Value):
-    """One scale for each token, measured at run time. x: (..., K) -> scale: (..., 1)."""
+    """x: (..., K) -> scale: (..., 1), measured when it runs"""
 
     kind: Literal["per_token"] = "per_token"
 
 
 class PerStep(_Value):
-    """One scale for each denoising step, from a table. x: (...) -> scale: ()."""
+    """x: (...) -> scale: (), from a table with one entry a denoising step"""
 
     kind: Literal["per_step"] = "per_step"
 
