@@ -21,7 +21,7 @@ DOUBLED = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
         (f"x0: &x0 [a]\n{DOUBLED}steps: [{{calibrate: *x39}}]", "more than 30000 values, counted as often as aliases"),
         ("[" * 100_000, "nested in each other more than 50 deep"),
         ("{a: " * 20_000, "nested in each other more than 50 deep"),
-        ("steps: &a [*a]", "&a has itself in it"),
+        ("steps: &a [*a]", "&a contains itself"),
         ("a: " + "b" * 300_000, "300003 characters, the most that is read is 262144"),
         ("a: " + "9" * 10_000, r"a: a number of 10000 characters, the most that is read is 100 \(line 1, column 4\)"),
         ("seed: 0x" + "f" * 5000, "seed: a number of 5002 characters"),
