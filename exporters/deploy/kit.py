@@ -78,7 +78,7 @@ def _check_out(out: Path) -> None:
         return
     check_output(out)
     if out.stat().st_size and not _is_kit(out):
-        raise RecipeError(f"{printable(out)}: is there and is no kit: move it, or give another --out")
+        raise RecipeError(f"{printable(out)}: is there and is no kit: move it, or choose another --out")
 
 
 def _is_kit(file: Path) -> bool:

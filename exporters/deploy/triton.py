@@ -78,11 +78,11 @@ def _check_place(model: Path, version: int, config: str) -> None:
     if not os.path.lexists(model):
         return
     if model.is_symlink() or not model.is_dir():
-        raise RecipeError(f"{model}: is there and is no folder: give another --name, or remove it")
+        raise RecipeError(f"{model}: is there and is no folder: choose another --name, or remove it")
     if os.path.lexists(model / str(version)):
-        raise RecipeError(f"{model}: has a version {version}: give another --version or --name, or remove it")
+        raise RecipeError(f"{model}: has a version {version}: choose another --version or --name, or remove it")
     if not (model / CONFIG).is_file() or read_text(model / CONFIG, most=MIB) != config:
-        raise RecipeError(f"{model}: is there with another configuration: give another --name, or remove it")
+        raise RecipeError(f"{model}: is there with another configuration: choose another --name, or remove it")
 
 
 def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, out: Path, *, vnni: bool) -> None:

@@ -1,4 +1,4 @@
-"""The command `intaglio`: every option of a pass is set in the recipe or with --set, none exists here alone."""
+"""Define the command `intaglio`. Options of a pass are set in the recipe or with --set, and nowhere else."""
 
 import json
 import logging
@@ -48,17 +48,17 @@ from intaglio.pipeline.runs.store import Store
 
 REPORT_FILE = "report.html"
 MOST_CHANGES = 1000
-"""Times that --set, or --insert, is given."""
+"""Largest number of --set options, and of --insert options."""
 
 
 COMMANDS = "intaglio.commands"
-"""The group of entry points in which other packages, and intaglio's own exporters, add commands."""
+"""Group of entry points by which intaglio's exporters and other packages add commands."""
 
 
 class _Commands(TyperGroup):
-    """The commands of the core and those of the group `intaglio.commands`.
+    """Commands of the core and of the group `intaglio.commands`.
 
-    A command ends with one message and its exit code where the user can act; the traceback comes with --debug.
+    An error ends a command with one message and an exit code; --debug adds the traceback.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -81,7 +81,7 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # whoever read the output has enough: typer ends quietly
             raise
         except KeyboardInterrupt:
-            goes_on = ": the same command goes on from here" if ctx.invoked_subcommand == "run" else ""
+            goes_on = ": run the same command again to continue" if ctx.invoked_subcommand == "run" else ""
             message, exit_code = f"interrupted{goes_on}", INTERRUPTED
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("click", "typer"):  # what they say of the command line
@@ -118,15 +118,15 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app()
 
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from, as a traceback.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Compiles a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group looks at --debug
+    """Compile a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group looks at --debug
 
 
 @app.command("run")
@@ -134,11 +134,11 @@ def run_command(
     recipe: RecipePath,
     set_: SetOption = [],  # noqa: B006 - typer reads it, nothing changes it
     insert: InsertOption = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results, one folder a target.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, json_option("{target: where its results are, and every step}")] = False,
+    as_json: Annotated[bool, json_option("{target: its folder, report and steps}")] = False,
 ) -> None:
-    """Run a recipe. Run again after an interruption, it goes on where it was."""
+    """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
     changed = _changed(recipe, set_, insert)
     folder = Path("build") / recipe.stem if out is None else out
@@ -178,7 +178,7 @@ def plan_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("{target: steps}")] = False,
 ) -> None:
-    """Say what a run would take from the store, what it would do, and how long that took before."""
+    """Show which steps are in the store, which would run, and how long they take."""
     planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
     if as_json:
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
@@ -190,11 +190,12 @@ def plan_command(
 @app.command("doctor")
 def doctor_command(
     imports: Annotated[
-        bool, typer.Option("--imports", help="Import every package, torch too: what is broken is found, in seconds.")
+        bool,
+        typer.Option("--imports", help="Also import every package, to find broken ones (seconds)."),
     ] = False,
-    as_json: Annotated[bool, json_option("all that is found")] = False,
+    as_json: Annotated[bool, json_option("all findings")] = False,
 ) -> None:
-    """Say what is installed here, and what can be done with it. Exits with 1 where nothing can be compiled."""
+    """Show what is installed and what works here. Exits with 1 if nothing can be compiled."""
     from intaglio.pipeline.cli.doctor import examine
 
     found = examine(imports)
@@ -213,20 +214,20 @@ def init_command(
     ],
     target: Annotated[
         list[str],
-        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on, once for each."),
+        typer.Option(metavar="T", autocompletion=target_names, help="Target; repeat the option for several."),
     ] = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-    as_json: Annotated[bool, json_option("what was found in the model")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: Annotated[bool, json_option("the facts about the model")] = False,
 ) -> None:
-    """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
+    """Inspect a model without reading its weights, and write a recipe for it with the findings as comments."""
     from intaglio.pipeline.cli.starter import look_at, recipe_text
 
     if not out.parent.is_dir():
-        raise RecipeError(f"{out}: there is no folder {out.parent}")
+        raise RecipeError(f"{out}: the folder {out.parent} does not exist")
     check_output(out)
     if out.exists() and not force:
-        raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")
+        raise RecipeError(f"{out}: already exists: choose another --out, or pass --force")
     found = look_at(model, tuple(target), out.parent)
     write_output(out, recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name))
     if as_json:
@@ -245,9 +246,9 @@ def explain_command(
             metavar="NAME", autocompletion=all_names, help="A pass, target, scheme, rule, metric, artifact."
         ),
     ] = None,
-    as_json: Annotated[bool, json_option("{kind: all that is known}")] = False,
+    as_json: Annotated[bool, json_option("{kind: all facts}")] = False,
 ) -> None:
-    """Say all that is known of a name, or list the names that there are."""
+    """Explain a name, or list all names that can be explained."""
     if name is None:
         kinds = names_by_kind()
         if as_json:
@@ -270,10 +271,10 @@ def explain_command(
 
 @app.command("schema")
 def schema_command(
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"Where it goes, such as {SCHEMA_FILE}.")] = None,
-    as_json: Annotated[bool, json_option("where it was written; the schema itself is JSON in any case")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"Output file, such as {SCHEMA_FILE}.")] = None,
+    as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Print the JSON schema of recipes, by which editors complete and check them."""
+    """Print the JSON schema of recipes, with which editors complete and check them."""
     from intaglio.pipeline.cli.schema import editor_line, recipe_schema
 
     text = json.dumps(recipe_schema(), indent=1) + "\n"
@@ -289,7 +290,7 @@ def schema_command(
 
 @app.command("passes")
 def passes_command(
-    as_json: Annotated[bool, json_option("{pass: all that is known of it, or why it cannot be imported}")] = False,
+    as_json: Annotated[bool, json_option("{pass: all facts, or the reason why it cannot be imported}")] = False,
 ) -> None:
     """List the passes, with their options."""
     found = {name: _described(name) for name in named_passes()}
@@ -307,11 +308,11 @@ def passes_command(
 def targets_command(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="TARGET", autocompletion=target_names, help="One of them, with all facts."),
+        typer.Argument(metavar="TARGET", autocompletion=target_names, help="Target to show with all facts."),
     ] = None,
-    as_json: Annotated[bool, json_option("{target: all that is known of it}")] = False,
+    as_json: Annotated[bool, json_option("{target: all facts}")] = False,
 ) -> None:
-    """List the targets a recipe can name, or say all that is known of one, and where each fact comes from."""
+    """List the targets that a recipe can name, or show all facts of one target with their sources."""
     targets = [load_target(each) for each in (target_names() if name is None else [name])]
     if as_json:
         print_json({target.name: target.model_dump(mode="json") for target in targets})
@@ -324,10 +325,10 @@ def targets_command(
 
 @app.command("verify")
 def verify_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
-    as_json: Annotated[bool, json_option("{folder: what departs}")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
+    as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:
-    """Say whether every file is the one that the run delivered, by its manifest. Exits with 1 where one is not."""
+    """Compare every file with the manifest of the run. Exits with 1 if one is missing or changed."""
     found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
     if as_json:
         print_json({str(each): problems for each, problems in found.items()})
@@ -363,7 +364,7 @@ def _log_step(event: StepEvent) -> None:
 
 
 def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
-    """The recipe with what the command line says otherwise."""
+    """Return the recipe with the changes from the command line."""
     recipe = Recipe.read(path)
     for option, given in (("--insert", inserts), ("--set", sets)):
         if len(given) > MOST_CHANGES:
@@ -396,7 +397,7 @@ def _brief(text: str) -> str:
 
 
 def _described(name: str) -> Explanation | str:
-    """Or why it cannot be imported."""
+    """Explain a pass, or return the reason why it cannot be imported."""
     try:
         return explain_pass(name)
     except IntaglioError as error:

@@ -1,4 +1,4 @@
-"""Prints tables, figures and durations on the terminal."""
+"""Print tables, figures and durations on the terminal."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from intaglio.pipeline.files import printable
 
 WIDE = 10_000
-"""Characters of a line where nobody's terminal ends."""
+"""Line width in characters for output that is no terminal."""
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -30,7 +30,7 @@ def print_json(content: object) -> None:
 
 
 def figure(found: object) -> str:
-    """Of metrics.json."""
+    """Write a value of metrics.json as text."""
     match found:
         case float():
             return f"{found:.4g}"

@@ -1,4 +1,4 @@
-"""What is installed on this machine, and what can be done with it. Nothing heavy is imported without need."""
+"""Examine what is installed on this machine and what works with it. Heavy packages are imported only on request."""
 
 import ctypes
 import io
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Package:
-    """What is looked for: the first of these distributions that is there, for which `install` is one way."""
+    """Package to look for: the first installed of these distributions counts; `install` is one way to get it."""
 
     distributions: tuple[str, ...]
     module: str
@@ -49,14 +49,14 @@ PACKAGES = (
     Package(("tensorrt-cu12", "tensorrt"), "tensorrt", "engines of TensorRT", "pip install 'intaglio[tensorrt]'"),
 )
 COMPILING = ("torch", "diffusers", "accelerate", "safetensors", "scipy", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
-"""Modules without which nothing is compiled."""
+"""Modules that compiling needs."""
 LIGHT = ("onnxruntime", "tensorrt_rtx", "tensorrt")
-"""Modules that are imported in any case: what they say of themselves depends on the machine."""
+"""Modules that are always imported: their facts depend on the machine."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """One package: its version, None where it is not installed, and why it cannot be imported, where that was tried."""
+    """State of one package: its version, None if not installed, and why an import failed, if it was tried."""
 
     module: str
     version: str | None
@@ -66,18 +66,18 @@ class Found:
 
     @property
     def works(self) -> bool:
-        """As far as is known."""
+        """True if the package is installed and no import has failed."""
         return self.version is not None and self.fault is None
 
     @property
     def lack(self) -> str:
-        """What is to be done about it."""
+        """Advice for a missing or broken package."""
         return self.install if self.version is None else f"{self.module} is broken"
 
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether a thing can be done here, and how, or what it takes."""
+    """Answer to whether an operation works here: how, or what is missing."""
 
     here: bool
     how: str
@@ -85,7 +85,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One that torch can use."""
+    """GPU that torch can use."""
 
     name: str
     memory_bytes: int
@@ -94,31 +94,34 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that was found. What could not be asked says why in `faults`, by what was asked."""
+    """All facts about this machine; `faults` holds the error of each check that failed, by its name."""
 
     python: str
     system: str
     cpu: str
     cores: int | None
     cpu_features: Mapping[str, bool] | None
-    """None where the system does not say."""
+    """Features of the CPU; None if the system does not tell."""
     memory_bytes: int | None
-    """With swap, as far as this process may have it."""
+    """Memory and swap in bytes that this process may use."""
     packages: Mapping[str, Found]
-    """By distribution."""
+    """Packages by distribution."""
     providers: Mapping[str, bool]
-    """Of targets, the execution providers of ONNX Runtime, and whether each runs here."""
+    """Execution providers of the targets in ONNX Runtime, and whether each runs here."""
     kernels: str | None
-    """Of the target onnxruntime-cpu, the first that are exact on this CPU."""
+    """First kernels of the target onnxruntime-cpu that are exact on this CPU."""
     gpus: tuple[Gpu, ...]
     trtexec: str | None
     faults: Mapping[str, str]
     targets: Mapping[str, Mapping[str, Ability]]
-    """By target: compile, build, run, verify."""
+    """Abilities by target: compile, build, run, verify."""
 
 
 def examine(imports: bool = False) -> Machine:
-    """`imports`: import every package that is there, not only the light ones. Never raises for what is broken."""
+    """Examine this machine. Never raises for broken packages.
+
+    `imports`: import every installed package, not only the light ones.
+    """
     faults: dict[str, str] = {}
     packages = dict(_packages(imports))
     by_module = {found.module: found for found in packages.values()}
@@ -145,7 +148,7 @@ def examine(imports: bool = False) -> Machine:
 
 
 def _asked(faults: dict[str, str], what: str, ask: Callable[[], T]) -> T | None:
-    """None where asking raises, which is a fault."""
+    """Run a check; if it raises, note the error in `faults` and return None."""
     try:
         return ask()
     except Exception as error:  # whatever a broken installation raises is what is looked for
@@ -168,7 +171,10 @@ def _packages(imports: bool) -> Iterator[tuple[str, Found]]:
 
 
 def _providers() -> dict[str, bool]:
-    """A session takes a provider that cannot start for the CPU's, and complains."""
+    """Return whether each provider of a target runs here.
+
+    A session replaces a provider that cannot start by the CPU's and logs a complaint.
+    """
     import onnx
     import onnxruntime
 
@@ -193,7 +199,7 @@ def _kernels() -> str:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """Without a driver there is none, and torch, which takes seconds, is not imported."""
+    """Return the GPUs that torch can use. Without a driver torch, which takes seconds, is not imported."""
     if not _has_driver():
         return ()
     import torch
@@ -224,14 +230,17 @@ def _abilities(target: Target, machine: Machine) -> dict[str, Ability]:
 
 
 def _session_abilities(target: Target, machine: Machine) -> dict[str, Ability]:
-    """Where the provider does not run, the graph is loaded on the CPU."""
+    """Return the abilities of an ONNX Runtime target; graphs load on the CPU if the provider does not run."""
     runs = machine.providers.get(target.provider, False)
     how = target.provider if runs else f"{target.provider} does not run here"
     return {"build": Ability(runs, how), "run": Ability(runs, how)}
 
 
 def _engine_abilities(target: Target, machine: Machine) -> dict[str, Ability]:
-    """TensorRT builds on the GPU that is to run the engine, TensorRT-RTX without one; both run on one."""
+    """Return the abilities of a TensorRT target.
+
+    TensorRT builds on the GPU that will run the engine, TensorRT-RTX without a GPU; both run on a GPU.
+    """
     module, _ = _engine_modules()[target.runtime]
     found = next(each for each in machine.packages.values() if each.module == module)
     builder = f"{module} {found.version}" if found.works else found.lack
@@ -248,7 +257,7 @@ def _engine_abilities(target: Target, machine: Machine) -> dict[str, Ability]:
 
 
 def _engine_modules() -> Mapping[str, tuple[str, str]]:
-    """By runtime of the TensorRT family, its module and the extra that installs it."""
+    """Return the module and the installing extra of each runtime of the TensorRT family."""
     modules: Mapping[str, tuple[str, str]] = pass_module("tensorrt").MODULES
     return modules
 
@@ -258,7 +267,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_features() -> dict[str, bool] | None:
-    """Those on which the speed and the choice of 8-bit kernels depend."""
+    """Return the CPU features that affect the speed and the choice of 8-bit kernels."""
     flags = set(_cpu_info().get("flags", "").split())
     if not flags:
         return None
@@ -271,7 +280,7 @@ def _cpu_features() -> dict[str, bool] | None:
 
 
 def _cpu_info() -> dict[str, str]:
-    """Of the first core, as Linux tells."""
+    """Return the facts that Linux gives about the first core."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

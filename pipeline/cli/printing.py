@@ -1,4 +1,4 @@
-"""How results are shown on a terminal."""
+"""Print results on a terminal."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.runner import PlannedStep
 
 LONGEST_PROBLEM = 8000
-"""Characters of one problem in a message."""
+"""Largest number of characters of one problem in a message."""
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:
@@ -32,7 +32,7 @@ def shortened(problem: str) -> str:
 
 
 class EscapedFormatter(logging.Formatter):
-    """Formats log lines with what a terminal would obey written as escapes."""
+    """Format log lines with control characters written as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or the lines of a traceback."""
@@ -78,7 +78,7 @@ def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
 
 
 def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
-    """A row for each device, and one where there is none."""
+    """Yield a row for each device of a target, or one row if it lists none."""
     formats = (_in_short(target.formats[op]) for op in ("linear", "conv"))
     about: tuple[str, ...] = (target.name, str(target.opset_max), *formats)
     for device in target.devices:

@@ -162,7 +162,7 @@ def test_a_target_that_is_not_there_is_named() -> None:
         ("toys:Refuse", 4, "layer b: not either"),
         ("toys:Fail", 5, "fail: ZeroDivisionError: no way"),
         ("toys:NeedsExtra", 7, "pip install 'intaglio[rtx]'"),
-        ("toys:Interrupt", 130, "interrupted: the same command goes on from here"),
+        ("toys:Interrupt", 130, "interrupted: run the same command again to continue"),
     ],
 )
 def test_an_error_is_one_message_and_an_exit_code(step: str, exit_code: int, message: str) -> None:
