@@ -1,4 +1,4 @@
-"""Finds in an ONNX graph what a target refuses, computes wrongly or takes off the integers. Nothing is executed."""
+"""Find in an ONNX graph what a target refuses, computes wrongly or does not compute on integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Lint(Pass):
-    """A graph without errors builds on the target and runs on integers where it says so; see RULES."""
+    """Check a graph with all RULES. A graph without errors builds and, where it says so, runs on integers."""
 
     name: ClassVar[str] = "lint"
     version: ClassVar[int] = 3
@@ -30,10 +30,10 @@ class Lint(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LINT})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
-    refuse: Literal["errors", "nothing"] = Field("errors", description="findings that end the run")
+    refuse: Literal["errors", "nothing"] = Field("errors", description="which findings end the run")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError with every error, RecipeError for a file that cannot be read."""
+        """Check the graph. Raises TargetError with every error, RecipeError for a file that cannot be read."""
         found = Findings(tuple(lint(state[GRAPH].path, state[TARGET])))
         errors = found.at("error")
         if errors and self.refuse == "errors":

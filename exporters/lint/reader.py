@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checked:
-    """A model with the types and shapes of all values that can be inferred, and what inference complains about."""
+    """Model with all types and shapes that can be inferred, and the complaints of inference."""
 
     model: ir.Model
     opset: int
     nodes: list[ir.Node]
-    """Of all graphs and functions."""
+    """Nodes of all graphs and functions."""
     products: list[Product]
     standard: bool
-    """Whether it is ONNX, apart from types and shapes."""
+    """True if the model is valid ONNX, types and shapes aside."""
     complaint: str | None
-    """The reason that it is not, or that its types and shapes do not fit together."""
+    """Reason why the model is not valid, or why its types and shapes do not fit together."""
 
     proto: onnx.ModelProto
-    """As it was read; its larger tensors are in files."""
+    """Model as it was read; its larger tensors are in files."""
 
     @classmethod
     def read(cls, path: Path) -> Checked:
-        """Raises RecipeError where the file cannot be read, is no graph, or keeps its data elsewhere."""
+        """Read a model. Raises RecipeError if it cannot be read, is no graph, or keeps its data elsewhere."""
         import onnx_ir as ir
 
         proto = read_proto(path)
@@ -66,7 +66,7 @@ class Checked:
 
 
 def _expansion(proto: onnx.ModelProto) -> str | None:
-    """What is wrong with its functions: they call themselves, or each other more often than can be looked at."""
+    """Describe functions that call themselves or expand to too many nodes; None if there are none."""
     called: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     for function in proto.functions:
         inner = all_nodes(function.node)
@@ -86,7 +86,7 @@ def _expansion(proto: onnx.ModelProto) -> str | None:
 
 
 def _long_range(proto: onnx.ModelProto) -> str | None:
-    """A Range that inference would take minutes, and all memory, to write down."""
+    """Describe a Range too long for inference to write down; None if there is none."""
     import onnx
 
     numbers = {tensor.name: tensor for tensor in tensors(proto) if not tensor.dims}
@@ -104,14 +104,14 @@ _LONGEST_RANGE = 1 << 24
 
 
 def named(node: ir.Node | None) -> str:
-    """Its name, or by what it makes."""
+    """Return the name of a node, or one made from its operator and output."""
     if node is None:
         return "graph"
     return shortened(node.name or f"{node.op_type} of {node.outputs[0].name if node.outputs else 'nothing'}")
 
 
 def shortened(text: object, length: int = 200) -> str:
-    """In one printable line of at most so many characters."""
+    """Return a text in one printable line of at most `length` characters."""
     line = printable(" ".join(str(text)[: 2 * length].split()))
     return line if len(line) <= length else f"{line[: length - 3]}..."
 

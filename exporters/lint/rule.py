@@ -1,4 +1,4 @@
-"""A rule of `lint` as one object, and the decorator that makes it from the function that checks a graph."""
+"""Define a rule of `lint` as one object, and the decorator that makes it from a checking function."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Problems: TypeAlias = Iterator[tuple["ir.Node | None", str]]
 """Pairs of a node that is wrong (None: the whole graph) and a message with the numbers."""
 Check: TypeAlias = Callable[[Checked, Target], Problems]
 When: TypeAlias = Literal["always", "standard", "no errors"]
-"""Whether a rule checks every graph, only graphs that the ONNX standard allows, or only graphs without errors."""
+"""Graphs that a rule checks: all, those that the ONNX standard allows, or those without errors."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that `lint` looks for: its name, its level, its check, what it finds, why that matters, and the fix."""
+    """Rule of `lint`: its name, level and check, what it finds, why that matters, and the fix."""
 
     name: str
     level: Level
     check: Check
     finds: str
-    """What the rule finds, in one line: the docstring of the check."""
+    """Findings of the rule in one line: the docstring of the check."""
     why: str
-    """What happens on the target, and the version or the source that shows it."""
+    """Effect on the target, and the version or the source that shows it."""
     fix: str
     when: When
 

@@ -1,4 +1,4 @@
-"""All rules of `lint`. A new rule is one decorated function in one of these modules; RULES collects it from there."""
+"""Collect all rules of `lint`. A new rule is one decorated function in a module of this package."""
 
 from intaglio.exporters.lint.rule import Rule, rules_in
 from intaglio.exporters.lint.rules import codes, products, scales, validity

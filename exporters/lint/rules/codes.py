@@ -1,4 +1,4 @@
-"""Rules about integer codes: which codes meet in a product, how they are stored, and what may move them."""
+"""Define rules about integer codes: which codes meet in a product, how they are stored, and what may move them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     fix="give the weight one scale a channel, or leave the input in float",
 )
 def check_input_by_groups(graph: Checked, target: Target) -> Problems:
-    """8-bit inputs by weights in groups."""
+    """8-bit inputs of products whose weights are scaled in groups."""
     known = {product.node for product in graph.products}
     for product in graph.products:
         if product.w.is_weight and product.w.granularity == "group":
@@ -61,14 +61,14 @@ def _by_groups(x: str, w: Operand) -> str:
     fix="quantize both to one type, or leave the input in float",
 )
 def check_mixed_codes(graph: Checked, target: Target) -> Problems:
-    """Products of codes of two types."""
+    """Products whose two operands have codes of different types."""
     for node, (x, w) in _pairs(graph, target):
         if x.code_type != w.code_type and (x.code_type, w.code_type) != ("INT8", "INT4"):
             yield node, f"an input in {x.code_type} and a weight in {w.code_type}"
 
 
 def _pairs(graph: Checked, target: Target) -> Iterator[tuple[ir.Node, tuple[Operand, Operand]]]:
-    """Products of an input and a weight in codes that the target reads, where it multiplies codes of one type only."""
+    """Yield products of a quantized input and weight, for a target that multiplies only codes of one type."""
     for node in graph.of_type(*PRODUCTS) if target.limits.same_codes else ():
         operands = [_factored(value) for value in node.inputs[:2]]
         x, w = sorted(filter(None, operands), key=lambda operand: operand.is_weight) if all(operands) else (None, None)
@@ -79,7 +79,7 @@ def _pairs(graph: Checked, target: Target) -> Iterator[tuple[ir.Node, tuple[Oper
 
 
 def _factored(value: ir.Value | None) -> Operand | None:
-    """As `dequantized`, through a single constant factor as well, which joins the scale."""
+    """Return the operand as `dequantized` does, also through one constant factor, which joins the scale."""
     found, node = dequantized(value), producer(value)
     if found is not None or node is None or node.op_type not in ("Mul", "Div"):
         return found
@@ -97,7 +97,7 @@ def _factored(value: ir.Value | None) -> Operand | None:
     fix="store the weight as int8 codes, or leave the input in float",
 )
 def check_input_by_int4(graph: Checked, target: Target) -> Problems:
-    """8-bit inputs by 4-bit weights."""
+    """8-bit inputs of products with 4-bit weights."""
     for product in graph.products:
         kind: Literal["conv", "linear"] = "conv" if product.is_convolution else "linear"
         if product.w.code_type not in ("INT4", "UINT4") or product.w.granularity == "group":
@@ -147,7 +147,7 @@ def check_requantized(graph: Checked, target: Target) -> Problems:
     fix="take a group size that divides K, and write one scale a group",
 )
 def check_groups(graph: Checked, target: Target) -> Problems:
-    """Groups that do not divide an axis, lie along the wrong one, or are not as many as the scales."""
+    """Groups that do not divide their axis, lie along a wrong axis, or do not match the number of scales."""
     limits = target.limits
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
         size, codes, scale = node.attributes.get_int("block_size", 0), shape(node.inputs[0]), shape(node.inputs[1])
@@ -171,7 +171,7 @@ def check_groups(graph: Checked, target: Target) -> Problems:
     fix="store it in 2-D with an even last axis, and reshape or slice what DequantizeLinear makes",
 )
 def check_int4_shape(graph: Checked, target: Target) -> Problems:
-    """4-bit weights of too many axes, or with an odd last one."""
+    """4-bit weights with too many axes, or with an odd last axis."""
     most = target.limits.int4_rank_max
     for node in graph.of_type("DequantizeLinear"):
         codes = shape(node.inputs[0])
@@ -193,7 +193,7 @@ def check_int4_shape(graph: Checked, target: Target) -> Problems:
     fix="give the weight one scale and multiply by the channels' own behind the product, or compute it in float32",
 )
 def check_half_sum(graph: Checked, target: Target) -> Problems:
-    """Float16 products that are written before the scales of their channels."""
+    """Float16 products that are written before the scales of their channels are applied."""
     for product in graph.products:
         scale = product.w.dequantize.inputs[1]
         if not target.limits.unscaled_half_sums or product.is_convolution or product.w.granularity != "channel":
@@ -210,7 +210,7 @@ def check_half_sum(graph: Checked, target: Target) -> Problems:
     fix="move the codes in the file, or what DequantizeLinear makes of them",
 )
 def check_moved_codes(graph: Checked, target: Target) -> Problems:
-    """Constant codes that something else than DequantizeLinear reads."""
+    """Constant codes that another operator than DequantizeLinear reads."""
     if not target.limits.codes_only_dequantized:
         return
     for owner in (graph.model.graph, *graph.model.graph.subgraphs()):
@@ -246,7 +246,7 @@ def check_codes_between(graph: Checked, target: Target) -> Problems:
     fix="give each weight a zero point of its own",
 )
 def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
-    """8-bit weights with one zero point in common."""
+    """8-bit weights that share one zero point."""
     seen: dict[str, ir.Node] = {}
     for product in () if target.limits.shared_zero_points else graph.products:
         weight = product.w.dequantize
@@ -265,7 +265,7 @@ def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
     fix="write uint8 codes with zero point 128",
 )
 def check_int8_moves(graph: Checked, target: Target) -> Problems:
-    """Int8 inputs that are moved about, which does not load."""
+    """Int8 inputs that are reshaped, sliced or transposed, which do not load."""
     if target.limits.moves_int8 or graph.opset < 21:
         return
     for node in graph.of_type("DequantizeLinear"):
@@ -281,7 +281,7 @@ def check_int8_moves(graph: Checked, target: Target) -> Problems:
 
 
 def _biased(node: ir.Node) -> bool:
-    """Whether it is MatMul, of more than two axes, and Add of a constant, and nothing else."""
+    """Return True for a MatMul of more than two axes whose only user is an Add of a constant."""
     users = [use.node for use in node.outputs[0].uses()]
     x = node.inputs[0]
     wide = x is not None and x.shape is not None and len(x.shape) > 2
@@ -297,7 +297,7 @@ def _biased(node: ir.Node) -> bool:
     fix="write uint8 codes with zero point 128",
 )
 def check_input_type(graph: Checked, target: Target) -> Problems:
-    """Int8 inputs of products where the target multiplies unsigned ones."""
+    """Int8 inputs of products on a target that multiplies unsigned inputs."""
     for product in graph.products:
         if target.activation_dtype == "uint8" and product.x.code_type == "INT8":
             yield product.x.dequantize, f"int8 codes for the input of {named(product.node)}"

@@ -1,4 +1,4 @@
-"""Rules about quantized products that a target computes in floating point, or without a fast kernel."""
+"""Define rules about quantized products that a target computes in floating point, or without a fast kernel."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_floating(graph: Checked, target: Target) -> Problems:
     fix="quantize right before the product",
 )
 def check_between(graph: Checked, target: Target) -> Problems:
-    """Operators between DequantizeLinear and a product, which keep it in floating point."""
+    """Operators between DequantizeLinear and a product that keep the product in floating point."""
     for product in graph.products:
         casts = [sum(node.op_type == "Cast" for node in end.between) for end in (product.x, product.w)]
         if casts[0] != casts[1]:
@@ -66,7 +66,7 @@ def check_between(graph: Checked, target: Target) -> Problems:
 
 
 def _harmless(node: ir.Node) -> bool:
-    """A factor joins the scale, and parts that share one scale are one tensor."""
+    """Return True for a constant factor, which joins the scale, and for parts that share one scale."""
     if node.op_type == "Mul":
         return any(shape(value) == () and constant(value) is not None for value in node.inputs)
     if node.op_type == "Concat":
@@ -82,7 +82,7 @@ def _harmless(node: ir.Node) -> bool:
     fix="leave it in float",
 )
 def check_channels(graph: Checked, target: Target) -> Problems:
-    """8-bit convolutions whose channels are not multiples of what kernels take."""
+    """8-bit convolutions whose numbers of channels are no multiples of those that kernels take."""
     multiple = target.limits.conv_channels_multiple
     for product in graph.products:
         filters = shape(product.node.inputs[1]) if product.is_convolution else None

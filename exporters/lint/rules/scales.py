@@ -1,4 +1,4 @@
-"""Rules about scales and zero points: their values, their types, and the axis along which they lie."""
+"""Define rules about scales and zero points: their values, their types, and their axes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     fix="subtract the offset before QuantizeLinear; behind the product it is a constant that joins the bias",
 )
 def check_zero_point(graph: Checked, target: Target) -> Problems:
-    """Zero points that are not zero where quantization is symmetric."""
+    """Nonzero zero points on a target with symmetric quantization."""
     import numpy as np
 
     seen: dict[ir.Value | None, str] = {None: ""}  # one constant may be of many nodes
@@ -65,7 +65,7 @@ def check_scale(graph: Checked, target: Target) -> Problems:
 
 
 def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tuple[str, str]:
-    """What cannot be divided by, and what has no reciprocal; empty where nothing is wrong."""
+    """Describe scales that cannot be divided by, and scales without a reciprocal; empty if there are none."""
     import numpy as np
 
     if scale is None:
@@ -90,7 +90,7 @@ def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tup
     fix="give the scale the type of the tensor, and both operands the same",
 )
 def check_scale_type(graph: Checked, target: Target) -> Problems:
-    """Scales of another type than their tensor, or than the other operand."""
+    """Scales whose type differs from that of their tensor, or of the other operand's scale."""
     for node in graph.of_type("QuantizeLinear"):
         x, scale = node.inputs[0], node.inputs[1]
         if target.limits.mixed_scale_types or x is None or scale is None or x.dtype is None or scale.dtype is None:
@@ -114,7 +114,7 @@ def check_scale_type(graph: Checked, target: Target) -> Problems:
     fix="divide by the computed part before QuantizeLinear, and multiply by it behind the product",
 )
 def check_computed_scale(graph: Checked, target: Target) -> Problems:
-    """Scales that the graph computes, which keep a product off the integers."""
+    """Scales that the graph computes, which keep a product in floating point."""
     if not target.limits.constant_scales:
         return
     for product in graph.products:
@@ -153,7 +153,7 @@ def check_input_scale(graph: Checked, target: Target) -> Problems:
     fix="scale the output channels: axis 1 of [K, N], 0 of [N, K] and of convolutions",
 )
 def check_weight_axis(graph: Checked, target: Target) -> Problems:
-    """Weights with scales along another axis than the output channels."""
+    """Weights whose scales lie along another axis than the output channels."""
     for product in graph.products:
         if not product.w.is_weight or product.w.granularity != "channel":
             continue

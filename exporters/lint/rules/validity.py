@@ -1,4 +1,4 @@
-"""Rules about what a target can read: operators, types and forms that it refuses or reads as something else."""
+"""Define rules about what a target can read: operators, types and forms that it refuses or misreads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     when="always",
 )
 def check_opset(graph: Checked, target: Target) -> Problems:
-    """An opset or an IR version above what the target reads."""
+    """An opset or an IR version above those that the target reads."""
     if graph.opset > target.opset_max:
         yield None, f"opset {graph.opset}, but {target.name} reads up to {target.opset_max}"
     highest = target.limits.ir_version_max
@@ -45,7 +45,7 @@ def check_opset(graph: Checked, target: Target) -> Problems:
     when="always",
 )
 def check_valid(graph: Checked, target: Target) -> Problems:
-    """What the ONNX standard does not allow, and types and shapes that do not fit together."""
+    """Constructs that the ONNX standard does not allow, and types and shapes that do not fit together."""
     if graph.complaint is not None:
         what = "types and shapes do not fit together" if graph.standard else "not what the ONNX standard allows"
         yield None, f"{what}: {graph.complaint}"
@@ -69,7 +69,7 @@ def check_valid(graph: Checked, target: Target) -> Problems:
     fix="export it as the operators it is made of, or leave that part to the application",
 )
 def check_operator(graph: Checked, target: Target) -> Problems:
-    """Operators, or attributes of them, that the target does not have."""
+    """Operators, or attributes of operators, that the target does not have."""
     refused = frozenset(target.limits.unsupported)
     own = {(domain, name) for domain, name, _ in graph.model.functions}
     for node in graph.nodes:
@@ -90,7 +90,7 @@ def check_operator(graph: Checked, target: Target) -> Problems:
 
 
 _USUAL = (0, 0.0, "none", "stretch")
-"""What attributes say that change nothing, and dilations of 1."""
+"""Values of attributes that change nothing; so do dilations of 1."""
 
 
 @rule(
@@ -100,7 +100,7 @@ _USUAL = (0, 0.0, "none", "stretch")
     fix="cast it to a type that the target has, or leave that part to the application",
 )
 def check_type(graph: Checked, target: Target) -> Problems:
-    """Values of a type that the target does not have; codes are looked at by themselves."""
+    """Values of a type that the target does not have; codes have rules of their own."""
     known = frozenset(target.limits.types)
     for node, value in _values(graph) if known else ():
         if value.dtype is None or value.dtype.name in known or value.dtype.name == "UNDEFINED":
@@ -124,7 +124,7 @@ def check_double(graph: Checked, target: Target) -> Problems:
 
 
 def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
-    """Inputs and constants of all graphs, and what each node makes."""
+    """Yield the inputs and constants of all graphs, and the outputs of every node."""
     main = graph.model.graph
     for owner in (main, *main.subgraphs()):
         yield from ((None, value) for value in (*owner.inputs, *owner.initializers.values()))
@@ -144,7 +144,7 @@ def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
     ),
 )
 def check_form(graph: Checked, target: Target) -> Problems:
-    """Forms of operators that the target computes otherwise than ONNX says, or refuses."""
+    """Forms of operators that the target refuses, or computes differently from ONNX."""
     for name in target.limits.forms:
         for node in graph.nodes:
             if message := FORMS[name](node):
@@ -208,7 +208,7 @@ FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "vector-by-batch": _vector_by_batch,
     "reduction-of-truths": _reduction_of_truths,
 }
-"""By the names that targets have for it: what a node would become, if it is of that form."""
+"""Description of what a node would become, by the target's name for its form; None for other nodes."""
 
 
 @rule(
@@ -218,7 +218,7 @@ FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     fix="give the function another name; export the operator as the operators of ONNX it is made of",
 )
 def check_name(graph: Checked, target: Target) -> Problems:
-    """Functions, and operators of other domains, that the target takes for the operators of ONNX of that name."""
+    """Functions, and operators of other domains, that the target confuses with ONNX operators of that name."""
     if target.limits.reads_domains:
         return
     own = {(domain, name) for domain, name, _ in graph.model.functions}
@@ -231,7 +231,7 @@ def check_name(graph: Checked, target: Target) -> Problems:
 
 
 _OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "RotaryEmbedding"})
-"""Of ONNX Runtime's own operators with a name that ONNX has too: those with other inputs than ONNX's."""
+"""Operators of ONNX Runtime that share a name with ONNX's but take other inputs."""
 
 
 @rule(
@@ -258,7 +258,7 @@ def check_domain(graph: Checked, target: Target) -> Problems:
     fix="export with opset 22 or lower, or in float16",
 )
 def check_attention(graph: Checked, target: Target) -> Problems:
-    """The operator Attention in float32 where there is no kernel for it."""
+    """Attention in float32 where the target has no kernel for it."""
     for node in graph.of_type("Attention"):
         q = node.inputs[0]
         if target.limits.float32_attention or q is None or q.dtype is None or q.shape is None:
@@ -277,7 +277,7 @@ def check_attention(graph: Checked, target: Target) -> Problems:
     fix="export with opset 22 or lower, which takes Attention apart",
 )
 def check_shared_attention(graph: Checked, target: Target) -> Problems:
-    """The operator Attention with one tensor as q and as k."""
+    """Attention that takes one tensor as both q and k."""
     for node in () if target.limits.shared_attention else graph.of_type("Attention"):
         q, k = (_identity(value) for value in node.inputs[:2])
         if q is k:
@@ -285,7 +285,7 @@ def check_shared_attention(graph: Checked, target: Target) -> Problems:
 
 
 def _identity(value: ir.Value | None) -> ir.Value | None:
-    """What the value is a copy of."""
+    """Return the value that this one is a copy of."""
     while (node := producer(value)) is not None and node.op_type == "Identity":
         value = node.inputs[0]
     return value
@@ -298,7 +298,7 @@ def _identity(value: ir.Value | None) -> ir.Value | None:
     fix="write signed codes with zero point 0, and say so: QuantizeLinear without a zero point means uint8",
 )
 def check_code_type(graph: Checked, target: Target) -> Problems:
-    """Codes of a type that the target reads as another, or not at all."""
+    """Codes of a type that the target reads as another type, or not at all."""
     known = frozenset(target.limits.code_types)
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
         made = producer(node.inputs[0])
@@ -316,7 +316,7 @@ def check_code_type(graph: Checked, target: Target) -> Problems:
     when="no errors",
 )
 def check_loads(graph: Checked, target: Target) -> Problems:
-    """What ONNX Runtime does not load, such as operators that have no kernel for their types."""
+    """Graphs that ONNX Runtime does not load, such as operators without a kernel for their types."""
     if target.runtime != "onnxruntime":
         return
     complaint = ask("loads", graph.proto).complaint
@@ -339,14 +339,14 @@ _NO_KERNEL = re.compile(r"Could not find an implementation for (\S+?)\(\d+\) nod
 
 @cache
 def _standard() -> frozenset[str]:
-    """Names of all operators that ONNX has, or had."""
+    """Return the names of all operators that ONNX has or had."""
     import onnx
 
     return frozenset(schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain)
 
 
 def _since(op: str, opset: int) -> int:
-    """The opset that defines `op` as `opset` has it; 0 where it has none."""
+    """Return the opset that defines `op` as `opset` has it; 0 if there is none."""
     import onnx
 
     try:
