@@ -28,7 +28,7 @@ class SecondSize:
 
 @dataclass(frozen=True)
 class DenoiserModel:
-    """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
+    """Result of a model factory: a denoiser that is a plain nn.Module, and how to sample it.
 
     `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
     `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
