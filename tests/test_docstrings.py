@@ -18,7 +18,20 @@ SOURCES = sorted(
 FRAGMENT = re.compile(r"(Of|By|What|How|Where|Whether)\b")
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 
-STILL_FRAGMENTS: tuple[str, ...] = ()
+STILL_FRAGMENTS = (
+    "exporters/qdq/",
+    "exporters/runtimes/onnxruntime/session.py",
+    "passes/balance.py",
+    "passes/calibrate.py",
+    "passes/distill/",
+    "passes/layer_inputs.py",
+    "passes/layer_ranges.py",
+    "passes/sensitivity/",
+    "pipeline/artifacts/",
+    "pipeline/formats/",
+    "pipeline/numerics/",
+    "pipeline/simulation/",
+)
 """Files and folders whose docstrings are still to be rewritten."""
 STILL_LONG = frozenset(
     {
@@ -26,7 +39,6 @@ STILL_LONG = frozenset(
         "exporters/report/figures.py",
         "exporters/verify/verify.py",
         "passes/calibrate.py",
-        "pipeline/cli/app.py",
     }
 )
 """Files that are still to be split."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import JsonValue, ValidationError
 from typer.core import TyperGroup
 
 from intaglio.pipeline.cli.console import duration, print_json, print_table
@@ -22,6 +21,7 @@ from intaglio.pipeline.cli.options import (
     SetOption,
     StoreOption,
     all_names,
+    changed_recipe,
     json_option,
 )
 from intaglio.pipeline.cli.printing import (
@@ -36,8 +36,6 @@ from intaglio.pipeline.cli.printing import (
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
-from intaglio.pipeline.contract.recipe import Recipe, Step, beside, validation_problems
-from intaglio.pipeline.contract.yaml_text import DEEPEST, read_yaml
 from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.output_files import check_output, write_output
@@ -47,10 +45,6 @@ from intaglio.pipeline.runs.runner import StepEvent, compile, plan
 from intaglio.pipeline.runs.store import Store
 
 REPORT_FILE = "report.html"
-MOST_CHANGES = 1000
-"""Largest number of --set options, and of --insert options."""
-
-
 COMMANDS = "intaglio.commands"
 """Group of entry points by which intaglio's exporters and other packages add commands."""
 
@@ -140,7 +134,7 @@ def run_command(
 ) -> None:
     """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
-    changed = _changed(recipe, set_, insert)
+    changed = changed_recipe(recipe, set_, insert)
     folder = Path("build") / recipe.stem if out is None else out
     events: list[StepEvent] = []
 
@@ -179,7 +173,7 @@ def plan_command(
     as_json: Annotated[bool, json_option("{target: steps}")] = False,
 ) -> None:
     """Show which steps are in the store, which would run, and how long they take."""
-    planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
+    planned = plan(changed_recipe(recipe, set_, insert), Store(store), base=recipe.parent)
     if as_json:
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
         return
@@ -361,39 +355,6 @@ def _log_step(event: StepEvent) -> None:
         case "hit":
             what = f"is in the store (took {duration(event.seconds)})"
     logging.getLogger(__name__).info("%s %d/%d %s %s", place.target, place.position, place.count, place.step, what)
-
-
-def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
-    """Return the recipe with the changes from the command line."""
-    recipe = Recipe.read(path)
-    for option, given in (("--insert", inserts), ("--set", sets)):
-        if len(given) > MOST_CHANGES:
-            raise RecipeError(f"{option}: given {len(given)} times, at most {MOST_CHANGES}: write it in the recipe")
-    for text in inserts:
-        place, equals, uses = text.partition("=")
-        named = f"--insert {_brief(text)}"
-        if not (place.startswith("after:") and equals and uses):
-            raise RecipeError(f"{named}: write it as after:STEP=PASS")
-        try:
-            step = Step.model_validate(beside(uses, path.parent))
-        except ValidationError as error:
-            raise RecipeError(*(f"{named}: {each}" for each in validation_problems(error, Step))) from error
-        recipe = recipe.insert(step, after=place.removeprefix("after:"))
-    for text in sets:
-        place, equals, value = text.partition("=")
-        named = f"--set {_brief(text)}"
-        step_name, *option_path = place.split(".")
-        if not (equals and option_path and all(option_path)):
-            raise RecipeError(f"{named}: write it as STEP.FIELD=VALUE")
-        if len(option_path) > DEEPEST:
-            raise RecipeError(f"{named}: an option {len(option_path)} names deep, the most that is read is {DEEPEST}")
-        parsed: JsonValue = read_yaml(value, named)  # type: ignore[assignment]  # plain values
-        recipe = recipe.with_option(step_name, tuple(option_path), parsed)
-    return recipe
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _described(name: str) -> Explanation | str:
