@@ -1,1 +1,1 @@
-"""Shows what a run made: a page with samples, plots and figures, and the comparison of two runs."""
+"""Show what a run made: a page with samples, plots and figures, and the comparison of two runs."""

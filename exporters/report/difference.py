@@ -1,4 +1,4 @@
-"""What differs between two compiled folders: figures, layers, samples, recipes and versions."""
+"""Compare two compiled folders: figures, layers, samples, recipes and versions."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "engine.int8_gemm": ("products on integers", "higher"),
     "engine.fp_gemm": ("products in float", "neither"),
 }
-"""Of metrics.json: what it is called, and which is better."""
+"""Label of each figure of metrics.json, and which direction is better."""
 SAMPLES = 16
 MOST_PIXELS = 1 << 23
-"""Pixels of samples.png: each takes up to 30 bytes of memory."""
+"""Largest number of pixels of samples.png: each takes up to 30 bytes of memory."""
 START = ("MODEL", "TARGET")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One quantity on both sides; None where it was not measured."""
+    """Quantity on both sides; None where it was not measured."""
 
     a: float | None
     b: float | None
@@ -68,12 +68,12 @@ class Change:
 
     @property
     def delta(self) -> float | None:
-        """B minus A."""
+        """Difference B minus A."""
         return None if self.a is None or self.b is None else self.b - self.a
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` of B, `same`, or nothing where neither is better or one is not known."""
+        """Verdict on B: `better`, `worse`, `same`, or nothing if neither direction is better or a figure is missing."""
         if self.delta is None:
             return ""
         if self.delta == 0:
@@ -85,7 +85,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Side:
-    """One target's folder, and what the store still has of its run."""
+    """Folder of one target, and the artifacts of its run that the store still has."""
 
     folder: Path
     manifest: Manifest
@@ -93,18 +93,18 @@ class Side:
 
     @cached_property
     def metrics(self) -> dict[str, object]:
-        """Dotted names -> figures; nothing where no report was written."""
+        """Figures of metrics.json by dotted names; none if no report was written."""
         file = self.folder / "metrics.json"
         return dict(dotted(read_json_object(file))) if file.exists() else {}
 
     def figure(self, name: str) -> float | None:
-        """None where it was not measured."""
+        """Return a figure by its name; None if it was not measured."""
         found = self.metrics.get(name)
         return float(found) if isinstance(found, int | float) and abs(found) < 1e300 else None
 
     @cached_property
     def plan(self) -> QuantPlan | None:
-        """None where the chain made none."""
+        """Plan of the chain; None if it made none."""
         return QuantPlan.load(self.folder) if (self.folder / "plan.json").exists() else None
 
     @cached_property
@@ -129,7 +129,7 @@ class Side:
 
     @cached_property
     def samples(self) -> Mapping[str, torch.Tensor]:
-        """Of the verification; without it the picture in the folder, full precision above, each line as one."""
+        """Samples of the verification, or else of the picture: full precision above, each line as one sample."""
         if self.verification is not None:
             return self.verification.samples
         file = self.folder / "samples.png"
@@ -158,7 +158,7 @@ def _picture(file: Path) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two targets' folders."""
+    """Difference between the folders of two targets."""
 
     a: Side
     b: Side
@@ -170,7 +170,7 @@ class Difference:
 
     @cached_property
     def model(self) -> list[str]:
-        """How models and targets differ; what is the same can be compared all the same."""
+        """Return lines on how the models and targets differ; equal ones allow a fair comparison."""
         pairs = [
             (f"{n.lower()}, sha256", *(s.manifest.start.get(n, "-")[:12] for s in (self.a, self.b))) for n in START
         ]
@@ -188,13 +188,13 @@ class Difference:
 
     @cached_property
     def figures(self) -> dict[str, Change]:
-        """By their name in metrics.json; those that at least one side has."""
+        """Changes of figures that at least one side has, by their name in metrics.json."""
         changes = {n: Change(self.a.figure(n), self.b.figure(n), better) for n, (_, better) in FIGURES.items()}
         return {n: change for n, change in changes.items() if (change.a, change.b) != (None, None)}
 
     @cached_property
     def both(self) -> list[tuple[Layer, Layer]]:
-        """Layers of one name."""
+        """Pairs of layers with the same name."""
         if self.a.plan is None or self.b.plan is None:
             return []
         others = {layer.name: layer for layer in self.b.plan.layers}
@@ -202,7 +202,7 @@ class Difference:
 
     @cached_property
     def schemes(self) -> dict[str, tuple[str, str, Change]]:
-        """Layers whose scheme differs: both names, and bytes."""
+        """Layers whose scheme differs, with both schemes and the change in bytes."""
         one, other = self.a.plan, self.b.plan
         if one is None or other is None:
             return {}
@@ -258,7 +258,7 @@ class Difference:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def comparison(self, pixels_max: int) -> SampleFigure | None:
-        """Both sides' deployed samples, and full precision, which is there twice where it differs."""
+        """Return both sides' deployed samples with full precision, once or, where it differs, twice."""
         one, other = self.a.samples, self.b.samples
         if not {"full_precision", "deployed"} <= one.keys() & other.keys():
             return None
@@ -277,7 +277,7 @@ class Difference:
         return sample_figure(drawn, pairs, SAMPLES, pixels_max)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """For a terminal."""
+        """Return the rows of the comparison for a terminal."""
 
         def row(label: str, change: Change) -> tuple[str, ...]:
             return label, *map(figures.amount, (change.a, change.b, change.delta)), change.verdict
@@ -288,7 +288,7 @@ class Difference:
         return found + [(problem, "", "", "", "") for problem in self.model]
 
     def to_json(self) -> dict[str, object]:
-        """All of it but the samples. Null: not measured."""
+        """Return the comparison as JSON without samples; null stands for a figure that was not measured."""
 
         def plain(changes: Mapping[str, Change]) -> dict[str, dict[str, float | None]]:
             return {name: {"a": change.a, "b": change.b, "delta": change.delta} for name, change in changes.items()}
@@ -310,9 +310,9 @@ class Difference:
 
 
 def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
-    """Targets of one name, or the two where each side has but one.
+    """Pair the targets of one name, or the only target of each side.
 
-    Raises RecipeError for what is no compiled folder, and where no target is in both.
+    Raises RecipeError for a folder that is not compiled, and if no target is in both.
     """
     one, other = compiled_folders(first), compiled_folders(second)
     if len(one) == len(other) == 1:
@@ -327,7 +327,7 @@ def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
 
 
 def page(found: tuple[Difference, ...]) -> str:
-    """One HTML file, as the report is one."""
+    """Return the comparison as one HTML file."""
     return render(
         "difference.html.j2",
         found=[(each, each.comparison(SHEET_PIXELS_MAX // (2 * len(found)))) for each in found],

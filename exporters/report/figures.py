@@ -87,7 +87,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class SchemeRow:
-    """What of the model has one scheme. `css` names its colour, `code` stands in a cell."""
+    """Part of the model with one scheme. `css` names its colour, `code` stands in a cell."""
 
     name: str
     css: str
@@ -218,7 +218,7 @@ def bit_maps(plan: QuantPlan) -> tuple[BitMap, ...]:
 
 
 def gain_maps(plan: QuantPlan, graph: Graph) -> tuple[BitMap, ...]:
-    """What balanced layers gained, and whether their channel scales cost anything in the graph."""
+    """Map the gain of balanced layers, and whether their channel scales cost anything in the graph."""
     return _maps(plan, {x.name: _gain_cell(plan, x, graph) for x in plan.layers if x.name in plan.balances})
 
 
@@ -502,7 +502,7 @@ class Strip:
 
 
 def strip(psnr_db: Mapping[str, Sequence[float]]) -> Strip | None:
-    """By the titles of the lanes; None where there is none."""
+    """Lay out a strip of PSNR values by the titles of its lanes; None without values."""
     every = [db for lane in psnr_db.values() for db in lane]
     if not every:
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHEET_PIXELS_MAX = 384 * 384
-"""Of one sheet: five of them stay below 3 MB as text even if they are noise, which PNG cannot compress."""
+"""Largest number of pixels of one sheet: five sheets of noise stay below 3 MB as text."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class SampleFigure:
     """Width and height of a picture."""
     channels: int
     reduced: int
-    """How many pixels of a picture, along each axis, became one of the page."""
+    """Number of a picture's pixels, along each axis, that became one pixel of the page."""
 
     @property
     def latent(self) -> bool:
-        """Whether the samples are no images, but what a decoder makes images from."""
+        """True if the samples are no images, but latents from which a decoder makes images."""
         return self.channels not in (1, 3)
 
 
@@ -117,7 +117,10 @@ def sample_figure(
 
 
 def _columns(count: int) -> int:
-    """Of full rows, with the fewest samples left out, then the nearest to a square; eight at most for a few samples."""
+    """Choose the number of columns: fewest samples left out of full rows, then nearest to a square.
+
+    There are at most eight columns for a few samples.
+    """
     square = math.ceil(math.sqrt(count))
     return max(
         range(square, max(square, min(count, 8)) + 1), key=lambda columns: (count // columns * columns, -columns)

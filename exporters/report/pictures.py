@@ -36,10 +36,10 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class Drawing:
-    """What to draw. Conditions are `rows` in turn: classes, or what was recorded; all of them where none is given.
+    """Samples to draw. Conditions are `rows` in turn: classes or recorded rows; by default all of them.
 
-    Or a text, `prompt`, by a whole `pipeline` of diffusers with its denoiser replaced: its folder, or hub id.
-    `compare`: with full precision too, from the same noise.
+    Alternatively a text, `prompt`, is drawn by a whole diffusers `pipeline`, a folder or hub id, with its denoiser
+    replaced. `compare`: also draw with full precision from the same noise.
     """
 
     samples: int
@@ -80,7 +80,7 @@ def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Cont
 def _sampled(
     model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
-    """By the sampler that compiles too."""
+    """Draw with the sampler that also compiles."""
     from intaglio.pipeline.model.calls import denoise_with
     from intaglio.pipeline.model.sampler import Sampler
 
@@ -104,7 +104,7 @@ def _sampled(
 def _piped(
     model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
 ) -> Mapping[str, torch.Tensor]:
-    """By the pipeline, decoded: in [-1, 1]."""
+    """Draw with the pipeline, decoded to [-1, 1]."""
     from diffusers import DiffusionPipeline
 
     from intaglio.pipeline.model.scheduler import seeded

@@ -57,7 +57,7 @@ MEASURED = (
     "parity_layer_rel_l2_max",
     "parity_rel_l2",
 )
-"""What the metrics take over from the verification, under the same names."""
+"""Figures that the metrics copy from the verification under the same names."""
 
 
 class WriteReport(Pass):
@@ -175,7 +175,7 @@ def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure
 
 
 def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
-    """By title, of what was drawn beside full precision."""
+    """Return the PSNR in dB of each sample against full precision, by title."""
     if "full_precision" not in samples:
         return {}
     return {
@@ -206,7 +206,7 @@ class PastStep:
 
 @dataclass(frozen=True)
 class Origin:
-    """What makes the page again, and what it was made from."""
+    """Command that makes the page again, and the inputs that it was made from."""
 
     command: str
     recipe: str
