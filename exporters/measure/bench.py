@@ -1,4 +1,4 @@
-"""What a compiled graph costs where it runs, beside full precision in the same run."""
+"""Define the results of a benchmark of a compiled graph beside full precision."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _speedup(spent: Mapping[str, Sequence[Spent]], times: Callable[[Spent], Sequ
 
 
 def _commands(target: Target, graph: Graph, rows: int) -> Mapping[str, str]:
-    """What measures on the device, in the folder of model.onnx, what cannot be measured here."""
+    """Return the commands that measure on the device, in the folder of model.onnx, figures that this machine cannot."""
     from intaglio.exporters.runtimes.onnxruntime.session import usual_shapes
 
     dynamic = {name for name, spec in graph.inputs.items() if any(isinstance(axis, str) for axis in spec.shape)}

@@ -45,7 +45,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Spent:
-    """By call, in seconds: by the clock, and of the process."""
+    """Seconds of each call: elapsed time, and CPU time of the process."""
 
     clock: tuple[float, ...]
     cpu: tuple[float, ...]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _NO_NAME = re.compile(r" \+ | \|\| |\.\.\.|[\s()\[\]{},\x1e]+")
-"""What stands between names of nodes in the names that TensorRT makes of them."""
+"""Separators between names of nodes in the names that TensorRT makes of them."""
 MOST_TRTEXEC = 64 * MIB
 """Bytes of what trtexec writes that are read."""
 _RANGE = "..."
