@@ -132,7 +132,7 @@ def _listening(models: Mapping[str, nn.Module], note: Callable[[str, str, dict[s
     wrapped = [
         (name, module, method) for name, module in models.items() for method in METHODS if hasattr(module, method)
     ]
-    for name, module, method in wrapped:  # decode and encode are no calls of the module, which hooks would tell
+    for name, module, method in wrapped:  # hooks do not see decode and encode
         setattr(module, method, noting(getattr(module, method), name, method))
     try:
         yield

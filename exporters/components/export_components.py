@@ -160,7 +160,7 @@ class ExportComponents(Pass):
                 return models, *self._recorded(pipe, models, model.ref.sampling_steps, ctx)
             except IntaglioError:
                 raise
-            except Exception as error:  # pipelines of diffusers raise anything where something is not given
+            except Exception as error:  # pipelines raise any exception for a missing argument
                 said = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
                 if not absent:
                     kind = printable(folder.index()["_class_name"])
@@ -251,7 +251,7 @@ class ExportComponents(Pass):
             opset=self.opset,
             called=calls.name,
         )
-        gc.collect()  # the wrapped module is in a cycle
+        gc.collect()  # the wrapped module is part of a reference cycle
         graph = replace(graph, interface=Interface(arguments=calls.arguments, constants=calls.constants))
         check_outputs(graph.path, expected, TOLERANCE)
         half = target.float_type == "float16"

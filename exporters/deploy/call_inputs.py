@@ -77,11 +77,11 @@ class CallInputs:
             yield
         except IntaglioError:
             raise
-        except Exception as e:  # each runtime has its own
+        except Exception as e:  # each runtime raises its own
             raise CallError(f"{self._sizes(inputs)}: the graph does not take them: {e}") from e
 
     def check_outputs(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Raise CallError where an output has other sizes than the inputs' axes of the same names."""
+        """Raise CallError if an output has other sizes than the inputs' axes of the same names."""
         sizes = dict(_named_sizes(self._graph.inputs, inputs))
         for name, size in _named_sizes(self._graph.outputs, outputs):
             if size != sizes.get(name, size):
@@ -163,7 +163,7 @@ def table_sizes(graph: onnx.GraphProto) -> dict[str, int]:
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     origins = {value.name: value.name for value in graph.input}
     sizes: dict[str, int] = {}
-    for node in graph.node:  # in an order in which they can run
+    for node in graph.node:  # nodes are in an order of execution
         first = node.input[0] if node.input else ""
         if node.op_type in KEEPS_INDICES and first in origins:
             origins[node.output[0]] = origins[first]

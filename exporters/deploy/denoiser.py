@@ -50,7 +50,7 @@ class CompiledDenoiser(Standin):
         compiled_with = {} if original is None else defaults(original.forward)
         compiled_with |= dict(flatten(graph.interface.constants))
         super().__init__(original)
-        own = self.__dict__  # as nothing can be set
+        own = self.__dict__  # attributes cannot be set in the usual way
         own["graph"], own["_call"], own["_device"] = graph, call, device or torch.device("cpu")
         own["_call_inputs"] = CallInputs(graph, compiled_with)
 
@@ -104,7 +104,7 @@ def load(
 
     `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
     stream without a copy; those two have not run on a GPU yet. `threads`: of ONNX Runtime, 0 for one a core;
-    `providers`: those wanted beside the CPU's. Raises RecipeError where the folder holds nothing that the backend
+    `providers`: those wanted beside the CPU's. Raises RecipeError if the folder holds nothing that the backend
     executes, TargetError where an engine does not run here.
     """
     root, device = Path(folder), device_of(backend)
@@ -156,7 +156,7 @@ def _original(graph: Graph) -> nn.Module | None:
     file = f"{printable(graph.path.parent)}/graph.json"
     try:
         kind: Any = getattr(diffusers, interface.kind)
-    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules when they are asked for
+    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules lazily
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         name = printable(interface.kind)[:100]

@@ -73,7 +73,7 @@ def write_kit(folder: Path, out: Path | None = None, target: str | None = None) 
 
 
 def _check_out(out: Path) -> None:
-    """Raise RecipeError where something is that no kit may take the place of."""
+    """Raise RecipeError if `out` exists and is no kit."""
     if not os.path.lexists(out):
         return
     check_output(out)
@@ -135,7 +135,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
         "build.py": (scripts / "build.py").read_bytes(),
         "run.py": (scripts / "run.py").read_bytes(),
     }
-    if module == "tensorrt":  # trtexec is part of it; an engine runs on the kind of GPU alone that built it
+    if module == "tensorrt":  # trtexec is part of TensorRT; an engine runs only on the kind of GPU that built it
         content |= {file: cases[0].inputs[n].tobytes() for file, n in raw.items()}
         content["build.sh"] = _rendered("build.sh.j2", about)
     elif engine is not None:

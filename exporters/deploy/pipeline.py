@@ -70,7 +70,7 @@ class CompiledComponent(Standin):
 
     def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
         super().__init__(original, name, f"of its component only {', '.join(methods)}")
-        self.__dict__["_methods"] = methods  # as nothing can be set
+        self.__dict__["_methods"] = methods  # attributes cannot be set in the usual way
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -140,7 +140,7 @@ def load_pipeline(
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
     pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
-    pipe.save_pretrained = _not_saved  # which would leave out what is compiled
+    pipe.save_pretrained = _not_saved  # saving would leave out the compiled models
     return pipe
 
 

@@ -85,12 +85,12 @@ class Standin(nn.Module):
         if original is None:
             return super().__getattr__(name)
         found = getattr(original, name)
-        if name == "attn_processors":  # who asks for them is about to change them
+        if name == "attn_processors":  # a caller that reads them is about to change them
             raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {CURE}")
         return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "training" and value is False:  # as it is
+        if name == "training" and value is False:  # already the case
             return
         raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
 
@@ -200,7 +200,7 @@ def freeze(root: nn.Module, name: str, compiled: str) -> None:
         place = f"{name}.{path}".strip(".")
         tables = module.__dict__
         for key in ("_parameters", "_buffers"):
-            kept = module._non_persistent_buffers_set if key == "_buffers" else ()  # which a configuration makes
+            kept = module._non_persistent_buffers_set if key == "_buffers" else ()  # made from the config
             tables[key] = {
                 n: v if v is None or n in kept else _shown(v, f"{place}.{n}") for n, v in tables[key].items()
             }

@@ -92,7 +92,7 @@ def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, o
         return
     from intaglio.exporters.float_graph.onnx_file import read_proto
 
-    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for what is damaged or not all there
+    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for a damaged or incomplete file
     if target.kernels:
         from intaglio.exporters.runtimes.onnxruntime.session import write_fused
 

@@ -36,7 +36,7 @@ class Expected(NamedTuple):
 
 
 def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) -> None:
-    """Run the graph on calls. Raise StepFailed where it leaves torch."""
+    """Run the graph on calls. Raise StepFailed if it leaves torch."""
     with lean_session(path) as session:
         for call in expected:
             _check(call, _run(session, call.inputs), tolerance)

@@ -91,7 +91,7 @@ class _Process:
     def ask(self, header: dict[str, Any], content: bytes) -> tuple[str | None, bytes] | None:
         """Ask the process; None if it reached its limits."""
         with self._lock:
-            for _ in range(2):  # it may have ended for want of questions a moment ago
+            for _ in range(2):  # an idle process may have ended a moment ago
                 try:
                     running = self._start()
                     assert running.stdin is not None
@@ -155,7 +155,7 @@ def serve() -> None:
     import select
 
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # prints of libraries go to stderr
     while sys.platform == "win32" or select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
         found = _read(sys.stdin.buffer)
         if found is None:
@@ -198,7 +198,7 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
                 _load(proto)
     except MemoryError:
         os._exit(1)
-    except Exception as e:  # they raise whatever the operators' own functions raise
+    except Exception as e:  # functions of operators raise exceptions of any type
         if "bad_alloc" in str(e):
             os._exit(1)
         return " ".join(str(e).split()) or type(e).__name__, b""

@@ -52,7 +52,7 @@ class Checked:
             inferred, complaint = answer.model or proto, answer.complaint
         try:
             model = ir.from_proto(inferred)
-        except Exception as e:  # likewise: the file decodes, but says something impossible
+        except Exception as e:  # the file decodes, but its content is impossible
             raise RecipeError(f"{printable(path)}: is no ONNX model: {shortened(e)}") from e
         ir.external_data.set_base_dir(model.graph, path.parent)
         graphs = (model.graph, *(function.graph for function in model.functions.values()))

@@ -212,7 +212,7 @@ class _Groups:
         import regex
 
         where = f"config.json: the target {shown('re:' + pattern)}"
-        # regex writes counted repeats out: one in another takes memory without bound
+        # regex expands counted repeats: nested ones take unbounded memory
         if len(pattern) > MOST_PATTERN or pattern.count("{") > 1 or re.search(r"\{.*\d{3}", pattern):
             raise RecipeError(f"{where} is longer than {MOST_PATTERN} characters, or repeats more than is read")
         started = time.process_time()

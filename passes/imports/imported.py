@@ -103,7 +103,7 @@ class ImportPass(Pass):
         for name, data in taken.items():
             if data.balance is None:
                 continue
-            if data.amax_T is None:  # no entry is larger
+            if data.amax_T is None:  # an upper bound of every entry
                 amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
             else:
                 amax_T = data.amax_T.expand(len(trajectory.timesteps))
@@ -113,7 +113,7 @@ class ImportPass(Pass):
         ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
         for reason, names in found.in_float.items():
             ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
-        # one entry: its scales are of no step
+        # one entry, as scales do not depend on the step
         return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
 
 
@@ -175,7 +175,7 @@ def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerD
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:
-    """Raise StaysFloat where the recorded calls never reach the layer: the graph has no product of it."""
+    """Raise StaysFloat if the recorded calls never reach the layer: the graph has no product of it."""
     if layer.name not in trajectory.amax:
         raise StaysFloat("it is never called")
 

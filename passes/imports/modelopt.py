@@ -294,7 +294,7 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[int, t
 
 
 def _weight_amax(layer: Layer, quantizer: _Quantizer) -> torch.Tensor:
-    """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried where they are not the layer's."""
+    """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried if they are not the layer's."""
     amax, axis, blocks = _amax("weight", quantizer), quantizer.how.axis, _blocks(quantizer.how)
     count = 1
     if blocks:

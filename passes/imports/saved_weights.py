@@ -71,7 +71,7 @@ def checked(
 
 
 def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None, what: str) -> None:
-    """Raise NotCarried where a zero point is another than zero, or they are not as many as scales."""
+    """Raise NotCarried if a zero point is another than zero, or they are not as many as scales."""
     if zero_point is None:
         return
     counts = {1} | ({scale.numel()} if scale is not None else set())

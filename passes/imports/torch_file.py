@@ -43,7 +43,7 @@ def load_torch_file(path: Path) -> object:
 
     check_torch_file(path)
     with _refused(path), torch.serialization.safe_globals([slice]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are for those who call torch
+        warnings.simplefilter("ignore")  # warnings are for callers of torch
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -75,7 +75,7 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def _check_end(stream: BinaryIO) -> int:
-    """Return the file's size. Raises ValueError where it does not end as a zip file does, or its directory is large."""
+    """Return the file's size. Raises ValueError if it does not end as a zip file does, or its directory is large."""
     size = stream.seek(0, 2)
     stream.seek(-min(size, END.size + LOCATOR + END64.size), 2)
     tail = stream.read()

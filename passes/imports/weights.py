@@ -58,7 +58,7 @@ class ImportWeights(ImportPass):
             raise RecipeError(f"{printable(place)}: no *.safetensors in it: name the folder of the denoiser itself")
         config = found[0].with_name(CONFIG)
         for file in found:
-            with open_safetensors(file, framework="np"):  # before all of it is read for its sum
+            with open_safetensors(file, framework="np"):  # checked before the whole file is read for its digest
                 pass
         return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
 

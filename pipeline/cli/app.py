@@ -72,13 +72,13 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever read the output has enough: typer ends quietly
+        except BrokenPipeError:  # the reader of the output has stopped: typer ends quietly
             raise
         except KeyboardInterrupt:
             goes_on = ": run the same command again to continue" if ctx.invoked_subcommand == "run" else ""
             message, exit_code = f"interrupted{goes_on}", INTERRUPTED
         except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("click", "typer"):  # what they say of the command line
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):  # they report usage errors
                 raise
             if ctx.params["debug"]:
                 traceback.print_exception(error)
@@ -120,7 +120,7 @@ def main() -> None:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Compile a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group looks at --debug
+    """Compile a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group reads --debug
 
 
 @app.command("run")

@@ -42,7 +42,7 @@ PACKAGES = (
     Package(("onnx-ir",), "onnx_ir", "graphs", CORE),
     Package(("onnxscript",), "onnxscript", "export from torch", CORE),
     Package(("onnxruntime-gpu", "onnxruntime"), "onnxruntime", "running and verifying graphs", CORE),
-    Package(("nvidia-modelopt",), "modelopt", "what import-modelopt reads, where it is written", CORE),
+    Package(("nvidia-modelopt",), "modelopt", "writing files for import-modelopt", CORE),
     Package(("transformers",), "transformers", "text encoders of whole pipelines", "pip install transformers"),
     Package(("peft",), "peft", "model.loras", "pip install 'intaglio[lora]'"),
     Package(("tensorrt-rtx-cu12",), "tensorrt_rtx", "engines of TensorRT-RTX", "pip install 'intaglio[rtx]'"),
@@ -151,7 +151,7 @@ def _asked(faults: dict[str, str], what: str, ask: Callable[[], T]) -> T | None:
     """Run a check; if it raises, note the error in `faults` and return None."""
     try:
         return ask()
-    except Exception as error:  # whatever a broken installation raises is what is looked for
+    except Exception as error:  # a broken installation raises exceptions of any type
         faults[what] = _in_words(error)
         return None
 

@@ -167,7 +167,7 @@ def _of_scheme(name: str) -> Explanation:
     targets = [load_target(target) for target in target_names()]
     runs = {op: [t.name for t in targets if name in t.formats[op]] for op in found}
     facts: Facts = {"weight": _weight(scheme), "input": _input(scheme), "output": _output(scheme)}
-    facts["measured"] = "where a recipe names none" if name in USUAL_SCHEMES else "where sensitivity.schemes names it"
+    facts["measured"] = "if a recipe names no schemes" if name in USUAL_SCHEMES else "if sensitivity.schemes names it"
     return Explanation("scheme", name, _doc(LayerScheme), {**facts, "runs on": runs})
 
 

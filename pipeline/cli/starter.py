@@ -156,7 +156,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         cost = count_cost(opened, ref)
     except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
-    except (NotImplementedError, RuntimeError):  # of a tensor without values, something asks for one
+    except (NotImplementedError, RuntimeError):  # the model needs values of a tensor without values
         pass
     module = checkpoint.empty() if opened is None else opened.module
     layers = layer_table(module)
@@ -270,7 +270,7 @@ def _commented_components(found: Found) -> Iterator[str]:
 
 def _rows(found: Found) -> Iterator[tuple[str, int]]:
     """Yield each step whose time depends on denoiser rows, with their number."""
-    assert found.cost is not None  # whoever asks has looked
+    assert found.cost is not None  # callers have checked this
     for written, _ in _steps(found):
         step = Step.model_validate(yaml.safe_load(written))
         configured = find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options))
@@ -323,7 +323,7 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
         kind = folder.kind()
     except RecipeError as error:
         return Sampling(unknown=str(error).removeprefix("model: "))
-    if backends := getattr(kind, "_backends", ()):  # what diffusers has in the place of a class that needs more
+    if backends := getattr(kind, "_backends", ()):  # diffusers' dummy for a class with missing packages
         absent = [name for name in backends if find_spec(name) is None] or backends
         return Sampling(unknown=f"{kind.__name__} cannot be inspected without {' and '.join(absent)}")
     defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}

@@ -185,7 +185,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> set[str]:
     """Return the names of the options at this place in a model."""
     there = {model}
-    for part in path:  # the place in a list and the key of a mapping are of the same model
+    for part in path:  # list indices and mapping keys stay in the same model
         fields = [inner.model_fields[part] for inner in there if part in inner.model_fields]
         there = {inner for field in fields for inner in _models(field.annotation)} if fields else there
     return {name for inner in there for name in inner.model_fields}

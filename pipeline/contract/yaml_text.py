@@ -43,7 +43,7 @@ def read_yaml(text: str, source: str) -> object:
 def _too_much(text: str) -> str | None:
     """Describe content that would take too much time or memory to expand; None if there is none."""
     known: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values so far of what encloses the event
+    open_: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values of each enclosing node
     for event in yaml.parse(text, Loader=_LOADER):
         values, anchor = 0, None
         if isinstance(event, yaml.CollectionStartEvent):
@@ -83,7 +83,7 @@ class _Values:
         if isinstance(node, yaml.ScalarNode) and tag in _SCALARS:
             return self._scalar(node, tag, place)
         if tag == "timestamp":
-            raise self._error("a date, where text is meant: write it in quotes", node, place)
+            raise self._error("a date instead of text: put it in quotes", node, place)
         problem = f"the tag {printable(node.tag)[:80]} is not read: write text, numbers, lists, names"
         raise self._error(problem, node, place)
 
@@ -99,10 +99,10 @@ class _Values:
                 continue
             if key.tag != f"{_TAG}str":
                 said = printable(key.value)[:80] if isinstance(key, yaml.ScalarNode) else "what stands here"
-                raise self._error(f"{said} is no name: write names in quotes where they are like numbers", key, place)
+                raise self._error(f"{said} is no name: put names that look like numbers in quotes", key, place)
             name = str(self.read(key, place))
             if name in own:
-                raise self._error("is there twice", key, (*place, name))
+                raise self._error("is given twice", key, (*place, name))
             own[name] = self.read(value, (*place, name))
         return merged | own
 

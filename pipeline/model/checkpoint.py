@@ -104,7 +104,7 @@ class Checkpoint:
             raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
         weights = found._weights
         if weights is not None:
-            _ = weights.size  # what is damaged or leads elsewhere is said here, where the path is the user's
+            _ = weights.size  # reports damaged files and outside links now, with the user's path
         elif others := pickled(denoiser):
             raise found._no_weights(others)
         if (settings := folder / "scheduler" / SCHEDULER).is_file():
@@ -219,7 +219,7 @@ class Checkpoint:
             made = replace(made, other=SecondSize(other.sample_shape, other.conditions, other.shared))
         elif isinstance(self.ref.other_size, tuple):
             made = replace(made, other=SecondSize(self.ref.other_size))
-        _ = made.names  # what is missing is said here, before anything runs
+        _ = made.names  # reports missing inputs now, before anything runs
         return made
 
     def layers(self) -> tuple[Layer, ...]:

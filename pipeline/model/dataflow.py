@@ -45,7 +45,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         self.read: set[int] = set()
         self.running: list[nn.Module] = []
         self._holders = holders
-        self._kept: dict[int, StorageWeakRef] = {}  # a storage's number is not given again as long as it is here
+        self._kept: dict[int, StorageWeakRef] = {}  # while a storage is kept here, its number is not reused
 
     def numbers(self, values: Any) -> frozenset[int]:
         """Return the numbers of the storages behind all tensors in `values`."""

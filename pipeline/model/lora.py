@@ -237,7 +237,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         target_modules=list(updates),
         use_dora=first.magnitude_N is not None,
     )
-    # empty at first: nothing is drawn from torch's global generator
+    # adapters start empty, so that torch's global generator is not used
     inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=True, state_dict=tensors)
     set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
     changed = 0

@@ -186,7 +186,7 @@ def blamed(origin: str, called: Mapping[str, str] | None = None) -> Iterator[Non
         yield
     except IntaglioError:
         raise
-    except (Exception, SystemExit) as error:  # a file of Python may end the process
+    except (Exception, SystemExit) as error:  # the user's code may exit the process
         text = one_line(error)
         for path, name in (called or {}).items():
             text = text.replace(path, name)

@@ -28,7 +28,7 @@ def plain_weights_(module: Module) -> Module:
             if parametrize.is_parametrized(part):
                 for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                     parametrize.remove_parametrizations(part, name, leave_parametrized=True)
-                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # where it has several originals
+                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # the case with several originals
                         delattr(part, name)
                         part.register_parameter(name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
             for key, hook in list(part._forward_pre_hooks.items()):

@@ -114,7 +114,7 @@ def _unwrapped(module: Any, entry: str) -> nn.Module:
     from torch import nn
 
     inner, outer = module, None
-    while isinstance(inner, nn.Module) and inner is not outer:  # one in another, in any order
+    while isinstance(inner, nn.Module) and inner is not outer:  # wrappers nest in any order
         outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
     if not isinstance(inner, nn.Module):
         raise RecipeError(
@@ -133,7 +133,7 @@ def _unwrapped(module: Any, entry: str) -> nn.Module:
 
 def _merged(module: nn.Module, entry: str) -> nn.Module:
     """Fuse the active adapters of peft into their layers, so that calls compute the same."""
-    if "peft" not in sys.modules:  # then nothing is of it
+    if "peft" not in sys.modules:  # no module can have adapters of peft
         return module
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -100,7 +100,7 @@ class Recording:
 
     @staticmethod
     def check(path: Path) -> None:
-        """Raise RecipeError where a file is no recording, by its header alone."""
+        """Raise RecipeError if a file is no recording, by its header alone."""
         with open_safetensors(path) as file:
             _settings(file.metadata() or {}, path)
 

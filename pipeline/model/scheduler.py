@@ -99,7 +99,7 @@ def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
                 first, second = x.nan_to_num().chunk(2)
                 if drawn() or not torch.equal(generator.get_state(), state) or not torch.equal(first, second):
                     return True
-    except Exception:  # whatever it is, the run itself meets it too
+    except Exception:  # the run itself will raise it too
         return True
     return False
 

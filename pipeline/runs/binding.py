@@ -71,7 +71,7 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
         for target in targets
     )
     for chain in chains:
-        if len(steps) == len(recipe.steps):  # else what a missing pass would have provided is not known
+        if len(steps) == len(recipe.steps):  # not otherwise: outputs of a missing pass are unknown
             found.collect_wiring(chain, given)
         for bound in chain.steps:
             with found.collect(f"{bound.name}, {chain.target.name}: "):

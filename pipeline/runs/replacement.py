@@ -163,8 +163,8 @@ def _empty(tree: Path, folder: Path) -> None:
     there = {_identity(path) for path in entries_below(folder)[1]} if folder.is_dir() else set()
     folders, others = entries_below(tree)
     for each in folders:
-        each.chmod(each.stat().st_mode | stat.S_IRWXU)  # else nothing can be taken out of a read-only one
-    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last, as it says what is whose
+        each.chmod(each.stat().st_mode | stat.S_IRWXU)  # files cannot leave a read-only folder
+    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last: it tells whose files are whose
         if path in own or _identity(path) in there:
             path.unlink()
         else:

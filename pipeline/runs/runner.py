@@ -265,7 +265,7 @@ def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests)
     else:
         known = str((base / file).parent if colon and file.endswith(".py") else base / model.path)
     copies = [store.object_folder(digest) for key, digest in given.items() if key.name in ("MODEL", "PIPELINE")]
-    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer first
+    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer path first
     try:
         yield
     except IntaglioError as error:
@@ -293,7 +293,7 @@ def _plan_chain(
     known = dict(given)
     runs: list[RunRecord] = []
     for position, step in enumerate(chain.steps):
-        if PROVENANCE in step.requires and len(runs) == position:  # else it is not known what comes before
+        if PROVENANCE in step.requires and len(runs) == position:  # only if all earlier steps are known
             known |= _put({PROVENANCE: Provenance(recipe, _by_name(given), tuple(runs))}, store)
         decidable = step.requires <= known.keys()
         record = store.find(run_key(step, known, recipe.seed)[0], _key_names(step)) if decidable else None
@@ -332,7 +332,7 @@ def _estimated(
         cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
     except IntaglioError:
         raise
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # raised by the model's own code
         said = f"{type(error).__name__}: {error}"
         raise StepFailed(f"model: a test call to estimate times failed with {said}: a run would fail too") from error
 

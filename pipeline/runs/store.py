@@ -80,7 +80,7 @@ class Store:
             folder.rename(destination)
             self._verified.add(digest)
         except OSError:
-            if not destination.exists():  # else another run came first, with the same content
+            if not destination.exists():  # if it exists, another run has stored the same content
                 raise
         return digest
 
@@ -225,7 +225,7 @@ def write_atomically(path: Path, text: str) -> None:
 def remove_tree(folder: Path) -> None:
     """Remove the folder if it exists; remove only the link, or the file, if that is in its place."""
     if folder.is_dir() and not folder.is_symlink():
-        for place, names, _ in os.walk(folder):  # nothing can be taken out of a folder that is read-only
+        for place, names, _ in os.walk(folder):  # files cannot leave a read-only folder
             for each in (Path(place, name) for name in names):
                 if not each.is_symlink():
                     each.chmod(stat.S_IRWXU)

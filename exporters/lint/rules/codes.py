@@ -42,7 +42,7 @@ def check_input_by_groups(graph: Checked, target: Target) -> Problems:
     for product in graph.products:
         if product.w.is_weight and product.w.granularity == "group":
             yield product.node, _by_groups("8-bit", product.w)
-    for node, (x, w) in _pairs(graph, target):  # other codes, or a factor in front of the product
+    for node, (x, w) in _pairs(graph, target):  # codes of other types, or a factor before the product
         if node not in known and w.granularity == "group":
             yield node, _by_groups(x.code_type, w)
 

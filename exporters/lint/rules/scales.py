@@ -30,7 +30,7 @@ def check_zero_point(graph: Checked, target: Target) -> Problems:
     """Nonzero zero points on a target with symmetric quantization."""
     import numpy as np
 
-    seen: dict[ir.Value | None, str] = {None: ""}  # one constant may be of many nodes
+    seen: dict[ir.Value | None, str] = {None: ""}  # many nodes may share one constant
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear") if target.limits.symmetric else ():
         value = node.inputs[2] if len(node.inputs) > 2 else None
         if value not in seen:
@@ -72,7 +72,7 @@ def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tup
         return "", ""
     s = scale.astype(np.float64).ravel()
     bad = s[~(np.isfinite(s) & ((s > 0) if positive else (s != 0)))]
-    largest = 65504  # of float16; for types of more range, a reciprocal always fits
+    largest = 65504  # of float16; in types with more range every reciprocal fits
     tiny = s[(s > 0) & (s < 1 / largest)] if scale.dtype == np.float16 else s[:0]
     return (
         f"{bad.size} of {s.size} scales cannot be divided by, such as {bad[0]:g}" if bad.size else "",

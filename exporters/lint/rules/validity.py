@@ -51,7 +51,7 @@ def check_valid(graph: Checked, target: Target) -> Problems:
         yield None, f"{what}: {graph.complaint}"
     if not graph.standard:
         return
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker does not look at their axes
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker of onnx ignores their axes
         x, scale = (shape(value) for value in node.inputs[:2])
         axis = node.attributes.get_int("axis", 1)
         if x is None or scale is None or len(scale) != 1 or scale == (1,):
@@ -303,7 +303,7 @@ def check_code_type(graph: Checked, target: Target) -> Problems:
     for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
         made = producer(node.inputs[0])
         if node.op_type == "DequantizeLinear" and made is not None and made.op_type == "QuantizeLinear":
-            continue  # said of the node that makes the codes
+            continue  # reported for the node that makes the codes
         if (found := code_type(node)) not in known and found not in ("unknown", "INT32"):  # INT32: a bias
             yield node, f"codes of type {found}, but {target.name} reads {', '.join(target.limits.code_types)}"
 
@@ -326,7 +326,7 @@ def check_loads(graph: Checked, target: Target) -> Problems:
     if missing is None:
         yield None, f"ONNX Runtime does not load it: {complaint.partition(' : FAIL : ')[2] or complaint}"
         return
-    if target.provider != "CPUExecutionProvider":  # another provider may have what the CPU has not
+    if target.provider != "CPUExecutionProvider":  # another provider may have this kernel
         return
     op, made = missing.groups()
     node = next((n for n in graph.of_type(op) if any(value.name == made for value in n.outputs)), None)

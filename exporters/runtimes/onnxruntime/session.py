@@ -81,7 +81,7 @@ def graph_session(
             graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
         )
     except Exception as e:  # its errors have no common class
-        read_proto(graph.path)  # which says what is wrong with the files, where that is known
+        read_proto(graph.path)  # says what is wrong with the files, if that is known
         raise RecipeError(f"{printable(graph.path)}: ONNX Runtime does not load it: {printable(e)}") from e
     ends = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
     for end, (specs, values) in ends.items():
@@ -217,7 +217,7 @@ graph (float[8,64] rows, float[1,64,8,8] image) => (float[8,64] y, float[1,64,6,
 
 def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is raised, and need not be printed too
+    options.log_severity_level = 4  # an error is raised, so it need not be printed
     options.intra_op_num_threads = threads
     # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
     for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():

@@ -39,7 +39,7 @@ DOUBLED = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
         ("seed: 0x_", "seed: 0x_ is no int"),
         ("seed: !!int ''", "seed:  is no int"),
         ("seed: !!bool maybe", "seed: maybe is no bool"),
-        ("seed: 2026-01-01", "seed: a date, where text is meant: write it in quotes"),
+        ("seed: 2026-01-01", "seed: a date instead of text: put it in quotes"),
         ("steps: [{calibrate: {samples: 2026-13-45}}]", "steps.0.calibrate.samples: a date"),
         ("model: \0", "not YAML: (control characters are not allowed|unacceptable character #x0000)"),
         ('model: "a\\0"', "model: a character that no text has"),
@@ -48,9 +48,9 @@ DOUBLED = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
         ("a: !!python/object/apply:os.system ['true']", "a: the tag tag:yaml.org,2002:python/object/apply:os.system"),
         ("a: !x b", "a: the tag !x is not read"),
         ("? [a]\n: b", "the whole: what stands here is no name"),
-        ("steps: [{1: {}}]", "steps.0: 1 is no name: write names in quotes"),
+        ("steps: [{1: {}}]", "steps.0: 1 is no name: put names"),
         ("{" + ", ".join(f"{n * (2**61 - 1)}: a" for n in range(9_000)) + "}", "0 is no name"),  # all of one hash
-        ("seed: 1\nseed: 2", r"seed: is there twice \(line 2, column 1\)"),
+        ("seed: 1\nseed: 2", r"seed: is given twice \(line 2, column 1\)"),
         ("<<: 1", "the whole: << takes a mapping"),
         (
             'model: m\ntargets: [a]\nsteps: ["a\\eb"]',
