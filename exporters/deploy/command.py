@@ -46,7 +46,7 @@ def triton_command(
     ] = False,
     as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
+    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or TensorRT backend."""
     from intaglio.exporters.deploy import triton
 
     write = triton.write_model

@@ -43,7 +43,7 @@ def profile_command(
     ] = None,
     as_json: Annotated[bool, json_option("the times")] = False,
 ) -> None:
-    """Say how long each layer of a compiled graph takes, which `assign.profile` can count with."""
+    """Measure the time of each layer of a compiled graph, for use in `assign.profile`."""
     if out is not None:
         check_output(out)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +76,7 @@ def bench_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
-    """Say how fast, how large and how hungry for memory the graph is, beside full precision in the same run."""
+    """Measure speed, size and memory of the graph, beside full precision in the same run."""
     with tempfile.TemporaryDirectory() as scratch:
         run = pass_module("benchmark").bench
         found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)

@@ -322,7 +322,7 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:
-    """Compare every file with the manifest of the run. Exits with 1 if one is missing or changed."""
+    """Compare every file with the manifest of the run. Exits with 1 if one is missing, changed or added."""
     found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
     if as_json:
         print_json({str(each): problems for each, problems in found.items()})
