@@ -70,6 +70,7 @@ class BalanceLayers(Pass):
         return (1 + self.steps) * self.rows + model.steps * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Choose a balance for each layer where it lowers the rounding error."""
         from torch.nn import Conv2d, Linear
 
         from intaglio.passes.layer_inputs import layer_inputs, siblings

@@ -50,6 +50,7 @@ class Calibrate(Pass):
         return model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Run the sampler in float and record the samples and the ranges of every layer's input."""
         import torch
 
         from intaglio.passes.layer_ranges import LayerRanges, unreached_layers

@@ -35,6 +35,7 @@ class MergeAdapters(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Add the low-rank adapters to the weights and round the sums again."""
         from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
         from intaglio.pipeline.numerics import rounding as affine
         from intaglio.pipeline.numerics.step_tables import refine, resample_linear, resample_magnitude

@@ -79,6 +79,7 @@ class Verify(Pass):
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Compare the graph with the model: per layer, per call and over whole samples."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
         from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
         from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names

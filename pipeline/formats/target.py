@@ -133,10 +133,12 @@ class Target(BaseModel):
     facts: tuple[Fact, ...] = ()
 
     def save(self, root: Path) -> None:
+        """Write target.json."""
         (root / "target.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, root: Path) -> Self:
+        """Read target.json."""
         return read_typed(root / "target.json", cls)
 
 

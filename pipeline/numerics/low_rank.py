@@ -41,6 +41,7 @@ class Branch:
 
     @property
     def rank(self) -> int:
+        """Return the number of rows of the branch's first factor."""
         return len(self.down_RK)
 
     @property
