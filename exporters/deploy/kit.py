@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from intaglio.exporters.deploy.compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
 from intaglio.exporters.runtimes.tensorrt.build import MODULES, Profile, shape_flags
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import LOW_MEMORY_MIB
+from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_stream, printable
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.output_files import check_output, whole_file
 from intaglio.pipeline.runs.manifest import target_name
+from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import file_digest
 
 if TYPE_CHECKING:
@@ -97,7 +99,9 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
     """Return all files of the kit except the list of sums."""
     delivered = delivered_files(folder)
     target, graph, builder = load_target(target_name(folder)), Graph.load(folder), tensorrt_builder(folder)
-    module = MODULES[target.runtime][0]
+    runtime = find_runtime(target.runtime)
+    assert isinstance(runtime, TensorRT)  # target_folder finds no other
+    module = runtime.packages[0].module
     engine, model = delivered.get(ENGINE), {n: path for n, path in delivered.items() if n.startswith("model.onnx")}
     profile = builder.profile(graph)
     shapes = {n: profile[n] if n in profile else (_fixed(spec.shape),) * 3 for n, spec in graph.inputs.items()}
@@ -135,7 +139,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
         "build.py": (scripts / "build.py").read_bytes(),
         "run.py": (scripts / "run.py").read_bytes(),
     }
-    if module == "tensorrt":  # trtexec is part of TensorRT; an engine runs only on the kind of GPU that built it
+    if not runtime.ahead:  # trtexec is part of TensorRT; an engine runs only on the kind of GPU that built it
         content |= {file: cases[0].inputs[n].tobytes() for file, n in raw.items()}
         content["build.sh"] = _rendered("build.sh.j2", about)
     elif engine is not None:

@@ -16,7 +16,6 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from intaglio.pipeline.contract.metric import Metric
 from intaglio.pipeline.contract.pass_base import Pass
@@ -55,11 +54,6 @@ def find_pass(reference: str, base: Path) -> PassSource:
         module = _import(where, reference)
         origin = reference
     return _source(_member(module, class_name, reference), origin)
-
-
-def pass_module(name: str) -> Any:
-    """Return the module of the pass of this name. Raises what `find_pass` does."""
-    return sys.modules[find_pass(name, Path()).pass_class.__module__]
 
 
 @cache
