@@ -46,7 +46,7 @@ class Loaded:
     resident_bytes: int | None
     peak_bytes: int | None
     half: bool = False
-    """Whether it computes float16 in float16."""
+    """True where float16 is computed in float16."""
 
 
 @dataclass(frozen=True)

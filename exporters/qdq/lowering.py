@@ -1,4 +1,4 @@
-"""How each scheme is written in ONNX for each runtime, so that it executes on integers where the runtime can.
+"""Writes each scheme in ONNX so that a runtime executes integers where it can.
 
 Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
 """
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def op(self) -> OpKind:
-        """What kind of layer it is."""
+        """Kind of the layer."""
         return "conv" if self.site.product.op_type == "Conv" else "linear"
 
     @property
@@ -80,7 +80,7 @@ class Call:
 
     @property
     def eight_bit_codes_NK(self) -> NDArray[np.int8]:
-        """What the product takes: the codes, times the integers of their groups where there are two levels."""
+        """Codes that the product takes: times the integers of their groups where there are two levels."""
         form = self.data.scheme.weight
         assert isinstance(form, RoundedWeight)  # only rounded weights have calls
         if self.data.group_NG is None:
@@ -125,7 +125,7 @@ class Writer:
     input_zero: np.uint8 | np.int8
     """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
     carriers: Mapping[InputKey, np.float32]
-    """By input, the scale that the weights of all layers on it are relative to."""
+    """The scale to which the weights of all layers on one input are relative, by input."""
     scales: list[ChannelScale] = field(default_factory=list)
     """The multiplications in front of balanced layers that were written so far."""
     _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
@@ -218,7 +218,7 @@ class Writer:
         return self._inputs[key]
 
     def _input(self, call: Call) -> ir.Value:
-        """What enters the layer, (x * d) H where it is balanced; shared by all layers that take it in this basis."""
+        """Return the layer's input, (x * d) H where it is balanced, shared by all layers that read it in this basis."""
         balance = call.data.balance
         if balance is None:
             return call.site.x
@@ -341,7 +341,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
 
 def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
-    """Of 8-bit codes (K, N), or (N, C, kh, kw)."""
+    """Dequantize 8-bit codes (K, N), or (N, C, kh, kw), by channel."""
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
     # not shared: with x64quantprecision ONNX Runtime 1.31 refuses two weights with one zero point
@@ -422,7 +422,7 @@ class Lowering:
     scheme: LayerScheme
     product: Product
     integer: bool
-    """Whether the runtime multiplies integers."""
+    """True where the runtime multiplies integers."""
     why: str
 
 

@@ -154,7 +154,7 @@ def run_command(
 
 @dataclass(frozen=True)
 class _Results:
-    """What a run made for one target; `report` is None where its recipe makes none."""
+    """Results of a run for one target; `report` is None where the recipe makes none."""
 
     folder: str
     report: str | None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rule(Protocol):
-    """What `intaglio explain` says of one rule that a pass checks."""
+    """One rule that a pass checks, as `intaglio explain` shows it."""
 
     @property
     def name(self) -> str:
@@ -23,15 +23,15 @@ class Rule(Protocol):
 
     @property
     def level(self) -> str:
-        """How grave a finding is."""
+        """Severity of a finding."""
 
     @property
     def finds(self) -> str:
-        """What it looks for."""
+        """Fault that the rule looks for."""
 
     @property
     def fix(self) -> str:
-        """What to do about a finding."""
+        """Advice on a finding."""
 
     @property
     def why(self) -> str:
