@@ -9,17 +9,15 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.pipeline.formats.cost import latency_s
-from intaglio.pipeline.formats.layer import admitted_schemes
-from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes
+from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.profile import Profile
     from intaglio.pipeline.artifacts.workload import Workload
-    from intaglio.pipeline.formats.layer import Layer
-    from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Device
 
-Roofline: TypeAlias = "Callable[[Layer, LayerScheme], float]"
+Roofline: TypeAlias = Callable[[Layer, LayerScheme], float]
 """Function from a layer and a scheme to seconds."""
 
 
