@@ -20,8 +20,11 @@ from intaglio.pipeline.model.prepared import unquantizable
 if TYPE_CHECKING:
     import torch
 
+    from intaglio.passes.layer_ranges import LayerRanges
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.sampler import Call, Sampler
+    from intaglio.pipeline.formats.layer import Layer
+    from intaglio.pipeline.model.sampler import Call, Sampler, Start
+    from intaglio.pipeline.model.types import Denoise
 
 
 class Calibrate(Pass):
@@ -50,15 +53,14 @@ class Calibrate(Pass):
         return model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Run the sampler in float and record the samples and the ranges of every layer's input."""
-        import torch
+        """Run the sampler in float, and record its calls and the range of every layer's input.
 
-        from intaglio.passes.layer_ranges import LayerRanges, unreached_layers
-        from intaglio.pipeline.artifacts.trajectory import Trajectory
+        Raises RecipeError for a model that cannot be called, StepFailed for one that returns NaN or Inf.
+        """
+        from intaglio.passes.layer_ranges import unreached_layers
         from intaglio.pipeline.model.calls import check_inputs, denoise_with, on_device
-        from intaglio.pipeline.model.hooks import after_calls
         from intaglio.pipeline.model.layers import layer_table
-        from intaglio.pipeline.model.sampler import Call, Sampler
+        from intaglio.pipeline.model.sampler import Sampler
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
@@ -67,54 +69,63 @@ class Calibrate(Pass):
         check_inputs(sampler)
         if ctx.processes.count > self.samples:
             raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
-        half = self.precision == "float16"
         layers = {layer.name: layer for layer in layer_table(model.module)}
-        modules = {name: model.module.get_submodule(name) for name in layers}
-        calls: list[Call] = []
-        seen = LayerRanges(layers, modules, ctx.processes.count)
-        start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
         denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
-        with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):
-            for call in sampler.drive(denoise, start):
-                if isinstance(call, Call):
-                    if not call.output.isfinite().all():
-                        raise StepFailed(
-                            f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
-                            f"{seen.origin}: mend the model, or start at another timestep"
-                        )
-                    calls.append(_rounded(call, sampler) if half else call)
-                    seen.end_of_call()
-                    advance()
-        varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
-        shared = dict(model.shared)
-        conditions = {n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared}
-        low, high = seen.table("low", min), seen.table("high", max)
-        own = Trajectory(
-            sampler.timesteps,
-            {name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
-            torch.stack([c.output for c in calls]),
-            {name: torch.maximum(-low[name], high[name]) for name in low},
-            seen.table("output", max),
-            low,
-            high,
-            conditions,
-            shared,
-            half=half,
-        )
+        start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
+        calls, seen = self._record(sampler, denoise, start, layers, ctx)
+        own = self._trajectory(sampler, calls, seen)
         whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
         first = sampler.rows_of([0], whole.outputs.shape[1] // sampler.rows_per_sample)
         unreached = unreached_layers(model.module, denoise, whole, layers, first)
         workload = seen.workload(len(start.noise), unreached)
         whole = _without(whole, workload.float_reasons)
-        ctx.log.info(
-            "recorded %d calls of %d rows, input ranges of %d layers",
-            len(calls),
-            whole.outputs.shape[1],
-            len(whole.low),
-        )
+        rows, ranges = whole.outputs.shape[1], len(whole.low)
+        ctx.log.info("recorded %d calls of %d rows, input ranges of %d layers", len(calls), rows, ranges)
         for line in in_float_lines(workload.float_reasons | unquantizable(model.module)):
             ctx.log.info("%s", line)
         return {TRAJECTORY: whole, WORKLOAD: workload}
+
+    def _record(
+        self, sampler: Sampler, denoise: Denoise, start: Start, layers: Mapping[str, Layer], ctx: Context
+    ) -> tuple[list[Call], LayerRanges]:
+        """Draw this process's samples. Returns the calls of the denoiser, and the ranges of its layers in them."""
+        from intaglio.passes.layer_ranges import LayerRanges
+        from intaglio.pipeline.model.hooks import after_calls
+        from intaglio.pipeline.model.sampler import Call
+
+        modules = {name: sampler.model.module.get_submodule(name) for name in layers}
+        calls: list[Call] = []
+        seen = LayerRanges(layers, modules, ctx.processes.count)
+        with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):
+            for call in sampler.drive(denoise, start):
+                if isinstance(call, Call):
+                    _check_output(call, sampler, seen)
+                    calls.append(_rounded(call, sampler) if self.precision == "float16" else call)
+                    seen.end_of_call()
+                    advance()
+        return calls, seen
+
+    def _trajectory(self, sampler: Sampler, calls: Sequence[Call], seen: LayerRanges) -> Trajectory:
+        """Return the calls of this process as one value, with the ranges of the layers in them."""
+        import torch
+
+        from intaglio.pipeline.artifacts.trajectory import Trajectory
+
+        varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
+        shared = dict(sampler.model.shared)
+        low, high = seen.table("low", min), seen.table("high", max)
+        return Trajectory(
+            sampler.timesteps,
+            inputs={name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
+            outputs=torch.stack([c.output for c in calls]),
+            amax={name: torch.maximum(-low[name], high[name]) for name in low},
+            output_amax=seen.table("output", max),
+            low=low,
+            high=high,
+            conditions={n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared},
+            shared=shared,
+            half=self.precision == "float16",
+        )
 
 
 def _check_weights(module: torch.nn.Module) -> None:
@@ -126,6 +137,15 @@ def _check_weights(module: torch.nn.Module) -> None:
             problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: get the model again")
     if problems:
         raise RecipeError(*problems)
+
+
+def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
+    """Raises StepFailed for an output with NaN or Inf, and names the first layer that read them."""
+    if not call.output.isfinite().all():
+        raise StepFailed(
+            f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
+            f"{seen.origin}: mend the model, or start at another timestep"
+        )
 
 
 def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:

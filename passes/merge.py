@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -11,11 +11,19 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.formats.schemes import FLOAT, Float, RoundedWeight
+from intaglio.pipeline.formats.schemes import FLOAT, RoundedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+    from intaglio.pipeline.formats.layer_tables import LayerTables
+    from intaglio.pipeline.formats.schemes import LayerScheme
+    from intaglio.pipeline.simulation.weight import WeightRounding
 
 
 class MergeAdapters(Pass):
-    """codes = Q(W0 + B A; s). The merged model computes what the trained one did, to float32 rounding.
+    """Round each weight as it was trained: codes = Q(W0 + B A; s). The merged model computes what the trained one did.
 
     Layers without a part in the recorded calls stay in float. Tables with a scale a step can have entries at other
     timesteps than the calibrated ones, which are interpolated.
@@ -35,51 +43,39 @@ class MergeAdapters(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Add the low-rank adapters to the weights and round the sums again."""
-        from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
-        from intaglio.pipeline.numerics import rounding as affine
-        from intaglio.pipeline.numerics.step_tables import refine, resample_linear, resample_magnitude
+        """Add the low-rank adapters to the weights, and round the sums."""
+        from intaglio.passes.distill.trainable import load_learnt
+        from intaglio.pipeline.artifacts.quantized import Quantized
+        from intaglio.pipeline.numerics.basis import bases_of
+        from intaglio.pipeline.numerics.step_tables import refine
+        from intaglio.pipeline.simulation.weight import WeightRounding
 
-        module, trajectory, adapter = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER]
-        plan = state[PLAN]
+        module, trajectory, adapter, plan = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER], state[PLAN]
         timesteps = refine(self.timesteps or trajectory.timesteps, self.between)
         schemes = trajectory.called(plan.schemes)
-        ranges = trajectory.ranges(schemes, plan.balances, timesteps)
-        merged = {}
-        for layer in plan.layers:
-            scheme, balance = schemes.get(layer.name, FLOAT), ranges.balance.get(layer.name)
-            branch = plan.branches.get(layer.name)
+        tables = trajectory.tables(schemes, plan.balances, timesteps)
+        balances, merged = bases_of(plan.balances), {}
+        for name in (layer.name for layer in plan.layers):
+            scheme = schemes.get(name, FLOAT)
             if not isinstance(scheme.weight, RoundedWeight):
                 continue
-            learnt = adapter.layers[layer.name]
-            w = module.get_submodule(layer.name).get_parameter("weight").detach()
-            w_NK = (w if balance is None else balance.weight(w)).flatten(1)
-            w_NK = w_NK if branch is None else branch.rest(w_NK)
-            if learnt.codes is not None:
-                first = affine.product_scale(*scheme.weight.fit(w_NK))
-                w_NK = affine.rounds_to(learnt.codes, w_NK, first, scheme.weight.grid, adapter.distance)
-            if learnt.a is not None and learnt.b is not None:
-                w_NK = w_NK + learnt.b @ learnt.a
-            if not all(end.isfinite() for end in w_NK.aminmax()) or not (learnt.scale_NG > 0).all():
-                raise StepFailed(f"{layer.name}: the merged weight has NaN or Inf, or a scale that is not positive")
-            amax_T, shift_T = ranges.amax[layer.name], ranges.shift.get(layer.name)
-            if learnt.amax_T is not None:
-                amax_T = resample_magnitude(learnt.amax_T, trajectory.timesteps, timesteps)
-            if learnt.shift_T is not None:
-                shift_T = resample_linear(learnt.shift_T, trajectory.timesteps, timesteps)
-            factor_T = learnt.factor_T
-            if factor_T is not None:
-                factor_T = resample_magnitude(factor_T, trajectory.timesteps, timesteps)
-            merged[layer.name] = QuantizedLayerData(
-                scheme,
-                scheme.weight.quantize(w_NK, affine.product_scale(learnt.scale_NG, learnt.group_NG)),
-                learnt.scale_NG,
-                amax_T.clamp_min(affine.TOKEN_EPS) if scheme.by_step else None,
-                None if learnt.group_NG is None else affine.group_integers(learnt.group_NG),
-                None if isinstance(scheme.output, Float) else ranges.output_amax[layer.name],
-                shift_T if scheme.by_step else None,
-                balance,
-                factor_T,
-                branch,
-            )
+            grid = WeightRounding(scheme.weight, balances.get(name), plan.branches.get(name))
+            weight = module.get_submodule(name).get_parameter("weight").detach()
+            load_learnt(grid, weight, adapter.layers[name], adapter.distance)
+            learnt = adapter.layers[name].tables.resampled(trajectory.timesteps, timesteps)
+            merged[name] = _integers(name, scheme, grid, weight, tables[name].replaced_by(learnt))
         return {QUANTIZED: Quantized(timesteps, merged)}
+
+
+def _integers(
+    name: str, scheme: LayerScheme, grid: WeightRounding, weight: torch.Tensor, tables: LayerTables
+) -> QuantizedLayerData:
+    """Round a layer's weight as it was trained. Raises StepFailed for NaN, Inf, and scales that are not positive."""
+    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+    from intaglio.pipeline.numerics.rounding import group_integers
+
+    if not all(end.isfinite() for end in grid.float_weight(weight).aminmax()) or not (grid.scale > 0).all():
+        raise StepFailed(f"{name}: the merged weight has NaN or Inf, or a scale that is not positive")
+    group_NG = None if grid.group is None else group_integers(grid.group)
+    codes, scale_NG = grid.codes(weight), grid.scale.detach()
+    return QuantizedLayerData(scheme, codes, scale_NG, group_NG, tables.needed_by(scheme), grid.balance, grid.branch)

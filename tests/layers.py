@@ -16,6 +16,7 @@ from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance
@@ -30,11 +31,11 @@ SCHEMES = {
 }
 """All there are, with groups of 32."""
 TIMESTEPS = (900.0, 500.0, 100.0)
-RANGES = {
-    "amax": torch.tensor([3.0, 2.0, 0.5]),
-    "output_amax": torch.tensor([4.0, 2.5, 1.5]),
-    "shift": torch.tensor([0.6, -0.4, 0.2]),
-}
+RANGES = LayerTables(
+    amax_T=torch.tensor([3.0, 2.0, 0.5]),
+    shift_T=torch.tensor([0.6, -0.4, 0.2]),
+    output_amax_T=torch.tensor([4.0, 2.5, 1.5]),
+)
 
 Shape = tuple[int, ...]
 
@@ -112,17 +113,11 @@ def make(
         for n, m in layers.items()
     )
     model = torch.nn.ModuleDict(layers).eval()
-    ranges = {part: dict.fromkeys(layers, values) for part, values in RANGES.items()}
-    made = quantize_model(
-        model,
-        schemes,
-        StepClock(TIMESTEPS),
-        ranges["amax"] | dict(amax or {}),
-        ranges["output_amax"],
-        ranges["shift"] | dict(shift or {}),
-        balances or {},
-        branch=branches,
-    )
+    tables = {
+        n: LayerTables((amax or {}).get(n, RANGES.amax_T), (shift or {}).get(n, RANGES.shift_T), RANGES.output_amax_T)
+        for n in layers
+    }
+    made = quantize_model(model, schemes, StepClock(TIMESTEPS), tables, balances or {}, branches)
     artifacts = {
         FLOAT_GRAPH: graph,
         QUANTIZED: integers(made, TIMESTEPS),

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import torch
 from harness import Artifacts
 
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.departures import LayersInGraph
-from intaglio.exporters.verify.layer_run import entry_type, run_layer
+from intaglio.exporters.verify.parity import compare_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -19,7 +18,7 @@ from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.step_clock import StepClock
-from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance, bases_of
 from intaglio.pipeline.numerics.rounding import group_integers
 from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
 from intaglio.pipeline.simulation.model import quantize_model, simulate
@@ -43,8 +42,8 @@ def with_plan(
     chosen = {layer.name: balance(layer) for layer in layers if plan.schemes[layer.name] != FLOAT}
     plan = plan.balanced(balanced_ranges(start, {name: b for name, b in chosen.items() if b is not None}))
     timesteps = timesteps or trajectory.timesteps
-    ranges = trajectory.ranges(plan.schemes, plan.balances, timesteps)
-    made = quantize_model(module, plan.schemes, StepClock(timesteps), *ranges)
+    tables = trajectory.tables(plan.schemes, plan.balances, timesteps)
+    made = quantize_model(module, plan.schemes, StepClock(timesteps), tables, bases_of(plan.balances))
     return start | {PLAN: plan, QUANTIZED: integers(made, timesteps)}
 
 
@@ -77,13 +76,11 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
             name: QuantizedLayerData(
                 m.scheme,
                 m.weight_codes(),
-                m.weight_scale.detach(),
-                getattr(m, "amax_T", None),
-                None if m.weight_group is None else group_integers(m.weight_group),
-                getattr(m, "output_amax_T", None),
-                getattr(m, "shift_T", None),
+                m.weight_rounding.scale.detach(),
+                None if m.weight_rounding.group is None else group_integers(m.weight_rounding.group),
+                m.tables,
                 m.balance,
-                branch=m.branch,
+                m.branch,
             )
             for name, m in layers.items()
         },
@@ -97,8 +94,8 @@ def output_error(artifacts: Artifacts) -> float:
     total = 0.0
     with torch.no_grad():
         for step, t in enumerate(trajectory.timesteps):
-            clock.set(t)
-            error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
+            with clock.at(clock.index(t)):
+                error = denoise_with(model.module, model)(trajectory.call(step)) - trajectory.outputs[step]
             total += float(error.square().sum() / trajectory.outputs[step].square().sum())
     return total
 
@@ -117,8 +114,7 @@ class Simulation:
             layer.register_forward_hook(lambda _, args, y, name=name: self.seen.__setitem__(name, (args[0], y)))
 
     def at(self, step: int) -> tuple[Seen, torch.Tensor]:
-        self.clock.step = step
-        with torch.no_grad():
+        with torch.no_grad(), self.clock.at(step):
             prediction = self.denoise(self.trajectory.call(step))
         return dict(self.seen), prediction
 
@@ -126,23 +122,10 @@ class Simulation:
 def parity(
     graph: Graph, name: str, layers: Mapping[str, QuantizedLayer], x, y, step: int, *, optimize: bool
 ) -> tuple[float, int, int]:
-    """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much.
-
-    Where the layer takes float16, both have x as float16 holds it.
-    """
+    """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much."""
     ends = LayersInGraph(graph, layers)
-    x = ends.entering(name, x.detach())
-    half = entry_type(graph, name) == np.float16
-    if half:
-        x = x.half().float()
-    found, codes = run_layer(graph, name, x.numpy(), OnnxRuntime(optimize), step)
-    with ends.reading(name) as layer, torch.no_grad():
-        error = rel_l2(ends.leaving(name, torch.from_numpy(found)), layer(x) if half else y.detach())
-        if codes is None:
-            return error, 0, 0
-        zero = 128 if codes.dtype == np.uint8 else 0
-        off = np.abs(codes.astype(np.int32) - zero - layer.input_codes(x)[0].numpy())
-    return error, int(np.count_nonzero(off)), int(off.max())
+    found = compare_layer(ends, name, x.detach(), y.detach(), step, OnnxRuntime(optimize))
+    return found.rel_l2, found.codes_differing, found.code_distance_max
 
 
 def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -328,6 +328,6 @@ def _round_weights(
             scale_NG, _ = form.fit(w_NK)
             codes = form.quantize(w_NK, scale_NG)
             weight.copy_(form.dequantize(codes, scale_NG).reshape(weight.shape))
-            rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG, None)
+            rounded[layer.name] = QuantizedLayerData(scheme, codes, scale_NG)
     round_tables(module)
     return rounded

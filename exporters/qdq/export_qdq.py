@@ -133,7 +133,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     from intaglio.exporters.qdq.lowering import Writer, carrier_scale, lowering
 
     step = ir.Value(name=STEP_INPUT, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
-    if any(call.data.stepped for call in calls):
+    if any(call.data.tables.stepped for call in calls):
         graph.inputs.append(step)
     # all rows and scales before the first change: values are replaced as the graph is rewritten
     rows = [lowering(call.op, call.data.scheme, target.runtime) for call in calls]

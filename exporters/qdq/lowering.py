@@ -48,10 +48,10 @@ class Call:
         form = self.data.scheme.input
         if isinstance(form, Float):
             return None
-        parts = (self.data.amax_T, self.data.shift_T, self.data.factor_T)
-        tables = [table for table in parts if table is not None]
+        tables = self.data.tables
+        parts = [part for part in (tables.amax_T, tables.shift_T, tables.factor_T) if part is not None]
         x, basis = self.basis
-        return x, form, b"".join([basis, *(table.numpy().tobytes() for table in tables)])
+        return x, form, b"".join([basis, *(part.numpy().tobytes() for part in parts)])
 
     @property
     def basis(self) -> tuple[str, bytes]:
@@ -199,8 +199,8 @@ class Writer:
         if key not in self._inputs:
             unit, amax, shift = (
                 self._by_token(call, x, key[1].shifted)
-                if call.data.amax_T is None
-                else self._by_step(call, x, call.data.amax_T.numpy())
+                if call.data.tables.amax_T is None
+                else self._by_step(call, x, call.data.tables.amax_T.numpy())
             )
             bits = key[1].bits
             scale = np.float32(input_scale(bits))
@@ -208,7 +208,7 @@ class Writer:
                 self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
                 self.constant("input/zero", self.input_zero),
             ]
-            if bits < 8 and call.data.stepped:  # a token's codes are within the range without it, unless it is clipped
+            if bits < 8 and call.data.tables.stepped:  # a token's codes are in range without it, unless it is clipped
                 low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
                 bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
                 unit = self.op(call, "input/Clip", [unit, *bounds])
@@ -263,8 +263,8 @@ class Writer:
             largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
         # Max and not an addition: optimizers take an addition of 1e-8 or less for none
         amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
-        if call.data.factor_T is not None:
-            table = self.constant(f"{call.site.layer}/factor", call.data.factor_T.numpy())
+        if call.data.tables.factor_T is not None:
+            table = self.constant(f"{call.site.layer}/factor", call.data.tables.factor_T.numpy())
             amax = self.op(call, "factor/Mul", [amax, self.op(call, "factor/Gather", [table, self.step])])
         return self.op(call, "Div", [x, amax]), amax, shift
 
@@ -276,8 +276,8 @@ class Writer:
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
         table = self.constant(f"{call.site.layer}/amax", amax_T)
-        if call.data.shift_T is not None:
-            middle = self.constant(f"{call.site.layer}/shift", call.data.shift_T.numpy())
+        if call.data.tables.shift_T is not None:
+            middle = self.constant(f"{call.site.layer}/shift", call.data.tables.shift_T.numpy())
             shift = self.op(call, "shift/Gather", [middle, self.step])
             x = self.op(call, "shift/Sub", [x, shift])
         r = self.op(call, "inverse/Gather", [inverse, self.step])
@@ -285,7 +285,7 @@ class Writer:
 
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
         """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
-        amax_T, output_amax_T = call.data.amax_T, call.data.output_amax_T
+        amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
         assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
         assert output_amax_T is not None
         table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())

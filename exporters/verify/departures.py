@@ -26,22 +26,22 @@ class LayersInGraph:
     """Simulated layers on what enters them in a graph: other layers' channel scales may be folded into their ends."""
 
     def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
-        self._graph, self._layers = graph, layers
+        self.graph, self._layers = graph, layers
 
     def entering(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Convert a layer's input in the simulation to the scale of the graph."""
-        return x * self._scale(self._graph.nodes[name][0], name, x)
+        return x * self._scale(self.graph.nodes[name][0], name, x)
 
     def leaving(self, name: str, y: torch.Tensor, value: str | None = None) -> torch.Tensor:
         """Convert a layer's output in the graph to the simulation's scale; `value` names that of another call."""
-        return y / self._scale(value or self._graph.nodes[name][1], name, y)
+        return y / self._scale(value or self.graph.nodes[name][1], name, y)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[QuantizedLayer]:
         """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
         layer = self._layers[name]
         balance = layer.balance
-        if balance is not None and self._graph.is_folded(name):
+        if balance is not None and self.graph.is_folded(name):
             layer.balance = replace(balance, scale_C=torch.ones_like(balance.scale_C))
         try:
             yield layer
@@ -50,7 +50,7 @@ class LayersInGraph:
 
     def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
         """Return the channel scales of a value at an end of the layer of this name."""
-        by = self._graph.scaled.get(value)
+        by = self.graph.scaled.get(value)
         axis = channel_axis(self._layers[name].layer)
         scale_C = torch.ones(x.shape[axis])
         if by is not None and (balance := self._layers[by.layer].balance) is not None:

@@ -13,7 +13,6 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import LISTED, StepFailed
-from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -22,22 +21,17 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.exporters.verify.departures import LayersInGraph
-    from intaglio.pipeline.artifacts.graph import Graph
     from intaglio.pipeline.artifacts.verification import (
         Departure,
         DepartureFigures,
-        LayerParity,
         SampleFigures,
         Verification,
         VerificationFigures,
     )
+    from intaglio.pipeline.contract.context import Advance
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.step_clock import StepClock
-    from intaglio.pipeline.model.types import Denoise, Inputs
-    from intaglio.pipeline.runs.runtime import Runtime
-    from intaglio.pipeline.simulation.layer import QuantizedLayer
-
+    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.types import Denoise
 
 BETWEEN_HALVES = 10 * 2.0**-11
 """Relative L2 error allowed between two layers in float16: ten roundings, of an attention and its neighbours."""
@@ -81,66 +75,47 @@ class Verify(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Compare the graph with the model: per layer, per call and over whole samples."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
-        from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
-        from intaglio.exporters.verify.departures import find_departures, rel_l2, value_names
+        from intaglio.exporters.verify.parity import Comparison
         from intaglio.pipeline.artifacts.verification import DepartureFigures, Verification, VerificationFigures
-        from intaglio.pipeline.model.calls import clocked, denoise_with, other_call
+        from intaglio.pipeline.model.calls import denoise_with, other_call
         from intaglio.pipeline.model.sampler import Sampler
         from intaglio.pipeline.runs.registry import find_runtime
-        from intaglio.pipeline.simulation.layer import QuantizedLayer
-        from intaglio.pipeline.simulation.model import simulate
 
-        checkpoint, trajectory, graph = state[MODEL], state[TRAJECTORY], state[GRAPH]
+        quantized, graph, target = state[QUANTIZED].only(state[GRAPH].nodes), state[GRAPH], state[TARGET]
+        checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()
-        quantized, target = state[QUANTIZED], state[TARGET]
-        in_float = layers_in_float(model.module, quantized.layers, target)
+        in_float = layers_in_float(model.module, state[QUANTIZED].layers, target)
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        runtime, halves = find_runtime(target.runtime), target.float_type == "float16"
-        deployed = graph_denoise(graph, runtime)
-        samples = {}
         with ctx.progress("samples", 3) as advance:
-            samples["full_precision"] = sampler.sample(denoise_with(model.module, model), start).clamp(-1, 1)
-            advance()
-            clock = simulate(model.module, quantized.only(graph.nodes))
-            simulated = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
-            samples["simulated"] = sampler.sample(simulated, start).clamp(-1, 1)
-            advance()
-            samples["deployed"] = sampler.sample(deployed, start).clamp(-1, 1)
-            advance()
+            full_precision = _samples(sampler, denoise_with(model.module, model), start, advance)
+            both = Comparison.of(model, quantized, graph, find_runtime(target.runtime))
+            samples = {
+                "full_precision": full_precision,
+                "simulated": _samples(sampler, both.simulated, start, advance),
+                "deployed": _samples(sampler, both.deployed, start, advance),
+            }
+        halves = target.float_type == "float16"
+        call = trajectory.call(len(trajectory.timesteps) // 2, trajectory.some_rows(self.rows))
+        departed, departures = both.departures(call) if self.bisect else (DepartureFigures(), {})
         bad = [name for name, images in samples.items() if not images.isfinite().all()]
-        step = len(trajectory.timesteps) // 2
-        call = trajectory.call(step, trajectory.some_rows(self.rows))
-        layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-        departures: dict[str, Departure] = {}
-        departed = DepartureFigures()
-        if self.bisect:
-            values = graph_values(graph, runtime, value_names(graph))
-            departures, output_rel_l2 = find_departures(layers, simulated, graph, values, call)
-            departed = DepartureFigures.of(departures, output_rel_l2)
         if bad:
             raise StepFailed(
                 *self._departed(departed, departures, halves=halves), f"NaN or Inf in the samples: {', '.join(bad)}"
             )
-
-        parity = _compare_layers(layers, graph, simulated, call, clock, runtime, ctx)
-        other = other_call(model, call)
+        parity, other = both.layer_parity(call, ctx), other_call(model, call)
         figures = VerificationFigures(
             **vars(departed),
             **vars(_distances(samples, HALF_TOLERANCE if halves else TOLERANCE)),
-            parity_rel_l2=rel_l2(deployed(call), simulated(call)),
-            parity_other_rel_l2=None if other is None else rel_l2(deployed(other), simulated(other)),
+            parity_rel_l2=both.parity(call),
+            parity_other_rel_l2=None if other is None else both.parity(other),
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
             fp16_bytes=fp16_bytes,
         )
-        _log_figures(ctx, figures)
-        if in_float:
-            count = len(in_float)
-            ctx.log.info("%d of %d layers stay in float: %s", count, count + len(layers), _by_reason(in_float))
+        _log(figures, in_float, len(both.layers), ctx)
         result = Verification(figures, parity, departures, samples=samples)
-        half = {n for n, m in layers.items() if halves and (m.branch or isinstance(m.scheme.input, Float))}
-        self._judge(result, half, halves=halves)
+        self._judge(result, both.in_half() if halves else (), halves=halves)
         return {VERIFICATION: result}
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
@@ -192,72 +167,24 @@ class Verify(Pass):
         return problems
 
 
-def _log_figures(ctx: Context, figures: VerificationFigures) -> None:
+def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance) -> torch.Tensor:
+    """Draw samples, cut to [-1, 1]."""
+    samples = sampler.sample(denoise, start).clamp(-1, 1)
+    advance()
+    return samples
+
+
+def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: int, ctx: Context) -> None:
+    """Log the figures that a user looks at first, and the layers that stay in float."""
     ctx.log.info(
         "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
         figures.psnr_db,
         figures.psnr_simulated_db,
         figures.parity_layer_rel_l2_max,
     )
-
-
-def _compare_layers(
-    layers: dict[str, QuantizedLayer],
-    graph: Graph,
-    simulated: Denoise,
-    call: Inputs,
-    clock: StepClock,
-    runtime: Runtime,
-    ctx: Context,
-) -> dict[str, LayerParity]:
-    """Every quantized layer in the runtime against the simulation, on the inputs it has there in `call`.
-
-    A layer that is called several times is compared at its first call, the one whose ends the graph names.
-    """
-    import torch
-
-    from intaglio.exporters.verify.departures import LayersInGraph
-    from intaglio.pipeline.model.hooks import after_calls
-
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def note(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.setdefault(name, (args[0].detach(), output.detach()))
-
-    with torch.no_grad(), after_calls(layers, note):
-        simulated(call)
-    parity = {}
-    ends = LayersInGraph(graph, layers)
-    with ctx.progress("layers", len(seen)) as advance, torch.no_grad():
-        for name in graph.nodes:
-            x, y = seen[name]
-            parity[name] = _compare_layer(ends, graph, name, x, y, clock.step, runtime)
-            advance()
-    return parity
-
-
-def _compare_layer(
-    ends: LayersInGraph, graph: Graph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
-) -> LayerParity:
-    import numpy as np
-    import torch
-
-    from intaglio.exporters.verify.departures import rel_l2
-    from intaglio.exporters.verify.layer_run import entry_type, run_layer
-    from intaglio.pipeline.artifacts.verification import LayerParity
-
-    x = ends.entering(name, x)
-    half = entry_type(graph, name) == np.float16
-    if half:
-        x = x.half().float()
-    deployed, codes = run_layer(graph, name, x.numpy(), runtime, step)
-    with ends.reading(name) as layer:
-        error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
-        if isinstance(layer.scheme.input, Float) or codes is None:
-            return LayerParity(error, 0, 0, 0)
-        simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
-    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
-    return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))
+    if in_float:
+        count = len(in_float)
+        ctx.log.info("%d of %d layers stay in float: %s", count, count + quantized, _by_reason(in_float))
 
 
 def layers_in_float(module: nn.Module, quantized: Collection[str], target: Target) -> dict[str, str]:

@@ -18,7 +18,6 @@ from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
     from intaglio.passes.distill.objective import Task
-    from intaglio.pipeline.artifacts.quantized import LayerAdapter
 
 
 class Distill(Pass):
@@ -95,22 +94,18 @@ class Distill(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Raises RecipeError where there is less to share than there are processes."""
-        import torch
-
         from intaglio.passes.distill.start import begin
+        from intaglio.passes.distill.trainable import learnt
         from intaglio.pipeline.artifacts.quantized import Adapter
         from intaglio.pipeline.model.blocks import recomputed
 
         task, codes = begin(self, state[MODEL], state[PLAN], state[TRAJECTORY], ctx)
         loss: tuple[float, ...] = ()
         if self.updates and task.layers:
-            with recomputed(task.blocks.values() if self.recompute else ()):
+            with recomputed(task.blocks.values() if self.recompute else (), task.clock):
                 loss = train_blocks(task) if self.scope == "block" else train_model(task)
-        learnt: dict[str, LayerAdapter] = {}
-        with torch.no_grad():
-            for name, layer in task.layers.items():
-                learnt[name] = layer.cpu().learnt(codes.get(name))
-        return {ADAPTER: Adapter(learnt, loss, self.distance)}
+        layers = {name: learnt(layer.cpu(), codes.get(name)) for name, layer in task.layers.items()}
+        return {ADAPTER: Adapter(layers, loss, self.distance)}
 
 
 def train_model(task: Task) -> tuple[float, ...]:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from intaglio.passes.distill.trainable import add_adapter
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.calls import clocked
+from intaglio.pipeline.model.hooks import after_calls
 from intaglio.pipeline.model.sampler import Call
 from intaglio.pipeline.simulation.layer import QuantizedLayer
 from intaglio.pipeline.simulation.model import full_precision
@@ -98,9 +100,9 @@ class Task:
         return self.sampler.rows_of(samples[self.ctx.processes.share(len(samples))], self.count)
 
     def add_adapters(self, layers: Mapping[str, QuantizedLayer]) -> None:
-        """Changes `layers`."""
+        """Make the weights of `layers` trainable. Changes `layers`."""
         for name, layer in layers.items():
-            layer.add_adapter(self.options.rank, self.ctx.torch_rng("adapter", name))
+            add_adapter(layer, self.options.rank, self.ctx.torch_rng("adapter", name))
 
     def check_shares(self) -> None:
         """Raises RecipeError where a process would have nothing of an update, or of the held-out samples."""
@@ -169,9 +171,15 @@ class WholeOutput:
     def _compare(
         self, step: int, inputs: Inputs, target: torch.Tensor | None, blocks: Mapping[str, nn.Module]
     ) -> Sequence[Error]:
-        """`target` is full precision's output where it is known."""
-        task, weight = self.task, self.weights[step]
-        task.clock.step = step
+        """Return the errors at a step; `target` is full precision's output where it is known."""
+        with self.task.clock.at(step):
+            return self._errors_of(inputs, target, blocks, self.weights[step])
+
+    def _errors_of(
+        self, inputs: Inputs, target: torch.Tensor | None, blocks: Mapping[str, nn.Module], weight: float
+    ) -> Sequence[Error]:
+        """Return the errors of the output and of these blocks' outputs, at the clock's step."""
+        task = self.task
         expected: dict[str, list[torch.Tensor]] = {}
         if target is None or blocks:
             with torch.no_grad(), full_precision(task.layers.values()), outputs_of(blocks, expected):
@@ -209,8 +217,7 @@ class BlockOutput:
             yield self._compare(step, self.calls[step][-1])
 
     def _compare(self, step: int, call: BlockCall) -> Sequence[Error]:
-        self.task.clock.step = step
-        with self.task.mixed():
+        with self.task.clock.at(step), self.task.mixed():
             output = self.block(*call.args, **call.kwargs)
         return [_error(tensors(output), call.expected)]
 
@@ -225,26 +232,32 @@ class BlockCall(NamedTuple):
 
 def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
     """By step, calls of this process's rows, the held-out ones last. Empty where the denoiser never calls the block."""
-    block, layers, training, size = task.blocks[name], task.layers.values(), task.split.training, task.size
+    block, training, size = task.blocks[name], task.split.training, task.size
     samples = [training[i : i + size] for i in range(0, len(training) - size + 1, size)]
     steps = []
     with task.ctx.progress(f"calls of {name}", len(task.trajectory.timesteps)) as advance:
         for step in range(len(task.trajectory.timesteps)):
-            task.clock.step = step
-            calls = []
-            for rows in map(task.own_rows, (*samples, task.split.held_out)):
-                inputs = task.trajectory.call(step, rows)
-                with full_precision(layers):
-                    teacher = _first_call(block, task.denoise, inputs)
-                student = _first_call(block, task.denoise, inputs)
-                if teacher is None or student is None:
-                    return []
-                with torch.no_grad(), full_precision(layers):
-                    expected = tensors(block(*teacher[0], **teacher[1]))
-                calls.append(BlockCall(*student, expected))
-            steps.append(calls)
+            inputs = [task.trajectory.call(step, task.own_rows(rows)) for rows in (*samples, task.split.held_out)]
+            with task.clock.at(step):
+                calls = [_block_call(task, block, each) for each in inputs]
+            known = [call for call in calls if call is not None]
+            if len(known) < len(calls):
+                return []
+            steps.append(known)
             advance()
     return steps
+
+
+def _block_call(task: Task, block: nn.Module, inputs: Inputs) -> BlockCall | None:
+    """Return the block's first call in a call of the denoiser; None where the denoiser never calls it."""
+    layers = task.layers.values()
+    with full_precision(layers):
+        teacher = _first_call(block, task.denoise, inputs)
+    student = _first_call(block, task.denoise, inputs)
+    if teacher is None or student is None:
+        return None
+    with torch.no_grad(), full_precision(layers):
+        return BlockCall(*student, tensors(block(*teacher[0], **teacher[1])))
 
 
 class _Reached(Exception):
@@ -261,26 +274,16 @@ def _first_call(
         raise _Reached
 
     hook = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad(), contextlib.suppress(_Reached):
-            denoise(inputs)
-    finally:
-        hook.remove()
+    with hook, torch.no_grad(), contextlib.suppress(_Reached):
+        denoise(inputs)
     return seen[0] if seen else None
 
 
 @contextlib.contextmanager
 def outputs_of(blocks: Mapping[str, nn.Module], found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Fills `found` with the tensors that the blocks return."""
-    hooks = [
-        block.register_forward_hook(lambda _, __, y, name=name: found.__setitem__(name, tensors(y)))
-        for name, block in blocks.items()
-    ]
-    try:
+    """Fill `found` with the tensors that the blocks return."""
+    with after_calls(blocks, lambda name, _, output: found.__setitem__(name, tensors(output))):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def tensors(output: object) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.objective import Task
+from intaglio.passes.distill.trainable import InputScales, learn_input, start_from
 from intaglio.passes.layer_inputs import layer_inputs, siblings
 from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 from intaglio.pipeline.model.blocks import find_blocks
@@ -19,7 +20,7 @@ from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer
+from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.types import Denoise
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
 """Shares of an input's range that are compared as its first scale."""
@@ -45,8 +47,8 @@ def begin(
     model.module.requires_grad_(False)
     clock = StepClock(trajectory.timesteps)
     schemes = trajectory.called(plan.schemes)
-    ranges = trajectory.ranges(schemes, plan.balances)
-    replaced = quantize_model(model.module, schemes, clock, *ranges, branch=plan.branches)
+    tables = trajectory.tables(schemes, plan.balances)
+    replaced = quantize_model(model.module, schemes, clock, tables, bases_of(plan.balances), plan.branches)
     model.module.to(ctx.device)
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, RoundedWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
@@ -78,15 +80,15 @@ def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, traject
             for names in groups:
                 if names[0] in few:
                     layer = layers[names[0]]
-                    layer.clock.step = step
                     inputs = [layer.balanced(x) for x in seen.get(names[0], ())]
-                    errors = [sum(_input_error(layer, x, share) for x in inputs) for share in CLIPPING]
+                    with layer.clock.at(step):
+                        errors = [sum(_input_error(layer, x, share) for x in inputs) for share in CLIPPING]
                     factors.setdefault(names, []).append(CLIPPING[min(range(len(errors)), key=errors.__getitem__)])
             advance()
     for names in groups:
         scales = InputScales(torch.tensor(factors.get(names) or [1.0] * len(trajectory.timesteps)))
         for name in names:
-            layers[name].learn_input(scales)
+            learn_input(layers[name], scales)
 
 
 def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterator[list[str]]:
@@ -101,9 +103,10 @@ def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterat
 
 def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
     """Squared error of the input, in its basis, when its range is cut to this share."""
-    layer.learn_input(InputScales(torch.full((len(layer.clock.timesteps),), share)))
+    learn_input(layer, InputScales(torch.full((len(layer.clock.timesteps),), share)))
+    assert layer.input_rounding is not None  # those that learn have rounded inputs
     with torch.no_grad():
-        q, amax, shift = layer.balanced_codes(x)
+        q, amax, shift = layer.input_rounding(x)
         rounded = q * affine.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)
         return float((rounded - x).square().sum())
 
@@ -138,11 +141,11 @@ def start_weights(
                 advance()
     with ctx.progress("start of the weights", len(layers)) as advance:
         for name, layer in layers.items():
-            form = layer.scheme.weight
-            assert isinstance(form, RoundedWeight)  # `layers` are those
+            rounding = layer.weight_rounding
             codes[name] = layer.weight_codes()
             if name in moments:
-                codes[name] = gptq(layer.base_weight(), layer.code_scale(), form.grid, moments[name])
-            layer.start_from(codes[name], distance)
+                w_NK = rounding.base(layer.layer.weight)
+                codes[name] = gptq(w_NK, rounding.code_scale(), rounding.rounded_form.grid, moments[name])
+            start_from(layer, codes[name], distance)
             advance()
     return codes

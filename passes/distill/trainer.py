@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from intaglio.passes.distill.trainable import input_scales, trained_weight
 from intaglio.passes.imports.torch_file import load_torch_file
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE
-from intaglio.pipeline.simulation.layer import InputScales, QuantizedLayer
 
 if TYPE_CHECKING:
     from intaglio.passes.distill.distill import Distill
     from intaglio.passes.distill.objective import Error, Objective
+    from intaglio.passes.distill.trainable import InputScales
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 ROUND = 20
 """Updates between two checkpoints, after each of which the held-out error is measured and new states are rolled out."""
@@ -47,22 +49,25 @@ class Trainer:
     def _groups(self) -> list[dict[str, object]]:
         """Parameters and their learning rates. What an earlier training ended with stays as it is."""
         options = self.options
-        code_scale = {name: layer.code_scale().detach().mean().item() for name, layer in self.layers.items()}
+        code_scale = {
+            name: layer.weight_rounding.code_scale().detach().mean().item() for name, layer in self.layers.items()
+        }
         mean = sum(code_scale.values()) / len(code_scale)
         groups: list[dict[str, object]] = []
         self.gradient_scales: list[tuple[torch.nn.Parameter, float]] = []
         seen: set[InputScales] = set()
         for name, layer in self.layers.items():
-            adapter = [p for p in (layer.adapter_a, layer.adapter_b) if p is not None]
+            grid, weight = layer.weight_rounding, trained_weight(layer)
+            adapter = [] if weight is None else [p for p in (weight.a, weight.b) if p is not None]
             own = code_scale[name] if options.scale_aware == "rate" else mean
             groups.append({"params": adapter, "lr": options.rate * own})
             if options.scale_aware == "gradient":
                 self.gradient_scales += [(p, code_scale[name]) for p in adapter]
-            for scale in (layer.weight_scale, layer.weight_group):
+            for scale in (grid.scale, grid.group):
                 if scale is not None:
                     scale.requires_grad_(True)
                     groups.append({"params": [scale], "lr": options.scale_rate * scale.detach().mean().item()})
-            if (scales := layer.input_scales) is not None and scales not in seen:
+            if (scales := input_scales(layer)) is not None and scales not in seen:
                 seen.add(scales)
                 if parameters := [p for p in scales.parameters() if p.requires_grad]:
                     groups.append({"params": parameters, "lr": options.input_rate})
@@ -130,7 +135,7 @@ class Trainer:
 
     def _invalidate(self) -> None:
         for layer in self.layers.values():
-            layer.invalidate()
+            layer.cache.clear()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """What is trained, by name."""

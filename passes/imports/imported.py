@@ -23,6 +23,7 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import MIB, open_stream, printable
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A16, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
 
 if TYPE_CHECKING:
@@ -103,10 +104,10 @@ class ImportPass(Pass):
         for name, data in taken.items():
             if data.balance is None:
                 continue
-            if data.amax_T is None:  # an upper bound of every entry
+            if data.tables.amax_T is None:  # no entry is larger
                 amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
             else:
-                amax_T = data.amax_T.expand(len(trajectory.timesteps))
+                amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))
             balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
         plan = plan.balanced(balances)
         bits = plan.weight_bits_mean
@@ -154,11 +155,10 @@ class TakenLayers:
 
 @dataclass(frozen=True)
 class Entering:
-    """Rounding of a layer's input: `amax_T` for each step, or `factor_T` on each token's magnitude."""
+    """The rounding of a layer's input, with the tables that it needs."""
 
     form: IntInput
-    amax_T: torch.Tensor | None = None
-    factor_T: torch.Tensor | None = None
+    tables: LayerTables = NO_TABLES
 
 
 def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerData]) -> TakenLayers:
@@ -276,10 +276,8 @@ def layer_data(
             raise NotCarried(f"{bits}-bit weights in front of a float input: only those of 4 or 8 bits are")
         case _, Entering():
             raise NotCarried(f"{bits}-bit weights in front of a {entering.form.bits}-bit input")
-    amax_T, factor_T = (None, None) if entering is None else (entering.amax_T, entering.factor_T)
-    return QuantizedLayerData(
-        scheme, codes, scale_NG.contiguous(), amax_T, group_NG, balance=balance, factor_T=factor_T
-    )
+    tables = NO_TABLES if entering is None else entering.tables
+    return QuantizedLayerData(scheme, codes, scale_NG.contiguous(), group_NG, tables, balance)
 
 
 def _group(layer: Layer, scale_NG: torch.Tensor) -> int:

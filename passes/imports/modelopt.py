@@ -35,6 +35,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
         case 4 | 8 if how.dynamic and by_token and layer.op == "linear":
             return Entering(IntInput(bits=bits, granularity=PerToken()))
         case 4 | 8 if not how.dynamic and how.axis is None and not how.blocks:
-            return Entering(IntInput(bits=bits, granularity=PerStep()), _static_amax(quantizer))
+            return Entering(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
     raise NotCarried(
         f"{'dynamic' if how.dynamic else 'static'} input scales along axis {shown(how.axis)}, blocks"
         f" {shown(how.blocks)}, of a {layer.op}: only one static scale, or for linear layers a dynamic one for each"

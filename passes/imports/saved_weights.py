@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from intaglio.passes.imports.imported import Entering, NotCarried, as_float32, dtype_name, shown
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def by_token(bits: int) -> Entering:
 
     width = _width(bits)
     factor = _high(width) / ((2**bits - 1) / 2)
-    return Entering(IntInput(bits=width, granularity=PerToken()), factor_T=torch.tensor([factor]))
+    return Entering(IntInput(bits=width, granularity=PerToken()), LayerTables(factor_T=torch.tensor([factor])))
 
 
 def static(bits: int, scale: torch.Tensor | None) -> Entering:
@@ -99,7 +100,7 @@ def static(bits: int, scale: torch.Tensor | None) -> Entering:
     width, found = _width(bits), as_float32("an input scale", scale).reshape(1)
     if found.item() <= 0:
         raise NotCarried(f"an input scale of {found.item():g}: it has to be above zero")
-    return Entering(IntInput(bits=width, granularity=PerStep()), found * _high(width))
+    return Entering(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
 
 
 def _width(bits: int) -> Literal[4, 8]:

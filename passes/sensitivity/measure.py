@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,19 +25,19 @@ from intaglio.pipeline.numerics.quality import PEAK
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from intaglio.passes.sensitivity.estimates import Findings, Pair
     from intaglio.passes.sensitivity.rounded import RoundedLayers
     from intaglio.passes.sensitivity.study import Study
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.metric import Metric
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.sampler import Sampler, Start
-    from intaglio.pipeline.model.types import Denoise, Inputs
+    from intaglio.pipeline.model.types import Denoise
 
-NOISE = 0.02
-"""Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
 DRAWN = 0.15
 """Share of layers for which samples are drawn in 4 bits, about, before any is measured: that of emoji-dit."""
 OUTPUTS_DB = 20
@@ -47,6 +46,8 @@ Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
 
+Schemes: TypeAlias = "Mapping[str, dict[str, LayerScheme]]"
+"""Schemes of each layer, by the layer's and the scheme's name."""
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
 """Squared error of final samples, one layer rounded all the way, by layer and scheme; and what a call's error makes of
 them: nothing if not known."""
@@ -163,47 +164,66 @@ class MeasureSensitivity(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Measure every pair of a layer and a scheme, or predict those that time does not allow."""
-        from intaglio.passes.sensitivity.groups import layer_groups
+        from intaglio.passes.sensitivity.buckets import bucket_weights, split, sums
         from intaglio.passes.sensitivity.rounded import RoundedLayers
-        from intaglio.passes.sensitivity.study import Batch, Study
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
         from intaglio.pipeline.model.calls import clocked, denoise_with
-        from intaglio.pipeline.model.layers import layer_table
         from intaglio.pipeline.model.sampler import Sampler
 
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()
         model.module.requires_grad_(False)
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-        layers = tuple(layer for layer in layer_table(model.module) if layer.name in trajectory.amax)
-        schemes = {
-            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self.schemes)} for layer in layers
-        }
-        count = len(trajectory.timesteps)
-        edges = [round(i * count / self.buckets) for i in range(self.buckets + 1)]
-        buckets = tuple((a, b) for a, b in itertools.pairwise(edges) if b > a)
-        steps = [(first + past) // 2 for first, past in buckets]
+        layers, schemes = self._layers(model.module, trajectory)
+        buckets = split(len(trajectory.timesteps), self.buckets)
         denoise = denoise_with(model.module, model)
-        calls = Batch.of(sampler, trajectory, self.rows).changed(steps[0], ctx.torch_rng("other noise"))
-        sample = calls["plain"][sampler.names.sample]
-        frames = (len(sample), sample.shape[self.frame_axis]) if sample.ndim == 5 else None
-        groups = layer_groups(model.module, denoise, calls, [layer.name for layer in layers], frames)
-        swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
-        batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
-        forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
         rounded = RoundedLayers(model.module, trajectory, state[PLAN].balances if PLAN in state else {})
-        study = Study(ctx, denoise, rounded, batch, steps, forms)
+        study, groups = self._study(ctx, sampler, denoise, rounded, schemes, buckets)
         at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
         start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
         drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
         errors, by_call = self._along(drawn, schemes)
-        weights = _sums(by_call, buckets) if by_call else self._bucket_weights(sampler, buckets, ctx)
+        rows = max(1, self.rows // 2)
+        weights = sums(by_call, buckets) if by_call else bucket_weights(sampler, buckets, rows, ctx)
         empty = Sensitivity(buckets, weights, layers, schemes, {}, groups=groups, drift_screened=errors)
         table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
         return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
 
-    def _along(self, drawn: _Drawn, schemes: Mapping[str, Mapping[str, LayerScheme]]) -> _Predicted:
+    def _layers(self, module: nn.Module, trajectory: Trajectory) -> tuple[tuple[Layer, ...], Schemes]:
+        """Return the layers with a part in the recorded calls, and the schemes to measure, by layer and scheme name."""
+        from intaglio.pipeline.model.layers import layer_table
+
+        layers = tuple(layer for layer in layer_table(module) if layer.name in trajectory.amax)
+        return layers, {
+            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self.schemes)} for layer in layers
+        }
+
+    def _study(
+        self,
+        ctx: Context,
+        sampler: Sampler,
+        denoise: Denoise,
+        rounded: RoundedLayers,
+        schemes: Schemes,
+        buckets: Sequence[tuple[int, int]],
+    ) -> tuple[Study, dict[str, str]]:
+        """Return what is to be measured at the middle of each bucket, and the group of each layer."""
+        from intaglio.passes.sensitivity.groups import layer_groups
+        from intaglio.passes.sensitivity.study import Batch, Study
+
+        module, trajectory = rounded.module, rounded.trajectory
+        steps = [(first + past) // 2 for first, past in buckets]
+        calls = Batch.of(sampler, trajectory, self.rows).changed(steps[0], ctx.torch_rng("other noise"))
+        sample = calls["plain"][sampler.names.sample]
+        frames = (len(sample), sample.shape[self.frame_axis]) if sample.ndim == 5 else None
+        groups = layer_groups(module, denoise, calls, list(schemes), frames)
+        swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
+        batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
+        forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
+        return Study(ctx, denoise, rounded, batch, steps, forms), groups
+
+    def _along(self, drawn: _Drawn, schemes: Schemes) -> _Predicted:
         """Of samples, by one backward pass through each of their trajectories; nothing where no gradient comes back."""
         from intaglio.passes.sensitivity.screen import Screen
         from intaglio.passes.sensitivity.study import Progress, are_errors
@@ -338,41 +358,3 @@ class MeasureSensitivity(Pass):
                 *ranks,
             )
         return drift
-
-    def _bucket_weights(
-        self, sampler: Sampler, buckets: tuple[tuple[int, int], ...], ctx: Context
-    ) -> tuple[float, ...]:
-        """Squared error of final samples per relative squared error of outputs, from noise put into each bucket."""
-        import torch
-
-        from intaglio.pipeline.model.calls import denoise_with
-
-        denoise = denoise_with(sampler.model.module, sampler.model)
-        start = sampler.start(max(1, self.rows // 2), ctx.torch_rng("start"))
-
-        def draw(first: int, past: int) -> torch.Tensor:
-            noise = ctx.torch_rng("noise")
-            calls = itertools.count()
-
-            def noisy(inputs: Inputs) -> torch.Tensor:
-                output = denoise(inputs)
-                spoilt = output + NOISE * output.square().mean().sqrt() * torch.randn(output.shape, generator=noise)
-                return spoilt if first <= next(calls) < past else output
-
-            return sampler.sample(noisy, start)
-
-        own = range(len(buckets))[ctx.processes.index :: ctx.processes.count]
-        with ctx.progress("bucket weights", 1 + len(buckets)) as advance:
-            reference = draw(0, 0)
-            advance()
-            weights = {}
-            for bucket in own:
-                weights[bucket] = float((draw(*buckets[bucket]) - reference).square().mean()) / NOISE**2
-                advance(ctx.processes.count)
-        every = {bucket: weight for part in ctx.processes.gather(weights) for bucket, weight in part.items()}
-        return tuple(every[bucket] for bucket in range(len(buckets)))
-
-
-def _sums(by_call: Sequence[float], buckets: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
-    """Over the calls of each bucket."""
-    return tuple(sum(by_call[first:past]) for first, past in buckets)

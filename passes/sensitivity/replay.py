@@ -64,16 +64,12 @@ def record(
         if name == until:
             raise _Over
 
-    hooks = []
-    for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(partial(begin, name=name)))
-        hooks.append(part.register_forward_hook(partial(end, name=name)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, part in module.named_modules():
+            hooks.enter_context(part.register_forward_pre_hook(partial(begin, name=name)))
+            hooks.enter_context(part.register_forward_hook(partial(end, name=name)))
         with contextlib.suppress(_Over):
             recording.output = call()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return recording
 
 

@@ -8,14 +8,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from intaglio.pipeline.formats.layer_tables import NO_TABLES
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.numerics.basis import LayerBalance
@@ -46,9 +46,10 @@ class RoundedLayers:
         """Outside the model, around its weight."""
         key = (name, form)
         if key not in self._made:
-            balances = {name: self.balances[name]} if name in self.balances else {}
-            tables = (table.get(name) for table in self.trajectory.ranges({name: form}, balances))
-            self._made[key] = QuantizedLayer(self.module.get_submodule(name), form, self.clock, *tables)  # type: ignore[arg-type]  # a Linear or Conv2d, tables in their order
+            layer, tables = self.module.get_submodule(name), self.trajectory.tables({name: form}, self.balances)
+            assert isinstance(layer, nn.Linear | nn.Conv2d)  # others have no forms
+            balance = self.balances[name].balance if name in self.balances else None
+            self._made[key] = QuantizedLayer(layer, form, self.clock, tables.get(name, NO_TABLES), balance=balance)
         return self._made[key]
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class RoundedLayers:
         if layer in self._kept or isinstance(layer.scheme.weight, Float):
             return
         if (size := layer.layer.weight.nbytes) > self._room:
-            layer.invalidate()
+            layer.cache.clear()
             return
         self._kept.add(layer)
         self._room -= size

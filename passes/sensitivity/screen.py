@@ -31,7 +31,8 @@ class Screen:
 
     The Gauss-Newton form (Hutchinson 1990): at full precision the gradient of the error itself is zero. One backward
     pass a direction gives v^T J for all layers. Rows are computed one at a time: what they share has no row of its own,
-    and one row's graph is all that is in memory. `denoise` sets the clock of the rounded layers, or who calls does.
+    and one row's graph is all that is in memory. The clock of the rounded layers is set by
+    `denoise`, or by the caller.
     """
 
     def __init__(self, rounded: RoundedLayers, denoise: Denoise, forms: Forms) -> None:

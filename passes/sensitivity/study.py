@@ -170,9 +170,10 @@ class Study:
         places = list(itertools.product(range(len(self.steps)), range(self.batch.rows)))
 
         def predict(bucket: int, row: int) -> dict[str, object]:
-            step = self.rounded.clock.step = self.steps[bucket]
+            step = self.steps[bucket]
             generators = [self.ctx.torch_rng("probe", bucket, row, i) for i in range(probes)]
-            predicted, output = screen.errors(self.batch.row(step, row), generators)
+            with self.rounded.clock.at(step):
+                predicted, output = screen.errors(self.batch.row(step, row), generators)
             return {"energy": float(output.square().sum()), "errors": predicted}
 
         with self.ctx.progress("screening", len(places)) as advance:
@@ -212,7 +213,8 @@ class Study:
         with self.ctx.progress("sensitivity", len(self.steps) * sum(map(len, wanted.values()))) as advance:
             for bucket, group in itertools.groupby(own, key=itemgetter(0)):
                 todo = {unit: members[unit] for _, unit in group}
-                self._measure_at(bucket, todo, metrics, context, progress, advance)
+                with self.rounded.clock.at(self.steps[bucket]):
+                    self._measure_at(bucket, todo, metrics, context, progress, advance)
         done = progress.gathered()
         found: dict[str, Errors] = {}
         for name, labels in wanted.items():
@@ -235,8 +237,8 @@ class Study:
         advance(self.ctx.processes.count * (sum(map(len, todo.values())) - sum(map(len, left.values()))))
         if not any(left.values()):
             return
-        step = self.rounded.clock.step = self.steps[bucket]
-        replay = Replay(self.rounded.module, self.denoise, self.batch.inputs(step), reuse=self.reuse)
+        inputs = self.batch.inputs(self.steps[bucket])
+        replay = Replay(self.rounded.module, self.denoise, inputs, reuse=self.reuse)
         if self.reuse and bucket == 0:
             self.ctx.log.info("outputs kept to be replayed: %.1f MB", replay.whole.size_bytes / 1e6)
         for unit, pairs in left.items():

@@ -147,7 +147,7 @@ class Engine(_EngineFacts):
 
 
 def step_index(graph: Graph, inputs: Inputs) -> int:
-    """Return the index of the graph's step whose timestep is nearest to that of the inputs; 0 without timesteps."""
+    """Return the step whose timestep is nearest to the call's; 0 for a graph without timesteps."""
     from intaglio.pipeline.model.step_clock import StepClock
 
     return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))

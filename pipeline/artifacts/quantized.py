@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
+from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 
 if TYPE_CHECKING:
@@ -22,21 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerAdapter:
-    """The result of distillation for one layer: a (rank, K) and b (N, rank), or neither; weight scale (N, G).
+    """The parameters that distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; scale (N, G).
 
     A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
-    `amax_T` and `shift_T` are learnt input ranges at each calibrated step, `factor_T` what a token's magnitude is
-    multiplied by. `codes` (N, K) int8 are those that the weight started from, where it was not the model's own.
+    `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are those that the weight started
+    from, where it was not the model's own.
     """
 
     scale_NG: torch.Tensor
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     group_NG: torch.Tensor | None = None
-    amax_T: torch.Tensor | None = None
-    shift_T: torch.Tensor | None = None
-    factor_T: torch.Tensor | None = None
+    tables: LayerTables = NO_TABLES
     codes: torch.Tensor | None = None
+
+
+ADAPTER_PARTS = ("scale_NG", "a", "b", "group_NG", "codes")
+"""Tensors of a `LayerAdapter` beside its tables."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class Adapter:
 
         tensors: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
-            parts = ((part.name, getattr(layer, part.name)) for part in fields(layer))
-            tensors |= {f"{name}:{part}": value.contiguous() for part, value in parts if value is not None}
+            parts = {part: getattr(layer, part) for part in ADAPTER_PARTS} | vars(layer.tables)
+            tensors |= {f"{name}:{part}": value.contiguous() for part, value in parts.items() if value is not None}
         save_file(tensors, root / "adapter.safetensors")
         content = _AdapterContent(tuple(self.layers), self.loss, self.distance)
         write_typed(root / "adapter.json", content, _AdapterContent, indent=None)
@@ -68,13 +71,16 @@ class Adapter:
         """Read what `save` wrote."""
         content, file = read_typed(root / "adapter.json", _AdapterContent), root / "adapter.safetensors"
         tensors = load_tensors(file)
-        optional = [part.name for part in fields(LayerAdapter) if part.name != "scale_NG"]
         with damage_of(file):
-            layers = {
-                n: LayerAdapter(tensors[f"{n}:scale_NG"], *(tensors.get(f"{n}:{part}") for part in optional))
-                for n in content.layers
-            }
+            layers = {n: _layer_adapter(n, tensors) for n in content.layers}
         return cls(layers, content.loss, content.distance)
+
+
+def _layer_adapter(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerAdapter:
+    """Read one layer of adapter.safetensors."""
+    optional = {part: tensors.get(f"{name}:{part}") for part in ADAPTER_PARTS if part != "scale_NG"}
+    tables = LayerTables(**{part.name: tensors.get(f"{name}:{part.name}") for part in fields(LayerTables)})
+    return LayerAdapter(tensors[f"{name}:scale_NG"], **optional, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -86,32 +92,25 @@ class _AdapterContent:
     distance: float
 
 
+TABLE_PARTS = {"amax_T": "amax", "shift_T": "shift", "output_amax_T": "output-amax", "factor_T": "factor"}
+"""Name of each table of a layer in quantized.safetensors."""
+
+
 @dataclass(frozen=True)
 class QuantizedLayerData:
-    """One layer as integers: codes (N, K) int8, scale (N, G) float32, and amax (T,) if its input has a scale per step.
+    """One layer as integers: codes (N, K) int8, scales (N, G) float32, and the tables that its scheme needs.
 
-    A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. `output_amax_T` is the
-    largest output without bias at each step (T,), where the output is rounded. Where the input is shifted by step,
-    `shift_T` is the middle of its range and `amax_T` half the width. `factor_T` (T,) is what the magnitude of a token
-    is multiplied by, where its range is clipped. Codes, input ranges and the branch beside them are in the basis of
-    `balance`.
+    A weight of two levels has scales (N, 1) and group integers (N, G) int8, each at most 15. Codes, tables of the input
+    and the branch beside them are in the basis of `balance`.
     """
 
     scheme: LayerScheme
     codes: torch.Tensor
     scale_NG: torch.Tensor
-    amax_T: torch.Tensor | None
     group_NG: torch.Tensor | None = None
-    output_amax_T: torch.Tensor | None = None
-    shift_T: torch.Tensor | None = None
+    tables: LayerTables = NO_TABLES
     balance: Balance | None = None
-    factor_T: torch.Tensor | None = None
     branch: Branch | None = None
-
-    @property
-    def stepped(self) -> bool:
-        """True where the layer needs to know its denoising step."""
-        return self.amax_T is not None or self.factor_T is not None
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Quantized:
     @property
     def stepped(self) -> bool:
         """True where some layer needs to know its denoising step."""
-        return any(layer.stepped for layer in self.layers.values())
+        return any(layer.tables.stepped for layer in self.layers.values())
 
     def only(self, names: Container[str]) -> Quantized:
         """Return the integers of these layers alone."""
@@ -145,14 +144,8 @@ class Quantized:
             tensors[f"{name}:scale"] = layer.scale_NG.contiguous()
             if layer.group_NG is not None:
                 tensors[f"{name}:group"] = layer.group_NG.contiguous()
-            if layer.amax_T is not None:
-                tensors[f"{name}:amax"] = layer.amax_T.contiguous()
-            if layer.shift_T is not None:
-                tensors[f"{name}:shift"] = layer.shift_T.contiguous()
-            if layer.output_amax_T is not None:
-                tensors[f"{name}:output-amax"] = layer.output_amax_T.contiguous()
-            if layer.factor_T is not None:
-                tensors[f"{name}:factor"] = layer.factor_T.contiguous()
+            tables = {part: getattr(layer.tables, table) for table, part in TABLE_PARTS.items()}
+            tensors |= {f"{name}:{part}": table.contiguous() for part, table in tables.items() if table is not None}
             if layer.balance is not None:
                 tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
         tensors |= branch_tensors({n: v.branch for n, v in self.layers.items() if v.branch is not None})
@@ -202,12 +195,9 @@ def _layer(
         facts.scheme,
         _rounded(facts.scheme).unpack(tensors[f"{name}:codes"], facts.shape),
         tensors[f"{name}:scale"],
-        tensors.get(f"{name}:amax"),
         tensors.get(f"{name}:group"),
-        tensors.get(f"{name}:output-amax"),
-        tensors.get(f"{name}:shift"),
+        LayerTables(**{table: tensors.get(f"{name}:{part}") for table, part in TABLE_PARTS.items()}),
         None if facts.rotated is None else Balance(tensors[f"{name}:balance"], facts.rotated),
-        tensors.get(f"{name}:factor"),
         branch,
     )
 

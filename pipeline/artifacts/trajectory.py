@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
 from intaglio.pipeline.formats.schemes import LayerScheme
@@ -17,19 +17,8 @@ from intaglio.pipeline.formats.schemes import LayerScheme
 if TYPE_CHECKING:
     import torch
 
-    from intaglio.pipeline.numerics.basis import Balance, LayerBalance
-
-
-class Ranges(NamedTuple):
-    """Tables that quantized layers need beside their schemes, by layer name, in the order in which layers take them.
-
-    A table has one entry per step.
-    """
-
-    amax: Mapping[str, torch.Tensor]
-    output_amax: Mapping[str, torch.Tensor]
-    shift: Mapping[str, torch.Tensor]
-    balance: Mapping[str, Balance]
+    from intaglio.pipeline.formats.layer_tables import LayerTables
+    from intaglio.pipeline.numerics.basis import LayerBalance
 
 
 @dataclass(frozen=True)
@@ -58,41 +47,44 @@ class Trajectory:
         """Return the schemes of the layers that the calls reach. All other layers stay in float."""
         return {name: scheme for name, scheme in schemes.items() if name in self.low}
 
-    def ranges(
+    def tables(
         self,
         schemes: Mapping[str, LayerScheme],
         balances: Mapping[str, LayerBalance] = MappingProxyType({}),
         timesteps: tuple[float, ...] | None = None,
-    ) -> Ranges:
-        """Return the tables of these layers at `timesteps`, or at the trajectory's own.
+    ) -> dict[str, LayerTables]:
+        """Return the calibrated tables of these layers, at `timesteps` or at those of the trajectory, by layer name.
 
-        A range lies around its middle where the scheme shifts the input, and around zero elsewhere. All calls at one
-        timestep share a range.
+        Ranges are around their middle where the scheme shifts the input, else around zero, and in the basis of the
+        layer's balance. All calls at one timestep share a range. Layers without a part in the calls are left out.
         """
+        return {
+            name: self._tables_of(name, scheme, balances.get(name)).resampled(
+                self.timesteps, timesteps or self.timesteps
+            )
+            for name, scheme in schemes.items()
+            if name in self.low
+        }
+
+    def _tables_of(self, name: str, scheme: LayerScheme, balance: LayerBalance | None) -> LayerTables:
+        """Return the tables of one layer at the timesteps of the calls."""
         import torch
 
+        from intaglio.pipeline.formats.layer_tables import LayerTables
         from intaglio.pipeline.numerics.rounding import half_range
-        from intaglio.pipeline.numerics.step_tables import largest_of_repeated, resample_linear, resample_magnitude
+        from intaglio.pipeline.numerics.step_tables import largest_of_repeated
 
-        known, wanted = self.timesteps, timesteps or self.timesteps
-        amax, output_amax, shift = {}, {}, {}
-        for name, scheme in schemes.items():
-            if name not in self.low:  # never called
-                continue
-            ends = balances.get(name)
-            low, high = (self.low[name], self.high[name]) if ends is None else (ends.low_T, ends.high_T)
-            low, high = -largest_of_repeated(-low, known), largest_of_repeated(high, known)
-            if scheme.shifted:
-                half, middle = half_range(low, high)
-                shift[name] = resample_linear(middle, known, wanted)
-            else:
-                half = torch.maximum(-low, high)
-            amax[name] = resample_magnitude(half, known, wanted)
-            if name in self.output_amax:
-                largest = largest_of_repeated(self.output_amax[name], known)
-                output_amax[name] = resample_magnitude(largest, known, wanted)
-        balance = {name: layer.balance for name, layer in balances.items()}
-        return Ranges(amax, output_amax, shift, balance)
+        low, high = (self.low[name], self.high[name]) if balance is None else (balance.low_T, balance.high_T)
+        low, high = -largest_of_repeated(-low, self.timesteps), largest_of_repeated(high, self.timesteps)
+        shift_T = None
+        if scheme.shifted:
+            amax_T, shift_T = half_range(low, high)
+        else:
+            amax_T = torch.maximum(-low, high)
+        output_amax_T = None
+        if name in self.output_amax:
+            output_amax_T = largest_of_repeated(self.output_amax[name], self.timesteps)
+        return LayerTables(amax_T, shift_T, output_amax_T)
 
     def some_rows(self, least: int) -> slice:
         """Return evenly spread rows of a call: at least `least` of them, or all rows where there are fewer."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from intaglio.pipeline.model.step_clock import StepClock
+
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
     """Return the outermost members of module lists, by module path, in the model's order."""
@@ -44,13 +46,19 @@ def find_units(module: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextlib.contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """The backward pass computes the activations in these blocks anew, instead of keeping them (Chen et al. 2016)."""
+def recomputed(blocks: Iterable[nn.Module], clock: StepClock) -> Iterator[None]:
+    """Compute the activations in these blocks again in the backward pass, instead of keeping them (Chen et al. 2016).
+
+    They are computed again at the step of the forward pass, so a forward pass needs a step of the clock.
+    """
     from torch.utils.checkpoint import checkpoint
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), clock.at(clock.step)
 
     changed = list(blocks)
     for block in changed:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
     try:
         yield
     finally:

@@ -56,13 +56,17 @@ def on_device(denoise: Denoise, device: str) -> Denoise:
     return there
 
 
+def step_of(clock: StepClock, inputs: Inputs, timestep_name: str | None) -> int:
+    """Return the step of the clock that is nearest to a call's timestep; a model without timesteps has one step."""
+    return 0 if timestep_name is None else clock.index(float(inputs[timestep_name].reshape(-1)[0]))
+
+
 def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:
-    """A simulation as a function of its inputs alone: the clock is set from the timestep, if there is one."""
+    """Return a simulation that sets the clock by the timestep of each call."""
 
     def at_its_step(inputs: Inputs) -> torch.Tensor:
-        if timestep_name is not None:
-            clock.set(float(inputs[timestep_name].reshape(-1)[0]))
-        return denoise(inputs)
+        with clock.at(step_of(clock, inputs, timestep_name)):
+            return denoise(inputs)
 
     return at_its_step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,13 +96,12 @@ def follow(module: nn.Module, layers: Iterable[str], call: Callable[[], torch.Te
     names: dict[nn.Module, list[str]] = {}
     for name, layer in named.items():
         names.setdefault(layer, []).append(name)
-    hooks = [hook for part in own for hook in (part.register_forward_pre_hook(begin), part.register_forward_hook(end))]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for part in own:
+            hooks.enter_context(part.register_forward_pre_hook(begin))
+            hooks.enter_context(part.register_forward_hook(end))
         with torch.no_grad(), tracer:
             live = set(tracer.numbers(call()))
-    finally:
-        for hook in hooks:
-            hook.remove()
     for operation in reversed(tracer.operations):
         if not operation.writes or operation.writes & live:
             live |= operation.reads

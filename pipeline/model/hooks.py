@@ -1,4 +1,4 @@
-"""Looks at what enters modules while a model is called."""
+"""Watches modules while a model is called. No hook outlives its `with`, whatever is raised inside."""
 
 from __future__ import annotations
 
@@ -18,14 +18,10 @@ def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[An
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
         note(name, (*args, *kwargs.values()))
 
-    hooks = [
-        module.register_forward_pre_hook(partial(hook, name=name), with_kwargs=True) for name, module in modules.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(hook, name=name), with_kwargs=True))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -38,11 +34,7 @@ def after_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> Any:
         return note(name, (*args, *kwargs.values()), output)
 
-    hooks = [
-        module.register_forward_hook(partial(hook, name=name), with_kwargs=True) for name, module in modules.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(hook, name=name), with_kwargs=True))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()

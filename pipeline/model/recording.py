@@ -171,12 +171,12 @@ def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> lis
     """Run the pipeline and return the flat inputs of the denoiser's calls at the first timestep."""
     signature = inspect.signature(denoiser.forward)
     seen: list[dict[str, Any]] = []
-    with (
-        _listening(
-            denoiser, lambda args, kwargs: seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
-        ),
-        blamed(f"a call of {type(pipe).__name__}"),
-    ):
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
+
+    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    with hook, blamed(f"a call of {type(pipe).__name__}"):
         pipe(**call)
     if not seen:
         raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}")
@@ -199,15 +199,6 @@ def _noting_schedule(scheduler: Any) -> Iterator[dict[str, float]]:
         yield noted
     finally:
         del scheduler.set_timesteps
-
-
-@contextmanager
-def _listening(denoiser: nn.Module, note: Any) -> Iterator[None]:
-    handle = denoiser.register_forward_pre_hook(lambda _, args, kwargs: note(args, kwargs), with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _same(a: object, b: object) -> bool:

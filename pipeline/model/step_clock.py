@@ -1,27 +1,41 @@
-"""Tells layers with one scale for each denoising step which step it is."""
+"""Tells layers that have one scale for each denoising step which step a call belongs to."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+import contextlib
+from collections.abc import Iterator
 
 
 class StepClock:
-    """The denoising step that a call belongs to, found from its timestep and shared by all layers of a model.
+    """The denoising step of the call that is running, shared by all layers of a model.
 
-    Indexed by timestep and never by counting calls: split guidance, second-order solvers and partial trajectories work.
+    `with clock.at(step):` sets the step for the calls inside. Outside of it there is no step, so that no layer reads
+    the step of an earlier call. The step is found from the timestep and never by counting calls: split guidance,
+    second-order solvers and partial trajectories work.
     """
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:
         self.timesteps = timesteps
-        self.step = 0
+        self._step: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Index of the step that is set. Raises RuntimeError outside of `at`."""
+        if self._step is None:
+            raise RuntimeError("no denoising step is set: call the quantized model inside `with clock.at(step):`")
+        return self._step
 
     def index(self, timestep: float) -> int:
-        """The step whose timestep is nearest."""
+        """Return the step whose timestep is nearest."""
         return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
 
-    def set(self, timestep: float) -> None:
-        """Every layer that reads this clock computes at the step nearest to `timestep` from now on."""
-        self.step = self.index(timestep)
+    @contextlib.contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Set the step for the calls inside. Raises IndexError for a step that the tables have no entry for."""
+        if not 0 <= step < len(self.timesteps):
+            raise IndexError(f"step {step} of {len(self.timesteps)}")
+        before, self._step = self._step, step
+        try:
+            yield
+        finally:
+            self._step = before

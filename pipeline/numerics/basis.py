@@ -84,6 +84,11 @@ class LayerBalance:
     gain_db: float | None = None
 
 
+def bases_of(balances: Mapping[str, LayerBalance]) -> dict[str, Balance]:
+    """Return the bases alone, by layer name."""
+    return {name: layer.balance for name, layer in balances.items()}
+
+
 def save_balances(balances: Mapping[str, LayerBalance], path: Path) -> None:
     """Write a safetensors file."""
     from safetensors.torch import save_file

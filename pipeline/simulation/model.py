@@ -5,25 +5,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, RoundedWeight
+from intaglio.pipeline.formats.layer_tables import NO_TABLES
+from intaglio.pipeline.formats.schemes import FLOAT, RoundedWeight
 from intaglio.pipeline.model.step_clock import StepClock
-from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.numerics.basis import Balance
-from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
+from intaglio.pipeline.simulation.weight import WeightRounding
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
+    from intaglio.pipeline.formats.layer_tables import LayerTables
+    from intaglio.pipeline.formats.schemes import LayerScheme
+    from intaglio.pipeline.numerics.basis import Balance
+    from intaglio.pipeline.numerics.low_rank import Branch
 
 
 @contextlib.contextmanager
 def full_precision(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
-    """With these layers as the model has them: the teacher needs no memory of its own."""
+    """Compute these layers as the model has them: the teacher needs no memory of its own."""
     switched = list(layers)
     for layer in switched:
         layer.full_precision = True
@@ -38,73 +41,66 @@ def quantize_model(
     model: nn.Module,
     schemes: Mapping[str, LayerScheme],
     clock: StepClock,
-    amax: Mapping[str, torch.Tensor],
-    output_amax: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    shift: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    balance: Mapping[str, Balance] = MappingProxyType({}),
-    factor: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    branch: Mapping[str, Branch] = MappingProxyType({}),
-    *,
-    fit: bool = True,
+    tables: Mapping[str, LayerTables] = MappingProxyType({}),
+    balances: Mapping[str, Balance] = MappingProxyType({}),
+    branches: Mapping[str, Branch] = MappingProxyType({}),
 ) -> dict[str, QuantizedLayer]:
     """Put a QuantizedLayer in the place of every layer that does not stay in float. Changes `model`.
 
-    `amax`, `output_amax` and `shift` hold (T,) ranges by layer name, for the layers with a scale a step, those whose
-    output is rounded and those whose input is shifted; `balance` the bases of those that are balanced:
-    `Trajectory.ranges`. `factor` holds what token magnitudes are multiplied by, (T,); `branch` the parts of weights
-    that stay in float. `fit` is False where `set_codes` brings the weight scales. Returns the new layers by name.
-    A layer that is registered in several places is replaced in all of them.
+    All mappings are by layer name. `tables` are those of `Trajectory.tables`, `balances` the bases of the layers that
+    are balanced, `branches` the parts of weights that stay in float. Returns the new layers by name.
     """
-    replaced = {}
-    places = places_of(model)
-    for name in sorted(schemes):
-        if schemes[name] == FLOAT:
-            continue
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
-        tables = (amax.get(name), output_amax.get(name), shift.get(name), balance.get(name), factor.get(name))
-        replaced[name] = QuantizedLayer(layer, schemes[name], clock, *tables, branch.get(name), fit=fit)
-        for parent, child in places[layer]:
-            setattr(parent, child, replaced[name])
-    return replaced
+
+    def make(name: str, layer: nn.Linear | nn.Conv2d) -> QuantizedLayer:
+        balance, branch = balances.get(name), branches.get(name)
+        return QuantizedLayer(layer, schemes[name], clock, tables.get(name, NO_TABLES), balance=balance, branch=branch)
+
+    return _replace_layers(model, sorted(name for name in schemes if schemes[name] != FLOAT), make)
 
 
 def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     """Turn `model` into what the deployed graph computes, from integer codes and scales alone. Changes `model`.
 
     Tables of embeddings are rounded to float16, in which the graph keeps them.
-    Returns the clock that is set to a call's timestep before the call.
+    Returns the clock, whose step is set around each call: `with clock.at(step):`, or `clocked`.
     """
     clock = StepClock(quantized.timesteps)
-
-    def of_layers(part: Callable[[QuantizedLayerData], Any]) -> dict[str, Any]:
-        """By layer name, of those that have it."""
-        found = {name: part(data) for name, data in quantized.layers.items()}
-        return {name: value for name, value in found.items() if value is not None}
-
-    layers = quantize_model(
-        model,
-        of_layers(lambda data: data.scheme),
-        clock,
-        of_layers(lambda data: data.amax_T),
-        of_layers(lambda data: data.output_amax_T),
-        of_layers(lambda data: data.shift_T),
-        of_layers(lambda data: data.balance),
-        of_layers(lambda data: data.factor_T),
-        of_layers(lambda data: data.branch),
-        fit=False,
+    _replace_layers(
+        model, sorted(quantized.layers), lambda name, layer: _from_integers(layer, quantized.layers[name], clock)
     )
-    for name, layer in layers.items():
-        if isinstance(layer.scheme.weight, RoundedWeight):
-            data = quantized.layers[name]
-            layer.set_codes(data.codes, data.scale_NG, data.group_NG)
     round_tables(model)
     return clock
 
 
+def _from_integers(layer: nn.Linear | nn.Conv2d, data: QuantizedLayerData, clock: StepClock) -> QuantizedLayer:
+    """Return the layer that computes with these codes. Changes `layer`, whose float weight is freed."""
+    grid = WeightRounding(data.scheme.weight, data.balance, data.branch)
+    if isinstance(data.scheme.weight, RoundedWeight):
+        grid.set_scales(data.scale_NG, data.group_NG)
+    made = QuantizedLayer(layer, data.scheme, clock, data.tables, balance=data.balance, branch=data.branch, weight=grid)
+    if isinstance(data.scheme.weight, RoundedWeight):
+        made.set_codes(data.codes)
+    return made
+
+
+def _replace_layers(
+    model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear | nn.Conv2d], QuantizedLayer]
+) -> dict[str, QuantizedLayer]:
+    """Put what `make` returns in the place of each of these layers, wherever it is registered. Changes `model`."""
+    replaced: dict[str, QuantizedLayer] = {}
+    places = places_of(model)
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
+        replaced[name] = make(name, layer)
+        for parent, child in places[layer]:
+            setattr(parent, child, replaced[name])
+    return replaced
+
+
 def round_tables(model: nn.Module) -> None:
-    """Tables of embeddings as graphs keep them, in float16 where that holds them. Changes `model`."""
+    """Round tables of embeddings as graphs keep them, to float16 where that holds them. Changes `model`."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            module.weight = nn.Parameter(affine.half_table(module.weight).float(), requires_grad=False)
+            module.weight = nn.Parameter(rounding.half_table(module.weight).float(), requires_grad=False)

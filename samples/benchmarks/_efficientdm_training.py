@@ -22,9 +22,11 @@ from intaglio import Context, Recipe, Store, compile
 from intaglio.passes.distill.distill import Distill
 from intaglio.passes.distill.objective import Error, WholeOutput
 from intaglio.passes.distill.start import begin
+from intaglio.passes.distill.trainable import TrainedWeight
 from intaglio.passes.distill.trainer import ROUND, Trainer
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.model.calls import clocked
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise
@@ -72,7 +74,8 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     trainer = trained(options, task.layers, objective, ctx)
     if training.kind == QAT:
         trainer.every = QAT_EVERY
-    trainer.probe = lambda: output_error(denoise, sampler, clock, held_out)
+    at_its_step = clocked(denoise, clock, sampler.names.timestep)
+    trainer.probe = lambda: output_error(at_its_step, sampler, held_out)
     trainer.train()
     return {
         "curve": [(update, *point) for update, point in sorted(trainer.curve.items())],
@@ -90,12 +93,10 @@ def preparation_cpu_s(recipe: Recipe, base: Path) -> float:
     return time.process_time() - began
 
 
-def output_error(denoise: Denoise, sampler: Sampler, clock: StepClock | None, trajectory: Trajectory) -> float:
+def output_error(denoise: Denoise, sampler: Sampler, trajectory: Trajectory) -> float:
     """Mean squared error of the guided output along recorded trajectories."""
     total = 0.0
     for step in range(len(trajectory.timesteps)):
-        if clock is not None:
-            clock.set(trajectory.timesteps[step])
         with torch.no_grad():
             output, target = sampler.guided(denoise(trajectory.call(step))), sampler.guided(trajectory.outputs[step])
         total += float((output - target).square().mean())
@@ -151,9 +152,10 @@ class AllWeights(Timed):
     def _groups(self) -> list[dict[str, object]]:
         groups = super()._groups()
         for layer in self.layers.values():
-            weight = torch.nn.Parameter(layer.float_weight().detach().clone())
-            layer._base_NK = weight
-            groups.append({"params": [weight], "lr": self.options.rate * layer.code_scale().detach().mean().item()})
+            grid = layer.weight_rounding
+            weight = torch.nn.Parameter(grid.float_weight(layer.layer.weight).detach().clone())
+            grid.trained = TrainedWeight(weight)
+            groups.append({"params": [weight], "lr": self.options.rate * grid.code_scale().detach().mean().item()})
         return groups
 
 
@@ -179,8 +181,8 @@ class Denoising:
 
     def errors(self, rng: "np.random.Generator") -> Sequence[Error]:
         """Of one update, at one of the sampler's timesteps: min-SNR weights, Hang et al. 2023, Eq. 7, gamma = 5."""
-        self.clock.step = int(rng.integers(len(self.clock.timesteps)))
-        t = torch.tensor(int(self.clock.timesteps[self.clock.step])).expand(self.rows)
+        step = int(rng.integers(len(self.clock.timesteps)))
+        t = torch.tensor(int(self.clock.timesteps[step])).expand(self.rows)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         picked = torch.randint(len(self.images), (self.rows,), generator=generator)
         noise = torch.randn(self.rows, *self.images.shape[1:], generator=generator)
@@ -188,7 +190,8 @@ class Denoising:
         labels = torch.where(dropped, self.sampler.model.classes or 0, self.labels[picked])
         noised = self.scheduler.add_noise(self.images[picked], noise, t)
         names = self.sampler.names
-        output = self.denoise({names.sample: noised, names.timestep or "timestep": t, "class_labels": labels})
+        with self.clock.at(step):
+            output = self.denoise({names.sample: noised, names.timestep or "timestep": t, "class_labels": labels})
         kept = float(self.scheduler.alphas_cumprod[t[0]])
         snr = kept / (1 - kept)
         return [Error((output - noise).square().sum(), torch.tensor(float(noise.numel())), min(snr, 5) / snr)]

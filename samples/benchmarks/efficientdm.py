@@ -158,7 +158,7 @@ def measure(
     some, ref = x[: bench.compared], whole["samples"][: bench.compared]
     psnr = psnr_db(some, ref)
     figures = {
-        "output_mse": output_error(denoise, sampler, None, held_out),
+        "output_mse": output_error(denoise, sampler, held_out),
         "psnr_db": float(psnr.mean()),
         "psnr_db_min": float(psnr.min()),
         "ssim": float(ssim(some, ref).mean()),

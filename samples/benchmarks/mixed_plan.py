@@ -112,7 +112,7 @@ def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory,
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     clock = StepClock(trajectory.timesteps)
     if plan is not None:
-        quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes))
+        quantize_model(model.module, plan.schemes, clock, trajectory.tables(plan.schemes))
     denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
     return sampler.sample(denoise, start).clamp(-1, 1)
 

@@ -85,12 +85,12 @@ def test_both_ends_of_every_input_are_recorded(calibrated):
 def test_ranges_are_around_the_middle_where_a_scheme_shifts(calibrated):
     trajectory = calibrated[TRAJECTORY]
     name, other = "transformer_blocks.0.ff.net.2", "transformer_blocks.1.ff.net.2"  # behind a GELU: mostly positive
-    ranges = trajectory.ranges({name: with_shift(W8A8_STEP), other: W8A8_STEP})
+    tables = trajectory.tables({name: with_shift(W8A8_STEP), other: W8A8_STEP})
     low, high = trajectory.low[name], trajectory.high[name]
-    torch.testing.assert_close(ranges.amax[name], (high - low) / 2)
-    torch.testing.assert_close(ranges.shift[name], (high + low) / 2)
-    assert torch.equal(ranges.amax[other], trajectory.amax[other])
-    assert set(ranges.shift) == {name}
+    torch.testing.assert_close(tables[name].amax_T, (high - low) / 2)
+    torch.testing.assert_close(tables[name].shift_T, (high + low) / 2)
+    assert torch.equal(tables[other].amax_T, trajectory.amax[other])
+    assert tables[other].shift_T is None
 
 
 def test_rows_are_those_of_one_sample_with_guidance(calibrated):

@@ -15,6 +15,7 @@ from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.formats.known import known_schemes
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
@@ -163,7 +164,7 @@ def test_a_shift_is_refused_where_zeros_are_added(tmp_path):
     graph = ir.load(float_graph(tmp_path, {"a": convolution()}, SHAPES["image"]).path).graph
     step = ir.Value(name="step", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     codes, ones = torch.ones(32, 576, dtype=torch.int8), torch.ones(3)
-    data = QuantizedLayerData(with_shift(W8A8_STEP), codes, torch.ones(32, 1), ones, shift_T=ones)
+    data = QuantizedLayerData(with_shift(W8A8_STEP), codes, torch.ones(32, 1), tables=LayerTables(ones, ones))
     row = lowering("conv", with_shift(W8A8_STEP), "onnxruntime")
     with pytest.raises(TargetError, match="a: zeros around a shifted input do not shift"):
         Writer(graph, step, np.uint8(128), {}).write(Call(find_sites(graph)["a"][0], data, "a"), row.product)
@@ -200,8 +201,7 @@ def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simu
     assert not {"Conv", "Cast"} & set(ops)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     for step in range(3):
-        made["a"].clock.step = step
-        with torch.no_grad():
+        with torch.no_grad(), made["a"].clock.at(step):
             y = made["a"](x)
         found, _ = run_layer(graph, "a", x.numpy(), OnnxRuntime(), step)
         scale = 1.5 / 127 if step == 2 else (2.5 if step == 1 else 4.0) / 127
@@ -235,6 +235,6 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
 
     graph = ir.load(float_graph(tmp_path, {"a": torch.nn.Linear(80, 32)}, (2, 5, 80)).path).graph
     site = find_sites(graph)["a"][0]
-    data = QuantizedLayerData(w4a16(64), torch.zeros(32, 80, dtype=torch.int8), torch.ones(32, 2), None)
+    data = QuantizedLayerData(w4a16(64), torch.zeros(32, 80, dtype=torch.int8), torch.ones(32, 2))
     with pytest.raises(TargetError, match="a: K = 80 is not a multiple of the group size 64"):
         blocks(Writer(graph, ir.Value(name="step"), np.int8(0), {}), Call(site, data, "a"), site.x)

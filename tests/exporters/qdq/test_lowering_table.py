@@ -121,8 +121,8 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
         if case.ones:
             weight.fill_(0.5)
             x[name] = x[name].abs() + 1
-    amax = {n: RANGES["amax"] * c.magnitude * (16 if c.balance is not None else 1) for n, c in cases.items()}
-    shift = {n: RANGES["shift"] * c.magnitude for n, c in cases.items()}
+    amax = {n: RANGES.amax_T * c.magnitude * (16 if c.balance is not None else 1) for n, c in cases.items()}
+    shift = {n: RANGES.shift_T * c.magnitude for n, c in cases.items()}
     shapes = {name: case.shape for name, case in cases.items()}
     balances = {name: case.balance for name, case in cases.items() if case.balance is not None}
     branches = {}
@@ -158,9 +158,9 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
         low = oracle.product(x, down.reshape(-1, *shape[1:]), **window)
         beside = oracle.product(low, up.reshape(*up.shape, *[1] * (len(shape) - 2)))
     bias = 0 if layer.layer.bias is None else layer.layer.bias.detach().numpy()
-    scale = layer.weight_scale.detach().numpy()
-    if layer.weight_group is not None:
-        four, eight = oracle.two_level_codes(w, scale[:, 0], group_integers(layer.weight_group).numpy(), 32)
+    scale = layer.weight_rounding.scale.detach().numpy()
+    if (group := layer.weight_rounding.group) is not None:
+        four, eight = oracle.two_level_codes(w, scale[:, 0], group_integers(group).numpy(), 32)
     else:
         four = eight = oracle.weight_codes(w, scale, form.low, form.high, form.group_size or k)
     match layer.scheme.input:
@@ -169,10 +169,9 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
             y = oracle.weight_only(x, eight.reshape(shape), spread, bias, **window)
             return four, oracle.Computed(np.zeros(0), y + beside)
         case IntInput(bits=bits, granularity=granularity, shifted=shifted):
-            step = case.step
-            ranges = None
+            step, tables, ranges = case.step, layer.tables, None
             if isinstance(granularity, PerStep):
-                ranges = (layer.amax_T[step].item(), layer.shift_T[step].item() if shifted else 0.0)
+                ranges = (tables.amax_T[step].item(), tables.shift_T[step].item() if shifted else 0.0)
             computed = oracle.layer(
                 x,
                 eight.reshape(shape),
@@ -181,7 +180,7 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
                 high=127 if bits == 8 else 7,
                 ranges=ranges,
                 shifted=shifted,
-                output_amax=None if isinstance(layer.scheme.output, Float) else layer.output_amax_T[step].item(),
+                output_amax=None if isinstance(layer.scheme.output, Float) else tables.output_amax_T[step].item(),
                 **window,
             )
             return four, computed._replace(y=computed.y + beside)
@@ -201,11 +200,10 @@ def written(request, tmp_path_factory) -> Written:
 def test_codes_are_the_same_everywhere(written):
     for name, case in written.cases.items():
         layer, x = written.made[name], written.x[name]
-        layer.clock.step = case.step
         codes, computed = expected(layer, case, x)
         assert np.array_equal(layer.weight_codes().numpy(), codes), name
         rounds_input = isinstance(layer.scheme.input, IntInput)
-        with torch.no_grad():
+        with torch.no_grad(), layer.clock.at(case.step):
             assert rel_l2(layer(x).numpy(), computed.y) < TOLERANCE, name
             assert not rounds_input or np.array_equal(layer.input_codes(x)[0].numpy(), computed.x_codes), name
         for optimize in (False, True):

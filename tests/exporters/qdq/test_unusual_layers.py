@@ -205,7 +205,7 @@ def test_layers_that_are_called_again_are_balanced_and_trained_over_all_calls(st
 
 def test_the_simulation_replaces_a_layer_under_all_its_names():
     model = Unusual()
-    quantize_model(model, {"twice": W8A8_TOKEN, "blocks.0.up": W8A8_TOKEN}, StepClock((0.0,)), {})
+    quantize_model(model, {"twice": W8A8_TOKEN, "blocks.0.up": W8A8_TOKEN}, StepClock((0.0,)))
     assert isinstance(model.same, QuantizedLayer)
     assert model.same is model.twice
     assert model.again.up is model.blocks[0].up

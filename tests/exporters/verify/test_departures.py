@@ -110,10 +110,10 @@ def spoil(graph: Graph, fault: Fault, folder: Path) -> Graph:
 def departures(artifacts: Artifacts, graph: Graph, *, optimize: bool) -> tuple[dict[str, Departure], float]:
     model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
     clock = simulate(model.module, artifacts[QUANTIZED])
-    clock.step = 1
     layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
     values = graph_values(graph, OnnxRuntime(optimize), value_names(graph))
-    return find_departures(layers, denoise_with(model.module, model), graph, values, trajectory.call(1))
+    with clock.at(1):
+        return find_departures(layers, denoise_with(model.module, model), graph, values, trajectory.call(1))
 
 
 @pytest.mark.parametrize("optimize", [False, True])
@@ -189,10 +189,11 @@ def test_a_value_of_another_shape_has_departed_without_end(compiled):
         for name, value in values.items()
     }
     model = compiled[MODEL].open()
-    simulate(model.module, compiled[QUANTIZED]).step = 1
+    clock = simulate(model.module, compiled[QUANTIZED])
     layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
     call = compiled[TRAJECTORY].call(1)
-    found, _ = find_departures(layers, denoise_with(model.module, model), compiled[GRAPH], lambda _: cut, call)
+    with clock.at(1):
+        found, _ = find_departures(layers, denoise_with(model.module, model), compiled[GRAPH], lambda _: cut, call)
     assert found["proj_out_2"] == Departure(torch.inf, torch.inf)
 
 

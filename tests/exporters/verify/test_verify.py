@@ -69,7 +69,7 @@ def test_one_changed_weight_scale_is_found_and_named(compiled, tmp_path):
 def test_a_wrong_input_range_is_found_in_the_codes(compiled, tmp_path):
     name = "conv_in"
     layer = compiled[QUANTIZED].layers[name]
-    spoilt = replace(layer, amax_T=layer.amax_T * 1.01)
+    spoilt = replace(layer, tables=replace(layer.tables, amax_T=layer.tables.amax_T * 1.01))
     quantized = replace(compiled[QUANTIZED], layers={**compiled[QUANTIZED].layers, name: spoilt})
     with pytest.raises(StepFailed, match=r"conv_in: \d+ of \d+ input codes differ"):
         run_pass(Verify(**OPTIONS), {**compiled, QUANTIZED: quantized}, tmp_path)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import killed_at_save, run_pass
+from harness import Artifacts, killed_at_save, run_pass
 from quantizing import output_error, with_plan
 
 from intaglio.passes.assign.assign import AssignPrecision, Budget
@@ -24,7 +24,7 @@ from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, w4a
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
-from intaglio.pipeline.numerics.basis import Balance
+from intaglio.pipeline.numerics.basis import Balance, bases_of
 from intaglio.pipeline.simulation.model import quantize_model, simulate
 
 
@@ -99,23 +99,19 @@ def test_merged_model_equals_the_trained_one(distilled, tmp_path):
 def check_merged_equals_trained(artifacts, folder) -> None:
     model, trajectory, adapter = artifacts[MODEL].open(), artifacts[TRAJECTORY], artifacts[ADAPTER]
     clock, plan = StepClock(trajectory.timesteps), artifacts[PLAN]
-    layers = quantize_model(model.module, plan.schemes, clock, *trajectory.ranges(plan.schemes, plan.balances))
+    tables = trajectory.tables(plan.schemes, plan.balances)
+    tables |= {name: tables[name].replaced_by(learnt.tables) for name, learnt in adapter.layers.items()}
+    layers = quantize_model(model.module, plan.schemes, clock, tables, bases_of(plan.balances))
     for name, learnt in adapter.layers.items():
-        layers[name].weight_scale.data.copy_(learnt.scale_NG)
-        layers[name].adapter_a = torch.nn.Parameter(learnt.a)
-        layers[name].adapter_b = torch.nn.Parameter(learnt.b)
-        if learnt.group_NG is not None:
-            layers[name].weight_group.data.copy_(learnt.group_NG)
-        for table in ("amax_T", "shift_T", "factor_T"):
-            if (values := getattr(learnt, table)) is not None:
-                setattr(layers[name], table, values)
+        grid, start_NK = layers[name].weight_rounding, layers[name].weight_rounding.base(layers[name].layer.weight)
+        grid.trained = lambda start_NK=start_NK, learnt=learnt: start_NK + learnt.b @ learnt.a
+        grid.set_scales(learnt.scale_NG, learnt.group_NG)
     for module in model.module.modules():
         if isinstance(module, torch.nn.Embedding):  # kept in float16 by the graph, and so by its simulation
             module.weight.data = affine.half_table(module.weight.data).float()
     merged = artifacts[MODEL].open()
     merged_clock = simulate(merged.module, run_pass(MergeAdapters(), artifacts, folder)[QUANTIZED])
-    clock.step = merged_clock.step = 1
-    with torch.no_grad():
+    with torch.no_grad(), clock.at(1), merged_clock.at(1):
         trained = denoise_with(model.module, model)(trajectory.call(1))
         deployed = denoise_with(merged.module, merged)(trajectory.call(1))
     assert torch.equal(trained, deployed)
@@ -135,12 +131,34 @@ def test_every_scale_stays_positive(distilled):
     assert all((layer.scale_NG > 0).all() for layer in distilled[ADAPTER].layers.values())
 
 
-def test_eight_bits_never_get_worse(measured, tmp_path):
+def held_out_error(artifacts: Artifacts) -> float:
+    """Mean relative squared error of the guided output of sample 7, the one held out of 8, at every second step."""
+    model, trajectory, rows = artifacts[MODEL].open(), artifacts[TRAJECTORY], [7, 15]  # with its class and without
+    clock, errors = simulate(model.module, artifacts[QUANTIZED]), []
+    for step in (0, 2):
+        with torch.no_grad(), clock.at(step):
+            output = denoise_with(model.module, model)(trajectory.call(step, rows))
+        y, target = (null + 2 * (given - null) for given, null in (output, trajectory.outputs[step][rows]))
+        errors.append(float((y - target).square().sum() / target.square().sum()))
+    return sum(errors) / 2
+
+
+def test_eight_bits_never_get_worse_on_the_held_out_sample(measured, tmp_path):
     planned = measured | run_pass(AssignPrecision(budget=Budget(size=0.7)), measured, tmp_path / "p")
     rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
     trained = planned | run_pass(Distill(updates=20, samples=4, rank=4), planned, tmp_path / "b")
-    errors = [output_error(s | run_pass(MergeAdapters(), s, tmp_path / "m")) for s in (rounded, trained)]
-    assert errors[1] <= 1.02 * errors[0]  # the held-out sample decides; the others may move by noise
+    errors = [held_out_error(s | run_pass(MergeAdapters(), s, tmp_path / "m")) for s in (rounded, trained)]
+    assert 0 < errors[1] <= errors[0]
+
+
+def test_a_training_that_makes_it_worse_leaves_the_starting_point(planned, tmp_path):
+    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
+    spoilt = planned | run_pass(Distill(updates=20, samples=2, rank=2, rate=100.0), planned, tmp_path / "b")
+    assert spoilt[ADAPTER].loss[-1] > 10 * spoilt[ADAPTER].loss[0]
+    start, kept = (run_pass(MergeAdapters(), s, tmp_path / "m")[QUANTIZED].layers for s in (rounded, spoilt))
+    for name, data in start.items():
+        assert torch.equal(kept[name].codes, data.codes), name
+        assert torch.equal(kept[name].scale_NG, data.scale_NG), name
 
 
 def test_two_levels_are_trained_and_survive_the_store(measured, tmp_path):
@@ -175,12 +193,12 @@ def test_rounded_outputs_are_trained_through_and_survive_the_store(measured, tmp
     planned = measured | {PLAN: QuantPlan(layers, schemes)}
     trained = planned | run_pass(Distill(updates=2, samples=2, rank=2), planned, tmp_path / "a")
     quantized = run_pass(MergeAdapters(), trained, tmp_path / "m")[QUANTIZED]
-    assert torch.equal(quantized.layers[name].output_amax_T, measured[TRAJECTORY].output_amax[name])
+    assert torch.equal(quantized.layers[name].tables.output_amax_T, measured[TRAJECTORY].output_amax[name])
     assert output_error(trained | {QUANTIZED: quantized}) < 0.01
     quantized.save(tmp_path)
     again = Quantized.load(tmp_path)
     assert again.layers[name].scheme == schemes[name]
-    assert torch.equal(again.layers[name].output_amax_T, quantized.layers[name].output_amax_T)
+    assert torch.equal(again.layers[name].tables.output_amax_T, quantized.layers[name].tables.output_amax_T)
 
 
 def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
@@ -189,13 +207,13 @@ def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
     planned = measured | {PLAN: QuantPlan(layers, schemes)}
     trained = planned | run_pass(Distill(updates=2, samples=2, rank=2, input_rate=0), planned, tmp_path / "a")
     quantized = run_pass(MergeAdapters(), trained, tmp_path / "m")[QUANTIZED]
-    ranges = measured[TRAJECTORY].ranges(schemes)
-    assert torch.equal(quantized.layers[name].shift_T, ranges.shift[name])
-    assert torch.equal(quantized.layers[name].amax_T, ranges.amax[name])
+    tables = measured[TRAJECTORY].tables(schemes)[name]
+    assert torch.equal(quantized.layers[name].tables.shift_T, tables.shift_T)
+    assert torch.equal(quantized.layers[name].tables.amax_T, tables.amax_T)
     assert output_error(trained | {QUANTIZED: quantized}) < 0.01
     quantized.save(tmp_path)
     again = Quantized.load(tmp_path).layers[name]
-    assert torch.equal(again.shift_T, ranges.shift[name])
+    assert torch.equal(again.tables.shift_T, tables.shift_T)
     assert again.scheme == schemes[name]
 
 
@@ -216,7 +234,7 @@ def test_balanced_layers_are_trained_in_their_basis_and_survive_the_store(measur
     merged = run_pass(MergeAdapters(), rounded, tmp_path / "m")[QUANTIZED]
     for name, data in planned[QUANTIZED].layers.items():  # what is trained starts as what is rounded
         assert torch.equal(merged.layers[name].codes, data.codes)
-        assert torch.equal(merged.layers[name].amax_T, data.amax_T)
+        assert torch.equal(merged.layers[name].tables.amax_T, data.tables.amax_T)
     merged.save(tmp_path)
     error = output_error(rounded | {QUANTIZED: merged})
     assert error < 0.1  # squared, over 4 steps, at 4 bits a weight
@@ -234,12 +252,12 @@ def test_tables_can_have_other_timesteps(measured, tmp_path):
         for options in ({}, {"between": 1}, {"timesteps": (2000.0, known[0], 0.0)})
     )
     assert plain.timesteps == known
-    assert torch.equal(plain.layers[name].amax_T, amax)
+    assert torch.equal(plain.layers[name].tables.amax_T, amax)
     assert finer.timesteps[::2] == known
-    assert torch.equal(finer.layers[name].amax_T[::2], amax)
-    torch.testing.assert_close(finer.layers[name].amax_T[1], (amax[0] * amax[1]).sqrt())
+    assert torch.equal(finer.layers[name].tables.amax_T[::2], amax)
+    torch.testing.assert_close(finer.layers[name].tables.amax_T[1], (amax[0] * amax[1]).sqrt())
     assert other.timesteps == (2000.0, known[0], 0.0)
-    assert other.layers[name].amax_T.tolist() == [amax[0], amax[0], amax[-1]]
+    assert other.layers[name].tables.amax_T.tolist() == [amax[0], amax[0], amax[-1]]
     assert output_error(planned | {QUANTIZED: finer}) == output_error(planned | {QUANTIZED: plain})
 
 
@@ -276,18 +294,18 @@ def test_learnt_input_scales_heal_and_are_merged(four_bits, tmp_path):
         errors.append(output_error(trained | {QUANTIZED: merged}))
     assert errors[1] < errors[0]
     check_merged_equals_trained(trained, tmp_path / "c")
-    tokens, steps = (merged.layers[f"transformer_blocks.{i}.ff.net.2"] for i in (0, 1))
+    tokens, steps = (merged.layers[f"transformer_blocks.{i}.ff.net.2"].tables for i in (0, 1))
     assert tokens.amax_T is None
     assert (tokens.factor_T > 0).all()
     assert (steps.amax_T > 0).all()
-    assert not torch.equal(
-        steps.shift_T, trained[TRAJECTORY].ranges(trained[PLAN].schemes).shift["transformer_blocks.1.ff.net.2"]
-    )
+    name = "transformer_blocks.1.ff.net.2"
+    assert not torch.equal(steps.shift_T, trained[TRAJECTORY].tables(trained[PLAN].schemes)[name].shift_T)
     merged.save(tmp_path)
     trained[ADAPTER].save(tmp_path)
-    assert torch.equal(Quantized.load(tmp_path).layers["transformer_blocks.0.ff.net.2"].factor_T, tokens.factor_T)
-    name = "transformer_blocks.1.ff.net.2"
-    assert torch.equal(Adapter.load(tmp_path).layers[name].amax_T, trained[ADAPTER].layers[name].amax_T)
+    assert torch.equal(
+        Quantized.load(tmp_path).layers["transformer_blocks.0.ff.net.2"].tables.factor_T, tokens.factor_T
+    )
+    assert torch.equal(Adapter.load(tmp_path).layers[name].tables.amax_T, trained[ADAPTER].layers[name].tables.amax_T)
 
 
 def test_an_update_moves_the_scales_of_its_step_alone(four_bits, tmp_path, monkeypatch):
@@ -301,12 +319,12 @@ def test_an_update_moves_the_scales_of_its_step_alone(four_bits, tmp_path, monke
         for n in (0, 1)
     )
     for table in ("amax_T", "shift_T"):
-        assert (getattr(before, table) != getattr(after, table)).sum() == 1
+        assert (getattr(before.tables, table) != getattr(after.tables, table)).sum() == 1
 
 
 def test_siblings_share_their_input_scales(four_bits, tmp_path):
     learnt = run_pass(Distill(updates=20, samples=2, rank=2), four_bits, tmp_path)[ADAPTER].layers
-    q, k, v = (learnt[f"transformer_blocks.0.attn1.to_{n}"].factor_T for n in "qkv")
+    q, k, v = (learnt[f"transformer_blocks.0.attn1.to_{n}"].tables.factor_T for n in "qkv")
     assert torch.equal(q, k)
     assert torch.equal(q, v)
 
@@ -320,7 +338,7 @@ def test_siblings_share_their_input_scales_when_their_bases_were_stored(measured
     planned[PLAN].save(tmp_path)
     stored = planned | {PLAN: QuantPlan.load(tmp_path)}
     learnt = run_pass(Distill(updates=20, samples=2, rank=2), stored, tmp_path / "a")[ADAPTER].layers
-    q, k, v = (learnt[f"transformer_blocks.0.attn1.to_{n}"].factor_T for n in "qkv")
+    q, k, v = (learnt[f"transformer_blocks.0.attn1.to_{n}"].tables.factor_T for n in "qkv")
     assert torch.equal(q, k)
     assert torch.equal(q, v)
 

@@ -10,11 +10,13 @@ from intaglio.passes.distill.objective import Split, tensors
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.schemes import w4a16
-from intaglio.pipeline.model.calls import denoise_with
+from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.simulation.model import simulate
 
 
@@ -64,7 +66,7 @@ def test_a_model_without_blocks_cannot_be_healed_by_blocks(tmp_path):
     (tmp_path / "plain.py").write_text(
         "import torch\n"
         "from intaglio.pipeline.model.checkpoint import DenoiserModel\n"
-        "from intaglio.pipeline.model.calls import OneCall\n"
+        "from intaglio.pipeline.model.sampler import OneCall\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
@@ -119,19 +121,28 @@ def test_split_guidance_and_a_late_start_compute_what_whole_calls_do(planned, tm
     model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
     clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, tmp_path / "b")[QUANTIZED])
     denoise = denoise_with(model.module, model)
+    at_its_step = clocked(denoise, clock, "timestep")
     count = trajectory.outputs.shape[1]
     with torch.no_grad():
         for step in (2, 3):  # as image to image begins
-            clock.set(trajectory.timesteps[step])
-            whole = denoise(trajectory.call(step))
-            halves = [denoise(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
+            halves = [at_its_step(trajectory.call(step, rows)) for rows in (slice(count // 2), slice(count // 2, None))]
+            with clock.at(step):
+                whole = denoise(trajectory.call(step))
             torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-4, atol=1e-5)
-            assert clock.step == step
 
 
-def test_steps_count_by_what_samples_feel_of_them(planned, tmp_path):
+def test_the_first_loss_is_weighted_by_what_samples_feel_of_its_step(planned, tmp_path):
+    """A relative error e of an output y counts as the squared error that it makes of the samples: |i|^2 |y|^2 e."""
     alike, felt = (
-        run_pass(Distill(updates=5, samples=2, rank=2, weighting=weighting), planned, tmp_path / weighting)[ADAPTER]
+        run_pass(Distill(updates=1, samples=2, rank=2, weighting=weighting), planned, tmp_path / weighting)[ADAPTER]
         for weighting in ("output", "samples")
     )
-    assert alike.loss != felt.loss
+    trajectory = planned[TRAJECTORY]
+    sampler = Sampler(planned[MODEL].open(), 4, 2.0)
+    guided = [null + 2 * (given - null) for given, null in (output.chunk(2) for output in trajectory.outputs)]
+    influence = sampler.influence(trajectory.inputs["hidden_states"][0][:8], guided)
+    felt_of = [i**2 * float(y.square().mean()) for i, y in zip(influence, guided, strict=True)]
+    step = int(Context(scratch=tmp_path, seed=0).rng("update", 0).integers(4))
+    weight = 4 * felt_of[step] / sum(felt_of)  # 1 on average over the steps
+    assert felt.loss[0] == pytest.approx(weight * alike.loss[0], rel=1e-5)  # float32
+    assert abs(weight - 1) > 0.1

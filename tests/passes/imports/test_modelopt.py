@@ -104,9 +104,9 @@ def check(start: Artifacts, config, folder: Path) -> Artifacts:
     for name in ours[QUANTIZED].layers:
         theirs.module.get_submodule(name).register_forward_hook(partial(note, name=name))
     model, call = ours[MODEL].open(), start[TRAJECTORY].call(STEP)
-    simulate(model.module, ours[QUANTIZED])
+    clock = simulate(model.module, ours[QUANTIZED])
     graph = run_pass(ExportQdq(), ours | {TARGET: load_target("onnxruntime-cpu")}, folder / "qdq")[GRAPH]
-    with torch.no_grad():
+    with torch.no_grad(), clock.at(0):
         whole = denoise_with(theirs.module, theirs)(call)
         for name, data in ours[QUANTIZED].layers.items():
             layer = theirs.module.get_submodule(name)

@@ -182,7 +182,7 @@ def error_of_samples(measured: Artifacts, table: Sensitivity) -> float:
     sampler = Sampler(model, 4, 2.0)
     start = sampler.start(8, torch.Generator().manual_seed(0))
     reference = sampler.sample(denoise_with(model.module, model), start)
-    quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, StepClock(trajectory.timesteps), {})
+    quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, StepClock(trajectory.timesteps))
     moved = sampler.sample(denoise_with(model.module, model), start)
     return float((moved - reference).square().mean())
 
@@ -192,11 +192,12 @@ def test_a_measured_error_is_that_of_the_rounded_model(measured):
     table, trajectory, model = measured[SENSITIVITY], measured[TRAJECTORY], measured[MODEL].open()
     denoise, clock = denoise_with(model.module, model), StepClock(trajectory.timesteps)
     assert "w4a16" in table.measured[ROUNDED]
-    rows, clock.step = [0, 4, 8, 12], 3  # samples 0 and 4, with and without their class; the middle of the second half
+    rows = [0, 4, 8, 12]  # samples 0 and 4, with and without their class; the middle of the second half
     with torch.no_grad():
         reference = denoise(trajectory.call(3, rows))
-        quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, clock, {})
-        off = denoise(trajectory.call(3, rows)) - reference
+        quantize_model(model.module, {ROUNDED: table.schemes[ROUNDED]["w4a16"]}, clock)
+        with clock.at(3):
+            off = denoise(trajectory.call(3, rows)) - reference
     by_row = off.flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).mean()
     first, second = by_row.double().reshape(2, 2).mean(0).tolist()
     assert table.error[ROUNDED]["w4a16"][1] == (first + second) / 2

@@ -30,6 +30,7 @@ from intaglio.pipeline.contract.artifact import Artifact
 from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16
 from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
@@ -126,7 +127,7 @@ def verification() -> Verification:
 
 
 POINT = Point({"size": 0.5, "latency": 1.0}, 0.001, {"to_q": "w4a16"})
-STEPPED = QuantizedLayerData(W8A8_STEP, CODES + 1, torch.ones(2, 1), TABLE, balance=BALANCE)
+STEPPED = QuantizedLayerData(W8A8_STEP, CODES + 1, torch.ones(2, 1), tables=LayerTables(amax_T=TABLE), balance=BALANCE)
 ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25),
     "engine": lambda _: Engine("tensorrt", "10.3", 3, None, plan=b"plan", layers=("to_q",)),
@@ -148,7 +149,7 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     ),
     "provenance": lambda _: provenance(),
     "quantized": lambda _: Quantized(
-        (7.0, 1.5), {"to_q": QuantizedLayerData(W8A8_TOKEN, CODES, torch.ones(2, 1), None), "conv": STEPPED}
+        (7.0, 1.5), {"to_q": QuantizedLayerData(W8A8_TOKEN, CODES, torch.ones(2, 1)), "conv": STEPPED}
     ),
     "sensitivity": lambda _: sensitivity(),
     "trajectory": lambda _: trajectory(False),

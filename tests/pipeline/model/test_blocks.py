@@ -1,7 +1,11 @@
 import torch
 from tiny import tiny_dit, tiny_unet
 
+from intaglio.pipeline.formats.layer_tables import LayerTables
+from intaglio.pipeline.formats.schemes import W8A8_STEP
 from intaglio.pipeline.model.blocks import find_blocks, find_units, recomputed
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 
 def test_blocks_are_the_outermost_members_of_module_lists():
@@ -47,8 +51,26 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
         return model.transformer_blocks[0].ff.net[2].weight.grad.clone(), kept
 
     plain, all_kept = gradient_and_kept_bytes()
-    with recomputed(find_blocks(model).values()):
+    clock = StepClock((1.0,))
+    with clock.at(0), recomputed(find_blocks(model).values(), clock):
         again, kept = gradient_and_kept_bytes()
     assert torch.equal(plain, again)
     assert kept < 0.5 * all_kept
     assert "forward" not in vars(model.transformer_blocks[0])
+
+
+def test_activations_are_recomputed_at_the_step_of_their_forward_pass():
+    """The backward pass runs outside of the step, as it does in training."""
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        clock, tables = StepClock((2.0, 1.0)), LayerTables(torch.tensor([100.0, 1.0]))
+        block = torch.nn.Sequential(QuantizedLayer(torch.nn.Linear(8, 8), W8A8_STEP, clock, tables), torch.nn.SiLU())
+        x = torch.linspace(-1, 1, 8).reshape(1, 8).requires_grad_()
+        with recomputed([block] if again else [], clock):
+            with clock.at(1):
+                y = block(x).square().sum()
+            y.backward()
+        gradients.append(block[0].layer.weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].abs().max() > 0

@@ -5,10 +5,11 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscre
 from tiny import tiny_dit
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.calls import check_inputs, denoise_with, other_call
+from intaglio.pipeline.model.calls import check_inputs, clocked, denoise_with, other_call
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.sampler import Call, OneCall, Sampler
+from intaglio.pipeline.model.step_clock import StepClock
 
 
 def model(scheduler=None) -> DenoiserModel:
@@ -44,10 +45,18 @@ def test_guided_sampling_equals_the_plain_loop():
     assert torch.allclose(samples, x, atol=1e-3)  # float32 rounding, divided by sqrt(alpha) = 0.006 at t = 999
 
 
-def test_second_order_solver_is_indexed_by_timestep():
-    m = model(HeunDiscreteScheduler())
-    sampler = Sampler(m, 3, 2.0)
-    samples = sampler.sample(denoise_with(m.module, m), sampler.start(1, torch.Generator().manual_seed(0)))
+def test_calls_of_a_second_order_solver_find_their_step_by_their_timestep():
+    """Heun calls the model twice at some timesteps: both calls have one step, and none is counted."""
+    m = model(HeunDiscreteScheduler(timestep_spacing="trailing"))
+    sampler, clock, steps = Sampler(m, 3, 2.0), StepClock((999.0, 666.0, 333.0)), []
+    plain = denoise_with(m.module, m)
+
+    def noted(inputs):
+        steps.append(clock.step)
+        return plain(inputs)
+
+    samples = sampler.sample(clocked(noted, clock, "timestep"), sampler.start(1, torch.Generator().manual_seed(0)))
+    assert steps == [0, 1, 1, 2, 2]
     assert samples.isfinite().all()
 
 

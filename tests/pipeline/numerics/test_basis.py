@@ -3,14 +3,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from intaglio.passes.distill.trainable import add_adapter, trained_weight
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
 from intaglio.pipeline.errors import ContractError
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, Float, LayerScheme, w4a16
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance, hadamard
 from intaglio.pipeline.simulation.layer import QuantizedLayer
+
+CLOCK = StepClock((1.0,))
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,7 +64,7 @@ def test_a_rotation_spreads_an_outlier_and_a_scale_takes_it_off():
     flat = torch.ones(64)
     flat[9] = 1 / 7  # the rest of the outlier goes into the weight
     plain, rotated, scaled = (
-        QuantizedLayer(layer, W8A8_TOKEN, StepClock((1.0,)), balance=balance)
+        QuantizedLayer(layer, W8A8_TOKEN, CLOCK, balance=balance)
         for balance in (None, Balance.rotated(torch.ones(64), 64, torch.Generator().manual_seed(0)), Balance(flat))
     )
     exact = layer(x)
@@ -74,25 +78,26 @@ def test_a_layer_in_another_basis_is_near_the_float_one_and_trains_there(scheme)
     layer, x = nn.Linear(64, 32).requires_grad_(False), random(6, 64)
     balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
     amax = balance.input(x, -1).abs().max().reshape(1)
-    made = QuantizedLayer(layer, scheme, StepClock((1.0,)), amax, balance=balance)
+    made = QuantizedLayer(layer, scheme, CLOCK, LayerTables(amax), balance=balance)
     exact = layer(x)
-    assert (made(x) - exact).norm() < 0.2 * exact.norm()
-    made.add_adapter(4, torch.Generator().manual_seed(0))
-    made.invalidate()
-    (made(x) - exact).square().sum().backward()
-    expected = balance.weight(layer.weight)
-    assert torch.equal(made.float_weight(), expected)
-    assert made.adapter_b.grad.abs().max() > 0
-    made.adapter_b.data.fill_(0.01)
-    torch.testing.assert_close(made.float_weight(), expected + 0.01 * made.adapter_a.sum(0))
+    with made.clock.at(0):
+        assert (made(x) - exact).norm() < 0.2 * exact.norm()
+    add_adapter(made, 4, torch.Generator().manual_seed(0))
+    with made.clock.at(0):
+        (made(x) - exact).square().sum().backward()
+    expected, grid, trained = balance.weight(layer.weight), made.weight_rounding, trained_weight(made)
+    assert torch.equal(grid.float_weight(layer.weight), expected)
+    assert trained.b.grad.abs().max() > 0
+    trained.b.data.fill_(0.01)
+    torch.testing.assert_close(grid.float_weight(layer.weight), expected + 0.01 * trained.a.sum(0))
 
 
 def test_a_weight_in_another_basis_is_rounded_once():
     """From the exact weight of that basis: rounded before the rotation too, it would be further than half a scale."""
     layer, form = nn.Linear(64, 32), W8A8_TOKEN
     balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
-    made = QuantizedLayer(layer, form, StepClock((1.0,)), balance=balance)
-    off = (made.rounded_weight() - balance.weight(layer.weight)).abs() / made.code_scale()
+    made = QuantizedLayer(layer, form, CLOCK, balance=balance)
+    off = (made.rounded_weight() - balance.weight(layer.weight)).abs() / made.weight_rounding.code_scale()
     assert off.max() <= 0.5 * (1 + 1e-5)  # scale / 2, and float32
     assert off.max() > 0.45
 
@@ -101,7 +106,7 @@ def test_where_the_input_alone_is_rounded_the_weight_is_in_its_basis_too():
     layer, x = nn.Linear(64, 32), random(6, 64)
     balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
     form = LayerScheme(weight=Float(), input=W8A8_TOKEN.input)
-    made = QuantizedLayer(layer, form, StepClock((1.0,)), balance=balance)
+    made = QuantizedLayer(layer, form, CLOCK, balance=balance)
     exact = layer(x)
     assert 0 < (made(x) - exact).norm() < 0.02 * exact.norm()
 
@@ -110,12 +115,14 @@ def test_where_the_input_alone_is_rounded_the_weight_is_in_its_basis_too():
 def test_what_a_layer_was_called_with_leaves_nothing_behind(scheme: LayerScheme):
     layer, x = nn.Linear(64, 32), random(6, 64)
     balance = Balance.rotated(scales(64), 16, torch.Generator().manual_seed(1))
-    made = QuantizedLayer(layer, scheme, StepClock((1.0,)), torch.full((1,), 4.0), balance=balance).requires_grad_(
+    made = QuantizedLayer(layer, scheme, CLOCK, LayerTables(torch.full((1,), 4.0)), balance=balance).requires_grad_(
         False
     )
-    before, state = made(x), {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    made(100 * random(6, 64, seed=7))
-    assert torch.equal(made(x), before)
+    state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    with made.clock.at(0):
+        before = made(x)
+        made(100 * random(6, 64, seed=7))
+        assert torch.equal(made(x), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in made.state_dict().items())
 
 
@@ -175,9 +182,7 @@ def test_integers_keep_their_basis(tmp_path):
     """Siblings may share one, and others have none."""
     shared = layer_balance(32).balance
     layers = {
-        name: QuantizedLayerData(
-            W8A8_TOKEN, torch.ones(8, 32, dtype=torch.int8), torch.ones(8, 1), None, balance=balance
-        )
+        name: QuantizedLayerData(W8A8_TOKEN, torch.ones(8, 32, dtype=torch.int8), torch.ones(8, 1), balance=balance)
         for name, balance in {"a": shared, "b": shared, "c": None}.items()
     }
     quantized = Quantized((1.0,), layers)

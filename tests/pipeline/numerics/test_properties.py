@@ -38,9 +38,9 @@ def test_a_layer_of_any_numbers_equals_the_oracle(
     base = nn.Linear(32, 3).requires_grad_(False)
     base.weight.data = torch.from_numpy(w.copy())
     layer = QuantizedLayer(base, scheme, StepClock((1.0,)))
-    scale, codes = layer.weight_scale.detach().numpy()[:, 0], layer.weight_codes().numpy()
-    if layer.weight_group is not None:
-        group = layer.weight_group.detach().numpy()
+    scale, codes = layer.weight_rounding.scale.detach().numpy()[:, 0], layer.weight_codes().numpy()
+    if layer.weight_rounding.group is not None:
+        group = layer.weight_rounding.group.detach().numpy()
         four, codes = oracle.two_level_codes(w, scale, group, 16)
         assert np.array_equal(layer.weight_codes().numpy(), four)
     assert np.isfinite(scale).all()

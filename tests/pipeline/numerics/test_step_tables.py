@@ -76,21 +76,21 @@ def trajectory(timesteps: tuple[float, ...], low: list[float], high: list[float]
 
 def test_ranges_at_other_timesteps():
     recorded = trajectory(KNOWN, [-8.0, -1.0, 0.0], [0.0, 2.0, 0.5])
-    plain = recorded.ranges({"a": W8A8_STEP}, timesteps=(700.0, 300.0, 0.0))
-    assert plain.amax["a"].tolist() == pytest.approx([4.0, 1.0, 0.5])
-    assert plain.output_amax["a"].tolist() == pytest.approx([8.0, 2.0, 1.0])
-    assert plain.shift == {}
-    shifted = recorded.ranges({"a": with_shift(W8A8_STEP)}, timesteps=(900.0, 700.0, 500.0, 100.0))
-    assert shifted.amax["a"].tolist() == pytest.approx([4.0, 6**0.5, 1.5, 0.25])  # (4 * 1.5) ** 0.5
-    assert shifted.shift["a"].tolist() == pytest.approx([-4.0, -1.75, 0.5, 0.25])
+    plain = recorded.tables({"a": W8A8_STEP}, timesteps=(700.0, 300.0, 0.0))["a"]
+    assert plain.amax_T.tolist() == pytest.approx([4.0, 1.0, 0.5])
+    assert plain.output_amax_T.tolist() == pytest.approx([8.0, 2.0, 1.0])
+    assert plain.shift_T is None
+    shifted = recorded.tables({"a": with_shift(W8A8_STEP)}, timesteps=(900.0, 700.0, 500.0, 100.0))["a"]
+    assert shifted.amax_T.tolist() == pytest.approx([4.0, 6**0.5, 1.5, 0.25])  # (4 * 1.5) ** 0.5
+    assert shifted.shift_T.tolist() == pytest.approx([-4.0, -1.75, 0.5, 0.25])
 
 
 def test_ranges_of_a_timestep_that_is_called_twice_hold_both_calls():
     recorded = trajectory((900.0, 500.0, 500.0), [-8.0, -1.0, -3.0], [0.0, 2.0, 1.0])
-    assert recorded.ranges({"a": W8A8_STEP}).amax["a"].tolist() == [8.0, 3.0, 3.0]
-    shifted = recorded.ranges({"a": with_shift(W8A8_STEP)})
-    assert shifted.amax["a"].tolist() == [4.0, 2.5, 2.5]
-    assert shifted.shift["a"].tolist() == [-4.0, -0.5, -0.5]
+    assert recorded.tables({"a": W8A8_STEP})["a"].amax_T.tolist() == [8.0, 3.0, 3.0]
+    shifted = recorded.tables({"a": with_shift(W8A8_STEP)})["a"]
+    assert shifted.amax_T.tolist() == [4.0, 2.5, 2.5]
+    assert shifted.shift_T.tolist() == [-4.0, -0.5, -0.5]
 
 
 class Entries:
@@ -106,9 +106,8 @@ class Entries:
 
         def noted(inputs):
             timestep = float(inputs["timestep"][0])
-            self.clock.set(timestep)
             self.called.append(timestep)
-            self.picked.append(self.clock.timesteps[self.clock.step])
+            self.picked.append(self.clock.timesteps[self.clock.index(timestep)])
             return denoise(inputs)
 
         sampler.sample(noted, sampler.start(1, torch.Generator().manual_seed(0)))

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from intaglio.passes.distill.trainable import add_adapter, trained_weight
+from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import (
     FLOAT,
     W8A8_STEP,
@@ -17,10 +20,11 @@ from intaglio.pipeline.formats.schemes import (
     with_output,
     with_shift,
 )
+from intaglio.pipeline.model.calls import clocked
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.rounding import group_integers
 from intaglio.pipeline.simulation.layer import QuantizedLayer
-from intaglio.pipeline.simulation.model import quantize_model
+from intaglio.pipeline.simulation.model import quantize_model, simulate
 
 CLOCK = StepClock((900.0, 500.0, 100.0))
 
@@ -34,7 +38,7 @@ def test_token_layer_equals_the_integer_oracle():
     layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
     x[2] = 0
-    codes, scale = layer.weight_codes().numpy(), layer.weight_scale.detach().numpy()[:, 0]
+    codes, scale = layer.weight_codes().numpy(), layer.weight_rounding.scale.detach().numpy()[:, 0]
     x_codes, y, *_ = oracle.layer(x.numpy(), codes, scale, layer.layer.bias.numpy())
     assert np.array_equal(layer.input_codes(x)[0].numpy(), x_codes)
     assert np.allclose(layer(x).detach().numpy(), y, rtol=1e-5, atol=1e-6)  # float32 sums of 32 products
@@ -44,7 +48,7 @@ def test_token_layer_equals_the_integer_oracle():
 def test_two_level_layer_equals_the_integer_oracle(scheme: LayerScheme, high: int):
     layer = QuantizedLayer(linear(64), scheme, CLOCK)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
-    scale, group = layer.weight_scale.detach().numpy()[:, 0], layer.weight_group.detach().numpy()
+    scale, group = layer.weight_rounding.scale.detach().numpy()[:, 0], layer.weight_rounding.group.detach().numpy()
     four, eight = oracle.two_level_codes(layer.layer.weight.numpy(), scale, group, 16)
     x_codes, y, *_ = oracle.layer(x.numpy(), eight, scale, layer.layer.bias.numpy(), high=high)
     assert np.array_equal(layer.weight_codes().numpy(), four)
@@ -54,18 +58,33 @@ def test_two_level_layer_equals_the_integer_oracle(scheme: LayerScheme, high: in
 
 def test_step_layer_uses_the_range_of_the_timestep_it_is_called_with():
     amax = torch.tensor([1.0, 2.0, 4.0])
-    layer = QuantizedLayer(linear(), W8A8_STEP, CLOCK, amax)
+    layer = QuantizedLayer(linear(), W8A8_STEP, CLOCK, LayerTables(amax))
     x = torch.full((1, 32), 1.0)
+    codes = clocked(lambda inputs: layer.input_codes(x).codes, CLOCK, "t")
     for timestep, code in ((900.0, 127), (480.0, 64), (0.0, 32)):  # 127 / 2 = 63.5 and 127 / 4 = 31.75
-        CLOCK.set(timestep)
-        assert layer.input_codes(x)[0].unique().tolist() == [code]
+        assert codes({"t": torch.tensor([timestep])}).unique().tolist() == [code]
 
 
-def test_clock_looks_up_and_never_counts():
-    CLOCK.set(100.0)
-    CLOCK.set(900.0)
-    CLOCK.set(900.0)
-    assert CLOCK.step == 0
+def test_a_step_holds_inside_its_with_and_not_behind_an_exception():
+    clock = StepClock((900.0, 500.0, 100.0))
+    with clock.at(1):
+        assert clock.step == 1
+        with clock.at(2):
+            assert clock.step == 2
+        assert clock.step == 1
+    with pytest.raises(KeyError), clock.at(0):
+        raise KeyError
+    with pytest.raises(RuntimeError, match="no denoising step is set"):
+        _ = clock.step
+    with pytest.raises(IndexError, match="step 3 of 3"), clock.at(3):
+        pass
+
+
+def test_a_layer_with_a_scale_a_step_cannot_be_called_without_one():
+    x = torch.ones(1, 32)
+    with pytest.raises(RuntimeError, match=r"call the quantized model inside `with clock.at\(step\):`"):
+        QuantizedLayer(linear(), W8A8_STEP, CLOCK, LayerTables(torch.ones(3)))(x)
+    assert QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)(x).isfinite().all()  # a scale a token needs no step
 
 
 @pytest.mark.parametrize(
@@ -74,8 +93,9 @@ def test_clock_looks_up_and_never_counts():
 def test_convolution_at_8_bit_is_near_the_float_one(conv: nn.Conv2d):
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     conv.requires_grad_(False)
-    layer = QuantizedLayer(conv, W8A8_STEP, CLOCK, x.abs().max().expand(3))
-    assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.02
+    layer = QuantizedLayer(conv, W8A8_STEP, CLOCK, LayerTables(x.abs().max().expand(3)))
+    with CLOCK.at(0):
+        assert (layer(x) - conv(x)).norm() / conv(x).norm() < 0.02
 
 
 def test_weight_only_layer_leaves_its_input_alone():
@@ -89,35 +109,44 @@ def test_weight_only_layer_leaves_its_input_alone():
 def test_adapter_starts_as_nothing_and_is_rounded_with_the_weight():
     layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
     before = layer.weight_codes()
-    layer.add_adapter(4, torch.Generator().manual_seed(0))
+    add_adapter(layer, 4, torch.Generator().manual_seed(0))
     assert torch.equal(layer.weight_codes(), before)
-    assert layer.adapter_a is not None
-    assert layer.adapter_b is not None
-    layer.adapter_b.data.fill_(0.05)
-    expected = layer.layer.weight + layer.adapter_b @ layer.adapter_a
-    moved = layer.weight_codes()
+    trained = trained_weight(layer)
+    trained.b.data.fill_(0.05)
+    expected = layer.layer.weight + 0.05 * trained.a.sum(0)
+    moved, scale = layer.weight_codes(), layer.weight_rounding.scale
     assert not torch.equal(moved, before)
-    assert torch.equal(moved, torch.round((expected / layer.weight_scale).clamp(-127, 127)).to(torch.int8))
+    assert torch.equal(moved, torch.round((expected / scale).clamp(-127, 127)).to(torch.int8))
 
 
 @pytest.mark.parametrize("scheme", [W8A8_TOKEN, w4a8_token(16)])
-def test_set_codes_needs_no_float_weight(scheme: LayerScheme):
+def test_a_simulation_needs_no_float_weight(scheme: LayerScheme):
     layer = QuantizedLayer(linear(), scheme, CLOCK)
-    codes, scale = layer.weight_codes(), layer.weight_scale.detach()
-    group = None if layer.weight_group is None else group_integers(layer.weight_group)
+    grid = layer.weight_rounding
+    group = None if grid.group is None else group_integers(grid.group)
+    data = QuantizedLayerData(scheme, layer.weight_codes(), grid.scale.detach(), group)
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    y = layer(x)
-    bare = QuantizedLayer(linear(), scheme, CLOCK, fit=False)
-    bare.layer.weight.data.fill_(torch.nan)
-    float_weight = weakref.ref(bare.layer.weight)
-    bare.set_codes(codes, scale, group)
-    assert torch.equal(bare(x), y)
+    model = nn.Sequential(linear())
+    model[0].weight.data.fill_(torch.nan)
+    float_weight = weakref.ref(model[0].weight)
+    simulate(model, Quantized(CLOCK.timesteps, {"0": data}))
+    assert torch.equal(model(x), layer(x))
     assert float_weight() is None  # its memory is free
+
+
+def test_the_weight_is_rounded_again_when_the_cache_is_cleared():
+    layer = QuantizedLayer(linear(), W8A8_TOKEN, CLOCK)
+    with torch.no_grad():
+        before = layer.rounded_weight()
+        layer.layer.weight.mul_(0.5)
+        assert layer.rounded_weight() is before
+        layer.cache.clear()
+        assert not torch.equal(layer.rounded_weight(), before)
 
 
 def test_quantize_model_replaces_what_the_schemes_say():
     model = nn.Sequential(nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 4))
-    replaced = quantize_model(model, {"0": FLOAT, "2": W8A8_TOKEN}, CLOCK, {})
+    replaced = quantize_model(model, {"0": FLOAT, "2": W8A8_TOKEN}, CLOCK)
     assert list(replaced) == ["2"]
     assert isinstance(model[0], nn.Linear)
     assert model[2] is replaced["2"]
@@ -125,7 +154,7 @@ def test_quantize_model_replaces_what_the_schemes_say():
 
 def test_other_modules_cannot_be_quantized():
     with pytest.raises(ValueError, match="0 is a SiLU: only Linear and Conv2d"):
-        quantize_model(nn.Sequential(nn.SiLU()), {"0": W8A8_TOKEN}, CLOCK, {})
+        quantize_model(nn.Sequential(nn.SiLU()), {"0": W8A8_TOKEN}, CLOCK)
 
 
 def test_step_scheme_needs_ranges():
@@ -134,23 +163,27 @@ def test_step_scheme_needs_ranges():
 
 
 def test_rounded_output_needs_ranges_and_a_convolution():
-    with pytest.raises(ValueError, match="needs the calibrated output ranges, and a convolution"):
-        QuantizedLayer(linear(), with_output(W8A8_STEP), CLOCK, torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError, match="only a convolution can have a rounded output"):
+        QuantizedLayer(linear(), with_output(W8A8_STEP), CLOCK, LayerTables(torch.ones(3), None, torch.ones(3)))
+    with pytest.raises(ValueError, match="a rounded output needs the calibrated output ranges"):
+        QuantizedLayer(nn.Conv2d(4, 4, 3), with_output(W8A8_STEP), CLOCK, LayerTables(torch.ones(3)))
     with pytest.raises(ValueError, match="only behind an input with a scale a step"):
         _ = with_output(W8A8_TOKEN).name
 
 
 def test_gradients_pass_through_a_rounded_output():
     conv = nn.Conv2d(4, 6, 3, padding=1)
-    layer = QuantizedLayer(conv, with_output(W8A8_STEP), CLOCK, torch.full((3,), 4.0), torch.full((3,), 9.0))
-    plain = QuantizedLayer(conv, W8A8_STEP, CLOCK, torch.full((3,), 4.0))
+    tables = LayerTables(torch.full((3,), 4.0), None, torch.full((3,), 9.0))
+    layer = QuantizedLayer(conv, with_output(W8A8_STEP), CLOCK, tables)
+    plain = QuantizedLayer(conv, W8A8_STEP, CLOCK, tables)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     grads = []
     for one in (layer, plain):
         conv.weight.grad = None
-        one.weight_scale.requires_grad_().grad = None
-        one(x).square().sum().backward()
-        grads.append((conv.weight.grad.clone(), one.weight_scale.grad.clone()))
+        scale = one.weight_rounding.scale.requires_grad_()
+        with CLOCK.at(0):
+            one(x).square().sum().backward()
+        grads.append((conv.weight.grad.clone(), scale.grad.clone()))
     for rounded, exact in zip(*grads, strict=True):
         assert (rounded - exact).norm() < 0.05 * exact.norm()  # the outputs differ by their rounding
 
@@ -162,7 +195,7 @@ def test_a_shift_uses_codes_that_a_symmetric_range_leaves_idle():
     errors = []
     for scheme in (w4a4_token(16), with_shift(w4a4_token(16))):
         layer = QuantizedLayer(linear(64), scheme, CLOCK)
-        exact = layer._apply_layer(x, layer.rounded_weight()) + layer.layer.bias
+        exact = x @ layer.rounded_weight().T + layer.layer.bias
         errors.append((layer(x) - exact).norm().item())
     assert errors[1] < 0.5 * errors[0]
 
@@ -170,18 +203,19 @@ def test_a_shift_uses_codes_that_a_symmetric_range_leaves_idle():
 def test_a_shift_of_a_step_layer_is_exact():
     """Codes of x - c, and c times the row sums: a constant input equal to c loses nothing."""
     shift = torch.tensor([3.0, 2.0, 1.0])
-    layer = QuantizedLayer(linear(64), with_shift(W8A8_STEP), CLOCK, torch.ones(3), None, shift)
-    CLOCK.step = 1
+    layer = QuantizedLayer(linear(64), with_shift(W8A8_STEP), CLOCK, LayerTables(torch.ones(3), shift))
     x = torch.full((1, 64), 2.0)
-    assert layer.input_codes(x)[0].abs().max() == 0
-    torch.testing.assert_close(layer(x), x @ layer.rounded_weight().T + layer.layer.bias)
+    with CLOCK.at(1):
+        assert layer.input_codes(x).codes.abs().max() == 0
+        torch.testing.assert_close(layer(x), x @ layer.rounded_weight().T + layer.layer.bias)
 
 
 def test_a_shift_needs_its_middle_and_no_padding():
     with pytest.raises(ValueError, match="the middle of its range at each step"):
-        QuantizedLayer(linear(), with_shift(W8A8_STEP), CLOCK, torch.ones(3))
+        QuantizedLayer(linear(), with_shift(W8A8_STEP), CLOCK, LayerTables(torch.ones(3)))
+    padded, tables = nn.Conv2d(4, 4, 3, padding=1), LayerTables(torch.ones(3), torch.ones(3))
     with pytest.raises(ValueError, match="zeros around a shifted input do not shift"):
-        QuantizedLayer(nn.Conv2d(4, 4, 3, padding=1), with_shift(W8A8_STEP), CLOCK, torch.ones(3), None, torch.ones(3))
+        QuantizedLayer(padded, with_shift(W8A8_STEP), CLOCK, tables)
     with pytest.raises(ValueError, match="a float input has no shift"):
         with_shift(FLOAT)
     with pytest.raises(ValueError, match="only behind an input that is not shifted"):

@@ -1,0 +1,108 @@
+"""Compares a quantized model's simulation with its deployed graph, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
+from intaglio.exporters.verify.departures import LayersInGraph, find_departures, rel_l2, value_names
+from intaglio.exporters.verify.layer_run import entry_type, run_layer
+from intaglio.pipeline.artifacts.verification import DepartureFigures, LayerParity
+from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.model.calls import clocked, denoise_with, step_of
+from intaglio.pipeline.model.hooks import after_calls
+from intaglio.pipeline.simulation.layer import QuantizedLayer
+from intaglio.pipeline.simulation.model import simulate
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.artifacts.graph import Graph
+    from intaglio.pipeline.artifacts.quantized import Quantized
+    from intaglio.pipeline.artifacts.verification import Departure
+    from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.denoiser import DenoiserModel
+    from intaglio.pipeline.model.types import Denoise, Inputs
+    from intaglio.pipeline.runs.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantized model, simulated and deployed in `runtime`. `step` finds the denoising step of a call."""
+
+    graph: Graph
+    layers: Mapping[str, QuantizedLayer]
+    simulated: Denoise
+    deployed: Denoise
+    step: Callable[[Inputs], int]
+    runtime: Runtime
+
+    @classmethod
+    def of(cls, model: DenoiserModel, quantized: Quantized, graph: Graph, runtime: Runtime) -> Comparison:
+        """Turn the model into its simulation, and open the graph. Changes `model`."""
+        clock = simulate(model.module, quantized)
+        layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
+        simulated = clocked(denoise_with(model.module, model), clock, model.names.timestep)
+        step = partial(step_of, clock, timestep_name=model.names.timestep)
+        return cls(graph, layers, simulated, graph_denoise(graph, runtime), step, runtime)
+
+    def in_half(self) -> set[str]:
+        """Return the layers that compute in float16 where the graph is in float16 between its layers."""
+        return {n for n, m in self.layers.items() if m.branch or isinstance(m.scheme.input, Float)}
+
+    def departures(self, call: Inputs) -> tuple[DepartureFigures, dict[str, Departure]]:
+        """Look into the whole graph in one call. Returns figures, and how far each layer leaves the simulation."""
+        values = graph_values(self.graph, self.runtime, value_names(self.graph))
+        found, output = find_departures(self.layers, self.simulated, self.graph, values, call)
+        return DepartureFigures.of(found, output), found
+
+    def parity(self, call: Inputs) -> float:
+        """Relative L2 error of the graph's output on one call."""
+        return rel_l2(self.deployed(call), self.simulated(call))
+
+    @torch.no_grad()
+    def layer_parity(self, call: Inputs, ctx: Context) -> dict[str, LayerParity]:
+        """Compare every layer alone in the runtime, on the input that it has in the simulation of `call`.
+
+        A layer that is called several times is compared at its first call, the one whose ends the graph names.
+        """
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def note(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            seen.setdefault(name, (args[0].detach(), output.detach()))
+
+        with after_calls(self.layers, note):
+            self.simulated(call)
+        found, step, ends = {}, self.step(call), LayersInGraph(self.graph, self.layers)
+        with ctx.progress("layers", len(seen)) as advance:
+            for name in self.graph.nodes:
+                found[name] = compare_layer(ends, name, *seen[name], step, self.runtime)
+                advance()
+        return found
+
+
+@torch.no_grad()
+def compare_layer(
+    ends: LayersInGraph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
+) -> LayerParity:
+    """Compare one layer of the graph at a step with its simulation, which turned `x` into `y`.
+
+    A layer that takes float16 is compared on `x` as float16 holds it.
+    """
+    graph = ends.graph
+    x = ends.entering(name, x)
+    half = entry_type(graph, name) == np.float16
+    if half:
+        x = x.half().float()
+    deployed, codes = run_layer(graph, name, x.numpy(), runtime, step)
+    with ends.reading(name) as layer, layer.clock.at(step):
+        error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
+        if isinstance(layer.scheme.input, Float) or codes is None:
+            return LayerParity(error, 0, 0, 0)
+        simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
+    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
+    return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))

@@ -1,0 +1,138 @@
+"""Finds the basis of an input in which the layers that read it lose least by rounding.
+
+Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps, S of them compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from intaglio.pipeline.formats.layer_tables import LayerTables
+from intaglio.pipeline.formats.schemes import Float, LayerScheme
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.rounding import half_range
+from intaglio.pipeline.numerics.step_tables import where_known
+from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from intaglio.pipeline.contract.context import Context
+
+Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
+"""Layers on one input, and their schemes, by name."""
+Inputs: TypeAlias = "Sequence[torch.Tensor]"
+"""Tensors that layers read in one call of the model."""
+
+SMALLEST_BLOCK = 16
+"""Below this a rotation mixes too few channels to even them out."""
+
+
+def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, generator: torch.Generator) -> Inputs:
+    """Return some tokens of a linear layer's inputs, one (tokens, C); all places of a convolution's."""
+    if channel_axis(layer) != -1:
+        return inputs
+    every = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+    return [every[torch.randperm(len(every), generator=generator)[:tokens]]]
+
+
+def candidates(
+    parts: Parts, x: Sequence[Inputs], exponents: Sequence[float], block: int, ctx: Context
+) -> Iterator[Balance]:
+    """Yield every scale of channels, each without and with a rotation behind it; never the basis that is there.
+
+    d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
+    """
+    axis = _axis_of(parts)
+    x_C = torch.stack([_largest(part, axis) for inputs in x for part in inputs]).amax(0)
+    w_C = torch.stack([_largest(layer.get_parameter("weight").detach(), 1) for layer, _ in parts.values()]).amax(0)
+    channels = len(x_C)
+    rotated = math.gcd(channels, 1 << (block.bit_length() - 1))
+    flat = torch.ones(channels)
+    for exponent in (None, *exponents):
+        scale = flat if exponent is None else w_C ** (1 - exponent) / x_C**exponent
+        scale = scale / scale.log().mean().exp()
+        if exponent is not None:
+            yield Balance(scale)
+        if rotated >= SMALLEST_BLOCK:
+            yield Balance.rotated(scale, rotated, ctx.torch_rng("signs", *parts))
+
+
+def nearest(parts: Parts, x: Sequence[Inputs], bases: Sequence[Balance], rank: int = 0) -> tuple[Balance, float] | None:
+    """Return the basis with the least error of the outputs, and its gain in dB; None where there is nothing to gain."""
+    plain = output_error(parts, x, None, rank)
+    if plain == 0 or not bases:
+        return None
+    errors = [output_error(parts, x, basis, rank) for basis in bases]
+    best = min(range(len(bases)), key=errors.__getitem__)
+    return bases[best], 10 * math.log10(plain / max(errors[best], 1e-30))
+
+
+def with_ranges(
+    chosen: Mapping[str, tuple[Balance, float]],
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    calls: Iterable[Mapping[str, Inputs]],
+) -> dict[str, LayerBalance]:
+    """Return the bases with the ends of the inputs in them at every step, over all calls of a layer at the step."""
+    low: dict[str, list[float | None]] = {name: [] for name in chosen}
+    high: dict[str, list[float | None]] = {name: [] for name in chosen}
+    for inputs in calls:
+        for name, (basis, _) in chosen.items():
+            moved = [basis.input(x, channel_axis(layers[name])) for x in inputs.get(name, ())]
+            low[name].append(min((x.min().item() for x in moved), default=None))
+            high[name].append(max((x.max().item() for x in moved), default=None))
+    return {
+        n: LayerBalance(basis, where_known(low[n], min), where_known(high[n], max), gain)
+        for n, (basis, gain) in chosen.items()
+    }
+
+
+def _axis_of(parts: Parts) -> int:
+    """Return the channel axis of the input that layers share."""
+    layer, _ = next(iter(parts.values()))
+    return channel_axis(layer)
+
+
+def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return the largest magnitude of each channel, at least 1e-5: a channel that is never used has a finite scale."""
+    return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
+
+
+def branch_of(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
+    """Return the branch of a weight in its basis; None for one of 8 bits or more, or too small."""
+    if not rank or scheme.weight_bits >= 8 or min(layer.weight.flatten(1).shape) < 4 * rank:
+        return None
+    w = layer.weight if basis is None else basis.weight(layer.weight)
+    return Branch.of(w.flatten(1), rank)
+
+
+def output_error(parts: Parts, x: Sequence[Inputs], basis: Balance | None, rank: int = 0) -> float:
+    """Return the relative squared error of the layers' outputs, all rounded in the basis: the mean over S timesteps."""
+    clock = StepClock(tuple(float(i) for i in range(len(x))))
+    axis = _axis_of(parts)
+    moved = [[part if basis is None else basis.input(part, axis) for part in inputs] for inputs in x]
+    low_S = torch.stack([torch.stack([part.amin() for part in inputs]).amin() for inputs in moved])
+    high_S = torch.stack([torch.stack([part.amax() for part in inputs]).amax() for inputs in moved])
+    total = 0.0
+    with torch.no_grad():
+        for layer, scheme in parts.values():
+            tables = LayerTables(torch.maximum(-low_S, high_S))
+            if scheme.shifted:
+                tables = LayerTables(*half_range(low_S, high_S))
+            plain = scheme.model_copy(update={"output": Float()})
+            branch = branch_of(layer, scheme, basis, rank)
+            rounded = QuantizedLayer(layer, plain, clock, tables, balance=basis, branch=branch)
+            for step, inputs in enumerate(x):
+                y = [layer(part) for part in inputs]
+                with clock.at(step):
+                    errors = [(rounded(part) - each).square().sum() for part, each in zip(inputs, y, strict=True)]
+                energy = torch.stack([each.square().sum() for each in y]).sum()
+                error = torch.stack(errors).sum()
+                total += float(error / energy.clamp_min(1e-30))
+    return total / (len(x) * len(parts))

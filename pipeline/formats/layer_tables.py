@@ -1,0 +1,74 @@
+"""The tables of one layer, as one value that passes hand on. Loads no heavy module.
+
+Shapes: T denoising steps, S timesteps that are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from intaglio.pipeline.formats.schemes import Float
+
+if TYPE_CHECKING:
+    import torch
+
+    from intaglio.pipeline.formats.schemes import LayerScheme
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """The tables of one layer, float32 (T,) each: one entry for each denoising step. None: the layer has no such table.
+
+    `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input.
+    `shift_T`: middle of the input's range, where the scheme shifts the input.
+    `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output.
+    `factor_T`: factor on the magnitude that a token is divided by, where the range of tokens is clipped.
+    """
+
+    amax_T: torch.Tensor | None = None
+    shift_T: torch.Tensor | None = None
+    output_amax_T: torch.Tensor | None = None
+    factor_T: torch.Tensor | None = None
+
+    @property
+    def stepped(self) -> bool:
+        """Return whether a layer with these tables needs to know its denoising step."""
+        return self.amax_T is not None or self.factor_T is not None
+
+    def needed_by(self, scheme: LayerScheme) -> LayerTables:
+        """Return the tables that this scheme computes with. Raises ValueError for one that is missing."""
+        from intaglio.pipeline.numerics.rounding import TOKEN_EPS
+
+        stepped, rounded = scheme.by_step, not isinstance(scheme.output, Float)
+        shifted = stepped and scheme.shifted
+        if stepped and self.amax_T is None:
+            raise ValueError("a scale for each step needs the calibrated input ranges")
+        if shifted and self.shift_T is None:
+            raise ValueError("a shifted input needs the middle of its range at each step")
+        if rounded and self.output_amax_T is None:
+            raise ValueError("a rounded output needs the calibrated output ranges")
+        return LayerTables(
+            amax_T=self.amax_T.clamp_min(TOKEN_EPS) if stepped and self.amax_T is not None else None,
+            shift_T=self.shift_T if shifted else None,
+            output_amax_T=self.output_amax_T if rounded else None,
+            factor_T=self.factor_T,
+        )
+
+    def resampled(self, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> LayerTables:
+        """Return these tables, measured at `timesteps` (T,), at the `wanted` timesteps (S,)."""
+        from intaglio.pipeline.numerics.step_tables import resample_linear, resample_magnitude
+
+        def magnitude(values_T: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values_T is None else resample_magnitude(values_T, timesteps, wanted)
+
+        shift_S = None if self.shift_T is None else resample_linear(self.shift_T, timesteps, wanted)
+        return LayerTables(magnitude(self.amax_T), shift_S, magnitude(self.output_amax_T), magnitude(self.factor_T))
+
+    def replaced_by(self, learnt: LayerTables) -> LayerTables:
+        """Return these tables, with those of `learnt` in the place of the ones that it has."""
+        return LayerTables(**{n: own if (new := getattr(learnt, n)) is None else new for n, own in vars(self).items()})
+
+
+NO_TABLES = LayerTables()
+"""The tables of a layer that has none."""

@@ -1,0 +1,34 @@
+"""Keeps a rounded weight from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class WeightCache:
+    """Keeps a layer's rounded weight while no gradient is needed.
+
+    With few tokens, rounding a weight takes longer than its product. Call `clear` after a part of the weight changed.
+    """
+
+    def __init__(self) -> None:
+        self._kept: torch.Tensor | None = None
+
+    def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the weight that is kept, or else make it, and keep it if gradients are off."""
+        if self._kept is not None:
+            return self._kept
+        made = make()
+        if not torch.is_grad_enabled():
+            self._kept = made
+        return made
+
+    def keep(self, weight: torch.Tensor) -> None:
+        """Return this weight from now on."""
+        self._kept = weight
+
+    def clear(self) -> None:
+        """Forget the weight."""
+        self._kept = None

@@ -1,0 +1,86 @@
+"""Rounds the input of a layer, with a scale for each token or for each denoising step.
+
+Shapes: T denoising steps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol, assert_never
+
+import torch
+from torch import nn
+
+from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
+from intaglio.pipeline.numerics import rounding
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.formats.layer_tables import LayerTables
+    from intaglio.pipeline.model.step_clock import StepClock
+
+
+class InputCodes(NamedTuple):
+    """A rounded input: x ~= codes * s * amax + shift, where s is `rounding.input_scale`.
+
+    `codes` are integers as floats. `amax` is the magnitude that the unit range stands for, (..., 1) or (). `shift` is
+    the middle of the range, in the shape of `amax`; None where the range is symmetric.
+    """
+
+    codes: torch.Tensor
+    amax: torch.Tensor
+    shift: torch.Tensor | None
+
+
+class TrainedRange(Protocol):
+    """A change of the input's range that is trained, for each denoising step."""
+
+    def factor(self, step: int) -> torch.Tensor:
+        """Factor on the magnitude, ()."""
+
+    def offset(self, step: int) -> torch.Tensor:
+        """Movement of the middle, in magnitudes, ()."""
+
+
+class InputRounding(nn.Module):
+    """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range."""
+
+    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock) -> None:
+        super().__init__()
+        self.form, self.clock = form, clock
+        self.trained: TrainedRange | None = None
+        self.amax_T: torch.Tensor | None
+        self.shift_T: torch.Tensor | None
+        self.factor_T: torch.Tensor | None
+        for name in ("amax_T", "shift_T", "factor_T"):
+            table = getattr(tables, name)
+            self.register_buffer(name, None if table is None else table.clone())
+
+    def forward(self, x: torch.Tensor) -> InputCodes:
+        """Round x (..., K), or (B, C, H, W) where there is a scale for each step."""
+        match self.form.granularity:
+            case PerToken():
+                amax, shift = rounding.token_range(x) if self.form.shifted else (rounding.token_amax(x), None)
+                if (factor := self._token_factor()) is not None:
+                    amax = amax * factor
+                unit = (x if shift is None else x - shift) / amax
+            case PerStep():
+                amax, shift = self._step_range()
+                unit = (x if shift is None else x - shift) * (1 / amax)
+            case other:
+                assert_never(other)
+        return InputCodes(rounding.input_codes(unit, self.form.bits), amax, shift)
+
+    def _token_factor(self) -> torch.Tensor | None:
+        """Factor on the magnitude of every token, (), at the clock's step."""
+        if self.trained is not None:
+            return self.trained.factor(self.clock.step)
+        return None if self.factor_T is None else self.factor_T[self.clock.step]
+
+    def _step_range(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Magnitude and middle of the input's range, both (), at the clock's step."""
+        assert self.amax_T is not None  # `LayerTables.needed_by` has made sure
+        step = self.clock.step
+        amax, shift = self.amax_T[step], None if self.shift_T is None else self.shift_T[step]
+        if self.trained is not None:
+            shift = None if shift is None else shift + self.trained.offset(step) * amax
+            amax = amax * self.trained.factor(step)
+        return amax, shift
