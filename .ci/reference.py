@@ -10,11 +10,17 @@ from pdoc.doc import Module
 
 import intaglio
 
+DEVICE = "kit_scripts"
+"""Scripts that run on a device without intaglio, which nobody imports."""
+
 
 def public_modules() -> list[str]:
-    """intaglio and all below it that begins with no underscore."""
+    """Return intaglio and all modules below it without an underscore in front, the scripts of devices left out."""
     below = (module.name for module in walk_packages(intaglio.__path__, "intaglio."))
-    return ["intaglio", *(name for name in below if not any(part.startswith("_") for part in name.split(".")))]
+    return [
+        "intaglio",
+        *(name for name in below if not any(part.startswith("_") or part == DEVICE for part in name.split("."))),
+    ]
 
 
 def write_reference(folder: Path) -> None:
@@ -25,6 +31,9 @@ def write_reference(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".*ForwardRef", UserWarning)  # in a NamedTuple, of no module
+        warnings.filterwarnings(
+            "ignore", r"Cannot determine where .*\._\w+ is taken from", UserWarning
+        )  # private: not shown
         modules = {name: Module.from_name(name) for name in public_modules()}
         pages = {f"{name.replace('.', '/')}.html": render.html_module(each, modules) for name, each in modules.items()}
         pages |= {"index.html": render.html_index(modules), "search.js": render.search_index(modules)}

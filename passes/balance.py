@@ -62,6 +62,7 @@ class BalanceLayers(Pass):
         return (1 + self.steps) * self.rows + model.steps * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Choose a balance for each layer where it lowers the rounding error."""
         from torch.nn import Conv2d, Linear
 
         from intaglio.passes.basis_search import branch_of, candidates, nearest, with_ranges

@@ -53,7 +53,10 @@ class Calibrate(Pass):
         return model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises RecipeError for a model that cannot be called, StepFailed for one that returns NaN or Inf."""
+        """Run the sampler in float, and record its calls and the range of every layer's input.
+
+        Raises RecipeError for a model that cannot be called, StepFailed for one that returns NaN or Inf.
+        """
         from intaglio.passes.layer_ranges import unreached_layers
         from intaglio.pipeline.model.calls import check_inputs, denoise_with, on_device
         from intaglio.pipeline.model.layers import layer_table

@@ -43,6 +43,7 @@ class MergeAdapters(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Add the low-rank adapters to the weights, and round the sums."""
         from intaglio.passes.distill.trainable import load_learnt
         from intaglio.pipeline.artifacts.quantized import Quantized
         from intaglio.pipeline.numerics.basis import bases_of

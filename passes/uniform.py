@@ -38,6 +38,7 @@ class UniformPlan(Pass):
     groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Give every layer the first scheme that it admits and the target executes."""
         layers, target = state[MODEL].layers(), state[TARGET]
         unreached = state[WORKLOAD].float_reasons if WORKLOAD in state else {}
         reached = [layer for layer in layers if layer.name not in unreached]

@@ -1,7 +1,7 @@
-"""The core: formats, numerics, models, artifacts, recipes, the store and the runner.
+"""The core: numerics, formats, models, artifacts, recipes, the store and the runner.
 
-It names no pass, no exporter and no runtime. Each folder imports only folders above it in this order: formats,
-numerics, model, contract, artifacts, simulation, runs, cli.
+It names no pass, no exporter and no runtime. Each folder imports only folders above it in this order: numerics,
+formats, model, contract, artifacts, simulation, runs, cli.
 """
 
 

@@ -1,4 +1,4 @@
-"""Every error a user can meet, with the exit code of the command that ends in it."""
+"""Define every error that a user can meet, with the exit code of the command."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,13 +7,13 @@ from typing import ClassVar, Self
 
 INTERRUPTED = 130
 LISTED = 24
-"""Names of what there is that a message lists, where none is near."""
+"""Largest number of known names that a message lists if none is similar."""
 LONGEST_WORD = 200
-"""Characters of an unknown name that are compared with those there are."""
+"""Largest number of characters of an unknown name that are compared with known names."""
 
 
 class IntaglioError(Exception):
-    """What is wrong, where, with its numbers, and what to do. One error carries every problem found together."""
+    """Error that says what is wrong, where, with numbers, and what to do; it carries all problems found together."""
 
     exit_code: ClassVar[int] = 1
 
@@ -23,7 +23,7 @@ class IntaglioError(Exception):
 
     @classmethod
     def together(cls, problems: Iterable[str]) -> Self:
-        """One error of this kind with all the problems of several."""
+        """Make one error of this kind with all the problems of several."""
         error = cls.__new__(cls)
         IntaglioError.__init__(error, *problems)
         return error
@@ -75,7 +75,7 @@ class MissingExtra(IntaglioError):
 
 
 def exit_codes() -> dict[int, str]:
-    """What each exit code of the command means."""
+    """Return the meaning of each exit code of the command."""
     kinds = sorted(IntaglioError.__subclasses__(), key=lambda kind: kind.exit_code, reverse=True)
     meant = {kind.exit_code: re.split("[.:]", kind.__doc__ or "")[0] for kind in kinds}  # of one code the first
     own = {0: "All is well", 1: "A check found errors, or a file cannot be read or written", INTERRUPTED: "Interrupted"}
@@ -83,7 +83,7 @@ def exit_codes() -> dict[int, str]:
 
 
 def numbered(problems: Sequence[str]) -> str:
-    """A heading with the count, then one numbered line for each problem.
+    """Write a heading with the count, then one numbered line for each problem.
 
     >>> print(numbered(["no pass 'asign'", "no target 'tensorrt'"]))
     2 problems:
@@ -95,7 +95,7 @@ def numbered(problems: Sequence[str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The nearest word, whatever the case, or what there is: all of it up to `LISTED`.
+    """Suggest the nearest known word, ignoring case, or else list up to `LISTED` known words.
 
     >>> did_you_mean("Asign", ["assign", "merge"]), did_you_mean("x", ["assign", "merge"]), did_you_mean("x", [])
     (": did you mean 'assign'?", ': there is assign, merge', ': there is none')

@@ -1,7 +1,7 @@
 """Opens files that somebody else may have written, and writes values of known types as JSON files.
 
-Every file that does not come from the running process is opened here: only regular files, only up to a stated size, and
-text only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
+Every file that the running process did not write is opened here: only regular files, only up to a stated size, and text
+only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.
 """
 
 import copy
@@ -35,23 +35,23 @@ OPTIONAL: Any = Field(exclude_if=_is_unset)
 """Annotation of a field that `write_typed` leaves out where it is None, False or an empty tuple."""
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
-"""Bytes of a JSON file that are read. Python needs up to 30 times as much memory for what they say."""
+"""Largest size in bytes of a JSON file. Python needs up to 30 times as much memory for its values."""
 MOST_ARTIFACT = 64 * MIB
-"""Bytes of a JSON file of known types that are read."""
+"""Largest size in bytes of a JSON file of known types."""
 MOST_VALUES = 2_000_000
-"""Values of a JSON file, counted by the signs between them."""
+"""Largest number of values of a JSON file, counted by the signs between them."""
 LONGEST_LINE = 1000
-"""Characters of another library's message that are passed on."""
+"""Largest number of characters of another library's message that are passed on."""
 MOST_NUMBER_DIGITS = 4300
-"""Python's own limit for the digits of a whole number."""
+"""Largest number of digits of a whole number, as in Python itself."""
 MOST_HEADER = 16 * MIB
-"""Bytes of the header of a safetensors file: names, types and places of its tensors, and its metadata."""
+"""Largest size in bytes of a safetensors header: names, types, places of its tensors, and metadata."""
 MOST_ONNX = 2048 * MIB
-"""Bytes of an ONNX file without its external data: the limit of protobuf."""
+"""Largest size in bytes of an ONNX file without external data: the limit of protobuf."""
 LISTED_PLACES = 3
-"""Places of one damaged file that a message lists."""
+"""Largest number of places in a damaged file that a message lists."""
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What code raises that reads content of another kind than it expects."""
+"""Errors of code that reads content of an unexpected kind."""
 
 
 def checked_file(
@@ -269,10 +269,10 @@ def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
 
 
 def printable(text: object) -> str:
-    """Return the text with control characters, and bytes that are no UTF-8, written as escapes.
+    r"""Return the text with control characters, and bytes that are no UTF-8, written as escapes.
 
-    >>> printable("a\\x1b[31m\\udce9")
-    'a\\\\x1b[31m\\\\udce9'
+    >>> printable("a\x1b[31m\udce9")
+    'a\\x1b[31m\\udce9'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
 
@@ -287,9 +287,9 @@ def open_stream(
 
 
 def one_line(text: object) -> str:
-    """Return the text in one printable line of at most `LONGEST_LINE` characters.
+    r"""Return the text in one printable line of at most `LONGEST_LINE` characters.
 
-    >>> one_line("size mismatch\\n  for\\ta.weight")
+    >>> one_line("size mismatch\n  for\ta.weight")
     'size mismatch for a.weight'
     """
     line = printable(" ".join(str(text).split()))

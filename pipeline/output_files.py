@@ -24,7 +24,7 @@ def check_output(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{printable(path)}: cannot be written: {getattr(error, 'strerror', error)}") from error
     if mode is not None and not stat.S_ISREG(mode):
-        raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not written over: give another --out")
+        raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not written over: choose another --out")
     if mode is None and not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 

@@ -7,6 +7,7 @@ import torch
 from harness import Artifacts
 
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
+from intaglio.exporters.verify.departures import LayersInGraph
 from intaglio.exporters.verify.parity import compare_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
@@ -122,7 +123,8 @@ def parity(
     graph: Graph, name: str, layers: Mapping[str, QuantizedLayer], x, y, step: int, *, optimize: bool
 ) -> tuple[float, int, int]:
     """Relative L2 error of a layer of the graph on x, how many of its input codes differ, and by how much."""
-    found = compare_layer(graph, layers, name, x.detach(), y.detach(), step, OnnxRuntime(optimize))
+    ends = LayersInGraph(graph, layers)
+    found = compare_layer(ends, name, x.detach(), y.detach(), step, OnnxRuntime(optimize))
     return found.rel_l2, found.codes_differing, found.code_distance_max
 
 

@@ -1,26 +1,93 @@
-"""What docstrings show is what happens."""
+"""Docstrings are sentences, functions and modules stay short, and examples give what they show."""
 
+import ast
 import doctest
+import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WITH_EXAMPLES = sorted(
-    f"intaglio.{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
+SOURCES = sorted(
+    str(path.relative_to(ROOT))
     for folder in ("pipeline", "passes", "exporters")
     for path in (ROOT / folder).rglob("*.py")
-    if ">>> " in path.read_text(encoding="utf-8")
 )
+FRAGMENT = re.compile(r"(Of|By|What|How|Where|Whether)\b")
+LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
+
+STILL_FRAGMENTS = (
+    "passes/calibrate.py",
+    "passes/distill/",
+    "passes/layer_inputs.py",
+    "passes/layer_ranges.py",
+    "passes/sensitivity/",
+)
+"""Files and folders whose docstrings are still to be rewritten."""
+STILL_LONG = frozenset(
+    {
+        "exporters/qdq/lowering.py",
+    }
+)
+"""Files that are still to be split."""
+WITH_EXAMPLES = [path for path in SOURCES if ">>> " in (ROOT / path).read_text(encoding="utf-8")]
+
+
+def _tree(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def _fragments(path: str) -> list[str]:
+    return [text for text in _docstrings(_tree(path)) if FRAGMENT.match(text)]
+
+
+def _docstrings(tree: ast.Module) -> Iterator[str]:
+    """Yield the strings that stand alone: below a definition, or below the variable that they describe."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value.strip()
+
+
+def _long(path: str) -> Iterator[str]:
+    tree = _tree(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                yield f"{node.name} has {length} lines"
+    length = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    if length > LONGEST_MODULE:
+        yield f"the module has {length} lines"
+
+
+def test_docstrings_are_found_below_definitions_and_variables() -> None:
+    tree = ast.parse('"""One."""\nX = 1\n"""Two."""\nclass A:\n    """Three."""\n    def f(self):\n        """Four."""')
+    assert sorted(_docstrings(tree)) == ["Four.", "One.", "Three.", "Two."]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if not path.startswith(STILL_FRAGMENTS)])
+def test_a_docstring_begins_as_a_sentence(path: str) -> None:
+    assert not _fragments(path)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in STILL_LONG])
+def test_functions_and_modules_are_short(path: str) -> None:
+    assert not list(_long(path))
+
+
+def test_what_is_done_leaves_the_lists() -> None:
+    done = {part for part in STILL_FRAGMENTS if not any(_fragments(path) for path in SOURCES if path.startswith(part))}
+    assert not done | {path for path in STILL_LONG if path not in SOURCES or not list(_long(path))}
 
 
 def test_there_are_examples() -> None:
-    assert {"intaglio.pipeline.contract.recipe", "intaglio.pipeline.numerics.rounding"} <= set(WITH_EXAMPLES)
+    assert {"pipeline/contract/recipe.py", "pipeline/numerics/rounding.py"} <= set(WITH_EXAMPLES)
 
 
-@pytest.mark.parametrize("name", WITH_EXAMPLES)
-def test_examples_give_what_they_show(name: str) -> None:
-    found = doctest.testmod(import_module(name))
+@pytest.mark.parametrize("path", WITH_EXAMPLES)
+def test_examples_give_what_they_show(path: str) -> None:
+    found = doctest.testmod(import_module(f"intaglio.{path.removesuffix('.py').replace('/', '.')}"))
     assert found.attempted > 0
     assert found.failed == 0

@@ -1,4 +1,4 @@
-"""Builds an engine of every graph around the denoiser, as `tensorrt` does of the denoiser's own."""
+"""Build an engine of every graph around the denoiser, as `tensorrt` does for the denoiser."""
 
 import shutil
 from typing import ClassVar
@@ -14,14 +14,14 @@ from intaglio.pipeline.formats.target import load_target
 
 
 class BuildComponents(BuildTensorRT):
-    """The options are those of `tensorrt`, and hold for all of them. Components for ONNX Runtime need none."""
+    """Build an engine for each component, with the options of `tensorrt`. Components for ONNX Runtime need none."""
 
     name: ClassVar[str] = "components-tensorrt"
     requires: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENT_ENGINES})
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError for every node of a component that the runtime refuses or would compute wrongly."""
+        """Build the engines. Raises TargetError for every node that the runtime refuses or would compute wrongly."""
         components, written = state[COMPONENTS], ctx.scratch / "engines"
         shutil.rmtree(written, ignore_errors=True)
         compiled, problems = components.compiled, list[str]()

@@ -1,4 +1,4 @@
-"""What a pipeline calls of the models around its denoiser, and such a call as a function from tensors to tensors."""
+"""Record a pipeline's calls of the models around its denoiser, and repeat them as functions of tensors."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 PARAMETERS = "parameters"
-"""Of a distribution of latents: what an encoder gives in the place of them."""
+"""Name of the parameters of a distribution of latents, which an encoder returns in place of latents."""
 
 
 @dataclass(frozen=True)
 class MethodCalls:
-    """How one run of a pipeline called a method of a component: tensors by flat name, call by call, and the rest."""
+    """Calls of one method of a component in one run: tensors by flat name, call by call, and constants."""
 
     component: str
     method: str
@@ -39,18 +39,21 @@ class MethodCalls:
 
     @property
     def name(self) -> str:
-        """`vae.decode`"""
+        """Return the name of the call, such as `vae.decode`."""
         return f"{self.component}.{self.method}"
 
     @property
     def shared(self) -> frozenset[str]:
-        """Inputs without an axis of rows: those that are not as long as the first."""
+        """Inputs without an axis of rows: those whose length differs from that of the first."""
         first, *_ = usual = list(self.inputs[0].values())
         return frozenset(n for n, v in zip(self.inputs[0], usual, strict=True) if v.ndim == 0 or len(v) != len(first))
 
 
 def record_calls(pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, Any]) -> list[MethodCalls]:
-    """What `pipe(**call)` calls of these components, in their order. Raises StepFailed for one called in two ways."""
+    """Record the calls of these components in `pipe(**call)`, in order.
+
+    Raises StepFailed for a method that is called in two ways.
+    """
     seen: dict[tuple[str, str], list[dict[str, object]]] = {}
     with _listening(models, lambda name, method, given: seen.setdefault((name, method), []).append(given)):
         pipe(**call)
@@ -71,7 +74,7 @@ def picture_for(pipe: Any) -> Any:  # a picture of Pillow
 
 
 def encode_calls(decoded: MethodCalls, module: nn.Module) -> MethodCalls:
-    """A call of the module's encoder with the pictures that its decoder drew."""
+    """Make calls of the module's encoder with the pictures that its decoder drew."""
     compute = compute_with(module, decoded)
     pictures = [next(iter(compute(inputs).values())) for inputs in decoded.inputs]
     arguments = _arguments(module, "encode")
@@ -79,7 +82,7 @@ def encode_calls(decoded: MethodCalls, module: nn.Module) -> MethodCalls:
 
 
 def compute_with(module: nn.Module, calls: MethodCalls) -> Compute:
-    """The method as a function of flat named tensors, all else as recorded, to the tensors that it returns."""
+    """Return the method as a function from flat named tensors to its output tensors; the rest is as recorded."""
 
     def compute(inputs: Inputs) -> dict[str, torch.Tensor]:
         return flat_output(output_with(module, calls, inputs))
@@ -88,13 +91,13 @@ def compute_with(module: nn.Module, calls: MethodCalls) -> Compute:
 
 
 def output_with(module: nn.Module, calls: MethodCalls, inputs: Inputs) -> Any:
-    """What the method itself returns."""
+    """Call the method and return its own output."""
     called = module if calls.method == "forward" else getattr(module, calls.method)
     return called(**nest({**inputs, **calls.constants}))
 
 
 def flat_output(output: Any) -> dict[str, torch.Tensor]:
-    """Its tensors by flat name; those of a tuple, or a tensor alone, by their place."""
+    """Return the tensors of an output by flat name; those of a tuple, or a single tensor, by position."""
     whole = (output,) if isinstance(output, torch.Tensor) else output
     content = whole if isinstance(whole, Mapping) else {str(place): value for place, value in enumerate(whole)}
     plain = {
@@ -111,7 +114,7 @@ def _arguments(module: nn.Module, method: str) -> tuple[str, ...]:
 
 @contextmanager
 def _listening(models: Mapping[str, nn.Module], note: Callable[[str, str, dict[str, object]], None]) -> Iterator[None]:
-    """`note` gets component, method and flat arguments of every call."""
+    """Call `note` with component, method and flat arguments of every call."""
 
     def noting(function: Callable[..., Any], name: str, method: str) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -129,7 +132,7 @@ def _listening(models: Mapping[str, nn.Module], note: Callable[[str, str, dict[s
     wrapped = [
         (name, module, method) for name, module in models.items() for method in METHODS if hasattr(module, method)
     ]
-    for name, module, method in wrapped:  # decode and encode are no calls of the module, which hooks would tell
+    for name, module, method in wrapped:  # hooks do not see decode and encode
         setattr(module, method, noting(getattr(module, method), name, method))
     try:
         yield
@@ -139,7 +142,7 @@ def _listening(models: Mapping[str, nn.Module], note: Callable[[str, str, dict[s
 
 
 def _method_calls(module: nn.Module, name: str, method: str, seen: list[dict[str, object]]) -> MethodCalls:
-    """Generators are left out, as what is drawn in a graph would be the same in every call."""
+    """Merge the calls of one method. Generators are left out, as a graph would draw the same in every call."""
     arguments = _arguments(module, method)
     inputs: list[Inputs] = []
     constants: list[dict[str, object]] = []

@@ -1,4 +1,4 @@
-"""Export what is around the denoiser in a pipeline, text encoders and autoencoder, each in its own precision."""
+"""Export the models around the denoiser, text encoders and autoencoder, each in its own precision."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ if TYPE_CHECKING:
 Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
 
 PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
-"""What a pipeline draws where no call says more."""
+"""Prompts for a pipeline if the recipe gives no call."""
 PICTURES = ("image", "mask_image", "control_image")
-"""Arguments that a pipeline may want pictures for."""
+"""Arguments for which a pipeline may need pictures."""
 
 
 class ExportComponents(Pass):
-    """Each graph computes what torch does on the calls of a run of the pipeline, at any number of rows.
+    """Export a graph of each component that computes what torch does, at any number of rows.
 
-    float is what the target computes in; w8a16 and w4a16 round the weights, and the graph computes what torch does with
-    them so.
+    float is the floating-point type of the target; w8a16 and w4a16 round the weights, and the graph computes what
+    torch does with the rounded weights.
     """
 
     name: ClassVar[str] = "components"
@@ -57,30 +57,28 @@ class ExportComponents(Pass):
 
     precision: Mapping[str, Precision] = Field(
         {},
-        description="by component: float, which others have, w8a16, w4a16, or none, which leaves it out of what is"
-        " compiled; it still takes part in the call where the pipeline cannot be called without it",
+        description="precision by component: float (the default), w8a16, w4a16, or none, which leaves it uncompiled"
+        "; it still takes part in the call if the pipeline needs it",
     )
-    targets: Mapping[str, str] = Field(
-        {}, description="by component: the target it is compiled for, where that is not the recipe's"
-    )
+    targets: Mapping[str, str] = Field({}, description="target by component, if it is not the recipe's")
     call: Mapping[str, JsonValue] = Field(
-        {}, description="what the pipeline is called with to see its models called; without `prompt`, two of ours"
+        {}, description="arguments of the pipeline's call, which runs its models; without `prompt`, two default prompts"
     )
     other_call: Mapping[str, JsonValue] | None = Field(
-        None, description="what is another in a second call: axes that have another size there are dynamic"
+        None, description="arguments that differ in a second call; axes whose size differs there become dynamic"
     )
-    image_to_image: bool = Field(False, description="also compile the encoder of what decodes the pictures")
+    image_to_image: bool = Field(False, description="also compile the encoder of the autoencoder that decodes pictures")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
     opset: int = Field(21, ge=21, le=22, description="ONNX opset, as of export-float")
 
     def check(self, target: Target) -> None:
-        """Raises RecipeError for names of no target, TargetError for an opset that a target does not read."""
+        """Check the options. Raises RecipeError for an unknown target, TargetError for an opset above its limit."""
         for each in (target, *map(load_target, self.targets.values())):
             if self.opset > each.opset_max:
                 raise TargetError(f"opset {self.opset}, but {each.name} reads up to {each.opset_max}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises StepFailed where a graph does not compute what torch does, RecipeError for what cannot be compiled."""
+        """Export the components. Raises StepFailed if a graph differs from torch, RecipeError for uncompilable ones."""
         from intaglio.exporters.components.calls import output_with
         from intaglio.pipeline.artifacts.components import Compiled, Components
 
@@ -162,12 +160,12 @@ class ExportComponents(Pass):
                 return models, *self._recorded(pipe, models, model.ref.sampling_steps, ctx)
             except IntaglioError:
                 raise
-            except Exception as error:  # pipelines of diffusers raise anything where something is not given
+            except Exception as error:  # pipelines raise any exception for a missing argument
                 said = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
                 if not absent:
                     kind = printable(folder.index()["_class_name"])
                     raise RecipeError(f"call: {kind} raised {said}: give what it needs in `call`") from error
-                ctx.log.info("called with %s, which is not compiled: without, %s", ", ".join(absent), said)
+                ctx.log.info("the call uses %s, which is not compiled; without it: %s", ", ".join(absent), said)
         raise AssertionError  # the last one returns or raises
 
     def _recorded(
@@ -190,7 +188,7 @@ class ExportComponents(Pass):
         called = {calls.component for calls in usual}
         if idle := [name for name in models if name not in called]:
             raise RecipeError(
-                *(f"{name} is never called: give a `call` that does, or leave it out: {name}: none" for name in idle)
+                *(f"{name} is never called: change `call` to use it, or leave it out: {name}: none" for name in idle)
             )
         other = {} if self.other_call is None else {c.name: c for c in recorded({**self.call, **self.other_call})}
         return usual, other
@@ -212,7 +210,7 @@ class ExportComponents(Pass):
         pictures = [name for name in PICTURES if name in parameters and name not in given]
         needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if missing := [name for name in needed if name not in (*given, *pictures)]:
-            raise RecipeError(f"call: {type(pipe).__name__} also takes {', '.join(missing)}: give it here")
+            raise RecipeError(f"call: {type(pipe).__name__} requires {', '.join(missing)}: give it here")
         try:
             return record_calls(pipe, models, given)
         except IntaglioError:
@@ -220,7 +218,7 @@ class ExportComponents(Pass):
         except Exception:
             if not pictures:
                 raise
-            ctx.log.info("called with a picture of our own: %s", ", ".join(pictures))
+            ctx.log.info("the call uses a default picture for %s", ", ".join(pictures))
         drawn = dict.fromkeys(pictures, picture_for(pipe)) | ({"strength": 1.0} if "strength" in parameters else {})
         given |= {"generator": ctx.torch_rng("call")} if "generator" in usual.keys() & parameters.keys() else {}
         return record_calls(pipe, models, drawn | given)
@@ -234,7 +232,7 @@ class ExportComponents(Pass):
         target: Target,
         work: Path,
     ) -> Graph:
-        """One method's graph as the target executes it, held against torch."""
+        """Write one method's graph as the target executes it, and compare it with torch."""
         from intaglio.exporters.components.calls import compute_with
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs, find_magnitudes
         from intaglio.exporters.float_graph.torch_export import Calls, write_graph
@@ -253,7 +251,7 @@ class ExportComponents(Pass):
             opset=self.opset,
             called=calls.name,
         )
-        gc.collect()  # the wrapped module is in a cycle
+        gc.collect()  # the wrapped module is part of a reference cycle
         graph = replace(graph, interface=Interface(arguments=calls.arguments, constants=calls.constants))
         check_outputs(graph.path, expected, TOLERANCE)
         half = target.float_type == "float16"
@@ -269,12 +267,12 @@ class ExportComponents(Pass):
 
 
 def _class_of(output: Any) -> str:
-    """`module:name`, or nothing for a tuple or a tensor."""
+    """Return the class of an output as `module:name`, or nothing for a tuple or a tensor."""
     return f"{type(output).__module__}:{type(output).__name__}" if isinstance(output, Mapping) else ""
 
 
 def _expected(compute: Compute, calls: MethodCalls, both: Calls) -> Iterator[Expected]:
-    """What torch returns for one row, for two, and at the other size."""
+    """Yield torch's outputs for one row, for two rows, and at the other size."""
     yield _called(compute, f"{calls.name} at 1 row", both.with_rows(both.usual, 1))
     yield _called(compute, f"{calls.name} at 2 rows", both.with_rows(both.usual, 2))
     if both.other is not None:
@@ -282,7 +280,7 @@ def _expected(compute: Compute, calls: MethodCalls, both: Calls) -> Iterator[Exp
 
 
 def _every_row(compute: Compute, calls: MethodCalls) -> Iterator[Expected]:
-    """What torch returns for each recorded row alone."""
+    """Yield torch's outputs for each recorded row alone."""
     for inputs in calls.inputs:
         for row in range(max(len(v) for n, v in inputs.items() if n not in calls.shared)):
             alone = {name: value if name in calls.shared else value[[row]] for name, value in inputs.items()}
@@ -290,7 +288,7 @@ def _every_row(compute: Compute, calls: MethodCalls) -> Iterator[Expected]:
 
 
 def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
-    """What torch returns. Raises StepFailed where that is NaN, or one number everywhere, such as a black picture."""
+    """Return torch's outputs. Raises StepFailed for NaN, or for one value everywhere, such as a black picture."""
     import torch
 
     from intaglio.exporters.float_graph.agreement import Expected
@@ -310,7 +308,7 @@ def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
 def _round_weights(
     module: nn.Module, precision: str, target: Target, groups: tuple[int, ...]
 ) -> dict[str, QuantizedLayerData]:
-    """Round the weights that the target has in this scheme, and tables of embeddings to float16. Changes `module`."""
+    """Round weights to this scheme where the target has it, and embeddings to float16. Changes `module`."""
     import torch
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData

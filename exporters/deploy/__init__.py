@@ -1,5 +1,5 @@
-"""What users load, copy to a device, or serve.
+"""Load a compiled folder as a denoiser or pipeline, pack it for a device, or write it for a server.
 
-A compiled folder enters. A denoiser in the place of diffusers' own, a whole pipeline, an archive for a device, or a
+A compiled folder enters. A denoiser that replaces that of diffusers, a whole pipeline, an archive for a device, or a
 model of NVIDIA's Triton Inference Server leaves.
 """

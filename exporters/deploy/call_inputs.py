@@ -1,4 +1,4 @@
-"""Checks what a compiled graph is called with, and brings it into the form that the graph takes.
+"""Check the inputs of a compiled graph, and convert them to the form that the graph takes.
 
 Shapes: R rows of one call.
 """
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 KEEPS_INDICES = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
-"""Operators whose output has no other numbers than their first input."""
+"""Operators whose output has only values of their first input."""
 KEEPS_TABLE = frozenset({"Cast", "DequantizeLinear", "Identity"})
 """Operators whose output has the shape of their first input."""
 
 
 class CallInputs:
-    """What one graph takes. Every tensor that it cannot compute with, as torch would, is a CallError that names it."""
+    """Inputs of one graph. A tensor that it cannot compute with as torch would raises a CallError that names it."""
 
     def __init__(self, graph: Graph, compiled_with: Mapping[str, object], name: str = "") -> None:
-        """`compiled_with`: arguments that are no inputs of the graph. `name`: how messages begin, for a component.
+        """Prepare the checks of a graph's inputs.
 
-        Raises RecipeError where model.onnx cannot be read.
+        `compiled_with`: arguments that are no inputs of the graph. `name`: prefix of messages, for a component.
+
+        Raises RecipeError if model.onnx cannot be read.
         """
         from intaglio.exporters.float_graph.onnx_file import read_proto
 
@@ -42,7 +44,7 @@ class CallInputs:
         self._tables = {n: size for n, size in tables.items() if n in self._names}
 
     def arguments(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-        """The arguments of a call by name. Raises CallError for more than there are, or one that is given twice."""
+        """Return the arguments of a call by name. Raises CallError for surplus or repeated arguments."""
         called, known = self._called, self._graph.interface.arguments
         if len(args) > len(known):
             raise CallError(f"{called} with {len(args)} arguments, but it takes {', '.join(known)}")
@@ -52,7 +54,7 @@ class CallInputs:
         return given | dict(kwargs)
 
     def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
-        """What the graph takes beside the step, by name, on the device, from arguments by flat name."""
+        """Return the graph's inputs, except the step, by name on the device, from arguments by flat name."""
         specs, sample, timestep = self._graph.inputs, self._graph.interface.sample, self._graph.timestep
         if absent := [name for name in self._names if given.get(name) is None]:
             raise CallError(f"{self._called} without {', '.join(absent)}, which it was compiled with")
@@ -70,16 +72,16 @@ class CallInputs:
 
     @contextlib.contextmanager
     def blamed(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Turn what a runtime raises for these inputs into a CallError with their sizes."""
+        """Turn a runtime's error for these inputs into a CallError with their sizes."""
         try:
             yield
         except IntaglioError:
             raise
-        except Exception as e:  # each runtime has its own
+        except Exception as e:  # each runtime raises its own
             raise CallError(f"{self._sizes(inputs)}: the graph does not take them: {e}") from e
 
     def check_outputs(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Raise CallError where an output has other sizes than the inputs' axes of the same names."""
+        """Raise CallError if an output has other sizes than the inputs' axes of the same names."""
         sizes = dict(_named_sizes(self._graph.inputs, inputs))
         for name, size in _named_sizes(self._graph.outputs, outputs):
             if size != sizes.get(name, size):
@@ -91,7 +93,7 @@ class CallInputs:
         return f"{self._called} with {shapes}" + (f", but compiled for {', '.join(compiled)}" if compiled else "")
 
     def _tensor(self, name: str, value: object) -> torch.Tensor:
-        """A tensor, or a number as one."""
+        """Return a tensor, also for a number. Raises CallError for a value that the graph cannot take."""
         if isinstance(value, Real):
             try:
                 value = torch.as_tensor(value)
@@ -112,7 +114,7 @@ class CallInputs:
         return value.detach()
 
     def _for_rows(self, timestep: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
-        """The timestep (R,), from one for all rows or one for each."""
+        """Return the timestep (R,), from one value for all rows or one for each."""
         flat = timestep.reshape(-1)
         if sample is None or not sample.dim() or len(flat) == len(sample):
             return flat
@@ -132,7 +134,7 @@ class CallInputs:
                 raise CallError(f"{self._place(name)} has {number:g}, but there are 0 to {size - 1}")
 
     def _converted(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """In the graph's element type. Raises CallError where that would be other numbers."""
+        """Convert a tensor to the graph's element type. Raises CallError if its values do not fit that type."""
         wanted: torch.dtype = getattr(torch, self._graph.inputs[name].dtype)
         if value.is_complex() and not wanted.is_complex:
             raise CallError(f"{self._place(name)} is complex, but {wanted} is taken")
@@ -157,11 +159,11 @@ class CallInputs:
 
 
 def table_sizes(graph: onnx.GraphProto) -> dict[str, int]:
-    """How many entries the smallest table has that a graph input picks from, by the input's name."""
+    """Return the size of the smallest table that each graph input indexes, by the input's name."""
     shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     origins = {value.name: value.name for value in graph.input}
     sizes: dict[str, int] = {}
-    for node in graph.node:  # in an order in which they can run
+    for node in graph.node:  # nodes are in an order of execution
         first = node.input[0] if node.input else ""
         if node.op_type in KEEPS_INDICES and first in origins:
             origins[node.output[0]] = origins[first]
@@ -193,7 +195,7 @@ def check_others(
 
 
 def _differs(value: object, compiled: object) -> bool:
-    """Whether two arguments are not equal; an array, which compares number by number, always is another."""
+    """Return True if two arguments differ; an array always counts as different."""
     try:
         return bool(value != compiled)
     except (TypeError, ValueError, RuntimeError):
@@ -222,7 +224,7 @@ def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Ten
 
 
 def _named_sizes(specs: Mapping[str, TensorSpec], tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int]]:
-    """The size of every axis that has a name."""
+    """Yield the name and the size of every axis that has a name."""
     for tensor, value in tensors.items():
         for name, size in zip(specs[tensor].shape, value.shape, strict=False):
             if isinstance(name, str):

@@ -1,4 +1,4 @@
-"""The commands `intaglio kit` and `intaglio triton`."""
+"""Define the commands `intaglio kit` and `intaglio triton`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +12,15 @@ from intaglio.pipeline.formats.target import target_names
 
 
 def kit_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     target: Annotated[
         str | None,
-        typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets for TensorRT."),
+        typer.Option(metavar="T", autocompletion=target_names, help="TensorRT target, if the run has several."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The archive; default RECIPE-TARGET.tar.gz.")] = None,
-    as_json: Annotated[bool, json_option("where it was written")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Archive; default RECIPE-TARGET.tar.gz.")] = None,
+    as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Pack a target for TensorRT for a device that has TensorRT alone: it builds the engine, checks and times it."""
+    """Pack a TensorRT target for a device with only TensorRT, which builds, checks and times the engine."""
     from intaglio.exporters.deploy import kit
 
     _print_written(kit.write_kit(folder, out, target), as_json)
@@ -34,19 +34,19 @@ def _print_written(file: Path, as_json: bool) -> None:
 
 
 def triton_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     out: Annotated[Path, typer.Option(metavar="REPO", help="The server's model repository.")],
     target: Annotated[
-        str | None, typer.Option(metavar="T", autocompletion=target_names, help="Which of several targets.")
+        str | None, typer.Option(metavar="T", autocompletion=target_names, help="Target, if the run has several.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Of the model; default RECIPE-TARGET.")] = None,
-    version: Annotated[int, typer.Option(min=1, help="Of the model.")] = 1,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model; default RECIPE-TARGET.")] = None,
+    version: Annotated[int, typer.Option(min=1, help="Version of the model.")] = 1,
     vnni: Annotated[
-        bool, typer.Option("--vnni", help="The server's CPU has VNNI: its own 8-bit kernels are exact, and faster.")
+        bool, typer.Option("--vnni", help="The server's CPU has VNNI, with faster exact 8-bit kernels.")
     ] = False,
-    as_json: Annotated[bool, json_option("where it was written")] = False,
+    as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or its TensorRT."""
+    """Write a target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or TensorRT backend."""
     from intaglio.exporters.deploy import triton
 
     write = triton.write_model

@@ -1,4 +1,4 @@
-"""Finds the target that is meant in what a run wrote, and the options that its recipe gave the engine's builder."""
+"""Find a target's folder in the results of a run, and the options that its recipe gave the engine's builder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from intaglio.pipeline.runs.store import entries_below
 
 
 def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *, what: str, why: str) -> Path:
-    """The one target's folder that is meant: `folder`, or one in it. Its runtime must be among `runtimes`.
+    """Return the folder of the wanted target: `folder`, or one in it. Its runtime must be in `runtimes`.
 
-    Raises RecipeError, which says that others are not for `what`: `why`.
+    Raises RecipeError, which says that other targets are not for `what`, and `why`.
     """
     if (folder / "graph.json").is_file():
         found = {target_name(folder): folder}
@@ -45,7 +45,7 @@ def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *
 
 
 def delivered_name(place: Path) -> str:
-    """RECIPE-TARGET, of one target's folder."""
+    """Return RECIPE-TARGET for one target's folder."""
     return f"{Path(os.path.abspath(place)).parent.name}-{target_name(place)}"
 
 
@@ -73,7 +73,7 @@ def delivered_files(place: Path, *, built_there: Collection[str] = ()) -> Mappin
 
 
 def tensorrt_builder(place: Path) -> BuildTensorRT:
-    """With the options that the recipe gave it."""
+    """Return the builder with the options from the recipe."""
     recipe = place / "recipe.yaml"
     steps = Recipe.read(recipe).steps if recipe.exists() else ()
     options = next((step.options for step in steps if step.uses == BuildTensorRT.name), {})

@@ -1,4 +1,4 @@
-"""Stands in the place of a denoiser: a compiled folder, called as the diffusers model that it was made from.
+"""Load a compiled folder as a denoiser that is called like the diffusers model it was made from.
 
 Shapes: R rows of one call.
 """
@@ -30,37 +30,37 @@ if TYPE_CHECKING:
 
 
 class DenoiserOutput(NamedTuple):
-    """What diffusers' denoisers return unless a tuple is asked for."""
+    """Output of a denoiser, as in diffusers."""
 
     sample: torch.Tensor
 
 
 class CompiledDenoiser(Standin):
-    """A denoiser that a runtime executes. Everything but the computation is as in the original.
+    """Denoiser that a runtime executes. Everything but the computation is as in the original.
 
-    It takes what the original takes, in the same order, at the shapes and timesteps that it was compiled for. Where
-    layers have a scale for each denoising step, the step is found from the timestep. A learned variance is not computed
-    and not in `config` either, so that pipelines look for none. What would change the computation raises CallError.
+    It takes the arguments of the original, at the shapes and timesteps that it was compiled for. If layers have a scale
+    for each denoising step, the step is found from the timestep. A learned variance is not computed and not in `config`
+    either, so pipelines do not expect it. A change of the model raises CallError.
     """
 
     def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
-        """`call` computes what the graph does, on the device; without one, the CPU."""
+        """Wrap `call`, which computes the graph on the device; by default that is the CPU."""
         original = _original(graph)
         compiled_with = {} if original is None else defaults(original.forward)
         compiled_with |= dict(flatten(graph.interface.constants))
         super().__init__(original)
-        own = self.__dict__  # as nothing can be set
+        own = self.__dict__  # attributes cannot be set in the usual way
         own["graph"], own["_call"], own["_device"] = graph, call, device or torch.device("cpu")
         own["_call_inputs"] = CallInputs(graph, compiled_with)
 
     @property
     def device(self) -> torch.device:
-        """Of outputs, and of inputs, which are brought there."""
+        """Device of outputs; inputs are moved there."""
         device: torch.device = self.__dict__["_device"]
         return device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
-        """As the original. Raises CallError for what it was not compiled for."""
+        """Call the denoiser like the original. Raises CallError for inputs that it was not compiled for."""
         graph, called = self.graph, self._call_inputs
         given = called.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
@@ -91,7 +91,7 @@ class CompiledDenoiser(Standin):
 
 
 def defaults(function: Callable[..., object]) -> dict[str, object]:
-    """Of its arguments."""
+    """Return the default values of a function's arguments."""
     parameters = inspect.signature(function).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
@@ -99,11 +99,11 @@ def defaults(function: Callable[..., object]) -> dict[str, object]:
 def load(
     folder: str | Path, *, backend: str = "onnxruntime", threads: int = 0, providers: Sequence[str] = ()
 ) -> CompiledDenoiser:
-    """The denoiser of a compiled folder, `build/<recipe>/<target>`, for the place of a pipeline's own.
+    """Load the denoiser of a compiled folder, `build/<recipe>/<target>`, to replace a pipeline's own.
 
     `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
     stream without a copy; those two have not run on a GPU yet. `threads`: of ONNX Runtime, 0 for one a core;
-    `providers`: those wanted beside the CPU's. Raises RecipeError where the folder holds nothing that the backend
+    `providers`: those wanted beside the CPU's. Raises RecipeError if the folder holds nothing that the backend
     executes, TargetError where an engine does not run here.
     """
     root, device = Path(folder), device_of(backend)
@@ -114,14 +114,14 @@ def load(
 
 
 def device_of(backend: str) -> torch.device:
-    """Where it takes and leaves tensors. Raises RecipeError for a name that is none."""
+    """Return the device of a backend's inputs and outputs. Raises RecipeError for an unknown name."""
     if backend not in named_runtimes():
         raise RecipeError(f"no backend {backend!r}{did_you_mean(backend, named_runtimes())}")
     return torch.device(find_runtime(backend).device)
 
 
 def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]) -> Values:
-    """What computes a graph that is in its folder, or the engine there, on tensors where the backend takes them."""
+    """Open a graph in its folder, or the engine there, as a function of tensors on the backend's device."""
     runtime = find_runtime(backend)
     call = runtime.load(graph, threads=threads, providers=providers)
     return opened_call(graph, runtime.open(graph, threads=threads, providers=providers)) if call is None else call
@@ -151,7 +151,7 @@ def _original(graph: Graph) -> nn.Module | None:
     file = f"{printable(graph.path.parent)}/graph.json"
     try:
         kind: Any = getattr(diffusers, interface.kind)
-    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules when they are asked for
+    except (AttributeError, ImportError, RuntimeError):  # diffusers imports its modules lazily
         kind = None
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         name = printable(interface.kind)[:100]

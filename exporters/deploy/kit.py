@@ -1,4 +1,4 @@
-"""Packs a compiled TensorRT target into one archive, for a device that has TensorRT and nothing of this project."""
+"""Pack a compiled TensorRT target into one archive, for a device that has TensorRT and no intaglio."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, TypeAlias
 from intaglio.exporters.deploy.compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
 from intaglio.exporters.runtimes.tensorrt.build import MODULES, Profile, shape_flags
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import LOW_MEMORY_MIB
+from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_stream, printable
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.output_files import check_output, whole_file
 from intaglio.pipeline.runs.manifest import target_name
+from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import file_digest
 
 if TYPE_CHECKING:
@@ -35,15 +37,15 @@ if TYPE_CHECKING:
 SUMS = "SHA256SUMS"
 ENGINE = "engine.plan"
 MOST_README = 1 << 16
-"""Bytes at the beginning of a file that are looked at to see whether it is a kit."""
+"""Bytes at the beginning of a file that show whether it is a kit."""
 SEED = 0
 NEIGHBOURS = 3
-"""Calls with inputs that a float16 rounding moved, of all cases together; there are three cases at most."""
+"""Number of calls with slightly moved inputs, for all cases together; there are at most three cases."""
 TOLERANCE_FACTOR = 3
-"""How much further an engine may be from the expected outputs than a call with inputs that a float16 rounding moved.
+"""Largest ratio of an engine's error to that of a call with inputs moved by a float16 rounding.
 
-A code that rounds otherwise moves all that follows, wherever the first one is: in ONNX's reference, where every float16
-operator rounds, two tiny models are 0.9 to 1.1 times as far.
+A code that rounds differently changes everything after it, wherever it is: in ONNX's reference, where every float16
+operator rounds, the ratio is 0.9 to 1.1 for two tiny models.
 """
 TOLERANCE_MIN = 0.01
 TOLERANCE_REASON = (
@@ -54,15 +56,15 @@ _EPOCH = 315532800  # 1980-01-01: of time 0 some versions of tar warn
 _EXECUTABLE = frozenset({"build.sh", "build.py", "run.py"})
 
 Content: TypeAlias = Path | bytes
-"""A file that is there, or what is in one."""
+"""Content of a file in the archive: an existing file, or bytes."""
 
 
 def write_kit(folder: Path, out: Path | None = None, target: str | None = None) -> Path:
-    """Writes the archive and returns where it is; the same folder gives the same bytes.
+    """Write the archive and return its path; the same folder gives the same bytes.
 
-    `folder`: one target of what a run wrote, or all of it with `target`. Only files that its manifest lists are packed.
-    Raises RecipeError for what is no compiled TensorRT target, for files that are not as they were delivered, and where
-    `out` is anything but an earlier kit or a free name.
+    `folder`: one target's folder, or that of all targets together with `target`. Only files in its manifest are packed.
+    Raises RecipeError for a folder that is no compiled TensorRT target, for files that changed since the run, and if
+    `out` exists and is no kit.
     """
     place = target_folder(folder, target, MODULES, what="TensorRT", why="a kit is for TensorRT's targets")
     name = delivered_name(place)
@@ -73,16 +75,16 @@ def write_kit(folder: Path, out: Path | None = None, target: str | None = None) 
 
 
 def _check_out(out: Path) -> None:
-    """Raise RecipeError where something is that no kit may take the place of."""
+    """Raise RecipeError if `out` exists and is no kit."""
     if not os.path.lexists(out):
         return
     check_output(out)
     if out.stat().st_size and not _is_kit(out):
-        raise RecipeError(f"{printable(out)}: is there and is no kit: move it, or give another --out")
+        raise RecipeError(f"{printable(out)}: exists and is no kit: move it, or choose another --out")
 
 
 def _is_kit(file: Path) -> bool:
-    """Whether the archive begins as all kits do: with README.md and SHA256SUMS in one folder."""
+    """Return True if the archive begins as all kits do: with README.md and SHA256SUMS in one folder."""
     try:
         with open_stream(file) as stream, gzip.GzipFile(fileobj=stream) as packed:
             start = io.BytesIO(packed.read(MOST_README))
@@ -94,10 +96,12 @@ def _is_kit(file: Path) -> bool:
 
 
 def _content(folder: Path, name: str) -> dict[str, Content]:
-    """All files of the kit but the list of sums."""
+    """Return all files of the kit except the list of sums."""
     delivered = delivered_files(folder)
     target, graph, builder = load_target(target_name(folder)), Graph.load(folder), tensorrt_builder(folder)
-    module = MODULES[target.runtime][0]
+    runtime = find_runtime(target.runtime)
+    assert isinstance(runtime, TensorRT)  # target_folder finds no other
+    module = runtime.packages[0].module
     engine, model = delivered.get(ENGINE), {n: path for n, path in delivered.items() if n.startswith("model.onnx")}
     profile = builder.profile(graph)
     shapes = {n: profile[n] if n in profile else (_fixed(spec.shape),) * 3 for n, spec in graph.inputs.items()}
@@ -135,7 +139,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
         "build.py": (scripts / "build.py").read_bytes(),
         "run.py": (scripts / "run.py").read_bytes(),
     }
-    if module == "tensorrt":  # trtexec is part of it; an engine runs on the kind of GPU alone that built it
+    if not runtime.ahead:  # trtexec is part of TensorRT; an engine runs only on the kind of GPU that built it
         content |= {file: cases[0].inputs[n].tobytes() for file, n in raw.items()}
         content["build.sh"] = _rendered("build.sh.j2", about)
     elif engine is not None:
@@ -145,7 +149,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: what ONNX Runtime computes on the CPU, and how far it is from that with inputs a rounding away."""
+    """Call with its outputs in ONNX Runtime on the CPU, and their change when inputs move by a rounding."""
 
     inputs: Arrays
     outputs: Arrays
@@ -153,7 +157,7 @@ class Case:
 
 
 def _cases(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[Case]:
-    """At the first, the middle and the last step where layers have scales for each, else one."""
+    """Compute calls at the first, the middle and the last step if layers have a scale for each, else one call."""
     import numpy as np
 
     from intaglio.exporters.runtimes.calls import noise_feed
@@ -178,7 +182,7 @@ def _cases(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[Case]:
 
 
 def _rounded_otherwise(inputs: Arrays, timestep: str | None, rng: np.random.Generator) -> Arrays:
-    """Floating-point inputs changed by at most half a unit in float16's last place; angles are never float16."""
+    """Change floating-point inputs by at most half a unit in float16's last place; timesteps stay."""
     import numpy as np
 
     def moved(x: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -188,7 +192,7 @@ def _rounded_otherwise(inputs: Arrays, timestep: str | None, rng: np.random.Gene
 
 
 def _npz(case: Case) -> bytes:
-    """`i.` before the names of inputs, `o.` before those of outputs."""
+    """Write the arrays as npz, with `i.` before the names of inputs and `o.` before those of outputs."""
     import numpy as np
 
     stream = io.BytesIO()
@@ -206,7 +210,7 @@ def _written(shape: tuple[int, ...]) -> str:
 
 
 def _call_flags(profile: Profile, raw: Mapping[str, str]) -> list[str]:
-    """For a call of the usual size on the files of its inputs: noise could be no index that there is."""
+    """Return trtexec's flags for a call of the usual size on the files of its inputs: noise is no valid index."""
     shapes = ",".join(f"{name}:{'x'.join(map(str, usual))}" for name, (_, usual, _) in profile.items())
     inputs = ",".join(f"{name}:{file}" for file, name in raw.items())
     return [*([f"--shapes={shapes}"] if shapes else []), f"--loadInputs={inputs}"]
@@ -225,7 +229,10 @@ def _rendered(template: str, about: Mapping[str, object]) -> bytes:
 
 
 def _write_archive(out: Path, name: str, content: Mapping[str, Content]) -> None:
-    """Sorted names, one time and no owner: equal content gives equal bytes. The file is there whole, or as it was."""
+    """Write the archive with sorted names, one time and no owner, so that equal content gives equal bytes.
+
+    The file is complete or unchanged at every moment.
+    """
     sums = "".join(f"{_digest(content[file])}  {file}\n" for file in sorted(content))
     content = {**content, SUMS: sums.encode()}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A whole pipeline from a compiled folder: diffusers' own class around models that a runtime executes."""
+"""Load a whole pipeline from a compiled folder: diffusers' class around models that a runtime executes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,24 @@ if TYPE_CHECKING:
 
 
 class CompiledMethod:
-    """One method of a component, called as the original: what it was not compiled for is a CallError.
+    """Method of a component, called like the original. Inputs that it was not compiled for raise CallError.
 
-    It computes on `device`; outputs are brought `home`, where the pipeline's tensors are.
+    It computes on `device`; outputs are moved to `home`, the device of the pipeline's tensors.
     """
 
     def __init__(
         self,
-        name: str,
-        graph: Graph,
+        inputs: CallInputs,
         call: Values,
-        original: Callable[..., object],
         kind: Any,
         device: torch.device,
         home: torch.device,
     ) -> None:
-        self.name, self.graph, self.device, self.home = name, graph, device, home
-        self._call, self._kind = call, kind
-        self._call_inputs = CallInputs(graph, defaults(original) | dict(flatten(graph.interface.constants)), name)
+        self.device, self.home = device, home
+        self._call_inputs, self._call, self._kind = inputs, call, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. Raises CallError."""
+        """Call the method like the original. Raises CallError."""
         given = self._call_inputs.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
         outputs = self._run(dict(flatten({n: v for n, v in given.items() if not is_generator(v)})))
@@ -58,7 +55,7 @@ class CompiledMethod:
         return output.to_tuple() if whole is False else output
 
     def _run(self, given: Mapping[str, object]) -> Mapping[str, torch.Tensor]:
-        """The graph's outputs by flat name."""
+        """Return the graph's outputs by flat name."""
         inputs = self._call_inputs.tensors(given, self.device)
         with self._call_inputs.blamed(inputs):
             outputs = self._call(inputs)
@@ -67,14 +64,14 @@ class CompiledMethod:
 
 
 class CompiledComponent(Standin):
-    """A text encoder or an autoencoder whose methods a runtime executes; config and all else are the original's.
+    """Text encoder or autoencoder whose methods a runtime executes; everything else is the original's.
 
-    Its weights are nowhere: what was not compiled cannot be called, and nothing of it changed. Both raise CallError.
+    It has no weights: calls of other methods, and every change of it, raise CallError.
     """
 
     def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
         super().__init__(original, name, f"of its component only {', '.join(methods)}")
-        self.__dict__["_methods"] = methods  # as nothing can be set
+        self.__dict__["_methods"] = methods  # attributes cannot be set in the usual way
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -82,12 +79,12 @@ class CompiledComponent(Standin):
 
     @property
     def device(self) -> torch.device:
-        """Of outputs; inputs can be anywhere."""
+        """Device of outputs; inputs may be anywhere."""
         methods: Mapping[str, CompiledMethod] = self._methods
         return next(iter(methods.values())).home
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original. Raises CallError."""
+        """Call the compiled `forward` like the original. Raises CallError."""
         return self._method("forward")(*args, **kwargs)
 
     def _method(self, name: str) -> Callable[..., Any]:
@@ -108,12 +105,12 @@ def load_pipeline(
     providers: Sequence[str] = (),
     **components: Any,
 ) -> Any:  # a diffusers pipeline
-    """The diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, whose models are its graphs or engines.
+    """Load the diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, around its graphs or engines.
 
-    No weights are read but those in them. `backend`, `threads`, `providers`: as of `load`; components
-    compiled for ONNX Runtime run in it beside engines. `components`: those that take the place of the folder's own,
-    such as another scheduler. Raises RecipeError where the folder holds no pipeline, or not what the backend executes,
-    TargetError where an engine does not run here.
+    No other weights are read. `backend`, `threads`, `providers`: as in `load`; components compiled for ONNX
+    Runtime run in it beside engines. `components`: replacements of the folder's own, such as another scheduler.
+    Raises RecipeError if the folder holds no pipeline, or nothing that the backend executes, TargetError if an engine
+    does not run here.
     """
     root = Path(folder)
     home = device_of(backend)
@@ -138,14 +135,14 @@ def load_pipeline(
                 graph = Graph.load(compiled.root / name / method)
                 call = open_call(graph, own, threads, providers)
                 output = output_class(kind) if kind else None
-                methods[method] = CompiledMethod(
-                    f"{name}.{method}", graph, call, getattr(original, method), output, device_of(own), home
-                )
+                usual = defaults(getattr(original, method)) | dict(flatten(graph.interface.constants))
+                inputs = CallInputs(graph, usual, f"{name}.{method}")
+                methods[method] = CompiledMethod(inputs, call, output, device_of(own), home)
             made[name] = CompiledComponent(name, original, methods).eval()
     kind = settings.kind()
     taken = inspect.signature(kind).parameters
     pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
-    pipe.save_pretrained = _not_saved  # which would leave out what is compiled
+    pipe.save_pretrained = _not_saved  # saving would leave out the compiled models
     return pipe
 
 
@@ -154,7 +151,7 @@ def _not_saved(*_: Any, **__: Any) -> NoReturn:
 
 
 def _without_weights(kind: Any, folder: Path) -> nn.Module:
-    """A model for its attributes, from its configuration alone."""
+    """Make a model without weights from its configuration, for its attributes."""
     from intaglio.pipeline.model.empty_model import bounded
 
     origin = f"{printable(folder)}/config.json"
@@ -167,7 +164,7 @@ def _without_weights(kind: Any, folder: Path) -> nn.Module:
 
 
 def _restored(value: Any) -> Any:
-    """A distribution of latents, where the value is the parameters of one."""
+    """Return a distribution of latents if the value holds the parameters of one, else the value."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     return DiagonalGaussianDistribution(value["parameters"]) if isinstance(value, dict) else value

@@ -1,7 +1,7 @@
-"""Modules that stand in the place of a model whose weights are nowhere: they can be read, and nothing of them changed.
+"""Define modules that replace a compiled model: they can be read and not changed.
 
-A runtime computes what was compiled. What is set on the model afterwards (a LoRA, an attention processor, a weight)
-would have no effect: every such change is refused where it arises, in the attributes and tables of the modules.
+A runtime computes what was compiled. A later change of the model (a LoRA, an attention processor, a weight) would have
+no effect, so the attributes and tables of the modules refuse every change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HARMLESS = (
     "set_chunk_feed_forward",
     "set_use_memory_efficient_attention_xformers",
 )
-"""Methods that change how a model computes and not what: a runtime has its own ways."""
+"""Methods that change how a model computes and not its result: they do nothing here."""
 READ = frozenset(
     (
         "device",
@@ -62,13 +62,13 @@ READ = frozenset(
         "size",
     )
 )
-"""Attributes and methods that a tensor without values has."""
+"""Attributes and methods that a tensor without values still has."""
 
 
 class Standin(nn.Module):
-    """In the place of `original`, whose attributes it has and which it freezes; without one, it has its own alone.
+    """Replacement of `original` that has its attributes and freezes it; without an original, it has its own alone.
 
-    `name` is what messages begin with, "" for the denoiser. It takes, gives and computes as compiled.
+    `name` is the prefix of messages, "" for the denoiser.
     """
 
     def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "only the whole denoiser") -> None:
@@ -85,12 +85,12 @@ class Standin(nn.Module):
         if original is None:
             return super().__getattr__(name)
         found = getattr(original, name)
-        if name == "attn_processors":  # who asks for them is about to change them
+        if name == "attn_processors":  # a caller that reads them is about to change them
             raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {CURE}")
         return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "training" and value is False:  # as it is
+        if name == "training" and value is False:  # already the case
             return
         raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
 
@@ -108,25 +108,25 @@ class Standin(nn.Module):
         raise NotImplementedError
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """None: its weights are nowhere."""
+        """Yield nothing: the weights are not here."""
         return iter(())
 
     def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """None: its weights are nowhere."""
+        """Yield nothing: the buffers are not here."""
         return iter(())
 
     def train(self, mode: bool = True) -> Self:
-        """Itself, which is in evaluation mode. Raises CallError for the other one."""
+        """Return itself, in evaluation mode. Raises CallError for training mode."""
         if mode:
             raise CallError(f"{self._called('train')}: a compiled model cannot be trained")
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Itself, without gradients. Raises CallError where they are asked for."""
+        """Return itself, without gradients. Raises CallError if gradients are requested."""
         return self.train(requires_grad)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Itself, where it is and as it is. Raises CallError for another device or element type."""
+        """Return itself unchanged. Raises CallError for another device or element type."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         called = self._called("to")
         if dtype not in (None, self.dtype):
@@ -143,42 +143,42 @@ class Standin(nn.Module):
         raise CallError(f"{self._name or 'the denoiser'} cannot be converted or moved: {CURE}")
 
     def float(self) -> Self:
-        """Itself."""
+        """Return itself, which takes and returns float32."""
         return self.to(torch.float32)
 
     def cpu(self) -> Self:
-        """Itself, where it runs on the CPU."""
+        """Return itself if it runs on the CPU. Raises CallError if not."""
         return self.to("cpu")
 
     def cuda(self, device: int | torch.device | None = None) -> Self:
-        """Itself, where it runs on a GPU."""
+        """Return itself if it runs on that GPU. Raises CallError if not."""
         return self.to("cuda" if device is None else torch.device(device))
 
     def state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CallError."""
+        """Raise CallError: the weights are in the compiled folder."""
         raise CallError(f"{self._called('state_dict')}: its weights are in the compiled folder alone")
 
     def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CallError."""
+        """Raise CallError: a compiled model takes no weights."""
         raise CallError(f"{self._called('load_state_dict')}: no weights can be put into a compiled model: {CURE}")
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CallError."""
+        """Raise CallError: the compiled folder can be copied instead."""
         raise CallError(f"{self._called('save_pretrained')}: its weights are in the compiled folder alone: copy that")
 
     def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        """Raises CallError."""
+        """Raise CallError, as `save_pretrained` does."""
         self.save_pretrained()
 
     def compile(self, *_: Any, **__: Any) -> None:
-        """Without effect: a runtime has compiled it."""
+        """Do nothing: a runtime has compiled the model."""
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Itself, as nothing of it can be changed."""
+        """Return itself, as it cannot be changed."""
         return self
 
     def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Without effect, as no cache can be enabled; pipelines open it around every call."""
+        """Return a context without effect: no cache can be enabled, but pipelines open one around every call."""
         return contextlib.nullcontext()
 
     def _called(self, name: str) -> str:
@@ -200,7 +200,7 @@ def freeze(root: nn.Module, name: str, compiled: str) -> None:
         place = f"{name}.{path}".strip(".")
         tables = module.__dict__
         for key in ("_parameters", "_buffers"):
-            kept = module._non_persistent_buffers_set if key == "_buffers" else ()  # which a configuration makes
+            kept = module._non_persistent_buffers_set if key == "_buffers" else ()  # made from the config
             tables[key] = {
                 n: v if v is None or n in kept else _shown(v, f"{place}.{n}") for n, v in tables[key].items()
             }
@@ -213,7 +213,7 @@ def freeze(root: nn.Module, name: str, compiled: str) -> None:
 
 
 class _Fixed(dict[Any, Any]):
-    """A table of a frozen module."""
+    """Table of a frozen module, which refuses changes."""
 
     def __init__(self, content: dict[Any, Any], place: str) -> None:
         super().__init__(content)
@@ -227,7 +227,7 @@ class _Fixed(dict[Any, Any]):
 
 
 class _Shown(nn.Parameter):
-    """A tensor whose values are nowhere, and which has a type and a shape."""
+    """Tensor without values that has a type and a shape."""
 
     place: str
 
@@ -254,7 +254,7 @@ def _shown(tensor: torch.Tensor, place: str) -> torch.Tensor:
 
 @cache
 def _frozen(kind: Any) -> Any:
-    """The class of a module, frozen."""
+    """Return the frozen version of a module's class."""
 
     def set_attribute(self: Any, name: str, value: object) -> NoReturn:
         raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be set in a compiled model: {CURE}")
@@ -272,7 +272,7 @@ def _frozen(kind: Any) -> Any:
         return self if not mode else refuse(self)
 
     def harmless(self: Any, *_: Any, **__: Any) -> None:
-        """Nothing: a runtime computes as it does."""
+        """Do nothing: a runtime computes in its own way."""
 
     changed: dict[str, Any] = {
         "__setattr__": set_attribute,
@@ -287,6 +287,6 @@ def _frozen(kind: Any) -> Any:
 
 
 def _is_of_loaders(kind: type, name: str) -> bool:
-    """Whether a method belongs to what diffusers or transformers load adapters into a model with."""
+    """Return True if a method belongs to the adapter loaders of diffusers or transformers."""
     owner = next((base for base in kind.__mro__[1:] if name in vars(base)), None)
     return owner is not None and (".loaders" in owner.__module__ or owner.__module__.endswith("peft"))

@@ -1,4 +1,4 @@
-"""Writes a compiled target as a model of NVIDIA's Triton Inference Server, for its ONNX Runtime or TensorRT backend."""
+"""Write a compiled target as a model of NVIDIA's Triton server, for its ONNX Runtime or TensorRT backend."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def write_model(
     version: int = 1,
     vnni: bool = False,
 ) -> Path:
-    """Writes `name` into the repository and returns where it is; a model that is there gets one more version.
+    """Write `name` into the repository and return its folder; an existing model gets one more version.
 
-    `folder`: one target of what a run wrote, or all of it with `target`. The version is there whole, or not at all.
-    Raises RecipeError or TargetError for what Triton does not serve, RecipeError for files that are not as they were
-    delivered and for a version or another model that is there, StoreError where the disk does not take it.
+    `folder`: one target's folder, or that of all targets together with `target`. A version is written completely or not
+    at all. Raises RecipeError or TargetError for a target that Triton does not serve, RecipeError for files that
+    changed since the run and for a version or another model that exists, StoreError if the disk cannot be written.
     """
     why = "it serves ONNX Runtime and TensorRT, and loads no engine of TensorRT-RTX"
     served = [name for name, runtime in runtimes().items() if runtime.platform is not None]
@@ -78,21 +78,21 @@ def _check_place(model: Path, version: int, config: str) -> None:
     if not os.path.lexists(model):
         return
     if model.is_symlink() or not model.is_dir():
-        raise RecipeError(f"{model}: is there and is no folder: give another --name, or remove it")
+        raise RecipeError(f"{model}: exists and is no folder: choose another --name, or remove it")
     if os.path.lexists(model / str(version)):
-        raise RecipeError(f"{model}: has a version {version}: give another --version or --name, or remove it")
+        raise RecipeError(f"{model}: has a version {version}: choose another --version or --name, or remove it")
     if not (model / CONFIG).is_file() or read_text(model / CONFIG, most=MIB) != config:
-        raise RecipeError(f"{model}: is there with another configuration: give another --name, or remove it")
+        raise RecipeError(f"{model}: exists with another configuration: choose another --name, or remove it")
 
 
 def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, out: Path, *, vnni: bool) -> None:
-    """The model's files: for a CPU with the kernels in the graph, as Triton passes none of their settings on."""
+    """Write the model's files. For a CPU its kernels are in the graph, as Triton passes no settings for them."""
     if find_runtime(target.runtime).executes == ENGINE:
         shutil.copyfile(delivered[ENGINE], out / "model.plan")
         return
     from intaglio.exporters.float_graph.onnx_file import read_proto
 
-    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for what is damaged or not all there
+    read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for a damaged or incomplete file
     if target.kernels:
         from intaglio.exporters.runtimes.onnxruntime.session import write_fused
 
@@ -109,7 +109,7 @@ def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, o
 
 
 def wide_int8_weights(model: Path) -> list[str]:
-    """Constants that enter a product on integers as int8 and go beyond 64: two of their products fill 16 bits."""
+    """Return int8 constants beyond 64 that enter an integer product: two of their products can exceed 16 bits."""
     import onnx
 
     from intaglio.exporters.runtimes.onnxruntime.build import INTEGER_PRODUCTS
@@ -127,17 +127,17 @@ def wide_int8_weights(model: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One input or output as Triton sees it: behind the batch, and with at least one axis."""
+    """Input or output as Triton sees it: without the batch axis, and with at least one axis."""
 
     name: str
     type: str
     dims: tuple[int, ...]
     without_axes: bool
-    """The model's own has none behind the batch."""
+    """True if the model's own tensor has no axis besides the batch."""
 
 
 def _config(place: Path, target: Target, name: str) -> str:
-    """Of the model, which is batched where all inputs and outputs begin with the batch."""
+    """Return the model's configuration; it is batched if all inputs and outputs begin with the batch."""
     graph = Graph.load(place)
     ends = {"input": graph.inputs, "output": graph.outputs}
     if empty := [f"{place / 'graph.json'}: {end}s: there is none" for end, specs in ends.items() if not specs]:
@@ -160,7 +160,7 @@ def _config(place: Path, target: Target, name: str) -> str:
 
 
 def _check(place: Path, target: Target, graph: Graph) -> None:
-    """Raises for what Triton cannot serve."""
+    """Raise RecipeError or TargetError for a target that Triton cannot serve."""
     specs = {**graph.inputs, **graph.outputs}
     if unknown := [f"{n}: {spec.dtype} is no type of Triton" for n, spec in specs.items() if spec.dtype not in _TYPES]:
         raise TargetError(*unknown)

@@ -1,4 +1,4 @@
-"""Holds an exported graph against torch, and finds how large the values inside it become."""
+"""Compare an exported graph with torch, and find the largest magnitudes of its values."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 TOLERANCE = 1e-4
-"""Relative L2 error that a whole network may have for the order of its float32 sums; a wrong graph is far from it."""
+"""Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph is far above."""
 HALF_TOLERANCE = 1e-2
-"""The same where something is in float16: a network may answer 2^-11 with some times as much."""
+"""Relative L2 error allowed for a graph with float16 values: a network may amplify 2^-11 some times."""
 
 
 class Expected(NamedTuple):
-    """What torch returns for a call, by name in the order of the graph's outputs, and which call it is."""
+    """Torch's outputs for a call, by name in the order of the graph's outputs, and a description of the call."""
 
     where: str
     inputs: Inputs
@@ -36,17 +36,17 @@ class Expected(NamedTuple):
 
 
 def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) -> None:
-    """Run the graph on calls. Raise StepFailed where it leaves torch."""
+    """Run the graph on calls. Raise StepFailed if it leaves torch."""
     with lean_session(path) as session:
         for call in expected:
             _check(call, _run(session, call.inputs), tolerance)
 
 
 def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> dict[str, float]:
-    """The largest magnitude of each floating-point value in these calls, by name.
+    """Return the largest magnitude of each floating-point value in these calls, by name.
 
-    To three digits: the order of a sum moves the others, and with them the digest of the artifact. Raises StepFailed
-    where the graph leaves torch in one of them.
+    Magnitudes have three digits: the order of a sum changes further digits, and with them the digest of the artifact.
+    Raises StepFailed if the graph differs from torch in a call.
     """
     beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
     names = _write_with_ends(path, beside)
@@ -62,7 +62,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
 
 
 def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[np.float32]]:
-    """All outputs for a call of which the graph may read only a part."""
+    """Return all outputs for a call, of which the graph may read only a part."""
     found: list[NDArray[np.float32]] = session.run(
         None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
     )
@@ -82,7 +82,7 @@ def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: floa
 
 
 def _write_with_ends(path: Path, beside: Path) -> list[str]:
-    """The graph with the ends of each floating-point value, largest and least, as outputs more; names of the values."""
+    """Write the graph with the extremes of each floating-point value as further outputs; return the values' names."""
     model = read_model(path)
     made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
     for node, value in made:  # two ends and not one magnitude: that is first a copy of the value, which may be large

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 OUTPUT = "output"
 """Name of what the denoiser's graph returns."""
 RANGE_STEPS, RANGE_ROWS = 5, 4
-"""Recorded calls, from first to last, and rows of each, that magnitudes are taken from: float16 keeps a margin."""
+"""Number of recorded calls, and of rows of each, from which magnitudes are taken; float16 keeps a margin."""
 
 
 class ExportFloat(Pass):
-    """The graph computes what torch does at any number of rows, and every node knows the layer it came from.
+    """Export a graph that computes what torch does at any number of rows; every node knows its layer.
 
-    Axes that have another size in the model's other call are dynamic too.
+    Axes whose size differs in the model's other call are dynamic too.
     """
 
     name: ClassVar[str] = "export-float"
@@ -53,12 +53,12 @@ class ExportFloat(Pass):
     opset: int = Field(21, ge=21, le=22, description="ONNX opset; 21 has 4-bit weights, 23 hides attention's products")
 
     def check(self, target: Target) -> None:
-        """Raises TargetError for an opset that the target does not read."""
+        """Check the opset. Raises TargetError if the target does not read it."""
         if self.opset > target.opset_max:
             raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises StepFailed where the graph does not compute what torch does."""
+        """Export the graph. Raises StepFailed if the graph differs from torch."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
 
         graph, expected = self._write_graph(state, ctx)
@@ -70,7 +70,7 @@ class ExportFloat(Pass):
         return {FLOAT_GRAPH: replace(graph, amax=amax)}
 
     def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, Expected | None]:
-        """The graph's files, and what torch returns at the other size, if there is one."""
+        """Write the graph's files; return it with torch's outputs at the other size, if there is one."""
         from intaglio.exporters.float_graph.torch_export import Calls, write_graph
         from intaglio.pipeline.model.arguments import in_order
         from intaglio.pipeline.model.calls import denoise_with, other_call
@@ -98,7 +98,7 @@ class ExportFloat(Pass):
 
 
 def _interface(model: DenoiserModel) -> Interface:
-    """Of a diffusers class its configuration, without where it came from."""
+    """Return the model's interface, with the configuration of a diffusers class but not its origin."""
     import diffusers
 
     module: Any = model.module
@@ -111,7 +111,7 @@ def _interface(model: DenoiserModel) -> Interface:
 
 
 def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
-    """What torch returns there, if there is one. Raises StepFailed where torch cannot."""
+    """Return torch's outputs at the other size, if there is one. Raises StepFailed if torch fails there."""
     import torch
 
     from intaglio.exporters.float_graph.agreement import Expected
@@ -130,7 +130,7 @@ def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
 
 
 def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
-    """Of each floating-point value in some rows of some recorded calls, by name: `find_magnitudes`."""
+    """Return the magnitudes that `find_magnitudes` finds in some rows of some recorded calls, by name."""
     import numpy as np
 
     from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes

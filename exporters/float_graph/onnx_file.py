@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 Nodes: TypeAlias = "Sequence[onnx.NodeProto]"
 INLINE_BYTES = 1024
-"""Tensors in files beside the model are read up to this size: shapes and scalars, which shape inference needs."""
+"""Largest size in bytes of a tensor in a file that is read: shapes and scalars, which shape inference needs."""
 MOST_BYTES = (1 << 31) - 1
-"""Of the file, as protobuf has no larger messages."""
+"""Largest size in bytes of the file: protobuf has no larger messages."""
 MOST_STRUCTURE = 64 * MIB
-"""Bytes that are not raw data of tensors."""
+"""Largest size in bytes of everything but the raw data of tensors."""
 MOST_NUMBERS = MIB
-"""Bytes of one attribute's numbers, or of a tensor that lists its numbers one by one. Each takes up to 40 in memory."""
+"""Largest size in bytes of an attribute's numbers, or of a tensor's listed numbers, which take 40 each in memory."""
 MOST_NODES = 25_000
-"""Of all graphs and functions, each call of a function counted as its nodes. A large diffusion model has 10 000."""
+"""Largest number of nodes, with each call of a function counted as its nodes. Large models have 10 000."""
 MOST_FIELDS = 40 * MOST_NODES
-"""Of the protobuf messages. Graphs of torch's exporter have 15 a node."""
+"""Largest number of protobuf fields. Graphs of torch's exporter have 15 for each node."""
 
 
 def read_model(path: Path) -> ir.Model:
-    """The model with its weights left in their files. Raises RecipeError."""
+    """Read a model and leave its weights in their files. Raises RecipeError."""
     import onnx_ir as ir
 
     proto = read_proto(path)
@@ -47,7 +47,7 @@ def read_model(path: Path) -> ir.Model:
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
+    """Read a model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -79,7 +79,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Of all graphs and functions, always in the same order."""
+    """Yield the tensors of all graphs and functions, always in the same order."""
     for graph, nodes in graphs(proto):
         if graph is not None:
             yield from graph.initializer
@@ -90,14 +90,14 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def graphs(proto: onnx.ModelProto) -> Iterator[tuple[onnx.GraphProto | None, Nodes]]:
-    """Every graph with its nodes, those inside nodes as well; for a function None with its nodes."""
+    """Yield every graph with its nodes, also graphs inside nodes; for a function, None with its nodes."""
     yield from _within(proto.graph, proto.graph.node)
     for function in proto.functions:
         yield from _within(None, function.node)
 
 
 def all_nodes(nodes: Nodes) -> Iterator[onnx.NodeProto]:
-    """These, and those of the graphs inside them."""
+    """Yield these nodes, and those of the graphs inside them."""
     return (node for _, inner in _within(None, nodes) for node in inner)
 
 
@@ -111,7 +111,7 @@ def _within(graph: onnx.GraphProto | None, nodes: Nodes) -> Iterator[tuple[onnx.
 
 
 def nbytes(tensor: onnx.TensorProto) -> int | None:
-    """None for a type without a size."""
+    """Return the size of a tensor in bytes; None for a type without a size."""
     import onnx_ir as ir
 
     try:
@@ -122,7 +122,7 @@ def nbytes(tensor: onnx.TensorProto) -> int | None:
 
 
 def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
-    """What is wrong with the place where the tensor is kept."""
+    """Describe a problem with the place of an external tensor; None if there is none."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     location, folder = place.get("location", ""), path.parent
     name, where, size = _short(tensor.name), _short(location), nbytes(tensor)
@@ -156,7 +156,7 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
 
 
 def _short(name: str) -> str:
-    """At most 100 characters, all of them printable."""
+    """Return at most 100 characters, all of them printable."""
     text = printable(name[:100])
     return text if len(name) <= 100 else f"{text[:97]}..."
 
@@ -173,24 +173,24 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "training": {1: "graph", 2: "graph"},
 }
-"""By message of onnx.proto3: its fields that are messages with more in them than texts."""
+"""Fields of each message of onnx.proto3 that are messages with more than texts."""
 _NUMBERS = {"attribute": (7, 8), "tensor": (1, 5, 7, 11)}
-"""Lists of numbers that take more in memory than in the file."""
+"""Lists of numbers that take more space in memory than in the file."""
 _NAME = {"attribute": 1, "tensor": 8}
 _RAW_DATA = 9
 _DEEPEST = 100
-"""Messages in each other: what protobuf reads."""
+"""Deepest nesting of messages that protobuf reads."""
 
 
 class _Structure:
-    """The messages of a model one after the other, counted, and without the raw data of larger tensors."""
+    """Scan of a model's messages that counts them and leaves out the raw data of larger tensors."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path, self.file = path, content
         self.fields = self.numbers = 0
 
     def content(self) -> bytes:
-        """The model with larger tensors as external data of its own file. Raises RecipeError for one too large."""
+        """Return the model with larger tensors as external data of its own file. Raises RecipeError for excess size."""
         found = self._message("model", 0, len(self.file), 0)
         left = self.file if found is None else found
         if len(left) > MOST_STRUCTURE:
@@ -201,7 +201,7 @@ class _Structure:
         return left
 
     def _message(self, kind: str, start: int, end: int, depth: int) -> bytes | None:
-        """What takes the message's place; None for what stays as it is."""
+        """Return the bytes that replace the message; None if it stays unchanged."""
         if depth > _DEEPEST:
             raise self._error(f"has more than {_DEEPEST} messages in each other")
         pieces: list[bytes] = []
@@ -233,7 +233,7 @@ class _Structure:
         return None
 
     def _field(self, begin: int, end: int) -> tuple[int, int, int, int]:
-        """Its number, and where its key ends, its content begins and ends. Raises RecipeError for what is none."""
+        """Return a field's number, the end of its key, and the ends of its content. Raises RecipeError if broken."""
         key, behind_key = self._number(begin)
         first = behind_key
         match key & 7:
@@ -254,7 +254,7 @@ class _Structure:
         return key >> 3, behind_key, first, at
 
     def _number(self, at: int) -> tuple[int, int]:
-        """A varint and where it ends; far behind the file for one that does not end."""
+        """Return a varint and its end; a position far behind the file if it does not end."""
         file, value = self.file, 0
         for place in range(min(10, len(file) - at)):
             byte = file[at + place]
@@ -291,7 +291,7 @@ def _varint(value: int) -> bytes:
 
 
 def _external(file: str, offset: int, length: int) -> bytes:
-    """The fields of a tensor that say where its data is."""
+    """Return the fields of a tensor that say where its data is."""
     import onnx
 
     tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)

@@ -1,4 +1,4 @@
-"""A graph as products of quantized operands: what of it is meant to run on integers, whoever wrote it."""
+"""Read any graph as products of quantized operands, which are meant to run on integers."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ MOVES = frozenset(
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 _FARTHEST = 64
-"""Nodes that are looked back: a chain of thousands, behind each of thousands of products, would take hours."""
+"""Largest number of nodes to look back: long chains behind many products would take hours."""
 _MOST_ELEMENTS = 1 << 23
-"""Of a constant that is looked into: scales of groups of 16 in a weight of 10^8 elements."""
+"""Largest number of elements of a constant that is read: scales of groups of 16 in a weight of 10^8."""
 CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
 
 
 @dataclass(frozen=True)
 class Operand:
-    """What a product reads, as DequantizeLinear made it, and the nodes between, from the product back."""
+    """Operand of a product, as DequantizeLinear made it, and the nodes between, from the product back."""
 
     dequantize: ir.Node
     between: tuple[ir.Node, ...]
 
     @property
     def code_type(self) -> str:
-        """`INT8`, `UINT4`"""
+        """Return the type of the codes, such as `INT8` or `UINT4`."""
         return code_type(self.dequantize)
 
     @cached_property
     def is_weight(self) -> bool:
-        """Whether its codes are constant."""
+        """True if its codes are constant."""
         return is_constant(self.dequantize.inputs[0])
 
     @property
     def quantize(self) -> ir.Node | None:
-        """What made its codes, if it is in the graph."""
+        """Node that made its codes, if it is in the graph."""
         maker = producer(self.dequantize.inputs[0])
         return maker if maker is not None and maker.op_type == "QuantizeLinear" else None
 
     @property
     def granularity(self) -> Granularity | None:
-        """Of its scale; None where the shape is not known."""
+        """Granularity of its scale; None if the shape is unknown."""
         return granularity(self.dequantize)
 
     @property
     def channel_axis(self) -> int | None:
-        """The axis of the operand that has a scale for each of its places; None where it cannot be told."""
+        """Axis of the operand with a scale for each position; None if it is unknown."""
         codes_shape, scale_shape = shape(self.dequantize.inputs[0]), shape(self.dequantize.inputs[1])
         if not codes_shape or scale_shape is None:  # a scalar has no axes
             return None
@@ -84,21 +84,22 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product or convolution of two quantized operands: `x` is computed, `w` is a weight, or computed too."""
+    """Matrix product or convolution of two quantized operands: `x` is computed, `w` is a weight or computed."""
 
     node: ir.Node
     x: Operand
     w: Operand
     left: bool
-    """Whether the weight is the first operand."""
+    """True if the weight is the first operand."""
 
     @property
     def is_convolution(self) -> bool:
+        """Return True for a convolution, False for a matrix product."""
         return self.node.op_type.startswith("Conv")
 
     @property
     def output_axis(self) -> int:
-        """The axis of the weight that becomes the output's channels."""
+        """Axis of the weight that becomes the output's channels."""
         match self.node.op_type:
             case "Conv":
                 return 0
@@ -113,7 +114,7 @@ class Product:
 
 
 def products(nodes: list[ir.Node]) -> Iterator[Product]:
-    """Those whose operands both come from integer codes."""
+    """Yield the products whose operands both come from integer codes."""
     for node in nodes:
         if node.op_type not in PRODUCTS or len(node.inputs) < 2:
             continue
@@ -126,7 +127,7 @@ def products(nodes: list[ir.Node]) -> Iterator[Product]:
 
 
 def dequantized(value: ir.Value | None) -> Operand | None:
-    """The operand that `value` is, through what only moves or casts it."""
+    """Return the operand behind `value`, through nodes that only move or cast it."""
     between: list[ir.Node] = []
     node = producer(value)
     while node is not None and node.op_type in MOVES | {"Cast"} and len(between) < _FARTHEST:
@@ -136,11 +137,12 @@ def dequantized(value: ir.Value | None) -> Operand | None:
 
 
 def producer(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that computes a value; None for inputs and constants."""
     return None if value is None else value.producer()
 
 
 def code_type(node: ir.Node) -> str:
-    """Of the codes of a QuantizeLinear or DequantizeLinear. QuantizeLinear without a word makes UINT8."""
+    """Return the type of codes of a QuantizeLinear or DequantizeLinear; UINT8 if QuantizeLinear names none."""
     import onnx_ir as ir
 
     if node.op_type == "QuantizeLinear":
@@ -156,7 +158,7 @@ def code_type(node: ir.Node) -> str:
 
 
 def granularity(node: ir.Node) -> Granularity | None:
-    """Of the scale of a QuantizeLinear or DequantizeLinear; a single group along an axis is no group."""
+    """Return the granularity of a node's scale; one single group along an axis does not count as groups."""
     scale = shape(node.inputs[1])
     if scale is None:
         return None
@@ -166,12 +168,12 @@ def granularity(node: ir.Node) -> Granularity | None:
 
 
 def _has_groups(node: ir.Node, scale: tuple[int, ...]) -> bool:
-    """Whether there is more than one scale along the axis of the groups."""
+    """Return True if there is more than one scale along the axis of the groups."""
     return len(scale) > 1 and scale[node.attributes.get_int("axis", 1) % len(scale)] > 1
 
 
 def shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """None where it is not known, or not the same in every run."""
+    """Return the shape of a value; None if it is unknown or varies between runs."""
     if value is None:
         return None
     tensor = constant(value)
@@ -183,14 +185,14 @@ def shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """What the value holds, where it is an initializer or comes from Constant."""
+    """Return the constant of a value: an initializer, or the output of Constant; else None."""
     import onnx_ir as ir
 
     return None if value is None else ir.convenience.get_const_tensor(value)
 
 
 def array(value: ir.Value | None) -> NDArray[np.generic] | None:
-    """As `constant`, in memory, if it is not too large. Raises RecipeError where the file holds more or less of it."""
+    """Return the constant in memory if it is not too large. Raises RecipeError if its file has another size."""
     tensor = constant(value)
     try:
         return None if tensor is None or tensor.size > _MOST_ELEMENTS else tensor.numpy()
@@ -199,7 +201,7 @@ def array(value: ir.Value | None) -> NDArray[np.generic] | None:
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether the graph's inputs have no part in it."""
+    """Return True if the value does not depend on the graph's inputs."""
     pending = [value]
     seen: set[ir.Value] = set()
     while pending and len(seen) < _FARTHEST:

@@ -1,4 +1,4 @@
-"""Rewrites what torch's exporter writes as if ONNX were torch."""
+"""Rewrite nodes of torch's exporter that follow torch's rules instead of ONNX's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxscript.rewriter import pattern
 
 
 def repair(graph: ir.Graph) -> None:
-    """Each node that ONNX or its runtimes read otherwise than it was meant, in other operators. Changes `graph`."""
+    """Replace each node that ONNX or its runtimes read differently from torch. Changes `graph`."""
     for node in list(graph):
         match node.op_type:
             case "Squeeze" if len(node.inputs) > 1:
@@ -20,7 +20,7 @@ def repair(graph: ir.Graph) -> None:
 
 
 def _keep_long_axes(graph: ir.Graph, node: ir.Node) -> None:
-    """torch leaves an axis that is not of size 1 alone when it is squeezed, ONNX refuses the model."""
+    """Drop axes from Squeeze whose size is not 1: torch ignores them, ONNX refuses the model."""
     x, listed = node.inputs[:2]
     axes = None if listed is None else ir.convenience.get_const_tensor(listed)
     if x is None or x.shape is None or axes is None:
@@ -39,7 +39,7 @@ def _keep_long_axes(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
-    """Where(c, x, y) of truth values is (c and x) or (not c and y): ONNX Runtime has no Where for them."""
+    """Replace Where(c, x, y) of booleans by (c and x) or (not c and y): ONNX Runtime has no Where for them."""
     c, x, y = node.inputs
     old = node.outputs[0]
     first, negated = ir.node("And", [c, x]), ir.node("Not", [c])
@@ -55,10 +55,10 @@ def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def transposed_keys() -> pattern.RewriteRule:
-    """One Transpose for the keys of attention.
+    """Return the rule that makes one Transpose of the keys of attention.
 
-    The exporter flattens the axes before the last two for it, to sizes that it takes from the shape at run time. With
-    them the shape of the product is unknown, and a runtime that does not know it keeps the scores twice.
+    The exporter flattens the axes before the last two, to sizes that it takes from the shape at run time. Then the
+    shape of the product is unknown, and a runtime that does not know it keeps the scores twice.
     """
     return pattern.RewriteRule(_flattened_keys, _one_transpose, _sizes_are_of_the_shape)
 
@@ -72,7 +72,7 @@ def _flattened_keys(op: Any, x: ir.Value, flat: ir.Value) -> Any:  # onnxscript'
 
 
 def _sizes_are_of_the_shape(context: Any, x: ir.Value, **numbers: ir.Value) -> bool:
-    """shape[:-2], shape[-2:-1] and shape[-1:]."""
+    """Return True if the sizes are shape[:-2], shape[-2:-1] and shape[-1:]."""
     found = {name: ir.convenience.get_const_tensor(value) for name, value in numbers.items()}
     value = {name: int(t.numpy().item()) for name, t in found.items() if t is not None and t.size == 1}
     begin, end = value.pop("from_0", 1), value.pop("to_2", 0)

@@ -1,4 +1,4 @@
-"""What became of one layer of the model in an ONNX graph: its nodes, and the layer alone as a model that runs.
+"""Find the nodes of one layer of the model in an ONNX graph, and cut the layer out as a model of its own.
 
 Shapes: N out features, K in features, C input channels, kh kw kernel.
 """
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LAYER_KEY = "intaglio.layer"
-"""Node metadata: the name of the layer that the node belongs to."""
+"""Key of a node's metadata that names its layer."""
 BRANCH = "branch"
-"""In the names of nodes: what a layer computes in float beside its product."""
+"""Part of node names for what a layer computes in float beside its product."""
 INPUT_CODES = "/input/QuantizeLinear"
-"""How the name of a node ends that makes the codes of a layer's input."""
+"""End of the name of the node that makes the codes of a layer's input."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a layer in a float graph: a product with a constant weight, and the addition of a bias if apart."""
+    """Call of a layer in a float graph: a product with a constant weight, and a separate bias addition if any."""
 
     layer: str
     product: ir.Node
@@ -34,23 +34,23 @@ class Site:
 
     @property
     def x(self) -> ir.Value:
-        """The layer's input."""
+        """Input of the layer."""
         return _given(self.product.inputs[0])
 
     @property
     def y(self) -> ir.Value:
-        """The layer's output."""
+        """Output of the layer."""
         return (self.add or self.product).outputs[0]
 
     @property
     def bias(self) -> ir.Value | None:
-        """The constant (N,) that is added, if any."""
+        """Constant bias (N,), if any."""
         if self.add is not None:
             return next(_given(v) for v in self.add.inputs if v is not self.product.outputs[0])
         return self.product.inputs[2] if len(self.product.inputs) > 2 else None
 
     def weight(self) -> NDArray[np.float32]:
-        """In torch's layout: (N, K), or (N, C, kh, kw)."""
+        """Weight in torch's layout: (N, K), or (N, C, kh, kw)."""
         constant = _given(self.product.inputs[1]).const_value
         assert constant is not None  # `find_sites` made sure
         w: NDArray[np.float32] = constant.numpy()
@@ -61,7 +61,7 @@ class Site:
 
 
 def find_sites(nodes: Iterable[ir.Node]) -> dict[str, list[Site]]:
-    """Every call of every layer, in the order of the nodes, by the names that their metadata give."""
+    """Return every call of every layer, in the order of the nodes, by the names in their metadata."""
     sites: dict[str, list[Site]] = {}
     for node in nodes:
         layer = node.metadata_props.get(LAYER_KEY)

@@ -1,4 +1,4 @@
-"""torch's exporter on one call, and what makes of its graph one that can be compiled: names, axes, no leftovers.
+"""Export one call with torch's exporter, and clean up its graph: names, axes, no leftovers.
 
 Shapes: R rows of one call.
 """
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
-"""Operators that torch's exporter writes a Linear or a Conv2d as."""
+"""Operators that torch's exporter writes for a Linear or a Conv2d."""
 Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
-"""A call of a module: flat inputs to flat outputs, by name."""
+"""Function that calls a module: flat inputs to flat outputs, by name."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The recorded call, and one where every axis that is to be dynamic has another size, by input name.
+    """Recorded call, and one where every dynamic axis has another size, by input name.
 
     `shared` names the inputs that have no axis of rows.
     """
@@ -53,24 +53,25 @@ class Calls:
 
     @property
     def traced(self) -> Inputs:
-        """The larger call, with more than one row: an axis of size 1 would be taken for a constant."""
+        """Call to trace: the larger one, with more than one row, as an axis of size 1 would become a constant."""
         both = (self.usual,) if self.other is None else (self.usual, self.other)
         larger = max(both, key=lambda call: sum(value.numel() for value in call.values()))
         return self.with_rows(larger, max(2, self.rows))
 
     @property
     def rows(self) -> int:
+        """Return the number of rows of the usual call."""
         return next(len(value) for name, value in self.usual.items() if name not in self.shared)
 
     def with_rows(self, call: Inputs, rows: int) -> dict[str, torch.Tensor]:
-        """As many rows, repeated where there are fewer."""
+        """Return the call with this number of rows, repeated if it has fewer."""
         return {
             name: value.contiguous() if name in self.shared else value[torch.arange(rows) % len(value)]
             for name, value in call.items()
         }
 
     def dynamic_axes(self, name: str) -> tuple[int, ...]:
-        """Those of an input that have another size in the other call, the rows first."""
+        """Return the dynamic axes of an input: the rows, then those whose size differs in the other call."""
         shape, other = self.usual[name].shape, (self.other or self.usual)[name].shape
         if len(shape) != len(other):
             raise StepFailed(f"{name}: {len(shape)} axes in the recorded call, {len(other)} at the other size")
@@ -78,7 +79,7 @@ class Calls:
         return varying if name in self.shared else tuple(dict.fromkeys((0, *varying)))
 
     def sizes(self, axes: Mapping[str, tuple[str, str, int]]) -> dict[str, tuple[int, int]]:
-        """By name of a dynamic axis but the batch: its size in the recorded call, and in the other."""
+        """Return the size of each dynamic axis except the batch, in the recorded call and in the other, by name."""
         other = self.other or self.usual
         found = {name: (owner, axis) for name, owner, axis in axes.values() if name != "batch"}
         return {
@@ -89,10 +90,10 @@ class Calls:
 def write_graph(
     path: Path, module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], *, opset: int, called: str
 ) -> Graph:
-    """What `compute` makes of `module`, which is `called` so in errors, as a float32 graph in files of its own.
+    """Export `module`, as `compute` calls it, as a float32 graph in files of its own; errors name it `called`.
 
-    It has these outputs, dynamic axes as `calls` have them, and in every node the layer that it came from. Raises
-    StepFailed.
+    The graph has these outputs, the dynamic axes of `calls`, and in every node the name of its layer.
+    Raises StepFailed.
     """
     exported = _export(module, compute, calls, outputs, opset, called)
     weights = list(exported.graph.initializers.values())
@@ -114,7 +115,7 @@ def write_graph(
 
 
 def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
-    """Element types and shapes of graph inputs or outputs, by name."""
+    """Return element types and shapes of graph inputs or outputs, by name."""
     return {
         str(v.name): TensorSpec(v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in v.shape))
         for v in values
@@ -123,7 +124,7 @@ def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
 
 
 class _Called(nn.Module):
-    """The call as a module whose arguments are `names`, those at the places `with_rows` with an axis of rows."""
+    """Call as a module with the arguments `names`; those at `with_rows` have an axis of rows."""
 
     def __init__(self, module: nn.Module, compute: Compute, names: Sequence[str], with_rows: Sequence[int]) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class _Called(nn.Module):
 def _export(
     module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], opset: int, called: str
 ) -> ir.Model:
-    """torch's exporter on one call, its dynamic axes so, nothing simplified yet. Raises StepFailed."""
+    """Run torch's exporter on one call with its dynamic axes, without simplification. Raises StepFailed."""
     names = list(calls.usual)
     with_rows = [place for place, name in enumerate(names) if name not in calls.shared]
     # AUTO and not DYNAMIC: an axis that has to be constant is named below, all of them together
@@ -185,7 +186,7 @@ def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """Where it began, in a line."""
+    """Return the first cause of an error, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
@@ -193,7 +194,7 @@ def _first_cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without the exporter's progress, warnings and log lines."""
+    """Silence the exporter's progress, warnings and log lines."""
     loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -208,9 +209,9 @@ def _silent() -> Iterator[None]:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Fold constants and drop what does nothing. Changes `model`.
+    """Fold constants and drop nodes without effect. Changes `model`.
 
-    The exporter's own optimizer takes an addition of 1e-8 or less for none, and x / (|x| + eps) is NaN then.
+    The exporter's own optimizer drops additions of 1e-8 or less, which makes x / (|x| + eps) NaN.
     """
     nothing = (
         rules.cast_cast_rule,
@@ -243,18 +244,18 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _module_path(node: ir.Node) -> str:
-    """Of the module that the exporter made the node for; empty where it does not say."""
+    """Return the path of the module that the exporter made the node for; empty if unknown."""
     return _scope(node, "name_scopes").removeprefix("module.")
 
 
 def _scope(node: ir.Node, of: str) -> str:
-    """The innermost module's entry in one of the lists that the exporter leaves at a node."""
+    """Return the innermost module's entry in one of the lists that the exporter leaves at a node."""
     scopes = ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{of}", "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]]:
-    """By symbol of a dynamic axis: its name, and an input and axis that have it."""
+    """Return for each symbol of a dynamic axis its name, and an input and an axis that have it."""
     names: dict[str, tuple[str, str, int]] = {}
     for value in graph.inputs:
         name = str(value.name)
@@ -299,7 +300,7 @@ def _name_calls(model: ir.Model, module: nn.Module) -> None:
 
 
 def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:
-    """Of all metadata leave each node's layer, and give axes their names. Changes `model`: no path is left in it."""
+    """Keep only each node's layer of all metadata, and name the axes. Changes `model`: no path is left in it."""
     graph = model.graph
     for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
         value.metadata_props.clear()
@@ -339,5 +340,5 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
 
 
 def shapes(inputs: Inputs) -> str:
-    """Of all inputs, in a line."""
+    """Write the shapes of all inputs in one line."""
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())

@@ -1,4 +1,4 @@
-"""Finds in an ONNX graph what a target refuses, computes wrongly or takes off the integers.
+"""Find in an ONNX graph what a target refuses, computes wrongly or does not compute on integers.
 
-Any graph enters, by whomever it was written. Findings leave. Nothing is executed.
+An ONNX graph from any exporter enters. Findings leave. The graph is not executed.
 """

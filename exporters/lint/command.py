@@ -1,4 +1,4 @@
-"""The command `intaglio lint`."""
+"""Define the command `intaglio lint`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +21,16 @@ from intaglio.pipeline.runs.registry import find_pass
 
 def lint_command(
     model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL.onnx", help="An ONNX model, by whomever.", show_default=False)
+        Path | None, typer.Argument(metavar="MODEL.onnx", help="An ONNX model from any exporter.", show_default=False)
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on; see `intaglio targets`."),
+        typer.Option(metavar="T", autocompletion=target_names, help="Target to check for; see `intaglio targets`."),
     ] = None,
     as_json: Annotated[bool, json_option("the findings")] = False,
-    rules: Annotated[bool, typer.Option("--rules", help="List the rules, and what each looks for.")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="List the rules and what each finds.")] = False,
 ) -> None:
-    """Say what the target would refuse, compute wrongly or not on integers. Exits with 1 where there are errors."""
+    """Find what the target would refuse, compute wrongly or not on integers. Exits with 1 if there are errors."""
     if rules:
         _print_rules(as_json)
         return

@@ -1,8 +1,8 @@
-"""What onnx and ONNX Runtime make of a graph by anyone, in a process of its own with limits of time and memory.
+"""Run onnx and ONNX Runtime on any graph, in a process of its own with limits of time and memory.
 
-Types and shapes are inferred with the values that shapes are computed from, and a graph of 400 bytes can make values of
-16 GB so. No analysis of the graph foresees that for every operator. The process sees no weight: where the graph has
-one, it has a file of zeros.
+Inference of types and shapes computes the values that shapes depend on, so a graph of 400 bytes can make 16 GB of
+values. No analysis of the graph predicts that for every operator. The process sees no weights: a file of
+zeros replaces them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ if TYPE_CHECKING:
 
 Question: TypeAlias = Literal["standard", "types", "loads"]
 SECONDS, SECONDS_PER_MB = 1.0, 2.0
-"""Of the CPU, for a question; for a model of a size without its weights."""
+"""CPU seconds for one question, and more seconds per MB of the model without its weights."""
 MEGABYTES, TIMES = 256, 16
-"""That a question may take beside what the process has, and times the size of the model without its weights."""
+"""Megabytes for one question beside those the process has, and more in multiples of the model without its weights."""
 IDLE_SECONDS = 5
-"""Then the process ends, with the exit code 0."""
+"""Seconds without a question after which the process ends, with the exit code 0."""
 MOST_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the library complains about, and the model with types and shapes, where it was asked for them."""
+    """Complaint of the library if any, and the model with types and shapes if they were asked for."""
 
     complaint: str | None
     model: onnx.ModelProto | None = None
 
 
 def ask(question: Question, proto: onnx.ModelProto) -> Answer:
-    """`standard`: whether it is ONNX. `types`: whether types and shapes fit together, and which they are.
+    """Ask onnx or ONNX Runtime about a graph.
 
-    `loads`: whether ONNX Runtime makes a session of it on the CPU, as it is, without a run or a rewrite.
+    `standard`: is it valid ONNX? `types`: do types and shapes fit together, and what are they?
+
+    `loads`: can ONNX Runtime make a session of it on the CPU, without running or rewriting it?
     """
     import onnx
 
@@ -64,7 +66,7 @@ def ask(question: Question, proto: onnx.ModelProto) -> Answer:
 
 
 def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose external tensors are all in the file `weights`, each from its beginning."""
+    """Return a copy whose external tensors are all in the file `weights`, each from its beginning."""
     import onnx
 
     bare = onnx.ModelProto()
@@ -80,7 +82,7 @@ _WEIGHTS = "weights"
 
 
 class _Process:
-    """Is started for the first question, and again where the last one ended it."""
+    """Process that answers questions. It starts with the first question, and again after a limit ended it."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -89,7 +91,7 @@ class _Process:
         atexit.register(self._end)
 
     def ask(self, header: dict[str, Any], content: bytes) -> tuple[str | None, bytes] | None:
-        """None where the process came to its limits."""
+        """Ask the process; None if it reached its limits."""
         with self._lock:
             for _ in range(MOST_STARTS):
                 running = self._start()
@@ -139,7 +141,7 @@ def _write(stream: IO[bytes], header: dict[str, Any], content: bytes) -> None:
 
 
 def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """None where the other side is gone."""
+    """Read one message; None if the other side is gone."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         return None
@@ -149,11 +151,11 @@ def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
 
 
 def serve() -> None:
-    """Answer questions until there are none."""
+    """Answer questions until none comes."""
     import select
 
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # prints of libraries go to stderr
     while sys.platform == "win32" or select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
         found = _read(sys.stdin.buffer)
         if found is None:
@@ -174,7 +176,7 @@ def _import_libraries(question: Question) -> None:
 
 
 def _limit(seconds: float, megabytes: int) -> None:
-    """From here on. Where the system has no such limits there are none."""
+    """Limit the time and memory that the process may take from now on, on Linux only."""
     if sys.platform != "linux":
         return
     import resource
@@ -188,7 +190,7 @@ def _limit(seconds: float, megabytes: int) -> None:
 
 
 def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
-    """What is wrong, and the inferred model."""
+    """Return the complaint, if any, and the inferred model."""
     import onnx
 
     proto = onnx.ModelProto.FromString(content)
@@ -205,7 +207,7 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
                 _load(proto)
     except MemoryError:
         os._exit(1)
-    except Exception as e:  # they raise whatever the operators' own functions raise
+    except Exception as e:  # functions of operators raise exceptions of any type
         if "bad_alloc" in str(e):
             os._exit(1)
         return " ".join(str(e).split()) or type(e).__name__, b""
@@ -213,7 +215,7 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
 
 
 def _write_weights(proto: onnx.ModelProto) -> None:
-    """A file of zeros as long as the largest external tensor, which takes no place."""
+    """Write a sparse file of zeros as long as the largest external tensor."""
     import onnx
 
     sizes = [nbytes(t) or 0 for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL]
@@ -222,7 +224,7 @@ def _write_weights(proto: onnx.ModelProto) -> None:
 
 
 def _check(content: bytes) -> None:
-    """Raises what the checker of onnx raises, except for old operators: runtimes execute them."""
+    """Raise what the checker of onnx raises, except for deprecated operators, which runtimes execute."""
     import onnx
 
     try:
@@ -233,7 +235,7 @@ def _check(content: bytes) -> None:
 
 
 def _load(proto: onnx.ModelProto) -> None:
-    """Raises what ONNX Runtime raises, which names nodes by their first outputs then."""
+    """Raise what ONNX Runtime raises while it makes a session; nodes are named by their first outputs."""
     import onnxruntime
 
     for _, nodes in graphs(proto):

@@ -1,13 +1,13 @@
-"""The graph that the rules of `lint` look at, and what a rule is."""
+"""Read the graph that the rules of `lint` check."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from intaglio.exporters.float_graph.onnx_file import MOST_NODES, all_nodes, graphs, read_proto, tensors
 from intaglio.exporters.float_graph.products import Product, products
@@ -19,30 +19,27 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-    from intaglio.pipeline.artifacts.findings import Level
-    from intaglio.pipeline.formats.target import Target
-
 
 @dataclass(frozen=True)
 class Checked:
-    """A model with the types and shapes of all values that can be inferred, and what inference complains about."""
+    """Model with all types and shapes that can be inferred, and the complaints of inference."""
 
     model: ir.Model
     opset: int
     nodes: list[ir.Node]
-    """Of all graphs and functions."""
+    """Nodes of all graphs and functions."""
     products: list[Product]
     standard: bool
-    """Whether it is ONNX, apart from types and shapes."""
+    """True if the model is valid ONNX, types and shapes aside."""
     complaint: str | None
-    """The reason that it is not, or that its types and shapes do not fit together."""
+    """Reason why the model is not valid, or why its types and shapes do not fit together."""
 
     proto: onnx.ModelProto
-    """As it was read; its larger tensors are in files."""
+    """Model as it was read; its larger tensors are in files."""
 
     @classmethod
     def read(cls, path: Path) -> Checked:
-        """Raises RecipeError where the file cannot be read, is no graph, or keeps its data elsewhere."""
+        """Read a model. Raises RecipeError if it cannot be read, is no graph, or keeps its data elsewhere."""
         import onnx_ir as ir
 
         proto = read_proto(path)
@@ -55,7 +52,7 @@ class Checked:
             inferred, complaint = answer.model or proto, answer.complaint
         try:
             model = ir.from_proto(inferred)
-        except Exception as e:  # likewise: the file decodes, but says something impossible
+        except Exception as e:  # the file decodes, but its content is impossible
             raise RecipeError(f"{printable(path)}: is no ONNX model: {shortened(e)}") from e
         ir.external_data.set_base_dir(model.graph, path.parent)
         graphs = (model.graph, *(function.graph for function in model.functions.values()))
@@ -64,11 +61,12 @@ class Checked:
         return cls(model, opset, nodes, list(products(nodes)) if standard else [], standard, complaint, proto)
 
     def of_type(self, *op_types: str) -> Iterator[ir.Node]:
+        """Return the nodes of these operators, in all graphs and functions."""
         return (node for node in self.nodes if node.op_type in op_types)
 
 
 def _expansion(proto: onnx.ModelProto) -> str | None:
-    """What is wrong with its functions: they call themselves, or each other more often than can be looked at."""
+    """Describe functions that call themselves or expand to too many nodes; None if there are none."""
     called: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     for function in proto.functions:
         inner = all_nodes(function.node)
@@ -88,7 +86,7 @@ def _expansion(proto: onnx.ModelProto) -> str | None:
 
 
 def _long_range(proto: onnx.ModelProto) -> str | None:
-    """A Range that inference would take minutes, and all memory, to write down."""
+    """Describe a Range too long for inference to write down; None if there is none."""
     import onnx
 
     numbers = {tensor.name: tensor for tensor in tensors(proto) if not tensor.dims}
@@ -104,36 +102,20 @@ def _long_range(proto: onnx.ModelProto) -> str | None:
 
 _LONGEST_RANGE = 1 << 24
 
-Problems: TypeAlias = Iterator[tuple["ir.Node | None", str]]
-"""Where something is wrong (None: in the whole graph), and what, with its numbers."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A row of the table: what is looked for, what to do about it, and the reason that it matters."""
-
-    name: str
-    level: Level
-    check: Callable[[Checked, Target], Problems]
-    fix: str
-    why: str
-    last: bool = False
-    """Looked for only where no other rule finds an error."""
-
-    @property
-    def finds(self) -> str:
-        """What it looks for, in one line."""
-        return self.check.__doc__ or ""
-
 
 def named(node: ir.Node | None) -> str:
-    """Its name, or by what it makes."""
+    """Return the name of a node, or one made from its operator and output."""
     if node is None:
         return "graph"
     return shortened(node.name or f"{node.op_type} of {node.outputs[0].name if node.outputs else 'nothing'}")
 
 
 def shortened(text: object, length: int = 200) -> str:
-    """In one printable line of at most so many characters."""
+    """Return a text in one printable line of at most `length` characters."""
     line = printable(" ".join(str(text)[: 2 * length].split()))
     return line if len(line) <= length else f"{line[: length - 3]}..."
+
+
+def type_name(value: ir.Value | None) -> str:
+    """Return the name of the value's element type, or say that it is not known."""
+    return "a type not known" if value is None or value.dtype is None else value.dtype.name

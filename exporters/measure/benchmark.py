@@ -42,6 +42,7 @@ class MeasureLatency(Pass):
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Time both graphs by turns, and take the medians."""
         from intaglio.exporters.runtimes.calls import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 

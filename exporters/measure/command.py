@@ -21,7 +21,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.output_files import check_output, write_output
 from intaglio.pipeline.runs.manifest import target_name
-from intaglio.pipeline.runs.registry import find_pass, pass_module
+from intaglio.pipeline.runs.registry import find_pass
 from intaglio.pipeline.runs.store import Store
 
 
@@ -52,7 +52,9 @@ def profile_command(
         found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(target_name(folder))
         if trtexec is not None:
-            profile = pass_module("profile").read_trtexec(graph, plan, trtexec, layers)
+            from intaglio.exporters.measure.profile import read_trtexec
+
+            profile = read_trtexec(graph, plan, trtexec, layers)
         else:
             if not found.applies(target):
                 raise RecipeError(f"{target.name} is not for ONNX Runtime: give trtexec's --exportProfile as --trtexec")
@@ -77,9 +79,10 @@ def bench_command(
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
     """Measure speed, size and memory of a compiled graph, beside full precision in the same run."""
+    from intaglio.exporters.measure.benchmark import bench
+
     with tempfile.TemporaryDirectory() as scratch:
-        run = pass_module("benchmark").bench
-        found: Bench = run(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
+        found = bench(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
         if as_json:
             print_json(found.model_dump(mode="json"))
         else:

@@ -42,11 +42,11 @@ class Loaded:
     """
 
     provider: str
-    half: bool
-    """Whether it computes float16 in float16."""
     seconds: float
     resident_bytes: int | None
     peak_bytes: int | None
+    half: bool = False
+    """True where float16 is computed in float16."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Engine:
         self.opened.run(self.feed)
         resident = None if before is None else resident_bytes("VmRSS") - before
         peak = None if before is None else resident_bytes("VmHWM") - before
-        self.loaded = Loaded(self.opened.executed_by, self.opened.half, seconds, resident, peak)
+        self.loaded = Loaded(self.opened.executed_by, seconds, resident, peak, self.opened.half)
 
     def call(self, count: int) -> Spent:
         marks = [(time.perf_counter(), time.process_time())]

@@ -62,6 +62,7 @@ class ProfileLayers(Pass):
         return isinstance(find_runtime(target.runtime), OnnxRuntime)
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Run the graph with the runtime's profiler and add up the time of each layer."""
         import onnxruntime
 
         from intaglio.exporters.float_graph.onnx_file import read_proto

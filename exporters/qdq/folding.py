@@ -26,7 +26,7 @@ Scale: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """What enters a layer times d: the product, and d as it is multiplied, (C,) or (1, C, 1, 1)."""
+    """A multiplication of a layer's input by d: the product, and d in the shape (C,) or (1, C, 1, 1)."""
 
     layer: str
     product: ir.Value
@@ -35,7 +35,7 @@ class ChannelScale:
 
 @dataclass
 class _Fold:
-    """What a fold takes: what to change, and the values that are larger by a factor from then on."""
+    """One possible fold: the change to make, and the values that are larger by a factor afterwards."""
 
     changes: list[Callable[[], None]] = field(default_factory=list)
     scaled: list[tuple[ir.Value, Scale]] = field(default_factory=list)
@@ -79,7 +79,7 @@ def fold_scales(
 
 
 def _origin(each: ChannelScale, scale: Scale) -> ScaledBy | None:
-    """Where the channels of a value begin that have the layer's scale; None where they are not in its order."""
+    """Return where the channels with the layer's scale begin in a value; None where their order is another."""
     flat, own = scale.ravel(), each.scale.ravel()
     count = len(own)
     for start in range(0, len(flat) - count + 1, count):
@@ -93,7 +93,7 @@ def _origin(each: ChannelScale, scale: Scale) -> ScaledBy | None:
 class _Folder:
     graph: ir.Graph
     name: str
-    """Of the multiplication that is folded: part of the names of what is added."""
+    """Name of the multiplication that is folded, which is part of the names of added values."""
     symmetric: bool
 
     def into_output(self, value: ir.Value, scale: Scale) -> _Fold | None:
@@ -136,7 +136,7 @@ class _Folder:
         return _all(self._constant(node, place, scale) for place in places)
 
     def _weight(self, node: ir.Node, scale: Scale) -> _Fold | None:
-        """Of a product's second operand: a scale for each of its columns, with or without groups along the rows."""
+        """Scale each column of a product's second operand, with or without groups along the rows."""
         codes, own = shape(node.inputs[0]), shape(node.inputs[1])
         if not codes or own is None or own[-1:] != scale.shape:
             return None
@@ -254,7 +254,7 @@ def _moved_back(node: ir.Node, value: ir.Value, scale: Scale) -> Scale | None:
 
 
 def _is_repeated(value: ir.Value, scale: Scale, result: ir.Value | None) -> bool:
-    """Whether `value`, also when it is scaled, is repeated along some axis where the result is computed."""
+    """Return True if `value` is repeated along some axis where the result is computed."""
     if value.shape is None or result is None or result.shape is None:
         return False
     rank = len(result.shape)

@@ -165,14 +165,14 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 def _within(value: ir.Value, amax: Mapping[str, float]) -> bool:
-    """Whether float16 takes what was recorded. Zero fits, and so does infinity: masks have it on purpose."""
+    """Return True if float16 holds the recorded range. Zero fits, and so does infinity, which masks have on purpose."""
     recorded = amax.get(str(value.name), 0.0)
     exponent = any(use.node.op_type in EXPONENTIAL for use in value.uses())
     return recorded in (0.0, float("inf")) or AMAX_LOW <= recorded <= (EXPONENT_AMAX if exponent else AMAX_HIGH)
 
 
 def _fits(node: ir.Node, place: int) -> bool:
-    """Whether float16 holds the constant that is this input; anything else does."""
+    """Return True if float16 holds the constant at this input, or if the input is no constant."""
     if (tensor := constant(node.inputs[place])) is None:
         return True
     if LAYER_KEY in node.metadata_props and (node.op_type == "Add" or place == 2):
@@ -182,7 +182,7 @@ def _fits(node: ir.Node, place: int) -> bool:
 
 
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
-    """Whether float16 holds a constant as exactly as a normal number: the array as a whole, or each element.
+    """Return True if float16 holds a constant as exactly as a normal number, as a whole or each element.
 
     |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts, and what stands
     for infinity becomes it.

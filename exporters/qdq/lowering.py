@@ -1,4 +1,4 @@
-"""How each scheme is written in ONNX for each runtime, so that it executes on integers where the runtime can.
+"""Writes each scheme in ONNX so that a runtime executes integers where it can.
 
 Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
 """
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def op(self) -> OpKind:
-        """What kind of layer it is."""
+        """Kind of the layer."""
         return "conv" if self.site.product.op_type == "Conv" else "linear"
 
     @property
@@ -61,11 +61,13 @@ class Call:
 
     @property
     def codes_NK(self) -> NDArray[np.int8]:
+        """Codes of the weight, (N, K)."""
         codes: NDArray[np.int8] = self.data.codes.numpy()
         return codes
 
     @property
     def scale_NG(self) -> NDArray[np.float32]:
+        """Scales of the weight, (N, G)."""
         scale: NDArray[np.float32] = self.data.scale_NG.numpy()
         return scale
 
@@ -78,7 +80,7 @@ class Call:
 
     @property
     def eight_bit_codes_NK(self) -> NDArray[np.int8]:
-        """What the product takes: the codes, times the integers of their groups where there are two levels."""
+        """Codes that the product takes: times the integers of their groups where there are two levels."""
         form = self.data.scheme.weight
         assert isinstance(form, RoundedWeight)  # only rounded weights have calls
         if self.data.group_NG is None:
@@ -123,7 +125,7 @@ class Writer:
     input_zero: np.uint8 | np.int8
     """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
     carriers: Mapping[InputKey, np.float32]
-    """By input, the scale that the weights of all layers on it are relative to."""
+    """The scale to which the weights of all layers on one input are relative, by input."""
     scales: list[ChannelScale] = field(default_factory=list)
     """The multiplications in front of balanced layers that were written so far."""
     _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
@@ -216,7 +218,7 @@ class Writer:
         return self._inputs[key]
 
     def _input(self, call: Call) -> ir.Value:
-        """What enters the layer, (x * d) H where it is balanced; shared by all layers that take it in this basis."""
+        """Return the layer's input, (x * d) H where it is balanced, shared by all layers that read it in this basis."""
         balance = call.data.balance
         if balance is None:
             return call.site.x
@@ -245,7 +247,7 @@ class Writer:
         return self.op(call, "balance/channels/Reshape", [x, join])
 
     def _by_token(self, call: Call, x: ir.Value, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """(x - c) / a, a and c: half the width, at least 1e-7, and the middle of the range over the last axis
+        """Write (x - c) / a; a is half the width, at least 1e-7, and c the middle of the range over the last axis.
 
         Without a shift: x / a, a = max(max|x|, 1e-7).
         """
@@ -269,7 +271,7 @@ class Writer:
     def _by_step(
         self, call: Call, x: ir.Value, amax_T: NDArray[np.float32]
     ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """(x - c_t) * r_t, a_t and c_t, r_t = float32(1 / a_t)"""
+        """Write (x - c_t) * r_t and return it with a_t and c_t; r_t = float32(1 / a_t)."""
         shift = None
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
@@ -315,14 +317,14 @@ Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
 
 
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """x @ DQ(Wq, s_w), s_w (N,)"""
+    """Write x @ DQ(Wq, s_w); s_w has the shape (N,)."""
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
     weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
     return _product(w, call, x, weight)
 
 
 def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """x @ DQ(Reshape(Cast(Wq) * g), s_w): 4-bit codes that become 8-bit ones when the graph is loaded"""
+    """Write x @ DQ(Reshape(Cast(Wq) * g), s_w): 4-bit codes become 8-bit codes when the graph is loaded."""
     layer, size = call.site.layer, call.group_size
     n, k = call.codes_NK.shape
     linear = call.op == "linear"
@@ -339,7 +341,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
 
 def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
-    """Of 8-bit codes (K, N), or (N, C, kh, kw)."""
+    """Dequantize 8-bit codes (K, N), or (N, C, kh, kw), by channel."""
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
     # not shared: with x64quantprecision ONNX Runtime 1.31 refuses two weights with one zero point
@@ -348,17 +350,17 @@ def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
 
 
 def carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """(x @ DQ(Wq, s_0)) * (s_w / s_0), s_0 one power of two for all layers that read x"""
+    """Write (x @ DQ(Wq, s_0)) * (s_w / s_0); s_0 is one power of two for all layers that read x."""
     return _carried(w, call, x, w.constant(f"{call.site.layer}/weight", call.codes_NK.T))
 
 
 def two_level_carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """(x @ DQ(Q(DQ(Wq, g), 1), s_0)) * (s_w / s_0), g the integers of the groups, s_0 as for `carrier`"""
+    """Write (x @ DQ(Q(DQ(Wq, g), 1), s_0)) * (s_w / s_0); g are the integers of the groups, s_0 as in `carrier`."""
     return _carried(w, call, x, _unpacked(w, call))
 
 
 def two_level_channels(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """conv(x, DQ(Q(Reshape(DQ(Wq, g)), 1), s_w)), g the integers of the groups, s_w (N,)"""
+    """Write conv(x, DQ(Q(Reshape(DQ(Wq, g)), 1), s_w)); g are the integers of the groups, s_w has the shape (N,)."""
     return _product(w, call, x, _dequantize_channels(w, call, _unpacked(w, call)))
 
 
@@ -379,7 +381,7 @@ def _unpacked(w: Writer, call: Call) -> ir.Value:
 
 
 def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """x @ DQ(Wq, s_w) with 4-bit codes and one scale for a group of neighbours along K"""
+    """Write x @ DQ(Wq, s_w) with 4-bit codes and one scale for each group of neighbours along K."""
     return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
 
 
@@ -420,7 +422,7 @@ class Lowering:
     scheme: LayerScheme
     product: Product
     integer: bool
-    """Whether the runtime multiplies integers."""
+    """True where the runtime multiplies integers."""
     why: str
 
 

@@ -23,10 +23,10 @@ METRICS_FILE = "metrics.json"
 
 
 def show_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What a run was given as --out, or one target of it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
-    """Print the metrics of every target in a folder of results; without a report, what the files themselves say."""
+    """Print the metrics of every target in a folder of results; without a report, facts from the files."""
     metrics = _read_metrics(folder)
     if as_json:
         print_json(metrics)
@@ -38,13 +38,13 @@ def show_command(
 
 
 def diff_command(
-    first: Annotated[Path, typer.Argument(metavar="A", help="One target of what a run wrote, or all of it.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Likewise: targets of one name are compared.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run, or of one of its targets.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The other folder; targets of one name are compared.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, such as diff.html.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("all that differs")] = False,
 ) -> None:
-    """Say what differs between two compiled folders: figures, layers, samples, recipes and versions."""
+    """Compare two compiled folders: figures, layers, samples, recipes and versions."""
     if out is not None:
         check_output(out)
     from intaglio.exporters.report import difference

@@ -54,7 +54,7 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
 """Name in metrics.json -> label, and whether a higher or a lower figure is better."""
 SAMPLES = 16
 MOST_PIXELS = 1 << 23
-"""Pixels of samples.png: each takes up to 30 bytes of memory."""
+"""Largest number of pixels of samples.png: each takes up to 30 bytes of memory."""
 START = ("MODEL", "TARGET")
 
 

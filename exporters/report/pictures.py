@@ -209,6 +209,7 @@ class Colours:
             self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
 
     def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Scale the kept channels to the range 0 to 1."""
         return ((x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The first recipe for a model: what can be known of it without its weights, and steps that suit it."""
+"""Write a first recipe for a model, from facts that need no weights."""
 
 from __future__ import annotations
 
@@ -39,63 +39,63 @@ if TYPE_CHECKING:
 RECORDING = "conditions.safetensors"
 INT8 = ("w8a8_token", "w8a8_step")
 MOST_STEPS = 50
-"""Denoising steps that are taken over from a pipeline: calibration goes by them."""
+"""Largest number of denoising steps taken from a pipeline: calibration time grows with it."""
 LARGE_BYTES = 10**9
-"""Of weights in float32: from there on activations are computed twice rather than kept."""
+"""Size of float32 weights in bytes above which activations are recomputed instead of kept."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the model is sampled, and whose settings these are."""
+    """Sampling settings of the model, and their origin."""
 
     steps: int = 20
     guidance: float = 1.0
     said_by: str | None = None
     unknown: str | None = None
-    """Why the pipeline, which is there, does not say it."""
+    """Reason why the pipeline does not tell its settings; None without a pipeline."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a model, and what is suggested for it. Bytes are those of float32."""
+    """Facts about a model, and suggestions for it. Bytes are those of float32."""
 
     path: str
-    """As the recipe names it."""
+    """Path of the model in the recipe."""
     kind: str
     parameters: int
     layers: tuple[Layer, ...]
     blocks: int
     sampling: Sampling
     takes: str
-    """Beside sample and timestep, as far as it is given or recorded."""
+    """Names of further inputs that are given or recorded."""
     conditions: str | None
-    """A recording that is there, or that is needed."""
+    """Path of a recording that exists or is needed."""
     lacks: str | None
-    """Why the model cannot be called without a recording."""
+    """Reason why the model cannot be called without a recording; None if it can."""
     targets: tuple[str, ...]
     size: float
-    """Of fp16, with 8 bits wherever the targets take them."""
+    """Size relative to fp16 with 8 bits wherever the targets allow."""
     least: float
-    """With 4-bit weights wherever they do."""
+    """Size relative to fp16 with 4-bit weights wherever the targets allow."""
     components: Mapping[str, str]
-    """Of the whole pipeline that the model is in, its models and their classes."""
+    """Other models of the pipeline around the model, and their classes."""
     cost: ModelCost | None
-    """None where a call without weights does not tell."""
+    """Cost of a call; None if it cannot be counted without weights."""
     has_weights: bool = True
-    """Without them the model can be looked at, and not compiled."""
+    """False if the model can be inspected but, without weights, not compiled."""
 
     @property
     def counts(self) -> str:
-        """`46 linear, 2 conv`"""
+        """Return the number of layers of each kind, such as `46 linear, 2 conv`."""
         return ", ".join(f"{count} {op}" for op, count in Counter(layer.op for layer in self.layers).items())
 
     @property
     def summary(self) -> str:
-        """In one line."""
+        """Return the facts in one line."""
         return f"{self.kind}, {self.parameters / 1e6:.1f} M parameters, {self.counts} layers"
 
     def to_json(self) -> dict[str, Any]:
-        """All but the table of layers."""
+        """Return the facts as JSON, without the table of layers."""
         return {
             "class": self.kind,
             "parameters": self.parameters,
@@ -115,9 +115,9 @@ class Found:
         }
 
     def next_steps(self, recipe: str) -> Iterator[str]:
-        """What to do now, in order."""
+        """Yield the next steps for the user, in order."""
         if not self.has_weights:
-            yield f"put the weights in safetensors into {self.path}: there are none, and a run reads them"
+            yield f"put the weights in safetensors into {self.path}: a run needs them"
         if self.lacks is not None:
             yield f"record {self.conditions}, as the recipe says: {self.lacks}"
         try:
@@ -129,7 +129,10 @@ class Found:
 
 
 def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
-    """`base`: the recipe's folder. Raises RecipeError for what is no model, or is none that can be quantized."""
+    """Inspect a model. Raises RecipeError if it is no model, or has nothing to quantize.
+
+    `base`: the folder of the recipe.
+    """
     from intaglio.pipeline.model.blocks import find_blocks
     from intaglio.pipeline.model.cost import count_cost
 
@@ -153,7 +156,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         cost = count_cost(opened, ref)
     except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
-    except (NotImplementedError, RuntimeError):  # of a tensor without values, something asks for one
+    except (NotImplementedError, RuntimeError):  # the model needs values of a tensor without values
         pass
     module = checkpoint.empty() if opened is None else opened.module
     layers = layer_table(module)
@@ -179,12 +182,12 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
 
 
 def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml") -> str:
-    """The recipe, which reads as one, with what was found as comments. `schema`: its file is beside the recipe."""
+    """Return the recipe as YAML with the facts as comments. `schema`: its file lies beside the recipe."""
     lines = [editor_line(SCHEMA_FILE)] if schema else []
     lines += [f"# {line}" if line else "#" for line in _about(found, name)]
     lines += ["model:", f"  path: {_scalar(found.path)}"]
     lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
-    lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance as you sample with it; 1 is none"]
+    lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance scale; 1 is none"]
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
     lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
@@ -202,7 +205,7 @@ def _about(found: Found, name: str) -> Iterator[str]:
     yield f"Compiling it takes at least {least_bytes(found.parameters) / 1e9:.1f} GB of memory."
     yield f"Layers that can be quantized: {found.counts}, with {held:.1%} of the parameters."
     if found.takes:
-        yield f"Beside sample and timestep it takes {found.takes}."
+        yield f"Further inputs besides sample and timestep: {found.takes}."
     if found.lacks is not None:
         yield from ("", *wrap(f"{found.lacks}. Record it once, with the pipeline, beside this file:", 110))
         yield from _snippet(found)
@@ -228,8 +231,8 @@ def _snippet(found: Found) -> Iterator[str]:
 
 
 def _steps(found: Found) -> Iterator[tuple[str, str]]:
-    """Each as YAML, with its comment."""
-    yield "calibrate", "no data set: the model's own trajectories"
+    """Yield each step as YAML, with its comment."""
+    yield "calibrate", "needs no data set: records the model's own trajectories"
     yield "sensitivity", ""
     bound = f"bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least"
     yield f"assign: {{budget: {{size: {found.size:.2f}}}{_schemes(found.targets)}}}", bound
@@ -258,14 +261,14 @@ def _schemes(targets: tuple[str, ...]) -> str:
 
 def _commented_components(found: Found) -> Iterator[str]:
     if found.components:
-        yield f"  # what is around the model: {', '.join(f'{n} ({kind})' for n, kind in found.components.items())}"
+        yield f"  # other models of the pipeline: {', '.join(f'{n} ({kind})' for n, kind in found.components.items())}"
         first = next(iter(found.components))
         yield f"  # - components: {{precision: {{{first}: w4a16}}, image_to_image: true}}"
 
 
 def _rows(found: Found) -> Iterator[tuple[str, int]]:
-    """By step whose time goes by them."""
-    assert found.cost is not None  # whoever asks has looked
+    """Yield each step whose time depends on denoiser rows, with their number."""
+    assert found.cost is not None  # callers have checked this
     for written, _ in _steps(found):
         step = Step.model_validate(yaml.safe_load(written))
         configured = find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options))
@@ -274,23 +277,23 @@ def _rows(found: Found) -> Iterator[tuple[str, int]]:
 
 
 def _between(found: Found) -> float:
-    """A budget for which some layers have 4 bits."""
+    """Return a budget at which some layers have 4 bits."""
     return (found.size + found.least) / 2
 
 
 def _usual_targets() -> tuple[str, ...]:
-    """Those for which this machine makes all that there is."""
+    """Return the targets that this machine can build completely."""
     return tuple(name for runtime in runtimes().values() for name in runtime.usual_targets())
 
 
 def _beside(model: str, base: Path) -> str:
-    """A path is given relative to where the command runs; in the recipe it is relative to the recipe."""
+    """Return the path of the model relative to the recipe; it is given relative to the current folder."""
     if model.startswith("hub:") or Path(model).is_absolute():
         return model
     if model.rpartition(":")[0].endswith(".py"):
         return beside(model, base)
     if Path(model).is_file():
-        raise RecipeError(f"{model} is one file, and a folder is needed: {single_file_cure(model)}")
+        raise RecipeError(f"{model} is a file, but a folder is needed: {single_file_cure(model)}")
     if not Path(model).is_dir():
         raise RecipeError(
             f"no folder {model}: give a diffusers folder, `./file.py:factory`, or `hub:{model}` to download it"
@@ -301,12 +304,15 @@ def _beside(model: str, base: Path) -> str:
 
 
 def _recordings(path: str) -> tuple[str, ...]:
-    """Where one may be: beside the recipe, and in the model's folder."""
+    """Return the places where a recording may be: beside the recipe, and in the model's folder."""
     return RECORDING, f"{path}/{RECORDING}"
 
 
 def _sampling(checkpoint: Checkpoint) -> Sampling:
-    """Of the pipeline that the model is in, its defaults; guidance that the denoiser has as an input is none here."""
+    """Return the default settings of the pipeline around the model.
+
+    Guidance that the denoiser takes as an input does not count.
+    """
     try:
         folder = PipelineFolder.around(checkpoint)
     except RecipeError:
@@ -315,9 +321,9 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
         kind = folder.kind()
     except RecipeError as error:
         return Sampling(unknown=str(error).removeprefix("model: "))
-    if backends := getattr(kind, "_backends", ()):  # what diffusers has in the place of a class that needs more
+    if backends := getattr(kind, "_backends", ()):  # diffusers' dummy for a class with missing packages
         absent = [name for name in backends if find_spec(name) is None] or backends
-        return Sampling(unknown=f"{kind.__name__} needs {' and '.join(absent)} to be looked at")
+        return Sampling(unknown=f"{kind.__name__} cannot be inspected without {' and '.join(absent)}")
     defaults = {name: each.default for name, each in inspect.signature(kind.__call__).parameters.items()}
     steps, guidance = defaults.get("num_inference_steps"), defaults.get("guidance_scale")
     embedded = checkpoint.config().get("guidance_embeds", False)
@@ -331,10 +337,10 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
 
 
 def _said(sampling: Sampling) -> str:
-    """Where the numbers of steps and guidance are from, as a comment of YAML."""
+    """Return a YAML comment on the origin of the numbers of steps and guidance."""
     if sampling.said_by:
-        return f"   # of {sampling.said_by}, as it samples"
-    return f"   # not known, set it as you sample: {sampling.unknown}" if sampling.unknown else ""
+        return f"   # default of {sampling.said_by}"
+    return f"   # unknown, set the value you sample with: {sampling.unknown}" if sampling.unknown else ""
 
 
 def _takes(model: DenoiserModel) -> str:
@@ -345,7 +351,7 @@ def _takes(model: DenoiserModel) -> str:
 
 
 def _components(checkpoint: Checkpoint) -> dict[str, str]:
-    """Those with weights, but for the denoiser."""
+    """Return the models of the pipeline that have weights, except the denoiser."""
     try:
         folder = PipelineFolder.around(checkpoint)
     except RecipeError:
@@ -355,7 +361,7 @@ def _components(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _relative_size(layers: tuple[Layer, ...], target_name: str, names: tuple[str, ...]) -> float:
-    """Bytes relative to fp16, where each layer has the smallest of these schemes that it can; a little more."""
+    """Return the size relative to fp16 with the smallest possible scheme of each layer, rounded up a little."""
     target = load_target(target_name)
     smallest = (
         min(s.size_bytes(scheme) for scheme in structural_schemes(s, names=names) if illegal(s, scheme, target) is None)
@@ -365,5 +371,5 @@ def _relative_size(layers: tuple[Layer, ...], target_name: str, names: tuple[str
 
 
 def _scalar(text: str) -> str:
-    """As YAML has it, in quotes where it needs them."""
+    """Write a text as a YAML scalar, in quotes if needed."""
     return yaml.safe_dump(text, default_flow_style=True, width=1000, allow_unicode=True).removesuffix("...\n").strip()

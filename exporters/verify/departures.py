@@ -1,4 +1,4 @@
-"""Where a deployed graph leaves its simulation: each layer, and what lies between layers, held alone against it."""
+"""Find where a deployed graph departs from its simulation, layer by layer and between layers."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class LayersInGraph:
     """Simulated layers on what enters them in a graph: other layers' channel scales may be folded into their ends."""
 
     def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
-        self._graph, self._layers = graph, layers
+        self.graph, self._layers = graph, layers
 
     def entering(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """What the simulation has in front of a layer, as the graph has it."""
-        return x * self._scale(self._graph.nodes[name][0], name, x)
+        """Convert a layer's input in the simulation to the scale of the graph."""
+        return x * self._scale(self.graph.nodes[name][0], name, x)
 
     def leaving(self, name: str, y: torch.Tensor, value: str | None = None) -> torch.Tensor:
-        """What left a layer in the graph, as the simulation has it; `value` is its name, where it is another call's."""
-        return y / self._scale(value or self._graph.nodes[name][1], name, y)
+        """Convert a layer's output in the graph to the simulation's scale; `value` names that of another call."""
+        return y / self._scale(value or self.graph.nodes[name][1], name, y)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[QuantizedLayer]:
         """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
         layer = self._layers[name]
         balance = layer.balance
-        if balance is not None and self._graph.is_folded(name):
+        if balance is not None and self.graph.is_folded(name):
             layer.balance = replace(balance, scale_C=torch.ones_like(balance.scale_C))
         try:
             yield layer
@@ -49,8 +49,8 @@ class LayersInGraph:
             layer.balance = balance
 
     def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Of the channels of a value at an end of the layer of this name."""
-        by = self._graph.scaled.get(value)
+        """Return the channel scales of a value at an end of the layer of this name."""
+        by = self.graph.scaled.get(value)
         axis = channel_axis(self._layers[name].layer)
         scale_C = torch.ones(x.shape[axis])
         if by is not None and (balance := self._layers[by.layer].balance) is not None:
@@ -59,13 +59,13 @@ class LayersInGraph:
 
 
 def value_names(graph: Graph) -> tuple[str, ...]:
-    """Of what enters and leaves each layer of a graph, and of its output: what `find_departures` asks for."""
+    """Return the names of the inputs and outputs of each layer in a graph, and of its output, for `find_departures`."""
     ends = [end for name, calls in _call_outputs(graph).items() for end in (graph.nodes[name][0], *calls)]
     return tuple(dict.fromkeys([*ends, *graph.outputs]))
 
 
 def _call_outputs(graph: Graph) -> dict[str, list[str]]:
-    """By layer, what leaves each of its calls, whose nodes begin with `layer`, `layer@1` and so on."""
+    """Return the outputs of each layer's calls, whose nodes begin with `layer`, `layer@1` and so on."""
     last: dict[str, dict[str, str]] = {}
     for node in read_proto(graph.path).graph.node:
         layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")

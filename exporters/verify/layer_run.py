@@ -58,7 +58,7 @@ def run_layer(
 
 
 def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
-    """Of the value that enters the layer: float32 or float16."""
+    """Return the type of the value that enters the layer: float32 or float16."""
     model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
     values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
     dtype = next(value.dtype for value in values if value.name == name)

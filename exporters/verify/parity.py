@@ -77,29 +77,23 @@ class Comparison:
 
         with after_calls(self.layers, note):
             self.simulated(call)
-        found, step = {}, self.step(call)
+        found, step, ends = {}, self.step(call), LayersInGraph(self.graph, self.layers)
         with ctx.progress("layers", len(seen)) as advance:
             for name in self.graph.nodes:
-                found[name] = compare_layer(self.graph, self.layers, name, *seen[name], step, self.runtime)
+                found[name] = compare_layer(ends, name, *seen[name], step, self.runtime)
                 advance()
         return found
 
 
 @torch.no_grad()
 def compare_layer(
-    graph: Graph,
-    layers: Mapping[str, QuantizedLayer],
-    name: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    step: int,
-    runtime: Runtime,
+    ends: LayersInGraph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
 ) -> LayerParity:
     """Compare one layer of the graph at a step with its simulation, which turned `x` into `y`.
 
     A layer that takes float16 is compared on `x` as float16 holds it.
     """
-    ends = LayersInGraph(graph, layers)
+    graph = ends.graph
     x = ends.entering(name, x)
     half = entry_type(graph, name) == np.float16
     if half:

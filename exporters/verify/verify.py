@@ -73,6 +73,7 @@ class Verify(Pass):
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Compare the graph with the model: per layer, per call and over whole samples."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
         from intaglio.exporters.verify.parity import Comparison
         from intaglio.pipeline.artifacts.verification import DepartureFigures, Verification, VerificationFigures

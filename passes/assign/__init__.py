@@ -1,4 +1,4 @@
-"""Chooses one scheme for every layer under a budget of bytes, time or quality.
+"""Choose one scheme for every layer under a budget of bytes, time or quality.
 
-Sensitivities and costs enter as tables. A plan leaves that is total: it names a scheme for every layer.
+Sensitivities and costs enter as tables. A plan leaves that names a scheme for every layer.
 """

@@ -1,4 +1,4 @@
-"""Decide the scheme of every layer: the least summed sensitivity that fits the budgets."""
+"""Choose the scheme of every layer with the least summed sensitivity within the budgets."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from intaglio.passes.assign.latency import Latencies
 
 DEFAULT_SIZE = 0.52
-"""Of fp16, where no budget is given."""
+"""Default budget for the size relative to fp16."""
 
 
 class Budget(BaseModel):
-    """What a plan may cost: the quantizable layers, relative to all of them in float. Without any, size is 0.52.
+    """Limits of a plan's cost relative to all quantizable layers in float. Without any limit, size is 0.52.
 
-    Of `activation` the largest layer counts, of the others the sum.
+    `activation` limits the largest layer, the others limit the sum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,15 +58,15 @@ class Budget(BaseModel):
 
     @property
     def limits(self) -> dict[str, float]:
-        """Those of sums that are given."""
+        """Limits that are given, except `activation`."""
         return {n: limit for n, limit in self.model_dump(exclude={"activation"}).items() if limit is not None}
 
 
 class AssignPrecision(Pass):
-    """One legal scheme a layer, the least summed error within all budgets: a multiple-choice knapsack, by HiGHS.
+    """Choose one legal scheme for each layer, with the least summed error within all budgets, by HiGHS.
 
-    Beside the plan it gives the front: plans from the smallest to the one with the least error, within the other
-    budgets. `point` takes one of them in place of the plan for `budget.size`.
+    It solves a multiple-choice knapsack. Beside the plan it returns the front: plans from the smallest to the one with
+    the least error, within the other budgets. `point` takes one of them in place of the plan for `budget.size`.
     """
 
     name: ClassVar[str] = "assign"
@@ -101,7 +101,7 @@ class AssignPrecision(Pass):
     @field_validator("profile", mode="before", json_schema_input_type=str | tuple[str | Profile, ...])
     @classmethod
     def _read(cls, written: object, info: ValidationInfo) -> object:
-        """Files become what is in them, so that the step runs again when they change."""
+        """Replace files by their content, so that the step runs again when they change."""
         base = (info.context or {}).get("base", Path())
         each = written if isinstance(written, list | tuple) else [written]
         return [_profile(base / one) if isinstance(one, str) else one for one in each]
@@ -115,9 +115,9 @@ class AssignPrecision(Pass):
         return profiles
 
     def check(self, target: Target) -> None:
-        """Raises TargetError when the target runs none of the schemes for a kind of layer, or not one that is named.
+        """Check the options. Raises TargetError if the target runs no scheme for a kind of layer, or not a named one.
 
-        Also for a device that it does not have, or none where one is needed, and for a profile of another runtime.
+        It also raises for an unknown device, for a missing one, and for a profile of another runtime.
         """
         problems = [
             f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for a {op}, not {name}"
@@ -141,6 +141,7 @@ class AssignPrecision(Pass):
             raise TargetError(*problems)
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Choose the plan with the least predicted error within the budget."""
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
         problem = self._problem(table, workload, target, ctx)
@@ -173,7 +174,7 @@ class AssignPrecision(Pass):
         return {PLAN: plan, FRONT: front}
 
     def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
-        """What can be chosen, and what it costs as far as that is known. Raises RecipeError for what is not."""
+        """Return the options with their costs as far as known. Raises RecipeError for unknown costs that are needed."""
         from intaglio.passes.assign.budgets import Option, build_problem, within_activation
 
         self._check_inputs(table, workload)
@@ -229,7 +230,7 @@ class AssignPrecision(Pass):
             raise RecipeError(*problems)
 
     def _latencies(self, layers: Sequence[Layer], workload: Workload | None, target: Target) -> Latencies | None:
-        """None where nothing is known of times."""
+        """Return the times of layers; None if nothing is known of them."""
         from intaglio.passes.assign.latency import Latencies, roofline
 
         devices = [device for device in target.devices if self.device in (None, device.name)]
@@ -237,9 +238,9 @@ class AssignPrecision(Pass):
         return None if bound is None and not self.profile else Latencies.of(self.profile, layers, bound)
 
     def _choices(self, layer: Layer, table: Sensitivity, target: Target) -> dict[str, LayerScheme]:
-        """The layer's measured, allowed and legal schemes, as the target executes them; float if there is none.
+        """Return the layer's measured, allowed and legal schemes as the target executes them; float if there is none.
 
-        By the name they were measured under: without its rounded output where it was not measured with it.
+        Keys are the names under which they were measured, without a rounded output if that was not measured.
         """
         measured = table.schemes[layer.name]
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
@@ -248,7 +249,7 @@ class AssignPrecision(Pass):
         return legal or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
-        """Why the measured layers are in float that are, by name."""
+        """Return the reason why each measured layer in float is in float, by name."""
         found = {}
         for layer in table.layers:
             if plan.schemes[layer.name] != FLOAT:
@@ -274,13 +275,13 @@ class AssignPrecision(Pass):
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:
-    """Layers that were not measured, as they have no part in the recorded calls, and the reasons."""
+    """Return layers that were not measured, as they have no part in the recorded calls, with the reasons."""
     measured = {layer.name for layer in table.layers}
     return {} if workload is None else {n: why for n, why in workload.unreached if n.name not in measured}
 
 
 def _profile(path: Path) -> Profile:
-    """Raises ValueError for what is not a file of `intaglio profile`."""
+    """Read a profile. Raises ValueError if the file is not from `intaglio profile`."""
     try:
         return read_typed(path, Profile)
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""Which scheme each layer takes, as a knapsack: what options cost relative to float, and what to say where none fit."""
+"""State the choice of schemes as a knapsack: costs of options relative to float, and advice if none fit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 
 UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations"}
-"""Of what the budgets are shares of."""
+"""Unit of each budget's costs."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A scheme that a layer can have. `measured` is the name under which its error is known."""
+    """Scheme that a layer can have. `measured` is the name under which its error is known."""
 
     layer: Layer
     measured: str
@@ -31,21 +31,21 @@ class Option:
 
 @dataclass(frozen=True)
 class Problem:
-    """`options` in the order of layers; `whole` is what all layers cost in float, by budget, in its UNITS."""
+    """Options in the order of layers; `whole` is the cost of all layers in float, by budget, in its UNITS."""
 
     options: Sequence[Option]
     knapsack: Knapsack
     whole: Mapping[str, float]
 
     def best(self, limits: Mapping[str, float]) -> Chosen:
-        """The least loss within the limits. Raises RecipeError where nothing is within, with what is nearest to it."""
+        """Return the plan with the least loss within the limits. Raises RecipeError, with the nearest, if none fits."""
         chosen = self.knapsack.best(limits)
         if chosen is None:
             raise RecipeError(*self._why_not(limits))
         return chosen
 
     def front(self, limits: Mapping[str, float], count: int) -> list[Chosen]:
-        """Plans for evenly spaced sizes, from the smallest to that of the least loss; those that gain something."""
+        """Return plans for evenly spaced sizes, from the smallest to that of the least loss, if they gain something."""
         if not count:
             return []
         loss, size = self.knapsack.loss, self.knapsack.costs["size"]
@@ -62,7 +62,7 @@ class Problem:
         return front
 
     def point(self, chosen: Chosen) -> Point:
-        """What the plan costs and loses."""
+        """Return the costs and the loss of a plan."""
         picked = [self.options[i] for i in chosen]
         return Point(
             {name: float(cost[chosen].sum()) for name, cost in self.knapsack.costs.items()},
@@ -71,11 +71,11 @@ class Problem:
         )
 
     def schemes(self, chosen: Chosen) -> dict[str, LayerScheme]:
-        """By layer name."""
+        """Return the chosen schemes by layer name."""
         return {self.options[i].layer.name: self.options[i].scheme for i in chosen}
 
     def _why_not(self, limits: Mapping[str, float]) -> Iterator[str]:
-        """A line for each budget that cannot be met, or one for all that cannot be met together."""
+        """Yield a line for each budget that cannot be met, or one for all that cannot be met together."""
         least = {}
         for name in limits:
             cheapest = self.knapsack.cheapest(name, {})
@@ -103,14 +103,14 @@ class Problem:
 
 
 def _up(share: float) -> float:
-    """To three decimals, never below; what rounding in float64 adds does not count."""
+    """Round up to three decimals, ignoring errors of float64."""
     return math.ceil(share * 1000 - 1e-6) / 1000
 
 
 def within_activation(options: Sequence[Option], rows: Mapping[str, float], limit: float) -> list[Option]:
-    """Those whose layer reads and gives at most `limit` of what the largest does in float; `rows` by layer name.
+    """Return options whose layer reads and writes at most `limit` of the largest in float; `rows` by layer name.
 
-    Raises RecipeError for layers that are left without any.
+    Raises RecipeError for layers that are left without an option.
     """
     most = max(activation_bytes(option.layer, FLOAT, rows[option.layer.name]) for option in options)
     share = [activation_bytes(o.layer, o.scheme, rows[o.layer.name]) / most for o in options]
@@ -134,9 +134,9 @@ def build_problem(
     same_input: Sequence[Sequence[str]],
     gap: float,
 ) -> Problem:
-    """`loss` and `costs` are of each option, in the unit of `whole`; layers of a set in `same_input` round it alike.
+    """Build the knapsack. `loss` and `costs` are of each option, in the unit of `whole`.
 
-    Raises RecipeError for such layers that have no input format in common.
+    Layers of a set in `same_input` get one input format. Raises RecipeError if they have none in common.
     """
     place = {name: i for i, name in enumerate(dict.fromkeys(option.layer.name for option in options))}
     knapsack = Knapsack(
@@ -152,7 +152,7 @@ def build_problem(
 def _alike(
     options: Sequence[Option], same_input: Sequence[Sequence[str]]
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """For neighbours in each set and every input format, the options of the one and of the other that have it."""
+    """Yield, for neighbours in each set and every input format, the options of both that have the format."""
     by_layer: dict[str, dict[object, list[int]]] = {}
     for i, option in enumerate(options):
         by_layer.setdefault(option.layer.name, {}).setdefault(option.scheme.input, []).append(i)

@@ -1,4 +1,4 @@
-"""One option for each layer, the least loss within all budgets: a multiple-choice knapsack of several dimensions.
+"""Solve a multiple-choice knapsack: one option for each layer, the least loss within all budgets.
 
 Shapes: O options of all L layers, those of a layer side by side.
 """
@@ -23,18 +23,18 @@ from intaglio.pipeline.errors import StepFailed
 
 Floats = NDArray[np.float64]
 Chosen = NDArray[np.intp]
-"""The option of each layer, in the order of layers (L)."""
+"""Chosen option of each layer, in the order of layers (L)."""
 
 UNIT = 1000.0
-"""What budgets and the least loss are for HiGHS, whose tolerances are absolute, 1e-6: so they are met to 1e-9."""
+"""Scale of budgets and of the least loss in HiGHS, whose tolerances are 1e-6 absolute: they are met to 1e-9."""
 CORES = (300, 1000)
-"""How many options more than one a layer are tried, before all are that are worth it."""
+"""Numbers of options, beyond one for each layer, that are tried before all promising ones."""
 INFEASIBLE = 2
-"""Status of `milp` and `linprog`."""
+"""Status of `milp` and `linprog` for a problem without a solution."""
 
 
 class _Mixed(NamedTuple):
-    """The optimum where options may be mixed, and what each option costs that it does not have (O), both in `unit`."""
+    """Optimum if options may be mixed, and each option's excess cost (O), both in `unit`."""
 
     unit: float
     least: float
@@ -43,10 +43,10 @@ class _Mixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Knapsack:
-    """`layer` says whose each option is (O). A limit is for the sum of the chosen options' costs of the same name.
+    """Knapsack in which `layer` is each option's layer (O). A limit bounds the sum of the chosen options' costs.
 
-    Of every two sets of options in `equal`, one is chosen from as often as from the other. `gap` is how far from the
-    optimum the loss may be, relative to it.
+    Each two sets of options in `equal` are chosen from equally often. `gap` is the largest relative distance of the
+    loss from the optimum.
     """
 
     layer: NDArray[np.intp]
@@ -56,20 +56,20 @@ class Knapsack:
     gap: float = 1e-4
 
     def best(self, limits: Mapping[str, float]) -> Chosen | None:
-        """The least loss within the limits; None where nothing is within them."""
+        """Return the choice of the least loss within the limits; None if there is none."""
         return self._least(self.loss, limits)
 
     def cheapest(self, cost: str, limits: Mapping[str, float]) -> Chosen | None:
-        """The least of this cost within the limits."""
+        """Return the choice of the least cost of this name within the limits; None if there is none."""
         return self._least(self.costs[cost], limits)
 
     def bound(self, limits: Mapping[str, float]) -> float | None:
-        """No choice within the limits loses less: the optimum where options may be mixed. None: nothing is within."""
+        """Return a lower bound of the loss within the limits, from mixed options; None if nothing is within."""
         mixed = self._mixed(self.loss, limits)
         return None if mixed is None else mixed.least * mixed.unit
 
     def nearest(self, limits: Mapping[str, float]) -> Chosen:
-        """What is over none of the limits times t, for the smallest t."""
+        """Return the choice within the limits times t, for the smallest t."""
         options = len(self.loss)
         often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, np.zeros(len(limits)))
         t = csr_array(np.append(np.zeros(len(self._often)), np.full(len(limits), -UNIT))[:, None])
@@ -83,9 +83,9 @@ class Knapsack:
         return chosen
 
     def _least(self, amount: Floats, limits: Mapping[str, float]) -> Chosen | None:
-        """Tried first on those options that cost least beside the relaxed optimum.
+        """Solve first for the options that cost least beside the relaxed optimum.
 
-        What is found there says which of the others could still be better: an option costs at least its reduced cost.
+        Its result shows which other options could still be better: an option costs at least its reduced cost.
         """
         mixed = self._mixed(amount, limits)
         if mixed is None:
@@ -106,7 +106,7 @@ class Knapsack:
         return chosen
 
     def _mixed(self, amount: Floats, limits: Mapping[str, float]) -> _Mixed | None:
-        """None where nothing is possible. Solved twice: how large the optimum is says how exactly it is to be found."""
+        """Solve the relaxed problem, twice: the optimum's size sets the precision. None if there is no solution."""
         unit = max(float(amount.max()), 1e-30) / UNIT
         for _ in range(2):
             with _stdout_to_stderr():
@@ -129,7 +129,7 @@ class Knapsack:
     def _solve(
         self, amount: Floats, within: LinearConstraint, integral: NDArray[np.int_], bounds: Bounds
     ) -> NDArray[np.intp] | None:
-        """What is chosen of these, for the least amount; None where nothing is within."""
+        """Return the choice of the least amount; None if nothing is within the limits."""
         with _stdout_to_stderr():
             result = milp(
                 amount,
@@ -150,7 +150,7 @@ class Knapsack:
 
     @cached_property
     def _structure(self) -> csr_array:
-        """Rows that say what is chosen how often: one option of each layer, sets of `equal` as often as each other."""
+        """Rows of constraints: one option of each layer, and equal counts for both sets in `equal`."""
         options = len(self.loss)
         one_each = coo_array((np.ones(options), (self.layer, np.arange(options))))
         balance = np.zeros((len(self.equal), options))
@@ -166,7 +166,7 @@ class Knapsack:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints lines for its developers now and then, where a command's results go."""
+    """Send lines that HiGHS prints to stderr, as stdout is for a command's results."""
     if sys.platform == "win32":
         yield
         return

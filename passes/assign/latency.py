@@ -1,4 +1,4 @@
-"""How long layers take in each scheme: as measured, and where nothing was measured by the roofline of the device."""
+"""Estimate the time of layers in each scheme, from profiles, and else from the device's roofline."""
 
 from __future__ import annotations
 
@@ -9,31 +9,29 @@ from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.pipeline.formats.cost import latency_s
-from intaglio.pipeline.formats.layer import admitted_schemes
-from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.formats.layer import Layer, admitted_schemes
+from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.profile import Profile
     from intaglio.pipeline.artifacts.workload import Workload
-    from intaglio.pipeline.formats.layer import Layer
-    from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Device
 
-Roofline: TypeAlias = "Callable[[Layer, LayerScheme], float]"
-"""Seconds."""
+Roofline: TypeAlias = Callable[[Layer, LayerScheme], float]
+"""Function from a layer and a scheme to seconds."""
 
 
 def roofline(workload: Workload, samples: int, device: Device) -> Roofline:
-    """Of the call that denoises so many samples."""
+    """Return the roofline of a call that denoises this many samples."""
     return lambda layer, scheme: latency_s(layer, scheme, math.ceil(workload.rows[layer.name] * samples), device)
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """Seconds by layer and scheme. Without a roofline, a scheme takes what the one nearest to it was measured to take.
+    """Seconds by layer and scheme. Without a roofline, a scheme takes as long as the nearest measured one.
 
-    `measured` has the median over the profiles, by layer name and scheme name; `scale` is how much longer than their
-    rooflines all of them take, for layers that no profile has.
+    `measured` has the median over the profiles, by layer name and scheme name; `scale` is the ratio of all measured
+    times to their rooflines, for layers that no profile has.
     """
 
     measured: Mapping[str, Mapping[str, float]]
@@ -42,7 +40,7 @@ class Latencies:
 
     @classmethod
     def of(cls, profiles: Sequence[Profile], layers: Iterable[Layer], bound: Roofline | None) -> Latencies:
-        """From profiles of plans of these layers, which may be none if there is a roofline."""
+        """Collect the times from profiles of plans of these layers; profiles may be empty if there is a roofline."""
         found: dict[str, dict[str, list[float]]] = {}
         for profile in profiles:
             for name, time in profile.layers.items():
@@ -58,7 +56,7 @@ class Latencies:
         return cls(measured, bound, sum(seconds for *_, seconds in pairs) / least if least else 1.0)
 
     def seconds(self, layer: Layer, scheme: LayerScheme) -> float:
-        """Measured; or the nearest measured scheme's, as much longer as its roofline is; or else the roofline."""
+        """Return the measured time; or the nearest scheme's, scaled by both rooflines; or else the roofline."""
         known = self.measured[layer.name]
         if scheme.name in known:
             return known[scheme.name]
@@ -71,7 +69,7 @@ class Latencies:
         return known[nearest] * self.roofline(layer, scheme) / self.roofline(layer, named[nearest])
 
     def is_measured(self, layer: Layer, scheme: LayerScheme) -> bool:
-        """Whether a profile has this layer in this scheme."""
+        """Return True if a profile has this layer in this scheme."""
         return scheme.name in self.measured[layer.name]
 
 
@@ -80,7 +78,7 @@ def _named(layer: Layer) -> dict[str, LayerScheme]:
 
 
 def _apart(scheme: LayerScheme, other: LayerScheme) -> tuple[int, int, int]:
-    """What makes kernels differ, the most first: products on integers or in float, bits of weights, bits of inputs."""
+    """Distance of two schemes' kernels: first integer or float products, then bits of weights, then of inputs."""
     in_float = [isinstance(each.input, Float) for each in (scheme, other)]
     bits = abs(scheme.weight_bits - other.weight_bits), abs(scheme.input_bits - other.input_bits)
     return in_float[0] != in_float[1], *bits

@@ -87,6 +87,7 @@ class Task:
 
     @property
     def split(self) -> Split:
+        """Return the split of the recorded rows into training and held-out ones."""
         return Split.of(self.count)
 
     @property

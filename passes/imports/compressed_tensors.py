@@ -31,13 +31,13 @@ READ = {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_
 FORMATS = ("int-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
 """Layouts of the codes that are read."""
 SECONDS = 1.0
-"""CPU time for all patterns of names together: they may be such that a match takes for ever."""
+"""CPU seconds for all patterns of names together: a hostile pattern can match forever."""
 MOST_PATTERN = 1000
-"""Characters of one pattern."""
+"""Largest number of characters in one pattern."""
 
 
 class _Args(BaseModel):
-    """How a weight, an input or an output is rounded."""
+    """Arguments that say how a weight, an input or an output is rounded."""
 
     model_config = ConfigDict(strict=True)
 
@@ -50,7 +50,7 @@ class _Args(BaseModel):
 
     @property
     def form(self) -> str:
-        """As messages name it."""
+        """Name of the form in messages."""
         return f"{printable(self.type)[:20]}{shown(self.num_bits)} by {printable(self.strategy)[:20]}"
 
 
@@ -77,7 +77,10 @@ class _Config(BaseModel):
 def read_compressed_tensors(
     tensors: Mapping[str, torch.Tensor], written: Mapping[str, object], module: nn.Module
 ) -> SavedWeights:
-    """`written`: the `quantization_config`; `module`: the model, of which targets name modules and classes."""
+    """Read weights of compressed-tensors.
+
+    `written`: the `quantization_config`; `module`: the model whose modules and classes the targets name.
+    """
     try:
         config = _Config.model_validate(written)
     except ValidationError as error:
@@ -161,7 +164,7 @@ def _codes(parts: Mapping[str, torch.Tensor], bits: int, layer: Layer) -> torch.
 
 
 def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
-    """Inputs by token round as engines for these files do it, whatever the axes in front."""
+    """Return how an input is rounded; token scales are as engines for these files compute them."""
     if args is None:
         return None
     if args.type != "int":
@@ -181,7 +184,7 @@ def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering
 
 
 class _Groups:
-    """Groups of layers, found by what they target: a name, a pattern of names, or a class."""
+    """Groups of layers, found by their targets: a name, a pattern of names, or a class."""
 
     def __init__(self, groups: Iterable[_Group]) -> None:
         self.exact: dict[str, tuple[int, _Group]] = {}
@@ -205,11 +208,11 @@ class _Groups:
         return min(classes, key=lambda found: found[0])[1] if classes else None
 
     def _matches(self, pattern: str, name: str) -> bool:
-        """Whether the name begins with the pattern. Raises RecipeError for what is none, or takes too long."""
+        """Return True if the name begins with the pattern. Raises RecipeError if it is no pattern or takes too long."""
         import regex
 
         where = f"config.json: the target {shown('re:' + pattern)}"
-        # regex writes counted repeats out: one in another takes memory without bound
+        # regex expands counted repeats: nested ones take unbounded memory
         if len(pattern) > MOST_PATTERN or pattern.count("{") > 1 or re.search(r"\{.*\d{3}", pattern):
             raise RecipeError(f"{where} is longer than {MOST_PATTERN} characters, or repeats more than is read")
         started = time.process_time()
@@ -224,7 +227,7 @@ class _Groups:
 
 
 def _unpacked(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """int32 (N, K * bits / 32) -> codes (N, K): in a word the first is lowest, each more by half of the range."""
+    """Unpack int32 (N, K * bits / 32) to codes (N, K); the first code is lowest in a word, all with an offset."""
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)

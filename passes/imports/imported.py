@@ -1,4 +1,4 @@
-"""What passes share that take over a denoiser quantized elsewhere: its integers and scales, exactly or not at all.
+"""Import a denoiser quantized elsewhere: take its integers and scales exactly, or refuse the layer.
 
 Shapes: N out features, K in features, G scales a row, T denoising steps: one entry, as these scales are of no step.
 """
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
 
 GROUPS = (128, 64, 32)
-"""Sizes that a block is split into, the largest that fits."""
+"""Group sizes into which a block can be split; the largest that fits is taken."""
 LISTED_PROBLEMS = 24
-"""Problems of one import that its error lists."""
+"""Largest number of problems of one import that its error lists."""
 NAMED_LAYERS = 24
-"""Layers that a line of the log names."""
+"""Largest number of layers that a line of the log names."""
 SPARSE = 256 * MIB
-"""Bytes up to which it does not matter that most of a file is not there. Weights are no eight times smaller on disk."""
+"""Size in bytes up to which a file may be sparse: real weights are never eight times smaller on disk."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-"""Types of tensors that are numbers in themselves: without a scale, a block or a table."""
+"""Types of tensors whose values need no scale, block or table."""
 
 
 class ImportPass(Pass):
-    """Its files are part of its key: the step runs again when one changes. Nothing in them is run."""
+    """Pass that imports files. Their digests are part of its key, and nothing in them is executed."""
 
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, QUANTIZED})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     path: str
-    sha256: str = Field("", description="of what is read there, as it has to be; empty: as it is")
+    sha256: str = Field("", description="expected sha256 of the files; empty: any")
     _place: Path = PrivateAttr()
 
     @classmethod
@@ -76,6 +76,7 @@ class ImportPass(Pass):
         return {**written, "sha256": found}
 
     def model_post_init(self, context: Mapping[str, Path] | None) -> None:
+        """Keep the path from the folder of the recipe."""
         self._place = _base(context) / self.path
 
     def _outputs(
@@ -113,7 +114,7 @@ class ImportPass(Pass):
         ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
         for reason, names in found.in_float.items():
             ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
-        # one entry: its scales are of no step
+        # one entry, as scales do not depend on the step
         return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
 
 
@@ -122,7 +123,7 @@ def _base(context: Mapping[str, Path] | None) -> Path:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """Of one file its sha256, of several that of their names and sha256s."""
+    """Return the sha256 of one file, or that of the names and sha256s of several."""
     found = {}
     for file in files:
         with open_stream(file) as opened:
@@ -136,16 +137,16 @@ def _digest(files: Iterable[Path]) -> str:
 
 
 class NotCarried(Exception):
-    """Why a layer has no exact form here."""
+    """A layer has no exact form here; the message says why."""
 
 
 class StaysFloat(Exception):
-    """Why a layer is not quantized, which is no fault."""
+    """A layer stays in float, which is no fault; the message says why."""
 
 
 @dataclass(frozen=True)
 class TakenLayers:
-    """The layers' integers by name, and the names of the other layers by reason: in float, or refused."""
+    """Integers of the layers by name, and the names of other layers by the reason why they stay in float or fail."""
 
     taken: dict[str, QuantizedLayerData]
     in_float: dict[str, list[str]]
@@ -174,7 +175,7 @@ def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerD
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:
-    """Raise StaysFloat where the recorded calls never reach the layer: the graph has no product of it."""
+    """Raise StaysFloat if the recorded calls never reach the layer: the graph has no product of it."""
     if layer.name not in trajectory.amax:
         raise StaysFloat("it is never called")
 
@@ -244,7 +245,10 @@ def layer_data(
     entering: Entering | None,
     balance: Balance | None = None,
 ) -> QuantizedLayerData:
-    """Codes (N, K) int8 and scales as they are. Raises NotCarried for what has no exact form."""
+    """Make the data of a layer from codes (N, K) int8 and scales, unchanged.
+
+    Raises NotCarried for a form that is not exact here.
+    """
     import torch
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
@@ -277,7 +281,7 @@ def layer_data(
 
 
 def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
-    """The largest group size that blocks can be split into: several neighbours then have one scale."""
+    """Return the largest group size into which blocks can be split; neighbouring groups then share a scale."""
     block = layer.k // scale_NG.shape[1]
     group = next((size for size in GROUPS if block % size == 0 and size < layer.k), None)
     if group is None:
@@ -286,7 +290,7 @@ def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
 
 
 def _split(scale_NG: torch.Tensor, count: int) -> torch.Tensor:
-    """With `count` scales a row, each as many times as it takes."""
+    """Repeat scales so that each row has `count` of them."""
     return scale_NG.repeat_interleave(count // scale_NG.shape[1], dim=1)
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
 
 ZERO_AMAX = 2.0**-24
-"""A largest magnitude up to which Model Optimizer rounds everything to zero."""
+"""Largest magnitude at which Model Optimizer still rounds everything to zero."""
 USUAL: Mapping[str, object] = {
     "_if_quant": True,
     "_if_calib": False,
@@ -57,7 +57,7 @@ USUAL: Mapping[str, object] = {
     "_use_constant_amax": False,
     "backend": None,
 }
-"""Attributes of a quantizer that mean plain symmetric rounding."""
+"""Attributes of a quantizer that stand for plain symmetric rounding."""
 NOT_A_MODEL = (
     "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), behind"
     " modelopt.torch.quantization.quantize"
@@ -65,18 +65,18 @@ NOT_A_MODEL = (
 
 
 class ImportModelopt(ImportPass):
-    """The model's plan and integers are those of a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
+    """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
     Codes are equal to the bit, scales to a rounding of float32; an input with one scale has it at every timestep. The
-    file is read without running anything from it. What has no exact form here is an error that names it, and so is a
-    weight outside the quantized layers that is not the recipe's model's: the float graph is made from that.
+    file is read without running anything from it. A layer without an exact form here is an error that names it, and
+    so is a weight outside the quantized layers that differs from the recipe's model, which makes the float graph.
     """
 
     name: ClassVar[str] = "import-modelopt"
 
     path: str = Field(description="a file of modelopt.torch.opt.save, beside the recipe")
     ignore: tuple[str, ...] = Field(
-        (), description="quantizers that are left out, such as `*.norm*.input_quantizer`: more exact there than it was"
+        (), description="quantizers to ignore, such as `*.norm*.input_quantizer`: these values stay in float"
     )
 
     @classmethod
@@ -85,7 +85,7 @@ class ImportModelopt(ImportPass):
         return [check_end(place)]
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises RecipeError with everything that the file holds and that cannot be carried over."""
+        """Import the file. Raises RecipeError with everything in it that has no form here."""
         from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], read_modelopt(self._place)
@@ -119,7 +119,7 @@ class ImportModelopt(ImportPass):
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
     def _left_over(self, saved: _Saved, layers: Iterable[Layer]) -> Iterator[str]:
-        """What the file says of quantizers that no layer takes."""
+        """Yield a problem for each quantizer in the file that no layer uses."""
         on = [name for name, q in saved.quantizers.items() if q.on]
         for pattern in self.ignore:
             if not any(fnmatchcase(name, pattern) for name in on):
@@ -141,7 +141,7 @@ class ImportModelopt(ImportPass):
 
 
 class _Facts(BaseModel):
-    """Attributes of a TensorQuantizer that say how it rounds, by the names that Model Optimizer has for them."""
+    """Attributes of a TensorQuantizer that say how it rounds, under Model Optimizer's names."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -154,24 +154,24 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True)
 class _Quantizer:
-    """One TensorQuantizer: its attributes and its buffers."""
+    """TensorQuantizer: its attributes and its buffers."""
 
     facts: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
 
     @property
     def on(self) -> bool:
-        """Whether it rounds. What is no `True` under `_disabled` leaves it on, and is refused with the rest."""
+        """True if it rounds. Anything but `True` under `_disabled` leaves it on, and fails later."""
         return self.facts.get("_disabled", False) is not True
 
     @property
     def dynamic(self) -> bool:
-        """Whether it finds its scales when it is called."""
+        """True if it computes its scales at run time."""
         return self.facts.get("_dynamic") is True
 
     @cached_property
     def how(self) -> _Facts:
-        """How it rounds. Raises NotCarried for attributes of other types than Model Optimizer's."""
+        """Attributes that say how it rounds. Raises NotCarried for types other than Model Optimizer's."""
         try:
             return _Facts.model_validate(dict(self.facts))
         except ValidationError as error:
@@ -182,7 +182,7 @@ class _Quantizer:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What `modelopt.torch.opt.save` wrote: the denoiser's tensors and all quantizers, by name."""
+    """Content of a file of `modelopt.torch.opt.save`: the denoiser's tensors and all quantizers, by name."""
 
     tensors: Mapping[str, torch.Tensor]
     quantizers: Mapping[str, _Quantizer]
@@ -191,7 +191,6 @@ class _Saved:
 
 def read_modelopt(file: Path) -> _Saved:
     """Read a file of `modelopt.torch.opt.save`. Raises RecipeError for all other files; nothing in it is run."""
-
     where = printable(file)
     saved = load_torch_file(file)
     try:
@@ -222,7 +221,7 @@ def read_modelopt(file: Path) -> _Saved:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether this is a dense tensor whose numbers are all in the file, each once."""
+    """Return True for a dense tensor whose values are all in the file, each once."""
     import torch
 
     return (
@@ -234,7 +233,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _ranks(model: DenoiserModel, trajectory: Trajectory, names: Collection[str]) -> dict[str, int]:
-    """How many axes the input of each of these layers has."""
+    """Return the number of axes of each of these layers' inputs."""
     import torch
 
     from intaglio.pipeline.model.calls import denoise_with
@@ -248,7 +247,7 @@ def _ranks(model: DenoiserModel, trajectory: Trajectory, names: Collection[str])
 
 
 def _balance(layer: Layer, entering: _Quantizer | None) -> Balance | None:
-    """What the input is multiplied by, also where its quantizer is off."""
+    """Return the factors on the input, which apply even if its quantizer is off."""
     from intaglio.pipeline.numerics.basis import Balance
 
     if entering is None or not entering.facts.get("_enable_pre_quant_scale", True):
@@ -265,7 +264,7 @@ def _balance(layer: Layer, entering: _Quantizer | None) -> Balance | None:
 
 
 def _check_float(entering: _Quantizer | None, balance: Balance | None) -> None:
-    """Raises NotCarried where a layer with a float weight is not as the model has it."""
+    """Raise NotCarried if a layer with a float weight differs from that of the model."""
     if entering is not None:
         raise NotCarried("a rounded input in front of a float weight: save before fold_weight, or round neither")
     if balance is not None:
@@ -296,7 +295,7 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[int, t
 
 
 def _weight_amax(layer: Layer, quantizer: _Quantizer) -> torch.Tensor:
-    """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried where they are not the layer's."""
+    """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried if they are not the layer's."""
     amax, axis, blocks = _amax("weight", quantizer), quantizer.how.axis, _blocks(quantizer.how)
     count = 1
     if blocks:
@@ -329,7 +328,7 @@ def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
 
 
 def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
-    """Raises NotCarried for what is neither one static scale nor a dynamic one for each token."""
+    """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
     bits, how = _bits("input", quantizer), quantizer.how
     if how.narrow:
         raise NotCarried("an input with narrow_range: its smallest code would be another")

@@ -1,4 +1,4 @@
-"""What files of quantized weights hold, whatever library wrote them.
+"""Define the content of files of quantized weights, for every library.
 
 Shapes: N out features, K in features, G scales a row.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weight:
-    """One layer's codes (N, K) int8, scales (N, G) float32, and how its input is rounded, None where it is not."""
+    """Codes (N, K) int8 of one layer, scales (N, G) float32, and how its input is rounded, None if it is not."""
 
     bits: int
     codes: torch.Tensor
@@ -31,9 +31,9 @@ class Weight:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """What one library wrote: `weights` by module, read when called, which raises NotCarried; `rest` are other tensors.
+    """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest` as it is.
 
-    `problems` are those of the whole.
+    `problems` are those of the files as a whole.
     """
 
     origin: str
@@ -72,7 +72,7 @@ def checked(
 
 
 def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None, what: str) -> None:
-    """Raise NotCarried where a zero point is another than zero, or they are not as many as scales."""
+    """Raise NotCarried if a zero point is another than zero, or they are not as many as scales."""
     if zero_point is None:
         return
     counts = {1} | ({scale.numel()} if scale is not None else set())
@@ -85,7 +85,7 @@ def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None,
 
 
 def by_token(bits: int) -> Entering:
-    """An input that each token's max|x| / 127.5 scales: of b bits (2^b - 1) / 2."""
+    """Return an input scaled by each token's max|x| / ((2^b - 1) / 2), which is 127.5 for 8 bits."""
     import torch
 
     width = _width(bits)
@@ -94,7 +94,7 @@ def by_token(bits: int) -> Entering:
 
 
 def static(bits: int, scale: torch.Tensor | None) -> Entering:
-    """An input with one scale at every step."""
+    """Return an input with one scale at every step."""
     if scale is None or scale.numel() != 1:
         raise NotCarried(f"static input scales {None if scale is None else tuple(scale.shape)}: only one")
     width, found = _width(bits), as_float32("an input scale", scale).reshape(1)

@@ -16,19 +16,19 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import MIB, open_stream, printable
 
 MOST_DIRECTORY = 8 * MIB
-"""Bytes of the list of a zip file's entries: some 80,000 tensors."""
+"""Largest size in bytes of a zip file's list of entries: some 80,000 tensors."""
 MOST_PICKLE = 64 * MIB
 MOST_OPERATIONS = 300_000
-"""Operations of the pickle in a small file: torch takes about one microsecond for each."""
+"""Largest number of pickle operations in a small file: torch takes about one microsecond for each."""
 BYTES_PER_OPERATION = 100
-"""A larger file may have one more operation for each of so many bytes. Large models have one for some 10,000."""
+"""Bytes of a larger file for each further operation; large models have one operation in some 10,000 bytes."""
 MOST_DEPTH = 500
-"""How deep values may be nested: Python hashes a deep tuple without any check of its stack."""
+"""Deepest nesting of values: Python hashes a deep tuple without checking its stack."""
 GLOBALS = re.compile(
     r"collections OrderedDict|(__builtin__|builtins) (slice|set)|torch\._utils _rebuild_(tensor_v[23]|parameter)"
     r"|torch\.storage UntypedStorage|torch (Size|device|\w+Storage|(float|bfloat|u?int|bool|complex)\w*)"
 )
-"""Names that a file may use: those that take no more memory than what the file holds."""
+"""Names that a file may use: they take no more memory than the file holds."""
 END, END64 = struct.Struct("<4s8xLL2x"), struct.Struct("<4s36xQQ")
 LOCATOR = 20
 
@@ -43,7 +43,7 @@ def load_torch_file(path: Path) -> object:
 
     check_torch_file(path)
     with _refused(path), torch.serialization.safe_globals([slice]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are for those who call torch
+        warnings.simplefilter("ignore")  # warnings are for callers of torch
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -75,7 +75,7 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def _check_end(stream: BinaryIO) -> int:
-    """Return the file's size. Raises ValueError where it does not end as a zip file does, or its directory is large."""
+    """Return the file's size. Raises ValueError if it does not end as a zip file does, or its directory is large."""
     size = stream.seek(0, 2)
     stream.seek(-min(size, END.size + LOCATOR + END64.size), 2)
     tail = stream.read()

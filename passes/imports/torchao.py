@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.layer import Layer
 
 NAMES = "tensor_names"
-"""In the metadata of a file: the tensors that it holds in parts or whole. Each has facts under its own name."""
+"""Metadata key of the list of tensors, whole or in parts. Each tensor has facts under its own name."""
 
 
 def read_torchao(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> SavedWeights:
-    """Raises RecipeError for metadata that is not torchao's."""
+    """Read weights of torchao. Raises RecipeError for metadata of another tool."""
     weights, problems = {}, []
     held: set[str] = set()
     try:
@@ -33,10 +33,10 @@ def read_torchao(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
             names = {part: f"{module}._{parameter}_{part}" for part in facts["_tensor_data_names"]}
             held.update(names.values())
             if parameter != "weight":
-                problems.append(f"{printable(name)[:120]}: is quantized, and only weights are here")
+                problems.append(f"{printable(name)[:120]}: is quantized, but only weights can be imported")
                 continue
             if name in tensors:
-                problems.append(f"{printable(name)[:120]}: is there twice, whole and in parts")
+                problems.append(f"{printable(name)[:120]}: is stored twice, whole and in parts")
             parts = {part: tensors[key] for part, key in names.items()}
             weights[module] = partial(_weight, facts["_type"], facts["_data"], parts)
     except DAMAGE as error:

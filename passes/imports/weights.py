@@ -37,11 +37,11 @@ CONFIG = "config.json"
 
 
 class ImportWeights(ImportPass):
-    """The plan and the integers are those of safetensors that compressed-tensors or torchao wrote.
+    """Import the plan and the integers from safetensors that compressed-tensors or torchao wrote.
 
-    Codes and scales of weights are equal to the bit. An input's codes are those of the same float32 scale but for a
-    rounding of it: where a token's scale is its largest magnitude / 127.5, that entry itself lies between two codes.
-    What has no exact form here is an error that names it, and so is what else differs from the recipe's model.
+    Codes and scales of weights are equal to the bit. An input's codes come from the same scale up to one rounding in
+    float32: if a token's scale is its largest magnitude / 127.5, that entry lies exactly between two codes.
+    A layer without an exact form here is an error that names it, and so is any other difference from the model.
     """
 
     name: ClassVar[str] = "import-weights"
@@ -58,12 +58,12 @@ class ImportWeights(ImportPass):
             raise RecipeError(f"{printable(place)}: no *.safetensors in it: name the folder of the denoiser itself")
         config = found[0].with_name(CONFIG)
         for file in found:
-            with open_safetensors(file, framework="np"):  # before all of it is read for its sum
+            with open_safetensors(file, framework="np"):  # checked before the whole file is read for its digest
                 pass
         return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises RecipeError with everything that the files hold and that cannot be carried over."""
+        """Import the files. Raises RecipeError with everything in them that has no form here."""
         from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]

@@ -163,6 +163,7 @@ class MeasureSensitivity(Pass):
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
+        """Measure every pair of a layer and a scheme, or predict those that time does not allow."""
         from intaglio.passes.sensitivity.buckets import bucket_weights, split, sums
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -296,8 +297,11 @@ class MeasureSensitivity(Pass):
         return {layer: found[group] for layer, group in groups.items()}
 
     def _first(self, findings: Findings) -> set[Pair]:
-        """What is measured whatever comes of it: some, evenly from the worst predicted to the least, with which others
-        are compared, and all of which a prediction says nothing."""
+        """Choose the pairs that are always measured.
+
+        They are a sample, evenly spaced from the worst predicted to the least, against which predictions are checked,
+        and all pairs without a prediction.
+        """
         expected = {pair: findings.expected(pair) for pair in findings.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
         unknown = {pair for pair in ordered if expected[pair] == 0 or len(findings.metrics[pair[0]]) > 1}

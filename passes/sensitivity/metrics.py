@@ -62,7 +62,7 @@ class ConditionSwap(_OfView):
         return context.partner is not None and bool(self.view(reference, context).any())
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """y - y[partner]"""
+        """Return y - y[partner]."""
         return output - output[context.partner]
 
 
@@ -74,7 +74,7 @@ class Temporal(_OfView):
         return reference.ndim == 5 and bool(self.view(reference, context).any())
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """y[t + 1] - y[t]"""
+        """Return y[t + 1] - y[t] along the frame axis."""
         return output.diff(dim=context.frame_axis)
 
 

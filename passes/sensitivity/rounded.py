@@ -26,9 +26,9 @@ KEPT_BYTES = 2**28
 
 
 class RoundedLayers:
-    """The layers of a model in every form that is asked for. Scales are fitted once, and weights rounded as long as
-    there is room to keep them; others are rounded for every call.
+    """The layers of a model, rounded to every scheme that is asked for.
 
+    Scales are fitted once. Rounded weights are kept as long as there is room; others are rounded for every call.
     Layers in `balances` are rounded in their basis, whatever the form.
     """
 

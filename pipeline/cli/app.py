@@ -1,4 +1,4 @@
-"""The command `intaglio`: every option of a pass is set in the recipe or with --set, none exists here alone."""
+"""Define the command `intaglio`. Options of a pass are set in the recipe or with --set, and nowhere else."""
 
 import json
 import logging
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import JsonValue, ValidationError
 from typer.core import TyperGroup
 
 from intaglio.pipeline.cli.console import duration, print_json, print_table
@@ -22,6 +21,7 @@ from intaglio.pipeline.cli.options import (
     SetOption,
     StoreOption,
     all_names,
+    changed_recipe,
     json_option,
 )
 from intaglio.pipeline.cli.printing import (
@@ -36,10 +36,8 @@ from intaglio.pipeline.cli.printing import (
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
-from intaglio.pipeline.contract.recipe import Recipe, Step, beside, validation_problems
-from intaglio.pipeline.contract.yaml_text import DEEPEST, read_yaml
 from intaglio.pipeline.entry_points import COMMANDS
-from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, RecipeError, exit_codes, numbered
+from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.output_files import write_output
 from intaglio.pipeline.runs.manifest import Manifest, compiled_folders
@@ -48,14 +46,12 @@ from intaglio.pipeline.runs.runner import StepEvent, compile, plan
 from intaglio.pipeline.runs.store import Store
 
 REPORT_FILE = "report.html"
-MOST_CHANGES = 1000
-"""Times that --set, or --insert, is given."""
 
 
 class _Commands(TyperGroup):
-    """The commands of the core and those of the group `intaglio.commands`.
+    """Commands of the core and of the group `intaglio.commands`.
 
-    A command ends with one message and its exit code where the user can act; the traceback comes with --debug.
+    An error ends a command with one message and an exit code; --debug adds the traceback.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -75,13 +71,13 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # whoever read the output has enough: typer ends quietly
+        except BrokenPipeError:  # the reader of the output has stopped: typer ends quietly
             raise
         except KeyboardInterrupt:
-            goes_on = ": the same command goes on from here" if ctx.invoked_subcommand == "run" else ""
+            goes_on = ": run the same command again to continue" if ctx.invoked_subcommand == "run" else ""
             message, exit_code = f"interrupted{goes_on}", INTERRUPTED
         except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("click", "typer"):  # what they say of the command line
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):  # they report usage errors
                 raise
             if ctx.params["debug"]:
                 traceback.print_exception(error)
@@ -115,15 +111,15 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     app()
 
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from, as a traceback.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Compiles a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group looks at --debug
+    """Compile a diffusion model into quantized ONNX graphs and TensorRT engines."""  # the group reads --debug
 
 
 @app.command("run")
@@ -131,13 +127,13 @@ def run_command(
     recipe: RecipePath,
     set_: SetOption = [],  # noqa: B006 - typer reads it, nothing changes it
     insert: InsertOption = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results, one folder a target.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, json_option("{target: where its results are, and every step}")] = False,
+    as_json: Annotated[bool, json_option("{target: its folder, report and steps}")] = False,
 ) -> None:
-    """Run a recipe. Run again after an interruption, it goes on where it was."""
+    """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
-    changed = _changed(recipe, set_, insert)
+    changed = changed_recipe(recipe, set_, insert)
     folder = Path("build") / recipe.stem if out is None else out
     events: list[StepEvent] = []
 
@@ -158,7 +154,7 @@ def run_command(
 
 @dataclass(frozen=True)
 class _Results:
-    """What a run made for one target; `report` is None where its recipe makes none."""
+    """Results of a run for one target; `report` is None where the recipe makes none."""
 
     folder: str
     report: str | None
@@ -184,8 +180,8 @@ def plan_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("{target: steps}")] = False,
 ) -> None:
-    """Say what a run would take from the store, what it would do, and how long that took before."""
-    planned = plan(_changed(recipe, set_, insert), Store(store), base=recipe.parent)
+    """Show which steps are in the store, which would run, and how long they take."""
+    planned = plan(changed_recipe(recipe, set_, insert), Store(store), base=recipe.parent)
     if as_json:
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
         return
@@ -196,11 +192,12 @@ def plan_command(
 @app.command("doctor")
 def doctor_command(
     imports: Annotated[
-        bool, typer.Option("--imports", help="Import every package, torch too: what is broken is found, in seconds.")
+        bool,
+        typer.Option("--imports", help="Also import every package, to find broken ones (seconds)."),
     ] = False,
-    as_json: Annotated[bool, json_option("all that is found")] = False,
+    as_json: Annotated[bool, json_option("all findings")] = False,
 ) -> None:
-    """Say what is installed here, and what can be done with it. Exits with 1 where nothing can be compiled."""
+    """Show what is installed and what works here. Exits with 1 if nothing can be compiled."""
     from intaglio.pipeline.cli.doctor import examine
 
     found = examine(imports)
@@ -220,9 +217,9 @@ def explain_command(
             metavar="NAME", autocompletion=all_names, help="A pass, target, scheme, rule, metric, artifact."
         ),
     ] = None,
-    as_json: Annotated[bool, json_option("{kind: all that is known}")] = False,
+    as_json: Annotated[bool, json_option("{kind: all facts}")] = False,
 ) -> None:
-    """Say all that is known of a name, or list the names that there are."""
+    """Explain a name, or list all names that can be explained."""
     if name is None:
         kinds = names_by_kind()
         if as_json:
@@ -245,10 +242,10 @@ def explain_command(
 
 @app.command("schema")
 def schema_command(
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"Where it goes, such as {SCHEMA_FILE}.")] = None,
-    as_json: Annotated[bool, json_option("where it was written; the schema itself is JSON in any case")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"Output file, such as {SCHEMA_FILE}.")] = None,
+    as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Print the JSON schema of recipes, by which editors complete and check them."""
+    """Print the JSON schema of recipes, with which editors complete and check them."""
     from intaglio.pipeline.cli.schema import editor_line, recipe_schema
 
     text = json.dumps(recipe_schema(), indent=1) + "\n"
@@ -264,7 +261,7 @@ def schema_command(
 
 @app.command("passes")
 def passes_command(
-    as_json: Annotated[bool, json_option("{pass: all that is known of it, or why it cannot be imported}")] = False,
+    as_json: Annotated[bool, json_option("{pass: all facts, or the reason why it cannot be imported}")] = False,
 ) -> None:
     """List the passes, with their options."""
     found = {name: _described(name) for name in named_passes()}
@@ -282,11 +279,11 @@ def passes_command(
 def targets_command(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="TARGET", autocompletion=target_names, help="One of them, with all facts."),
+        typer.Argument(metavar="TARGET", autocompletion=target_names, help="Target to show with all facts."),
     ] = None,
-    as_json: Annotated[bool, json_option("{target: all that is known of it}")] = False,
+    as_json: Annotated[bool, json_option("{target: all facts}")] = False,
 ) -> None:
-    """List the targets a recipe can name, or say all that is known of one, and where each fact comes from."""
+    """List the targets that a recipe can name, or show all facts of one target with their sources."""
     targets = [load_target(each) for each in (target_names() if name is None else [name])]
     if as_json:
         print_json({target.name: target.model_dump(mode="json") for target in targets})
@@ -299,10 +296,10 @@ def targets_command(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="One target of what a run wrote, or all of it.")],
-    as_json: Annotated[bool, json_option("{folder: what departs}")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
+    as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:
-    """Say whether every file is the one that the run delivered, by its manifest. Exits with 1 where one is not."""
+    """Compare every file with the manifest of the run. Exits with 1 if one is missing, changed or added."""
     found = {each: list(Manifest.read(each).departures(each)) for each in compiled_folders(folder)}
     if as_json:
         print_json({str(each): problems for each, problems in found.items()})
@@ -337,41 +334,8 @@ def _log_step(event: StepEvent) -> None:
     logging.getLogger(__name__).info("%s %d/%d %s %s", place.target, place.position, place.count, place.step, what)
 
 
-def _changed(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
-    """The recipe with what the command line says otherwise."""
-    recipe = Recipe.read(path)
-    for option, given in (("--insert", inserts), ("--set", sets)):
-        if len(given) > MOST_CHANGES:
-            raise RecipeError(f"{option}: given {len(given)} times, at most {MOST_CHANGES}: write it in the recipe")
-    for text in inserts:
-        place, equals, uses = text.partition("=")
-        named = f"--insert {_brief(text)}"
-        if not (place.startswith("after:") and equals and uses):
-            raise RecipeError(f"{named}: write it as after:STEP=PASS")
-        try:
-            step = Step.model_validate(beside(uses, path.parent))
-        except ValidationError as error:
-            raise RecipeError(*(f"{named}: {each}" for each in validation_problems(error, Step))) from error
-        recipe = recipe.insert(step, after=place.removeprefix("after:"))
-    for text in sets:
-        place, equals, value = text.partition("=")
-        named = f"--set {_brief(text)}"
-        step_name, *option_path = place.split(".")
-        if not (equals and option_path and all(option_path)):
-            raise RecipeError(f"{named}: write it as STEP.FIELD=VALUE")
-        if len(option_path) > DEEPEST:
-            raise RecipeError(f"{named}: an option {len(option_path)} names deep, the most that is read is {DEEPEST}")
-        parsed: JsonValue = read_yaml(value, named)  # type: ignore[assignment]  # plain values
-        recipe = recipe.with_option(step_name, tuple(option_path), parsed)
-    return recipe
-
-
-def _brief(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _described(name: str) -> Explanation | str:
-    """Or why it cannot be imported."""
+    """Explain a pass, or return the reason why it cannot be imported."""
     try:
         return explain_pass(name)
     except IntaglioError as error:

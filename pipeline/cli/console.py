@@ -1,4 +1,4 @@
-"""Prints tables, figures and durations on the terminal."""
+"""Print tables, figures and durations on the terminal."""
 
 import json
 import sys
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from intaglio.pipeline.files import printable
 
 WIDE = 10_000
-"""Characters of a line where nobody's terminal ends."""
+"""Line width in characters for output that is no terminal."""
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table as wide as the terminal; where the output is no terminal, as wide as its content."""
     from rich import box
     from rich.console import Console
     from rich.table import Column, Table
@@ -29,7 +30,7 @@ def print_json(content: object) -> None:
 
 
 def figure(found: object) -> str:
-    """Of metrics.json."""
+    """Write a value of metrics.json as text."""
     match found:
         case float():
             return f"{found:.4g}"
@@ -40,6 +41,7 @@ def figure(found: object) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Write seconds as `12.3 s` or `4.5 min`, and `?` where they are not known."""
     if seconds is None:
         return "?"
     return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -116,7 +116,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_features() -> dict[str, bool] | None:
-    """Those on which the speed and the choice of 8-bit kernels depend."""
+    """Return the CPU features that affect the speed and the choice of 8-bit kernels."""
     flags = set(_cpu_info().get("flags", "").split())
     if not flags:
         return None
@@ -129,7 +129,7 @@ def _cpu_features() -> dict[str, bool] | None:
 
 
 def _cpu_info() -> dict[str, str]:
-    """Of the first core, as Linux tells."""
+    """Return the facts that Linux gives about the first core."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""All that is known of a name: a pass, a target, a scheme, a rule of `lint`, a metric or an artifact."""
+"""Explain a name: a pass, a target, a scheme, a lint rule, a metric or an artifact."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -28,12 +28,12 @@ from intaglio.pipeline.runs.registry import (
 from intaglio.pipeline.runs.runner import installed_version
 
 Facts: TypeAlias = dict[str, Any]
-"""What JSON can hold."""
+"""Facts that JSON can hold."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a name means, in words and then as facts."""
+    """Meaning of a name, in words and then as facts."""
 
     kind: str
     name: str
@@ -41,15 +41,15 @@ class Explanation:
     facts: Facts
 
     def to_json(self) -> Facts:
-        """All of it."""
+        """Return the explanation as JSON."""
         return asdict(self)
 
     def option_lines(self) -> Iterator[str]:
-        """Of a pass: `name: type = default  description`."""
+        """Yield a line for each option of a pass: `name: type = default  description`."""
         yield from (f"{name}: {_in_a_line(option)}" for name, option in self.facts["options"].items())
 
     def lines(self) -> Iterator[str]:
-        """As text: what is a sentence or a list beside its heading, what has names of its own below it."""
+        """Yield the explanation as text: short facts beside their heading, facts with names of their own below it."""
         yield f"{self.name}: {self.kind}"
         yield ""
         yield from self.doc.splitlines()
@@ -66,7 +66,7 @@ class Explanation:
 
 
 def explain(name: str) -> tuple[Explanation, ...]:
-    """One for each kind of thing that has this name. Raises RecipeError where there is none."""
+    """Return an explanation for each kind of thing with this name. Raises RecipeError if there is none."""
     if ":" in name:  # a pass by its file or its module
         return (explain_pass(name),)
     found = tuple(describe(name) for names, describe in KINDS.values() if name in names())
@@ -77,7 +77,7 @@ def explain(name: str) -> tuple[Explanation, ...]:
 
 
 def names_by_kind() -> dict[str, list[str]]:
-    """All that can be explained."""
+    """Return all names that can be explained, by kind."""
     return {kind: list(names()) for kind, (names, _) in KINDS.items()}
 
 
@@ -97,7 +97,7 @@ def _in_a_line(fact: object) -> str:
 
 
 def explain_pass(name: str) -> Explanation:
-    """By its name or as a recipe written here names it. Raises what `find_pass` does."""
+    """Explain a pass by its name, or by its file or module as a recipe here names it. Raises as `find_pass` does."""
     found = find_pass(name, Path())
     kind = found.pass_class
     facts: Facts = {
@@ -115,7 +115,7 @@ def explain_pass(name: str) -> Explanation:
 
 
 def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Facts]]:
-    """Those of a model that is an option itself come behind it: `budget`, `budget.size`."""
+    """Yield the options of a pass; options inside an option follow it: `budget`, `budget.size`."""
     for name, info in model.model_fields.items():
         option: Facts = {"type": _type_name(info.annotation), "description": info.description or ""}
         if not info.is_required():
@@ -126,7 +126,7 @@ def _options(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fa
 
 
 def _type_name(annotation: object) -> str:
-    """`tuple[int, ...]`, `Budget`, `'device' | 'host'`"""
+    """Write a type as a recipe's author reads it: `tuple[int, ...]`, `Budget`, `'device' | 'host'`."""
     inner = get_args(annotation)
     match get_origin(annotation):
         case None:
@@ -153,7 +153,7 @@ def _of_rule(name: str) -> Explanation:
 
 
 _SHAPES: Mapping[OpKind, tuple[int, ...]] = {"linear": (64, 1280), "conv": (64, 128, 3, 3)}
-"""Of layers that every scheme fits which there is for their kind."""
+"""Shapes of sample layers for which every scheme of their kind is possible."""
 
 
 def _of_scheme(name: str) -> Explanation:
@@ -163,7 +163,7 @@ def _of_scheme(name: str) -> Explanation:
     targets = [load_target(target) for target in target_names()]
     runs = {op: [t.name for t in targets if name in t.formats[op]] for op in found}
     facts: Facts = {"weight": _weight(scheme), "input": _input(scheme), "output": _output(scheme)}
-    facts["measured"] = "where a recipe names none" if name in USUAL_SCHEMES else "where sensitivity.schemes names it"
+    facts["measured"] = "if a recipe names no schemes" if name in USUAL_SCHEMES else "if sensitivity.schemes names it"
     return Explanation("scheme", name, _doc(LayerScheme), {**facts, "runs on": runs})
 
 
@@ -238,4 +238,4 @@ KINDS: Mapping[str, tuple[Callable[[], Collection[str]], Callable[[str], Explana
     "metrics": (named_metrics, _of_metric),
     "artifacts": (_keys, _of_artifact),
 }
-"""By kind, which names there are, and what explains one."""
+"""Names of each kind, and the function that explains one."""

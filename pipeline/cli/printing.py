@@ -1,4 +1,4 @@
-"""How results are shown on a terminal."""
+"""Print results on a terminal."""
 
 import logging
 import sys
@@ -13,7 +13,7 @@ from intaglio.pipeline.runs.machine import Found, Machine
 from intaglio.pipeline.runs.runner import PlannedStep
 
 LONGEST_PROBLEM = 8000
-"""Characters of one problem in a message."""
+"""Largest number of characters of one problem in a message."""
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:
@@ -33,7 +33,7 @@ def shortened(problem: str) -> str:
 
 
 class EscapedFormatter(logging.Formatter):
-    """Formats log lines with what a terminal would obey written as escapes."""
+    """Format log lines with control characters written as escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or the lines of a traceback."""
@@ -41,6 +41,7 @@ class EscapedFormatter(logging.Formatter):
 
 
 def print_machine(machine: Machine) -> None:
+    """Print what this machine has: processor, memory, GPUs."""
     features = machine.cpu_features
     known = "features not known" if features is None else " ".join(n for n, there in features.items() if there) or "-"
     memory = "not known" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.1f} GB"
@@ -68,6 +69,7 @@ def print_machine(machine: Machine) -> None:
 
 
 def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
+    """Return the row of one step for the table of `--plan`."""
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
     if step.seconds is not None:
         held = "" if step.peak_bytes is None else f"{step.peak_bytes / 1e9:.1f} GB"
@@ -76,7 +78,7 @@ def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
 
 
 def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
-    """A row for each device, and one where there is none."""
+    """Yield a row for each device of a target, or one row if it lists none."""
     formats = (_in_short(target.formats[op]) for op in ("linear", "conv"))
     about: tuple[str, ...] = (target.name, str(target.opset_max), *formats)
     for device in target.devices:
@@ -88,12 +90,13 @@ def target_rows(target: Target) -> Iterator[tuple[str, ...]]:
 
 
 def _in_short(schemes: Sequence[str]) -> str:
-    """By weight and input alone: `w8a8_token, w8a8s_step` -> `w8a8`"""
+    """Return weights and inputs alone: `w8a8_token, w8a8s_step` -> `w8a8`."""
     known = known_schemes()
     return " ".join(dict.fromkeys(known[name].label for name in schemes if known[name] != FLOAT))
 
 
 def print_target(target: Target) -> None:
+    """Print a target: its runtime, its limits, its formats and the sources of its facts."""
     limits = target.limits
     lines = [
         f"{target.name}: {target.description}",

@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, with every pass and its options, so that an editor completes and checks them."""
+"""Make the JSON schema of recipes, with every pass and its options, for editors."""
 
 from typing import Any, TypeAlias
 
@@ -13,18 +13,18 @@ from intaglio.pipeline.runs.registry import pass_classes
 Schema: TypeAlias = dict[str, Any]
 
 FILE = "recipe.schema.json"
-"""Its usual name, beside recipes."""
+"""Usual name of the schema's file, beside recipes."""
 OTHER_PASS = {"type": "string", "pattern": r"^[^:]+(\.py)?:\w+$"}
-"""`./file.py:Class` or `package.module:Class`."""
+"""Schema of a pass outside the named ones: `./file.py:Class` or `package.module:Class`."""
 
 
 def editor_line(file: str) -> str:
-    """The comment that names the schema to language servers for YAML."""
+    """Return the comment that names the schema to language servers for YAML."""
     return f"# yaml-language-server: $schema={file}"
 
 
 def recipe_schema() -> Schema:
-    """Of what `Recipe` and the named passes take, in each spelling. A pass that cannot be imported takes anything."""
+    """Return the schema of recipes in every spelling. A pass that cannot be imported accepts any options."""
     passes = pass_classes()
     models: list[type[BaseModel]] = [Recipe, *(kind for kind in passes.values() if kind is not None)]
     places, content = models_json_schema([(model, "validation") for model in models])
@@ -44,12 +44,12 @@ def _required(kind: type[Pass]) -> list[str]:
 
 
 def _step(options: Schema, alone: list[str]) -> Schema:
-    """`name`, `name: {options}`, or the fields uses, name and options."""
+    """Return the schema of a step: `name`, `name: {options}`, or the fields uses, name and options."""
     free: Schema = {"type": ["object", "null"]}
     named = {name: {"anyOf": [found, {"type": "null"}]} if name in alone else found for name, found in options.items()}
     fields: Schema = {
         "uses": {"anyOf": [{"enum": list(options)}, OTHER_PASS]},
-        "name": {"type": "string", "description": "of the step, where a pass is used twice"},
+        "name": {"type": "string", "description": "name of the step, needed if a pass is used twice"},
         "options": free,
     }
     rules = [

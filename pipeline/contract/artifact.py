@@ -1,4 +1,4 @@
-"""Artifacts are what passes exchange; keys name them; a state holds the ones a step may read."""
+"""Define artifacts, which passes exchange, their keys, and the state that a step may read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,12 +9,17 @@ from intaglio.pipeline.errors import ContractError
 
 
 class Artifact(Protocol):
-    """Its whole content is the files `save` writes: equal content means equal bytes, so nothing may depend on a set."""
+    """Value that passes exchange. Its content is the files that `save` writes; equal content means equal bytes.
 
-    def save(self, root: Path) -> None: ...
+    Nothing that is saved may depend on the order of a set.
+    """
+
+    def save(self, root: Path) -> None:
+        """Write the artifact to files in a folder."""
 
     @classmethod
-    def load(cls, root: Path) -> Self: ...
+    def load(cls, root: Path) -> Self:
+        """Read the artifact from the files that `save` wrote."""
 
 
 A = TypeVar("A", bound=Artifact)
@@ -23,7 +28,7 @@ A_co = TypeVar("A_co", bound=Artifact, covariant=True)
 
 @dataclass(frozen=True)
 class Key(Generic[A_co]):
-    """The name of one artifact in a chain. The files of a published one are delivered to the user."""
+    """Name of one artifact in a chain. The files of a published artifact are delivered to the user."""
 
     name: str
     type: type[A_co]
@@ -38,7 +43,7 @@ Outputs: TypeAlias = Mapping[AnyKey, Artifact]
 
 
 class State(Mapping[AnyKey, Artifact]):
-    """What one step may read: exactly what it requires, each its own copy."""
+    """Artifacts that one step may read: exactly those that it requires, each a copy of its own."""
 
     def __init__(self, artifacts: Mapping[AnyKey, Artifact], *, reader: str) -> None:
         self._artifacts = dict(artifacts)

@@ -1,4 +1,4 @@
-"""What a running step gets from its surroundings: scratch space, seeded generators, a device, a log, a progress bar."""
+"""Give a running step its scratch space, seeded generators, device, log and progress bar."""
 
 import hashlib
 import json
@@ -20,45 +20,45 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Advance: TypeAlias = Callable[..., None]
-"""advance(n: int = 1)"""
+"""Function that moves a progress bar by n: advance(n: int = 1)."""
 
 LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Context:
-    """The only way to randomness, to the device and to the terminal: a pass that uses it alone can be repeated."""
+    """Only source of randomness, device and terminal for a pass: a pass that uses nothing else is repeatable."""
 
     scratch: Path
-    """Kept when the run is killed and found again by the same step; removed when the step succeeds."""
+    """Folder for checkpoints: kept if the run is killed, found again by the same step, removed when it succeeds."""
     seed: int | None = 0
-    """None for a pass that does not declare `random`."""
+    """Seed of the recipe; None for a pass that does not declare `random`."""
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("intaglio"))
     processes: Processes = field(default_factory=Processes)
-    """Those that run the step together; more than one only for a pass that is `shared`."""
+    """Processes that run the step together; more than one only for a `shared` pass."""
 
     @cached_property
     def device(self) -> str:
-        """ "cuda" where torch finds a GPU, else "cpu"."""
+        """Return "cuda" if torch finds a GPU, else "cpu"."""
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def rng(self, *labels: str | int) -> "numpy.random.Generator":
-        """A generator that depends on the recipe's seed and the labels, on nothing else."""
+        """Return a generator that depends only on the recipe's seed and the labels."""
         import numpy
 
         return numpy.random.default_rng(self._entropy(labels))
 
     def torch_rng(self, *labels: str | int) -> "torch.Generator":
-        """As `rng`, on the CPU."""
+        """Return a torch generator on the CPU, seeded as in `rng`."""
         import torch
 
         return torch.Generator().manual_seed(self._entropy(labels) % 2**63)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Advance]:
-        """Yields `advance(n=1)`. A bar on a terminal, elsewhere a log line now and then; of the first process alone."""
+        """Yield `advance(n=1)`: a progress bar on a terminal, else a log line every 10 s; only in the first process."""
         if not self.processes.first:
             yield lambda n=1: None
             return
@@ -87,7 +87,7 @@ class Context:
 
 @cache
 def terminal() -> "Console":
-    """The one console that bars and log lines share, on stderr: results alone go to stdout."""
+    """Return the console on stderr that bars and log lines share; stdout is for results."""
     from rich.console import Console
 
     return Console(stderr=True)

@@ -1,4 +1,4 @@
-"""How far an output is from full precision's: what layers are ranked by.
+"""Define metrics, which measure the error of an output against full precision and rank layers by it.
 
 A metric is an entry point of the group `intaglio.metrics`. Shapes: R rows of a call.
 """
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric may know of the rows beside their outputs.
+    """Facts about the rows that a metric may use beside their outputs.
 
     `partner` (R,) is, for each row, the row with the same sample and timestep under another condition, or under none;
-    None where rows have no such partner. `frame_axis` is the one of frames where outputs have five axes.
+    None if rows have no such partner. `frame_axis` is the axis of frames in outputs with five axes.
     """
 
     partner: torch.Tensor | None = None
@@ -25,10 +25,10 @@ class MetricContext:
 
 
 class Metric(Protocol):
-    """Zero for equal outputs. Deterministic."""
+    """Error of outputs against a reference: zero for equal outputs, and deterministic."""
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """Whether outputs like these have what it looks at."""
+        """Return True if the metric is defined for outputs like these."""
 
     def compare(self, output: torch.Tensor, reference: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """The error of each row, (R,)."""
+        """Return the error of each row, (R,)."""

@@ -1,4 +1,4 @@
-"""What a pass is: its own options, what it reads, what it returns."""
+"""Define the base class of passes: its options, its inputs and its outputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rule(Protocol):
-    """What `intaglio explain` says of one rule that a pass checks."""
+    """One rule that a pass checks, as `intaglio explain` shows it."""
 
     @property
     def name(self) -> str:
@@ -23,15 +23,15 @@ class Rule(Protocol):
 
     @property
     def level(self) -> str:
-        """How grave a finding is."""
+        """Severity of a finding."""
 
     @property
     def finds(self) -> str:
-        """What it looks for."""
+        """Fault that the rule looks for."""
 
     @property
     def fix(self) -> str:
-        """What to do about a finding."""
+        """Advice on a finding."""
 
     @property
     def why(self) -> str:
@@ -39,34 +39,34 @@ class Rule(Protocol):
 
 
 class Pass(BaseModel, ABC):
-    """An instance is its own configuration. Equal options, equal inputs and an equal seed give equal outputs."""
+    """One pass with its options. Equal options, equal inputs and an equal seed give equal outputs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    """Same input, other output: raise it."""
+    """Version of the pass: raise it whenever the same input gives another output."""
     requires: ClassVar[frozenset[AnyKey]]
     wants: ClassVar[frozenset[AnyKey]] = frozenset()
-    """What it reads beside, where a step before it provides that: `key in state` tells."""
+    """Optional inputs, read if an earlier step provides them; test with `key in state`."""
     provides: ClassVar[frozenset[AnyKey]]
     random: ClassVar[bool] = False
-    """May use ctx.rng and ctx.torch_rng; then the seed is part of the cache key."""
+    """True if the pass uses ctx.rng or ctx.torch_rng; then the seed is part of the cache key."""
     shared: ClassVar[bool] = False
-    """All processes of a run take part, each does its share (`ctx.processes`), and each returns the whole outputs."""
+    """True if all processes of a run do a share (`ctx.processes`) and each returns the whole outputs."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Distributions whose version is part of the cache key."""
+    """Distributions whose versions are part of the cache key."""
 
     @classmethod
     def applies(cls, target: "Target") -> bool:
-        """Whether the step belongs to the chain of this target."""
+        """Return True if the step belongs to the chain of this target."""
         return True
 
     def check(self, target: "Target") -> None:
-        """Holds the options against the target, before anything runs. Raises RecipeError or TargetError."""
+        """Check the options against the target before anything runs. Raises RecipeError or TargetError."""
 
     def forward_rows(self, model: "ModelCost") -> int | None:
-        """Forward rows of the denoiser that it computes, to estimate its time; None: its time does not go by rows."""
+        """Return the number of denoiser rows that the pass computes, to estimate its time; None if unknown."""
         return None
 
     @classmethod

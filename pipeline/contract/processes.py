@@ -1,4 +1,4 @@
-"""Several processes that make one result together: those that `accelerate launch` or `torchrun` started.
+"""Let several processes, started by `accelerate launch` or `torchrun`, make one result together.
 
 They share a store on one file system. Shapes: P processes.
 """
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: as long as the longest step that the first one does alone."""
+"""Longest time that a process waits for others: the first one may do a long step alone."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others. Every method but the properties is called by all of them, in the same order."""
+    """This process among the others. All processes call every method, except properties, in the same order."""
 
     index: int = 0
     count: int = 1
     device: str = "cpu"
-    """Where tensors are while the processes exchange them."""
+    """Device of tensors while the processes exchange them."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """True for the process that writes files and logs."""
         return self.index == 0
 
     def share(self, total: int) -> slice:
-        """The part of a sequence that is this process's: in order of the processes, the parts are the sequence."""
+        """Return this process's part of a sequence; the parts in the order of the processes are the sequence."""
         return slice(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def agree(self, value: T) -> T:
-        """What the first process says."""
+        """Return the first process's value in every process."""
         if self.count == 1:
             return value
         import torch.distributed as dist
@@ -49,7 +49,7 @@ class Processes:
         return said[0]  # type: ignore[return-value]  # the first one's value has taken its place
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, P values in their order."""
+        """Return the values of all processes, P values in their order."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -59,7 +59,7 @@ class Processes:
         return found
 
     def add(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Every tensor becomes the sum of those that the processes have in its place. Changes `tensors`."""
+        """Replace every tensor by its sum over the processes. Changes `tensors`."""
         if self.count == 1 or not tensors:
             return
         import torch
@@ -73,7 +73,7 @@ class Processes:
 
 @cache
 def processes() -> Processes:
-    """The processes of this run: one, unless a launcher started it."""
+    """Return the processes of this run: one, unless a launcher started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     import torch

@@ -1,4 +1,4 @@
-"""What the user wrote: a model, targets, a seed and the steps in order."""
+"""Define the recipe that a user writes: a model, targets, a seed and the steps in order."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from intaglio.pipeline.model.ref import ModelRef
 
 MOST_TARGETS, MOST_STEPS = 100, 1000
 LISTED_PROBLEMS = 50
-"""Problems of one recipe that a message lists."""
+"""Largest number of problems of one recipe that a message lists."""
 
 
 def _as_name(text: str) -> str:
@@ -38,7 +38,7 @@ Name: TypeAlias = Annotated[str, Field(max_length=1000), AfterValidator(_as_name
 
 
 class Step(BaseModel):
-    """One use of a pass, written as its name, with options, or with all three fields.
+    """Use of a pass in a recipe, written as its name, with options, or with all three fields.
 
     >>> Step.model_validate({"calibrate": {"samples": 8}})
     Step(name='calibrate', uses='calibrate', options={'samples': 8})
@@ -47,7 +47,7 @@ class Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Name
-    """The pass name unless given: `assign`; `keep-first` for `./my.py:KeepFirst`."""
+    """Name of the step, by default that of the pass: `assign`; `keep-first` for `./my.py:KeepFirst`."""
     uses: Name
     options: Mapping[str, JsonValue] = Field(default_factory=dict)
 
@@ -67,14 +67,14 @@ class Step(BaseModel):
         return {"name": default_step_name(str(spelled["uses"])), **spelled}
 
     def written(self) -> object:
-        """The shortest spelling that reads back as this step."""
+        """Return the shortest spelling that reads back as this step."""
         if self.name != default_step_name(self.uses):
             return self.model_dump(mode="json")
         return {self.uses: dict(self.options)} if self.options else self.uses
 
 
 class Recipe(BaseModel):
-    """Syntax only: whether the passes exist, fit together and fit the targets is found by `bind`."""
+    """Recipe whose syntax is valid; `bind` checks that its passes exist and fit each other and the targets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -114,12 +114,12 @@ class Recipe(BaseModel):
         return cls.parse(read_text(path, most=4 * MOST_CHARACTERS), source=printable(path))
 
     def insert(self, step: Step, *, after: str) -> Self:
-        """A recipe with one more step."""
+        """Return a recipe with one more step."""
         position = self._position(after) + 1
         return self.model_copy(update={"steps": (*self.steps[:position], step, *self.steps[position:])})
 
     def with_option(self, step: str, path: tuple[str, ...], option: JsonValue) -> Self:
-        """A recipe where one option of one step, at any depth, is another.
+        """Return a recipe with another value for one option of one step, at any depth.
 
         >>> recipe = Recipe.parse("{model: models/dit, targets: [tensorrt-rtx], steps: [assign: {front: 8}]}")
         >>> recipe.with_option("assign", ("budget", "size"), 0.3).steps[0].options
@@ -131,7 +131,7 @@ class Recipe(BaseModel):
         return self.model_copy(update={"steps": (*self.steps[:position], changed, *self.steps[position + 1 :])})
 
     def to_yaml(self) -> str:
-        """`Recipe.parse(recipe.to_yaml()) == recipe`"""
+        """Write the recipe as YAML, from which `Recipe.parse` makes an equal recipe."""
         fields = self.model_dump(mode="json", exclude={"steps"})
         return yaml.safe_dump({**fields, "steps": [step.written() for step in self.steps]}, sort_keys=False, width=120)
 
@@ -143,7 +143,7 @@ class Recipe(BaseModel):
 
 
 def default_step_name(uses: str) -> str:
-    """The pass's own name, or that of its class in kebab-case.
+    """Return the name of the pass, or that of its class in kebab-case.
 
     >>> default_step_name("assign"), default_step_name("./my.py:KeepFirst")
     ('assign', 'keep-first')
@@ -153,7 +153,10 @@ def default_step_name(uses: str) -> str:
 
 
 def beside(reference: str, folder: Path) -> str:
-    """`file.py:name` as a recipe in `folder` names it, given relative to where the command runs; others as they are."""
+    """Return `file.py:name`, given relative to the current folder, as a recipe in `folder` names it.
+
+    Other references stay as they are.
+    """
     file, _, name = reference.rpartition(":")
     if not file.endswith(".py"):
         return reference
@@ -180,16 +183,16 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
 
 
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> set[str]:
-    """Names of the options at this place in a model: in it, or in what its fields hold."""
+    """Return the names of the options at this place in a model."""
     there = {model}
-    for part in path:  # the place in a list and the key of a mapping are of the same model
+    for part in path:  # list indices and mapping keys stay in the same model
         fields = [inner.model_fields[part] for inner in there if part in inner.model_fields]
         there = {inner for field in fields for inner in _models(field.annotation)} if fields else there
     return {name for inner in there for name in inner.model_fields}
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:
-    """Those that a type is made of."""
+    """Yield the models in a type."""
     if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -1,4 +1,4 @@
-"""The record of one step that succeeded."""
+"""Define the record of one step that succeeded."""
 
 from collections.abc import Mapping
 from typing import Annotated, TypeAlias
@@ -9,15 +9,15 @@ DIGEST = "[0-9a-f]{64}"
 
 
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
-"""A sha256 in hexadecimal digits. Anything else could lead out of the store, as digests become paths."""
+"""Digest: a sha256 in hexadecimal digits, as digests become paths in the store."""
 
 
 MOST_SECONDS = 1e9
-"""A step that took longer, 30 years, is none that was measured."""
+"""Longest plausible duration of a step: 30 years."""
 
 
 class RunRecord(BaseModel):
-    """One step that succeeded: what it was made from, what came out, and how long it took."""
+    """Record of one step that succeeded: its inputs, its outputs, and its duration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,9 +25,9 @@ class RunRecord(BaseModel):
     origin: str
     key: Digest
     ingredients: str
-    """The JSON text that `key` is the sha256 of."""
+    """JSON text whose sha256 is `key`."""
     outputs: Mapping[str, Digest]
-    """Key name -> digest."""
+    """Digest of each output, by key name."""
     seconds: float = Field(ge=0, le=MOST_SECONDS)
     peak_bytes: int | None = Field(None, ge=0, lt=1 << 63)
-    """The most memory that the process held at once, what it held before among it; None where that is not known."""
+    """Peak memory of the process in bytes, including memory held before the step; None if unknown."""

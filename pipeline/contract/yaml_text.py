@@ -1,4 +1,4 @@
-"""Reads YAML that anyone may have written, in bounded time and memory."""
+"""Read YAML from any author in bounded time and memory."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ from intaglio.pipeline.files import printable
 
 MOST_CHARACTERS = 1 << 18
 MOST_VALUES = 30_000
-"""Counted as often as aliases repeat them."""
+"""Largest number of values, counted as often as aliases repeat them."""
 DEEPEST = 50
 LONGEST_NUMBER = 100
-"""Characters of a number."""
+"""Largest number of characters in a number."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
 _MERGE = "tag:yaml.org,2002:merge"
@@ -43,9 +43,9 @@ def read_yaml(text: str, source: str) -> object:
 
 
 def _too_much(text: str) -> str | None:
-    """Say what would take long, or all memory, to spell out."""
+    """Describe content that would take too much time or memory to expand; None if there is none."""
     known: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values so far of what encloses the event
+    open_: list[tuple[str | None, int]] = [(None, 0)]  # anchor and number of values of each enclosing node
     for event in yaml.parse(text, Loader=_LOADER):
         values, anchor = 0, None
         if isinstance(event, yaml.CollectionStartEvent):
@@ -56,7 +56,7 @@ def _too_much(text: str) -> str | None:
             anchor, values = event.anchor, 1
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor in (each for each, _ in open_):
-                return f"&{printable(event.anchor)} has itself in it"
+                return f"&{printable(event.anchor)} contains itself"
             values = known.get(str(event.anchor), 0)
         if anchor is not None:
             known[anchor] = values
@@ -71,7 +71,7 @@ def _too_much(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Values:
-    """Makes values of YAML's nodes, and refuses what a recipe has no use for, by its place."""
+    """Make values from YAML nodes, and refuse with their place those that no recipe needs."""
 
     source: str
 
@@ -85,7 +85,7 @@ class _Values:
         if isinstance(node, yaml.ScalarNode) and tag in _SCALARS:
             return self._scalar(node, tag, place)
         if tag == "timestamp":
-            raise self._error("a date, where text is meant: write it in quotes", node, place)
+            raise self._error("a date instead of text: put it in quotes", node, place)
         problem = f"the tag {printable(node.tag)[:80]} is not read: write text, numbers, lists, names"
         raise self._error(problem, node, place)
 
@@ -101,10 +101,10 @@ class _Values:
                 continue
             if key.tag != f"{_TAG}str":
                 said = printable(key.value)[:80] if isinstance(key, yaml.ScalarNode) else "what stands here"
-                raise self._error(f"{said} is no name: write names in quotes where they are like numbers", key, place)
+                raise self._error(f"{said} is no name: put names that look like numbers in quotes", key, place)
             name = str(self.read(key, place))
             if name in own:
-                raise self._error("is there twice", key, (*place, name))
+                raise self._error("is given twice", key, (*place, name))
             own[name] = self.read(value, (*place, name))
         return merged | own
 

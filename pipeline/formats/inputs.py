@@ -23,14 +23,14 @@ class Float(Value):
 
 
 class PerToken(Value):
-    """x: (..., K) -> scale: (..., 1), measured when it runs"""
+    """One scale for each token, x: (..., K) -> scale: (..., 1), measured at run time."""
 
     label: ClassVar[str] = "token"
     kind: Literal["per_token"] = "per_token"
 
 
 class PerStep(Value):
-    """x: (...) -> scale: (), from a table with one entry a denoising step"""
+    """One scale for each denoising step, x: (...) -> scale: (), from a table."""
 
     label: ClassVar[str] = "step"
     kind: Literal["per_step"] = "per_step"

@@ -73,7 +73,7 @@ WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weig
 
 
 class LayerScheme(Value):
-    """How one layer computes: the format of its weight, of its input, and of the product without its bias."""
+    """Formats of one layer: of its weight, of its input, and of the product without its bias."""
 
     weight: WeightFormat
     input: InputFormat

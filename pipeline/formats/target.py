@@ -1,4 +1,4 @@
-"""What one runtime on one device can execute, as data."""
+"""A target: the formats and operators that one runtime executes on one device, as data."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -26,7 +26,7 @@ class Fact(BaseModel):
 
 
 class Device(BaseModel):
-    """What a device does at most: figures of its data sheet, dense and not sparse, for `cost`."""
+    """Peak figures of a device from its data sheet, dense and not sparse, for `cost`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,7 +50,7 @@ class Kernels(BaseModel):
 
 
 class Limits(BaseModel):
-    """What becomes of a graph, as far as `lint` looks. Where each line comes from is in the target's `facts`."""
+    """Limits of a target that `lint` checks. The source of each is in the target's `facts`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -133,10 +133,12 @@ class Target(BaseModel):
     facts: tuple[Fact, ...] = ()
 
     def save(self, root: Path) -> None:
+        """Write target.json."""
         (root / "target.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, root: Path) -> Self:
+        """Read target.json."""
         return read_typed(root / "target.json", cls)
 
 

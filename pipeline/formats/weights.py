@@ -105,20 +105,20 @@ class RoundedWeight(Value, ABC):
 
 
 class PerChannel(Value):
-    """w: (N, K) -> scale: (N, 1)"""
+    """One scale for each output channel, w: (N, K) -> scale: (N, 1)."""
 
     kind: Literal["per_channel"] = "per_channel"
 
 
 class PerGroup(Value):
-    """w: (N, K), axis=1 -> scale: (N, K // size)"""
+    """One scale for each group of input features, w: (N, K), axis=1 -> scale: (N, K // size)."""
 
     kind: Literal["per_group"] = "per_group"
     size: int = Field(ge=16, description="neighbouring input features that share a scale")
 
 
 class TwoLevel(Value):
-    """w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1)
+    """Two levels of scales, w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1).
 
     A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
     (progressive group quantization: QServe, Lin et al. 2024, section 4.1).

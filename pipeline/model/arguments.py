@@ -1,4 +1,4 @@
-"""Inputs of a call by flat names: `added_cond_kwargs.text_embeds` is in a dict, `image_rotary_emb.0` in a sequence."""
+"""Name the inputs of a call flatly: `added_cond_kwargs.text_embeds` in a dict, `image_rotary_emb.0` in a sequence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 def flatten(inputs: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Every tensor by its path, and whatever holds no tensor whole: a list of sizes stays one input.
+    """Yield every tensor with its path, and every value without tensors as one input.
 
     >>> import torch
     >>> dict(flatten({"added": {"ids": torch.tensor(3)}, "freqs": (torch.tensor(1), None), "sizes": [64, 64]}))
@@ -21,7 +21,7 @@ def flatten(inputs: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 def nest(flat: Mapping[str, object]) -> dict[str, object]:
-    """The arguments that `flatten` took apart. Children that are numbered become a tuple, others a dict.
+    """Rebuild the arguments that `flatten` took apart: numbered children become a tuple, others a dict.
 
     >>> nest({"added.ids": 3, "freqs.0": 1, "freqs.1": None})
     {'added': {'ids': 3}, 'freqs': (1, None)}
@@ -42,7 +42,7 @@ def nest(flat: Mapping[str, object]) -> dict[str, object]:
 
 
 def in_order(names: Iterable[str], arguments: Iterable[str]) -> tuple[str, ...]:
-    """Flat names in the order in which a signature has their arguments.
+    """Sort flat names by the order of their arguments in a signature.
 
     >>> in_order(["added.ids", "x"], ["x", "t", "added"])
     ('x', 'added.ids')

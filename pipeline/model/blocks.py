@@ -1,4 +1,4 @@
-"""The blocks of a denoiser: what its module lists hold, such as transformer blocks and the stages of a UNet."""
+"""Find the blocks of a denoiser: the members of its module lists, such as transformer blocks and UNet stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The outermost members of module lists, by module path, in the model's order."""
+    """Return the outermost members of module lists, by module path, in the model's order."""
     from torch import nn
 
     found: dict[str, nn.Module] = {}
@@ -27,7 +27,7 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_units(module: nn.Module) -> dict[str, nn.Module]:
-    """The model cut at its blocks: members of module lists, and modules beside them that hold no list. In its order."""
+    """Split the model at its blocks, in order: members of module lists, and modules beside them without lists."""
     from torch import nn
 
     found: dict[str, nn.Module] = {}

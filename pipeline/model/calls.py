@@ -1,4 +1,4 @@
-"""Calls a denoiser: drives its sampler, with guidance, and hands every call to whoever listens.
+"""Call a denoiser through its module's own arguments.
 
 Shapes: B samples, R = rows of one call (B, or 2 B with guidance: conditional rows first, then null rows).
 Inputs that the rows share have no such axis.
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def denoise_with(module: nn.Module, model: DenoiserModel) -> Denoise:
-    """The denoiser as a function of flat named inputs; a learned variance (extra output channels) is cut off.
+    """Return the denoiser as a function of flat named inputs; a learned variance (extra output channels) is cut off.
 
-    A model without a timestep has none, and none is looked for on an axis whose size varies.
+    Nothing is cut off for a model without a timestep, or if the sample's first axis varies in size.
     """
     channels: int | None = model.sample_shape[0]
     if model.names.timestep is None or (model.other is not None and model.other.sample_shape[0] != channels):
@@ -46,7 +46,7 @@ def denoise_with(module: nn.Module, model: DenoiserModel) -> Denoise:
 
 
 def on_device(denoise: Denoise, device: str) -> Denoise:
-    """Inputs go to the device and outputs come back, so that whoever calls it has all on the CPU."""
+    """Move inputs to the device and outputs back, so that the caller keeps all tensors on the CPU."""
     if device == "cpu":
         return denoise
 
@@ -72,7 +72,7 @@ def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> De
 
 
 def other_call(model: DenoiserModel, call: Inputs) -> dict[str, torch.Tensor] | None:
-    """`call` at the model's other size, with as many rows and the same timestep; None where there is no other."""
+    """Return `call` at the model's other size, with as many rows and the same timestep; None without another size."""
     other = model.other
     if other is None:
         return None
@@ -88,8 +88,8 @@ def other_call(model: DenoiserModel, call: Inputs) -> dict[str, torch.Tensor] | 
 def check_inputs(sampler: Sampler) -> None:
     """Call the denoiser with one sample.
 
-    Raises MissingInputs where it needs an input that it may be called without, and RecipeError where the call fails for
-    another reason. On the meta device, what asks for values passes as it is.
+    Raises MissingInputs if an optional input is needed after all, and RecipeError if the call fails for another reason.
+    On the meta device, an error because values are needed passes unchanged.
     """
     model = sampler.model
     start = sampler.start(1, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""The model that is compiled: a diffusers folder, a hub id, or a factory in a Python file."""
+"""Open the model that is compiled: a diffusers folder, a hub id, or a factory in a Python file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SCHEDULER = "scheduler_config.json"
 STORED = "model"
-"""The path of a model that is a copy in the store."""
+"""Path of a model that is a copy in the store."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Checkpoint:
             raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
         weights = found._weights
         if weights is not None:
-            _ = weights.size  # what is damaged or leads elsewhere is said here, where the path is the user's
+            _ = weights.size  # reports damaged files and outside links now, with the user's path
         elif others := pickled(denoiser):
             raise found._no_weights(others)
         if (settings := folder / "scheduler" / SCHEDULER).is_file():
@@ -113,7 +113,7 @@ class Checkpoint:
 
     @cached_property
     def _inside(self) -> Path:
-        """What links of the model's files may not lead out of."""
+        """Folder that links of the model's files must stay in."""
         return boundary(self.root)
 
     @cached_property
@@ -129,7 +129,7 @@ class Checkpoint:
 
     @cached_property
     def _weights(self) -> Weights | None:
-        """Of a folder's denoiser."""
+        """Return the weights of a folder's denoiser."""
         assert self._denoiser_folder is not None  # `resolve` made sure
         return find_weights(self._denoiser_folder, self._inside)
 
@@ -140,13 +140,13 @@ class Checkpoint:
         return RecipeError(f"model: no safetensors in {folder}, and no other weights are read: {cure}")
 
     def config(self) -> dict[str, object]:
-        """Of a folder's denoiser. Raises RecipeError for a file that holds none."""
+        """Return the configuration of a folder's denoiser. Raises RecipeError if the file holds none."""
         assert self._denoiser_folder is not None  # `resolve` made sure
         return self._read(self._denoiser_folder / "config.json")
 
     @property
     def name(self) -> str:
-        """The diffusers class of the denoiser, or `file.py:factory`."""
+        """Name of the denoiser's diffusers class, or `file.py:factory`."""
         if self.entry:
             return self.entry
         return self.root.name if self._denoiser_folder is None else str(self.config()["_class_name"])
@@ -198,10 +198,10 @@ class Checkpoint:
         return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
 
     def open(self, *, weights: bool = True) -> DenoiserModel:
-        """The denoiser in float32 and evaluation mode, its LoRAs fused, its scheduler, conditions and sample shape.
+        """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.
 
-        Without `weights` it is on torch's meta device, and no weights are read. Raises RecipeError where it needs to be
-        told more.
+        Without `weights`, the denoiser is on torch's meta device and no weights are read. Raises RecipeError if the
+        recipe leaves out something that the denoiser needs.
         """
         from intaglio.pipeline.model.recording import Recording
 
@@ -219,19 +219,19 @@ class Checkpoint:
             made = replace(made, other=SecondSize(other.sample_shape, other.conditions, other.shared))
         elif isinstance(self.ref.other_size, tuple):
             made = replace(made, other=SecondSize(self.ref.other_size))
-        _ = made.names  # what is missing is said here, before anything runs
+        _ = made.names  # reports missing inputs now, before anything runs
         return made
 
     def layers(self) -> tuple[Layer, ...]:
-        """The layer table. A folder's weights are not read. Raises RecipeError as `open` does."""
+        """Return the layer table, without reading a folder's weights. Raises RecipeError as `open` does."""
         return layer_table(self.empty())
 
     def parameter_count(self) -> int:
-        """Of the denoiser. Reads and raises what `layers` does."""
+        """Return the number of parameters of the denoiser. Reads and raises what `layers` does."""
         return sum(parameter.numel() for parameter in self.empty().parameters())
 
     def empty(self) -> nn.Module:
-        """The denoiser, of a folder without its weights. Raises RecipeError as `open` does."""
+        """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
         if self.entry:
             return plain_weights_(self._call_factory().module)
         from intaglio.pipeline.model.empty_model import empty_model
@@ -241,25 +241,25 @@ class Checkpoint:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is what `open` reads, or a factory that makes it."""
+        """Return True if there are weights for `open` to read, or a factory that makes the model."""
         return bool(self.entry) or self._weights is not None
 
     @property
     def _size(self) -> ModelSize:
-        """Of a folder's weights. Without them there is no other bound than that of any model."""
+        """Size of a folder's weights; without weights, the bound for any model."""
         from intaglio.pipeline.model.empty_model import ANY_MODEL
 
         return ANY_MODEL if self._weights is None else self._weights.size
 
     def _diffusers_class(self) -> Any:
-        """Of the denoiser."""
+        """Diffusers class of the denoiser."""
         import diffusers
 
         return class_of(self.name, diffusers.ModelMixin)
 
     @property
     def _called(self) -> str:
-        """How messages call a folder's denoiser: by the path in the recipe, also where a copy of it is read."""
+        """Name of a folder's denoiser in messages: the path in the recipe, even if a copy is read."""
         return f"{self.name} of {self._place(self._denoiser_folder)}"
 
     def _place(self, folder: Path | None) -> str:
@@ -276,7 +276,7 @@ class Checkpoint:
         return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
 
     def _weighed(self) -> Any:
-        """The denoiser with all of its weights. Raises RecipeError where some are not there, or none in safetensors."""
+        """Return the denoiser with all its weights. Raises RecipeError if some are missing or not in safetensors."""
         import torch
 
         kind, folder, weights = self._diffusers_class(), self._denoiser_folder, self._weights
@@ -312,7 +312,7 @@ class Checkpoint:
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
-    """As far as a configuration says it: `received.check_sample_shape` checks it."""
+    """Return the sample shape in a configuration; `received.check_sample_shape` checks it."""
     size = config.get("sample_size")
     if size is None:
         raise MissingInputs(
@@ -322,7 +322,10 @@ def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
 
 
 def _class_count(module: Any) -> int | None:  # a model of diffusers
-    """Classes without the null class: a DiT adds one for it, a UNet counts it among its class embeddings."""
+    """Return the number of classes, the null class not counted.
+
+    A DiT adds one class for it, a UNet counts it among its class embeddings.
+    """
     config = module.config
     if "class_labels" not in inspect.signature(module.forward).parameters:
         return None

@@ -1,4 +1,4 @@
-"""What a run will cost, before it ever ran: a call of the denoiser is counted or timed, passes say how many."""
+"""Estimate the cost of a run before it starts: one denoiser call is counted or timed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What estimates start from. A row is one sample in one call of the denoiser; guidance takes two for a sample.
+    """Cost of one denoiser call. A row is one sample in one call; guidance needs two rows for a sample.
 
-    `from_layer` is the share of a call's products from a layer on, the mean over layers; `from_units` the same from
-    the first layer of each unit (block) on, summed over units. An operation is a multiplication or an addition.
+    `from_layer` is the share of a call's products that a layer and all later layers compute, the mean over layers;
+    `from_units` is the same for the first layer of each unit (block), summed over units. An
+    operation is a multiplication or an addition.
     """
 
     layers: int
@@ -52,15 +53,15 @@ def measure_cost(checkpoint: Checkpoint) -> ModelCost:
 
 
 def count_cost(model: DenoiserModel, ref: ModelRef) -> ModelCost:
-    """All but the time, also of a model without weights, where the shapes of what it computes depend on no value.
+    """Return the cost without the time. Works on a model without weights if no shape depends on a value.
 
-    Raises RecipeError where it needs an input that nobody gave.
+    Raises RecipeError if the model needs an input that was not provided.
     """
     return _counted(model, ref)[0]
 
 
 def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[], object]]:
-    """With a call of eight rows."""
+    """Return the cost, and a function that makes one call of eight rows."""
     import torch
 
     from intaglio.pipeline.model.blocks import find_units
@@ -99,7 +100,7 @@ def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[
 
 
 def _shares(module: nn.Module, layers: Iterable[str], call: Callable[[], object]) -> tuple[dict[str, float], int]:
-    """By layer that is called, the share of the call's products that begin with it or come after it; and operations."""
+    """Return each called layer's share of the products computed from it on, and the call's operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from intaglio.pipeline.model.hooks import before_calls

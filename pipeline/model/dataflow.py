@@ -1,4 +1,4 @@
-"""Follows the tensors of one call of a model: which layers its output depends on, and whose weights others read."""
+"""Follow the tensors of one call: which layers the output depends on, and whose weights other code reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHT_READ = "other code computes with its weight"
 
 
 class Uses(NamedTuple):
-    """Names of layers in one call: those whose result the output depends on, and those whose weight others read."""
+    """Names of layers in one call: those that the output depends on, and those whose weight other code reads."""
 
     needed: frozenset[str]
     read: frozenset[str]
@@ -38,7 +38,7 @@ def _storage(tensor: torch.Tensor) -> StorageWeakRef:
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
-    """Notes every operation, and reads of a weight outside of the module that holds it."""
+    """Record every operation, and every read of a weight outside the module that holds it."""
 
     def __init__(self, holders: Mapping[int, frozenset[nn.Module]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
@@ -46,10 +46,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
         self.read: set[int] = set()
         self.running: list[nn.Module] = []
         self._holders = holders
-        self._kept: dict[int, StorageWeakRef] = {}  # a storage's number is not given again as long as it is here
+        self._kept: dict[int, StorageWeakRef] = {}  # while a storage is kept here, its number is not reused
 
     def numbers(self, values: Any) -> frozenset[int]:
-        """Numbers of the storages behind all tensors in `values`."""
+        """Return the numbers of the storages behind all tensors in `values`."""
         found = set()
         for tensor in tree_leaves(values):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:

@@ -1,4 +1,4 @@
-"""The denoiser as a factory or a folder gives it, with what it is called with, and how it is sampled."""
+"""Describe a denoiser: its module, its inputs, and how it is sampled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SecondSize:
-    """Another size at which a denoiser is called. What is not named is as in the usual call."""
+    """A second size at which a denoiser is called. What is not named is as in the usual call."""
 
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class SecondSize:
 
 @dataclass(frozen=True)
 class DenoiserModel:
-    """What a model factory returns: a denoiser that is a plain nn.Module, and how to sample it.
+    """Result of a model factory: a denoiser that is a plain nn.Module, and how to sample it.
 
     `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
     `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
@@ -71,5 +71,5 @@ class DenoiserModel:
 
     @cached_property
     def names(self) -> InputNames:
-        """Raises RecipeError for arguments that are required and not given."""
+        """Return the names of the denoiser's arguments. Raises RecipeError if a required one is missing."""
         return input_names(self)

@@ -1,7 +1,7 @@
-"""Makes a model of diffusers from its configuration without weights, and no larger than its weights can be.
+"""Make a diffusers model from its configuration, without weights and within a bound on its size.
 
-A configuration of a few bytes can ask for more memory and time than there is. What it makes is counted while it is
-made, before memory is taken, and held against the tensors that there are weights for.
+A configuration of a few bytes can ask for more memory and time than there is. Its tensors are counted before their
+memory is allocated, and compared with the tensors that the weight files hold.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.model_files import ModelSize, blamed
 
 ANY_MODEL = ModelSize(tensors=20_000, elements=10**11)
-"""More than any model of diffusers has: the bound where there are no weights to compare with."""
+"""Larger than any model of diffusers: the bound for a model without weight files."""
 CALLS_PER_TENSOR = 40
-"""Calls of torch while a model is made, by tensor of its weights: 4 to 8 in models of diffusers."""
+"""Largest number of torch calls per weight tensor while a model is made; diffusers models need 4 to 8."""
 LEAST_CALLS = 20_000
 TABLE = 1 << 23
-"""Numbers in a table that every model may compute, such as one of positions."""
+"""Largest number of values in a table that any model may compute, such as positions."""
 LARGEST_TABLE = 1 << 27
-"""Numbers in one that only a model with as many weights may compute: SD3.5 has one of 9e7."""
+"""Largest table for a model with at least as many weights: SD3.5 has one of 9e7 values."""
 
 
 def empty_model(kind: Any, config: Mapping[str, Any], size: ModelSize, origin: str) -> nn.Module:
@@ -42,7 +42,7 @@ def empty_model(kind: Any, config: Mapping[str, Any], size: ModelSize, origin: s
 
 @contextmanager
 def bounded(size: ModelSize, origin: str) -> Iterator[None]:
-    """Modules made in this thread have their parameters on the meta device. Raises as `empty_model` does."""
+    """Put the parameters of modules made in this thread on the meta device. Raises as `empty_model` does."""
     import accelerate
 
     with accelerate.init_empty_weights(), _Bounded(size, origin):
@@ -50,7 +50,7 @@ def bounded(size: ModelSize, origin: str) -> Iterator[None]:
 
 
 class _Bounded(TorchFunctionMode):
-    """Asks of every call of torch, on the meta device, how large its result will be, and then makes it."""
+    """Compute the result size of every torch call on the meta device before the call is made."""
 
     def __init__(self, size: ModelSize, origin: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _Bounded(TorchFunctionMode):
         if self._calls > self._most_calls:
             raise self._too_large("tensors", self.size.tensors)
         made = _made(func, args, given)
-        if func is torch.empty:  # takes no memory before it is written to, as parameters never are
+        if func is torch.empty:  # takes no memory until written to, and parameters never are
             self._elements += made
             if self._elements > self._most_elements:
                 raise self._too_large("numbers", self.size.elements)
@@ -84,7 +84,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _made(func: Any, args: Sequence[Any], given: Mapping[str, Any]) -> int:
-    """How many numbers the call's result will have; 0 where it takes no memory, or where only the call itself tells."""
+    """Return the number of values in the call's result; 0 if it takes no memory or its size is unknown."""
     leaves = list(tree_iter((args, given)))
     tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
     if (tensors and all(each.is_meta for each in tensors)) or any(
@@ -97,6 +97,6 @@ def _made(func: Any, args: Sequence[Any], given: Mapping[str, Any]) -> int:
     try:
         with torch.device("meta"):
             made = func(*there, **named)
-    except Exception:  # it needs values, or is wrong: the call itself says so
+    except Exception:  # it needs values or fails: the call itself will raise
         return 0
     return max((each.numel() for each in tree_iter(made) if isinstance(each, torch.Tensor)), default=0)

@@ -1,4 +1,4 @@
-"""Downloads what a run reads of a model on the hub."""
+"""Download the files of a model on the hub that a run reads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from intaglio.pipeline.model.model_files import STEM, STEMS, blamed
 
 SETTINGS = ("model_index.json", "config.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja")
 DEEPER = "*/*/*"
-"""Files of other tools, or of checkpoints during training: no component has folders of its own."""
+"""Pattern of files that are not read: no component has folders of its own."""
 
 
 def download(path: str, denoisers: Sequence[str]) -> Path:
-    """The folder in the cache that `hub:owner/name` is in: settings and plain weights, or fp16 ones without plain ones.
+    """Download `hub:owner/name` and return its folder in the cache: settings, and plain weights or else fp16 ones.
 
-    `denoisers`: folders that one of the weights is in. Raises RecipeError for what cannot be had.
+    `denoisers`: folders, one of which holds the weights. Raises RecipeError if the download fails.
     """
     from huggingface_hub import snapshot_download
 
@@ -29,7 +29,7 @@ def download(path: str, denoisers: Sequence[str]) -> Path:
 
 
 def _weights(variant: str) -> list[str]:
-    """Patterns of files in a component's folder, and of a denoiser's that is a repository of its own."""
+    """Return patterns of weight files: in a component's folder, and in a repository that holds the denoiser alone."""
     files = [
         f"{stem}{each}"
         for stem in STEMS

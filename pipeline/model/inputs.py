@@ -1,4 +1,4 @@
-"""Names of a denoiser's arguments, and which of them nobody gave."""
+"""Find the names of a denoiser's arguments, and the ones that are missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputNames:
-    """Arguments of a denoiser: the sample, the timestep if it has one, and those that are None as nobody gave them."""
+    """Argument names of a denoiser: the sample, the timestep if any, and arguments left as None."""
 
     sample: str
     timestep: str | None
@@ -25,7 +25,9 @@ class InputNames:
 
 
 def input_names(model: DenoiserModel) -> InputNames:
-    """The timestep is the argument of this name, or else the only one that is required and not given.
+    """Return the argument names of a denoiser.
+
+    The timestep is the argument of this name, or else the only required argument without a value.
 
     Raises RecipeError for arguments that are required and not given.
     """
@@ -51,22 +53,21 @@ def input_names(model: DenoiserModel) -> InputNames:
 
 
 class MissingInputs(RecipeError):
-    """A denoiser needs inputs that nobody gave, or a size that its configuration does not have."""
+    """A denoiser lacks required inputs, or its configuration lacks a size."""
 
 
 def missing_inputs(kind: str, names: Sequence[str], ended: str = "") -> MissingInputs:
-    """What to do about inputs that a denoiser needs and nobody gave. `ended`: how a call without them ended."""
+    """Make the error for inputs that a denoiser needs. `ended` says how a call without them ended."""
     return MissingInputs(
-        f"model: {kind} also takes {', '.join(names)}, which nobody gave: name a file of intaglio.record in"
+        f"model: {kind} requires {', '.join(names)}, which was not provided: name a file of intaglio.record in"
         f" `conditions`, or give them in the DenoiserModel, as conditions, shared or constants{ended}"
     )
 
 
 def unmet(error: Exception, absent: Sequence[str]) -> Sequence[str]:
-    """Those of the arguments that are None, as nobody gave them, for which a call failed.
+    """Return the arguments left as None that made a call fail.
 
-    They are named in the message, or in the innermost line of source that names any of them if the message says that
-    something is None.
+    The message names them; or, if the message says that something is None, the innermost source line names them.
     """
 
     def named_in(text: str) -> list[str]:

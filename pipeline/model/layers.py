@@ -1,4 +1,4 @@
-"""Lists the layers of a model that can be quantized."""
+"""List the layers of a model that can be quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Style LoRAs: found beside a recipe, and fused into a denoiser's weights before anything is measured.
+"""Find style LoRAs beside a recipe, and fuse them into a denoiser's weights before anything is measured.
 
 Shapes: r rank, N out, K in; of a convolution, K is the input channels with the kernel behind them.
 """
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIXES = ("", "transformer.", "unet.")
-"""What diffusers writes before the names of a denoiser's modules."""
+"""Prefixes that diffusers writes before the names of a denoiser's modules."""
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?\.|lora_te\d?_")
 KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
 KOHYA = re.compile(r"lora_unet_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-"""How kohya's trainer writes a layer, the dots of its name as underscores."""
+"""Names that kohya's trainer gives to layers, with underscores for dots."""
 KOHYA_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
 FLOATS = ("F16", "BF16", "F32", "F64")
 PLAIN = re.compile(r"\^?[\w.]+")
-"""A pattern of alphas that is the end of a layer's name, or behind ^ all of it."""
+"""Pattern of an alpha's key: the end of a layer's name, or behind ^ the whole name."""
 LONGEST_NAME = 120
-"""Characters of a name that a message prints."""
+"""Largest number of characters of a name that a message prints."""
 ADAPTER = "lora"
 TOLERANCE = 1e-5
-"""Of the magnitudes that are added: r roundings in float32."""
+"""Relative tolerance of the fused weight, for r roundings in float32."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """W + strength * B A; a magnitude (DoRA) scales each row of the sum to that norm."""
+    """Update of a weight to W + strength * B A; a magnitude (DoRA) then scales each row to that norm."""
 
     a_rK: torch.Tensor
     b_Nr: torch.Tensor
@@ -50,7 +50,7 @@ class Update:
 
 
 def find_lora(given: str, base: Path) -> Path:
-    """The safetensors file that a recipe in `base` names. Raises RecipeError when it has nothing for a denoiser."""
+    """Return the LoRA file that a recipe in `base` names. Raises RecipeError if it has no keys for a denoiser."""
     path = (base / given).resolve()
     if not path.exists():
         raise RecipeError(f"model.loras: no {given} beside the recipe")
@@ -79,10 +79,10 @@ def find_lora(given: str, base: Path) -> Path:
 
 
 def fuse_lora_(module: nn.Module, file: Path, scale: float, label: str) -> None:
-    """Each weight W that the file names becomes W + scale * alpha / r * B A. Modules keep their names and types.
+    """Replace each weight W that the file names by W + scale * alpha / r * B A. Modules keep their names and types.
 
-    alpha is r unless the file says otherwise, as in diffusers. Raises RecipeError for what does not fit, and
-    StepFailed where a weight is not what it should be.
+    alpha is r unless the file says otherwise, as in diffusers. Raises RecipeError if the file does not fit the
+    module, and StepFailed if a fused weight is wrong.
     """
     try:
         import peft  # noqa: F401  # what fuses
@@ -101,7 +101,7 @@ def fuse_lora_(module: nn.Module, file: Path, scale: float, label: str) -> None:
 
 
 def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping[str, Update]:
-    """What the file does, by module. No tensor is read before its shape is known to fit."""
+    """Read the file's updates by module. No tensor is read before its shape is known to fit."""
     layers = _layers(module)
     with open_safetensors(file, framework="pt") as opened:
         keys = _canonical([key for key in opened.keys() if not TEXT_ENCODER.match(key)], layers)  # noqa: SIM118  # no dict
@@ -140,7 +140,7 @@ def _update(
 
 
 def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # JSON
-    """The configuration of the adapter, as far as the file has it. Raises RecipeError for what is not read."""
+    """Read the adapter's configuration from the file's metadata. Raises RecipeError for unsupported settings."""
     written = parse_json(metadata.get("lora_adapter_metadata", "{}"), source=f"{label}: lora_adapter_metadata")
     if not isinstance(written, dict):
         raise RecipeError(f"{label}: lora_adapter_metadata is a {type(written).__name__}, not a JSON object")
@@ -159,7 +159,7 @@ def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[s
 
 
 def _canonical(keys: Sequence[str], layers: Collection[str]) -> Mapping[str, str]:
-    """Keys of the file by what peft calls them."""
+    """Return the keys of the file under the names that peft uses."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     flat = {name.replace(".", "_"): name for name in layers}
@@ -175,7 +175,7 @@ def _canonical(keys: Sequence[str], layers: Collection[str]) -> Mapping[str, str
 
 
 def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
-    """Linear layers and convolutions, grouped ones aside, whose updates peft does not merge."""
+    """Return linear layers and convolutions, except grouped ones, whose updates peft cannot merge."""
     from torch import nn
 
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -184,14 +184,14 @@ def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _fitting(keys: Iterable[str], prefix: str, layers: Mapping[str, nn.Module]) -> Mapping[str, tuple[str, str]]:
-    """Module and part by key, of the keys that name a layer behind the prefix."""
+    """Return the module and the part of each key that names a layer behind the prefix."""
     found = {key: KEY.fullmatch(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
     fitting = {key: m for key, m in found.items() if m is not None and m["module"] in layers}
     return {key: (m["module"], m["part"].removeprefix("lora_")) for key, m in fitting.items()}
 
 
 def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None:  # slices of safetensors
-    """What is wrong with the shapes and types of the tensors of one layer."""
+    """Describe the first problem with the shapes and types of one layer's tensors; None if there is none."""
     shapes = {part: tuple(each.get_shape()) for part, each in found.items()}
     a, b, magnitude = shapes.get("A.weight"), shapes.get("B.weight"), shapes.get("magnitude_vector")
     if a is None or b is None:
@@ -209,7 +209,7 @@ def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None
 
 
 def _alpha(settings: Mapping[str, Any], name: str, rank: int, label: str) -> float:
-    """The layer's alpha: its pattern's, which is the end of its name, or that of all; the rank if none is written."""
+    """Return the layer's alpha: from a pattern that fits its name, else the general one, else the rank."""
     alphas: Mapping[str, Any] = settings["alpha_pattern"]
     words = name.split(".")
     ends = {f"^{name}", *(".".join(words[place:]) for place in range(len(words)))} & alphas.keys()
@@ -221,7 +221,7 @@ def _alpha(settings: Mapping[str, Any], name: str, rank: int, label: str) -> flo
 
 
 def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -> int:
-    """Fuses updates of one rank, strength and kind; how many weights changed."""
+    """Fuse updates of one rank, strength and kind, and return the number of changed weights."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     first = next(iter(updates.values()))
@@ -237,7 +237,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         target_modules=list(updates),
         use_dora=first.magnitude_N is not None,
     )
-    # empty at first: nothing is drawn from torch's global generator
+    # adapters start empty, so that torch's global generator is not used
     inject_adapter_in_model(config, module, ADAPTER, low_cpu_mem_usage=True, state_dict=tensors)
     set_peft_model_state_dict(module, tensors, ADAPTER, low_cpu_mem_usage=True)
     changed = 0
@@ -254,7 +254,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
 
 
 def _check(before: torch.Tensor, after: torch.Tensor, update: Update, place: str) -> None:
-    """Raises RecipeError where a weight is not finite, StepFailed where it is not what the update makes of it."""
+    """Raise RecipeError if a weight is not finite, StepFailed if it differs from W + strength * B A."""
     if not after.isfinite().all():
         raise RecipeError(f"{place}: the fused weight has NaN or Inf: the file's tensors do, or its scale is too large")
     w_NK, a_rK, b_Nr = (each.double().flatten(1) for each in (before, update.a_rK, update.b_Nr))
@@ -272,11 +272,11 @@ def _check(before: torch.Tensor, after: torch.Tensor, update: Update, place: str
 
 
 def _some(names: Iterable[str]) -> str:
-    """Up to three of them."""
+    """List up to three names."""
     listed = [_name(name) for name in names]
     return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
 
 
 def _name(text: str) -> str:
-    """As a message prints it: without control characters, and not too long."""
+    """Write a name for a message: without control characters, and not too long."""
     return printable(text[:LONGEST_NAME]) + ("..." if len(text) > LONGEST_NAME else "")

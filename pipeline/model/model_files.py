@@ -1,4 +1,4 @@
-"""Files of a model that somebody else may have written: which of them are read, and what their headers say."""
+"""Find the files of a model that may come from anywhere, and read the sizes in their headers."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import MIB, checked_file, one_line, open_safetensors, printable, read_json_object
 
 STEM = "diffusion_pytorch_model"
-"""What diffusers calls the weights of a model."""
+"""File name that diffusers gives to the weights of a model."""
 STEMS = (STEM, "model")
-"""With the name that transformers has for them."""
+"""File names of weights in diffusers and in transformers."""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FOREIGN = (*PICKLED, "*.msgpack", "*.h5", "*.onnx*", "*.py")
-"""Files of a model that are not read."""
+"""Patterns of files of a model that are not read."""
 MOST_COMPONENTS = 64
-"""Folders of a pipeline that a message names."""
+"""Largest number of a pipeline's folders that a message names."""
 OTHER_MODELS = {
     "controlnets": "it steers one: name the folder of the UNet or transformer that it steers, and record what it gives"
     " it with intaglio.pipeline.model.recording",
     "autoencoders": "name the folder of the whole pipeline, and compile what is around the denoiser with it",
 }
-"""What to do about a model of one of these packages of diffusers."""
+"""Advice for a model of one of these packages of diffusers."""
 MOST_VOCABULARY = 256 * MIB
-"""Bytes of a file beside a component's weights, such as its tokens."""
+"""Largest size in bytes of a file beside a component's weights, such as its tokens."""
 MOST_SETTING = 10**5
-"""A scheduler's largest whole number: it keeps tables of that length."""
+"""Largest whole number in a scheduler's settings: a scheduler keeps tables of that length."""
 
 
 class ModelSize(NamedTuple):
-    """How many tensors there are, and how many numbers they hold together."""
+    """Number of tensors of a model, and number of values in all of them."""
 
     tensors: int
     elements: int
@@ -54,12 +54,15 @@ class Weights:
     index: str | None
     files: tuple[str, ...]
     variant: str | None
-    """`fp16` where there are only weights that were saved as such; None for plain ones."""
+    """`fp16` if the folder holds only weights saved under that variant; None for plain weights."""
     inside: Path
 
     @cached_property
     def size(self) -> ModelSize:
-        """From the headers. Raises RecipeError for a file that is no safetensors file or a link out of the model."""
+        """Return the size that the headers declare.
+
+        Raises RecipeError for a file that is no safetensors file, and for a link that leads out of the model.
+        """
         tensors = elements = 0
         for name in self.files:
             with open_safetensors(self.folder / name, inside=self.inside) as file:
@@ -69,9 +72,9 @@ class Weights:
         return ModelSize(tensors, elements)
 
     def copy(self, to: Path) -> None:
-        """Copy them under their plain names: without a variant in the name of the index or of the only file.
+        """Copy the weights under their plain names: without a variant in the name of the index or of the only file.
 
-        Raises OSError before anything is written where there is no room for them.
+        Raises OSError, before anything is written, if the disk has too little room.
         """
         needed = sum((self.folder / name).stat().st_size for name in self.files)
         if needed > (free := shutil.disk_usage(to).free):
@@ -85,9 +88,9 @@ class Weights:
 
 
 def boundary(folder: Path) -> Path:
-    """The folder that a model's links may not lead out of: its own, or its repository's in a cache of the hub.
+    """Return the folder that a model's links must stay in: its own, or its repository's in the hub's cache.
 
-    There a snapshot's files are links to `../../blobs`.
+    In that cache, a snapshot's files are links to `../../blobs`.
     """
     resolved = folder.resolve()
     around = (resolved, *resolved.parents)
@@ -96,9 +99,10 @@ def boundary(folder: Path) -> Path:
 
 
 def find_weights(folder: Path, inside: Path, stems: Collection[str] = (STEM,)) -> Weights | None:
-    """The weights that diffusers reads of a model's folder: plain ones, or the only variant. None where there are none.
+    """Return the weights that diffusers reads from a model's folder, or None if there are none.
 
-    Raises RecipeError for several variants without plain weights, and for an index that is none.
+    Plain weights come first, then the only variant. Raises RecipeError for several variants without plain weights,
+    and for a file that is no index.
     """
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     for stem in stems:
@@ -121,7 +125,7 @@ def find_weights(folder: Path, inside: Path, stems: Collection[str] = (STEM,)) -
 
 
 def _variant(name: str, stem: str) -> str | None:
-    """The variant that a file of weights, or their index, is of: empty for plain ones; None for another file."""
+    """Return the variant of a weight file or index: empty for plain weights, None for any other file."""
     found = re.fullmatch(
         rf"{stem}(?:\.(?P<file>\w+))?\.safetensors(?:\.index(?:\.(?P<index>\w+))?\.json)?", name, re.ASCII
     )
@@ -129,7 +133,7 @@ def _variant(name: str, stem: str) -> str | None:
 
 
 def _shards(index: Path, inside: Path) -> tuple[str, ...]:
-    """Names of the files that an index names. Raises RecipeError where it names none, or one in another folder."""
+    """Return the files that an index names. Raises RecipeError if it names none, or one in another folder."""
     placed = read_json_object(index, inside=inside).get("weight_map")
     names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
     if not names:
@@ -141,7 +145,7 @@ def _shards(index: Path, inside: Path) -> tuple[str, ...]:
 
 
 def pickled(folder: Path) -> list[str]:
-    """Names of files of weights that are not read, as reading them may run what somebody else wrote."""
+    """Return the names of pickled weight files, which are never read: unpickling can run foreign code."""
     return sorted(each.name for each in folder.iterdir() if any(fnmatch(each.name, kind) for kind in PICKLED))
 
 
@@ -174,15 +178,15 @@ def check_settings(file: Path, inside: Path) -> None:
 
 @contextmanager
 def blamed(origin: str, called: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turn what is raised inside into a RecipeError in one line that names `origin`, a file or model of the user's.
+    """Turn each exception inside into a RecipeError of one line that names `origin`, a file or model of the user.
 
-    `called`: what paths in the message are called instead. Errors of intaglio's pass as they are.
+    `called` maps paths in the message to the names that replace them. Errors of intaglio pass unchanged.
     """
     try:
         yield
     except IntaglioError:
         raise
-    except (Exception, SystemExit) as error:  # a file of Python may end the process
+    except (Exception, SystemExit) as error:  # the user's code may exit the process
         text = one_line(error)
         for path, name in (called or {}).items():
             text = text.replace(path, name)
@@ -190,7 +194,7 @@ def blamed(origin: str, called: Mapping[str, str] | None = None) -> Iterator[Non
 
 
 def class_of(name: object, kind: type) -> Any:
-    """The class of diffusers with this name. Raises RecipeError where it has none of that kind."""
+    """Return the diffusers class of this name. Raises RecipeError if there is none of that kind."""
     import diffusers
 
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
@@ -200,7 +204,7 @@ def class_of(name: object, kind: type) -> Any:
 
 
 def other_model(name: str) -> str | None:
-    """What to do about a model that is no denoiser, by the package of diffusers that it is in; None for a denoiser."""
+    """Return advice for a diffusers model that is no denoiser; None for a denoiser."""
     import diffusers
 
     found = getattr(diffusers, name, None)
@@ -211,7 +215,7 @@ def other_model(name: str) -> str | None:
 
 
 def no_denoiser(folder: Path) -> str:
-    """What a folder has where a denoiser is looked for, and what to do."""
+    """Describe the contents of a folder without a denoiser, and give advice."""
     single = sorted(each.name for each in folder.glob("*.safetensors"))
     if single:
         return f"holds no denoiser's folder, but {printable(single[0])}: {single_file_cure(printable(single[0]))}"
@@ -228,7 +232,7 @@ def no_denoiser(folder: Path) -> str:
 
 
 def single_file_cure(path: str) -> str:
-    """How a checkpoint in one file becomes a folder."""
+    """Explain how to convert a single-file checkpoint into a folder."""
     return (
         "write it as one with diffusers, with the pipeline that it is of, such as"
         f" StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(...)"

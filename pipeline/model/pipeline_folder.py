@@ -1,4 +1,4 @@
-"""Opens a diffusers pipeline's folder around a denoiser, component by component."""
+"""Open a diffusers pipeline's folder around a denoiser, component by component."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 METHODS = ("forward", "encode", "decode")
-"""What pipelines call of their models."""
+"""Methods of their models that pipelines call."""
 
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *FOREIGN)
@@ -34,13 +34,13 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *FOREIGN)
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A diffusers pipeline as `save_pretrained` writes it, but for its denoiser, which is the MODEL."""
+    """Folder of a diffusers pipeline as `save_pretrained` writes it; its denoiser is the MODEL."""
 
     root: Path
 
     @classmethod
     def around(cls, model: Checkpoint) -> PipelineFolder:
-        """The folder that the model is in. Raises RecipeError where that is no pipeline's."""
+        """Return the folder that holds the model. Raises RecipeError if it is no pipeline's folder."""
         if model.entry or not (model.root / INDEX).is_file():
             raise RecipeError(
                 f"model: {model.ref.path} has no {INDEX}: only a whole pipeline, as diffusers' save_pretrained"
@@ -62,7 +62,7 @@ class PipelineFolder:
         return cls(root)
 
     def classes(self) -> dict[str, tuple[str, str]]:
-        """By component that is there, its library and its class in it."""
+        """Return the library and the class of each component that is there, by name."""
         return {
             name: (value[0], value[1])
             for name, value in self.index().items()
@@ -70,31 +70,31 @@ class PipelineFolder:
         }
 
     def absent(self) -> list[str]:
-        """Components that the pipeline does without."""
+        """Return the names of components that the pipeline does without."""
         return [name for name, value in self.index().items() if _is_class(value) and value[0] is None]
 
     def settings(self) -> dict[str, object]:
-        """What the pipeline is made with beside its components."""
+        """Return the arguments of the pipeline that are no components."""
         return {n: v for n, v in self.index().items() if not n.startswith("_") and not _is_class(v)}
 
     @property
     def denoiser(self) -> str:
-        """The component that is the denoiser."""
+        """Name of the component that is the denoiser."""
         if (found := next((name for name in DENOISER_FOLDERS if name in self.classes()), None)) is None:
             raise RecipeError(f"model: {INDEX} names neither a transformer nor a unet: it is of no pipeline")
         return found
 
     def kind(self) -> Any:
-        """The pipeline's class. Raises RecipeError where diffusers has none of its name."""
+        """Return the pipeline's class. Raises RecipeError if diffusers has no class of its name."""
         return _named("diffusers", str(self.index().get("_class_name")))
 
     def component_class(self, name: str) -> Any:
-        """Raises RecipeError where the class is not installed."""
+        """Return the class of a component. Raises RecipeError if it is not installed."""
         library, kind = self.classes()[name]
         return _named(library, kind)
 
     def open(self, denoiser: nn.Module, without: Collection[str]) -> Any:
-        """The pipeline in torch and float32, these components left out."""
+        """Open the pipeline in float32 with this denoiser, leaving out the components in `without`."""
         import torch
 
         given = {self.denoiser: denoiser, **dict.fromkeys(without)}
@@ -105,7 +105,7 @@ class PipelineFolder:
         return pipe
 
     def index(self) -> dict[str, Any]:
-        """What the pipeline is made of."""
+        """Return the content of the pipeline's index."""
         index = read_json_object(self.root / INDEX, inside=boundary(self.root))
         for name, value in index.items():
             if _is_class(value) and Path(name).name != name:
@@ -115,12 +115,12 @@ class PipelineFolder:
 
 
 def _is_class(value: object) -> bool:
-    """Whether an entry of an index names a library and a class, or neither; others are settings."""
+    """Return True if an entry of an index names a library and a class, or neither; other entries are settings."""
     return isinstance(value, list) and len(value) == 2 and {type(each) for each in value} in ({str}, {type(None)})
 
 
 def _named(library: str, kind: str) -> Any:
-    """A class by the name that an index has for it: a pipeline's own models are in a module of the pipeline's name."""
+    """Return the class that an index names; a pipeline's own models are in a module of the pipeline's name."""
     module = library if library in LIBRARIES else f"diffusers.pipelines.{library}"
     named = f"{printable(kind)} of {printable(library)}"
     try:
@@ -133,7 +133,7 @@ def _named(library: str, kind: str) -> Any:
 
 
 def output_class(returns: str) -> Any:
-    """The class that `module:name` is. Raises RecipeError where it is not installed, or of no library of models."""
+    """Return the class `module:name`. Raises RecipeError if it is not installed or its library has no models."""
     module, _, name = returns.partition(":")
     try:
         if module.partition(".")[0] not in LIBRARIES:
@@ -144,7 +144,7 @@ def output_class(returns: str) -> Any:
 
 
 def is_generator(value: object) -> bool:
-    """One of torch, or a list of them: nothing is drawn in a graph."""
+    """Return True for a torch generator or a list of them: a graph draws no random numbers."""
     import torch
 
     return isinstance(value, torch.Generator) or (isinstance(value, list) and any(map(is_generator, value)))

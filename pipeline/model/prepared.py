@@ -1,4 +1,4 @@
-"""Brings a module that somebody hands over into the form that the compiler works on."""
+"""Bring a module of the user's into the form that the compiler works on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plain_weights_(module: Module) -> Module:
             if parametrize.is_parametrized(part):
                 for name in list(part.parametrizations):  # type: ignore[arg-type]  # a ModuleDict
                     parametrize.remove_parametrizations(part, name, leave_parametrized=True)
-                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # where it has several originals
+                    if not isinstance(weight := getattr(part, name), nn.Parameter):  # the case with several originals
                         delattr(part, name)
                         part.register_parameter(name, nn.Parameter(weight, requires_grad=weight.is_floating_point()))
             for key, hook in list(part._forward_pre_hooks.items()):
@@ -43,7 +43,7 @@ def plain_weights_(module: Module) -> Module:
 
 
 def own_forward(layer: nn.Module) -> bool:
-    """Whether a Linear or Conv2d computes something else than torch's: its class or itself overrides `forward`."""
+    """Return True if a Linear or Conv2d overrides torch's `forward`, in its class or in itself."""
     from torch import nn
 
     if "forward" in vars(layer):

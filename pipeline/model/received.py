@@ -1,4 +1,4 @@
-"""Calls a model factory of the user's, and makes what it returns a plain module in float32 on the CPU."""
+"""Call a model factory of the user, and make its model a plain module in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 
 MOST_SOURCE = 16 * MIB
-"""Bytes of a factory's file."""
+"""Largest size in bytes of a factory's file."""
 MOST_SAMPLE = 1 << 25
-"""Numbers in one sample: 128 MiB in float32, of which a call has several."""
+"""Largest number of values in one sample: 128 MiB in float32, several times in a call."""
 
 
 def call_factory(file: Path, name: str) -> DenoiserModel:
-    """What the function `name` of a Python file returns. What it prints goes to standard error.
+    """Return the model that the function `name` of a Python file makes. Its prints go to standard error.
 
-    Raises RecipeError where the file has no such function, where it raises, and for what is no
-    DenoiserModel.
+    Raises RecipeError if the file has no such function, if the function raises, and if it returns no DenoiserModel.
     """
     from intaglio.pipeline.model.denoiser import DenoiserModel
 
@@ -55,9 +54,9 @@ def call_factory(file: Path, name: str) -> DenoiserModel:
 
 
 def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
-    """The same model as it is computed: without what wraps it, adapters fused, evaluated, in float32 on the CPU.
+    """Return the model as it is computed: without wrappers, adapters fused, in evaluation mode, float32, on the CPU.
 
-    Raises RecipeError that names `entry` for a model that this cannot be done with, and for inputs that are no tensors.
+    Raises RecipeError, which names `entry`, if that is not possible, and for inputs that are no tensors.
     """
     with blamed(entry):
         module = _merged(_unwrapped(made.module, entry), entry).eval()
@@ -80,7 +79,7 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
 
 
 def check_sample_shape(shape: object, origin: str) -> None:
-    """Raise RecipeError for what is no shape of a sample, or of one that is too large to be computed with."""
+    """Raise RecipeError if `shape` is no shape of a sample, or of a sample too large to compute with."""
     sizes = list(shape) if isinstance(shape, list | tuple) else []
     elements = 1
     for size in sizes:
@@ -99,23 +98,23 @@ def check_sample_shape(shape: object, origin: str) -> None:
 
 
 class _Uncompiled(SourceFileLoader):
-    """Leaves no compiled file beside the source: a folder of the store holds what was put there, and nothing more."""
+    """Load a source file without writing a compiled file beside it: a folder of the store stays as it is."""
 
     def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
-        """Written nowhere."""
+        """Write nothing."""
 
 
 def _unwrapped(module: Any, entry: str) -> nn.Module:
-    """The module inside torch.compile, DataParallel and their like, and of their hooks.
+    """Return the module inside torch.compile, DataParallel and similar wrappers, without their hooks.
 
-    Raises RecipeError for what is no module.
+    Raises RecipeError if there is no module inside.
     """
     from accelerate.hooks import remove_hook_from_module
     from accelerate.utils import extract_model_from_parallel
     from torch import nn
 
     inner, outer = module, None
-    while isinstance(inner, nn.Module) and inner is not outer:  # one in another, in any order
+    while isinstance(inner, nn.Module) and inner is not outer:  # wrappers nest in any order
         outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
     if not isinstance(inner, nn.Module):
         raise RecipeError(
@@ -133,8 +132,8 @@ def _unwrapped(module: Any, entry: str) -> nn.Module:
 
 
 def _merged(module: nn.Module, entry: str) -> nn.Module:
-    """The module with its active adapters of peft fused into the layers that they change, as its calls compute them."""
-    if "peft" not in sys.modules:  # then nothing is of it
+    """Fuse the active adapters of peft into their layers, so that calls compute the same."""
+    if "peft" not in sys.modules:  # no module can have adapters of peft
         return module
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -151,25 +150,29 @@ def _merged(module: nn.Module, entry: str) -> nn.Module:
     if outer:
         module.float()  # fused in full precision
     for name in outer:
-        adapter: Any = module.get_submodule(name)
-        fused = not adapter.disable_adapters
-        if not fused and getattr(adapter, "merged", False):
-            adapter.unmerge()
-        if hasattr(adapter, "unload_and_optionally_merge_module"):
-            plain = adapter.unload_and_optionally_merge_module(merge=fused, safe_merge=True, adapter_names=None)
-        else:
-            if fused:
-                adapter.merge(safe_merge=True)
-            plain = adapter.get_base_layer()
-        module.set_submodule(name, plain)
+        module.set_submodule(name, _without_adapters(module.get_submodule(name)))
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if outer and name in vars(module):
             delattr(module, name)
     return module
 
 
+def _without_adapters(adapted: Any) -> nn.Module:
+    """Return the layer below the adapters of peft, with the adapters fused into it unless they are disabled."""
+    fused = not adapted.disable_adapters
+    if not fused and getattr(adapted, "merged", False):
+        adapted.unmerge()
+    if hasattr(adapted, "unload_and_optionally_merge_module"):
+        plain: nn.Module = adapted.unload_and_optionally_merge_module(merge=fused, safe_merge=True, adapter_names=None)
+        return plain
+    if fused:
+        adapted.merge(safe_merge=True)
+    base: nn.Module = adapted.get_base_layer()
+    return base
+
+
 def _plain(tensors: Mapping[str, Any], entry: str) -> dict[str, torch.Tensor]:
-    """On the CPU, in float32 if in floating point. Raises RecipeError for what is no tensor, and for NaN."""
+    """Copy tensors to the CPU, floating point as float32. Raises RecipeError for other values and for NaN."""
     import torch
 
     made = {}

@@ -1,4 +1,4 @@
-"""Records what a pipeline gives its denoiser beside sample and timestep, so that the denoiser can be run without it.
+"""Record the inputs that a pipeline gives its denoiser, so that the denoiser runs without the pipeline.
 
 Shapes: M recorded rows, R rows of one call.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 SAMPLES = ("hidden_states", "sample")
-"""Names of the noisy sample in diffusers."""
+"""Names of the argument with the noisy sample in diffusers."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The inputs of a denoiser beside sample and timestep, as a DenoiserModel has them, and one sample's shape."""
+    """Recorded inputs of a denoiser, except sample and timestep, and the shape of one sample."""
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
@@ -46,7 +46,7 @@ class Recording:
     constants: Mapping[str, object] = field(default_factory=dict)
 
     def given_to(self, model: DenoiserModel) -> DenoiserModel:
-        """The model with what was recorded."""
+        """Return the model with the recorded inputs in place of its own."""
         return replace(
             model,
             sample_shape=self.sample_shape,
@@ -59,9 +59,9 @@ class Recording:
         )
 
     def save(self, path: Path) -> None:
-        """One safetensors file: conditions by name, `null.` and `shared.` before the others, the rest as metadata.
+        """Write one safetensors file: conditions by name, others under `null.` and `shared.`, the rest as metadata.
 
-        Raises RecipeError where `path` is a link, a folder, a pipe or a device, or in a folder that is not there.
+        Raises RecipeError if `path` is a link, a folder, a pipe or a device, or its folder does not exist.
         """
         from safetensors.torch import save_file
 
@@ -100,13 +100,13 @@ class Recording:
 
     @staticmethod
     def check(path: Path) -> None:
-        """Raise RecipeError where a file is no recording, by its header alone."""
+        """Raise RecipeError if a file is no recording, by its header alone."""
         with open_safetensors(path) as file:
             _settings(file.metadata() or {}, path)
 
 
 class _Settings(BaseModel):
-    """What a recording says beside its tensors."""
+    """Metadata of a recording."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -117,7 +117,7 @@ class _Settings(BaseModel):
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
-    """From a recording's header. Raises RecipeError for another file's."""
+    """Read the metadata of a recording. Raises RecipeError for a file that is no recording."""
     name = printable(path)
     if "intaglio" not in metadata:
         raise RecipeError(f"model: {name} was not written by intaglio.record: it names no sample shape")
@@ -138,11 +138,11 @@ def record(
     *,
     shared: Sequence[str] = (),
 ) -> Recording:
-    """What the denoiser gets in `pipe(**call)`, and its null rows in `pipe(**null)`; give both without guidance.
+    """Record the denoiser's inputs in `pipe(**call)`, and its null rows in `pipe(**null)`.
 
-    Of every run the calls at its first timestep are kept. A tensor whose first axis is that of the sample has rows,
-    unless it is named in `shared`; any other is shared by them. Raises RecipeError for a pipeline without a denoiser or
-    a scheduler, for a call that fails, and for inputs that cannot be kept.
+    Switch guidance off in both calls. The calls at the first timestep of each run are kept. A tensor with as many rows
+    as the sample is a condition, unless `shared` names it; any other tensor is shared by all rows. Raises RecipeError
+    for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that cannot be kept.
     """
     import torch
 
@@ -168,7 +168,7 @@ def record(
 
 
 def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Flat inputs of the calls at the first timestep."""
+    """Run the pipeline and return the flat inputs of the denoiser's calls at the first timestep."""
     signature = inspect.signature(denoiser.forward)
     seen: list[dict[str, Any]] = []
 
@@ -185,7 +185,7 @@ def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> lis
 
 @contextmanager
 def _noting_schedule(scheduler: Any) -> Iterator[dict[str, float]]:
-    """Single numbers that `set_timesteps` is given, the count of steps aside, into the dict it yields."""
+    """Yield a dict that collects the float arguments of `set_timesteps`, such as `mu`."""
     noted: dict[str, float] = {}
     original = scheduler.set_timesteps
 
@@ -214,7 +214,7 @@ def _first(timestep: Any) -> float:  # a tensor or a number
 def _divide(
     calls: Sequence[Mapping[str, Any]], sample_name: str, shared: Sequence[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, object]]:
-    """Rows of all calls together, tensors that the rows share, and constants."""
+    """Return the rows of all calls, the tensors that all rows share, and the constants."""
     import torch
 
     rows: dict[str, torch.Tensor] = {}
@@ -236,13 +236,13 @@ def _divide(
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, in float32 if in floating point."""
+    """Copy a tensor to the CPU, in float32 if it is floating point."""
     kept = tensor.detach().cpu()
     return kept.float() if kept.is_floating_point() else kept
 
 
 def as_constant(name: str, value: object) -> object:
-    """What JSON makes of it. Raises RecipeError for what it cannot hold."""
+    """Return the value as JSON restores it. Raises RecipeError for a value that JSON cannot hold."""
     try:
         return json.loads(json.dumps(value))
     except TypeError as e:

@@ -1,4 +1,4 @@
-"""Names the model of a recipe and how it is sampled, as the recipe writes it."""
+"""Describe the model of a recipe and its sampling, as the recipe writes them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ DENOISER_FOLDERS = ("transformer", "unet", ".")
 
 
 class LoraRef(BaseModel):
-    """One style LoRA, an entry of a recipe's `model.loras`."""
+    """Style LoRA: one entry of a recipe's `model.loras`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(
         description="a safetensors file as diffusers' save_lora_weights or save_lora_adapter writes it, or its folder"
     )
-    scale: float = Field(1.0, allow_inf_nan=False, description="factor of its change of the weights")
+    scale: float = Field(1.0, allow_inf_nan=False, description="factor on the change of the weights")
 
 
 class ModelRef(BaseModel):
-    """Where the model is, and how it is sampled: a recipe's `model`."""
+    """Path of the model and settings of its sampler: a recipe's `model`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,12 +34,12 @@ class ModelRef(BaseModel):
     guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1.0 is none")
     conditions: str | None = Field(
         None,
-        description="what a folder's denoiser takes beside sample and timestep: a file of intaglio.record",
+        description="inputs of a folder's denoiser besides sample and timestep: a file that intaglio.record wrote",
     )
     other_size: tuple[int, ...] | str | None = Field(
         None,
-        description="a second size of a folder's calls: one sample's shape, or a second file of conditions;"
-        " axes that have another size there are dynamic",
+        description="a second size of the model's calls: the shape of one sample, or a second file of conditions"
+        "; axes whose size differs become dynamic",
     )
     loras: tuple[LoraRef, ...] = Field(
         (), description="style LoRAs, fused into the denoiser's weights in this order before anything is measured"

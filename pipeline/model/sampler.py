@@ -1,4 +1,4 @@
-"""Draws samples with a scheduler: the calls of a denoiser along a trajectory."""
+"""Draw samples with a scheduler: call the denoiser along a trajectory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 SMALL = 1e-2
-"""Standard deviation of a change that a sampler answers linearly: outputs are near 1."""
+"""Standard deviation of a change small enough for a linear response; outputs are near 1."""
 
 
 CLASS_LABELS = "class_labels"
-"""The condition of a class-conditional model."""
+"""Name of the condition of a class-conditional model."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Start:
-    """Where trajectories begin: noise (B, ...), drawn conditions (B, ...) by name, and what guidance takes for them."""
+    """Start of trajectories: noise (B, ...), drawn conditions (B, ...) by name, and the null rows for guidance."""
 
     noise: torch.Tensor
     conditions: Inputs
     null: Inputs
 
     def part(self, samples: slice) -> Start:
-        """Some of the trajectories."""
+        """Return some of the trajectories."""
         conditions, null = ({n: rows[samples] for n, rows in each.items()} for each in (self.conditions, self.null))
         return Start(self.noise[samples], conditions, null)
 
@@ -68,16 +68,16 @@ class Sampler:
         self._adds_noise: bool | None = None
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """As the denoiser takes it."""
+        """Return the scheduler's timestep in the denoiser's scale."""
         return t if self.model.timestep_scale == 1.0 else t * self.model.timestep_scale
 
     @property
     def condition_rows(self) -> int:
-        """How many rows of conditions there are to draw from: classes, or what was recorded; 0 without conditions."""
+        """Number of rows of conditions to draw from: classes or recorded rows; 0 without conditions."""
         return len(next(iter(self._conditions.values()), ()))
 
     def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
-        """Noise and conditions for `batch` samples: random ones, or these rows of them in turn."""
+        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn."""
         noise = torch.randn(batch, *self.model.sample_shape, generator=generator)
         if not self._conditions:
             return Start(noise, {}, {})
@@ -90,7 +90,7 @@ class Sampler:
         return Start(noise, conditions, null)
 
     def rows(self, x: torch.Tensor, t: torch.Tensor, start: Start) -> dict[str, torch.Tensor]:
-        """The inputs of one call for samples x (B, ...) at timestep t (a scalar) of the scheduler."""
+        """Return the inputs of one call for samples x (B, ...) at the scheduler's timestep t (a scalar)."""
         inputs = {self.names.sample: x}
         if self.names.timestep is not None:
             inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
@@ -101,15 +101,15 @@ class Sampler:
 
     @property
     def rows_per_sample(self) -> int:
-        """Two with guidance."""
+        """Number of rows in a call for each sample: 2 with guidance, else 1."""
         return 1 if self.guidance == 1.0 else 2
 
     def rows_of(self, samples: Sequence[int], count: int) -> list[int]:
-        """Where these of `count` samples are among the rows of a call."""
+        """Return the positions of these samples, out of `count`, among the rows of a call."""
         return [sample + part * count for part in range(self.rows_per_sample) for sample in samples]
 
     def guided(self, output: torch.Tensor) -> torch.Tensor:
-        """e = e_null + w (e_cond - e_null): (R, ...) -> (B, ...) (Ho and Salimans 2022, Eq. 6)."""
+        """Return e = e_null + w (e_cond - e_null): (R, ...) -> (B, ...) (Ho and Salimans 2022, Eq. 6)."""
         if self.guidance == 1.0:
             return output
         cond, null = output.chunk(2)
@@ -121,7 +121,7 @@ class Sampler:
         yield from self.followed(denoise, start)
 
     def followed(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
-        """As `drive`, with gradients of the samples where torch records them."""
+        """Drive as `drive` does, with gradients of the samples where torch records them."""
         scheduler = self._scheduler(start.noise)
         x = start.noise * scheduler.first_scale
         for step, t in enumerate(scheduler.timesteps):
@@ -132,7 +132,7 @@ class Sampler:
         yield x
 
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
-        """The model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
+        """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
         fresh.set_timesteps(self.steps, **self.model.schedule)
         if self._adds_noise is None:
@@ -141,10 +141,10 @@ class Sampler:
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
-        """How far samples move, relative to a small change of the guided output at a step: one number a step.
+        """Return the sensitivity of the final samples to a small change of each step's output, one number a step.
 
-        `x` (B, ...) is where the trajectories begin, `outputs` (B, ...) what the denoiser gives at each step; it is not
-        called, so that what the change does to later outputs is left out. Of DDIM it is the step's |d sigma|.
+        `x` (B, ...) is the start of the trajectories, `outputs` (B, ...) are the denoiser's outputs at each step. The
+        denoiser is not called, so changes of later outputs are left out. For DDIM the result is the step's |d sigma|.
         """
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
@@ -158,26 +158,26 @@ class Sampler:
         return [float((end(step) - there).norm() / (SMALL * noise).norm()) for step in range(len(outputs))]
 
     def sample(self, denoise: Denoise, start: Start) -> torch.Tensor:
-        """Samples (B, ...)."""
+        """Return the samples (B, ...) at the end of the trajectories."""
         *_, samples = self.drive(denoise, start)
         assert isinstance(samples, torch.Tensor)  # `drive` ends with the samples
         return samples
 
 
 class OneCall:
-    """The scheduler of a model that is called once, such as a decoder: its output is the sample."""
+    """Scheduler of a model that is called once, such as a decoder: its output is the sample."""
 
     timesteps = torch.zeros(1)
 
     @dataclass(frozen=True)
     class Output:
-        """What `step` returns in diffusers."""
+        """Return value of `step`, as in diffusers."""
 
         prev_sample: torch.Tensor
 
     def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None:
-        """There is one, whatever is asked for."""
+        """Do nothing: there is one timestep for any number of steps."""
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Output:
-        """The end."""
+        """Return the model's output as the sample."""
         return self.Output(model_output)

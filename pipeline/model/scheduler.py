@@ -1,4 +1,4 @@
-"""Steps a diffusers scheduler so that every random draw depends on the sample and the step, and on nothing else.
+"""Step a diffusers scheduler so that each random draw depends only on the sample and the step.
 
 Shapes: B samples.
 """
@@ -16,16 +16,19 @@ import torch
 
 
 class Scheduler(Protocol):
-    """What is used of a diffusers scheduler; those that scale noise or the model's input have methods for it."""
+    """Methods of a diffusers scheduler that are used; some schedulers also scale noise or the model's input."""
 
     timesteps: torch.Tensor
 
-    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None: ...
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
+    def set_timesteps(self, num_inference_steps: int, **schedule: float) -> None:
+        """Prepare the timesteps of a schedule with this number of steps."""
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
+        """Return a value whose `prev_sample` is the sample after one step."""
 
 
 class SeededScheduler:
-    """A scheduler on the way from noise (B, ...) to samples, whose draws are seeded by a sample's noise and the step.
+    """Scheduler from noise (B, ...) to samples, whose draws are seeded by each sample's noise and the step.
 
     Where the scheduler adds noise (`apart`), every sample is stepped alone, by a copy of its own: what is drawn for it
     does not depend on the samples beside it, and two runs from the same noise draw the same. Other schedulers step all
@@ -33,7 +36,7 @@ class SeededScheduler:
     """
 
     def __init__(self, scheduler: Scheduler, noise: torch.Tensor, *, apart: bool) -> None:
-        """`scheduler` has its timesteps set and has not been stepped; it is stepped here."""
+        """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here."""
         self.timesteps = scheduler.timesteps
         self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
         self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
@@ -41,7 +44,7 @@ class SeededScheduler:
         self._step = 0
 
     def scaled(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Samples (B, ...) as the denoiser takes them at timestep t."""
+        """Return samples (B, ...) scaled for the denoiser at timestep t."""
 
         def scale(scheduler: Any, _: int, x: torch.Tensor) -> torch.Tensor:
             scaled: torch.Tensor = getattr(scheduler, "scale_model_input", lambda x, _: x)(x, t)
@@ -50,7 +53,7 @@ class SeededScheduler:
         return self._each(scale, x)
 
     def step(self, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Samples (B, ...) at the next timestep, from the denoiser's output (B, ...) for samples x at timestep t."""
+        """Return samples (B, ...) at the next timestep, from the denoiser's output (B, ...) for x at timestep t."""
 
         def step(scheduler: Any, seed: int, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
@@ -71,17 +74,17 @@ class SeededScheduler:
         return torch.cat(found)
 
     def _seed(self, sample: int) -> int:
-        """Seed of this sample's draws at the present step."""
+        """Return the seed of this sample's draws at the present step."""
         digest = hashlib.sha256(self._seeds[sample] + self._step.to_bytes(4, "little")).digest()
         return int.from_bytes(digest[:7], "little")
 
 
 @torch.no_grad()
 def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
-    """Whether a scheduler draws random numbers in some step, or treats equal samples differently.
+    """Return True if a scheduler draws random numbers in a step, or treats equal samples differently.
 
-    All its steps are made by a copy, on two equal samples like `noise` (1, ...). A scheduler that cannot make them
-    counts as one that does.
+    A copy makes all its steps on two equal samples like `noise` (1, ...). A scheduler that fails in them counts as one
+    that draws.
     """
     tried: Any = copy.deepcopy(scheduler)
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +99,7 @@ def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
                 first, second = x.nan_to_num().chunk(2)
                 if drawn() or not torch.equal(generator.get_state(), state) or not torch.equal(first, second):
                     return True
-    except Exception:  # whatever it is, the run itself meets it too
+    except Exception:  # the run itself will raise it too
         return True
     return False
 
@@ -104,7 +107,7 @@ def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
 def _previous(
     scheduler: Any, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """The scheduler's step, with the generator where it takes one: from a diffusers output, or the first of a tuple."""
+    """Make one step of the scheduler, with the generator if it takes one, and return the previous sample."""
     takes = "generator" in inspect.signature(scheduler.step).parameters
     stepped = scheduler.step(output, t, x, **({"generator": generator} if takes else {}))
     previous: torch.Tensor = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
@@ -113,7 +116,7 @@ def _previous(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[Callable[[], bool]]:
-    """Seed torch's global generator, and leave it as it was. Yields a function: whether something has been drawn."""
+    """Seed torch's global generator and restore it at the end. Yields a function that tells if anything was drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         state = torch.get_rng_state()
@@ -121,5 +124,5 @@ def seeded(seed: int) -> Iterator[Callable[[], bool]]:
 
 
 def _digest(sample: torch.Tensor) -> bytes:
-    """Digest of a sample's values."""
+    """Return a digest of a sample's values."""
     return hashlib.sha256(sample.double().contiguous().numpy().tobytes()).digest()

@@ -1,4 +1,4 @@
-"""Types that everything around a denoiser shares: named inputs, and a denoiser as a function of them."""
+"""Define the types around a denoiser: named inputs, and a denoiser as a function of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Inputs = Mapping[str, torch.Tensor]
 
 
 Values: TypeAlias = Callable[[Inputs], Mapping[str, torch.Tensor]]
-"""A deployed graph as a function that also gives values inside it, by the names they have in the graph."""
+"""Function that runs a deployed graph and returns its outputs, or values inside it, by name."""
 
 
 Denoise = Callable[[Inputs], torch.Tensor]
-"""Takes the inputs of one call by flat name, with R rows; returns the prediction, as many channels as the sample."""
+"""Function from the inputs of one call, by flat name with R rows, to the prediction, with the sample's channels."""

@@ -73,9 +73,9 @@ def hadamard(size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """What is decided for one layer: its basis, and the ends of its input in this basis at each step, (T,).
+    """The basis chosen for one layer, and the ends of its input in this basis at each step, (T,).
 
-    `gain_db` is how much nearer it brings the outputs of the layers on this input, as SQNR; None where it was given.
+    `gain_db` is the gain in SQNR of the outputs of the layers on this input; None where the basis was given.
     """
 
     balance: Balance

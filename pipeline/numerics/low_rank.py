@@ -41,6 +41,7 @@ class Branch:
 
     @property
     def rank(self) -> int:
+        """Return the number of rows of the branch's first factor."""
         return len(self.down_RK)
 
     @property
@@ -49,7 +50,7 @@ class Branch:
         return 2 * (self.down_RK.numel() + self.up_NR.numel())
 
     def rest(self, w_NK: torch.Tensor) -> torch.Tensor:
-        """What is rounded, (N, K)."""
+        """Return the part of the weight that is rounded, (N, K)."""
         return w_NK - self.up_NR.to(w_NK) @ self.down_RK.to(w_NK)
 
 
@@ -60,7 +61,7 @@ def branch_tensors(branches: Mapping[str, Branch]) -> dict[str, torch.Tensor]:
 
 
 def branches_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Branch]:
-    """What `branch_tensors` made, among other tensors."""
+    """Read the branches that `branch_tensors` wrote, among other tensors."""
     names = sorted(name.removesuffix(":branch-down") for name in tensors if name.endswith(":branch-down"))
     return {n: Branch(*(tensors[f"{n}:branch-{part}"].float() for part in ("down", "up"))) for n in names}
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 INPUT_HIGH = {8: 127, 4: 7}
-"""By bits, the code of an input's largest magnitude. The smallest code is one further from zero."""
+"""Code of an input's largest magnitude, by bits. The smallest code is one further from zero."""
 NEARLY_HALF = 0.45
 """Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
 TOKEN_EPS = 1e-7
@@ -201,7 +201,7 @@ def _fit_two_level(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.
 
 
 def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Of each group when rounded with its scale, (N, G)."""
+    """Return the squared error of each group when rounded with its scale, (N, G)."""
     q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), grid.low, grid.high)
     return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
 

@@ -82,6 +82,6 @@ def _interpolate(
 def _resample(
     values_T: torch.Tensor, between_S: NDArray[np.float64], timesteps: tuple[float, ...], wanted: tuple[float, ...]
 ) -> torch.Tensor:
-    """What was measured where it was, to the bit; else what lies between."""
+    """Return measured values at measured timesteps, to the bit, and interpolated values elsewhere."""
     measured = dict(zip(reversed(timesteps), reversed(values_T.tolist()), strict=True))
     return torch.tensor([measured.get(t, b) for t, b in zip(wanted, between_S.tolist(), strict=True)])

@@ -1,4 +1,4 @@
-"""Turns a recipe into one chain of configured passes for each target, and finds what is wrong with it first."""
+"""Turn a recipe into one chain of configured passes for each target, and report its problems first."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,38 +17,39 @@ from intaglio.pipeline.runs.registry import find_pass
 
 @dataclass(frozen=True)
 class BoundStep:
-    """A step whose pass exists and whose options are valid."""
+    """Step whose pass exists and whose options are valid."""
 
     name: str
     configured: Pass
     origin: str
     source_sha256: str | None
-    """Of a foreign pass; intaglio's own have their `version`."""
+    """Digest of the source of a pass from outside intaglio; intaglio's own passes have their `version`."""
     wanted: frozenset[AnyKey] = frozenset()
-    """What its pass wants and is there in this chain."""
+    """Optional inputs of the pass that this chain provides."""
 
     @property
     def requires(self) -> frozenset[AnyKey]:
-        """All that it may read."""
+        """Keys that the step may read."""
         return self.configured.requires | self.wanted
 
     @property
     def provides(self) -> frozenset[AnyKey]:
+        """Return the keys that the step provides."""
         return self.configured.provides
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The steps of one target, in order. Whatever a step requires is provided before it."""
+    """Steps of one target, in order. Each input of a step is provided before it."""
 
     target: Target
     steps: tuple[BoundStep, ...]
 
 
 def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = Path()) -> tuple[Chain, ...]:
-    """One chain for each target. Runs nothing; raises one error with every problem of the recipe.
+    """Return one chain for each target. Runs nothing; raises one error with every problem of the recipe.
 
-    `start`: the keys there are before the first step, MODEL and PIPELINE if not given; TARGET and PROVENANCE always.
+    `start`: the keys that exist before the first step, MODEL and PIPELINE if not given; TARGET and PROVENANCE always.
     `base`: the folder that paths in the recipe are relative to.
     """
     from intaglio.pipeline.artifacts.keys import MODEL, PIPELINE, PROVENANCE, TARGET
@@ -70,7 +71,7 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
         for target in targets
     )
     for chain in chains:
-        if len(steps) == len(recipe.steps):  # else what a missing pass would have provided is not known
+        if len(steps) == len(recipe.steps):  # not otherwise: outputs of a missing pass are unknown
             found.collect_wiring(chain, given)
         for bound in chain.steps:
             with found.collect(f"{bound.name}, {chain.target.name}: "):
@@ -80,14 +81,14 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
 
 
 def resolved(recipe: Recipe, chains: Iterable[Chain]) -> Recipe:
-    """The recipe with every option of every step written out."""
+    """Return the recipe with every option of every step written out."""
     options = {step.name: step.configured.model_dump(mode="json") for chain in chains for step in chain.steps}
     steps = [step.model_copy(update={"options": options.get(step.name, step.options)}) for step in recipe.steps]
     return recipe.model_copy(update={"steps": tuple(steps)})
 
 
 def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey]) -> Iterator[BoundStep]:
-    """With what each wants of what is there before it."""
+    """Yield the steps with the optional inputs that earlier steps provide."""
     available = set(given)
     for step in steps:
         yield replace(step, wanted=step.configured.wants & available)
@@ -104,7 +105,7 @@ def _bind_step(step: Step, base: Path) -> BoundStep:
 
 
 class _Problems:
-    """Collects errors so that all of them are raised together, as the kind they share or else as a RecipeError."""
+    """Collect errors and raise them together, as their common kind or else as a RecipeError."""
 
     def __init__(self) -> None:
         self._found: dict[str, type[IntaglioError]] = {}
@@ -119,7 +120,7 @@ class _Problems:
     def repeated(self, what: str, names: Iterable[str]) -> None:
         listed = list(names)
         for name in sorted({name for name in listed if listed.count(name) > 1}):
-            self._found[f"{what} {name!r} is there {listed.count(name)} times: give each its own name"] = RecipeError
+            self._found[f"{what} {name!r} is listed {listed.count(name)} times: give each its own name"] = RecipeError
 
     def collect_wiring(self, chain: Chain, given: Iterable[AnyKey]) -> None:
         available = set(given)

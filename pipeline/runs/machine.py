@@ -1,4 +1,4 @@
-"""What is known of the machine that intaglio runs on: packages, GPUs, and what each target can do here."""
+"""Facts about the machine that intaglio runs on: packages, GPUs, and the abilities of each target."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ class Package:
     distributions: tuple[str, ...]
     module: str
     serves: str
-    """What the package is for, in a few words."""
+    """Purpose of the package, in a few words."""
     install: str
     """One way to install it."""
     compiles: bool = False
@@ -35,7 +35,7 @@ class Found:
 
     @property
     def works(self) -> bool:
-        """Whether it is installed, and no fault is known."""
+        """True if the package is installed and no fault is known."""
         return self.version is not None and self.fault is None
 
     @property
@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether a thing can be done here, and how, or what it takes."""
+    """An ability of this machine: possible or not, and how, or what it needs."""
 
     here: bool
     how: str
@@ -54,7 +54,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Abilities:
-    """What can be done for one target on this machine."""
+    """Abilities of this machine for one target."""
 
     compile: Ability
     build: Ability
@@ -73,7 +73,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Fact:
-    """What a runtime found on this machine: a value for JSON, and the same as a line of text."""
+    """A fact that a runtime found on this machine: a value for JSON, and the same as a line of text."""
 
     value: object
     text: str
@@ -92,9 +92,9 @@ class Machine:
     memory_bytes: int | None
     """With swap, as far as this process may have it."""
     packages: Mapping[str, Found]
-    """By distribution."""
+    """Packages by distribution."""
     facts: Mapping[str, Fact]
-    """What runtimes found, by name."""
+    """Facts found by runtimes, by name."""
     gpus: tuple[Gpu, ...]
     faults: Mapping[str, str]
     targets: Mapping[str, Abilities]
@@ -111,7 +111,7 @@ class Machine:
 
 
 class Faults(dict[str, str]):
-    """What could not be asked, and why."""
+    """Questions that failed, with the reason."""
 
     def ask(self, what: str, ask: Callable[[], T]) -> T | None:
         """Return the answer; None where asking raises, which is a fault."""

@@ -1,4 +1,4 @@
-"""What a compiled folder says of itself: the digest of every file, and the steps that they come from."""
+"""Describe a compiled folder: the digest of every file, and the steps that made them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 class DeliveredFile(BaseModel):
-    """Its content."""
+    """Digest and size of one delivered file."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,7 +30,7 @@ class DeliveredFile(BaseModel):
 
 
 class DeliveredStep(BaseModel):
-    """A step of the chain, with the digests of what it made."""
+    """Step of the chain, with the digests of its outputs."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,29 +41,30 @@ class DeliveredStep(BaseModel):
 
 
 class Manifest(BaseModel):
-    """`manifest.json` of one target."""
+    """Content of `manifest.json`, one for each target."""
 
     model_config = ConfigDict(frozen=True)
 
     files: Mapping[str, DeliveredFile]
-    """By their path below the folder, `/` between its parts."""
+    """Delivered files by path below the folder, with `/` between the parts."""
     seed: int
     start: Mapping[str, Digest]
-    """Key name -> digest of what there was before the first step."""
+    """Digests of the artifacts before the first step, by key name."""
     steps: tuple[DeliveredStep, ...]
     versions: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
+        """Write the manifest into a folder."""
         (folder / MANIFEST).write_bytes(self.content)
 
     @property
     def content(self) -> bytes:
-        """The bytes of its file."""
+        """Return the bytes of the manifest's file."""
         return (self.model_dump_json(indent=1, by_alias=True) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises RecipeError where there is none, or none that can be read."""
+        """Read the manifest of a folder. Raises RecipeError if it is missing or unreadable."""
         file = folder / MANIFEST
         if not file.exists():
             raise RecipeError(
@@ -79,14 +80,14 @@ class Manifest(BaseModel):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Key name -> digest of its last artifact."""
+        """Return the digest of each key's last artifact, by key name."""
         found = dict(self.start)
         for step in self.steps:
             found |= step.outputs
         return found
 
     def departures(self, folder: Path) -> Iterator[str]:
-        """What is missing, changed, or beside what was delivered. Follows no link, and nothing out of the folder."""
+        """Yield a line for each missing, changed or added file. Follows no link out of the folder."""
         yield from self.damage(folder)
         folders, others = entries_below(folder)
         for name in sorted(each.relative_to(folder).as_posix() for each in others):
@@ -100,14 +101,14 @@ class Manifest(BaseModel):
                 yield f"{printable(each.relative_to(folder))}: was not delivered: an empty folder"
 
     def damage(self, folder: Path, without: Collection[str] = ()) -> Iterator[str]:
-        """What was delivered and is missing or changed; names in `without` are not looked at."""
+        """Yield a line for each delivered file that is missing or changed, except names in `without`."""
         there = {file.relative_to(folder).as_posix(): file for file in entries_below(folder)[1]}
         for name in self.files:
             if name not in without and (problem := self._problem(name, there)) is not None:
                 yield f"{printable(name)}: {problem}"
 
     def intact(self, folder: Path) -> set[Path]:
-        """Files of the folder that are as they were delivered, its own file among them."""
+        """Return the files that are unchanged since delivery, the manifest among them."""
         there = {file.relative_to(folder).as_posix(): file for file in entries_below(folder)[1]}
         found = {there[name] for name in self.files if self._problem(name, there) is None}
         file = folder / MANIFEST
@@ -115,7 +116,7 @@ class Manifest(BaseModel):
         return found | {file} if own else found
 
     def _problem(self, name: str, there: Mapping[str, Path]) -> str | None:
-        """What is wrong with a delivered file; `there`: by name, all that is in the folder."""
+        """Describe the problem of a delivered file, or return None; `there`: all files of the folder, by name."""
         delivered, path = self.files[name], PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             return "is outside of the folder"
@@ -134,7 +135,7 @@ class Manifest(BaseModel):
 
 
 def intact_files(folder: Path) -> set[Path]:
-    """Files of a folder that its own manifest lists and that are as they were delivered: none where it has none."""
+    """Return the files that the folder's manifest lists and that are unchanged; none without a manifest."""
     try:
         return Manifest.read(folder).intact(folder)
     except RecipeError:
@@ -142,13 +143,13 @@ def intact_files(folder: Path) -> set[Path]:
 
 
 def target_name(folder: Path) -> str:
-    """The target that a folder is of, by its name; of a link by its own name, or else by that of what it leads to."""
+    """Return the name of a folder's target: a link's own name, or else that of the folder behind it."""
     own = os.path.basename(os.path.abspath(folder))
     return own if own in target_names() else folder.resolve().name
 
 
 def compiled_folders(folder: Path) -> list[Path]:
-    """The folder itself where it is one target's, else those of its targets. Raises RecipeError where there is none."""
+    """Return the folder if it is one target's, else its targets' folders. Raises RecipeError if there is none."""
     if (folder / MANIFEST).is_file():
         return [folder]
     found = sorted(file.parent for file in folder.glob(f"*/{MANIFEST}"))

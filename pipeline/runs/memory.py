@@ -1,4 +1,4 @@
-"""What a run needs of the machine's memory, before it begins, and what each of its steps took."""
+"""Estimate the memory that a run needs, and measure the memory that each step takes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.checkpoint import Checkpoint
 
 PER_PARAMETER = 4 * 1.2
-"""Bytes that the hungriest steps hold of a float32 model, at least; `samples/benchmarks/full_size.py` measures them."""
+"""Bytes per float32 parameter that the largest steps hold; `samples/benchmarks/full_size.py` measures them."""
 INTERPRETER = 500_000_000
-"""Bytes of Python with torch and ONNX Runtime."""
+"""Bytes that Python needs with torch and ONNX Runtime."""
 _GROUPS = ("memory.max", "memory/memory.limit_in_bytes")
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def least_bytes(parameters: int) -> int:
-    """What compiling a denoiser of so many parameters takes at least."""
+    """Return the least memory in bytes that compiling a denoiser of this size needs."""
     return INTERPRETER + int(PER_PARAMETER * parameters)
 
 
 def machine_bytes() -> int:
-    """Memory and swap, or what the control group of this process allows."""
+    """Return the machine's memory and swap in bytes, or the limit of this process's control group."""
     import psutil
 
     found = psutil.virtual_memory().total + psutil.swap_memory().total
@@ -37,7 +37,7 @@ def machine_bytes() -> int:
 
 
 def check_memory(model: Checkpoint) -> None:
-    """Raises RecipeError for a model that cannot be compiled here."""
+    """Raise RecipeError if the model needs more memory than the machine has."""
     parameters = model.parameter_count()
     least, there = least_bytes(parameters), machine_bytes()
     if least > there:
@@ -48,7 +48,7 @@ def check_memory(model: Checkpoint) -> None:
 
 
 def forget_peak() -> int | None:
-    """From here on the peak of this process counts; resident bytes now. None where there is no Linux to ask."""
+    """Reset the peak of this process and return its resident bytes; None on systems other than Linux."""
     try:
         _FORGET.write_text("5")
     except OSError:
@@ -57,6 +57,6 @@ def forget_peak() -> int | None:
 
 
 def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """Of this process. VmRSS: now; VmHWM: at most, since it began or its peak was forgotten."""
+    """Return a memory figure of this process in bytes. VmRSS: now; VmHWM: the peak since start or reset."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Delivers a finished chain: the files of the published artifacts, the recipe, and a manifest of their origin."""
+"""Deliver a finished chain: the files of published artifacts, the recipe, and a manifest of their origin."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ VERSIONS = ("intaglio", "torch", "diffusers", "onnx")
 
 
 def check_folders(folders: Collection[Path], store: Store) -> None:
-    """Raises RecipeError where `publish` could not write all of them: better before a run than behind it."""
+    """Raise RecipeError if `publish` could not write all folders, so that the error comes before a run."""
     places: dict[Path, Path] = {}
     root = store.root.resolve()
     for folder in folders:
@@ -30,34 +30,34 @@ def check_folders(folders: Collection[Path], store: Store) -> None:
         if (other := places.setdefault(place, folder)) is not folder:
             raise RecipeError(f"{folder}: leads to the same folder as {other}: give each target a folder of its own")
         if place.is_relative_to(root) or root.is_relative_to(place):
-            raise RecipeError(f"{folder}: is in the store {store.root}, or holds it: give another --out or --store")
+            raise RecipeError(f"{folder}: overlaps with the store {store.root}: choose another --out or --store")
 
 
 def check_folder(folder: Path) -> Path:
-    """The folder that is written, behind all links. Raises RecipeError where `publish` could not write it."""
+    """Return the folder that is written, with links resolved. Raises RecipeError if `publish` could not write it."""
     name = printable(folder)
     try:
         place = folder.resolve()
         if place.exists():
             _check_ours(folder, place)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise RecipeError(f"{name}: cannot be read ({error}): give another --out") from error
+        raise RecipeError(f"{name}: cannot be read ({error}): choose another --out") from error
     there = next(parent for parent in place.parents if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise RecipeError(f"{name}: cannot be made, as {there} cannot be written to: give another --out")
+        raise RecipeError(f"{name}: cannot be made, as {there} cannot be written to: choose another --out")
     return place
 
 
 def _check_ours(folder: Path, place: Path) -> None:
     name = printable(folder)
     if not place.is_dir():
-        raise RecipeError(f"{name}: is there and is no folder: move it, or give another --out")
+        raise RecipeError(f"{name}: exists and is no folder: move it, or choose another --out")
     if not os.access(place, os.W_OK | os.X_OK | os.R_OK):
-        raise RecipeError(f"{name}: cannot be written to: give another --out")
+        raise RecipeError(f"{name}: cannot be written to: choose another --out")
     folders, others = entries_below(place)
     device = place.stat().st_dev
     if os.path.ismount(place) or any(each.lstat().st_dev != device for each in (*folders, *others)):
-        raise RecipeError(f"{name}: is a mount point, or has one in it, and cannot be replaced: give another --out")
+        raise RecipeError(f"{name}: is or contains a mount point, and cannot be replaced: choose another --out")
     if not (folders or others):
         return
     try:
@@ -65,15 +65,15 @@ def _check_ours(folder: Path, place: Path) -> None:
     except RecipeError as error:
         why = f" ({error})" if (place / MANIFEST).exists() else ""
         raise RecipeError(
-            f"{name}: is there and was not written by intaglio: move it, or give another --out{why}"
+            f"{name}: exists and was not written by intaglio: move it, or choose another --out{why}"
         ) from error
 
 
 def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenance: Provenance) -> None:
-    """Fills `folder`, which is the older or the new one at every moment; a link is written through.
+    """Fill `folder`, which holds either the older or the new results at every moment; links are followed.
 
-    What is in it beside the files that its own manifest lists stays there, and so do those that were changed since.
-    Raises RecipeError where it holds anything but results, StoreError where the disk does not take it.
+    Files that its manifest does not list stay, and so do listed files that were changed. Raises RecipeError if the
+    folder holds anything but results, StoreError if the disk cannot be written.
     """
     place = check_folder(folder)
     with store.lock(f"publish-{hashlib.sha256(os.fsencode(place)).hexdigest()}"):
@@ -85,18 +85,18 @@ def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenanc
                 _manifest(fresh, provenance).write(fresh)
         except OSError as error:
             raise StoreError(
-                f"{folder}: cannot be written ({error.strerror or error}): it is as it was; what was computed is in "
-                f"{store.root}, and a run with another --out writes it"
+                f"{folder}: cannot be written ({error.strerror or error}): it is unchanged; the results are in "
+                f"{store.root}, and a run with another --out writes them"
             ) from error
 
 
 def made_from(folder: Path, store: Store, key: Key[A]) -> A:
-    """The artifact of the run that wrote `folder`, from the store. Raises RecipeError where it is not there."""
+    """Load from the store an artifact of the run that wrote `folder`. Raises RecipeError if it is missing."""
     digest = Manifest.read(folder).digests.get(key.name)
     if digest is None or not store.object_folder(digest).is_dir():
         raise RecipeError(
             f"{folder}: its {key} is not in {store.root}: name the store of its run with --store, or run its recipe"
-            " again, which brings back what is missing"
+            " again to restore it"
         )
     return store.load(key, digest)
 
@@ -108,7 +108,7 @@ def _copy(source: Path, folder: Path, key: AnyKey) -> None:
         if str(name).encode(errors="ignore") != os.fsencode(name):
             raise RecipeError(f"{key}: would deliver {printable(name)}, a name that is no UTF-8: rename that file")
         if copy.exists() or copy.name in (MANIFEST, RECIPE):
-            raise ContractError(f"{key}: publishes {copy.name}, a name that is taken: give the file another")
+            raise ContractError(f"{key}: publishes {copy.name}, a name that is taken: rename the file")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 

@@ -1,4 +1,4 @@
-"""Finds the class behind a pass reference: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
+"""Find the class of a pass: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
 
 A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
 in the group `intaglio.metrics`, and so have runtimes, in the group `intaglio.runtimes`.
@@ -16,7 +16,6 @@ from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from intaglio.pipeline.contract.metric import Metric
 from intaglio.pipeline.contract.pass_base import Pass
@@ -26,22 +25,22 @@ from intaglio.pipeline.files import MIB, read_bytes
 from intaglio.pipeline.runs.runtime import Runtime
 
 MOST_SOURCE = 16 * MIB
-"""Bytes of one Python file that are read."""
+"""Largest size in bytes of a Python file that is read."""
 
 
 @dataclass(frozen=True)
 class PassSource:
-    """A pass class and where it comes from."""
+    """Pass class and its origin."""
 
     pass_class: type[Pass]
     origin: str
-    """`module:Class`; for a file beside the recipe `file.py:Class`."""
+    """Origin as `module:Class`, or `file.py:Class` for a file beside the recipe."""
     source_sha256: str | None
-    """None for intaglio's own passes: their `version` says when they change."""
+    """Digest of the source; None for intaglio's own passes, whose `version` says when they change."""
 
 
 def find_pass(reference: str, base: Path) -> PassSource:
-    """Raises RecipeError for what cannot be found, ContractError for what is not a pass."""
+    """Return the pass that a reference names. Raises RecipeError if it is missing, ContractError if it is no pass."""
     where, colon, class_name = reference.rpartition(":")
     if not colon:
         return _from_name(reference)
@@ -57,11 +56,6 @@ def find_pass(reference: str, base: Path) -> PassSource:
     return _source(_member(module, class_name, reference), origin)
 
 
-def pass_module(name: str) -> Any:
-    """Where the pass of this name is, and what else belongs to it. Raises what `find_pass` does."""
-    return sys.modules[find_pass(name, Path()).pass_class.__module__]
-
-
 @cache
 def named_passes() -> dict[str, EntryPoint]:
     """All entry points, by name and sorted. Raises RecipeError when two distributions own one name."""
@@ -69,7 +63,7 @@ def named_passes() -> dict[str, EntryPoint]:
 
 
 def pass_classes() -> dict[str, type[Pass] | None]:
-    """Of all named passes; None for one that cannot be imported."""
+    """Return the classes of all named passes; None for a pass that cannot be imported."""
 
     def found(name: str) -> type[Pass] | None:
         try:
@@ -87,7 +81,7 @@ def named_metrics() -> dict[str, EntryPoint]:
 
 
 def find_metric(name: str) -> Metric:
-    """Raises RecipeError for what cannot be found, ContractError for what is no metric."""
+    """Return the metric of this name. Raises RecipeError if it is missing, ContractError if it is no metric."""
     points = named_metrics()
     if name not in points:
         raise RecipeError(f"no metric {name!r}{did_you_mean(name, points)}")
@@ -142,7 +136,7 @@ def _import(module_name: str, reference: str) -> ModuleType:
 
 
 def _load_file(file: Path) -> ModuleType:
-    """The module of a file, once for each content it had: its name is made of both."""
+    """Load the module of a file, once for each content: the module's name depends on it."""
     source = read_bytes(file, most=MOST_SOURCE)
     digest = hashlib.sha256(str(file.resolve()).encode() + b"\0" + source).hexdigest()
     module_name = f"intaglio_file_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{digest[:16]}"
@@ -162,7 +156,7 @@ def _load_file(file: Path) -> ModuleType:
 
 
 def _member(module: ModuleType, class_name: str, reference: str) -> type[Pass]:
-    """The class, held against what a pass has to declare."""
+    """Return the class after checking that it declares everything a pass must declare."""
     found = getattr(module, class_name, None)
     if found is None:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Pass)]
@@ -182,7 +176,7 @@ def _source(pass_class: type[Pass], origin: str) -> PassSource:
 
 
 def _source_sha256(pass_class: type[Pass]) -> str:
-    """Of the file, or of every Python file of the top-level package the class is in."""
+    """Return the digest of the class's file, or of all Python files of its top-level package."""
     file = Path(inspect.getfile(pass_class))
     depth = pass_class.__module__.count(".") + (file.name == "__init__.py")
     if depth == 0:

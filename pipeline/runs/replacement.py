@@ -1,10 +1,10 @@
-"""Puts a folder in the place of an older one in one moment, and takes along what somebody else has put there.
+"""Replace a folder by a new one in one moment, and keep files in it that intaglio did not write.
 
-Beside `TARGET`, while it is replaced, lies `.TARGET.intaglio-<random>`, whose `lock` is held by the process that works:
+Beside `TARGET`, while it is replaced, lies `.TARGET.intaglio-<random>`; the working process holds its `lock`:
 
 staged/   the new folder, while it is filled: copies of delivered files, and second names of files of the user
-whole/    the new folder when all of it is there; as soon as the two are exchanged, the older one
-older/    the older one, on systems that cannot exchange two folders and rename them one after the other
+whole/    the new folder when it is complete; after the exchange, the older folder
+older/    the older folder, on systems that cannot exchange two folders and rename them one after the other
 """
 
 import ctypes
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 LOCK, STAGED, WHOLE, OLDER = "lock", "staged", "whole", "older"
 KEPT = ".kept"
-"""Behind the name of a file of the user's where a delivered file has the name now."""
+"""Suffix of a user's file whose name a delivered file now has."""
 
 _EXCHANGE: dict[str, tuple[str, Callable[[bytes, bytes], tuple[object, ...]]]] = {
     "linux": ("renameat2", lambda a, b: (-100, a, -100, b, 2)),  # AT_FDCWD, RENAME_EXCHANGE
@@ -103,7 +103,7 @@ def _put_in_place(place: Path, folder: Path) -> None:
 
 
 def _exchanged(a: Path, b: Path) -> bool:
-    """Exchange two folders in one moment. False where the system or the file system cannot. Raises OSError."""
+    """Exchange two folders in one moment. Returns False if the system cannot do that. Raises OSError."""
     if sys.platform not in _EXCHANGE:
         return False
     name, arguments = _EXCHANGE[sys.platform]
@@ -118,7 +118,7 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def _clear_left(place: Path, folder: Path) -> None:
-    """Clear away what a killed run left, unless the process is alive that works there."""
+    """Clear away the files of a killed run, unless its process is alive."""
     if place.is_symlink() or not place.is_dir():
         return
     try:
@@ -135,7 +135,7 @@ def _clear_left(place: Path, folder: Path) -> None:
 
 @contextmanager
 def _cleared(place: Path, folder: Path) -> Iterator[None]:
-    """Behind the block, remove what is there twice, and move what is the user's into `folder`."""
+    """Remove duplicates after the block, and move the user's files into `folder`."""
     try:
         yield
     finally:
@@ -152,7 +152,7 @@ def _clear(place: Path, folder: Path) -> None:
                 _empty(tree, folder)
     except OSError as error:
         log.warning(
-            "%s: cannot be cleared away (%s): what is yours in it can be moved by hand",
+            "%s: cannot be cleared away (%s): move your own files out of it by hand",
             printable(place),
             error.strerror or error,
         )
@@ -163,8 +163,8 @@ def _empty(tree: Path, folder: Path) -> None:
     there = {_identity(path) for path in entries_below(folder)[1]} if folder.is_dir() else set()
     folders, others = entries_below(tree)
     for each in folders:
-        each.chmod(each.stat().st_mode | stat.S_IRWXU)  # else nothing can be taken out of a read-only one
-    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last, as it says what is whose
+        each.chmod(each.stat().st_mode | stat.S_IRWXU)  # files cannot leave a read-only folder
+    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last: it tells whose files are whose
         if path in own or _identity(path) in there:
             path.unlink()
         else:
@@ -205,10 +205,10 @@ def _free(path: Path) -> Path:
 
 
 def _tell(folder: Path, kept: Sequence[tuple[Path, Path]]) -> None:
-    """Name what is in the folder beside what was delivered."""
+    """Log the files in the folder that were not delivered."""
     for name, what in (
-        ("keeps what no run wrote", [f"{a}" for a, b in kept if a == b]),
-        ("keeps what was changed since a run wrote it", [f"{a} as {b}" for a, b in kept if a != b]),
+        ("keeps files that no run wrote", [f"{a}" for a, b in kept if a == b]),
+        ("keeps files that were changed since a run wrote them", [f"{a} as {b}" for a, b in kept if a != b]),
     ):
         if what:
             more = f" and {len(what) - LISTED} more" if len(what) > LISTED else ""

@@ -1,4 +1,4 @@
-"""Runs, for each target of a recipe, the steps that the store does not have yet."""
+"""Run the steps of a recipe that the store does not have yet, for each target."""
 
 import errno
 import hashlib
@@ -32,42 +32,42 @@ if TYPE_CHECKING:
 
 Digests: TypeAlias = Mapping[AnyKey, str]
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-"""What torch and the system say in an error of no class of its own."""
+"""Texts of out-of-memory errors from torch and the system that have no class of their own."""
 MENDED = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR)
-"""Errors of the system that may not be there the next time."""
+"""System errors that may be gone at the next run."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which step of which chain."""
+    """Place of a step in its chain."""
 
     target: str
     step: str
     position: int
-    """From 1."""
+    """Position of the step, counted from 1."""
     count: int
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What `on_step` is told: before a step runs, when it has run, or when the store has it."""
+    """Argument of `on_step`: a step is about to run, has run, or is in the store."""
 
     place: Place
     status: Literal["runs", "done", "hit"]
     seconds: float | None = None
-    """What it took when it ran; None before it runs."""
+    """Duration in seconds after the step ran; None before."""
 
 
 @dataclass(frozen=True)
 class CompiledTarget:
-    """A finished chain. `compiled[PLAN]` loads a fresh copy of an artifact."""
+    """Finished chain. `compiled[PLAN]` loads a fresh copy of an artifact."""
 
     store: Store
     outputs: Digests
-    """The last artifact of each key."""
+    """Digest of each key's last artifact."""
     runs: tuple[RunRecord, ...]
     folder: Path | None
-    """Where the published files are; None when `compile` was given no `out`."""
+    """Folder of the published files; None if `compile` was given no `out`."""
 
     def __getitem__(self, key: Key[A]) -> A:
         return self.store.load(key, self.outputs[key])
@@ -75,7 +75,7 @@ class CompiledTarget:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What a step would do now.
+    """Prediction of what a step would do now.
 
     `depends`: the step runs, unless the new output of an earlier step turns out equal to its old one.
     """
@@ -83,11 +83,11 @@ class PlannedStep:
     step: str
     status: Literal["hit", "runs", "depends"]
     seconds: float | None
-    """What the pass took when it last ran on this model; None when it never did."""
+    """Duration when the pass last ran on this model; None if it never did."""
     peak_bytes: int | None = None
-    """The most memory that the process held then."""
+    """Peak memory in bytes of that run."""
     estimate_s: float | None = None
-    """What it should take, by the number of rows it computes; only where it never ran and says how many."""
+    """Estimated duration in seconds, from the rows it computes; only for a step that never ran."""
 
 
 def compile(
@@ -99,9 +99,9 @@ def compile(
     on_step: Callable[[StepEvent], None] = lambda event: None,
     base: Path = Path(),
 ) -> Mapping[str, CompiledTarget]:
-    """Runs the recipe for each of its targets and publishes to `out / target`. What the store has is not run again.
+    """Run the recipe for each of its targets and publish to `out / target`. Steps in the store are not run again.
 
-    `start`: the artifacts there are before the first step; MODEL, as the recipe names it, if not given.
+    `start`: the artifacts that exist before the first step; MODEL, as the recipe names it, if not given.
     `base`: the folder that paths in the recipe are relative to.
     """
     from intaglio.pipeline.artifacts.keys import MODEL, PROVENANCE, TARGET
@@ -137,7 +137,7 @@ def compile(
 def plan(
     recipe: Recipe, store: Store, *, start: Outputs | None = None, base: Path = Path()
 ) -> Mapping[str, tuple[PlannedStep, ...]]:
-    """What `compile` would do now, for each target. Runs nothing."""
+    """Return what `compile` would do now, for each target. Runs nothing."""
     from intaglio.pipeline.artifacts.keys import TARGET
 
     chains = bind(recipe, start=start, base=base)
@@ -154,7 +154,7 @@ def plan(
 
 
 def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
-    """What chains begin with, their targets aside: what is around the model only where a step reads it."""
+    """Return the first artifacts of chains, except targets; the pipeline around the model only if a step reads it."""
     from intaglio.pipeline.artifacts.keys import MODEL, PIPELINE
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.pipeline_folder import PipelineFolder
@@ -166,7 +166,7 @@ def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outp
 
 
 def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
-    """The key of a run, and the JSON text of all that its outputs depend on."""
+    """Return the key of a run, and the JSON text of everything that its outputs depend on."""
     configured = step.configured
     ingredients: dict[str, object] = {
         "pass": f"{step.origin}@{configured.version}",
@@ -183,14 +183,14 @@ def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """`none` for what is not installed, which is one more version."""
+    """Return the version of a distribution, or `none`, which counts as one more version."""
     return find_version(distribution) or "none"
 
 
 def _run_step(
     step: BoundStep, inputs: Digests, seed: int, store: Store, tell: Callable[[StepEvent], None], place: Place
 ) -> RunRecord:
-    """Of several processes the first one does it, and the others wait, or do their share if the pass is `shared`."""
+    """Run one step. Only the first process works and the others wait, unless the pass is `shared`."""
     key, ingredients = run_key(step, inputs, seed)
     every = processes()
     with store.lock(key) if every.first else nullcontext():
@@ -228,7 +228,7 @@ def _run_step(
 
 
 def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
-    """What the pass returned, held against what it declares."""
+    """Run the pass and check its outputs against its declarations."""
     try:
         outputs = step.configured.run(state, context)
     except IntaglioError:
@@ -252,8 +252,8 @@ def _advice(error: Exception, scratch: Path) -> str:
     text = str(error).lower()
     for_lack = isinstance(error, MemoryError) or any(lack in text for lack in NO_MEMORY)
     if for_lack or isinstance(error, BrokenExecutor) or (isinstance(error, OSError) and error.errno in MENDED):
-        return f"what it had done so far is in {scratch}, the same command goes on from there"
-    return f"what it had done so far is in {scratch}; mend the cause first, `intaglio --debug run` shows where it is"
+        return f"its progress is in {scratch}: run the same command again to continue"
+    return f"its progress is in {scratch}; fix the cause first, `intaglio --debug run` shows where it is"
 
 
 @contextmanager
@@ -265,7 +265,7 @@ def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests)
     else:
         known = str((base / file).parent if colon and file.endswith(".py") else base / model.path)
     copies = [store.object_folder(digest) for key, digest in given.items() if key.name in ("MODEL", "PIPELINE")]
-    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer first
+    stored = [str(path) for copy in copies for path in (copy / "model", copy)]  # the longer path first
     try:
         yield
     except IntaglioError as error:
@@ -278,7 +278,7 @@ def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests)
 
 
 def _model_of(record: RunRecord) -> str | None:
-    """The digest of the model that the step read; None where it read none, or the record does not say so."""
+    """Return the digest of the model that the step read; None if it read none or the record does not say."""
     match parse_json(record.ingredients, source=f"the ingredients of {record.step}", error=StoreError):
         case {"inputs": {"MODEL": str(digest)}}:
             return digest
@@ -293,7 +293,7 @@ def _plan_chain(
     known = dict(given)
     runs: list[RunRecord] = []
     for position, step in enumerate(chain.steps):
-        if PROVENANCE in step.requires and len(runs) == position:  # else it is not known what comes before
+        if PROVENANCE in step.requires and len(runs) == position:  # only if all earlier steps are known
             known |= _put({PROVENANCE: Provenance(recipe, _by_name(given), tuple(runs))}, store)
         decidable = step.requires <= known.keys()
         record = store.find(run_key(step, known, recipe.seed)[0], _key_names(step)) if decidable else None
@@ -312,7 +312,7 @@ def _plan_chain(
 def _estimated(
     planned: Mapping[str, tuple[PlannedStep, ...]], chains: tuple[Chain, ...], artifacts: Outputs
 ) -> Mapping[str, tuple[PlannedStep, ...]]:
-    """Estimates for the steps that never ran and whose time goes by rows of the denoiser, which is timed for them."""
+    """Add estimates for steps that never ran and compute denoiser rows; one call of the denoiser is timed."""
     from intaglio.pipeline.artifacts.keys import MODEL
     from intaglio.pipeline.model.cost import measure_cost
 

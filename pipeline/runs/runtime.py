@@ -1,4 +1,4 @@
-"""What a runtime is: the one object that knows what executes a graph, found through the group `intaglio.runtimes`.
+"""A runtime: the one object that knows what executes a graph, found through the group `intaglio.runtimes`.
 
 Its entry point is in a package with a folder `targets` beside it, which holds the YAML files of its targets.
 """
@@ -31,9 +31,9 @@ class Opened:
     run: Run
     """Takes all inputs by name, returns all outputs by name. Raises what the runtime raises."""
     executed_by: str
-    """What executes it: an execution provider, or the runtime's own name."""
+    """Executor of the graph: an execution provider, or the runtime's own name."""
     half: bool = False
-    """Whether it computes float16 in float16."""
+    """True where float16 is computed in float16."""
 
 
 class Runtime(ABC):
@@ -46,7 +46,7 @@ class Runtime(ABC):
     steps: ClassVar[tuple[str, ...]] = ()
     """Steps that the first recipe has for its targets, such as the one that builds an engine."""
     device: ClassVar[str] = "cpu"
-    """Where the function that `load` returns takes and leaves tensors, as torch names it."""
+    """Device of the tensors that the function returned by `load` takes and returns, as torch names it."""
     executes: ClassVar[str] = "model.onnx"
     """The file of a compiled folder that `load` executes."""
     platform: ClassVar[str | None] = None

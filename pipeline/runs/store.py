@@ -1,4 +1,4 @@
-"""A folder of artifacts addressed by content, and of records that say which step made which.
+"""Store artifacts in a folder, addressed by content, with records of the steps that made them.
 
 objects/<sha256 of the sorted file tree>/   immutable
 runs/<key>.json                             written last, by rename: exists if and only if the step succeeded
@@ -28,13 +28,13 @@ from intaglio.pipeline.errors import ContractError, StoreError
 from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors that end when there is more room."""
+"""System errors that more free space resolves."""
 
 log = logging.getLogger(__name__)
 
 
 class Store:
-    """Only whole objects and whole records are ever visible, whatever kills the process."""
+    """Folder of artifacts and records. Only complete objects and records are visible, even if a process is killed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,10 +46,10 @@ class Store:
             raise StoreError(f"{root}: cannot be made a store ({error}): give another folder with --store") from error
 
     def put(self, artifact: Artifact, *, staging: str) -> str:
-        """Saves the artifact and returns its digest. The caller holds the lock of the same name as `staging`.
+        """Save the artifact and return its digest. The caller holds the lock of the same name as `staging`.
 
-        Raises StoreError, and leaves nothing behind, where the disk does not take it; ContractError for an artifact
-        that saves links, pipes or devices.
+        Raises StoreError, and leaves nothing behind, if the disk cannot be written; ContractError if the artifact saves
+        links, pipes or devices.
         """
         folder = self.root / "staging" / staging
         try:
@@ -64,7 +64,7 @@ class Store:
         return digest
 
     def _moved(self, folder: Path, what: str) -> str:
-        """Moves a saved artifact to objects/, read-only, and returns its digest."""
+        """Move a saved artifact to objects/, read-only, and return its digest."""
         folders, others = entries_below(folder)
         if odd := [path for path in others if not stat.S_ISREG(path.lstat().st_mode)]:
             raise ContractError(f"a {what} saves {printable(odd[0].relative_to(folder))}, which is no regular file")
@@ -80,12 +80,12 @@ class Store:
             folder.rename(destination)
             self._verified.add(digest)
         except OSError:
-            if not destination.exists():  # else another run came first, with the same content
+            if not destination.exists():  # if it exists, another run has stored the same content
                 raise
         return digest
 
     def load(self, key: Key[A], digest: str) -> A:
-        """A fresh copy. Raises StoreError where the files are not what was stored, or are another artifact's."""
+        """Load a fresh copy. Raises StoreError if the files have changed or belong to another artifact."""
         folder = self.open(digest)
         try:
             return key.type.load(folder)
@@ -95,11 +95,11 @@ class Store:
                 raise
             raise StoreError(
                 f"{self._record_path(found.key)}: its {key} is not one ({type(error).__name__}: {printable(error)}): "
-                f"delete this record and run again; if that ends the same way, cure {key.type.__name__}.load"
+                f"delete this record and run again; if that fails again, fix {key.type.__name__}.load"
             ) from error
 
     def open(self, digest: str) -> Path:
-        """The folder of an object, verified when this store first reads it."""
+        """Return the folder of an object, verified when this store first reads it."""
         folder = self.object_folder(digest)
         if digest not in self._verified:
             try:
@@ -108,16 +108,16 @@ class Store:
                 raise StoreError(f"{folder}: cannot be read ({error.strerror or error})") from error
             if found != digest:
                 raise StoreError(
-                    f"object {digest} is damaged: its files hash to {found}: delete {folder} and run again, "
-                    "the step that made it runs once more"
+                    f"object {digest} is damaged: its files hash to {found}: delete {folder} and run again to "
+                    "make it once more"
                 )
             self._verified.add(digest)
         return folder
 
     def find(self, key: str, outputs: Collection[str] = ()) -> RunRecord | None:
-        """The record of a finished step whose outputs are all here.
+        """Return the record of a finished step whose outputs all exist, or None.
 
-        `outputs`: names of keys that it has to have. Raises StoreError where the record is none of such a step.
+        `outputs`: names of keys that the record must have. Raises StoreError if it lacks one.
         """
         path = self._record_path(key)
         if not path.exists():
@@ -131,13 +131,13 @@ class Store:
         return record if all(self.object_folder(digest).is_dir() for digest in record.outputs.values()) else None
 
     def records(self) -> Iterator[RunRecord]:
-        """All records, the oldest first."""
+        """Yield all records, the oldest first."""
         found = [path for path in (self.root / "runs").iterdir() if re.fullmatch(rf"{DIGEST}\.json", path.name)]
         for path in sorted(found, key=lambda path: (path.lstat().st_mtime_ns, path.name)):
             yield _read_record(path)
 
     def finish(self, record: RunRecord) -> None:
-        """The step succeeded: writes its record, then removes its scratch folder. Raises StoreError as `put` does."""
+        """Write the record of a finished step, then remove its scratch folder. Raises StoreError as `put` does."""
         try:
             write_atomically(self._record_path(record.key), record.model_dump_json(indent=1) + "\n")
         except OSError as error:
@@ -145,7 +145,7 @@ class Store:
         remove_tree(self.root / "scratch" / record.key)
 
     def scratch(self, key: str) -> Path:
-        """The folder for checkpoints of an unfinished step: what an earlier run of the step left is still in it."""
+        """Return the folder for checkpoints of an unfinished step, with the files of an earlier run of it."""
         folder = self.root / "scratch" / key
         try:
             if folder.is_symlink() or not folder.is_dir():
@@ -157,13 +157,13 @@ class Store:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Held by one process at a time; the system frees it when the process dies."""
+        """Hold a lock that one process has at a time; the system frees it when the process dies."""
         path = self.root / "locks" / name
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("another run on this store is at the same step: waiting for it")
+            log.info("another run on this store is computing the same step: waiting for it")
             lock.acquire()
         except OSError as error:
             raise StoreError(f"{path}: cannot be locked ({error.strerror or error})") from error
@@ -173,13 +173,13 @@ class Store:
             lock.release()
 
     def _unwritable(self, what: str, error: Exception) -> StoreError:
-        """The advice to make room is given only where there is none left."""
+        """Make an error for a failed write, with advice to free space only if the disk is full."""
         full = any(os.strerror(code) in str(error) for code in FULL)
-        advice = ": make room there, the same command goes on from here" if full else ""
+        advice = ": free space there, then run the same command again" if full else ""
         return StoreError(f"{self.root}: {what} cannot be written ({printable(error)}){advice}")
 
     def object_folder(self, digest: str) -> Path:
-        """Where the object is, or would be. Raises StoreError for what is no digest, and could be any path."""
+        """Return the folder where the object is or would be. Raises StoreError if `digest` is no digest."""
         if re.fullmatch(DIGEST, digest) is None:
             raise StoreError(f"{printable(digest)[:80]!r} is no digest of an object: it has 64 hexadecimal digits")
         return self.root / "objects" / digest
@@ -189,9 +189,9 @@ class Store:
 
 
 def tree_digest(root: Path) -> str:
-    """sha256 over one line a file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count.
+    """Return the sha256 over one line per file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count.
 
-    Links, pipes and devices have a line that no file has, so that no object with one is ever taken for whole.
+    Links, pipes and devices have a line that no file has, so an object with one never counts as complete.
     """
     lines = {}
     for path in entries_below(root)[1]:
@@ -203,13 +203,13 @@ def tree_digest(root: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a regular file. Raises StoreError for anything else, and where it cannot be read."""
+    """Return the sha256 of a regular file. Raises StoreError for anything else, and if it cannot be read."""
     with open_stream(path, error=StoreError) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file is there with the whole text, or as it was."""
+    """Write a file so that it holds either the whole text or its old content at every moment."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -223,9 +223,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes the folder if it is there; of a link, or of what else is in its place, that alone."""
+    """Remove the folder if it exists; remove only the link, or the file, if that is in its place."""
     if folder.is_dir() and not folder.is_symlink():
-        for place, names, _ in os.walk(folder):  # nothing can be taken out of a folder that is read-only
+        for place, names, _ in os.walk(folder):  # files cannot leave a read-only folder
             for each in (Path(place, name) for name in names):
                 if not each.is_symlink():
                     each.chmod(stat.S_IRWXU)
@@ -235,14 +235,14 @@ def remove_tree(folder: Path) -> None:
 
 
 def files_below(root: Path) -> list[Path]:
-    """All regular files of all folders in it, sorted. No link is followed."""
+    """Return all regular files below a folder, sorted. No link is followed."""
     return [path for path in entries_below(root)[1] if stat.S_ISREG(path.lstat().st_mode)]
 
 
 def entries_below(root: Path) -> tuple[list[Path], list[Path]]:
-    """All folders of all folders in it, and all else: files, links, pipes, devices; both sorted. No link is followed.
+    """Return all folders below a folder, and all other entries, both sorted. No link is followed.
 
-    Raises OSError where a folder cannot be read.
+    The others are files, links, pipes and devices. Raises OSError if a folder cannot be read.
     """
 
     def unreadable(error: OSError) -> None:
@@ -257,7 +257,7 @@ def entries_below(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _read_record(path: Path) -> RunRecord:
-    """Raises StoreError where it is none, or the record of something else than its name says."""
+    """Read a record. Raises StoreError if it is no record, or that of another key."""
     try:
         content = read_bytes(path, most=MOST_JSON, inside=path.parent, error=StoreError)
         record = RunRecord.model_validate_json(content)

@@ -29,7 +29,6 @@ from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.sampler import Sampler, Start
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import quality
-from intaglio.pipeline.numerics.quality import mean_squared_error
 from intaglio.pipeline.simulation.model import quantize_model
 
 
@@ -61,7 +60,7 @@ def main(
     reference = draw(checkpoint, None, trajectory, start)
 
     def psnr_db(plan: QuantPlan) -> float:
-        mse = mean_squared_error(draw(checkpoint, plan, trajectory, start), reference)
+        mse = quality.mean_squared_error(draw(checkpoint, plan, trajectory, start), reference)
         return float(quality.psnr_db(mse).mean())
 
     found_db = psnr_db(mixed)

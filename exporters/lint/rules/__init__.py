@@ -1,1 +1,12 @@
-"""The rules of lint, by what they look at. Each rule is a function that yields what it finds in one graph."""
+"""Collect all rules of `lint`. A new rule is one decorated function in a module of this package."""
+
+from intaglio.exporters.lint.rule import Rule, rules_in
+from intaglio.exporters.lint.rules import codes, products, scales, validity
+
+RULES: tuple[Rule, ...] = tuple(
+    sorted(
+        (rule for module in (validity, scales, codes, products) for rule in rules_in(module)),
+        key=lambda rule: rule.when == "no errors",  # after all others, which may find the errors
+    )
+)
+"""Every rule, in the order in which findings are reported."""

@@ -1,1 +1,1 @@
-"""ONNX Runtime: sessions that compute exactly what was simulated, and the step that checks a graph in one."""
+"""Open ONNX Runtime sessions that compute exactly what was simulated, and check graphs in them."""

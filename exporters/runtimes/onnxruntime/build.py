@@ -30,9 +30,9 @@ FLOAT_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv"
 
 
 class BuildOnnxRuntime(Pass):
-    """The counts are those of the graph after the runtime's own optimizations: what runs, not what was asked for.
+    """Load the graph and count its products after the runtime's own optimizations, as they will run.
 
-    Where the target's execution provider is not on this machine, the graph is loaded on the CPU and nothing is counted.
+    If the target's execution provider is not on this machine, the graph is loaded on the CPU and nothing is counted.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -42,11 +42,11 @@ class BuildOnnxRuntime(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """For ONNX Runtime alone."""
+        """Return True for targets of ONNX Runtime."""
         return target.runtime == OnnxRuntime.name
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError for a graph that ONNX Runtime refuses."""
+        """Load and count. Raises TargetError for a graph that ONNX Runtime refuses."""
         import onnx
         import onnxruntime
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime with the settings under which it computes what the simulation does."""
+"""Open ONNX Runtime sessions with settings that compute exactly what the simulation does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_session(
     profile: Path | None = None,
     data: Path | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU, or on those of `providers` that are there. 0 threads: one for each core.
+    """Open a session on the CPU, or on available `providers`. 0 threads: one for each core.
 
     `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
     writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
@@ -75,7 +75,7 @@ def graph_session(
             graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
         )
     except Exception as e:  # its errors have no common class
-        read_proto(graph.path)  # which says what is wrong with the files, where that is known
+        read_proto(graph.path)  # says what is wrong with the files, if that is known
         raise RecipeError(f"{printable(graph.path)}: ONNX Runtime does not load it: {printable(e)}") from e
     ends = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
     for end, (specs, values) in ends.items():
@@ -95,7 +95,7 @@ def _dtype(kind: str) -> str:
 
 
 def _alike(one: tuple[str, Shape] | None, other: tuple[str, Shape] | None) -> bool:
-    """Whether two descriptions of a value have one type and rank, and equal sizes where both know them."""
+    """Return True if two descriptions of a value agree in type, rank and all known sizes."""
     if one is None or other is None or one[0] != other[0] or len(one[1]) != len(other[1]):
         return False
     pairs = zip(one[1], other[1], strict=True)
@@ -103,9 +103,9 @@ def _alike(one: tuple[str, Shape] | None, other: tuple[str, Shape] | None) -> bo
 
 
 def write_fused(model: Path, out: Path, settings: Mapping[str, str]) -> None:
-    """Writes the graph with the operators in it that it becomes under these settings, for sessions that take none.
+    """Write the graph with the fused operators of these settings, for sessions that take no settings.
 
-    How their weights are laid out is left to the CPU that loads it. Raises what ONNX Runtime raises.
+    The CPU that loads it chooses the layout of weights. Raises what ONNX Runtime raises.
     """
     options = _options(settings, threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -123,9 +123,9 @@ def _write_to(optimized: Path, options: onnxruntime.SessionOptions) -> None:
 
 @contextmanager
 def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
-    """A session on the CPU that holds what it has to: weights stay in their file, and freed memory is given back.
+    """Open a session on the CPU with little memory: weights stay in their file, and freed memory is returned.
 
-    Slower: weights are not laid out as kernels like it, and blocks of memory are mapped one by one.
+    It is slower: weights have no special layout for kernels, and blocks of memory are mapped one by one.
     """
     options = _options(exact_kernels(), threads=0)
     # the level above lays convolutions' weights out anew
@@ -141,7 +141,7 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
 
 @contextmanager
 def _giving_back() -> Iterator[None]:
-    """Memory that is freed goes back to the system: glibc keeps blocks below 32 MB, once some of them were freed."""
+    """Return freed memory to the system at once; glibc otherwise keeps freed blocks below 32 MB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         yield
@@ -154,14 +154,14 @@ def _giving_back() -> Iterator[None]:
 
 
 _MMAP_THRESHOLD = -3
-"""M_MMAP_THRESHOLD of malloc.h: blocks of this many bytes are mapped one by one."""
+"""Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
 
 
 @cache
 def exact_kernels() -> Mapping[str, str]:
-    """Settings of the first kernels of onnxruntime-cpu that multiply the largest codes exactly on this CPU.
+    """Return settings of the first kernels of onnxruntime-cpu that multiply the largest codes exactly on this CPU.
 
-    They all give the same bits, so what is computed does not depend on the CPU. Raises TargetError where none is exact.
+    All exact kernels give the same bits, so results do not depend on the CPU. Raises TargetError if none is exact.
     """
     target = load_target("onnxruntime-cpu")
     for kernels in target.kernels:
@@ -172,7 +172,7 @@ def exact_kernels() -> Mapping[str, str]:
 
 
 def multiplies_exactly(settings: Mapping[str, str]) -> bool:
-    """Whether a linear layer and a convolution of the largest codes give the sums that they have.
+    """Return True if a linear layer and a convolution of the largest codes give exact sums.
 
     255 * 127 twice is more than 16 bits hold: without VNNI, x86-64 adds such pairs in 16 bits (0.12 relative error).
     """
@@ -211,7 +211,7 @@ graph (float[8,64] rows, float[1,64,8,8] image) => (float[8,64] y, float[1,64,6,
 
 def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is raised, and need not be printed too
+    options.log_severity_level = 4  # an error is raised, so it need not be printed
     options.intra_op_num_threads = threads
     # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
     for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():

@@ -1,4 +1,4 @@
-"""Builds a TensorRT or TensorRT-RTX engine from the ONNX graph, and reads back what the engine executes."""
+"""Build a TensorRT or TensorRT-RTX engine from the ONNX graph, and read back what the engine executes."""
 
 import shlex
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "
 MODULES: Mapping[str, tuple[str, str]] = {
     each.name: (each.packages[0].module, each.extra) for each in (TensorRT, TensorRTRTX)
 }
-"""By runtime: the module, and the extra that installs it."""
+"""Module and installing extra of each runtime."""
 
 
 def _ordered(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -43,11 +43,11 @@ Sizes: TypeAlias = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], After
 """Smallest, usual and largest size of an axis."""
 
 Profile: TypeAlias = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""By graph input: its smallest, usual and largest shape."""
+"""Smallest, usual and largest shape of each graph input."""
 
 
 class BuildTensorRT(Pass):
-    """An engine it returns executes what the graph says: strongly typed, and free of the known silent faults.
+    """Build an engine that executes the graph as written: strongly typed, and free of known silent faults.
 
     TensorRT-RTX builds ahead of time, without a GPU. A TensorRT engine runs only on the GPU and with the version that
     built it, so by default the artifact holds no plan but the command that builds it beside model.onnx on the device.
@@ -73,21 +73,21 @@ class BuildTensorRT(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """For both runtimes of the TensorRT family."""
+        """Return True for targets of the TensorRT family."""
         return target.runtime in MODULES
 
     def check(self, target: Target) -> None:
-        """Raises MissingExtra where the engine is to be built here and the builder is not installed."""
+        """Raise MissingExtra if the engine is to be built here and the builder is not installed."""
         module, extra = MODULES[target.runtime]
         if self._builds_here(target) and find_spec(module) is None:
             raise MissingExtra(extra, f"building for {target.name}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError, with every node the runtime refuses or would compute wrongly."""
+        """Build the engine. Raises TargetError with every node that the runtime refuses or computes wrongly."""
         return {ENGINE: self.engine(state[GRAPH], state[TARGET], ctx)}
 
     def engine(self, graph: Graph, target: Target, ctx: Context) -> Engine:
-        """Of one graph. Raises TargetError as `run` does."""
+        """Build the engine of one graph. Raises TargetError as `run` does."""
         profile = self.profile(graph)
         products = _read_products(graph.path)
         if not self._builds_here(target):
@@ -107,7 +107,7 @@ class BuildTensorRT(Pass):
         return target.runtime == "tensorrt-rtx" or self.build_on == "host"
 
     def profile(self, graph: Graph) -> Profile:
-        """Of inputs with a dynamic axis. Raises TargetError for an axis of which no sizes are known."""
+        """Return the shapes of inputs with dynamic axes. Raises TargetError for an axis without known sizes."""
         sizes = {axis: (min(ends), ends[0], max(ends)) for axis, ends in graph.sizes.items()} | dict(self.dynamic)
         owners = {axis: name for name, spec in graph.inputs.items() for axis in spec.shape if isinstance(axis, str)}
         if unknown := sorted(owners.keys() - sizes.keys()):
@@ -123,7 +123,7 @@ class BuildTensorRT(Pass):
         }
 
     def _command(self, profile: Profile) -> str:
-        """For trtexec 10 and 11 (which types strongly in any case), in the folder of model.onnx."""
+        """Return the command for trtexec 10 and 11 in the folder of model.onnx; 11 always types strongly."""
         options = [
             "--onnx=model.onnx",
             "--saveEngine=engine.plan",
@@ -136,7 +136,7 @@ class BuildTensorRT(Pass):
         return shlex.join(["trtexec", *options, *shape_flags(profile)])
 
     def _build(self, trt: ModuleType, path: Path, profile: Profile, target: Target) -> tuple[bytes, str]:
-        """The serialized engine, and the layer list of the builder's log."""
+        """Return the serialized engine and the layer list of the builder's log."""
 
         def set_gpus(config: "IBuilderConfig") -> None:
             if target.runtime == "tensorrt-rtx" and self.compute_capabilities:
@@ -151,7 +151,7 @@ class BuildTensorRT(Pass):
 
 
 def shape_flags(profile: Profile) -> list[str]:
-    """The profile as trtexec takes it."""
+    """Return the profile as flags of trtexec."""
     return [
         f"--{end}Shapes={','.join(f'{name}:{_x(shapes[place])}' for name, shapes in profile.items())}"
         for place, end in enumerate(("min", "opt", "max"))
@@ -172,7 +172,7 @@ def _load(target: Target) -> ModuleType:
 
 
 def _read_products(path: Path) -> frozenset[str]:
-    """Names, as the parser gives them, of the nodes that multiply. Raises TargetError for groups that do not fit."""
+    """Return the parser's names of the nodes that multiply. Raises TargetError for groups that do not fit."""
     from intaglio.exporters.float_graph.onnx_file import read_proto
 
     graph = read_proto(path).graph

@@ -1,4 +1,4 @@
-"""What a TensorRT builder's log says about the engine: its executed layers, and what is known to be wrong in them.
+"""Read a TensorRT builder's log: the executed layers of the engine, and known faults in them.
 
 The DETAILED layer list is the only account of an engine that needs no GPU; both builders write it as one message.
 """
@@ -23,7 +23,7 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 @dataclass(frozen=True)
 class Tensor:
-    """An operand of an executed layer; -1 stands for a dynamic axis."""
+    """Operand of an executed layer; -1 stands for a dynamic axis."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layer:
-    """One executed kernel and the ONNX nodes it executes: several where they were merged or fused."""
+    """Executed kernel and its ONNX nodes: several if they were merged or fused."""
 
     kind: str
     inputs: tuple[Tensor, ...]
@@ -49,13 +49,13 @@ class Layer:
 
     @property
     def multiplies_integers(self) -> bool:
-        """Whether it is a product of two 8-bit operands."""
+        """True if the layer multiplies two 8-bit operands."""
         operands = [tensor.dtype for tensor in (*self.inputs, *self.constants)]
         return self.kind not in _FLOATING_KINDS and operands.count("Int8") >= 2
 
 
 def read_layers(log: str) -> tuple[Layer, ...]:
-    """The executed layers, in order."""
+    """Return the executed layers, in order."""
     return tuple(
         Layer(
             kind=found["kind"],
@@ -69,7 +69,7 @@ def read_layers(log: str) -> tuple[Layer, ...]:
 
 
 def count_products(layers: Sequence[Layer], products: Collection[str]) -> tuple[int, int]:
-    """How many of these ONNX nodes run on integers, and how many in floating point.
+    """Count how many of these ONNX nodes run on integers, and how many in floating point.
 
     A node counts once, however the builder split or merged it; a node that was folded away does not count.
     """
@@ -79,7 +79,7 @@ def count_products(layers: Sequence[Layer], products: Collection[str]) -> tuple[
 
 
 def find_hazards(layers: Sequence[Layer]) -> tuple[str, ...]:
-    """Integer products that TensorRT-RTX builds without a warning, and whose result is wrong.
+    """Return integer products that TensorRT-RTX builds without a warning and computes wrongly.
 
     Where it takes the scales out of a product (constant `folded_matmul`), the sum it writes is not scaled: FP16
     overflows beyond 65504. Where that constant is not as wide as the product, scales of all blocks but one are lost.

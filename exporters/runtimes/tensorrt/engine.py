@@ -1,6 +1,6 @@
-"""A TensorRT engine on torch's tensors: what is on the GPU stays there, nothing is copied.
+"""Run a TensorRT engine on torch's tensors on the GPU, without copies.
 
-It has not run on a GPU: tests hold it against a stand-in of the runtime, and its calls against TensorRT's type stubs.
+It has not run on a GPU yet: tests use a stand-in of the runtime, and check its calls against TensorRT's type stubs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def engine_call(graph: Graph, runtime: str) -> Values:
-    """The engine.plan beside the graph, on torch's current GPU and stream: a call's inputs to its outputs, by name.
+    """Open the engine.plan beside the graph on torch's current GPU and stream, as a function of named inputs.
 
-    Raises RecipeError where the folder has no engine of this runtime, TargetError where it does not run here.
+    Raises RecipeError if the folder has no engine of this runtime, TargetError if it does not run here.
     """
     folder = graph.path.parent
     made = Engine.load(folder) if (folder / "engine.json").is_file() else None
@@ -52,7 +52,7 @@ def engine_call(graph: Graph, runtime: str) -> Values:
 
 
 def on_tensors(graph: Graph, execution: Execution, device: torch.device, stream: Callable[[], int]) -> Values:
-    """Takes a call's inputs, which are contiguous and on `device`, by name, and finds the step from the timestep."""
+    """Return a function of a call's inputs, contiguous on `device`, by name; the step follows from the timestep."""
 
     def call(inputs: Inputs) -> dict[str, torch.Tensor]:
         tensors = {name: inputs[name] for name in graph.inputs if name != STEP_INPUT}

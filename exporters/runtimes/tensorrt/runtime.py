@@ -40,7 +40,7 @@ class TensorRT(Runtime):
     executes: ClassVar[str] = "engine.plan"
     platform: ClassVar[str | None] = "tensorrt_plan"
     ahead: ClassVar[bool] = False
-    """Whether it builds ahead of time, without a GPU."""
+    """True where engines are built ahead of time, without a GPU."""
 
     def lowerings(self) -> Iterable[object]:
         """Return the rows that both runtimes share."""

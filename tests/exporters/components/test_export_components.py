@@ -102,7 +102,7 @@ def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     folder = PipelineFolder.around(Checkpoint.resolve(ModelRef(path="model"), tmp_path))
     artifacts = dit | {PIPELINE: folder, TARGET: load_target("tensorrt-rtx")}
-    with pytest.raises(RecipeError, match="call: DiTPipeline also takes class_labels: give it here"):
+    with pytest.raises(RecipeError, match="call: DiTPipeline requires class_labels: give it here"):
         run_pass(ExportComponents(), artifacts, tmp_path / "scratch")
     call = {"class_labels": [1, 2], "guidance_scale": 1.0}
     made = run_pass(ExportComponents(call=call), artifacts, tmp_path / "scratch")[COMPONENTS]
@@ -271,7 +271,7 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
     refused("targets.text_encoders: the pipeline has no such", targets={"text_encoders": "onnxruntime-cpu"})
     refused("targets.unet: the denoiser's target is the recipe's", targets={"unet": "onnxruntime-cpu"})
     refused("precision.unet: the denoiser's precision is its plan's", precision={"unet": "float"})
-    refused("vae is never called: give a `call` that does, or", call=call | {"output_type": "latent"})
+    refused("vae is never called: change `call` to use it, or", call=call | {"output_type": "latent"})
 
 
 def test_a_component_that_is_left_out_takes_part_in_the_call_where_it_is_needed(sd, tmp_path, caplog):
@@ -279,7 +279,7 @@ def test_a_component_that_is_left_out_takes_part_in_the_call_where_it_is_needed(
     caplog.set_level("INFO")
     out = compiled(tiny_pipelines.sd, artifacts, tmp_path, precision={"text_encoder": "none"})
     assert {*Components(out / "pipeline").compiled} == {"vae"}
-    assert "called with text_encoder, which is not compiled: without, AttributeError" in caplog.text
+    assert "the call uses text_encoder, which is not compiled; without it: AttributeError" in caplog.text
     made = intaglio.load_pipeline(out, threads=1, unet=pipe.unet)
     assert made.text_encoder is None
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -473,7 +473,7 @@ def test_a_kit_takes_the_place_of_an_earlier_kit_alone(kind, folder, archives, m
     monkeypatch.setattr(kit, "_content", lambda folder, name: pytest.fail("it is refused before any work"))
     out = odd_output(kind, archives["tensorrt-10.3-orin"])
     before = os.lstat(out)
-    message = f"{out}: is there and is no kit: move it, or give another --out|{out}: is a .* is not written over"
+    message = f"{out}: exists and is no kit: move it, or choose another --out|{out}: is a .* is not written over"
     with pytest.raises(RecipeError, match=message):
         kit.write_kit(folder, out)
     assert os.lstat(out) == before

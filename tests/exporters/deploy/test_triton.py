@@ -202,12 +202,12 @@ def test_versions_stand_beside_each_other_and_nothing_is_overwritten(engine):
     repository = Path("models/repository")
     write_model(engine, repository)
     (engine / "engine.plan").write_bytes(b"another")
-    with pytest.raises(RecipeError, match="has a version 1: give another --version or --name"):
+    with pytest.raises(RecipeError, match="has a version 1: choose another --version or --name"):
         write_model(engine, repository)
     model = write_model(engine, repository, version=2)
     assert {path.parent.name: path.read_bytes() for path in model.glob("*/model.plan")} == {"1": PLAN, "2": b"another"}
     (model / "config.pbtxt").write_text("platform: 'tensorrt_plan'")
-    with pytest.raises(RecipeError, match="is there with another configuration"):
+    with pytest.raises(RecipeError, match="exists with another configuration"):
         write_model(engine, repository, version=3)
     assert sorted(path.name for path in model.iterdir()) == ["1", "2", "config.pbtxt"]
 
@@ -301,6 +301,6 @@ def test_a_link_in_the_model_s_place_is_refused(cpu):
     Path("repository").mkdir()
     Path("mine").mkdir()
     Path("repository/emoji-onnxruntime-cpu").symlink_to(Path("mine").absolute())
-    with pytest.raises(RecipeError, match="is there and is no folder: give another --name"):
+    with pytest.raises(RecipeError, match="exists and is no folder: choose another --name"):
         write_model(cpu, Path("repository"))
     assert list(Path("mine").iterdir()) == []

@@ -84,7 +84,7 @@ def test_a_model_that_takes_more_is_told_how_it_is_recorded(tmp_path: Path) -> N
     save_folder(module, tmp_path / "pixart")
     result = init("pixart", "--json", "--target", "onnxruntime-cpu")
     found = json.loads(result.stdout)
-    assert "PixArtTransformer2DModel also takes encoder_hidden_states" in found["lacks"]
+    assert "PixArtTransformer2DModel requires encoder_hidden_states" in found["lacks"]
     text = (tmp_path / "recipe.yaml").read_text()
     assert "from intaglio import record" in text
     refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
@@ -171,8 +171,8 @@ def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> No
         (("net.py:plain",), "net.py:plain has neither Linear nor Conv2d layers"),
         (("net.py:broken",), "net.py:broken raised ModuleNotFoundError: No module named 'no_such_module'"),
         (("net.py:make", "--target", "onnxruntime-cup"), "did you mean 'onnxruntime-cpu'"),
-        (("net.py:make", "--out", "there.yaml"), "there.yaml: is there: give another --out, or --force"),
-        (("net.py:make", "--out", "no/recipe.yaml"), "no/recipe.yaml: there is no folder no"),
+        (("net.py:make", "--out", "there.yaml"), "there.yaml: already exists: choose another --out, or pass --force"),
+        (("net.py:make", "--out", "no/recipe.yaml"), "no/recipe.yaml: the folder no does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_one_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_without_weights_the_first_thing_to_do_is_to_put_them_there(tmp_path: Pa
     save_folder(tiny_dit(), tmp_path / "dit")
     next((tmp_path / "dit").rglob("*.safetensors")).unlink()
     result = init("dit", "--target", "onnxruntime-cpu")
-    assert "1. put the weights in safetensors into dit: there are none" in result.stdout
+    assert "1. put the weights in safetensors into dit: a run needs them" in result.stdout
     refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
     assert refused.exit_code == 2
     assert "no safetensors in" in refused.stderr
@@ -219,8 +219,8 @@ def test_without_transformers_steps_and_guidance_are_not_invented(tmp_path: Path
     (tmp_path / "dit/model_index.json").write_text(json.dumps(index))
     assert init("dit", "--target", "onnxruntime-cpu").exit_code == 0
     text = (tmp_path / "recipe.yaml").read_text()
-    assert "# not known, set it as you sample: Dummy needs no_such_package to be looked at" in text
-    assert "as it samples" not in text
+    assert "# unknown, set the value you sample with: Dummy cannot be inspected without no_such_package" in text
+    assert "# default of" not in text
 
 
 def test_inputs_that_do_not_fit_end_init_and_plan_in_one_line(tmp_path: Path) -> None:

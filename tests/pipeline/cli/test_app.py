@@ -162,7 +162,7 @@ def test_a_target_that_is_not_there_is_named() -> None:
         ("toys:Refuse", 4, "layer b: not either"),
         ("toys:Fail", 5, "fail: ZeroDivisionError: no way"),
         ("toys:NeedsExtra", 7, "pip install 'intaglio[rtx]'"),
-        ("toys:Interrupt", 130, "interrupted: the same command goes on from here"),
+        ("toys:Interrupt", 130, "interrupted: run the same command again to continue"),
     ],
 )
 def test_an_error_is_one_message_and_an_exit_code(step: str, exit_code: int, message: str) -> None:
@@ -280,7 +280,7 @@ def test_a_recipe_that_is_no_file_of_a_recipes_size_is_refused_at_once(make: Cal
         (("--set", "append." + "a." * 2000 + "b=1"), "an option 2001 names deep, the most that is read is 50"),
         (("--set", "append.number=0x" + "f" * 5000), "the whole: a number of 5002 characters"),
         (("--set", "append.number=" + "[" * 2000), "nested in each other more than 50 deep"),
-        (("--set", "append.number=2026-01-01"), "a date, where text is meant"),
+        (("--set", "append.number=2026-01-01"), "a date instead of text"),
         (("--set", "append.number=1") * 1001, "--set: given 1001 times, at most 1000"),
         (("--insert", "after:append=" + "x" * 2000), "name: String should have at most 1000 characters"),
         (("--insert", "after:append=a\x1bb"), "a name is not empty, and has no control characters"),
@@ -308,17 +308,18 @@ def test_what_comes_from_a_file_is_printed_without_control_characters() -> None:
 
 def test_nothing_is_printed_past_the_function_that_escapes() -> None:
     import intaglio.pipeline.cli.app as cli
+    import intaglio.pipeline.cli.console as console
     import intaglio.pipeline.cli.printing as printing
 
     bare = [
         (module.__name__, function.name)
-        for module in (cli, printing)
+        for module in (cli, printing, console)
         for function in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(function, ast.FunctionDef)
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "print"
     ]
-    assert bare == [("intaglio.pipeline.cli.printing", "say"), ("intaglio.pipeline.cli.printing", "print_json")]
+    assert bare == [("intaglio.pipeline.cli.printing", "say"), ("intaglio.pipeline.cli.console", "print_json")]
 
 
 def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

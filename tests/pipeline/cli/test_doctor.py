@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from intaglio.pipeline.cli import doctor
 from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.cli.doctor import all_packages, examine
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.target import load_target, target_names
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
@@ -85,6 +86,21 @@ def test_engines_are_built_and_run_on_gpus_that_fit(
     found = examine().targets[target]
     assert (found.build.here, found.build.how) == build
     assert (found.run.here, found.run.how) == run
+
+
+def test_a_runtime_that_cannot_be_imported_is_a_fault_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> object:
+        if name == "tensorrt":
+            raise RecipeError("tensorrt: cannot import it")
+        return find_runtime(name)
+
+    find_runtime = doctor.find_runtime
+    monkeypatch.setattr(doctor, "find_runtime", broken)
+    monkeypatch.setattr(doctor, "runtimes", lambda: {name: find_runtime(name) for name in ("onnxruntime",)})
+    found = examine()
+    assert found.faults["runtime tensorrt"] == "RecipeError: tensorrt: cannot import it"
+    assert found.targets["tensorrt-10"].compile == doctor.Ability(False, "RecipeError: tensorrt: cannot import it")
+    assert found.targets["onnxruntime-cpu"].run.here
 
 
 def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPatch) -> None:

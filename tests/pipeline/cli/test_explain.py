@@ -36,8 +36,8 @@ def test_a_pass_has_its_options_at_every_depth_with_what_they_are() -> None:
 
 def test_a_scheme_says_how_it_rounds_and_what_runs_it() -> None:
     facts = json.loads(said("w4a8_token", "--json"))["scheme"]["facts"]
-    assert facts["weight"].startswith("4 bits; 4.125 with the scales of groups of 64; w: (N, K), axis=1")
-    assert facts["input"].startswith("8 bits; x: (..., K) -> scale: (..., 1)")
+    assert facts["weight"].startswith("4 bits; 4.125 with the scales of groups of 64; Two levels of scales, w: (N, K)")
+    assert facts["input"].startswith("8 bits; One scale for each token, x: (..., K) -> scale: (..., 1)")
     assert list(facts["runs on"]) == ["linear"]
     assert "tensorrt-rtx" in facts["runs on"]["linear"]
     assert "tensorrt-10.3-orin" not in facts["runs on"]["linear"]

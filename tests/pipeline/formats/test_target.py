@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from intaglio import Target
 from intaglio.pipeline.errors import RecipeError
@@ -61,6 +62,12 @@ def test_a_gpu_has_figures_of_its_generation(name: str) -> None:
 
 def test_each_runtime_has_a_target() -> None:
     assert {load_target(name).runtime for name in target_names()} == {"onnxruntime", "tensorrt", "tensorrt-rtx"}
+
+
+def test_a_target_of_a_runtime_that_is_not_installed_is_refused() -> None:
+    content = load_target("tensorrt-10").model_dump() | {"runtime": "tensort"}
+    with pytest.raises(ValidationError, match="no runtime 'tensort' is installed: did you mean 'tensorrt'"):
+        Target.model_validate(content)
 
 
 def test_an_unknown_target_is_a_recipe_error() -> None:

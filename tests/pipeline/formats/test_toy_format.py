@@ -137,7 +137,7 @@ def test_its_name_and_size_follow_from_the_value_and_six_bit_codes_are_packed(si
     assert stored.nbytes == 6
     assert torch.equal(SixBitWeight().unpack(stored, (2, 4)), codes)
     (said,) = explain(NAME)
-    assert said.facts["weight"] == "6 bits; w: (N, K) -> scale: (N, 1)"
+    assert said.facts["weight"] == "6 bits; One scale for each output channel, w: (N, K) -> scale: (N, 1)."
 
 
 def test_it_is_refused_where_nothing_lists_it():

@@ -127,7 +127,9 @@ def test_the_timestep_is_scaled_and_known_so():
 
 
 def test_what_is_required_and_not_given_is_named():
-    with pytest.raises(RecipeError, match=r"Nested also takes added, frames, which nobody gave: name a file of intagl"):
+    with pytest.raises(
+        RecipeError, match=r"Nested requires added, frames, which was not provided: name a file of intagl"
+    ):
         Sampler(nested(conditions={"rotary.0": torch.zeros(5)}, null={}, constants={}), 2, 1.0)
 
 
@@ -137,7 +139,7 @@ def test_what_may_be_left_out_and_is_needed_after_all_is_named():
             return sample + text.mean()
 
     sampler = Sampler(DenoiserModel(Lazy(), DDIMScheduler(), (3, 8, 8)), 2, 1.0)
-    with pytest.raises(RecipeError, match=r"Lazy also takes text, which nobody gave.*NoneType"):
+    with pytest.raises(RecipeError, match=r"Lazy requires text, which was not provided.*NoneType"):
         check_inputs(sampler)
 
 
@@ -342,5 +344,5 @@ def test_inputs_that_a_call_works_without_are_not_called_missing():
     lacking = Sampler(
         DenoiserModel(Wide(), DDIMScheduler(), (3, 8, 8), conditions={"text": torch.zeros(2, 5, 4)}), 2, 1.0
     )
-    with pytest.raises(MissingInputs, match="Wide also takes mask, which nobody gave"):
+    with pytest.raises(MissingInputs, match="Wide requires mask, which was not provided"):
         check_inputs(lacking)

@@ -151,7 +151,7 @@ def test_another_model_than_a_denoiser_is_named(tmp_path):
     control.save_pretrained(tmp_path / "inside/controlnet")
     AutoencoderKL(**options).save_pretrained(tmp_path / "vae")
     for path, message in {
-        "alone": "alone is a ControlNetModel, which is no denoiser: it steers one: name the folder of the UNet",
+        "alone": "alone is a ControlNetModel, which is no denoiser: it steers a denoiser: name the folder of that UNet",
         "inside": r"inside holds no denoiser: .*, there is controlnet \(ControlNetModel\)",
         "vae": "vae is a AutoencoderKL, which is no denoiser: name the folder of the whole pipeline",
     }.items():

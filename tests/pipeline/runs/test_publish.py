@@ -63,7 +63,7 @@ def test_what_the_user_put_into_the_folder_stays_and_is_named(
         run(store, folder.parent, 2)
     is_whole(folder, 2)
     assert (folder / "my_notes.txt").stat().st_ino == before  # whoever has it open writes on into it
-    assert f"{folder}: keeps what no run wrote: data, drafts/plan.txt, my_notes.txt" in caplog.messages
+    assert f"{folder}: keeps files that no run wrote: data, drafts/plan.txt, my_notes.txt" in caplog.messages
     assert os.listdir(folder.parent) == [TARGET]
 
 
@@ -77,7 +77,8 @@ def test_a_delivered_file_that_the_user_changed_is_kept_under_another_name(
     assert (folder / "numbers.json").read_text() == "[1, 3]"
     assert (folder / "numbers.json.kept").read_text() == "[1, 99]"
     assert (
-        f"{folder}: keeps what was changed since a run wrote it: numbers.json as numbers.json.kept" in caplog.messages
+        f"{folder}: keeps files that were changed since a run wrote them: numbers.json as numbers.json.kept"
+        in caplog.messages
     )
 
 
@@ -153,12 +154,12 @@ def test_links_to_nowhere_in_a_circle_and_to_a_file_end_in_a_folder_or_an_error(
     assert listed(tmp_path / "elsewhere/deeper") == DELIVERED
     link.unlink()
     link.symlink_to(link)
-    with pytest.raises(RecipeError, match=f"{TARGET}: cannot be read .*: give another --out"):
+    with pytest.raises(RecipeError, match=f"{TARGET}: cannot be read .*: choose another --out"):
         run(store, tmp_path / "out")
     link.unlink()
     (tmp_path / "file").write_text("mine")
     link.symlink_to(tmp_path / "file")
-    with pytest.raises(RecipeError, match=f"{TARGET}: is there and is no folder"):
+    with pytest.raises(RecipeError, match=f"{TARGET}: exists and is no folder"):
         run(store, tmp_path / "out")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -173,9 +174,9 @@ def test_two_targets_that_lead_to_one_folder_are_refused(store: Store, tmp_path:
 
 
 def test_results_in_the_store_and_a_store_in_the_results_are_refused(store: Store, folder: Path) -> None:
-    with pytest.raises(RecipeError, match=f"{TARGET}: is in the store {store.root}, or holds it"):
+    with pytest.raises(RecipeError, match=f"{TARGET}: overlaps with the store {store.root}"):
         run(store, store.root / "objects")
-    with pytest.raises(RecipeError, match="or holds it"):
+    with pytest.raises(RecipeError, match="overlaps with the store"):
         run(Store(folder / "store"), folder.parent)
 
 
@@ -270,7 +271,7 @@ def test_the_older_folder_comes_back_where_the_new_one_cannot_be_renamed(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(StoreError, match=r"cannot be written \(Device or resource busy\): it is as it was"):
+    with pytest.raises(StoreError, match=r"cannot be written \(Device or resource busy\): it is unchanged"):
         run(store, folder.parent, 2)
     is_whole(folder, 1)
     assert os.listdir(folder.parent) == [TARGET]

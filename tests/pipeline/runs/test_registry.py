@@ -12,11 +12,11 @@ import pytest
 from intaglio import Context, State
 from intaglio.pipeline.artifacts.keys import PLAN
 from intaglio.pipeline.artifacts.plan import QuantPlan
-from intaglio.pipeline.entry_points import PASSES
+from intaglio.pipeline.entry_points import PASSES, RUNTIMES
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
-from intaglio.pipeline.runs.registry import find_pass, named_passes
+from intaglio.pipeline.runs.registry import find_pass, find_runtime, named_passes
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 
@@ -73,6 +73,20 @@ def test_two_owners_of_a_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("intaglio.pipeline.entry_points.entry_points", lambda group: points)
     with pytest.raises(RecipeError, match=r"pass 'assign' is provided twice, by .*\(a:Assign\) and by .*\(b:Assign\)"):
         named_passes()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("toys:NotAPass", "runtime mine: toys:NotAPass is not a subclass of intaglio.Runtime"),
+        ("intaglio:Runtime", "runtime mine: intaglio:Runtime does not define build, lowerings, open, open_model, run"),
+    ],
+)
+def test_what_is_no_runtime_is_said(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"mine": EntryPoint("mine", value, RUNTIMES)}
+    monkeypatch.setattr("intaglio.pipeline.runs.registry.named_runtimes", lambda: points)
+    with pytest.raises(ContractError, match=message):
+        find_runtime("mine")
 
 
 @pytest.mark.parametrize(

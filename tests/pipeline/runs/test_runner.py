@@ -135,7 +135,7 @@ def test_bind_reports_everything_at_once() -> None:
     assert "no class 'Apend': did you mean 'Append'?" in listed
     assert "append: numbr: no such option: did you mean 'number'?" in listed
     assert "append: number: Input should be greater than or equal to 0 (got -1)" in listed
-    assert "step 'append' is there 3 times" in listed
+    assert "step 'append' is listed 3 times" in listed
     assert str(caught.value).startswith("5 problems:\n  1. ")
 
 
@@ -191,8 +191,8 @@ def test_a_failed_step_says_that_it_goes_on_only_where_it_can(
     (tmp_path / "ends.py").write_text(source)
     with pytest.raises(StepFailed) as caught:
         compile(toy_recipe({"./ends.py:Ends": {}}), store, start=START, base=tmp_path)
-    assert ("the same command goes on from there" in str(caught.value)) is goes_on
-    assert ("mend the cause first" in str(caught.value)) is not goes_on
+    assert ("run the same command again to continue" in str(caught.value)) is goes_on
+    assert ("fix the cause first" in str(caught.value)) is not goes_on
 
 
 def test_an_error_names_the_users_model_and_not_its_copy_in_the_store(store: Store, tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_behind_and_the_same_command_goes_on(store: Store) -> None:
     record = RunRecord(step="append", origin="o", key=sha256("{}"), ingredients="{}", outputs={}, seconds=1.0)
     with full_disk(5):
-        with pytest.raises(StoreError, match=r"a Numbers cannot be written \(.*File too large\): make room there"):
+        with pytest.raises(StoreError, match=r"a Numbers cannot be written \(.*File too large\): free space there"):
             store.put(Numbers([1, 2, 3]), staging="a")
-        with pytest.raises(StoreError, match=r"the record of append cannot be written .*the same command goes on"):
+        with pytest.raises(StoreError, match=r"the record of append cannot be written .*run the same command again"):
             store.finish(record)
     assert not list((store.root / "staging").iterdir())
     assert not list((store.root / "runs").iterdir())

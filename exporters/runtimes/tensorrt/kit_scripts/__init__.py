@@ -1,1 +1,1 @@
-"""Scripts of a device kit. They run on the device, so they import nothing of intaglio."""
+"""Build and check an engine on a device. These scripts of a kit import nothing of intaglio."""

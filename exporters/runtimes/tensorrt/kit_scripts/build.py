@@ -1,6 +1,6 @@
-"""Builds engine.plan from the ONNX file beside it with TensorRT's Python API, on the device that runs it.
+"""Build engine.plan from the ONNX file beside it with TensorRT's Python API, on the device that runs it.
 
-It needs Python 3.10 and TensorRT, nothing else.
+This script needs Python 3.10 and TensorRT, nothing else.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from tensorrt import IBuilderConfig, ILogger
 
 LAYER_LIST = "Layers:"
-"""How the one message of the builder's log begins that lists what the engine executes."""
+"""Start of the message in the builder's log that lists the engine's layers."""
 
 LOW_MEMORY_MIB = 256
 
 
 class BuildError(Exception):
-    """Every problem that TensorRT found together."""
+    """TensorRT cannot build the engine; the message has all problems."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = problems
@@ -38,7 +38,7 @@ def build_engine(
     workspace_mib: int,
     configure: Callable[[IBuilderConfig], None] = lambda config: None,
 ) -> tuple[bytes, str]:
-    """The serialized engine, strongly typed, and the layer list of the builder's log. Raises BuildError.
+    """Return the strongly typed serialized engine and the layer list of the builder's log. Raises BuildError.
 
     `module`: tensorrt or tensorrt_rtx; `profile`: smallest, usual and largest shape of each input with a dynamic axis.
     """
@@ -73,7 +73,7 @@ def build_engine(
 
 
 def _listen(module: ModuleType, on_error: Callable[[str], None], on_layers: Callable[[str], None]) -> ILogger:
-    """A log that keeps the errors and the layer list, out of tens of thousands of lines."""
+    """Return a logger that keeps the errors and the layer list, out of tens of thousands of lines."""
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -99,14 +99,14 @@ class _ParserError(Protocol):
 
 
 def _parser_problem(error: _ParserError) -> str:
-    """The parser's description is `false` where it does not know the operator; other lines repeat the node's name."""
+    """Describe a parser error: `false` stands for an unknown operator, and other lines repeat the node's name."""
     said = [line for line in error.desc().splitlines() if not line.startswith(("Invalid Node", "[checkMacros"))]
     reason = "the runtime has no such operator" if said == ["false"] else " ".join(said)
     return f"{error.node_name() or 'graph'} ({error.node_operator() or 'model'}): {reason}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exits with 1 where TensorRT builds no engine, with 2 where it is not there or too old."""
+    """Build the engine. Returns 1 if TensorRT builds none, 2 if TensorRT is missing or too old."""
     parser = argparse.ArgumentParser(description="Build engine.plan from model.onnx.")
     parser.add_argument("--low-memory", action="store_true", help="a small workspace, one stream, fewer tactics tried")
     given = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Runs engine.plan on the inputs in selftest/ and holds its outputs against those that are known; then times it.
+"""Run engine.plan on the inputs in selftest/, compare its outputs with the expected ones, and time it.
 
-It needs Python 3.10, NumPy, TensorRT and the CUDA driver, nothing else. Exits with 1 where an output is out of
-tolerance, with 2 where the engine cannot be run.
+This script needs Python 3.10, NumPy, TensorRT and the CUDA driver, nothing else. It exits with 1 if an output is out
+of tolerance, with 2 if the engine cannot be run.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class RunError(Exception):
 
 
 class Execution:
-    """An engine that is ready to run on inputs and outputs which are on the GPU already."""
+    """Engine that is ready to run on inputs and outputs in GPU memory."""
 
     def __init__(self, module: ModuleType, plan: bytes, built_by: str = "another TensorRT") -> None:
-        """Raises RunError where the runtime does not take the engine."""
+        """Load the engine. Raises RunError if the runtime refuses it."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
@@ -70,11 +70,11 @@ class Execution:
 
     @property
     def activation_bytes(self) -> int:
-        """What a call takes on the GPU beside the weights, its inputs and its outputs."""
+        """GPU memory of a call in bytes, without weights, inputs and outputs."""
         return int(self._engine.device_memory_size_v2)
 
     def resize(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """The shapes of the outputs for inputs of these shapes. Raises RunError for what it was not built for."""
+        """Set the shapes of the inputs and return those of the outputs. Raises RunError for unsupported shapes."""
         if absent := sorted(set(self.inputs) - shapes.keys()):
             raise RunError(f"the engine takes {', '.join(absent)} as well")
         problems = []
@@ -96,7 +96,7 @@ class Execution:
         return {name: _shape(self._context.get_tensor_shape(name)) for name in self.outputs}
 
     def start(self, addresses: Mapping[str, int], stream: int) -> None:
-        """Enqueues one call of the size that `resize` was given; the memory belongs to it until the stream is there."""
+        """Enqueue one call at the sizes given to `resize`. The memory must stay until the stream has finished it."""
         for name in (*self.inputs, *self.outputs):
             self._context.set_tensor_address(name, addresses[name])
         if not self._context.execute_async_v3(stream):
@@ -108,10 +108,10 @@ def _shape(sizes: Dims | Shape) -> Shape:
 
 
 class Cuda:
-    """The first GPU, by the driver's own library, which is there wherever a GPU is."""
+    """First GPU, through the driver's own library, which exists wherever a GPU is."""
 
     def __init__(self) -> None:
-        """Raises RunError where there is none."""
+        """Open the driver. Raises RunError if there is none."""
         try:
             self._driver = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
@@ -126,45 +126,51 @@ class Cuda:
 
     @property
     def stream(self) -> int:
+        """Return the address of the stream, as TensorRT takes it."""
         return self._stream.value or 0
 
     def free_bytes(self) -> int:
+        """Return how many bytes of GPU memory are free now."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
 
     def allocate(self, size_bytes: int) -> int:
+        """Allocate GPU memory and return its address."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(1, size_bytes)))
         return address.value
 
     def free(self, address: int) -> None:
+        """Free GPU memory that `allocate` or `upload` returned."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def upload(self, array: Array) -> int:
-        """The address of a copy."""
+        """Copy an array to the GPU and return its address."""
         array = np.ascontiguousarray(array)
         address = self.allocate(array.nbytes)
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), _host(array), ctypes.c_size_t(array.nbytes))
         return address
 
     def download(self, address: int, like: Array) -> Array:
-        """What is there, as the shape and the type of `like`."""
+        """Copy GPU memory into an array with the shape and the type of `like`."""
         array = np.empty_like(like, order="C")
         self._call("cuMemcpyDtoH_v2", _host(array), ctypes.c_uint64(address), ctypes.c_size_t(array.nbytes))
         return array
 
     def synchronize(self) -> None:
+        """Wait until all work on the stream is done."""
         self._call("cuStreamSynchronize", self._stream)
 
     def mark(self) -> ctypes.c_void_p:
-        """A moment on the stream."""
+        """Record an event on the stream."""
         event = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(0))
         self._call("cuEventRecord", event, self._stream)
         return event
 
     def milliseconds(self, begin: ctypes.c_void_p, end: ctypes.c_void_p) -> float:
+        """Return the time between two marks, in milliseconds."""
         took = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(took), begin, end)
         return took.value
@@ -182,7 +188,7 @@ def _host(array: Array) -> ctypes.c_void_p:
 
 
 def compare(output: Array, expected: Array) -> float:
-    """Relative L2 error; infinite where the shapes differ, or where not every number is finite."""
+    """Return the relative L2 error; infinite if the shapes differ or a value is not finite."""
     if output.shape != expected.shape or not np.isfinite(output).all():
         return float("inf")
     found, known = output.astype(np.float64), expected.astype(np.float64)
@@ -190,14 +196,14 @@ def compare(output: Array, expected: Array) -> float:
 
 
 def read_case(path: Path) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Inputs and expected outputs, by name."""
+    """Read inputs and expected outputs, by name."""
     with np.load(path, allow_pickle=False) as arrays:
         ends = [{n.partition(".")[2]: arrays[n] for n in arrays.files if n.startswith(f"{end}.")} for end in "io"]
     return ends[0], ends[1]
 
 
 def run_case(execution: Execution, cuda: Cuda, inputs: dict[str, Array], outputs: dict[str, Array], runs: int) -> Any:
-    """The outputs by name, and how long each of `runs` more calls took on the GPU, in milliseconds."""
+    """Return the outputs by name, and the GPU time of each of `runs` more calls in milliseconds."""
     shapes = execution.resize({name: array.shape for name, array in inputs.items()})
     wrong = {name: shape for name, shape in shapes.items() if name not in outputs or outputs[name].shape != shape}
     if wrong:
@@ -221,6 +227,7 @@ def run_case(execution: Execution, cuda: Cuda, inputs: dict[str, Array], outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Check engine.plan against the recorded outputs and time it. Returns 1 if a check fails."""
     parser = argparse.ArgumentParser(description="Check and time engine.plan.")
     parser.add_argument("--runs", type=int, default=50, help="calls that are timed")
     given = parser.parse_args(arguments)

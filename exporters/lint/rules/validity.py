@@ -1,4 +1,4 @@
-"""Rules of `lint` about what a target can read, and what it reads for something else."""
+"""Define rules about what a target can read: operators, types and forms that it refuses or misreads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from intaglio.exporters.float_graph.products import producer, shape
+from intaglio.exporters.float_graph.products import code_type, producer, shape
 from intaglio.exporters.lint.inference import ask
-from intaglio.exporters.lint.reader import Checked, Problems, shortened
+from intaglio.exporters.lint.reader import Checked, shortened, type_name
+from intaglio.exporters.lint.rule import Problems, rule
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.pipeline.runs.registry import find_runtime
 
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
 
+@rule(
+    "opset",
+    "error",
+    why="ONNX Runtime 1.31.1 loads opsets up to 26 and IR versions up to 13",
+    fix="export with a lower one",
+    when="always",
+)
 def check_opset(graph: Checked, target: Target) -> Problems:
-    """An opset or an IR version above what the target reads."""
+    """An opset or an IR version above those that the target reads."""
     if graph.opset > target.opset_max:
         yield None, f"opset {graph.opset}, but {target.name} reads up to {target.opset_max}"
     highest = target.limits.ir_version_max
@@ -28,14 +36,24 @@ def check_opset(graph: Checked, target: Target) -> Problems:
         yield None, f"IR version {graph.model.ir_version}, but {target.name} reads up to {highest}"
 
 
+@rule(
+    "valid",
+    "error",
+    why=(
+        "the checker and shape inference of onnx find what parsers refuse, such as Squeeze of an axis of 64 (PixArt as "
+        "torch 2.13 exports it)"
+    ),
+    fix="correct the export",
+    when="always",
+)
 def check_valid(graph: Checked, target: Target) -> Problems:
-    """What the ONNX standard does not allow, and types and shapes that do not fit together."""
+    """Constructs that the ONNX standard does not allow, and types and shapes that do not fit together."""
     if graph.complaint is not None:
         what = "types and shapes do not fit together" if graph.standard else "not what the ONNX standard allows"
         yield None, f"{what}: {graph.complaint}"
     if not graph.standard:
         return
-    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker does not look at their axes
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):  # the checker of onnx ignores their axes
         x, scale = (shape(value) for value in node.inputs[:2])
         axis = node.attributes.get_int("axis", 1)
         if x is None or scale is None or len(scale) != 1 or scale == (1,):
@@ -46,8 +64,14 @@ def check_valid(graph: Checked, target: Target) -> Problems:
             yield node, f"{scale[0]} scales along axis {axis}, which has {x[axis]} places"
 
 
+@rule(
+    "operator",
+    "error",
+    why="the parser has no such operator and loads no plug-in",
+    fix="export it as the operators it is made of, or leave that part to the application",
+)
 def check_operator(graph: Checked, target: Target) -> Problems:
-    """Operators, or attributes of them, that the target does not have."""
+    """Operators, or attributes of operators, that the target does not have."""
     refused = frozenset(target.limits.unsupported)
     own = {(domain, name) for domain, name, _ in graph.model.functions}
     for node in graph.nodes:
@@ -68,11 +92,17 @@ def check_operator(graph: Checked, target: Target) -> Problems:
 
 
 _USUAL = (0, 0.0, "none", "stretch")
-"""What attributes say that change nothing, and dilations of 1."""
+"""Values of attributes that change nothing; so do dilations of 1."""
 
 
+@rule(
+    "type",
+    "error",
+    why="the parser of TensorRT-RTX 1.7.1 refuses inputs and casts of it",
+    fix="cast it to a type that the target has, or leave that part to the application",
+)
 def check_type(graph: Checked, target: Target) -> Problems:
-    """Values of a type that the target does not have; codes are looked at by themselves."""
+    """Values of a type that the target does not have; codes have rules of their own."""
     known = frozenset(target.limits.types)
     for node, value in _values(graph) if known else ():
         if value.dtype is None or value.dtype.name in known or value.dtype.name == "UNDEFINED":
@@ -82,6 +112,12 @@ def check_type(graph: Checked, target: Target) -> Problems:
             yield node, f"{shortened(value.name, 100)} is in {value.dtype.name}, which {target.name} does not have"
 
 
+@rule(
+    "double",
+    "warning",
+    why="in the network that the parser of TensorRT-RTX 1.7.1 makes they are in float32, without an error",
+    fix="write float32 and see whether that is precise enough",
+)
 def check_double(graph: Checked, target: Target) -> Problems:
     """Values in float64 that the target computes in float32."""
     for node, value in _values(graph) if target.limits.double_as_float else ():
@@ -90,32 +126,27 @@ def check_double(graph: Checked, target: Target) -> Problems:
 
 
 def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
-    """Inputs and constants of all graphs, and what each node makes."""
+    """Yield the inputs and constants of all graphs, and the outputs of every node."""
     main = graph.model.graph
     for owner in (main, *main.subgraphs()):
         yield from ((None, value) for value in (*owner.inputs, *owner.initializers.values()))
     yield from ((node, value) for node in graph.nodes for value in node.outputs)
 
 
-def check_name(graph: Checked, target: Target) -> Problems:
-    """Functions, and operators of other domains, that the target takes for the operators of ONNX of that name."""
-    if target.limits.reads_domains:
-        return
-    own = {(domain, name) for domain, name, _ in graph.model.functions}
-    for node in graph.nodes:
-        op = node.op_type
-        if (node.domain, op) in own and op in _standard():
-            yield node, f"function {shortened(node.domain, 40)}.{op} is executed as the operator {op} of ONNX"
-        elif node.domain == "com.microsoft" and op in _OTHERWISE:
-            yield node, f"com.microsoft.{op} is read as the operator {op} of ONNX, which has other inputs"
-
-
-_OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "RotaryEmbedding"})
-"""Of ONNX Runtime's own operators with a name that ONNX has too: those with other inputs than ONNX's."""
-
-
+@rule(
+    "form",
+    "error",
+    why=(
+        "the parser of TensorRT-RTX 1.7.1 refuses it, or makes something else of it: one group of channels is "
+        "normalized channel by channel, 0.57 from what ONNX means"
+    ),
+    fix=(
+        "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
+        "output_shape; the square, absolute value or logarithm for a sum over no axis"
+    ),
+)
 def check_form(graph: Checked, target: Target) -> Problems:
-    """Forms of operators that the target computes otherwise than ONNX says, or refuses."""
+    """Forms of operators that the target refuses, or computes differently from ONNX."""
     for name in target.limits.forms:
         for node in graph.nodes:
             if message := FORMS[name](node):
@@ -179,9 +210,38 @@ FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "vector-by-batch": _vector_by_batch,
     "reduction-of-truths": _reduction_of_truths,
 }
-"""By the names that targets have for it: what a node would become, if it is of that form."""
+"""Description of what a node would become, by the target's name for its form; None for other nodes."""
 
 
+@rule(
+    "name",
+    "error",
+    why="the parser of TensorRT-RTX 1.7.1 looks at the name alone: a function own.Relu that negates becomes a Relu",
+    fix="give the function another name; export the operator as the operators of ONNX it is made of",
+)
+def check_name(graph: Checked, target: Target) -> Problems:
+    """Functions, and operators of other domains, that the target confuses with ONNX operators of that name."""
+    if target.limits.reads_domains:
+        return
+    own = {(domain, name) for domain, name, _ in graph.model.functions}
+    for node in graph.nodes:
+        op = node.op_type
+        if (node.domain, op) in own and op in _standard():
+            yield node, f"function {shortened(node.domain, 40)}.{op} is executed as the operator {op} of ONNX"
+        elif node.domain == "com.microsoft" and op in _OTHERWISE:
+            yield node, f"com.microsoft.{op} is read as the operator {op} of ONNX, which has other inputs"
+
+
+_OTHERWISE = frozenset({"Attention", "CausalConvWithState", "LinearAttention", "RotaryEmbedding"})
+"""Operators of ONNX Runtime that share a name with ONNX's but take other inputs."""
+
+
+@rule(
+    "domain",
+    "warning",
+    why="the parser of TensorRT-RTX 1.7.1 looks at the name alone",
+    fix="write it with the domain of ONNX if that is what it means, and give it another name if not",
+)
 def check_domain(graph: Checked, target: Target) -> Problems:
     """Operators of other domains that the target reads by their names alone."""
     if target.limits.reads_domains:
@@ -193,8 +253,72 @@ def check_domain(graph: Checked, target: Target) -> Problems:
             yield node, f"{shortened(node.domain, 40)}.{node.op_type} is read as the operator {node.op_type} of ONNX"
 
 
+@rule(
+    "attention",
+    "error",
+    why="TensorRT-RTX 1.7.1 has float32 kernels for 3-D inputs only, and takes the operator apart for none",
+    fix="export with opset 22 or lower, or in float16",
+)
+def check_attention(graph: Checked, target: Target) -> Problems:
+    """Attention in float32 where the target has no kernel for it."""
+    for node in graph.of_type("Attention"):
+        q = node.inputs[0]
+        if target.limits.float32_attention or q is None or q.dtype is None or q.shape is None:
+            continue
+        if q.dtype.name == "FLOAT" and len(q.shape) == 4:
+            yield node, f"{target.name} has no Attention in float32 with heads as an axis of their own"
+
+
+@rule(
+    "shared-attention",
+    "error",
+    why=(
+        "the process of the builder of TensorRT-RTX 1.7.1 ends with SIGSEGV, in float32 always, in float16 unless an "
+        "element-wise kernel makes the tensor"
+    ),
+    fix="export with opset 22 or lower, which takes Attention apart",
+)
+def check_shared_attention(graph: Checked, target: Target) -> Problems:
+    """Attention that takes one tensor as both q and k."""
+    for node in () if target.limits.shared_attention else graph.of_type("Attention"):
+        q, k = (_identity(value) for value in node.inputs[:2])
+        if q is k:
+            yield node, f"q and k are one tensor, {'' if q is None else q.name}"
+
+
+def _identity(value: ir.Value | None) -> ir.Value | None:
+    """Return the value that this one is a copy of."""
+    while (node := producer(value)) is not None and node.op_type == "Identity":
+        value = node.inputs[0]
+    return value
+
+
+@rule(
+    "code-type",
+    "error",
+    why="TensorRT-RTX 1.7.1 compiles uint8 inputs as int8, without a warning, and refuses other types",
+    fix="write signed codes with zero point 0, and say so: QuantizeLinear without a zero point means uint8",
+)
+def check_code_type(graph: Checked, target: Target) -> Problems:
+    """Codes of a type that the target reads as another type, or not at all."""
+    known = frozenset(target.limits.code_types)
+    for node in graph.of_type("QuantizeLinear", "DequantizeLinear"):
+        made = producer(node.inputs[0])
+        if node.op_type == "DequantizeLinear" and made is not None and made.op_type == "QuantizeLinear":
+            continue  # reported for the node that makes the codes
+        if (found := code_type(node)) not in known and found not in ("unknown", "INT32"):  # INT32: a bias
+            yield node, f"codes of type {found}, but {target.name} reads {', '.join(target.limits.code_types)}"
+
+
+@rule(
+    "loads",
+    "error",
+    why="what the installed ONNX Runtime says when it makes a session of the graph, with zeros for weights",
+    fix="cast to float32 or float16 in front of it, or export it as operators that the runtime has",
+    when="no errors",
+)
 def check_loads(graph: Checked, target: Target) -> Problems:
-    """What ONNX Runtime does not load, such as operators that have no kernel for their types."""
+    """Graphs that ONNX Runtime does not load, such as operators without a kernel for their types."""
     if not isinstance(find_runtime(target.runtime), OnnxRuntime):
         return
     complaint = ask("loads", graph.proto).complaint
@@ -204,59 +328,30 @@ def check_loads(graph: Checked, target: Target) -> Problems:
     if missing is None:
         yield None, f"ONNX Runtime does not load it: {complaint.partition(' : FAIL : ')[2] or complaint}"
         return
-    if target.provider != "CPUExecutionProvider":  # another provider may have what the CPU has not
+    if target.provider != "CPUExecutionProvider":  # another provider may have this kernel
         return
     op, made = missing.groups()
     node = next((n for n in graph.of_type(op) if any(value.name == made for value in n.outputs)), None)
-    types = ", ".join(_type(value) for value in (() if node is None else node.inputs))
+    types = ", ".join(type_name(value) for value in (() if node is None else node.inputs))
     yield node, f"{target.name} has no kernel for {op} of {types or 'these types'}"
 
 
 _NO_KERNEL = re.compile(r"Could not find an implementation for (\S+?)\(\d+\) node with name '(.*?)'")
 
 
-def _type(value: ir.Value | None) -> str:
-    return "a type not known" if value is None or value.dtype is None else value.dtype.name
-
-
 @cache
 def _standard() -> frozenset[str]:
-    """Names of all operators that ONNX has, or had."""
+    """Return the names of all operators that ONNX has or had."""
     import onnx
 
     return frozenset(schema.name for schema in onnx.defs.get_all_schemas_with_history() if not schema.domain)
 
 
 def _since(op: str, opset: int) -> int:
-    """The opset that defines `op` as `opset` has it; 0 where it has none."""
+    """Return the opset that defines `op` as `opset` has it; 0 if there is none."""
     import onnx
 
     try:
         return int(onnx.defs.get_schema(op, max(1, min(opset, onnx.defs.onnx_opset_version()))).since_version)
     except onnx.defs.SchemaError:
         return 0
-
-
-def check_attention(graph: Checked, target: Target) -> Problems:
-    """The operator Attention in float32 where there is no kernel for it."""
-    for node in graph.of_type("Attention"):
-        q = node.inputs[0]
-        if target.limits.float32_attention or q is None or q.dtype is None or q.shape is None:
-            continue
-        if q.dtype.name == "FLOAT" and len(q.shape) == 4:
-            yield node, f"{target.name} has no Attention in float32 with heads as an axis of their own"
-
-
-def check_shared_attention(graph: Checked, target: Target) -> Problems:
-    """The operator Attention with one tensor as q and as k."""
-    for node in () if target.limits.shared_attention else graph.of_type("Attention"):
-        q, k = (_identity(value) for value in node.inputs[:2])
-        if q is k:
-            yield node, f"q and k are one tensor, {'' if q is None else q.name}"
-
-
-def _identity(value: ir.Value | None) -> ir.Value | None:
-    """What the value is a copy of."""
-    while (node := producer(value)) is not None and node.op_type == "Identity":
-        value = node.inputs[0]
-    return value
