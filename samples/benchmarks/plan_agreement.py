@@ -20,9 +20,9 @@ from typing import Annotated
 import typer
 
 from intaglio import Recipe, Step, Store, compile
-from intaglio.exporters.measure.benchmark import CPU
 from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 from intaglio.exporters.measure.profile import ProfileLayers
+from intaglio.exporters.runtimes.onnxruntime.runtime import CPU, OnnxRuntime
 from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, PROFILE, TARGET
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.contract.artifact import State
@@ -99,7 +99,7 @@ def profiled(plans: Mapping[str, CompiledTarget], rounds: int, rows: int) -> tup
     of_calls, step = list[float](), ProfileLayers(rows=rows)
     with ExitStack() as stack:
         graphs = {name: done[GRAPH].path.parent for name, done in plans.items()}
-        settings = {name: Setting(folder, rows, step.threads, CPU, True) for name, folder in graphs.items()}
+        settings = {name: Setting(folder, rows, step.threads, CPU, OnnxRuntime.name) for name, folder in graphs.items()}
         engines = {name: stack.enter_context(EngineProcess(setting)) for name, setting in settings.items()}
         for _ in range(rounds):
             for name, done in plans.items():
