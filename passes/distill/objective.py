@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.sampler import Sampler
@@ -71,7 +71,7 @@ class Split:
 class Task:
     """What is trained, on what, and how."""
 
-    options: Distill
+    options: DistillOptions
     sampler: Sampler
     denoise: Denoise
     clock: StepClock

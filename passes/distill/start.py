@@ -24,7 +24,7 @@ from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
 if TYPE_CHECKING:
-    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.pipeline.artifacts.plan import QuantPlan
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
@@ -39,7 +39,7 @@ START_ROWS = 8
 
 
 def begin(
-    options: Distill, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
+    options: DistillOptions, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
 ) -> tuple[Task, dict[str, torch.Tensor]]:
     """The quantized model where training begins, and what `start_weights` returns of it."""
     model = checkpoint.open()

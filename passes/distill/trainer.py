@@ -14,8 +14,8 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE
 
 if TYPE_CHECKING:
-    from intaglio.passes.distill.distill import Distill
     from intaglio.passes.distill.objective import Error, Objective
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.passes.distill.trainable import InputScales
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.simulation.layer import QuantizedLayer
@@ -33,7 +33,7 @@ class Trainer:
 
     def __init__(
         self,
-        options: Distill,
+        options: DistillOptions,
         layers: Mapping[str, QuantizedLayer],
         objective: Objective,
         ctx: Context,

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.model.hooks import after_calls
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
-    from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.model.sampler import Sampler, Start
     from intaglio.pipeline.model.types import Denoise, Inputs
 
-Forms = Mapping[str, Mapping[str, "LayerScheme"]]
+Forms = Mapping[str, Mapping[str, LayerScheme]]
 """By layer name and by label."""
 Products = dict[tuple[str, str], float]
 """v^T J d by layer name and label, of one direction."""
