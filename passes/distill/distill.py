@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class Distill(DistillOptions, Pass):
-    """QALoRA (EfficientDM section 3.2): Q(W0 + B A; s) is trained, on the guided output, along teacher trajectories.
+    """Train the rounded weights Q(W0 + B A; s) and their scales on the guided output, along teacher trajectories.
 
-    The learning rate of a layer's adapter is proportional to its mean weight scale (section 3.3 as a rate: under Adam a
-    constant factor on the gradient cancels). Inputs with a scale a step, and 4-bit ones, learn one scale and one shift
-    a step (TALSQ, section 3.4). Every kind of tensor has a rate of its own, in place of LSQ's factor on the gradient of
-    scales, which Adam cancels too. Every eighth sample of the trajectories is held out; the state with the least error
-    there is kept, the starting point included, so that training never makes a plan worse on it.
+    This is QALoRA (EfficientDM section 3.2). The learning rate of a layer's adapter is proportional to its mean weight
+    scale (section 3.3; as a rate, because Adam cancels a constant factor on the gradient). Inputs with one scale per
+    step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section 3.4). Each kind of tensor has its own
+    learning rate, in place of LSQ's factor on the gradient of scales, which Adam cancels too. Every eighth sample of
+    the trajectories is held out. The state with the least error on these samples is kept, the start included, so that
+    training never makes a plan worse on them.
     """
 
     name: ClassVar[str] = "distill"
@@ -38,7 +39,7 @@ class Distill(DistillOptions, Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     def forward_rows(self, model: ModelCost) -> int:
-        """A forward and a backward pass, which costs two more, for every sample of an update, and the roll-outs."""
+        """Return the rows of all updates and of the roll-outs; a backward pass counts as two forward passes."""
         from intaglio.passes.distill.trainer import ROUND
 
         rows = self.samples * model.rows_per_sample
@@ -46,7 +47,7 @@ class Distill(DistillOptions, Pass):
         return round((3 + self.rollout) * self.updates * rows) + rolled
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises RecipeError where there is less to share than there are processes."""
+        """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
         from intaglio.passes.distill.start import begin
         from intaglio.passes.distill.trainable import learnt
         from intaglio.pipeline.artifacts.quantized import Adapter
@@ -62,7 +63,7 @@ class Distill(DistillOptions, Pass):
 
 
 def train_model(task: Task) -> tuple[float, ...]:
-    """All layers on the output of the denoiser. Returns the loss of every update."""
+    """Train all layers on the output of the denoiser. Returns the loss of every update."""
     from intaglio.passes.distill.objective import WholeOutput
     from intaglio.passes.distill.trainer import Trainer
 
@@ -72,7 +73,10 @@ def train_model(task: Task) -> tuple[float, ...]:
 
 
 def train_blocks(task: Task) -> tuple[float, ...]:
-    """The layers of each block on its output, in the order of the model. Raises RecipeError without blocks."""
+    """Train the layers of each block on its output, in the order of the model. Returns the loss of every update.
+
+    Raises RecipeError if no block of the model has quantized layers.
+    """
     from intaglio.passes.distill.objective import BlockOutput, block_calls
     from intaglio.passes.distill.trainer import Trainer
 

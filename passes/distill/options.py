@@ -13,47 +13,50 @@ class DistillOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
-    samples: int = Field(8, ge=1, description="samples an update, each with its conditional and its null row")
+    samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
     rank: int = Field(16, ge=1, description="rank of the adapters")
-    rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales an update")
+    rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales per update")
     scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")
     input_rate: float = Field(
         0.01, ge=0, description="learning rate of the input scales, relative to themselves; 0 leaves them as calibrated"
     )
     scale_aware: Literal["rate", "gradient", "off"] = Field(
-        "rate", description="where a layer's weight scale enters: its learning rate, its gradient, or not at all"
+        "rate",
+        description="rate: multiply a layer's learning rate by its weight scale; gradient: its gradient; off: neither",
     )
     start: Literal["round", "gptq"] = Field(
-        "round", description="codes to start from: nearest to the weight, or to the layer's output"
+        "round", description="codes to start from: nearest to the weight (round), or to the layer's output (gptq)"
     )
     base: Literal["float", "grid"] = Field(
-        "float", description="grid: the adapters are added to the rounded weight, and move no code until they are large"
+        "float",
+        description="weight that the adapters are added to: the float weight, or the rounded one (grid), whose codes"
+        " change only when the adapters are large",
     )
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
     )
     weighting: Literal["samples", "output"] = Field(
         "output",
-        description="how much the error of a step's output counts: as much as samples feel of it, or all steps alike",
+        description="weight of each step's output error: its effect on the samples (samples), or 1 (output)",
     )
     features: float = Field(
-        0.0, ge=0, description="weight of the blocks' outputs in the loss, beside 1 for the denoiser's output"
+        0.0, ge=0, description="weight of the blocks' outputs in the loss; the denoiser's output has the weight 1"
     )
     scope: Literal["model", "block"] = Field(
         "model",
-        description="block: one block after the other, each on its own output; `updates` are those of a block, and"
-        " layers outside of blocks stay as they start",
+        description="model: train all layers on the denoiser's output; block: train one block after the other on its"
+        " own output, with `updates` for each block; layers outside of blocks then keep their starting weights",
     )
     recompute: bool = Field(
-        False, description="compute the activations of blocks anew for the backward pass: less memory, more time"
+        False, description="compute activations of blocks again in the backward pass: less memory, more time"
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products while training; codes and scales are float32 throughout"
+        "float32", description="type of the products in training; codes and scales are always float32"
     )
 
     @property
     def distance(self) -> float:
-        """How far from their codes, in scales, weights begin that do not begin as the model's own."""
+        """Maximum distance, in weight scales, between a starting weight and its starting code."""
         from intaglio.pipeline.numerics import rounding as affine
 
         return affine.NEARLY_HALF if self.base == "float" else 0.0
