@@ -1,4 +1,4 @@
-"""Bring layers into a basis of their input in which rounding costs less: scaled channels, rotated blocks.
+"""Choose the basis of layers' inputs in which rounding costs less: scaled channels, rotated blocks.
 
 Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps, S of them compared.
 """
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class BalanceLayers(Pass):
-    """In exact numbers every layer computes what it did; its basis is the one in which its output is nearest to that.
+    """Round each layer in the basis of its input in which its output has the least error.
 
-    Channels are scaled first and rotated then, weights are rounded once, after both (ViDiT-Q section 4.2: the scale
-    evens out what is static, the rotation what changes). Layers that read the same input share a basis. On request a
-    part of low rank is taken off 4-bit weights first, and added in float (SVDQuant, Li et al. 2025).
+    Without rounding the output is the same in every basis. Channels are scaled first, then rotated; weights are rounded
+    once, after both (ViDiT-Q section 4.2: the scale evens out static differences of channels, the rotation changing
+    ones). Layers that read the same input share a basis. On request a low-rank part of each 4-bit weight is computed
+    in float, and only the rest is rounded (SVDQuant, Li et al. 2025).
     """
 
     name: ClassVar[str] = "balance"
@@ -49,20 +50,22 @@ class BalanceLayers(Pass):
     branch: int = Field(
         0,
         ge=0,
-        description="rank of what stays in float16 of each 4-bit weight, its largest singular directions; 0: nothing."
-        " Weights with less than four times as many channels, in or out, have none",
+        description="rank of the part of each 4-bit weight that stays in float16, its largest singular directions;"
+        " 0: none. Weights with fewer input or output channels than four times the rank have no such part",
     )
-    gain_db: float = Field(0.5, ge=0, description="least gain in SQNR that is worth the work in front of a layer")
+    gain_db: float = Field(
+        0.5, ge=0, description="smallest gain in SQNR for which a layer's input is brought into another basis"
+    )
     steps: int = Field(4, ge=1, description="timesteps at which bases are compared")
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
     tokens: int = Field(512, ge=1, description="tokens of a linear layer's input that are used, at each timestep")
 
     def forward_rows(self, model: ModelCost) -> int:
-        """The compared timesteps, and every timestep for the ranges in the new basis."""
+        """Return the rows of the compared timesteps, and of every timestep for the ranges in the new basis."""
         return (1 + self.steps) * self.rows + model.steps * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Choose a balance for each layer where it lowers the rounding error."""
+        """Choose a balance for each layer whose rounding error it lowers by more than `gain_db`."""
         from torch.nn import Conv2d, Linear
 
         from intaglio.passes.basis_search import branch_of, candidates, nearest, with_ranges
@@ -129,7 +132,7 @@ class BalanceLayers(Pass):
 class _Group:
     """Layers that read the same input, and samples of it, for each compared timestep.
 
-    Where a layer is called several times, they are samples of all that the group's layers read.
+    If layers are called several times, the samples come from all inputs of the group's layers.
     """
 
     names: tuple[str, ...]

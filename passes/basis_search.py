@@ -1,4 +1,4 @@
-"""Finds the basis of an input in which the layers that read it lose least by rounding.
+"""Find the basis of an input in which rounding changes the output of its layers least.
 
 Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps, S of them compared.
 """
@@ -31,7 +31,7 @@ Inputs: TypeAlias = "Sequence[torch.Tensor]"
 """Tensors that layers read in one call of the model."""
 
 SMALLEST_BLOCK = 16
-"""Below this a rotation mixes too few channels to even them out."""
+"""Smallest number of channels that are rotated together: fewer channels are not evened out."""
 
 
 def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, generator: torch.Generator) -> Inputs:
@@ -45,7 +45,7 @@ def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, gener
 def candidates(
     parts: Parts, x: Sequence[Inputs], exponents: Sequence[float], block: int, ctx: Context
 ) -> Iterator[Balance]:
-    """Yield every scale of channels, each without and with a rotation behind it; never the basis that is there.
+    """Yield every scaling of the channels, without and with a rotation after it; never the present basis.
 
     d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
     """
@@ -65,7 +65,7 @@ def candidates(
 
 
 def nearest(parts: Parts, x: Sequence[Inputs], bases: Sequence[Balance], rank: int = 0) -> tuple[Balance, float] | None:
-    """Return the basis with the least error of the outputs, and its gain in dB; None where there is nothing to gain."""
+    """Return the basis with the least error of the outputs, and its gain in dB; None if nothing can be gained."""
     plain = output_error(parts, x, None, rank)
     if plain == 0 or not bases:
         return None
@@ -79,7 +79,7 @@ def with_ranges(
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     calls: Iterable[Mapping[str, Inputs]],
 ) -> dict[str, LayerBalance]:
-    """Return the bases with the ends of the inputs in them at every step, over all calls of a layer at the step."""
+    """Return each basis with the range of the inputs in it at every step, over all calls of a layer at the step."""
     low: dict[str, list[float | None]] = {name: [] for name in chosen}
     high: dict[str, list[float | None]] = {name: [] for name in chosen}
     for inputs in calls:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Calibrate(Pass):
-    """The denoiser drives its own sampler from noise; every call and every layer's range are kept, by step.
+    """Sample from noise with the float denoiser, and record every call and every layer's range at each step.
 
-    Of the first call, also how many rows each layer sees, and which layers read the same input. Layers that no call
-    reaches, or whose result no output depends on, are named: they stay in float.
+    The first call also gives the number of rows that each layer sees, and the layers that read the same input. Layers
+    that no call reaches, or on whose result no output depends, stay in float; the log names them.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -45,11 +45,11 @@ class Calibrate(Pass):
     samples: int = Field(32, ge=1, description="trajectories from noise")
     precision: Literal["float32", "float16"] = Field(
         "float32",
-        description="of the recorded samples and outputs; float16 takes half the bytes and rounds by up to 2^-11",
+        description="type of recorded samples and outputs; float16 takes half the bytes, relative errors reach 2^-11",
     )
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Every sample at every step."""
+        """Return the rows of every sample at every step."""
         return model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -129,7 +129,7 @@ class Calibrate(Pass):
 
 
 def _check_weights(module: torch.nn.Module) -> None:
-    """Raises RecipeError with every tensor that has NaN or Inf."""
+    """Raise RecipeError that lists every tensor with NaN or Inf."""
     problems = []
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
@@ -140,7 +140,7 @@ def _check_weights(module: torch.nn.Module) -> None:
 
 
 def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
-    """Raises StepFailed for an output with NaN or Inf, and names the first layer that read them."""
+    """Raise StepFailed for an output with NaN or Inf; the message names the first layer that read them."""
     if not call.output.isfinite().all():
         raise StepFailed(
             f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
@@ -149,7 +149,7 @@ def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
 
 
 def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:
-    """The calls without the ranges of these layers."""
+    """Return the trajectory without the ranges of these layers."""
 
     def rest(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: values for name, values in table.items() if name not in layers}
@@ -164,7 +164,7 @@ def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:
 
 
 def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
-    """What one process would have recorded of all samples."""
+    """Return the trajectory that one process would have recorded for all samples."""
     import torch
 
     if len(parts) == 1:
@@ -188,7 +188,7 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
 
 
 def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor:
-    """Rows of all processes along `axis`, in the order in which one process would have them: null rows last."""
+    """Join the rows of all processes along `axis`, in the order of a single process: null rows last."""
     import torch
 
     pieces = [part.chunk(halves, axis) for part in parts]
@@ -196,7 +196,7 @@ def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor
 
 
 def _rounded(call: Call, sampler: Sampler) -> Call:
-    """The sample and the output as numbers of float16. Raises StepFailed for those beyond its largest."""
+    """Round the sample and the output to float16. Raises StepFailed for values beyond the range of float16."""
     import torch
 
     largest = torch.finfo(torch.float16).max

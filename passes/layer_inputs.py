@@ -1,4 +1,4 @@
-"""What enters the layers of a denoiser while it is called."""
+"""Record the inputs of a denoiser's layers, and find the layers that read the same input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, list[torch.Tensor]]:
-    """The input of each call of a layer, by its name, in the order of first calls. Layers not called are not there."""
+    """Return the inputs of each layer in one call of the denoiser, by layer name, in the order of first calls.
+
+    Layers that are not called are missing from the result.
+    """
     seen: dict[str, list[torch.Tensor]] = {}
     with before_calls(layers, lambda name, args: seen.setdefault(name, []).append(args[0])), torch.no_grad():
         denoise(call)
@@ -25,7 +28,7 @@ def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs
 
 
 def siblings(seen: Mapping[str, Sequence[torch.Tensor]]) -> list[tuple[str, ...]]:
-    """Names of layers that read the same tensor, together, in the order in which they are first called."""
+    """Group the names of layers that read the same tensor, in the order of their first calls."""
     same = SameInputs()
     for name, inputs in seen.items():
         for x in inputs:
@@ -34,9 +37,9 @@ def siblings(seen: Mapping[str, Sequence[torch.Tensor]]) -> list[tuple[str, ...]
 
 
 class SameInputs:
-    """Groups layers by the tensors that they read, as they are called. Keeps no tensor.
+    """Groups layers by the tensors that they read, while they are called. Keeps no tensor.
 
-    A layer that is called again is in one group with all that read any of its inputs.
+    A layer that is called several times shares a group with every layer that reads one of its inputs.
     """
 
     def __init__(self) -> None:
@@ -45,9 +48,9 @@ class SameInputs:
         self._count = 0
 
     def note(self, name: str, x: torch.Tensor) -> None:
-        """The layer is called with x, which lives until it has been read by all that read it."""
+        """Record that the layer is called with x, which must stay alive until its last reader is called."""
         tensor, group = self._groups.get(id(x), (None, 0))
-        if tensor is None or tensor() is not x:  # else a new tensor has the id of one that is gone
+        if tensor is None or tensor() is not x:  # a new tensor can have the id of one that is gone
             group, self._count = self._count, self._count + 1
         own = self._of.setdefault(name, group)
         if own != group:
@@ -59,7 +62,7 @@ class SameInputs:
 
     @property
     def readers(self) -> list[tuple[str, ...]]:
-        """The groups, in the order of their first calls."""
+        """All groups, in the order of their first calls."""
         groups: dict[int, list[str]] = {}
         for name, group in self._of.items():
             groups.setdefault(group, []).append(name)
@@ -67,5 +70,5 @@ class SameInputs:
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Those of two layers or more."""
+        """Groups of two layers or more."""
         return tuple(names for names in self.readers if len(names) > 1)

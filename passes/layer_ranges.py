@@ -1,4 +1,4 @@
-"""Notes the layers of a model while it is called: their ranges, the work they are given, and which take no part."""
+"""Record the layers of a model while it is called: their ranges, their rows, and the layers without effect."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 ENOUGH_ROWS = 16
-"""Rows of a call whose range is taken as it is."""
+"""Number of rows from which on the range of a call is used without extrapolation."""
 
 
 @dataclass
 class _Call:
-    """One call of the model, by layer name: ends of the input, largest output without bias of a convolution, rows."""
+    """One call of the model, by layer name: ends of the input, largest convolution output without bias, and rows."""
 
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)
@@ -36,10 +36,13 @@ class _Call:
 
 
 class LayerRanges:
-    """What enters and leaves layers in each call of the model. All calls of a layer in one of them count together."""
+    """Ranges of the inputs and outputs of layers in each call of the model.
+
+    If one call of the model calls a layer several times, the layer has one range over these calls.
+    """
 
     def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], processes: int = 1) -> None:
-        """`processes`: how many see as many rows as this one, whose ranges are joined afterwards."""
+        """Start without calls. `processes` have as many rows each as this one; their ranges are joined later."""
         self._layers, self._modules, self._processes = layers, modules, processes
         self._now = _Call()
         self._calls: list[_Call] = []
@@ -47,7 +50,7 @@ class LayerRanges:
         self._readers = SameInputs()
 
     def note(self, name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """One call of a layer."""
+        """Record one call of a layer."""
         module, now, x = self._modules[name], self._now, args[0]
         if not self._calls:
             self._readers.note(name, x)
@@ -62,14 +65,14 @@ class LayerRanges:
             now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs(), self._processes)[1])
 
     def end_of_call(self) -> None:
-        """The model has returned: what follows is its next call."""
+        """End the current call of the model; later notes belong to its next call."""
         self._calls.append(self._now)
         self._rows = {**self._now.rows, **self._rows}
         self._now = _Call()
 
     @property
     def origin(self) -> str:
-        """The layer that reads NaN or Inf first in the call that is not over yet."""
+        """Words that name the first layer to read NaN or Inf in the current call."""
         for name, low in self._now.low.items():
             if not (math.isfinite(low) and math.isfinite(self._now.high[name])):
                 return f"{name} is the first layer to read them"
@@ -78,13 +81,16 @@ class LayerRanges:
     def table(
         self, of: Literal["low", "high", "output"], choose: Callable[[list[float]], float]
     ) -> dict[str, torch.Tensor]:
-        """One entry for each call, (T,), by layer name; `choose` picks it where the call has none of the layer."""
+        """Return one value for each call, (T,), by layer name.
+
+        `choose` gives the value of calls that do not reach the layer, from those of the other calls.
+        """
         found: list[dict[str, float]] = [getattr(call, of) for call in self._calls]
         names = sorted({name for each in found for name in each})
         return {name: where_known([each.get(name) for each in found], choose) for name in names}
 
     def workload(self, samples: int, unreached: tuple[Unreached, ...]) -> Workload:
-        """Rows for one of the `samples`, of each layer in the first call that it has a part in."""
+        """Return the workload, with the rows per sample of each layer in the first call that reaches it."""
         absent = {layer.name for layer, _ in unreached}
         rows = {name: self._rows[name] / samples for name in sorted(self._rows) if name not in absent}
         groups = (tuple(n for n in names if n not in absent) for names in self._readers.groups)
@@ -94,8 +100,8 @@ class LayerRanges:
 def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
     """Return the ends of the range that `x` (R, ...), with the rows of all processes, would have in ENOUGH_ROWS rows.
 
-    The largest of n values of a row lies, in the mean, sqrt(6) / pi * ln(n) standard deviations beyond that of one:
-    the extreme value of Gumbel's distribution. Fewer rows show too small a range, which would clip what comes later.
+    The maximum over n rows lies on average sqrt(6) / pi * ln(n) standard deviations of the rows' maxima beyond the
+    maximum of one row (Gumbel distribution). The range of fewer rows is too small, and would clip later inputs.
     """
     lows, highs = x.reshape(len(x), -1).aminmax(dim=1)
     rows = len(x) * processes
@@ -110,7 +116,7 @@ def unreached_layers(
 ) -> tuple[Unreached, ...]:
     """Find the layers that have no part in recorded calls, and say why.
 
-    The first call is followed with these rows of it; later ones as long as some layer seems to have no effect.
+    The first call is followed on these rows; later calls are followed only while some layer seems to have no effect.
     """
     called, needed, read = set(trajectory.low), set[str](), set[str]()
     for step in range(len(trajectory.timesteps)):

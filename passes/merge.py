@@ -1,4 +1,4 @@
-"""Merge the adapters into the weights and round once: integer codes and scales are all that is left."""
+"""Merge the adapters into the weights and round once, to integer codes and scales."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class MergeAdapters(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch",)
 
     timesteps: tuple[float, ...] = Field(
-        (), description="those that tables with a scale a step have an entry for; none listed: the calibrated ones"
+        (), description="timesteps of the tables with one scale per step; empty: the calibrated timesteps"
     )
     between: int = Field(
-        0, ge=0, le=99, description="entries between each two of them, for samplers that call at other timesteps"
+        0, ge=0, le=99, description="further entries between two timesteps, for samplers that call at other timesteps"
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:

@@ -1,4 +1,4 @@
-"""The same format for every layer: a plan without any measurement."""
+"""Plan the same format for every layer, without any measurement."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from intaglio.pipeline.formats.target import Target
 
 
 class UniformPlan(Pass):
-    """Every layer has the first of the wanted schemes that its shape and the target allow; float where none is.
+    """Give every layer the first of the wanted schemes that its shape and the target allow, or else float.
 
-    EfficientDM (section 4.1) leaves the first and the last layer at 8 bits: `ends` names what those two want. Behind
-    `calibrate`, layers without a part in the recorded calls stay in float, and the ends are those of the others.
+    EfficientDM (section 4.1) leaves the first and the last layer at 8 bits: `ends` names the schemes wanted for those
+    two. After `calibrate`, layers without a part in the recorded calls stay in float, and count as neither first nor
+    last.
     """
 
     name: ClassVar[str] = "uniform"
@@ -33,7 +34,7 @@ class UniformPlan(Pass):
 
     schemes: tuple[SchemeName, ...] = Field(min_length=1, description="names of schemes, the most wanted first")
     ends: tuple[SchemeName, ...] = Field(
-        (), description="the same for the first and the last layer; none listed: as others"
+        (), description="schemes of the first and the last layer, the most wanted first; empty: those of other layers"
     )
     groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
 
@@ -57,7 +58,7 @@ class UniformPlan(Pass):
         return {PLAN: plan}
 
     def _choose(self, layer: Layer, wanted: tuple[SchemeName, ...], target: Target) -> tuple[LayerScheme, str | None]:
-        """The layer's scheme, and why it is float where none of the wanted ones is possible."""
+        """Return the layer's scheme, and the reason if it is float because no wanted scheme is possible."""
         admitted = {scheme.name: scheme for scheme in admitted_schemes(layer, self.groups)}
         problems = [illegal(layer, admitted[name], target) for name in wanted if name in admitted]
         for name in wanted:

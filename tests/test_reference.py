@@ -55,7 +55,7 @@ def test_all_that_is_public_is_in_the_reference_and_nothing_private(tmp_path: Pa
     } == {}
     assert "largest magnitude" in pages["intaglio/pipeline/numerics/rounding.html"]  # a docstring
     assert (
-        "optimizer updates; 0 keeps the rounded weights" in pages["intaglio/passes/distill/distill.html"]
+        "optimizer updates; 0 keeps the rounded weights" in pages["intaglio/passes/distill/options.html"]
     )  # an option
     assert 'id="_' not in "".join(pages.values())
     assert 'href="pipeline/contract.html"' in pages["intaglio/pipeline.html"]

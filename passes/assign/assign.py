@@ -47,7 +47,10 @@ class Budget(BaseModel):
         None, gt=0, le=1, description="multiplications, each counted as weight bits x input bits; 16 x 16 in float"
     )
     activation: float | None = Field(
-        None, gt=0, le=1, description="the most that one layer reads and gives, in bytes, relative to the most in float"
+        None,
+        gt=0,
+        le=1,
+        description="bytes that a layer reads and writes, the largest, relative to the largest in float",
     )
 
     @model_validator(mode="before")
@@ -90,13 +93,15 @@ class AssignPrecision(Pass):
     same_input: bool = Field(False, description="layers that read the same tensor, such as q, k and v, round it alike")
     profile: tuple[Profile, ...] = Field(
         (),
-        description="files of `intaglio profile`, of plans of this model: what was measured takes the roofline's place",
+        description="files of `intaglio profile`, of plans of this model: measured times replace the roofline",
     )
-    device: str | None = Field(None, description="of the target's, for the roofline; None: the first it lists")
+    device: str | None = Field(None, description="device whose roofline is used; None: the first that the target lists")
     samples: int = Field(1, ge=1, description="samples that are denoised at once, for the roofline")
-    front: int = Field(16, ge=0, description="sizes for which plans are made beside; those that bring nothing are left")
+    front: int = Field(16, ge=0, description="number of further sizes to plan for; plans that gain nothing are dropped")
     point: int | None = Field(None, ge=0, description="take this plan of the front, from 0, in place of budget.size")
-    mip_rel_gap: float = Field(1e-4, ge=0, lt=1, description="summed error above the optimum, relative, at most")
+    mip_rel_gap: float = Field(
+        1e-4, ge=0, lt=1, description="largest relative excess of the summed error over the optimum"
+    )
 
     @field_validator("profile", mode="before", json_schema_input_type=str | tuple[str | Profile, ...])
     @classmethod

@@ -1,4 +1,5 @@
-"""Heals the loss of quantization by distilling the full-precision denoiser into its quantized self.
+"""Reduce the loss of quantization: distil the full-precision denoiser into the quantized one.
 
-The plan and the trajectories enter. Adapters and scales leave, which `merge` rounds into integer weights.
+Inputs are the model, the plan and the trajectories. Outputs are adapters and scales, which `merge` rounds into integer
+weights.
 """

@@ -5,10 +5,9 @@ Shapes: N out features, K in features, T denoising steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
+from intaglio.passes.distill.options import DistillOptions
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
@@ -20,14 +19,15 @@ if TYPE_CHECKING:
     from intaglio.passes.distill.objective import Task
 
 
-class Distill(Pass):
-    """QALoRA (EfficientDM section 3.2): Q(W0 + B A; s) is trained, on the guided output, along teacher trajectories.
+class Distill(DistillOptions, Pass):
+    """Train the rounded weights Q(W0 + B A; s) and their scales on the guided output, along teacher trajectories.
 
-    The learning rate of a layer's adapter is proportional to its mean weight scale (section 3.3 as a rate: under Adam a
-    constant factor on the gradient cancels). Inputs with a scale a step, and 4-bit ones, learn one scale and one shift
-    a step (TALSQ, section 3.4). Every kind of tensor has a rate of its own, in place of LSQ's factor on the gradient of
-    scales, which Adam cancels too. Every eighth sample of the trajectories is held out; the state with the least error
-    there is kept, the starting point included, so that training never makes a plan worse on it.
+    This is QALoRA (EfficientDM section 3.2). The learning rate of a layer's adapter is proportional to its mean weight
+    scale (section 3.3; as a rate, because Adam cancels a constant factor on the gradient). Inputs with one scale per
+    step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section 3.4). Each kind of tensor has its own
+    learning rate, in place of LSQ's factor on the gradient of scales, which Adam cancels too. Every eighth sample of
+    the trajectories is held out. The state with the least error on these samples is kept, the start included, so that
+    training never makes a plan worse on them.
     """
 
     name: ClassVar[str] = "distill"
@@ -38,54 +38,8 @@ class Distill(Pass):
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
-    updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
-    samples: int = Field(8, ge=1, description="samples an update, each with its conditional and its null row")
-    rank: int = Field(16, ge=1, description="rank of the adapters")
-    rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales an update")
-    scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")
-    input_rate: float = Field(
-        0.01, ge=0, description="learning rate of the input scales, relative to themselves; 0 leaves them as calibrated"
-    )
-    scale_aware: Literal["rate", "gradient", "off"] = Field(
-        "rate", description="where a layer's weight scale enters: its learning rate, its gradient, or not at all"
-    )
-    start: Literal["round", "gptq"] = Field(
-        "round", description="codes to start from: nearest to the weight, or to the layer's output"
-    )
-    base: Literal["float", "grid"] = Field(
-        "float", description="grid: the adapters are added to the rounded weight, and move no code until they are large"
-    )
-    rollout: float = Field(
-        0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
-    )
-    weighting: Literal["samples", "output"] = Field(
-        "output",
-        description="how much the error of a step's output counts: as much as samples feel of it, or all steps alike",
-    )
-    features: float = Field(
-        0.0, ge=0, description="weight of the blocks' outputs in the loss, beside 1 for the denoiser's output"
-    )
-    scope: Literal["model", "block"] = Field(
-        "model",
-        description="block: one block after the other, each on its own output; `updates` are those of a block, and"
-        " layers outside of blocks stay as they start",
-    )
-    recompute: bool = Field(
-        False, description="compute the activations of blocks anew for the backward pass: less memory, more time"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products while training; codes and scales are float32 throughout"
-    )
-
-    @property
-    def distance(self) -> float:
-        """How far from their codes, in scales, weights begin that do not begin as the model's own."""
-        from intaglio.pipeline.numerics import rounding as affine
-
-        return affine.NEARLY_HALF if self.base == "float" else 0.0
-
     def forward_rows(self, model: ModelCost) -> int:
-        """A forward and a backward pass, which costs two more, for every sample of an update, and the roll-outs."""
+        """Return the rows of all updates and of the roll-outs; a backward pass counts as two forward passes."""
         from intaglio.passes.distill.trainer import ROUND
 
         rows = self.samples * model.rows_per_sample
@@ -93,7 +47,7 @@ class Distill(Pass):
         return round((3 + self.rollout) * self.updates * rows) + rolled
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises RecipeError where there is less to share than there are processes."""
+        """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
         from intaglio.passes.distill.start import begin
         from intaglio.passes.distill.trainable import learnt
         from intaglio.pipeline.artifacts.quantized import Adapter
@@ -109,7 +63,7 @@ class Distill(Pass):
 
 
 def train_model(task: Task) -> tuple[float, ...]:
-    """All layers on the output of the denoiser. Returns the loss of every update."""
+    """Train all layers on the output of the denoiser. Returns the loss of every update."""
     from intaglio.passes.distill.objective import WholeOutput
     from intaglio.passes.distill.trainer import Trainer
 
@@ -119,7 +73,10 @@ def train_model(task: Task) -> tuple[float, ...]:
 
 
 def train_blocks(task: Task) -> tuple[float, ...]:
-    """The layers of each block on its output, in the order of the model. Raises RecipeError without blocks."""
+    """Train the layers of each block on its output, in the order of the model. Returns the loss of every update.
+
+    Raises RecipeError if no block of the model has quantized layers.
+    """
     from intaglio.passes.distill.objective import BlockOutput, block_calls
     from intaglio.passes.distill.trainer import Trainer
 

@@ -1,4 +1,4 @@
-"""Rounds a weight so that the layer's output, and not the weight, is nearest to what it was.
+"""Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
 Shapes: N out features, K in features, G scales a row, M rows of the input (tokens, or places of a convolution).
 """
@@ -12,11 +12,11 @@ from torch.nn import functional
 from intaglio.pipeline.numerics import rounding as affine
 
 DAMPING = 0.01
-"""Added to the diagonal of the Hessian, relative to its mean: channels that are never used have none."""
+"""Value added to the diagonal of the Hessian, relative to its mean: it is zero for channels that are never used."""
 
 
 def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """sum x x^T over the rows that multiply the weight, float64 (K, K): half the Hessian of the output's error."""
+    """Return sum x x^T over the rows that multiply the weight, (K, K) float64: half the Hessian of the output error."""
     if isinstance(layer, nn.Conv2d):
         padding = layer.padding if isinstance(layer.padding, tuple) else 0
         if isinstance(layer.padding, str):
@@ -30,10 +30,10 @@ def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor
 
 
 def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: affine.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
-    """Codes (N, K), int8, on the grid of the scales.
+    """Round a weight to codes (N, K), int8, on the grid of the scales.
 
-    Columns are rounded one after the other; the columns that follow take up each one's error, as far as the inputs are
-    correlated (GPTQ, Frantar et al. 2023, Algorithm 1; the order is that of the inputs' energy).
+    Columns are rounded one after the other, from the input with the most energy on. The columns that follow compensate
+    the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).
     """
     k = w_NK.shape[1]
     order = moment_KK.diagonal().argsort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""What a distillation minimizes: errors of outputs against full precision, of the denoiser or of one block.
+"""Define the objectives of a distillation: output errors, of the denoiser or of one block, against full precision.
 
 Shapes: T denoising steps, R rows of a call.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.sampler import Sampler
@@ -41,37 +41,37 @@ class Error(NamedTuple):
 
 
 class Objective(Protocol):
-    """Every process computes its share of an update's rows; all make the same draws."""
+    """Loss of a distillation. Every process computes its share of an update's rows; all make the same draws."""
 
     def prepare(self, update: int) -> None:
-        """Called now and then, before `update`."""
+        """Prepare for the next updates. Called every ROUND updates, before `update`."""
 
     def errors(self, rng: np.random.Generator) -> Sequence[Error]:
-        """Of one update, at a step and on samples drawn with `rng`."""
+        """Return the loss terms of one update, at a step and on samples drawn with `rng`."""
 
     def held_out(self) -> Iterator[Sequence[Error]]:
-        """Of calls that no update sees."""
+        """Yield the loss terms of each held-out call, which no update is trained on."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which samples of the trajectories are trained on, and which are held out: every eighth."""
+    """Samples of the trajectories to train on, and samples that are held out: every eighth."""
 
     training: tuple[int, ...]
     held_out: tuple[int, ...]
 
     @classmethod
     def of(cls, count: int) -> Split:
-        """A single sample is both."""
+        """Split `count` samples. Of fewer than eight the first is held out; a single sample is also trained on."""
         held_out = tuple(range(7, count, 8)) or (0,)
         return cls(tuple(i for i in range(count) if i not in held_out) or (0,), held_out)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how."""
+    """Everything that an objective needs: the options, the model with its quantized layers, and the trajectories."""
 
-    options: Distill
+    options: DistillOptions
     sampler: Sampler
     denoise: Denoise
     clock: StepClock
@@ -82,21 +82,21 @@ class Task:
 
     @property
     def count(self) -> int:
-        """Of the trajectories."""
+        """Number of samples in the trajectories."""
         return self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
 
     @property
     def split(self) -> Split:
-        """Return the split of the recorded rows into training and held-out ones."""
+        """Samples to train on, and held-out samples."""
         return Split.of(self.count)
 
     @property
     def size(self) -> int:
-        """Samples of an update."""
+        """Number of samples in one update."""
         return min(self.options.samples, len(self.split.training))
 
     def own_rows(self, samples: Sequence[int]) -> list[int]:
-        """Of those samples that are this process's share."""
+        """Return the recorded rows of this process's share of the samples."""
         return self.sampler.rows_of(samples[self.ctx.processes.share(len(samples))], self.count)
 
     def add_adapters(self, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -105,7 +105,7 @@ class Task:
             add_adapter(layer, self.options.rank, self.ctx.torch_rng("adapter", name))
 
     def check_shares(self) -> None:
-        """Raises RecipeError where a process would have nothing of an update, or of the held-out samples."""
+        """Raise RecipeError if a process would get no sample of an update, or no held-out sample."""
         processes, held_out = self.ctx.processes.count, len(self.split.held_out)
         if processes > min(held_out, self.size):
             raise RecipeError(
@@ -114,14 +114,15 @@ class Task:
             )
 
     def mixed(self) -> contextlib.AbstractContextManager[object]:
-        """Products in the precision that the student is trained in; codes and scales stay float32."""
+        """Compute products inside the context in the training precision; codes and scales stay float32."""
         return torch.autocast(self.ctx.device, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
 
 class WholeOutput:
-    """The guided output at one step of the recorded trajectories, or in a state that the quantized model reached.
+    """Compare the guided output with full precision's, at one step of recorded or of rolled-out trajectories.
 
-    (EfficientDM Eq. 7.) With `features`, the outputs of the blocks count too, each against full precision's.
+    The loss is Eq. 7 of EfficientDM. The quantized model itself draws the rolled-out trajectories. With `features`, the
+    outputs of the blocks are compared too.
     """
 
     def __init__(self, task: Task) -> None:
@@ -131,7 +132,7 @@ class WholeOutput:
         self.rolled: list[Inputs] = []
 
     def _weights(self) -> list[float]:
-        """By step, of the relative error: what the samples feel of it, 1 on average over the steps."""
+        """Return the weight of each step's relative error: 1, or its effect on the samples, scaled to a mean of 1."""
         sampler, trajectory = self.task.sampler, self.task.trajectory
         if self.task.options.weighting == "output":
             return [1.0] * len(trajectory.timesteps)
@@ -142,7 +143,7 @@ class WholeOutput:
         return [weight * len(felt) / sum(felt) for weight in felt]
 
     def prepare(self, update: int) -> None:
-        """The quantized model draws samples from new noise; its calls are what it will be corrected at."""
+        """Draw samples from new noise with the quantized model, and keep its inputs for the next updates."""
         task, samples = self.task, self.task.options.samples
         if not task.options.rollout:
             return
@@ -152,7 +153,7 @@ class WholeOutput:
         self.rolled = [call.inputs for call in task.sampler.drive(denoise, own) if isinstance(call, Call)]
 
     def errors(self, rng: np.random.Generator) -> Sequence[Error]:
-        """Of one update."""
+        """Return the loss terms of one update."""
         step = int(rng.integers(len(self.task.trajectory.timesteps)))
         picked = sorted(int(i) for i in rng.choice(self.task.split.training, self.task.size, replace=False))
         if rng.random() < self.task.options.rollout:
@@ -160,7 +161,7 @@ class WholeOutput:
         return self._recorded(step, picked, self.blocks)
 
     def held_out(self) -> Iterator[Sequence[Error]]:
-        """Of every second step, of the output alone."""
+        """Yield the loss term of the held-out samples at every second step, without those of blocks."""
         for step in range(0, len(self.task.trajectory.timesteps), 2):
             yield self._recorded(step, self.task.split.held_out, {})
 
@@ -171,7 +172,7 @@ class WholeOutput:
     def _compare(
         self, step: int, inputs: Inputs, target: torch.Tensor | None, blocks: Mapping[str, nn.Module]
     ) -> Sequence[Error]:
-        """Return the errors at a step; `target` is full precision's output where it is known."""
+        """Return the errors at a step; `target` is the output of full precision, None if it is not recorded."""
         with self.task.clock.at(step):
             return self._errors_of(inputs, target, blocks, self.weights[step])
 
@@ -193,26 +194,26 @@ class WholeOutput:
 
 
 class BlockOutput:
-    """The output of one block behind blocks that are quantized already, against full precision's (BRECQ, Li 2021).
+    """Compare the output of one block, whose predecessors are quantized, with full precision's (BRECQ, Li 2021).
 
-    The block alone is in memory for the backward pass. Its calls are recorded once, before it is trained.
+    The backward pass needs the memory of this block alone. The block's calls are recorded once, before the training.
     """
 
     def __init__(self, task: Task, block: nn.Module, calls: Sequence[Sequence[BlockCall]]) -> None:
-        """`calls`: by step; of each the training calls, and last the held-out one."""
+        """Keep the recorded calls. `calls` has for each step the training calls, and the held-out call last."""
         self.task, self.block, self.calls = task, block, calls
 
     def prepare(self, update: int) -> None:
-        """All is recorded."""
+        """Do nothing: all calls are already recorded."""
 
     def errors(self, rng: np.random.Generator) -> Sequence[Error]:
-        """Of one update."""
+        """Return the loss terms of one update."""
         step = int(rng.integers(len(self.calls)))
         training = self.calls[step][:-1]
         return self._compare(step, training[int(rng.integers(len(training)))])
 
     def held_out(self) -> Iterator[Sequence[Error]]:
-        """Of every second step."""
+        """Yield the loss term of the held-out call at every second step."""
         for step in range(0, len(self.calls), 2):
             yield self._compare(step, self.calls[step][-1])
 
@@ -223,7 +224,7 @@ class BlockOutput:
 
 
 class BlockCall(NamedTuple):
-    """What enters a block behind quantized ones, and what leaves it in full precision."""
+    """Input of a block from quantized predecessors, and the block's output in the full-precision model."""
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -231,7 +232,10 @@ class BlockCall(NamedTuple):
 
 
 def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
-    """By step, calls of this process's rows, the held-out ones last. Empty where the denoiser never calls the block."""
+    """Record the block's calls at each step, on this process's rows; the held-out call comes last.
+
+    Returns an empty list if the denoiser never calls the block.
+    """
     block, training, size = task.blocks[name], task.split.training, task.size
     samples = [training[i : i + size] for i in range(0, len(training) - size + 1, size)]
     steps = []
@@ -249,7 +253,7 @@ def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
 
 
 def _block_call(task: Task, block: nn.Module, inputs: Inputs) -> BlockCall | None:
-    """Return the block's first call in a call of the denoiser; None where the denoiser never calls it."""
+    """Return the block's first call in a call of the denoiser; None if the denoiser never calls it."""
     layers = task.layers.values()
     with full_precision(layers):
         teacher = _first_call(block, task.denoise, inputs)
@@ -261,7 +265,7 @@ def _block_call(task: Task, block: nn.Module, inputs: Inputs) -> BlockCall | Non
 
 
 class _Reached(Exception):
-    """The block is called: what comes after it need not be computed."""
+    """The block is called: the rest of the model need not be computed."""
 
 
 def _first_call(
@@ -287,7 +291,7 @@ def outputs_of(blocks: Mapping[str, nn.Module], found: dict[str, list[torch.Tens
 
 
 def tensors(output: object) -> list[torch.Tensor]:
-    """The floating-point ones in whatever a module returns."""
+    """Return the floating-point tensors in the output of a module, whatever its type."""
     from torch.utils._pytree import tree_leaves
 
     leaves = tree_leaves(tuple(output.values()) if isinstance(output, dict) else output)

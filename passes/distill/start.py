@@ -1,4 +1,4 @@
-"""Where a distillation starts: the first input scales, and the codes that the weights begin at.
+"""Prepare a distillation: choose the first input scales, and the codes that the weights start from.
 
 Shapes: N out features, K in features, T denoising steps.
 """
@@ -24,7 +24,7 @@ from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
 if TYPE_CHECKING:
-    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.pipeline.artifacts.plan import QuantPlan
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 CLIPPING = tuple(1.0 - 0.05 * i for i in range(11))
-"""Shares of an input's range that are compared as its first scale."""
+"""Shares of an input's range that are compared to choose its first scale."""
 START_ROWS = 8
-"""Rows of a recorded call from which layers start."""
+"""Number of rows of a recorded call that the start is computed from."""
 
 
 def begin(
-    options: Distill, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
+    options: DistillOptions, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
 ) -> tuple[Task, dict[str, torch.Tensor]]:
-    """The quantized model where training begins, and what `start_weights` returns of it."""
+    """Return the quantized model at the start of the training, and the codes that `start_weights` returns."""
     model = checkpoint.open()
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     model.module.requires_grad_(False)
@@ -59,14 +59,14 @@ def begin(
 
 
 def learns_input(scheme: LayerScheme) -> bool:
-    """Whether a layer's input has scales that can be learnt: a token of 8 bits is best left as it is."""
+    """Return True if a layer's input gets trainable scales: all but 8-bit inputs with a scale for each token."""
     return scheme.by_step or scheme.input_bits < 8
 
 
 def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
     """Give layers trainable input scales; siblings share them.
 
-    Below 8 bits the first are those of least squared error of the inputs, at 8 bits those that were calibrated.
+    Inputs below 8 bits start from the scales with the least squared error, inputs of 8 bits from the calibrated ones.
     """
     rows = trajectory.some_rows(START_ROWS)
     few = {name: layer for name, layer in layers.items() if layer.scheme.input_bits < 8}
@@ -92,7 +92,7 @@ def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, traject
 
 
 def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterator[list[str]]:
-    """Those of a group that round their input in the same way."""
+    """Yield the layers of a group that round their input in the same way, together."""
     kinds: dict[object, list[str]] = {}
     for name in group:
         layer = layers[name]
@@ -102,7 +102,7 @@ def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterat
 
 
 def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
-    """Squared error of the input, in its basis, when its range is cut to this share."""
+    """Return the squared error of the input, in its basis, when its range is cut to this share."""
     learn_input(layer, InputScales(torch.full((len(layer.clock.timesteps),), share)))
     assert layer.input_rounding is not None  # those that learn have rounded inputs
     with torch.no_grad():
@@ -119,9 +119,9 @@ def start_weights(
     distance: float,
     ctx: Context,
 ) -> dict[str, torch.Tensor]:
-    """Move the layers to where training begins, at most `distance` scales from their codes.
+    """Set the weights that the training starts from, at most `distance` scales from their codes.
 
-    Returns these codes, (N, K), of the layers that do not begin at the model's weight.
+    Returns these codes, (N, K), by layer name; empty if all layers start from the model's weights.
     """
     if start == "round" and distance > 0:
         return {}

@@ -1,4 +1,4 @@
-"""Makes quantized layers trainable, and takes out of them what was learnt.
+"""Make quantized layers trainable, and extract the trained values.
 
 Shapes: N out features, K in features, G scales a row, T denoising steps, rank of the adapter.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class TrainedWeight(nn.Module):
     """The float weight start + B A, (N, K), that is rounded in the place of the model's own (EfficientDM Eq. 5).
 
-    `start_NK` stays as it is. A is (rank, K) and B is (N, rank); without them the weight is `start_NK`.
+    `start_NK` is not trained. A is (rank, K) and B is (N, rank); without them the weight is `start_NK`.
     """
 
     def __init__(self, start_NK: torch.Tensor, a: torch.Tensor | None = None, b: torch.Tensor | None = None) -> None:
@@ -41,8 +41,8 @@ class InputScales(nn.Module):
     """One trainable scale and shift for each denoising step (TALSQ, EfficientDM section 3.4), relative to calibration.
 
     The magnitude of the input is multiplied by exp(log_factor), so it stays positive; the middle of its range moves by
-    `offset` magnitudes. Every step has a parameter of its own: an optimizer leaves those without a gradient alone, in
-    value and in momentum.
+    `offset` magnitudes. Every step has a parameter of its own: the optimizer changes neither value nor momentum of a
+    parameter without a gradient.
     """
 
     def __init__(self, factor_T: torch.Tensor) -> None:
@@ -51,12 +51,12 @@ class InputScales(nn.Module):
         self.offset_T = nn.ParameterList([nn.Parameter(torch.zeros(())) for _ in factor_T])
 
     def factor(self, step: int) -> torch.Tensor:
-        """Factor on the magnitude, ()."""
+        """Return the factor on the magnitude, ()."""
         factor: torch.Tensor = self.log_factor[step].exp()
         return factor
 
     def offset(self, step: int) -> torch.Tensor:
-        """Movement of the middle, in magnitudes, ()."""
+        """Return the shift of the middle, in magnitudes, ()."""
         offset: torch.Tensor = self.offset_T[step]
         return offset
 
@@ -64,7 +64,7 @@ class InputScales(nn.Module):
 def add_adapter(layer: QuantizedLayer, rank: int, generator: torch.Generator) -> None:
     """Add a trainable low-rank term B A to the layer's weight: A is uniform, B is zero (Hu et al. 2021).
 
-    The weight that it is added to stays as it is from now on.
+    The weight that the term is added to is fixed from now on.
     """
     trained = trained_weight(layer)
     w_NK = layer.weight_rounding.base(layer.layer.weight).detach() if trained is None else trained.start_NK
@@ -83,7 +83,7 @@ def start_from(layer: QuantizedLayer, codes_NK: torch.Tensor, distance: float) -
 
 
 def trained_weight(layer: QuantizedLayer) -> TrainedWeight | None:
-    """Return the trained weight of a layer; None for a layer that has the model's own."""
+    """Return the trained weight of a layer; None if the layer has the model's own weight."""
     trained = layer.weight_rounding.trained
     return trained if isinstance(trained, TrainedWeight) else None
 
@@ -102,7 +102,7 @@ def input_scales(layer: QuantizedLayer) -> InputScales | None:
 
 @torch.no_grad()
 def learnt(layer: QuantizedLayer, codes: torch.Tensor | None = None) -> LayerAdapter:
-    """Return what was trained; `codes` are those that `start_from` was given."""
+    """Return the trained values of a layer; `codes` are those that `start_from` was given."""
     grid, weight = layer.weight_rounding, trained_weight(layer)
     adapter = (None, None) if weight is None else (weight.a, weight.b)
     a, b, group = (None if p is None else p.detach() for p in (*adapter, grid.group))
@@ -110,7 +110,7 @@ def learnt(layer: QuantizedLayer, codes: torch.Tensor | None = None) -> LayerAda
 
 
 def load_learnt(grid: WeightRounding, weight: torch.Tensor, layer: LayerAdapter, distance: float) -> None:
-    """Give the rounding of the model's `weight` what was learnt, so that it rounds as the trained layer did."""
+    """Load trained values into the rounding of the model's `weight`, so that it rounds as the trained layer did."""
     start_NK = grid.base(weight)
     if layer.codes is not None:
         grid.fit(weight)  # the scales that the training began with
@@ -126,7 +126,7 @@ def _near(grid: WeightRounding, weight: torch.Tensor, codes_NK: torch.Tensor, di
 
 
 def _learnt_tables(layer: QuantizedLayer) -> LayerTables:
-    """Return the tables that were trained, as an exported layer has them."""
+    """Return the trained tables, in the form that an exported layer has."""
     scheme, scales, tables = layer.scheme, input_scales(layer), layer.tables
     if scales is None or isinstance(scheme.input, Float):
         return LayerTables()

@@ -1,4 +1,4 @@
-"""The updates of a distillation: learning rates, checkpoints, and the best held-out state."""
+"""Run the updates of a distillation, save checkpoints, and keep the best held-out state."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE
 
 if TYPE_CHECKING:
-    from intaglio.passes.distill.distill import Distill
     from intaglio.passes.distill.objective import Error, Objective
+    from intaglio.passes.distill.options import DistillOptions
     from intaglio.passes.distill.trainable import InputScales
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 ROUND = 20
-"""Updates between two checkpoints, after each of which the held-out error is measured and new states are rolled out."""
+"""Number of updates between two checkpoints. At each one the held-out error is measured, then states are rolled out."""
 
 
 class Trainer:
     """Trains some layers on one objective.
 
-    What a resumed run needs is in the checkpoint or a function of the update's number. Several processes compute a
-    share of each update's rows; their summed gradients are those of one process, up to the order of float32 sums.
+    A resumed run reads its state from the checkpoint; its random draws depend on the number of the update alone. Each
+    process computes a share of an update's rows; the summed gradients equal those of one process, up to the order of
+    float32 sums.
     """
 
     def __init__(
         self,
-        options: Distill,
+        options: DistillOptions,
         layers: Mapping[str, QuantizedLayer],
         objective: Objective,
         ctx: Context,
@@ -47,7 +48,7 @@ class Trainer:
         self.checkpoint = ctx.scratch / f"{name}.pt"
 
     def _groups(self) -> list[dict[str, object]]:
-        """Parameters and their learning rates. What an earlier training ended with stays as it is."""
+        """Return the parameters and their learning rates. Input scales that an earlier training froze stay fixed."""
         options = self.options
         code_scale = {
             name: layer.weight_rounding.code_scale().detach().mean().item() for name, layer in self.layers.items()
@@ -74,7 +75,7 @@ class Trainer:
         return groups
 
     def train(self) -> tuple[float, ...]:
-        """Loss of every update. Leaves the best held-out state in the layers."""
+        """Train the layers, and leave the best held-out state in them. Returns the loss of every update."""
         loss: list[float] = []
         best_error, best = self._held_out_error(), self._state()
         ctx, updates = self.ctx, self.options.updates
@@ -108,7 +109,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.objective.errors(self.ctx.rng("update", update)))
         loss.backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
-        # those of an update's step alone have a gradient, the same ones in every process
+        # input scales of other steps have no gradient, in all processes alike
         moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         total = loss.detach()
         processes.add([p.grad for p in moved] + [total])
@@ -120,7 +121,7 @@ class Trainer:
         return float(total)
 
     def _loss(self, errors: Sequence[Error]) -> torch.Tensor:
-        """This process's part of sum weight * squared / energy."""
+        """Return this process's part of the loss: the sum of weight * squared / energy over the terms."""
         energies = [error.energy.clone() for error in errors]
         self.ctx.processes.add(energies)
         terms = [e.weight * e.squared / energy for e, energy in zip(errors, energies, strict=True)]
@@ -138,7 +139,7 @@ class Trainer:
             layer.cache.clear()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """What is trained, by name."""
+        """Return the trained parameters by name."""
         found: dict[str, torch.Tensor] = {}
         for name, layer in self.layers.items():
             found |= {f"{name}:{key}": p for key, p in layer.named_parameters() if p.requires_grad}
@@ -153,7 +154,7 @@ class Trainer:
         self._invalidate()
 
     def _saved(self) -> dict[str, Any] | None:
-        """Return what a stopped run left, None where it left nothing or a file that is damaged or of another run."""
+        """Return the checkpoint of a stopped run; None if there is none, or if it is damaged or of another run."""
         if not self.ctx.processes.agree(self.checkpoint.exists()):
             return None
         reason = f"{self.checkpoint.name} is of another run"
@@ -163,13 +164,13 @@ class Trainer:
                 return saved
         except RecipeError as error:
             reason = str(error)
-        except DAMAGE:  # it holds other things than this training saves
+        except DAMAGE:  # the file does not have the content that this training saves
             pass
         self.ctx.log.warning("%s: training starts again: %s", self.name, reason)
         return None
 
     def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
-        """Whether a checkpoint is one of this training: what is trained, its optimizer, and the updates so far."""
+        """Return True if a checkpoint is of this training: its parameters, optimizer and number of updates match."""
         own = {name: parameter.shape for name, parameter in self._tensors().items()}
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]

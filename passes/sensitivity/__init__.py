@@ -1,5 +1,5 @@
-"""Measures how much each layer, in each scheme, changes the final samples at each denoising step.
+"""Measure how much each layer, in each scheme, changes the final samples at each denoising step.
 
-The model, its trajectories and the target enter. A table of errors by layer, scheme and group of steps leaves. Nothing
-is decided here.
+Inputs are the model and its trajectories, and optionally a plan. The output is a table of errors by layer, scheme and
+part of the trajectory. The choice of schemes is made in `assign`.
 """

@@ -1,4 +1,4 @@
-"""Cuts the trajectory into buckets, and finds how much an error in each of them counts for the samples."""
+"""Split the trajectory into buckets, and measure how an output error in each bucket changes the samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 NOISE = 0.02
-"""Relative magnitude of the noise that finds what an output error does to the samples; near that of 4-bit weights."""
+"""Relative magnitude of the noise that stands for an output error; close to the error of 4-bit weights."""
 
 
 def split(count: int, parts: int) -> tuple[tuple[int, int], ...]:
-    """Split the steps of a trajectory into parts of nearly equal size: (first, past the last) of each.
+    """Split the steps of a trajectory into parts of nearly equal size, each as (first, last + 1).
 
     >>> split(5, 2), split(2, 5)
     (((0, 2), (2, 5)), ((0, 1), (1, 2)))
@@ -30,7 +30,7 @@ def split(count: int, parts: int) -> tuple[tuple[int, int], ...]:
 
 
 def sums(by_call: Sequence[float], buckets: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
-    """Add up a number of each call over the calls of each bucket."""
+    """Return the sum over the calls of each bucket, from one number for each call."""
     return tuple(sum(by_call[first:past]) for first, past in buckets)
 
 

@@ -1,4 +1,4 @@
-"""Two estimates of what rounding costs, put together: predicted for all layers, measured for some."""
+"""Combine two estimates of the rounding error: predicted for all layers, measured for some."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from intaglio.pipeline.contract.metric import Metric
 
 MSE = "mse"
-"""The metric that all layers have, and that a prediction is of."""
+"""Name of the metric that every layer has, and that is predicted."""
 Pair = tuple[str, str]
 """Names of a layer and of a scheme."""
 Table = dict[str, dict[str, tuple[float, ...]]]
 
 
 def parts_of(scheme: LayerScheme) -> dict[str, LayerScheme]:
-    """The scheme with the weight rounded alone, and the input alone."""
+    """Return the scheme with only the weight rounded, and with only the input rounded."""
     weight, x = LayerScheme(weight=scheme.weight, input=Float()), LayerScheme(weight=Float(), input=scheme.input)
     return {"weight": weight, "input": x}
 
 
 def forms_of(schemes: Mapping[str, LayerScheme], *, parts: bool) -> dict[str, LayerScheme]:
-    """By label, all in which a layer is rounded: its schemes but float, and each of their parts once."""
+    """Return the rounded forms of a layer by label: its schemes except float, with `parts` also their parts once."""
     forms = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
     for name, scheme in tuple(forms.items()) if parts else ():
         for part, form in parts_of(scheme).items():
@@ -41,10 +41,10 @@ def forms_of(schemes: Mapping[str, LayerScheme], *, parts: bool) -> dict[str, La
 
 @dataclass
 class Findings:
-    """Errors by bucket and sample, of layers in their forms, for a table that has all but them.
+    """Errors of layers in their forms, by bucket and sample, which complete a table that has everything else.
 
-    `metrics` are each layer's, the mean squared error first. `add` brings measured errors; a measured one counts before
-    a predicted one.
+    `metrics` has the metrics of each layer, the mean squared error first. `add` adds measured errors, which replace
+    predicted ones.
     """
 
     table: Sensitivity
@@ -59,25 +59,25 @@ class Findings:
         return [(name, s) for name, by in self.table.schemes.items() for s in by if s != FLOAT.name]
 
     def add(self, errors: Mapping[str, Errors]) -> None:
-        """By metric."""
+        """Add measured errors, by metric."""
         for metric, found in errors.items():
             for name, by in found.items():
                 self.measured.setdefault(metric, {}).setdefault(name, {}).update(by)
 
     def expected(self, pair: Pair) -> float:
-        """Predicted squared error of the samples; 0 where nothing is predicted."""
+        """Return the predicted squared error of the samples; 0 without a prediction."""
         name, label = pair
         return self._total(self.predicted[name][label]) if self.predicted else 0.0
 
     @property
     def both(self) -> dict[Pair, tuple[float, float]]:
-        """Predicted and measured squared error of the samples, where there are both."""
+        """Predicted and measured squared error of the samples, for each pair that has both."""
         found = {(n, s): by[s] for n, by in self.measured[MSE].items() for s in by if s in self.table.schemes[n]}
         totals = {pair: (self.expected(pair), self._total(found[pair])) for pair in self.pairs if pair in found}
         return {pair: (expected, total) for pair, (expected, total) in totals.items() if expected}
 
     def usual_ratios(self) -> dict[str, float]:
-        """By scheme, measured to predicted error, in the median."""
+        """Return the median ratio of measured to predicted error, by scheme."""
         both = self.both
         return {
             scheme: median(total / expected for (_, s), (expected, total) in both.items() if s == scheme)
@@ -85,13 +85,13 @@ class Findings:
         }
 
     def disagreeing(self, factor: float) -> set[str]:
-        """Layers with a scheme in which that ratio is further than the factor from the scheme's usual one."""
+        """Return layers whose ratio of measured to predicted error is off the scheme's median by more than `factor`."""
         usual = self.usual_ratios()
         ratios = {pair: total / expected / usual[pair[1]] for pair, (expected, total) in self.both.items()}
         return {name for (name, _), ratio in ratios.items() if not 1 / factor <= ratio <= factor}
 
     def rank_correlation(self) -> float | None:
-        """Spearman's, of predicted and measured; None for fewer than three."""
+        """Return Spearman's rank correlation of predicted and measured errors; None for fewer than three pairs."""
         from scipy.stats import spearmanr
 
         both = self.both.values()
@@ -100,7 +100,7 @@ class Findings:
         return float(spearmanr([expected for expected, _ in both], [total for _, total in both]).statistic)
 
     def filled(self) -> Sensitivity:
-        """The table with all errors."""
+        """Return the table with all errors."""
         zero = (0.0,) * len(self.table.buckets)
         usual = self.usual_ratios()
         errors = {(n, label): self._errors(n, label, usual) for n, forms in self.forms.items() for label in forms}
@@ -138,7 +138,7 @@ class Findings:
         )
 
     def _errors(self, name: str, label: str, usual: Mapping[str, float]) -> list[list[float]]:
-        """Measured, or as predicted times what the measured ones of the scheme are; empty where there is neither."""
+        """Return measured errors, or predicted ones times the scheme's usual ratio; empty if there are neither."""
         measured = self.measured[MSE].get(name, {})
         if label in measured or not self.predicted:
             return measured.get(label, [])

@@ -1,4 +1,4 @@
-"""Which layers a metric ranks together, found from what enters them and from what that depends on."""
+"""Find the layers that a metric ranks together, from their inputs and from what these depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """What tells one input of a layer from another: its shape and two moments."""
+    """Features that distinguish the inputs of a layer: shape and two moments."""
 
     shape: tuple[int, ...]
     total: float
@@ -31,12 +31,12 @@ def layer_groups(
     layers: Sequence[str],
     frames: tuple[int, int] | None = None,
 ) -> dict[str, str]:
-    """The group of every layer: `content`, `temporal`, or else `visual`.
+    """Return the group of each layer: `content`, `temporal`, or else `visual`.
 
-    Content is what reads conditions alone, such as the keys and values of cross-attention: its input is another in the
-    call with other `conditions`, and the same, bit for bit, in the call with other `noise`. Both differ from the call
-    `plain` in nothing else. Temporal is what reads tokens along the frames of one place: see `_along_frames`, which
-    `frames` is for: rows of the call, and frames of a row; None where samples have none.
+    Content layers read conditions alone, such as the keys and values of cross-attention: their input changes in the
+    call with other `conditions`, and is equal, bit for bit, in the call with other `noise`. In all else the two calls
+    equal the call `plain`. Temporal layers read tokens along the frames of one place (see `_along_frames`). `frames`
+    has the rows of the call, and the frames of a row; None if samples have no frames.
     """
     seen = {what: _seen(module, partial(denoise, inputs), layers) for what, inputs in calls.items()}
 
@@ -51,9 +51,9 @@ def layer_groups(
 
 
 def _along_frames(shape: tuple[int, ...], rows: int, frames: int) -> bool:
-    """Whether an input (rows * places, frames, K) has a row of frames for each of several places.
+    """Return True if an input (rows * places, frames, K) has a row of frames for each of several places.
 
-    With as many places as frames it could as well have a row of places for each frame: then it does not count.
+    With as many places as frames, each row could also hold the places of one frame: then the result is False.
     """
     if len(shape) != 3 or shape[1] != frames or frames == 1:
         return False
@@ -62,7 +62,7 @@ def _along_frames(shape: tuple[int, ...], rows: int, frames: int) -> bool:
 
 
 def _seen(module: nn.Module, call: partial[torch.Tensor], layers: Sequence[str]) -> dict[str, tuple[Seen, ...]]:
-    """Every input, by layer."""
+    """Return the features of every input in a call, by layer."""
     found: dict[str, tuple[Seen, ...]] = dict.fromkeys(layers, ())
 
     def note(name: str, args: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Measure what each layer costs the denoiser's output when it alone is quantized."""
+"""Measure the error of the denoiser's output when a single layer is quantized."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 DRAWN = 0.15
-"""Share of layers for which samples are drawn in 4 bits, about, before any is measured: that of emoji-dit."""
+"""Expected share of layers for which samples are drawn in 4 bits, to estimate the time; measured on emoji-dit."""
 OUTPUTS_DB = 20
-"""By how much errors of outputs promise better samples than there are, for some layers."""
+"""Decibels by which output errors overestimate the PSNR of the samples, for some layers."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -49,13 +49,13 @@ METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "tem
 Schemes: TypeAlias = "Mapping[str, dict[str, LayerScheme]]"
 """Schemes of each layer, by the layer's and the scheme's name."""
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
-"""Squared error of final samples, one layer rounded all the way, by layer and scheme; and what a call's error makes of
-them: nothing if not known."""
+"""Squared error of final samples with one layer rounded at every step, by layer and scheme; and the squared error per
+relative squared error of each call's output. Both are empty if not known."""
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """How samples are drawn, from the same noise whichever layer is rounded."""
+    """Everything needed to draw samples, always from the same noise, whichever layer is rounded."""
 
     ctx: Context
     sampler: Sampler
@@ -64,17 +64,18 @@ class _Drawn:
     rounded: RoundedLayers
 
     def samples(self) -> torch.Tensor:
-        """With the layers as they are in the model now."""
+        """Draw the samples with the layers that are in the model now."""
         return self.sampler.sample(self.denoise, self.start)
 
 
 class MeasureSensitivity(Pass):
-    """Relative squared error of the output for each layer, scheme and part of the trajectory, on recorded inputs.
+    """Measure the relative squared error of the output for each layer, scheme and part of the trajectory.
 
-    A few backward passes predict it for all layers at once. Some are then rounded alone, and the model is computed from
-    that layer on; so are the other schemes of layers for which the two estimates disagree. Backward passes through
-    whole trajectories predict what becomes of the samples; where that is much, they are drawn with that one layer
-    rounded. Behind a plan with balanced layers, these are rounded in the plan's bases.
+    A few backward passes on recorded inputs predict it for all layers at once. Some layers are then rounded alone, and
+    the model is computed again from that layer on. If the two estimates of a layer disagree, its other schemes are
+    measured too. Backward passes through whole trajectories predict the error of the samples; where it is large,
+    samples are drawn with that one layer rounded. After a plan with balanced layers, these are rounded in the plan's
+    bases.
     """
 
     name: ClassVar[str] = "sensitivity"
@@ -86,43 +87,46 @@ class MeasureSensitivity(Pass):
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
 
-    buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured apart")
+    buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured separately")
     rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
     schemes: tuple[SchemeName, ...] = Field(
-        USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; every one costs as much time"
+        USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; each takes the same time"
     )
     probes: int = Field(
         2,
         ge=0,
-        description="backward passes a row that predict errors of outputs for all layers at once; 0: none, each layer"
-        " is rounded alone",
+        description="backward passes per row that predict output errors for all layers at once; 0: no prediction, each"
+        " layer is rounded alone",
     )
     samples: int = Field(
-        16, ge=0, description="samples whose errors are predicted for all layers at once, by a backward pass each"
+        16, ge=0, description="samples whose errors are predicted for all layers at once, with one backward pass each"
     )
     direct: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="share of the layers and schemes that are rounded alone, from the worst predicted on",
+        description="share of layers and schemes that are rounded alone, evenly spaced in order of predicted errors",
     )
     agree: float = Field(
-        3.0, gt=1, description="factor between prediction and measurement beyond which all of a layer is measured"
+        3.0,
+        gt=1,
+        description="factor between prediction and measurement above which all schemes of a layer are measured",
     )
     apart: Literal["no", "screened", "measured"] = Field(
-        "screened", description="weight and input alone too: not, predicted, or measured at three times the cost"
+        "screened", description="errors of weight and input alone: none, predicted, or measured at three times the cost"
     )
     metrics: Mapping[Group, str] = Field(
         METRICS,
-        description="what ranks layers within their group: those that read conditions alone are content, those that"
-        " read tokens along frames temporal, all others visual; mse, structure, edges, condition-swap, temporal, or of"
-        " a plug-in; mse where one does not apply; with another than mse the whole group is measured",
+        description="metric that ranks the layers of each group: content (layers that read conditions alone), temporal"
+        " (layers that read tokens along frames), visual (all others). Metrics are mse, structure, edges,"
+        " condition-swap, temporal, and those of plug-ins; mse replaces one that does not apply. With another metric"
+        " than mse the whole group is measured",
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
-        40, description="a layer whose predicted PSNR of the samples is below is measured on whole trajectories"
+        40, description="layers whose predicted PSNR of the samples is below this are measured on whole trajectories"
     )
-    drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure that")
+    drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure a layer on whole trajectories")
     groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
 
     @field_validator("metrics")
@@ -131,7 +135,7 @@ class MeasureSensitivity(Pass):
         return {**METRICS, **metrics}
 
     def check(self, target: Target) -> None:
-        """Raises RecipeError for names of no metric."""
+        """Check the names of the metrics. Raises RecipeError for unknown ones."""
         from intaglio.pipeline.runs.registry import find_metric
 
         problems = []
@@ -144,9 +148,9 @@ class MeasureSensitivity(Pass):
             raise RecipeError(*problems)
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Of the predictions, of calls from every layer on, and of samples for some 4-bit layers.
+        """Return the rows of predictions, of calls from every layer on, and of samples for some 4-bit layers.
 
-        A backward pass counts as a forward one: it has as many products, as weights need no gradients.
+        A backward pass counts as one forward pass: it has as many products, since weights need no gradients.
         """
         one = model.steps * model.rows_per_sample
         whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
@@ -156,14 +160,15 @@ class MeasureSensitivity(Pass):
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
-        a_bucket = screening + 2 + share * measured * model.from_layer  # all is called, and all blocks are recorded
+        # the 2: the whole model is called, and all blocks are recorded
+        a_bucket = screening + 2 + share * measured * model.from_layer
         drawn = DRAWN * sum(known_schemes()[name].weight_bits < 8 for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
         along = (2 + len(schemes) + 1) * one * self.samples
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Measure every pair of a layer and a scheme, or predict those that time does not allow."""
+        """Predict the error of every pair of a layer and a scheme, and measure some of them."""
         from intaglio.passes.sensitivity.buckets import bucket_weights, split, sums
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -208,7 +213,7 @@ class MeasureSensitivity(Pass):
         schemes: Schemes,
         buckets: Sequence[tuple[int, int]],
     ) -> tuple[Study, dict[str, str]]:
-        """Return what is to be measured at the middle of each bucket, and the group of each layer."""
+        """Return the study at the middle step of each bucket, and the group of each layer."""
         from intaglio.passes.sensitivity.groups import layer_groups
         from intaglio.passes.sensitivity.study import Batch, Study
 
@@ -224,7 +229,7 @@ class MeasureSensitivity(Pass):
         return Study(ctx, denoise, rounded, batch, steps, forms), groups
 
     def _along(self, drawn: _Drawn, schemes: Schemes) -> _Predicted:
-        """Of samples, by one backward pass through each of their trajectories; nothing where no gradient comes back."""
+        """Predict errors of samples, with one backward pass per trajectory; empty if the sampler gives no gradient."""
         from intaglio.passes.sensitivity.screen import Screen
         from intaglio.passes.sensitivity.study import Progress, are_errors
 
@@ -258,7 +263,7 @@ class MeasureSensitivity(Pass):
         return errors, [fmean(each) for each in zip(*weights, strict=True)]
 
     def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
-        """With the errors of outputs: predicted for all, measured where they are large or the prediction is off."""
+        """Return the table with output errors: predicted for all, measured for some and where predictions are off."""
         from intaglio.passes.sensitivity.estimates import Findings
 
         metrics, context = self._metrics(table.groups, study), study.batch.context(self.frame_axis)
@@ -279,7 +284,7 @@ class MeasureSensitivity(Pass):
         return filled
 
     def _metrics(self, groups: Mapping[str, str], study: Study) -> dict[str, dict[str, Metric]]:
-        """By layer: the first one, and that of the layer's group where it is another one and applies."""
+        """Return the metrics of each layer: the mean squared error, and the metric of its group if that applies."""
         import torch
 
         from intaglio.pipeline.runs.registry import find_metric
@@ -309,7 +314,7 @@ class MeasureSensitivity(Pass):
         return {*(ordered[i * len(ordered) // count] for i in range(count)), *unknown}
 
     def _labels(self, chosen: set[Pair], study: Study) -> dict[str, list[str]]:
-        """What is measured of each layer: the chosen schemes, with their parts if those are measured too."""
+        """Return the labels to measure for each layer: the chosen schemes, and their parts if these are measured."""
         wanted: dict[str, list[str]] = {}
         for name, forms in study.forms.items():
             schemes = [scheme for scheme in forms if (name, scheme) in chosen]
@@ -319,7 +324,7 @@ class MeasureSensitivity(Pass):
         return wanted
 
     def _drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
-        """Squared error of final samples, one layer rounded all the way, where it is predicted to be visible."""
+        """Measure the squared error of samples with one layer rounded at every step, if predicted to be visible."""
         from scipy.stats import spearmanr
 
         from intaglio.passes.sensitivity.study import Progress

@@ -1,4 +1,4 @@
-"""Metrics of the change of a sample: relative error, structure, edges, conditions and time."""
+"""Define the metrics of an output's change: relative error, structure, edges, conditions and time."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ if TYPE_CHECKING:
 
 
 WINDOW = 7
-"""Width of the neighbourhoods whose structure is compared (Wang et al. 2004)."""
+"""Width of the windows whose structure is compared (Wang et al. 2004)."""
 
 
 class _OfView:
-    """Squared error of what `view` shows of the outputs, relative to the mean energy of a row of it."""
+    """Squared error of a view of the outputs, relative to the mean energy of a row of that view."""
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """Linear in the output: (R, ...) -> (R, ...)."""
+        """Return a linear function of the output: (R, ...) -> (R, ...)."""
         raise NotImplementedError
 
     def compare(self, output: torch.Tensor, reference: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """|view(y) - view(y_ref)|^2 / mean over rows |view(y_ref)|^2, (R,)."""
+        """Return |view(y) - view(y_ref)|^2 / mean over rows |view(y_ref)|^2, (R,)."""
         expected = self.view(reference, context).flatten(1)
         error = self.view(output, context).flatten(1) - expected
         return error.square().sum(1) / expected.square().sum(1).mean()
 
 
 class RelativeError(_OfView):
-    """Of the whole output. What every other metric is replaced by where it does not apply."""
+    """Error of the whole output. It replaces every metric that does not apply."""
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """Always."""
+        """Return True: the metric always applies."""
         return True
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """All of it."""
+        """Return the whole output."""
         return output
 
 
 class Edges(_OfView):
-    """Of the differences between neighbours along the last two axes."""
+    """Error of the differences between neighbours along the last two axes."""
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """To pictures and videos."""
+        """Return True for pictures and videos."""
         return reference.ndim >= 4 and min(reference.shape[-2:]) > 1
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """Both kinds of differences in one row."""
+        """Return both kinds of differences, joined in one row."""
         import torch
 
         return torch.cat([output.diff(dim=-1).flatten(1), output.diff(dim=-2).flatten(1)], dim=1)
 
 
 class ConditionSwap(_OfView):
-    """Of the response to the condition: what changes in the output when the condition alone is another."""
+    """Error of the response to the condition: the change of the output when only the condition changes."""
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """Where rows have partners, and full precision responds."""
+        """Return True if rows have partners, and the output in full precision responds to the condition."""
         return context.partner is not None and bool(self.view(reference, context).any())
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
@@ -67,10 +67,10 @@ class ConditionSwap(_OfView):
 
 
 class Temporal(_OfView):
-    """Of the differences between neighbouring frames."""
+    """Error of the differences between neighbouring frames."""
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """To videos whose frames differ."""
+        """Return True for videos whose frames differ."""
         return reference.ndim == 5 and bool(self.view(reference, context).any())
 
     def view(self, output: torch.Tensor, context: MetricContext) -> torch.Tensor:
@@ -79,17 +79,18 @@ class Temporal(_OfView):
 
 
 class Structure:
-    """1 - contrast and structure of SSIM over square windows of equal weight, the mean over windows and channels.
+    """One minus the contrast and structure terms of SSIM, averaged over channels and square windows of equal weight.
 
-    (2 cov + c) / (var + var_ref + c) (Wang et al. 2004, Eq. 9 and 10); luminance is for values that begin at zero.
+    (2 cov + c) / (var + var_ref + c) (Wang et al. 2004, Eq. 9 and 10). The luminance term is left out: it
+    needs values from zero on.
     """
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:
-        """To pictures and videos."""
+        """Return True for pictures and videos."""
         return reference.ndim >= 4 and min(reference.shape[-2:]) > 1
 
     def compare(self, output: torch.Tensor, reference: torch.Tensor, context: MetricContext) -> torch.Tensor:
-        """(R,); c is (0.03 of the reference's range)^2."""
+        """Return the error of each row, (R,); c is (0.03 * range of the reference)^2."""
         from torch.nn import functional
 
         height, width = reference.shape[-2:]

@@ -1,4 +1,4 @@
-"""Calls a denoiser again from where one layer begins: modules that were done before return what they returned then.
+"""Repeat a call of a denoiser from one layer on: modules that ended before it return their recorded outputs.
 
 The model's own code runs as it is, so that residuals, skips and conditions need no rule of their own.
 """
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class Recording:
-    """One call: when each module first began and last ended, what those of interest returned, and the output."""
+    """Record of one call: when each module first began and last ended, outputs of the kept modules, and the output."""
 
     began: dict[str, int] = field(default_factory=dict)
     ended: dict[str, int] = field(default_factory=dict)
@@ -36,21 +36,21 @@ class Recording:
 
     @property
     def size_bytes(self) -> int:
-        """Of what the modules returned."""
+        """Size in bytes of the kept outputs."""
         tensors = (leaf for leaf in tree_iter(self.returned) if isinstance(leaf, torch.Tensor))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class _Over(Exception):
-    """The last module of interest has ended: what comes after it need not be computed."""
+    """The last module to record has ended: the rest of the model need not be computed."""
 
 
 def record(
     module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection[str], until: str | None = None
 ) -> Recording:
-    """Of `call`, which calls the module; `kept` names the modules whose outputs are of interest.
+    """Record `call`, which calls the module; `kept` names the modules whose outputs are kept.
 
-    It ends with the module `until`, without an output, if one is named.
+    If `until` is given, the call stops when that module ends, and the recording has no output.
     """
     recording, ticks = Recording(), itertools.count()
 
@@ -75,7 +75,7 @@ def record(
 
 @contextlib.contextmanager
 def replayed(module: nn.Module, returned: Mapping[str, Sequence[object]]) -> Iterator[None]:
-    """In the one call inside, these modules compute nothing and return what they returned, call by call."""
+    """Make these modules return their recorded outputs, call by call, in the one call inside the context."""
     changed: list[tuple[nn.Module, Callable[..., object] | None]] = []
     try:
         for name, outputs in returned.items():
@@ -87,22 +87,22 @@ def replayed(module: nn.Module, returned: Mapping[str, Sequence[object]]) -> Ite
     finally:
         for part, own in changed:
             if own is None:
-                del part.forward  # the class's own is behind it
+                del part.forward  # the method of the class takes its place
             else:
                 part.forward = own
 
 
 class Replay:
-    """Calls with one layer changed, computed from that layer on. Equal, bit for bit, to calls of the whole model.
+    """Repeat a call with one layer changed, computed from that layer on; the result equals that of the whole model.
 
-    Two levels: outputs of units (blocks) are kept as long as this object lives, those of the modules inside one unit
-    while `unit` is open. In full precision a replayed call has to repeat the recorded output; where it does not, as
-    with modules that act on more than what they return, that unit's layers are computed whole.
+    The results are equal bit for bit. Outputs of units (blocks) are kept as long as this object lives, those of the
+    modules inside one unit while `unit` is open. In full precision a replayed call must repeat the recorded output. If
+    it does not, as with modules that have side effects, the whole model is computed for the layers of that unit.
     """
 
     @torch.no_grad()
     def __init__(self, module: nn.Module, denoise: Denoise, inputs: Inputs, *, reuse: bool = True) -> None:
-        """Makes the recorded call. Without `reuse` every call computes all."""
+        """Make the recorded call. Without `reuse` every call computes the whole model."""
         self.module, self.denoise, self.inputs, self.reuse = module, denoise, inputs, reuse
         self.units = find_units(module)
         self.whole = record(module, partial(denoise, inputs), self.units if reuse else ())
@@ -111,14 +111,14 @@ class Replay:
 
     @property
     def output(self) -> torch.Tensor:
-        """Of the recorded call."""
+        """Output of the recorded call."""
         return self.whole.output
 
     @contextlib.contextmanager
     def unit(self, name: str, layers: Sequence[str], *, check: bool = True) -> Iterator[bool]:
-        """For these layers of a unit. Yields whether anything is replayed.
+        """Prepare `call` for these layers of a unit. Yields True if their calls reuse recorded outputs.
 
-        Without `check` the replayed call ends with the unit, and is taken to repeat the recorded one.
+        Without `check` the replayed call stops at the end of the unit, and is assumed to repeat the recorded one.
         """
         known = [layer for layer in layers if layer in self.whole.began]
         if not (self.reuse and known):
@@ -137,7 +137,7 @@ class Replay:
 
     @torch.no_grad()
     def call(self, layer: str) -> torch.Tensor:
-        """The output with the layer as it is now, all else being as it was recorded."""
+        """Return the output with the layer as it is now, and everything else as recorded."""
         if not self._unit or layer not in self.whole.began:
             return self.denoise(self.inputs)
         inside = {name: self._inner[name] for name in self._inside(self._unit, layer) if name in self._inner}
@@ -145,14 +145,14 @@ class Replay:
             return self.denoise(self.inputs)
 
     def _done(self, name: str, layer: str) -> bool:
-        """Whether all calls of a module were over when the layer was first called."""
+        """Return True if all calls of a module ended before the layer was first called."""
         return self.whole.ended.get(name, self.whole.began[layer]) < self.whole.began[layer]
 
     def _before(self, layer: str, unit: str) -> dict[str, list[object]]:
         return {n: outputs for n, outputs in self.whole.returned.items() if n != unit and self._done(n, layer)}
 
     def _inside(self, unit: str, layer: str) -> list[str]:
-        """The outermost modules inside the unit that were done before the layer."""
+        """Return the outermost modules inside the unit that ended before the layer began."""
 
         def outermost(name: str, part: nn.Module) -> Iterator[str]:
             for child_name, child in part.named_children():
@@ -166,5 +166,5 @@ class Replay:
 
 
 def _copied(output: T) -> T:
-    """With tensors of its own: a model may go on to write into what a module returned."""
+    """Return the output with copies of its tensors: the model may write into a module's output later."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)  # type: ignore[no-any-return]  # torch's pytree has no types

@@ -1,4 +1,4 @@
-"""One layer at a time as a scheme has it, in a model that stays in full precision."""
+"""Round one layer at a time, in a model that stays in full precision."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 KEPT_BYTES = 2**28
-"""Of rounded weights, kept from call to call. With few tokens, rounding a weight takes longer than its product."""
+"""Bytes of rounded weights that are kept between calls. With few tokens, rounding takes longer than the product."""
 
 
 class RoundedLayers:
-    """The layers of a model, rounded to every scheme that is asked for.
+    """Rounded versions of a model's layers, made for each scheme on request.
 
-    Scales are fitted once. Rounded weights are kept as long as there is room; others are rounded for every call.
-    Layers in `balances` are rounded in their basis, whatever the form.
+    Scales are fitted once. Rounded weights are kept up to KEPT_BYTES in all; others are rounded for every call.
+    Layers in `balances` are rounded in their basis, in every form.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RoundedLayers:
         self._room = KEPT_BYTES
 
     def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
-        """Outside the model, around its weight."""
+        """Return the layer in this form. It shares the model's weight, and is not in the model."""
         key = (name, form)
         if key not in self._made:
             layer, tables = self.module.get_submodule(name), self.trajectory.tables({name: form}, self.balances)
@@ -54,14 +54,14 @@ class RoundedLayers:
 
     @torch.no_grad()
     def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
-        """Of the layer in this form."""
+        """Return the output of the layer in this form."""
         layer = self.layer(name, form)
         y: torch.Tensor = layer(x)
         self._leave(layer)
         return y
 
     def _leave(self, layer: QuantizedLayer) -> None:
-        """Keep the rounded weight of a layer that was called, if there is room."""
+        """Keep the rounded weight of a layer that was called, if KEPT_BYTES allow it."""
         if layer in self._kept or isinstance(layer.scheme.weight, Float):
             return
         if (size := layer.layer.weight.nbytes) > self._room:
@@ -72,7 +72,7 @@ class RoundedLayers:
 
     @contextlib.contextmanager
     def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
-        """With this one layer in the model in this form."""
+        """Put this one layer into the model in this form, inside the context."""
         layer, original = self.layer(name, form), self.module.get_submodule(name)
         places = self._places[original]
         for parent, child in places:

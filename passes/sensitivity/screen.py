@@ -1,4 +1,4 @@
-"""What every layer's rounding does to the output, to first order, from a few backward passes for all layers at once.
+"""Predict how each layer's rounding changes the output, to first order, with a few backward passes for all layers.
 
 Shapes: y output of a layer, v a random direction of the denoiser's output.
 """
@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.model.hooks import after_calls
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
-    from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.model.sampler import Sampler, Start
     from intaglio.pipeline.model.types import Denoise, Inputs
 
-Forms = Mapping[str, Mapping[str, "LayerScheme"]]
-"""By layer name and by label."""
+Forms = Mapping[str, Mapping[str, LayerScheme]]
+"""Schemes by layer name and label."""
 Products = dict[tuple[str, str], float]
-"""v^T J d by layer name and label, of one direction."""
+"""v^T J d by layer name and label, for one direction."""
 
 
 class Screen:
-    """|J d|^2 = E_v (v^T J d)^2, d = rounded(x) - y on the layer's real input, J = d output / d y, v of random signs.
+    """Predicts the squared output error of each rounded layer: |J d|^2 = E_v (v^T J d)^2.
 
-    The Gauss-Newton form (Hutchinson 1990): at full precision the gradient of the error itself is zero. One backward
-    pass a direction gives v^T J for all layers. Rows are computed one at a time: what they share has no row of its own,
-    and one row's graph is all that is in memory. The clock of the rounded layers is set by
-    `denoise`, or by the caller.
+    d = rounded(x) - y on the layer's real input, J = d output / d y, and v has random signs (Hutchinson 1990). This is
+    the Gauss-Newton form: at full precision the gradient of the error itself is zero. One backward pass per direction
+    gives v^T J for all layers. Rows are computed one at a time: values that rows share could not be split by row, and
+    the memory holds the graph of one row only. `denoise` or the caller sets the clock of the rounded layers.
     """
 
     def __init__(self, rounded: RoundedLayers, denoise: Denoise, forms: Forms) -> None:
@@ -43,7 +43,10 @@ class Screen:
     def errors(
         self, inputs: Inputs, probes: Sequence[torch.Generator]
     ) -> tuple[dict[str, dict[str, float]], torch.Tensor]:
-        """Predicted squared error of the output for one row, by layer and label, the mean over probes; the output."""
+        """Predict the squared output error of one row, by layer and label, as the mean over probes.
+
+        Also returns the output. Raises StepFailed if the model allows no backward pass.
+        """
         self._leaves = []
         products: list[Products] = [{} for _ in probes]
         try:
@@ -59,13 +62,14 @@ class Screen:
     def errors_of_samples(
         self, sampler: Sampler, start: Start, probe: torch.Generator
     ) -> tuple[dict[str, dict[str, float]], list[float]]:
-        """Predicted mean squared error of the samples from `start`, one layer rounded all the way, by layer and label.
+        """Predict the mean squared error of the samples from `start`, with one layer rounded at every step.
 
-        |sum_t J_t d_t|^2, J_t = d samples / d y at step t: what a rounded weight does at every step adds up, and counts
-        as the steps that follow leave it. One direction: the next sample says more than another one. Calls are computed
-        once more on the way back, one at a time. Also, for each call, the mean squared error of the samples that white
-        noise in its output would make, over the noise's relative squared magnitude: |J_t|^2 in the same direction.
-        Raises RuntimeError where no gradient comes through the scheduler.
+        The first result has it by layer and label: |sum_t J_t d_t|^2, J_t = d samples / d y at step t. The errors of a
+        rounded weight at all steps add up, each as the following steps change it. There is one direction only: a
+        further sample tells more than a further direction. On the way back, calls are computed again, one at a time.
+        The second result has one number for each call: the mean squared error of the samples that white noise in the
+        call's output causes, divided by the noise's relative squared magnitude: |J_t|^2 in the same direction.
+        Raises RuntimeError if no gradient passes through the scheduler.
         """
         calls: list[tuple[Inputs, torch.Tensor]] = []
 
@@ -77,9 +81,9 @@ class Screen:
 
         with torch.enable_grad():
             *_, samples = sampler.followed(denoise, start)
-        assert isinstance(samples, torch.Tensor)  # they come last
+        assert isinstance(samples, torch.Tensor)  # the samples come last
         self._products = {}
-        # what depends on an output through the scheduler alone, and the gradients by it
+        # tensors that depend on an output through the scheduler alone, and the gradients with respect to them
         ends, gradients = [samples], [_signs(samples, probe)]
         weights = []
         for inputs, output in reversed(calls):
@@ -87,13 +91,13 @@ class Screen:
             weights.append(float(by_output.square().sum() * output.detach().square().mean()) / samples.numel())
             x = inputs[sampler.names.sample]
             by_sample = self._pulled_back(inputs, sampler.names.sample, by_output)
-            if x.requires_grad:  # not the noise that it all begins with
+            if x.requires_grad:  # all but the noise at the start
                 ends.append(x)
                 gradients.append(by_sample)
         return self._mean_squares([self._products], samples.numel()), weights[::-1]
 
     def _mean_squares(self, products: Sequence[Products], count: int = 1) -> dict[str, dict[str, float]]:
-        """By layer and label the mean over probes, of a sum over `count` numbers the mean over these."""
+        """Return the mean over probes of the squared products, divided by `count`, by layer and label."""
         return {
             name: {
                 label: sum(each.get((name, label), 0.0) ** 2 for each in products) / (len(products) * count)
@@ -103,7 +107,7 @@ class Screen:
         }
 
     def _pulled_back(self, inputs: Inputs, sample: str, by_output: torch.Tensor) -> torch.Tensor:
-        """The gradient by the sample of one call from that by its output; what layers do is added to the products."""
+        """Return the gradient by a call's sample, from the gradient by its output. Adds to all layers' products."""
         self._leaves = []
         x = inputs[sample].detach().requires_grad_()
         with torch.enable_grad(), self._noted():
@@ -115,10 +119,10 @@ class Screen:
         return after_calls({name: self.rounded.module.get_submodule(name) for name in self.forms}, self._note)
 
     def _note(self, name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        """Follow this output; a layer that is called twice adds up."""
+        """Let the backward pass add this call's products; calls of the same layer add up. Returns the output to use."""
         x, plain = args[0].detach(), y.detach()
         moved = {label: self.rounded.output(name, form, x) - plain for label, form in self.forms[name].items()}
-        if not y.requires_grad:  # nothing before it is followed
+        if not y.requires_grad:  # nothing before this layer is tracked
             leaf = plain.clone().requires_grad_()
             self._leaves.append(leaf)
             y = leaf.clone()  # which the model may write into

@@ -1,6 +1,6 @@
-"""What each layer's rounding does to the output of recorded calls: screened for all layers at once, or one by one.
+"""Predict or measure how each layer's rounding changes the output of recorded calls.
 
-Processes share the work, and what is done is kept in files. Shapes: R rows of a call.
+Processes share the work, and keep their results in files. Shapes: R rows of a call.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_PROGRESS = 512 * MIB
-"""Bytes of one file of measurements."""
+"""Largest size in bytes of one file of measurements."""
 Errors = dict[str, dict[str, list[list[float]]]]
-"""By layer and label; of each bucket one error a sample."""
+"""Errors by layer and label, then by bucket and sample."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batch:
 
     @classmethod
     def of(cls, sampler: Sampler, trajectory: Trajectory, rows: int, *, swapped: bool = False) -> Batch:
-        """Evenly spread samples, as many as fill the rows."""
+        """Choose evenly spaced samples, as many as fill the rows."""
         copies = 2 if swapped else sampler.rows_per_sample
         count = trajectory.outputs.shape[1] // sampler.rows_per_sample
         wanted = min(count, max(1, rows // copies))
@@ -61,16 +61,16 @@ class Batch:
 
     @property
     def copies(self) -> int:
-        """Rows of each sample."""
+        """Number of rows of each sample."""
         return 2 if self.swapped else self.sampler.rows_per_sample
 
     @property
     def rows(self) -> int:
-        """Of a call."""
+        """Number of rows in one call."""
         return self.copies * len(self.samples)
 
     def inputs(self, step: int) -> dict[str, torch.Tensor]:
-        """Of the call at a step."""
+        """Return the inputs of the call at a step."""
         count = self.trajectory.outputs.shape[1] // self.sampler.rows_per_sample
         inputs = self.trajectory.call(step, self.sampler.rows_of(self.samples, count))
         if not self.swapped:
@@ -79,12 +79,12 @@ class Batch:
         return {n: v if n in self.trajectory.shared else torch.cat([v, other.get(n, v)]) for n, v in inputs.items()}
 
     def row(self, step: int, row: int) -> dict[str, torch.Tensor]:
-        """Inputs of one row alone."""
+        """Return the inputs of one row at a step."""
         shared = self.trajectory.shared
         return {n: value if n in shared else value[[row]] for n, value in self.inputs(step).items()}
 
     def changed(self, step: int, generator: torch.Generator) -> dict[str, Inputs]:
-        """The call as it is, with other noise in the place of the samples, and with other conditions."""
+        """Return the inputs of three calls: `plain`, with other `noise` as the samples, and with other `conditions`."""
         plain = self.inputs(step)
         sample = self.sampler.names.sample
         noise = torch.randn(plain[sample].shape, generator=generator)
@@ -92,20 +92,20 @@ class Batch:
         return {"plain": plain, "noise": {**plain, sample: noise}, "conditions": {**plain, **conditions}}
 
     def context(self, frame_axis: int) -> MetricContext:
-        """What metrics may know."""
+        """Return the facts that metrics may use."""
         partner = torch.arange(self.rows).roll(len(self.samples)) if self.copies == 2 else None
         return MetricContext(partner, frame_axis)
 
     def by_sample(self, error_R: torch.Tensor) -> list[float]:
-        """The mean over the rows of each sample: rows of one sample are no independent measurements."""
+        """Return the mean over the rows of each sample: rows of one sample are not independent measurements."""
         means: list[float] = error_R.double().reshape(self.copies, -1).mean(0).tolist()
         return means
 
 
 class Progress:
-    """What was measured so far, by all processes, in files that a stopped run finds again, one line a measurement.
+    """Keeps the measurements of all processes in files, one line each, so that a resumed run does not repeat them.
 
-    `fits` says whether a value is one of these measurements; others are measured again, as are damaged lines.
+    `fits` returns True for a value of these measurements; other values, and damaged lines, are measured again.
     """
 
     def __init__(self, ctx: Context, kind: str, fits: Callable[[Any], bool]) -> None:
@@ -120,7 +120,7 @@ class Progress:
                     name, value = measured
                     if not isinstance(name, str) or not fits(value):
                         raise ValueError(name)
-                except (RecipeError, *DAMAGE):  # cut off when the run was stopped, or of another run
+                except (RecipeError, *DAMAGE):  # the run was stopped while writing, or it is of another run
                     damaged += 1
                 else:
                     self._done[name] = value
@@ -131,7 +131,7 @@ class Progress:
         return name in self._done
 
     def get(self, name: str, measure: Callable[[], T]) -> T:
-        """The value kept for `name`, or else measured now and kept."""
+        """Return the value kept for `name`; without one, measure and keep it."""
         if name not in self._done:
             self._done[name] = measure()
             with self._file.open("a") as file:
@@ -140,14 +140,14 @@ class Progress:
         return found
 
     def gathered(self) -> dict[str, Any]:
-        """What all processes have. Every one of them calls this."""
+        """Return the values of all processes. Every process must call this."""
         parts = self._processes.gather(self._done)
         return {name: value for part in parts for name, value in part.items()}
 
 
 @dataclass(frozen=True)
 class Study:
-    """Errors of a model's layers, each in some forms, at one step of every bucket."""
+    """Predicts and measures errors of a model's layers, each in some forms, at one step of every bucket."""
 
     ctx: Context
     denoise: Denoise
@@ -157,10 +157,10 @@ class Study:
     forms: Forms
     reuse: bool = True
     repeats: dict[str, bool] = field(default_factory=dict)
-    """Whether calls replayed for a unit are what they were, as found at the first step at which it is measured."""
+    """True, by unit, if a replayed call repeats the recorded output; tested at the first step of the unit."""
 
     def screen(self, probes: int) -> Errors:
-        """Predicted relative squared errors, of all layers and forms."""
+        """Predict the relative squared errors of all layers and forms."""
 
         def fits(value: Any) -> bool:
             return type(value["energy"]) is float and are_errors(value["errors"], self.forms)
@@ -197,7 +197,7 @@ class Study:
         metrics: Mapping[str, Mapping[str, Metric]],
         context: MetricContext,
     ) -> dict[str, Errors]:
-        """Errors of these layers and labels, by the name of each of the layer's metrics. Leaves the model as it was."""
+        """Measure the errors of these layers and labels, by metric name. Leaves the model unchanged."""
         count = len(self.batch.samples)
 
         def fits(value: Any) -> bool:
@@ -232,7 +232,7 @@ class Study:
         progress: Progress,
         advance: Advance,
     ) -> None:
-        """Layers and labels, by unit, at the step of one bucket. What is replayed is free when this returns."""
+        """Measure layers and labels, by unit, at the step of one bucket. The recorded outputs are freed at the end."""
         left = {u: [pair for pair in pairs if _key(bucket, *pair) not in progress] for u, pairs in todo.items()}
         advance(self.ctx.processes.count * (sum(map(len, todo.values())) - sum(map(len, left.values()))))
         if not any(left.values()):
@@ -257,7 +257,7 @@ class Study:
     def _errors(
         self, replay: Replay, name: str, label: str, metrics: Mapping[str, Metric], context: MetricContext
     ) -> dict[str, list[float]]:
-        """By metric and sample, with this layer rounded."""
+        """Return the error of each sample, by metric, with this layer rounded."""
         with self.rounded.alone(name, self.forms[name][label]):
             output = replay.call(name)
         compared = {metric: each.compare(output, replay.output, context) for metric, each in metrics.items()}
@@ -265,7 +265,7 @@ class Study:
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines that are not empty; of a file that cannot be read one that says nothing."""
+    """Return the lines that are not empty; one invalid line for a file that cannot be read."""
     try:
         text = read_bytes(file, most=MOST_PROGRESS).decode("utf-8", errors="replace")
     except RecipeError:
@@ -274,7 +274,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def are_errors(found: Mapping[str, Any], forms: Mapping[str, Mapping[str, object]]) -> bool:
-    """Whether this is one number for each layer and label of `forms`, and nothing else."""
+    """Return True if `found` has one number for each layer and label of `forms`, and nothing else."""
     return found.keys() == forms.keys() and all(
         found[name].keys() == labels.keys() and all(type(each) is float for each in found[name].values())
         for name, labels in forms.items()

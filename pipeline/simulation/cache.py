@@ -1,4 +1,4 @@
-"""Keeps a rounded weight from call to call."""
+"""Keep a rounded weight between calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WeightCache:
         self._kept: torch.Tensor | None = None
 
     def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the weight that is kept, or else make it, and keep it if gradients are off."""
+        """Return the kept weight, or make one, which is kept if gradients are off."""
         if self._kept is not None:
             return self._kept
         made = make()
@@ -26,7 +26,7 @@ class WeightCache:
         return made
 
     def keep(self, weight: torch.Tensor) -> None:
-        """Return this weight from now on."""
+        """Keep this weight, which `get` returns from now on."""
         self._kept = weight
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""Rounds the input of a layer, with a scale for each token or for each denoising step.
+"""Round the input of a layer, with a scale for each token or for each denoising step.
 
 Shapes: T denoising steps.
 """
@@ -31,13 +31,13 @@ class InputCodes(NamedTuple):
 
 
 class TrainedRange(Protocol):
-    """A change of the input's range that is trained, for each denoising step."""
+    """Trained change of the input's range, for each denoising step."""
 
     def factor(self, step: int) -> torch.Tensor:
-        """Factor on the magnitude, ()."""
+        """Return the factor on the magnitude, ()."""
 
     def offset(self, step: int) -> torch.Tensor:
-        """Movement of the middle, in magnitudes, ()."""
+        """Return the shift of the middle, in magnitudes, ()."""
 
 
 class InputRounding(nn.Module):
@@ -55,7 +55,7 @@ class InputRounding(nn.Module):
             self.register_buffer(name, None if table is None else table.clone())
 
     def forward(self, x: torch.Tensor) -> InputCodes:
-        """Round x (..., K), or (B, C, H, W) where there is a scale for each step."""
+        """Round x, (..., K) with a scale for each token; (..., K) or (B, C, H, W) with a scale for each step."""
         match self.form.granularity:
             case PerToken():
                 amax, shift = rounding.token_range(x) if self.form.shifted else (rounding.token_amax(x), None)
@@ -70,14 +70,14 @@ class InputRounding(nn.Module):
         return InputCodes(rounding.input_codes(unit, self.form.bits), amax, shift)
 
     def _token_factor(self) -> torch.Tensor | None:
-        """Factor on the magnitude of every token, (), at the clock's step."""
+        """Return the factor on the magnitude of every token, (), at the clock's step; None if there is none."""
         if self.trained is not None:
             return self.trained.factor(self.clock.step)
         return None if self.factor_T is None else self.factor_T[self.clock.step]
 
     def _step_range(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Magnitude and middle of the input's range, both (), at the clock's step."""
-        assert self.amax_T is not None  # `LayerTables.needed_by` has made sure
+        """Return magnitude and middle of the input's range, both (), at the clock's step; no middle if symmetric."""
+        assert self.amax_T is not None  # `LayerTables.needed_by` ensures it
         step = self.clock.step
         amax, shift = self.amax_T[step], None if self.shift_T is None else self.shift_T[step]
         if self.trained is not None:

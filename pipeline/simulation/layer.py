@@ -1,4 +1,4 @@
-"""Layers that compute as the deployed graph does.
+"""Define the layer that computes as the deployed graph does.
 
 Shapes: N out features, T denoising steps.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def channel_axis(layer: nn.Linear | nn.Conv2d) -> int:
-    """Channel axis of a layer's input and output: last for Linear, third from last for Conv2d."""
+    """Return the channel axis of a layer's input and output: last for Linear, third from last for Conv2d."""
     return -1 if isinstance(layer, nn.Linear) else -3
 
 
@@ -37,8 +37,8 @@ class QuantizedLayer(nn.Module):
     `weight_rounding` and `input_rounding` round, and hold what is trained; `cache` keeps the rounded weight. This class
     computes the product, beside it the product of the branch, and adds the bias.
 
-    An attribute that only the replaced layer has (`weight.dtype`, `bias`, `in_features`, `stride`) is that layer's.
-    Behind `set_codes` only type, shape and device of `weight` hold: it is the rounded weight then, in its basis.
+    Attributes that this class does not define (`weight`, `bias`, `in_features`, `stride`) are those of the replaced
+    layer. After `set_codes`, `weight` is the rounded weight in its basis; its type, shape and device stay the same.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class QuantizedLayer(nn.Module):
         self.cache = WeightCache()
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the replaced layer where this one has none of that name."""
+        """Return an attribute of the replaced layer if this class has none of that name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "layer":  # not there yet
+            if name == "layer":  # it is not set yet
                 raise
             return getattr(self.layer, name)
 
@@ -91,7 +91,7 @@ class QuantizedLayer(nn.Module):
         return LayerTables(entering.amax_T, entering.shift_T, output_amax_T, entering.factor_T)
 
     def set_codes(self, codes_NK: torch.Tensor) -> None:
-        """Compute with these codes from now on. They take the place of the float weight, whose memory is free."""
+        """Compute with these codes from now on. They replace the float weight, whose memory is freed."""
         rounded = self.weight_rounding.value(codes_NK).reshape(self.layer.weight.shape)
         self.layer.weight = nn.Parameter(rounded, requires_grad=False)
         self.cache.keep(self.layer.weight)
@@ -116,7 +116,7 @@ class QuantizedLayer(nn.Module):
         return codes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the output of the rounded layer, or of the model's own in full precision. `input` is torch's name."""
+        """Return the output of the rounded layer, or of the replaced one in full precision. `input` is torch's name."""
         if self.full_precision:
             y: torch.Tensor = self.layer(input)
             return y

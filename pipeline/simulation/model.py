@@ -1,4 +1,4 @@
-"""Puts simulated layers in the place of a model's own, and takes them out again."""
+"""Replace the layers of a model by layers that compute as the deployed graph does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def full_precision(layers: Iterable[QuantizedLayer]) -> Iterator[None]:
-    """Compute these layers as the model has them: the teacher needs no memory of its own."""
+    """Compute these layers in full precision inside the context, so that a teacher needs no second model."""
     switched = list(layers)
     for layer in switched:
         layer.full_precision = True
@@ -86,7 +86,7 @@ def _from_integers(layer: nn.Linear | nn.Conv2d, data: QuantizedLayerData, clock
 def _replace_layers(
     model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear | nn.Conv2d], QuantizedLayer]
 ) -> dict[str, QuantizedLayer]:
-    """Put what `make` returns in the place of each of these layers, wherever it is registered. Changes `model`."""
+    """Replace each of these layers by the result of `make`, wherever it is registered. Changes `model`."""
     replaced: dict[str, QuantizedLayer] = {}
     places = places_of(model)
     for name in names:

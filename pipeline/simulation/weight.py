@@ -1,4 +1,4 @@
-"""Rounds the weight of a layer: the weight as it will be deployed.
+"""Round the weight of a layer as it will be deployed.
 
 Shapes: N out features, K in features (of a convolution: input channels times kernel), G scales a row.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class WeightRounding(nn.Module):
-    """Turns a float weight into the weight that is deployed, which simulation, distillation, merge and export share.
+    """Rounds a float weight to the deployed one. Simulation, distillation, merge and export share this class.
 
-    The weight is put into the basis of the layer's balance, the layer's branch is taken off it, and what is left is
-    rounded onto the grid of the scales. `trained`, where it is set, returns the float weight (N, K) that is rounded in
-    the place of the model's own.
+    The weight is put into the basis of the layer's balance, the layer's branch is subtracted, and the rest is
+    rounded onto the grid of the scales. If `trained` is set, it returns the float weight (N, K) that is rounded instead
+    of the model's own.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WeightRounding(nn.Module):
         self.group = None if group_NG is None else nn.Parameter(group_NG.float(), requires_grad=False)
 
     def code_scale(self) -> torch.Tensor:
-        """Value of one code of the weight, (N, G)."""
+        """Return the value of one code of the weight, (N, G)."""
         return rounding.product_scale(self.scale, self.group)
 
     def base(self, weight: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class WeightRounding(nn.Module):
         return w_NK if self.branch is None else self.branch.rest(w_NK)
 
     def float_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the float weight that is rounded, (N, K): the trained one where there is one."""
+        """Return the float weight that is rounded, (N, K): the trained one if there is one."""
         return self.base(weight) if self.trained is None else self.trained()
 
     def codes(self, weight: torch.Tensor) -> torch.Tensor:
