@@ -125,7 +125,7 @@ def read_typed(
         validator = _validator(kind, names)  # type: ignore[arg-type]  # every type is hashable
         found: T = validator.validate_json(text, strict=True)
     except ValidationError as e:
-        raise error(f"{printable(path)}: is damaged: {_places(e)}") from e
+        raise error(f"{printable(path)}: is damaged: {damaged_places(e)}") from e
     return found
 
 
@@ -169,13 +169,16 @@ def _validator(kind: Any, may_lack: frozenset[str] | None) -> SchemaValidator:
     return SchemaValidator(schema)
 
 
-def _places(error: ValidationError) -> str:
+def damaged_places(error: ValidationError) -> str:
     """Return the first places of a damaged file that have another type than expected, and how many more do."""
     found = error.errors(include_url=False, include_input=False, include_context=False)
     said = []
     for detail in found[:LISTED_PLACES]:
         place = "".join(f"{printable(part)[:80]}: " for part in detail["loc"])
-        said.append(place + ("is missing" if detail["type"] == "missing" else printable(detail["msg"])))
+        said.append(
+            place
+            + ("is missing" if detail["type"] == "missing" else printable(detail["msg"].removeprefix("Value error, ")))
+        )
     more = f"; and {len(found) - LISTED_PLACES} more" if len(found) > LISTED_PLACES else ""
     return "; ".join(said) + more
 

@@ -151,7 +151,7 @@ def check_file(path: Path) -> None:
     if path.suffix.lower() not in registered_extensions():
         raise RecipeError(f"{path}: not the name of a picture: end it in .png")
     if not path.parent.is_dir():
-        raise RecipeError(f"{path}: there is no folder {path.parent}")
+        raise RecipeError(f"{path}: the folder {path.parent} does not exist")
     check_output(path)
 
 

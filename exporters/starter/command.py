@@ -20,20 +20,20 @@ def init_command(
     ],
     target: Annotated[
         list[str],
-        typer.Option(metavar="T", autocompletion=target_names, help="What it is to run on, once for each."),
+        typer.Option(metavar="T", autocompletion=target_names, help="Target; repeat the option for several."),
     ] = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-    as_json: Annotated[bool, json_option("what was found in the model")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    as_json: Annotated[bool, json_option("the facts about the model")] = False,
 ) -> None:
-    """Look at a model, without reading its weights, and write a recipe for it with what was found as comments."""
+    """Inspect a model without reading its weights, and write a recipe for it with the findings as comments."""
     from intaglio.exporters.starter.starter import look_at, recipe_text
 
     if not out.parent.is_dir():
-        raise RecipeError(f"{out}: there is no folder {out.parent}")
+        raise RecipeError(f"{out}: the folder {out.parent} does not exist")
     check_output(out)
     if out.exists() and not force:
-        raise RecipeError(f"{out}: is there: give another --out, or --force to write over it")
+        raise RecipeError(f"{out}: already exists: choose another --out, or pass --force")
     found = look_at(model, tuple(target), out.parent)
     write_output(out, recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name))
     if as_json:

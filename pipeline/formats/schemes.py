@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias, assert_never
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
+from intaglio.pipeline.files import damaged_places, printable
 from intaglio.pipeline.formats.inputs import (
     Float,
     InputFormat,
@@ -61,12 +62,11 @@ def _weight(written: object) -> object:
 
     formats = {scheme.weight.kind: type(scheme.weight) for scheme in known_schemes().values()}
     if (kind := written.get("kind")) not in formats:
-        raise ValueError(f"no weight format of kind {kind!r}: {', '.join(formats)}")
+        raise ValueError(f"no weight format of kind {printable(kind)!r}: {', '.join(formats)}")
     try:
         return formats[kind].model_validate(written, strict=True)
     except ValidationError as e:
-        wrong = e.errors(include_url=False, include_input=False, include_context=False)
-        raise ValueError("; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in wrong)) from e
+        raise ValueError(f"{kind}: {damaged_places(e)}") from e
 
 
 WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weight), SerializeAsAny()]

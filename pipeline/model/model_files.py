@@ -27,8 +27,8 @@ FOREIGN = (*PICKLED, "*.msgpack", "*.h5", "*.onnx*", "*.py")
 MOST_COMPONENTS = 64
 """Largest number of a pipeline's folders that a message names."""
 OTHER_MODELS = {
-    "controlnets": "it steers one: name the folder of the UNet or transformer that it steers, and record what it gives"
-    " it with intaglio.pipeline.model.recording",
+    "controlnets": "it steers a denoiser: name the folder of that UNet or transformer, and record the control inputs"
+    " with intaglio.record",
     "autoencoders": "name the folder of the whole pipeline, and compile what is around the denoiser with it",
 }
 """Advice for a model of one of these packages of diffusers."""

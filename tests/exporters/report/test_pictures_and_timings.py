@@ -134,7 +134,7 @@ def test_clips_are_lines_of_frames_and_rows_are_of_the_recording(clips):
         (("--prompt", "a cat"), "no text encoder: give the whole diffusers pipeline as --pipeline"),
         (("--prompt", "a cat", "--pipeline", "."), "--pipeline .: diffusers finds no whole pipeline there"),
         (("--out", "grid"), "grid: not the name of a picture: end it in .png"),
-        (("--out", "no/grid.png"), "no/grid.png: there is no folder no"),
+        (("--out", "no/grid.png"), "no/grid.png: the folder no does not exist"),
     ],
 )
 def test_what_cannot_be_drawn_is_told(arguments, message, folder):
