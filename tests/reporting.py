@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from intaglio.pipeline.artifact import AnyKey, Artifact
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
@@ -105,6 +106,7 @@ class Page(HTMLParser):
 def artifacts(root: Path) -> dict[AnyKey, Artifact]:
     (root / "transformer").mkdir(parents=True)
     (root / "transformer" / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    save_file({"x": torch.zeros(1)}, root / "transformer" / "diffusion_pytorch_model.safetensors")
     (root / "model.onnx").write_bytes(bytes(MODEL_BYTES))
     plan = QuantPlan(LAYERS, {layer.name: scheme for layer, scheme in zip(LAYERS, SCHEMES, strict=True)})
     measured = {x.name: (FLOAT, W8A8_STEP) if x.op == "conv" else (FLOAT, W8A8_TOKEN, W8A8_STEP) for x in LAYERS}

@@ -114,7 +114,7 @@ def test_a_plan_that_leaves_all_in_float_passes_and_says_which_layers(unet, targ
     made |= run_pass(ExportQdq(), made, tmp_path / "qdq")
     caplog.set_level("INFO", logger="test")
     verified = run_pass(Verify(samples=2, rows=2), made, tmp_path / "verify")[VERIFICATION]
-    assert verified.figures["fidelity_gap_db"] == 0.0
+    assert abs(verified.figures["fidelity_gap_db"]) < 0.1  # an error at the edge of float32's rounding; 70 without
     assert not verified.layers
     assert "51 of 51 layers stay in float: " in caplog.text
     assert "the plan leaves it so (" in caplog.text

@@ -5,7 +5,7 @@ from tiny import save_folder, tiny_dit
 
 from intaglio.pipeline import Recipe, Store
 from intaglio.pipeline.checkpoint import Checkpoint, ModelRef
-from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.estimate import measure_cost
 from intaglio.pipeline.runner import plan
 
@@ -59,7 +59,6 @@ def make():
 """
     (tmp_path / "wrong.py").write_text(source)
     recipe = Recipe.parse("{model: ./wrong.py:make, targets: [onnxruntime-cpu], steps: [calibrate]}")
-    with pytest.raises(
-        StepFailed, match=r"^model: one call of it, to estimate times, ended in IndexError: .*would end"
-    ):
+    message = r"^model: Wrong cannot be called with sample \(1, 4, 4\), timestep \(1,\): it ended in IndexError: "
+    with pytest.raises(RecipeError, match=message):
         plan(recipe, store, base=tmp_path)
