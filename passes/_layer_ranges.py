@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.plan import Layer
     from intaglio.pipeline.trajectory import Trajectory
 
+ENOUGH_ROWS = 16
+"""Rows of a call whose range is taken as it is."""
+
 
 @dataclass
 class _Call:
@@ -48,14 +51,14 @@ class LayerRanges:
         if not self._calls:
             self._readers.note(name, x)
         now.rows[name] = now.rows.get(name, 0) + output.numel() // self._layers[name].n
-        low, high = (end.item() for end in x.detach().aminmax())
+        low, high = expected_ends(x.detach())
         now.low[name] = min(now.low.get(name, low), low)
         now.high[name] = max(now.high.get(name, high), high)
         if isinstance(module, nn.Conv2d):
             product = output.detach()
             if module.bias is not None:
                 product = product - module.bias.detach().reshape(-1, 1, 1)
-            now.output[name] = max(now.output.get(name, 0.0), product.abs().amax().item())
+            now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs())[1])
 
     def end_of_call(self) -> None:
         """The model has returned: what follows is its next call."""
@@ -85,6 +88,19 @@ class LayerRanges:
         rows = {name: self._rows[name] / samples for name in sorted(self._rows) if name not in absent}
         groups = (tuple(n for n in names if n not in absent) for names in self._readers.groups)
         return Workload(rows, tuple(names for names in groups if len(names) > 1), unreached)
+
+
+def expected_ends(x: torch.Tensor) -> tuple[float, float]:
+    """Return the ends of the range that `x` (R, ...) would have if it had ENOUGH_ROWS rows.
+
+    The largest of n values of a row lies, in the mean, sqrt(6) / pi * ln(n) standard deviations beyond that of one:
+    the extreme value of Gumbel's distribution. Fewer rows show too small a range, which would clip what comes later.
+    """
+    lows, highs = x.reshape(len(x), -1).aminmax(dim=1)
+    if not 1 < len(x) < ENOUGH_ROWS:
+        return lows.amin().item(), highs.amax().item()
+    beyond = math.sqrt(6) / math.pi * math.log(ENOUGH_ROWS / len(x))
+    return (lows.amin() - beyond * lows.std()).item(), (highs.amax() + beyond * highs.std()).item()
 
 
 def unreached_layers(

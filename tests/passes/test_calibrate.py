@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from tiny import save_folder, tiny_dit
 
 from intaglio.passes._layer_inputs import SameInputs
+from intaglio.passes._layer_ranges import expected_ends
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill import Distill
 from intaglio.pipeline.checkpoint import Checkpoint, Factory, ModelRef
@@ -233,3 +235,12 @@ def test_a_layer_that_is_called_again_joins_the_groups_of_all_its_inputs():
     for name, read in (("a", x), ("b", x), ("c", y), ("d", z), ("a", y)):
         found.note(name, read)
     assert found.readers == [("a", "b", "c"), ("d",)]
+
+
+def test_a_range_of_few_rows_is_widened_to_what_sixteen_would_show_and_one_of_sixteen_is_not():
+    rows = torch.tensor([[-1.0, 2.0], [-3.0, 2.0]])  # highs 2 and 2; lows -1 and -3, standard deviation sqrt(2)
+    low, high = expected_ends(rows)
+    assert high == 2.0
+    assert low == pytest.approx(-3 - 6**0.5 / math.pi * math.log(16 / 2) * 2**0.5)
+    assert expected_ends(rows.repeat(8, 1)) == (-3.0, 2.0)
+    assert expected_ends(rows[:1]) == (-1.0, 2.0)
