@@ -17,9 +17,6 @@ SOURCES = sorted(
 )
 FRAGMENT = re.compile(r"(Of|By|What|How|Where|Whether)\b")
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
-
-STILL_LONG = frozenset({"exporters/qdq/lowering.py"})
-"""Files that are still to be split."""
 WITH_EXAMPLES = [path for path in SOURCES if ">>> " in (ROOT / path).read_text(encoding="utf-8")]
 
 
@@ -56,13 +53,9 @@ def test_a_docstring_begins_as_a_sentence(path: str) -> None:
     assert not [text for text in _docstrings(_tree(path)) if FRAGMENT.match(text)]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path not in STILL_LONG])
+@pytest.mark.parametrize("path", SOURCES)
 def test_functions_and_modules_are_short(path: str) -> None:
     assert not list(_long(path))
-
-
-def test_what_is_done_leaves_the_list() -> None:
-    assert not {path for path in STILL_LONG if path not in SOURCES or not list(_long(path))}
 
 
 def test_there_are_examples() -> None:

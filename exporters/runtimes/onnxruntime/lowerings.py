@@ -1,6 +1,9 @@
 """Writes each scheme so that ONNX Runtime multiplies integers where it can."""
 
 from intaglio.exporters.qdq.lowering import (
+    TWO_LEVEL,
+    TWO_LEVEL_STEP,
+    W4A16,
     Lowering,
     blocks,
     per_channel,
@@ -11,19 +14,8 @@ from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
     W8A16,
-    w4a4_step,
-    w4a4_token,
-    w4a8_step,
-    w4a8_token,
-    w4a16,
     with_output,
 )
-
-_GROUP = 64
-"""Any group size: a row is for all of them."""
-_W4A16 = w4a16(_GROUP)
-_TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
-_TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *_TWO_LEVEL_STEP)
 
 LOWERINGS = with_shifts(
     (
@@ -45,19 +37,19 @@ LOWERINGS = with_shifts(
         Lowering("conv", with_output(W8A8_STEP), per_channel, True, "becomes QLinearConv"),
         *(
             Lowering("conv", scheme, two_level_cast, True, "folded when it loads; becomes QLinearConv")
-            for scheme in map(with_output, _TWO_LEVEL_STEP)
+            for scheme in map(with_output, TWO_LEVEL_STEP)
         ),
         Lowering("linear", W8A16, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
         Lowering("conv", W8A16, per_channel, False, "exact; the weight is unpacked when it runs"),
-        Lowering("linear", _W4A16, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
-        Lowering("conv", _W4A16, blocks, False, "exact; the weight is unpacked when it runs"),
+        Lowering("linear", W4A16, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+        Lowering("conv", W4A16, blocks, False, "exact; the weight is unpacked when it runs"),
         *(
             Lowering("linear", scheme, two_level_cast, True, "folded when it loads: executed as w8a8")
-            for scheme in _TWO_LEVEL
+            for scheme in TWO_LEVEL
         ),
         *(
             Lowering("conv", scheme, two_level_cast, False, "exact, but in float, as w8a8_step")
-            for scheme in _TWO_LEVEL_STEP
+            for scheme in TWO_LEVEL_STEP
         ),
     )
 )

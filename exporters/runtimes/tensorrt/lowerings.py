@@ -1,6 +1,9 @@
 """Writes each scheme so that TensorRT and TensorRT-RTX multiply integers where they can."""
 
 from intaglio.exporters.qdq.lowering import (
+    TWO_LEVEL,
+    TWO_LEVEL_STEP,
+    W4A16,
     Lowering,
     blocks,
     carrier,
@@ -13,18 +16,7 @@ from intaglio.pipeline.formats.schemes import (
     W8A8_STEP,
     W8A8_TOKEN,
     W8A16,
-    w4a4_step,
-    w4a4_token,
-    w4a8_step,
-    w4a8_token,
-    w4a16,
 )
-
-_GROUP = 64
-"""Any group size: a row is for all of them."""
-_W4A16 = w4a16(_GROUP)
-_TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
-_TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *_TWO_LEVEL_STEP)
 
 LOWERINGS = with_shifts(
     (
@@ -32,13 +24,13 @@ LOWERINGS = with_shifts(
             Lowering(
                 "linear", scheme, two_level_carrier, True, "an INT8 product; a kernel unpacks the weight in each run"
             )
-            for scheme in _TWO_LEVEL
+            for scheme in TWO_LEVEL
         ),
         *(
             Lowering(
                 "conv", scheme, two_level_channels, True, "an INT8 convolution; the weight is unpacked in each run"
             )
-            for scheme in _TWO_LEVEL_STEP
+            for scheme in TWO_LEVEL_STEP
         ),
         Lowering(
             "linear",
@@ -63,10 +55,10 @@ LOWERINGS = with_shifts(
         ),
         Lowering("linear", W8A16, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
         Lowering("conv", W8A16, per_channel, False, "as of a linear layer"),
-        Lowering("linear", _W4A16, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
+        Lowering("linear", W4A16, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
         Lowering(
             "conv",
-            _W4A16,
+            W4A16,
             blocks,
             False,
             "in 2-D, as blocks have to lie along the last axis or the one before it; then Reshape",

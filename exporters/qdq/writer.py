@@ -1,0 +1,313 @@
+"""Writes operators into a graph: the rounding of inputs, and everything around a layer's product.
+
+Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY, Site
+from intaglio.exporters.qdq.folding import ChannelScale
+from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
+from intaglio.pipeline.errors import TargetError
+from intaglio.pipeline.formats.schemes import Float, IntInput, RoundedWeight
+from intaglio.pipeline.formats.target import OpKind
+from intaglio.pipeline.numerics.basis import hadamard
+from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.rounding import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
+
+Attributes: TypeAlias = Mapping[str, int | ir.Attr]
+InputKey: TypeAlias = tuple[str, IntInput, bytes]
+Product: TypeAlias = "Callable[[Writer, Call, ir.Value], ir.Value]"
+"""Function that writes the product of a call and its rounded input."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer, and its integers. `prefix` begins the names of what it becomes."""
+
+    site: Site
+    data: QuantizedLayerData
+    prefix: str
+
+    @property
+    def op(self) -> OpKind:
+        """Kind of the layer."""
+        return "conv" if self.site.product.op_type == "Conv" else "linear"
+
+    @property
+    def input_key(self) -> InputKey | None:
+        """Equal for calls that can share their rounded input; None where the input stays in float."""
+        form = self.data.scheme.input
+        if isinstance(form, Float):
+            return None
+        tables = self.data.tables
+        parts = [part for part in (tables.amax_T, tables.shift_T, tables.factor_T) if part is not None]
+        x, basis = self.basis
+        return x, form, b"".join([basis, *(part.numpy().tobytes() for part in parts)])
+
+    @property
+    def basis(self) -> tuple[str, bytes]:
+        """Equal for calls with the same input in the same basis."""
+        balance = self.data.balance
+        return str(self.site.x.name), b"" if balance is None else balance.key
+
+    @property
+    def codes_NK(self) -> NDArray[np.int8]:
+        """Codes of the weight, (N, K)."""
+        codes: NDArray[np.int8] = self.data.codes.numpy()
+        return codes
+
+    @property
+    def scale_NG(self) -> NDArray[np.float32]:
+        """Scales of the weight, (N, G)."""
+        scale: NDArray[np.float32] = self.data.scale_NG.numpy()
+        return scale
+
+    @property
+    def group_NG(self) -> NDArray[np.int8]:
+        """Integers of the groups of a weight of two levels."""
+        assert self.data.group_NG is not None  # the table asks only for such weights
+        group: NDArray[np.int8] = self.data.group_NG.numpy()
+        return group
+
+    @property
+    def eight_bit_codes_NK(self) -> NDArray[np.int8]:
+        """Codes that the product takes: times the integers of their groups where there are two levels."""
+        form = self.data.scheme.weight
+        assert isinstance(form, RoundedWeight)  # only rounded weights have calls
+        if self.data.group_NG is None:
+            return self.codes_NK
+        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form.grid).numpy()
+        return codes
+
+    @property
+    def group_size(self) -> int:
+        """Input features that share a scale. Raises TargetError where it does not divide them."""
+        size, k = self.data.scheme.weight.group_size, self.codes_NK.shape[1]
+        assert size is not None  # the table asks only for such weights
+        if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
+            raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")
+        return size
+
+
+def carrier_scale(calls: Sequence[Call]) -> np.float32:
+    """One scale for the weights of layers that read the same input: the power of two nearest their geometric mean.
+
+    A power of two, so that dividing the channels' scales by it is exact.
+    """
+    logs = np.log2(np.concatenate([call.scale_NG.ravel() for call in calls]).astype(np.float64))
+    return np.float32(2.0 ** np.rint(logs.mean()))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """An input on its way into a product: the value that enters, its magnitude and its shift, or None for either."""
+
+    x: ir.Value
+    amax: ir.Value | None = None
+    shift: ir.Value | None = None
+
+
+@dataclass
+class Writer:
+    """Adds the nodes of one call after the other, each in front of the product it replaces."""
+
+    graph: ir.Graph
+    step: ir.Value
+    input_zero: np.uint8 | np.int8
+    """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
+    carriers: Mapping[InputKey, np.float32]
+    """The scale to which the weights of all layers on one input are relative, by input."""
+    scales: list[ChannelScale] = field(default_factory=list)
+    """The multiplications in front of balanced layers that were written so far."""
+    _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
+    _balanced: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
+
+    def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
+        """The node `prefix/role`, whose operator is the last part of its role; its only output."""
+        name = f"{call.prefix}/{role}"
+        node = ir.node(
+            role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
+        )
+        node.outputs[0].name = f"{name}:0"
+        self.graph.insert_before(call.site.product, node)
+        return node.outputs[0]
+
+    def constant(
+        self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
+    ) -> ir.Value:
+        """The constant of this name, which tells what it holds."""
+        if name not in self.graph.initializers:
+            # a scalar stays one: with a scale of shape (1,) TensorRT-RTX convolves in float, without a word; and a view
+            # of the codes stays one until it is written
+            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array))
+            tensor.name = name
+            self.graph.register_initializer(
+                ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+    def owner(self, call: Call, *, in_blocks: bool = False) -> str:
+        """Who has the weight of a product: the layer, or each call of it where the runtime takes no shared one.
+
+        ONNX Runtime makes the weights unsigned that meet unsigned codes, and fails at one that it has changed before.
+        TensorRT-RTX 1.7.1 crashes where two float products read one 4-bit weight `in_blocks`.
+        """
+        unsigned = self.input_zero.dtype == np.uint8
+        return call.prefix if unsigned != in_blocks else call.site.layer
+
+    def write(self, call: Call, product: Product) -> ir.Value:
+        """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
+        rounded = self._rounded_input(call)
+        y = product(self, call, rounded.x)
+        if not isinstance(call.data.scheme.output, Float):
+            y = self._rounded_output(call, y)
+        if rounded.amax is not None:
+            y = self.op(call, "amax/Mul", [y, rounded.amax])
+        if call.data.branch is not None:
+            y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
+        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
+        if rounded.shift is not None:
+            bias = self._shifted_bias(call, rounded.shift, bias)
+        return y if bias is None else self.op(call, "bias/Add", [y, bias])
+
+    def _branch(self, call: Call, branch: Branch) -> ir.Value:
+        """(x down^T) up^T, of the input in its basis, in float."""
+        layer, x = call.site.layer, self._input(call)
+        down, up = branch.down_RK.numpy(), branch.up_NR.numpy()
+        if call.op == "linear":
+            low = self.op(call, f"{BRANCH}/down/MatMul", [x, self.constant(f"{layer}/{BRANCH}/down", down.T)])
+            return self.op(call, f"{BRANCH}/up/MatMul", [low, self.constant(f"{layer}/{BRANCH}/up", up.T)])
+        down = down.reshape(-1, *call.site.weight().shape[1:])
+        window = dict(call.site.product.attributes)
+        low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
+        return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
+
+    def _rounded_input(self, call: Call) -> Rounded:
+        """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
+        key, x = call.input_key, self._input(call)
+        if key is None:
+            return Rounded(x)
+        if key not in self._inputs:
+            unit, amax, shift = (
+                self._by_token(call, x, key[1].shifted)
+                if call.data.tables.amax_T is None
+                else self._by_step(call, x, call.data.tables.amax_T.numpy())
+            )
+            bits = key[1].bits
+            scale = np.float32(input_scale(bits))
+            constants = [
+                self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
+                self.constant("input/zero", self.input_zero),
+            ]
+            if bits < 8 and call.data.tables.stepped:  # a token's codes are in range without it, unless it is clipped
+                low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
+                bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
+                unit = self.op(call, "input/Clip", [unit, *bounds])
+            codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
+            codes.type, codes.shape = constants[1].type, call.site.x.shape
+            self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
+        return self._inputs[key]
+
+    def _input(self, call: Call) -> ir.Value:
+        """Return the layer's input, (x * d) H where it is balanced, shared by all layers that read it in this basis."""
+        balance = call.data.balance
+        if balance is None:
+            return call.site.x
+        if call.basis not in self._balanced:
+            channels, scale = len(balance.scale_C), balance.scale_C.numpy()
+            if call.op == "conv":
+                scale = scale.reshape(1, -1, 1, 1)
+            y = self.op(call, "balance/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
+            self.scales.append(ChannelScale(call.site.layer, y, scale))
+            self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
+        return self._balanced[call.basis]
+
+    def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
+        """x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
+        groups, h = channels // block, hadamard(block).numpy()
+        if call.op == "conv":
+            kernel = np.tile(h, (groups, 1)).reshape(channels, block, 1, 1)
+            constant = self.constant(f"balance/hadamard/{channels}/{block}", kernel)
+            return self.op(call, "balance/Conv", [x, constant], {"group": groups})
+        assert call.site.x.shape is not None  # of a linear layer's input the exporter knows at least the axes
+        kept = [0] * (len(call.site.x.shape) - 1)  # 0: as it is in the input
+        shapes = {"blocks": [*kept, groups, block], "channels": [*kept, channels]}
+        split, join = (self.constant(f"balance/{n}/{'x'.join(map(str, s))}", np.array(s)) for n, s in shapes.items())
+        x = self.op(call, "balance/blocks/Reshape", [x, split])
+        x = self.op(call, "balance/MatMul", [x, self.constant(f"balance/hadamard/{block}", h)])
+        return self.op(call, "balance/channels/Reshape", [x, join])
+
+    def _by_token(self, call: Call, x: ir.Value, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Write (x - c) / a; a is half the width, at least 1e-7, and c the middle of the range over the last axis.
+
+        Without a shift: x / a, a = max(max|x|, 1e-7).
+        """
+        shift = None
+        axes, keep = self.constant("token/axes", np.array([-1])), {"keepdims": 1}
+        if shifted:
+            high, low = (self.op(call, reduction, [x, axes], keep) for reduction in ("ReduceMax", "ReduceMin"))
+            half = self.constant("token/half", np.float32(0.5))
+            shift = self.op(call, "middle/Mul", [self.op(call, "middle/Add", [high, low]), half])
+            largest = self.op(call, "width/Mul", [self.op(call, "width/Sub", [high, low]), half])
+            x = self.op(call, "shift/Sub", [x, shift])
+        else:
+            largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
+        # Max and not an addition: optimizers take an addition of 1e-8 or less for none
+        amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
+        if call.data.tables.factor_T is not None:
+            table = self.constant(f"{call.site.layer}/factor", call.data.tables.factor_T.numpy())
+            amax = self.op(call, "factor/Mul", [amax, self.op(call, "factor/Gather", [table, self.step])])
+        return self.op(call, "Div", [x, amax]), amax, shift
+
+    def _by_step(
+        self, call: Call, x: ir.Value, amax_T: NDArray[np.float32]
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+        """Write (x - c_t) * r_t and return it with a_t and c_t; r_t = float32(1 / a_t)."""
+        shift = None
+        amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
+        inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
+        table = self.constant(f"{call.site.layer}/amax", amax_T)
+        if call.data.tables.shift_T is not None:
+            middle = self.constant(f"{call.site.layer}/shift", call.data.tables.shift_T.numpy())
+            shift = self.op(call, "shift/Gather", [middle, self.step])
+            x = self.op(call, "shift/Sub", [x, shift])
+        r = self.op(call, "inverse/Gather", [inverse, self.step])
+        return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
+
+    def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
+        """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
+        amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
+        assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
+        assert output_amax_T is not None
+        table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
+        scale = self.op(call, "output/Gather", [table, self.step])
+        parameters = [scale, self.constant("input/zero", self.input_zero)]
+        codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
+        return self.op(call, "output/DequantizeLinear", [codes, *parameters])
+
+    def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
+        """(N,), or (1, N, 1, 1) for a convolution, which cannot take it before the multiplication by amax."""
+        if call.op == "linear" or bias.const_value is None:
+            return bias
+        return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
+
+    def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """c * rowsum(w_hat) + b: what the shift took from the product."""
+        pads = call.site.product.attributes.get("pads")
+        if call.op == "conv" and pads is not None and any(pads.as_ints()):
+            raise TargetError(f"{call.site.layer}: zeros around a shifted input do not shift")
+        rowsum = (call.eight_bit_codes_NK.sum(1, dtype=np.int64) * call.scale_NG[:, 0]).astype(np.float32)
+        table = self.constant(
+            f"{call.site.layer}/rowsum", rowsum if call.op == "linear" else rowsum.reshape(1, -1, 1, 1)
+        )
+        taken = self.op(call, "shift/Mul", [shift, table])
+        return taken if bias is None else self.op(call, "shift/Add", [taken, bias])
