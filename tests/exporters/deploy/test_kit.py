@@ -31,7 +31,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 
-SITE = Path(np.__file__).parents[2]
+SITE = Path(np.__file__).parents[1]
 STANDIN = Path(tensorrt_standin.__file__)
 
 FLAGS = frozenset(
