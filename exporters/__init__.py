@@ -1,1 +1,1 @@
-"""Passes that write graphs, build engines and check them: the only folder that knows a runtime."""
+"""Passes that write graphs, build engines and check them: the only folder that knows any runtime."""

@@ -1,1 +1,1 @@
-"""Passes that analyse, decide and train: the only folder that needs torch at its core."""
+"""Passes that analyse, decide and train, most of them in torch."""

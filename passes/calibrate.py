@@ -31,7 +31,7 @@ class Calibrate(Pass):
     """Sample from noise with the float denoiser, and record every call and every layer's range at each step.
 
     The first call also gives the number of rows that each layer sees, and the layers that read the same input. Layers
-    that no call reaches, or on whose result no output depends, stay in float; the log names them.
+    that no call reaches, or whose result affects no output, stay in float; the log names them.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -88,7 +88,7 @@ class Calibrate(Pass):
     def _record(
         self, sampler: Sampler, denoise: Denoise, start: Start, layers: Mapping[str, Layer], ctx: Context
     ) -> tuple[list[Call], LayerRanges]:
-        """Draw this process's samples. Returns the calls of the denoiser, and the ranges of its layers in them."""
+        """Draw this process's samples. Returns the calls of the denoiser and the ranges of its layers."""
         from intaglio.passes.layer_ranges import LayerRanges
         from intaglio.pipeline.model.hooks import after_calls
         from intaglio.pipeline.model.sampler import Call
@@ -106,7 +106,7 @@ class Calibrate(Pass):
         return calls, seen
 
     def _trajectory(self, sampler: Sampler, calls: Sequence[Call], seen: LayerRanges) -> Trajectory:
-        """Return the calls of this process as one value, with the ranges of the layers in them."""
+        """Return the calls of this process as one trajectory, with the ranges of the layers."""
         import torch
 
         from intaglio.pipeline.artifacts.trajectory import Trajectory

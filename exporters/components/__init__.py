@@ -1,4 +1,5 @@
 """Compile the models around the denoiser in a pipeline: text encoders and autoencoders.
 
-A pipeline's folder enters, and runs once to record how it calls its components. A graph for each component leaves.
+The input is a pipeline's folder. The pipeline runs once to record how it calls its components. The output is one graph
+for each component.
 """

@@ -1,4 +1,4 @@
-"""Load a compiled folder as a denoiser that is called like the diffusers model it was made from.
+"""Load a compiled folder as a denoiser with the call interface of the original diffusers model.
 
 Shapes: R rows of one call.
 """
@@ -36,15 +36,15 @@ class DenoiserOutput(NamedTuple):
 
 
 class CompiledDenoiser(Standin):
-    """Denoiser that a runtime executes. Everything but the computation is as in the original.
+    """Denoiser that a runtime executes, with the interface and attributes of the original model.
 
-    It takes the arguments of the original, at the shapes and timesteps that it was compiled for. If layers have a scale
-    for each denoising step, the step is found from the timestep. A learned variance is not computed and not in `config`
-    either, so pipelines do not expect it. A change of the model raises CallError.
+    A call takes the arguments of the original, at the shapes and timesteps of the compilation. If layers have a
+    scale for each denoising step, the step is found from the timestep. A learned variance is not computed, and
+    `config` does not mention it, so pipelines do not expect it. Any attempt to change the model raises CallError.
     """
 
     def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
-        """Wrap `call`, which computes the graph on the device; by default that is the CPU."""
+        """Wrap `call`, which computes the graph on `device`; the default device is the CPU."""
         original = _original(graph)
         compiled_with = {} if original is None else defaults(original.forward)
         compiled_with |= dict(flatten(graph.interface.constants))
@@ -60,7 +60,7 @@ class CompiledDenoiser(Standin):
         return device
 
     def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
-        """Call the denoiser like the original. Raises CallError for inputs that it was not compiled for."""
+        """Call the denoiser like the original. Raises CallError for inputs that the graph was not compiled for."""
         graph, called = self.graph, self._call_inputs
         given = called.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
@@ -74,7 +74,7 @@ class CompiledDenoiser(Standin):
         return DenoiserOutput(sample=output) if whole else (output,)
 
     def _check_timestep(self, given: torch.Tensor) -> None:
-        """Raise CallError for one beyond the first or the last of those that there are scales for, or for several."""
+        """Raise CallError if the timestep is over one step outside the range of the scales, or rows differ in it."""
         timesteps = self.graph.timesteps
         if len(timesteps) == 1:
             return
@@ -102,9 +102,9 @@ def load(
     """Load the denoiser of a compiled folder, `build/<recipe>/<target>`, to replace a pipeline's own.
 
     `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
-    stream without a copy; those two have not run on a GPU yet. `threads`: of ONNX Runtime, 0 for one a core;
-    `providers`: those wanted beside the CPU's. Raises RecipeError if the folder holds nothing that the backend
-    executes, TargetError where an engine does not run here.
+    stream without a copy; those two have not run on a GPU yet. `threads`: threads of ONNX Runtime, 0
+    for one on each core; `providers`: execution providers besides the CPU's. Raises RecipeError if the folder holds
+    nothing that the backend executes, TargetError if an engine cannot run here.
     """
     root, device = Path(folder), device_of(backend)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
@@ -128,18 +128,18 @@ def open_call(graph: Graph, backend: str, threads: int, providers: Sequence[str]
 
 
 def size_bound(folder: Path) -> ModelSize:
-    """Return more tensors and numbers than a model can have whose graphs are in `folder`, by the size of its files.
+    """Return an upper bound on the size of a model whose graphs are in `folder`, from the size of its files.
 
-    A number takes half a byte at least; a tensor, in the mean, takes much more than 256 bytes.
+    A number takes at least half a byte; an average tensor takes much more than 256 bytes.
     """
     size_bytes = sum(file.stat().st_size for file in files_below(folder))
     return ModelSize(tensors=500 + size_bytes // 256, elements=10**7 + 8 * size_bytes)
 
 
 def _original(graph: Graph) -> nn.Module | None:
-    """Make the model without weights, for its attributes; None where it is no class of diffusers.
+    """Make the original model without weights, for its attributes; None if it is not of a diffusers class.
 
-    Raises RecipeError that names graph.json for a configuration of no such model, or of one too large for the graph.
+    Raises RecipeError that names graph.json if its configuration fits no such model, or one too large for the graph.
     """
     interface, channels = graph.interface, next(iter(graph.outputs.values())).shape[1]
     if not interface.kind:

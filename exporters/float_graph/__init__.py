@@ -1,4 +1,5 @@
-"""Export the denoiser to an ONNX graph in float32, and check that the graph computes the same.
+"""Export the denoiser to an ONNX graph in float32, and check that both compute the same.
 
-A module enters. A graph leaves whose linear layers and convolutions can be found again by their names in the model.
+The input is a module. The output is a graph in which every linear layer and convolution can be found by its name in the
+model.
 """

@@ -1,1 +1,1 @@
-"""Measures the time and memory of compiled graphs, as a whole and layer by layer."""
+"""Measure the time and memory of compiled graphs, as a whole and layer by layer."""

@@ -1,5 +1,6 @@
-"""Writes a plan into a float graph: codes, scales, QuantizeLinear and DequantizeLinear.
+"""Write a plan into a float graph: codes, scales, QuantizeLinear and DequantizeLinear.
 
-The float graph and the integer weights enter. A graph of standard operators leaves that a runtime executes on integers.
-The lowering table says how each scheme is written for each runtime.
+Inputs are the float graph and the integer weights. The output is a graph of standard operators whose products a runtime
+executes on integers. Each runtime has a table of `Lowering` rows (`lowerings.py` in its folder); a row names the
+function of `lowering.py` that writes a scheme.
 """

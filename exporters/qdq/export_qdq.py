@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class ExportQdq(Pass):
-    """Standard operators only, and with the same input the same integer codes as the simulation.
+    """Write a graph of standard operators. It makes the same integer codes as the simulation from the same input.
 
-    Tables of embeddings are kept in float16: with 4-bit weights they would be a quarter of a class-conditional DiT.
-    The plan that it returns has those layers in float that the graph does not have.
+    Embedding tables are stored in float16: in float32 they would be a quarter of a class-conditional DiT with 4-bit
+    weights. In the returned plan, layers that the graph does not contain are in float.
     """
 
     name: ClassVar[str] = "export-qdq"
@@ -41,7 +41,7 @@ class ExportQdq(Pass):
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Raises TargetError with every layer that the target cannot execute."""
+        """Write the graph. Raises TargetError that lists every layer that the target cannot execute."""
         target, float_graph = state[TARGET], state[FLOAT_GRAPH]
         planned = (name for name, scheme in state[PLAN].schemes.items() if scheme != FLOAT)
         absent = {name: NOT_IN_GRAPH for name in planned if name not in float_graph.nodes}
@@ -59,9 +59,9 @@ class ExportQdq(Pass):
 
 
 def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target) -> Graph:
-    """A float graph with these layers as integers, as the target executes them, in files of its own.
+    """Write a copy of the float graph in which these layers are integers, in the form that the target executes.
 
-    Layers that the graph does not have are left out. Raises TargetError for an opset that the target does not read.
+    Layers that the graph does not contain are skipped. Raises TargetError for an opset that the target does not read.
     """
     import onnx
     import onnx_ir as ir
@@ -101,7 +101,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
 
 
 def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
-    """Raise ContractError where the integers are not those of the plan."""
+    """Raise ContractError if the schemes of the integers differ from those of the plan."""
     planned = {name: scheme for name, scheme in plan.schemes.items() if scheme != FLOAT}
     made = {name: data.scheme for name, data in quantized.layers.items()}
     if wrong := sorted(name for name in planned.keys() | made.keys() if planned.get(name) != made.get(name)):
@@ -109,7 +109,7 @@ def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
 
 
 def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
-    """Every call of every quantized layer, in the graph's order."""
+    """Return every call of every quantized layer, in the graph's order."""
     from intaglio.exporters.float_graph.sites import find_sites
     from intaglio.exporters.qdq.writer import Call
 
@@ -125,7 +125,7 @@ def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
 def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[ChannelScale]:
     """Replace every call by its form on the target. Changes `graph`; values between layers keep their names.
 
-    Returns the multiplications in front of balanced layers.
+    Returns the multiplications by channel scales in front of balanced layers.
     """
     import numpy as np
     import onnx_ir as ir
@@ -136,7 +136,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     step = ir.Value(name=STEP_INPUT, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     if any(call.data.tables.stepped for call in calls):
         graph.inputs.append(step)
-    # all rows and scales before the first change: values are replaced as the graph is rewritten
+    # find all rows and scales before the first change: rewriting replaces values
     rows = [lowering(call.op, call.data.scheme, target.runtime) for call in calls]
     keys = {call.input_key for call in calls}
     carriers = {key: carrier_scale([c for c in calls if c.input_key == key]) for key in keys if key is not None}
@@ -152,13 +152,13 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
 
 
 def _remove_unused(graph: ir.Graph) -> None:
-    """Drop the weights that others took the place of. Changes `graph`."""
+    """Remove the weights that no node reads any more. Changes `graph`."""
     for initializer in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del graph.initializers[str(initializer.name)]
 
 
 def _halve_tables(graph: ir.Graph) -> None:
-    """Keep in float16 what rows are only picked from, (rows, features), and cast the rows. Changes `graph`."""
+    """Store tables (rows, features) that only Gather reads in float16, and cast the rows. Changes `graph`."""
     import onnx_ir as ir
     import torch
 
@@ -171,7 +171,7 @@ def _halve_tables(graph: ir.Graph) -> None:
             continue
         if not picks or len(picks) < len(table.uses()):
             continue
-        assert table.const_value is not None  # an initializer of a file has a value
+        assert table.const_value is not None  # initializers that were read from a file have a value
         half = half_table(torch.from_numpy(table.const_value.numpy().copy()))
         if half.dtype != torch.float16:
             continue

@@ -1,4 +1,4 @@
-"""Writes the product of each scheme in ONNX so that a runtime executes integers where it can.
+"""Write the product of each scheme as ONNX operators, so that a runtime multiplies integers where it can.
 
 Shapes: N out features, K in features, G = K // size groups, C input channels, kh kw kernel.
 """
@@ -30,11 +30,11 @@ from intaglio.pipeline.runs.registry import find_runtime
 
 _GROUP = 64
 W4A16 = w4a16(_GROUP)
-"""Stands for weights of 4 bits in groups of any size: a row is for all of them."""
+"""Scheme of 4-bit weights in groups. A row with this scheme is for every group size."""
 TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
-"""Weights of two levels in groups of any size, with one input scale a step."""
+"""Schemes with two-level weights and one input scale for each step. A row is for every group size."""
 TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *TWO_LEVEL_STEP)
-"""All schemes with weights of two levels, in groups of any size."""
+"""All schemes with two-level weights. A row is for every group size."""
 
 
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
@@ -52,7 +52,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     codes_NGS, group_NG1 = call.codes_NK.reshape(n, k // size, size), call.group_NG[..., None]
     codes, group = (v.transpose(1, 2, 0) if linear else v for v in (codes_NGS, group_NG1))
     packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
-    # not DQ and Q: ONNX Runtime leaves a chain of those as it is, and computes it anew in every run
+    # no DequantizeLinear and QuantizeLinear: ONNX Runtime does not fold them, and computes them again in every run
     cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
     product = w.op(call, "weight/Mul", [cast, w.constant(f"{w.owner(call)}/group", group)])
     shape = (k, n) if linear else call.site.weight().shape
@@ -65,7 +65,7 @@ def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     """Dequantize 8-bit codes (K, N), or (N, C, kh, kw), by channel."""
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
-    # not shared: with x64quantprecision ONNX Runtime 1.31 refuses two weights with one zero point
+    # one for each call: with x64quantprecision ONNX Runtime 1.31 refuses two weights that share a zero point
     zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, np.int8))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
@@ -87,7 +87,7 @@ def two_level_channels(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
 def _carried(w: Writer, call: Call, x: ir.Value, codes_KN: ir.Value) -> ir.Value:
     key = call.input_key
-    assert key is not None  # a carrier is for integer inputs only
+    assert key is not None  # only schemes with integer inputs use a carrier scale
     scale = w.carriers[key]
     weight = w.op(call, "weight/DequantizeLinear", [codes_KN, w.constant(f"weight/scale/{scale:.9g}", scale)])
     relative = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(-1) / scale)
@@ -95,7 +95,7 @@ def _carried(w: Writer, call: Call, x: ir.Value, codes_KN: ir.Value) -> ir.Value
 
 
 def _unpacked(w: Writer, call: Call) -> ir.Value:
-    """8-bit codes (K, N), or (N, C, kh, kw), from 4-bit ones: their products with the groups' integers are exact."""
+    """Write 8-bit codes, (K, N) or (N, C, kh, kw): 4-bit codes times the integers of their groups, which is exact."""
     codes = _dequantize_blocks(w, call, call.group_NG.astype(np.float32), "group")
     unit = [w.constant("weight/unit", np.float32(1)), w.constant("weight/zero", np.int8(0))]
     return w.op(call, "weight/QuantizeLinear", [codes, *unit])
@@ -107,7 +107,7 @@ def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
 
 def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], called: str) -> ir.Value:
-    """4-bit codes times the scales of their groups, which are `called` so, (K, N), or (N, C, kh, kw)."""
+    """Write 4-bit codes times one factor for each group, (K, N) or (N, C, kh, kw). `called`: scale or group."""
     layer, linear = call.site.layer, call.op == "linear"
     codes, scale = (call.codes_NK.T, scale_NG.T) if linear else (call.codes_NK, scale_NG)
     packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
@@ -126,7 +126,7 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
 
 
 def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
-    """x @ w, or the convolution, without a bias."""
+    """Write x @ w, or the convolution, without a bias."""
     if call.op == "linear":
         return w.op(call, "MatMul", [x, weight])
     return w.op(call, "Conv", [x, weight], dict(call.site.product.attributes))
@@ -134,9 +134,9 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A row of a runtime's table: how the product of a scheme is written for it, and why so.
+    """Row of a runtime's table: the function that writes the product of a scheme, and the reason for this form.
 
-    The row is for every group size of the scheme's weight.
+    One row is for every group size of the scheme's weight.
     """
 
     op: OpKind
@@ -148,7 +148,7 @@ class Lowering:
 
 
 def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
-    """Add to these rows those of the same schemes with a shifted input, where there are such schemes."""
+    """Return these rows, and one more for each scheme that can also have a shifted input."""
     shifted = (
         replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is behind it, in the bias")
         for row in rows
@@ -158,7 +158,7 @@ def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
 
 
 def table(runtime: str) -> tuple[Lowering, ...]:
-    """Return the rows of a runtime. Raises ContractError where it gives something else."""
+    """Return the rows of a runtime. Raises ContractError if its `lowerings` returns anything but a `Lowering`."""
     rows = []
     for row in find_runtime(runtime).lowerings():
         if not isinstance(row, Lowering):
@@ -168,7 +168,7 @@ def table(runtime: str) -> tuple[Lowering, ...]:
 
 
 def lowering(op: OpKind, scheme: LayerScheme, runtime: str) -> Lowering:
-    """Return the row for a scheme on a runtime. Raises TargetError where there is none."""
+    """Return the row for a scheme on a runtime. Raises TargetError if the runtime has no such row."""
     for row in table(runtime):
         if row.op == op and row.scheme.alike(scheme):
             return row

@@ -1,4 +1,4 @@
-"""Writes operators into a graph: the rounding of inputs, and everything around a layer's product.
+"""Write operators into a graph: the rounding of inputs, and everything around a layer's product.
 
 Shapes: N out features, K in features, G = K // size groups, T denoising steps, C input channels, kh kw kernel.
 """
@@ -31,7 +31,7 @@ Product: TypeAlias = "Callable[[Writer, Call, ir.Value], ir.Value]"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer, and its integers. `prefix` begins the names of what it becomes."""
+    """One call of a layer, with the layer's integers. Names of the nodes written for the call begin with `prefix`."""
 
     site: Site
     data: QuantizedLayerData
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def input_key(self) -> InputKey | None:
-        """Equal for calls that can share their rounded input; None where the input stays in float."""
+        """Key that is equal for calls that can share a rounded input; None if the input stays in float."""
         form = self.data.scheme.input
         if isinstance(form, Float):
             return None
@@ -55,7 +55,7 @@ class Call:
 
     @property
     def basis(self) -> tuple[str, bytes]:
-        """Equal for calls with the same input in the same basis."""
+        """Key that is equal for calls with the same input in the same basis."""
         balance = self.data.balance
         return str(self.site.x.name), b"" if balance is None else balance.key
 
@@ -73,14 +73,14 @@ class Call:
 
     @property
     def group_NG(self) -> NDArray[np.int8]:
-        """Integers of the groups of a weight of two levels."""
-        assert self.data.group_NG is not None  # the table asks only for such weights
+        """Integers of the groups of a two-level weight, (N, G)."""
+        assert self.data.group_NG is not None  # only rows for such weights read it
         group: NDArray[np.int8] = self.data.group_NG.numpy()
         return group
 
     @property
     def eight_bit_codes_NK(self) -> NDArray[np.int8]:
-        """Codes that the product takes: times the integers of their groups where there are two levels."""
+        """Codes that the product multiplies, (N, K); for two levels, codes times the integers of their groups."""
         form = self.data.scheme.weight
         assert isinstance(form, RoundedWeight)  # only rounded weights have calls
         if self.data.group_NG is None:
@@ -90,18 +90,18 @@ class Call:
 
     @property
     def group_size(self) -> int:
-        """Input features that share a scale. Raises TargetError where it does not divide them."""
+        """Number of input features that share a scale. Raises TargetError if it does not divide K."""
         size, k = self.data.scheme.weight.group_size, self.codes_NK.shape[1]
-        assert size is not None  # the table asks only for such weights
-        if k % size:  # TensorRT-RTX takes K / G for the group size then, and computes something else without a word
+        assert size is not None  # only rows for such weights read it
+        if k % size:  # TensorRT-RTX would use K / G as the group size, and give wrong results without a message
             raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")
         return size
 
 
 def carrier_scale(calls: Sequence[Call]) -> np.float32:
-    """One scale for the weights of layers that read the same input: the power of two nearest their geometric mean.
+    """Return one scale for weights on the same input: the power of two nearest the scales' geometric mean.
 
-    A power of two, so that dividing the channels' scales by it is exact.
+    Dividing the channels' scales by a power of two is exact.
     """
     logs = np.log2(np.concatenate([call.scale_NG.ravel() for call in calls]).astype(np.float64))
     return np.float32(2.0 ** np.rint(logs.mean()))
@@ -109,7 +109,7 @@ def carrier_scale(calls: Sequence[Call]) -> np.float32:
 
 @dataclass(frozen=True)
 class Rounded:
-    """An input on its way into a product: the value that enters, its magnitude and its shift, or None for either."""
+    """Rounded input of a product: its value, and its magnitude and shift, each None if it has none."""
 
     x: ir.Value
     amax: ir.Value | None = None
@@ -118,21 +118,21 @@ class Rounded:
 
 @dataclass
 class Writer:
-    """Adds the nodes of one call after the other, each in front of the product it replaces."""
+    """Writer of the nodes of a graph's quantized calls, each in front of the product that it replaces."""
 
     graph: ir.Graph
     step: ir.Value
     input_zero: np.uint8 | np.int8
-    """Zero point of 8-bit inputs: 128 where the runtime takes unsigned codes, else 0."""
+    """Zero point of 8-bit inputs: 128 if the runtime reads unsigned codes, else 0."""
     carriers: Mapping[InputKey, np.float32]
-    """The scale to which the weights of all layers on one input are relative, by input."""
+    """Carrier scale of all weights that multiply the same input, by input key."""
     scales: list[ChannelScale] = field(default_factory=list)
-    """The multiplications in front of balanced layers that were written so far."""
+    """Multiplications by channel scales, in front of balanced layers, that were written so far."""
     _inputs: dict[InputKey, Rounded] = field(default_factory=dict)
     _balanced: dict[tuple[str, bytes], ir.Value] = field(default_factory=dict)
 
     def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
-        """The node `prefix/role`, whose operator is the last part of its role; its only output."""
+        """Write the node `prefix/role` and return its only output. The last part of `role` names the operator."""
         name = f"{call.prefix}/{role}"
         node = ir.node(
             role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
@@ -144,10 +144,10 @@ class Writer:
     def constant(
         self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
     ) -> ir.Value:
-        """The constant of this name, which tells what it holds."""
+        """Return the constant of this name, added on first use: a name always stands for the same content."""
         if name not in self.graph.initializers:
-            # a scalar stays one: with a scale of shape (1,) TensorRT-RTX convolves in float, without a word; and a view
-            # of the codes stays one until it is written
+            # scalars keep the shape (): with a scale of shape (1,) TensorRT-RTX convolves in float without a message;
+            # a view of the codes is copied only when the file is written
             tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array))
             tensor.name = name
             self.graph.register_initializer(
@@ -156,16 +156,16 @@ class Writer:
         return self.graph.initializers[name]
 
     def owner(self, call: Call, *, in_blocks: bool = False) -> str:
-        """Who has the weight of a product: the layer, or each call of it where the runtime takes no shared one.
+        """Return the prefix of a weight's name: the layer, or the call if the runtime cannot share a weight.
 
-        ONNX Runtime makes the weights unsigned that meet unsigned codes, and fails at one that it has changed before.
+        ONNX Runtime makes weights unsigned if their input is unsigned, and fails on a weight that it changed before.
         TensorRT-RTX 1.7.1 crashes where two float products read one 4-bit weight `in_blocks`.
         """
         unsigned = self.input_zero.dtype == np.uint8
         return call.prefix if unsigned != in_blocks else call.site.layer
 
     def write(self, call: Call, product: Product) -> ir.Value:
-        """y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order; without what there is none of."""
+        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms."""
         rounded = self._rounded_input(call)
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
@@ -180,7 +180,7 @@ class Writer:
         return y if bias is None else self.op(call, "bias/Add", [y, bias])
 
     def _branch(self, call: Call, branch: Branch) -> ir.Value:
-        """(x down^T) up^T, of the input in its basis, in float."""
+        """Write (x down^T) up^T in float; x is the layer's input in its basis."""
         layer, x = call.site.layer, self._input(call)
         down, up = branch.down_RK.numpy(), branch.up_NR.numpy()
         if call.op == "linear":
@@ -192,7 +192,7 @@ class Writer:
         return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
 
     def _rounded_input(self, call: Call) -> Rounded:
-        """x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
+        """Write x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
         key, x = call.input_key, self._input(call)
         if key is None:
             return Rounded(x)
@@ -208,7 +208,7 @@ class Writer:
                 self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
                 self.constant("input/zero", self.input_zero),
             ]
-            if bits < 8 and call.data.tables.stepped:  # a token's codes are in range without it, unless it is clipped
+            if bits < 8 and call.data.tables.stepped:  # a token's codes need no Clip, unless its range is clipped
                 low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
                 bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
                 unit = self.op(call, "input/Clip", [unit, *bounds])
@@ -232,14 +232,14 @@ class Writer:
         return self._balanced[call.basis]
 
     def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
-        """x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
+        """Write x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
         groups, h = channels // block, hadamard(block).numpy()
         if call.op == "conv":
             kernel = np.tile(h, (groups, 1)).reshape(channels, block, 1, 1)
             constant = self.constant(f"balance/hadamard/{channels}/{block}", kernel)
             return self.op(call, "balance/Conv", [x, constant], {"group": groups})
-        assert call.site.x.shape is not None  # of a linear layer's input the exporter knows at least the axes
-        kept = [0] * (len(call.site.x.shape) - 1)  # 0: as it is in the input
+        assert call.site.x.shape is not None  # the exporter knows at least the number of axes of a linear layer's input
+        kept = [0] * (len(call.site.x.shape) - 1)  # 0 keeps the axis's size
         shapes = {"blocks": [*kept, groups, block], "channels": [*kept, channels]}
         split, join = (self.constant(f"balance/{n}/{'x'.join(map(str, s))}", np.array(s)) for n, s in shapes.items())
         x = self.op(call, "balance/blocks/Reshape", [x, split])
@@ -261,7 +261,7 @@ class Writer:
             x = self.op(call, "shift/Sub", [x, shift])
         else:
             largest = self.op(call, "ReduceMax", [self.op(call, "Abs", [x]), axes], keep)
-        # Max and not an addition: optimizers take an addition of 1e-8 or less for none
+        # Max, not an addition: optimizers remove an addition of 1e-8 or less
         amax = self.op(call, "Max", [largest, self.constant("token/eps", np.float32(TOKEN_EPS))])
         if call.data.tables.factor_T is not None:
             table = self.constant(f"{call.site.layer}/factor", call.data.tables.factor_T.numpy())
@@ -284,7 +284,7 @@ class Writer:
         return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
 
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
-        """DQ(Q(y)) with the step's scale; right behind the product, so that this takes and gives codes."""
+        """Write DQ(Q(y)) with the step's scale directly after the product, which then reads and writes codes."""
         amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
         assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
         assert output_amax_T is not None
@@ -295,13 +295,13 @@ class Writer:
         return self.op(call, "output/DequantizeLinear", [codes, *parameters])
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
-        """(N,), or (1, N, 1, 1) for a convolution, which cannot take it before the multiplication by amax."""
+        """Return the bias, (N,), or (1, N, 1, 1) for a convolution: it is added after the multiplication by amax."""
         if call.op == "linear" or bias.const_value is None:
             return bias
         return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
 
     def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
-        """c * rowsum(w_hat) + b: what the shift took from the product."""
+        """Write c * rowsum(w_hat) + b: the part of the product that the shift of the input removed, and the bias."""
         pads = call.site.product.attributes.get("pads")
         if call.op == "conv" and pads is not None and any(pads.as_ints()):
             raise TargetError(f"{call.site.layer}: zeros around a shifted input do not shift")

@@ -1,1 +1,1 @@
-"""Writes the report of a run, a page with samples, plots and figures, and the comparison of two runs."""
+"""Write the report of a run and the comparison of two runs, as pages with samples, plots and figures."""

@@ -1,1 +1,1 @@
-"""One package for each runtime: everything that knows the runtime is in it."""
+"""One package for each runtime contains everything that knows the runtime."""

@@ -1,1 +1,1 @@
-"""Writes the first recipe for a model: what can be known of the model without its weights, and steps that suit it."""
+"""Write the first recipe for a model, from what is known of the model without its weights."""

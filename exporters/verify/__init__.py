@@ -1,5 +1,6 @@
-"""Proves that the deployed graph computes what was simulated.
+"""Check that the deployed graph computes what was simulated.
 
-Samples are drawn by full precision, by the simulation and by the graph; every layer is compared on the same input.
-Where results differ, a bisection names the first layer whose output differs.
+The full-precision model, the simulation and the graph draw samples from the same noise. Every layer of the graph is
+compared with its simulation on the same input. The option `bisect` looks inside the whole graph and names the layers
+that compute wrongly, and the first whose input is wrong.
 """

@@ -1,4 +1,4 @@
-"""Find where a deployed graph departs from its simulation, layer by layer and between layers."""
+"""Find where a deployed graph differs from its simulation: inside a layer, or between layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LayersInGraph:
-    """Simulated layers on what enters them in a graph: other layers' channel scales may be folded into their ends."""
+    """Simulated layers on the values of a graph, whose inputs and outputs may contain folded channel scales."""
 
     def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
         self.graph, self._layers = graph, layers
@@ -33,12 +33,12 @@ class LayersInGraph:
         return x * self._scale(self.graph.nodes[name][0], name, x)
 
     def leaving(self, name: str, y: torch.Tensor, value: str | None = None) -> torch.Tensor:
-        """Convert a layer's output in the graph to the simulation's scale; `value` names that of another call."""
+        """Convert a layer's output in the graph to the simulation's scale; `value` names the output of a later call."""
         return y / self._scale(value or self.graph.nodes[name][1], name, y)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[QuantizedLayer]:
-        """The layer, to be called with what enters it in the graph: its own scales are in there, where it has them."""
+        """Yield the layer, to be called with its input in the graph, which may already contain its channel scales."""
         layer = self._layers[name]
         balance = layer.balance
         if balance is not None and self.graph.is_folded(name):
@@ -49,7 +49,7 @@ class LayersInGraph:
             layer.balance = balance
 
     def _scale(self, value: str, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Return the channel scales of a value at an end of the layer of this name."""
+        """Return the channel scales that are folded into a value, an input or output of the layer of this name."""
         by = self.graph.scaled.get(value)
         axis = channel_axis(self._layers[name].layer)
         scale_C = torch.ones(x.shape[axis])
@@ -59,13 +59,13 @@ class LayersInGraph:
 
 
 def value_names(graph: Graph) -> tuple[str, ...]:
-    """Return the names of the inputs and outputs of each layer in a graph, and of its output, for `find_departures`."""
+    """Return the names of each layer's inputs and outputs, and of the graph's outputs, for `find_departures`."""
     ends = [end for name, calls in _call_outputs(graph).items() for end in (graph.nodes[name][0], *calls)]
     return tuple(dict.fromkeys([*ends, *graph.outputs]))
 
 
 def _call_outputs(graph: Graph) -> dict[str, list[str]]:
-    """Return the outputs of each layer's calls, whose nodes begin with `layer`, `layer@1` and so on."""
+    """Return the outputs of each layer's calls. Names of a call's nodes begin with `layer`, `layer@1` and so on."""
     last: dict[str, dict[str, str]] = {}
     for node in read_proto(graph.path).graph.node:
         layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
@@ -77,11 +77,11 @@ def _call_outputs(graph: Graph) -> dict[str, list[str]]:
 def find_departures(
     layers: Mapping[str, QuantizedLayer], simulated: Denoise, graph: Graph, deployed: Values, call: Inputs
 ) -> tuple[dict[str, Departure], float]:
-    """Every layer in the order in which they run, and the error of the graph's output.
+    """Return the errors of all layers in the order in which they run, and the error of the graph's output.
 
-    The simulation goes on with what left each layer in the graph, so that no difference is carried along. What enters
-    a layer is wrong then by what lies between it and the layers before it alone; what leaves it is held against the
-    simulated layer on what entered it in the graph. A layer that is called again is checked at its first call.
+    After each layer, the simulation continues with the layer's output in the graph, so errors do not accumulate. The
+    error of a layer's input is then made between this layer and the ones before it. The error of its output is measured
+    against the simulated layer on its input in the graph. A layer with several calls is checked at its first call.
     """
     values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
     found: dict[str, Departure] = {}
@@ -97,7 +97,7 @@ def find_departures(
                     own = rel_l2(left[0], layer.forward(entered))
             found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
         calls[name] += 1
-        again = left[min(calls[name], len(left)) - 1]  # equal calls are one in the graph
+        again = left[min(calls[name], len(left)) - 1]  # the exporter merges equal calls into one
         return again if again.shape == y.shape else y
 
     there = {name: layer for name, layer in layers.items() if name in graph.nodes}
@@ -107,7 +107,7 @@ def find_departures(
 
 
 def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
-    """|y - y_ref| / |y_ref|; infinite where the shapes differ."""
+    """Return |y - y_ref| / |y_ref|; infinite if the shapes differ."""
     y, reference = y.detach(), reference.detach()
     if y.shape != reference.shape:
         return math.inf

@@ -1,4 +1,4 @@
-"""Runs one layer of an exported graph alone, on given inputs."""
+"""Run one layer of an exported graph alone, on given inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
-    """The layer alone: from the value that enters it, and `step` if it looks at that, to the one that leaves it.
+    """Return a model of the layer alone, from its input, and `step` if the layer reads that, to its output.
 
-    The codes of its input, where it has any, are a second output. Raises KeyError for a layer not in `graph.nodes`.
+    The codes of a quantized input are a second output. Raises KeyError for a layer not in `graph.nodes`.
     """
     before, after = graph.nodes[layer]
     model = _loaded(graph.path, graph.path.stat().st_mtime_ns)
@@ -39,14 +39,14 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, _: int) -> ir.Model:
-    """Parsed once for all layers of a graph; its weights stay on disk."""
+    """Return the graph, parsed once for all its layers; the weights stay on disk."""
     return read_model(path)
 
 
 def run_layer(
     graph: Graph, layer: str, x: NDArray[np.float32], runtime: Runtime, step: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
-    """Return the layer's output on x at `step` in the runtime, and the codes of its input, if it has any."""
+    """Return the layer's output on x at `step` in the runtime, and the codes of its input if it is quantized."""
     import numpy as np
 
     model = layer_model(graph, layer)
@@ -58,7 +58,7 @@ def run_layer(
 
 
 def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
-    """Return the type of the value that enters the layer: float32 or float16."""
+    """Return the type of the layer's input: float32 or float16."""
     model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
     values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
     dtype = next(value.dtype for value in values if value.name == name)

@@ -1,4 +1,4 @@
-"""Compares a quantized model's simulation with its deployed graph, on the same inputs."""
+"""Compare a quantized model's simulation with its deployed graph, on the same inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A quantized model, simulated and deployed in `runtime`. `step` finds the denoising step of a call."""
+    """Quantized model, both simulated and deployed in `runtime`. `step` returns the denoising step of a call."""
 
     graph: Graph
     layers: Mapping[str, QuantizedLayer]
@@ -55,20 +55,20 @@ class Comparison:
         return {n for n, m in self.layers.items() if m.branch or isinstance(m.scheme.input, Float)}
 
     def departures(self, call: Inputs) -> tuple[DepartureFigures, dict[str, Departure]]:
-        """Look into the whole graph in one call. Returns figures, and how far each layer leaves the simulation."""
+        """Compare all layers inside the whole graph in one call. Returns the figures and the errors of each layer."""
         values = graph_values(self.graph, self.runtime, value_names(self.graph))
         found, output = find_departures(self.layers, self.simulated, self.graph, values, call)
         return DepartureFigures.of(found, output), found
 
     def parity(self, call: Inputs) -> float:
-        """Relative L2 error of the graph's output on one call."""
+        """Return the relative L2 error of the graph's output on one call."""
         return rel_l2(self.deployed(call), self.simulated(call))
 
     @torch.no_grad()
     def layer_parity(self, call: Inputs, ctx: Context) -> dict[str, LayerParity]:
-        """Compare every layer alone in the runtime, on the input that it has in the simulation of `call`.
+        """Compare every layer alone in the runtime, on its input in the simulation of `call`.
 
-        A layer that is called several times is compared at its first call, the one whose ends the graph names.
+        A layer that is called several times is compared at its first call, whose input and output the graph names.
         """
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -89,9 +89,9 @@ class Comparison:
 def compare_layer(
     ends: LayersInGraph, name: str, x: torch.Tensor, y: torch.Tensor, step: int, runtime: Runtime
 ) -> LayerParity:
-    """Compare one layer of the graph at a step with its simulation, which turned `x` into `y`.
+    """Compare one layer of the graph at a step with its simulation, whose output on `x` is `y`.
 
-    A layer that takes float16 is compared on `x` as float16 holds it.
+    If the layer's input is float16, `x` is first rounded to float16.
     """
     graph = ends.graph
     x = ends.entering(name, x)

@@ -1,4 +1,4 @@
-"""Compares the deployed graph with its simulation, layer by layer and as a whole, and both with full precision."""
+"""Compare the deployed graph with its simulation, layer by layer and as a whole, and both with full precision."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 BETWEEN_HALVES = 10 * 2.0**-11
-"""Relative L2 error allowed between two layers in float16: ten roundings, of an attention and its neighbours."""
+"""Relative L2 error allowed between two layers in float16: ten roundings, as in an attention with its neighbours."""
 
 
 class Verify(Pass):
-    """Fails when the graph in its runtime is not what was simulated.
+    """Compare the graph in its runtime with the simulation, and fail if they differ by more than the tolerances.
 
-    Two correct executions may round a tie differently, and every later layer then rounds other values. So layers are
-    compared alone, on the same input, and whole models by their distance to full precision.
+    Two correct implementations may round a tie differently, and every later layer then rounds other values. So each
+    layer is compared alone, on the same input, and whole models by their distance to full precision.
     """
 
     name: ClassVar[str] = "verify"
@@ -85,7 +85,7 @@ class Verify(Pass):
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()
         in_float = layers_in_float(model.module, state[QUANTIZED].layers, target)
-        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before scales are among them
+        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before the simulation adds scales
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
         with ctx.progress("samples", 3) as advance:
@@ -119,9 +119,9 @@ class Verify(Pass):
         return {VERIFICATION: result}
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
-        """Raise StepFailed with every layer and figure that is outside its tolerance, the first layer first.
+        """Raise StepFailed that lists every layer and figure outside its tolerance.
 
-        `half`: the layers that compute in float16; `halves`: whether what is between layers does.
+        `half`: the layers that compute in float16; `halves`: True if operators between layers compute in float16.
         """
         problems = self._departed(result.figures, result.departures, halves=halves)
         tolerances = {name: self.half_tolerance if name in half else self.layer_tolerance for name in result.layers}
@@ -147,7 +147,7 @@ class Verify(Pass):
             raise StepFailed(*problems)
 
     def _departed(self, figures: DepartureFigures, departures: Mapping[str, Departure], *, halves: bool) -> list[str]:
-        """Return every layer that computes wrong inside the graph, then the first one whose input is already wrong."""
+        """Return a line for every layer that is wrong inside the graph, then for the first with a wrong input."""
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [
@@ -168,7 +168,7 @@ class Verify(Pass):
 
 
 def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance) -> torch.Tensor:
-    """Draw samples, cut to [-1, 1]."""
+    """Draw samples, clamped to [-1, 1]."""
     samples = sampler.sample(denoise, start).clamp(-1, 1)
     advance()
     return samples
@@ -188,7 +188,7 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
 
 
 def layers_in_float(module: nn.Module, quantized: Collection[str], target: Target) -> dict[str, str]:
-    """Return layer -> reason for linear layers and convolutions of the full-precision model that stay in float."""
+    """Return the reason, by layer name, for each linear layer and convolution that stays in float."""
     from torch.nn.modules.conv import _ConvNd
 
     from intaglio.pipeline.formats.layer import admitted_schemes, illegal
@@ -210,7 +210,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
 
 
 def _by_reason(in_float: Mapping[str, str]) -> str:
-    """Return each reason with the names of its layers in float, the first of them where there are many."""
+    """Return each reason with the names of its layers; of a long list, only the first names."""
     names: dict[str, list[str]] = {}
     for name, reason in in_float.items():
         names.setdefault(reason, []).append(name)
@@ -221,8 +221,8 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
 def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> SampleFigures:
     """Return the distances of simulated and deployed samples to those of full precision.
 
-    An error below `rounding`, relative to full precision, comes from the order of sums: there is no gap between two
-    implementations whose errors are both below it.
+    An error below `rounding`, relative to full precision, comes from the order of summation. If the errors of both
+    implementations are below it, the gap is zero.
     """
     from intaglio.pipeline.artifacts.verification import SampleFigures
     from intaglio.pipeline.numerics.quality import LEAST_MSE, decibels, mean_squared_error, psnr_db, sqnr_db

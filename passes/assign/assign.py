@@ -68,8 +68,9 @@ class Budget(BaseModel):
 class AssignPrecision(Pass):
     """Choose one legal scheme for each layer, with the least summed error within all budgets, by HiGHS.
 
-    It solves a multiple-choice knapsack. Beside the plan it returns the front: plans from the smallest to the one with
-    the least error, within the other budgets. `point` takes one of them in place of the plan for `budget.size`.
+    The choice is a multiple-choice knapsack. Besides the plan, the pass returns the front: plans from the smallest to
+    the one with the least error, within the other budgets. `point` selects one of them in place of the plan for
+    `budget.size`.
     """
 
     name: ClassVar[str] = "assign"
@@ -120,9 +121,9 @@ class AssignPrecision(Pass):
         return profiles
 
     def check(self, target: Target) -> None:
-        """Check the options. Raises TargetError if the target runs no scheme for a kind of layer, or not a named one.
+        """Check the options. Raises TargetError if the target does not execute a scheme of the options.
 
-        It also raises for an unknown device, for a missing one, and for a profile of another runtime.
+        Also raises TargetError for an unknown or missing device, and for a profile of another runtime.
         """
         problems = [
             f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for a {op}, not {name}"
@@ -280,7 +281,7 @@ class AssignPrecision(Pass):
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:
-    """Return layers that were not measured, as they have no part in the recorded calls, with the reasons."""
+    """Return the layers that were not measured because no recorded call needs them, with the reasons."""
     measured = {layer.name for layer in table.layers}
     return {} if workload is None else {n: why for n, why in workload.unreached if n.name not in measured}
 

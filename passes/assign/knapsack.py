@@ -34,7 +34,7 @@ INFEASIBLE = 2
 
 
 class _Mixed(NamedTuple):
-    """Optimum if options may be mixed, and each option's excess cost (O), both in `unit`."""
+    """Optimum of the relaxed problem, which may mix options, and each option's reduced cost (O), both in `unit`."""
 
     unit: float
     least: float
@@ -45,8 +45,8 @@ class _Mixed(NamedTuple):
 class Knapsack:
     """Knapsack in which `layer` is each option's layer (O). A limit bounds the sum of the chosen options' costs.
 
-    Each two sets of options in `equal` are chosen from equally often. `gap` is the largest relative distance of the
-    loss from the optimum.
+    For each pair of option sets in `equal`, equally many options are chosen from both. `gap` is the largest relative
+    distance of the loss from the optimum.
     """
 
     layer: NDArray[np.intp]
@@ -56,15 +56,15 @@ class Knapsack:
     gap: float = 1e-4
 
     def best(self, limits: Mapping[str, float]) -> Chosen | None:
-        """Return the choice of the least loss within the limits; None if there is none."""
+        """Return the choice with the least loss within the limits; None if there is none."""
         return self._least(self.loss, limits)
 
     def cheapest(self, cost: str, limits: Mapping[str, float]) -> Chosen | None:
-        """Return the choice of the least cost of this name within the limits; None if there is none."""
+        """Return the choice with the least cost of this name within the limits; None if there is none."""
         return self._least(self.costs[cost], limits)
 
     def bound(self, limits: Mapping[str, float]) -> float | None:
-        """Return a lower bound of the loss within the limits, from mixed options; None if nothing is within."""
+        """Return a lower bound of the loss within the limits, from the relaxed problem; None if there is no choice."""
         mixed = self._mixed(self.loss, limits)
         return None if mixed is None else mixed.least * mixed.unit
 
@@ -83,9 +83,9 @@ class Knapsack:
         return chosen
 
     def _least(self, amount: Floats, limits: Mapping[str, float]) -> Chosen | None:
-        """Solve first for the options that cost least beside the relaxed optimum.
+        """Return the choice with the least amount: solve first with the options of lowest reduced cost.
 
-        Its result shows which other options could still be better: an option costs at least its reduced cost.
+        The result shows which other options could still be better: using an option costs at least its reduced cost.
         """
         mixed = self._mixed(amount, limits)
         if mixed is None:
@@ -121,7 +121,7 @@ class Knapsack:
             if relaxed.status == INFEASIBLE:
                 return None
             found = _Mixed(unit, float(relaxed.fun), relaxed.lower.marginals)
-            if found.least < 1e-9 * UNIT:  # rounding: nothing is lost
+            if found.least < 1e-9 * UNIT:  # the optimum is zero, up to rounding
                 break
             unit *= found.least / UNIT
         return found
@@ -129,7 +129,7 @@ class Knapsack:
     def _solve(
         self, amount: Floats, within: LinearConstraint, integral: NDArray[np.int_], bounds: Bounds
     ) -> NDArray[np.intp] | None:
-        """Return the choice of the least amount; None if nothing is within the limits."""
+        """Return the choice with the least amount; None if nothing is within the limits."""
         with _stdout_to_stderr():
             result = milp(
                 amount,

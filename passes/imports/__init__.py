@@ -1,5 +1,5 @@
 """Import weights that other tools quantized, and keep their integers.
 
-A file of Model Optimizer, compressed-tensors or torchao enters. The plan and the integer weights leave, in the form
-that `merge` makes. Every problem of a file is reported with the name of its layer.
+The input is a file of Model Optimizer, compressed-tensors or torchao. Outputs are the plan and the integer weights, in
+the form that `merge` makes. Every problem of a file is reported with the name of its layer.
 """

@@ -27,7 +27,7 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Context:
-    """Only source of randomness, device and terminal for a pass: a pass that uses nothing else is repeatable."""
+    """Only source of randomness, device and terminal for a pass: a pass without any other source is repeatable."""
 
     scratch: Path
     """Folder for checkpoints: kept if the run is killed, found again by the same step, removed when it succeeds."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetricContext:
-    """Facts about the rows that a metric may use beside their outputs.
+    """Facts about the rows that a metric may use besides their outputs.
 
     `partner` (R,) is, for each row, the row with the same sample and timestep under another condition, or under none;
     None if rows have no such partner. `frame_axis` is the axis of frames in outputs with five axes.

@@ -53,7 +53,7 @@ class Pass(BaseModel, ABC):
     random: ClassVar[bool] = False
     """True if the pass uses ctx.rng or ctx.torch_rng; then the seed is part of the cache key."""
     shared: ClassVar[bool] = False
-    """True if all processes of a run do a share (`ctx.processes`) and each returns the whole outputs."""
+    """True if every process of a run computes its share (`ctx.processes`) and returns the whole outputs."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions are part of the cache key."""
 
@@ -76,4 +76,4 @@ class Pass(BaseModel, ABC):
 
     @abstractmethod
     def run(self, state: State, ctx: "Context") -> Outputs:
-        """Returns exactly what the pass provides."""
+        """Run the pass. Returns exactly the artifacts that it provides."""

@@ -35,7 +35,7 @@ class Processes:
         return self.index == 0
 
     def share(self, total: int) -> slice:
-        """Return this process's part of a sequence; the parts in the order of the processes are the sequence."""
+        """Return this process's part of a sequence; the parts, in the order of processes, make up the sequence."""
         return slice(total * self.index // self.count, total * (self.index + 1) // self.count)
 
     def agree(self, value: T) -> T:
@@ -46,7 +46,7 @@ class Processes:
 
         said = [value if self.first else None]
         dist.broadcast_object_list(said, src=0)
-        return said[0]  # type: ignore[return-value]  # the first one's value has taken its place
+        return said[0]  # type: ignore[return-value]  # the value of the first process has replaced it
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, P values in their order."""

@@ -38,7 +38,7 @@ Name: TypeAlias = Annotated[str, Field(max_length=1000), AfterValidator(_as_name
 
 
 class Step(BaseModel):
-    """Use of a pass in a recipe, written as its name, with options, or with all three fields.
+    """Use of a pass in a recipe, written as its name, as its name with options, or with all three fields.
 
     >>> Step.model_validate({"calibrate": {"samples": 8}})
     Step(name='calibrate', uses='calibrate', options={'samples': 8})
@@ -67,7 +67,7 @@ class Step(BaseModel):
         return {"name": default_step_name(str(spelled["uses"])), **spelled}
 
     def written(self) -> object:
-        """Return the shortest spelling that reads back as this step."""
+        """Return the shortest form that parses to this step."""
         if self.name != default_step_name(self.uses):
             return self.model_dump(mode="json")
         return {self.uses: dict(self.options)} if self.options else self.uses
@@ -90,7 +90,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def parse(cls, text: str, *, source: str = "recipe") -> Self:
-        """Reads YAML. Raises RecipeError with every problem of the text.
+        """Read a recipe from YAML. Raises RecipeError with every problem of the text.
 
         >>> recipe = Recipe.parse("{model: models/dit, targets: [tensorrt-rtx], steps: [calibrate, ./my.py:KeepFirst]}")
         >>> recipe.model.path, recipe.model.sampling_steps, [step.name for step in recipe.steps]
@@ -110,7 +110,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read the recipe that a file holds. Raises RecipeError as `parse` does, and for what is no regular file."""
+        """Read a recipe file. Raises RecipeError as `parse` does, and if the path is not a regular file."""
         return cls.parse(read_text(path, most=4 * MOST_CHARACTERS), source=printable(path))
 
     def insert(self, step: Step, *, after: str) -> Self:

@@ -23,9 +23,9 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_yaml(text: str, source: str) -> object:
-    """Return what the text says as None, bool, int of 64 bits, finite float, str, list, and dict with names as keys.
+    """Return the content of the text: None, bool, 64-bit int, finite float, str, list, or dict with names as keys.
 
-    Raises RecipeError, which names `source` and the place in it.
+    Raises RecipeError that names `source` and the position in the text.
     """
     if len(text) > MOST_CHARACTERS:
         raise RecipeError(f"{source}: {len(text)} characters, the most that is read is {MOST_CHARACTERS}")
@@ -37,7 +37,7 @@ def read_yaml(text: str, source: str) -> object:
         mark = error.problem_mark
         place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
         raise RecipeError(f"{source}: not YAML: {printable(error.problem)}{place}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: characters that UTF-8 does not have
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: characters that UTF-8 cannot encode
         raise RecipeError(f"{source}: not YAML: {printable(' '.join(str(error).split()))}") from error
     return None if node is None else _Values(source).read(node, ())
 
@@ -71,7 +71,7 @@ def _too_much(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class _Values:
-    """Make values from YAML nodes, and refuse with their place those that no recipe needs."""
+    """Convert YAML nodes to values. Nodes that no recipe needs are refused, and the error names their position."""
 
     source: str
 

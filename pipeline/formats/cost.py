@@ -1,6 +1,6 @@
-"""The cost of a layer: its least latency on a device, its bit operations, and the bytes of its activations.
+"""Estimate the cost of a layer: a lower bound of its latency, its bit operations, and its activation bytes.
 
-Shapes: R rows (tokens, or pixels that a convolution gives), N out features, K in features.
+Shapes: R rows (tokens, or output pixels of a convolution), N out features, K in features.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FLOAT_BYTES = 2
 
 
 def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> float:
-    """The roofline max(bytes / bandwidth, operations / throughput) of one call on R rows, each number moved once.
+    """Return the roofline max(bytes / bandwidth, operations / throughput), in seconds, of one call on R rows.
 
-    A bound from below, without launches and without what other layers leave in caches. The weight is read as it is
-    stored, x: (R, K) and y: (R, N); a convolution with a kernel of k numbers has its x as (R, K // k) in memory, for as
-    many pixels as it gives. An input with codes is multiplied on integers.
+    It is a lower bound: every number is moved once, and kernel launches and cached data are ignored. The weight is read
+    as stored, x is (R, K) and y is (R, N). The input of a convolution with a kernel of k numbers is (R, K // k) in
+    memory: it has as many pixels as the output. An input with codes is multiplied as integers.
     """
     moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
@@ -32,7 +32,7 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
 
 
 def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
-    """Bytes of x and y, with one byte for a number that is rounded."""
+    """Return the bytes of x and y; a quantized number takes one byte."""
     kernel = layer.k // layer.shape[1]
     x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else 1
     y_bytes = FLOAT_BYTES if isinstance(scheme.output, Float) else 1
@@ -40,5 +40,5 @@ def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
 
 
 def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
-    """Multiplications on R rows, each counted as bits of the weight times bits of the input."""
+    """Return the multiplications on R rows, each counted as weight bits times input bits."""
     return rows * layer.n * layer.k * scheme.weight_bits * scheme.input_bits

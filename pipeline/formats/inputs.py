@@ -1,4 +1,4 @@
-"""Formats of what enters and leaves a layer: float, or integer codes with a scale for each token or denoising step."""
+"""Define formats of a layer's input and output: float, or integer codes with a scale for each token or step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Value(BaseModel):
-    """A frozen value that compares by its fields, and takes no others."""
+    """Frozen value that is compared by its fields and rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Float(Value):
-    """Not quantized."""
+    """Floating point: not quantized."""
 
     bits: ClassVar[int] = 16
     label: ClassVar[str] = "float"
@@ -37,7 +37,7 @@ class PerStep(Value):
 
 
 class IntInput(Value):
-    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes multiply as 8-bit ones do."""
+    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes are multiplied as 8-bit codes."""
 
     kind: Literal["int"] = "int"
     bits: Literal[4, 8] = 8
@@ -53,7 +53,7 @@ class IntInput(Value):
 
 
 class IntOutput(Value):
-    """Symmetric 8-bit product, without its bias, y ~= scale * q with q in [-128, 127]; one scale a denoising step."""
+    """Symmetric 8-bit product before the bias, y ~= scale * q, q in [-128, 127]; one scale for each denoising step."""
 
     bits: ClassVar[int] = 8
     kind: Literal["int"] = "int"

@@ -1,4 +1,4 @@
-"""Which schemes there are, by name. A new weight format is known everywhere once its schemes are here."""
+"""List all schemes by name. Every pass and command knows a new weight format once its schemes are listed here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from intaglio.pipeline.errors import did_you_mean
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, int_schemes
 
 Family: TypeAlias = Callable[[int], Iterator[LayerScheme]]
-"""Yields schemes; those with groups have this many input features in each."""
+"""Function that yields schemes for a group size in input features."""
 
 
 def scheme_families() -> tuple[Family, ...]:
@@ -22,7 +22,7 @@ def scheme_families() -> tuple[Family, ...]:
 
 
 def known_schemes(group: int = 64) -> Mapping[str, LayerScheme]:
-    """Return all schemes by name, float first; those with groups have `group` input features in each."""
+    """Return all schemes by name, float first; grouped weights have `group` input features in each group."""
     return _by_name(scheme_families(), group)
 
 
@@ -50,4 +50,4 @@ def _known_name(name: str) -> str:
 SchemeName: TypeAlias = Annotated[
     str, AfterValidator(_known_name), WithJsonSchema({"type": "string", "enum": list(scheme_names())})
 ]
-"""The name of a scheme that is known."""
+"""Name of a known scheme."""

@@ -1,4 +1,4 @@
-"""A quantizable layer, which schemes its shape admits, and why it cannot take a scheme on a target."""
+"""Define a quantizable layer, the schemes that its shape admits, and why a target cannot execute a scheme."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ AxisSize: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Layer(BaseModel):
-    """A layer that can be quantized, by its module path. `shape` is that of its weight in torch.
+    """Layer that can be quantized. `name` is its module path, `shape` the shape of its weight in torch.
 
-    `padded`: a convolution that adds zeros around its input.
+    `padded`: True for a convolution that pads its input with zeros.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class Layer(BaseModel):
 
 
 def admitted_schemes(layer: Layer, groups: Sequence[int] = GROUPS) -> tuple[LayerScheme, ...]:
-    """Return all schemes that the layer's shape admits, float first, which every shape admits.
+    """Return all schemes that the layer's shape admits. The first is float, which every shape admits.
 
     The group size is the first of `groups` that divides K.
     """

@@ -1,6 +1,6 @@
-"""The tables of one layer, as one value that passes hand on. Loads no heavy module.
+"""Define the tables of one layer, by denoising step, as one value. The module imports nothing heavy.
 
-Shapes: T denoising steps, S timesteps that are asked for.
+Shapes: T denoising steps, S wanted timesteps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LayerTables:
     `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input.
     `shift_T`: middle of the input's range, where the scheme shifts the input.
     `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output.
-    `factor_T`: factor on the magnitude that a token is divided by, where the range of tokens is clipped.
+    `factor_T`: factor on each token's magnitude, if the range of tokens is clipped.
     """
 
     amax_T: torch.Tensor | None = None
@@ -37,7 +37,7 @@ class LayerTables:
         return self.amax_T is not None or self.factor_T is not None
 
     def needed_by(self, scheme: LayerScheme) -> LayerTables:
-        """Return the tables that this scheme computes with. Raises ValueError for one that is missing."""
+        """Return the tables that this scheme needs. Raises ValueError if one of them is missing."""
         from intaglio.pipeline.numerics.rounding import TOKEN_EPS
 
         stepped, rounded = scheme.by_step, not isinstance(scheme.output, Float)
@@ -56,7 +56,7 @@ class LayerTables:
         )
 
     def resampled(self, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> LayerTables:
-        """Return these tables, measured at `timesteps` (T,), at the `wanted` timesteps (S,)."""
+        """Return the tables at the `wanted` timesteps (S,), interpolated from those at `timesteps` (T,)."""
         from intaglio.pipeline.numerics.step_tables import resample_linear, resample_magnitude
 
         def magnitude(values_T: torch.Tensor | None) -> torch.Tensor | None:
@@ -66,7 +66,7 @@ class LayerTables:
         return LayerTables(magnitude(self.amax_T), shift_S, magnitude(self.output_amax_T), magnitude(self.factor_T))
 
     def replaced_by(self, learnt: LayerTables) -> LayerTables:
-        """Return these tables, with those of `learnt` in the place of the ones that it has."""
+        """Return these tables, each replaced by that of `learnt` if `learnt` has it."""
         return LayerTables(**{n: own if (new := getattr(learnt, n)) is None else new for n, own in vars(self).items()})
 
 

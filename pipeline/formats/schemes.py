@@ -1,4 +1,4 @@
-"""Schemes as values: a weight format with an input format and an output format.
+"""Define schemes: a scheme is a weight format with an input format and an output format.
 
 The name of a scheme is derived from its value, and no name is parsed: `known.py` finds a scheme by its name.
 """
@@ -55,10 +55,10 @@ __all__ = [
 
 
 def _weight(written: object) -> object:
-    """Return the format that JSON describes, by its `kind`. Raises ValueError where it describes none."""
+    """Return the weight format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
     if not isinstance(written, dict):
         return written
-    from intaglio.pipeline.formats.known import known_schemes  # which imports this module
+    from intaglio.pipeline.formats.known import known_schemes  # known.py imports this module
 
     formats = {scheme.weight.kind: type(scheme.weight) for scheme in known_schemes().values()}
     if (kind := written.get("kind")) not in formats:
@@ -73,7 +73,7 @@ WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weig
 
 
 class LayerScheme(Value):
-    """Formats of one layer: of its weight, of its input, and of the product without its bias."""
+    """Formats of one layer: of its weight, of its input, and of its product before the bias."""
 
     weight: WeightFormat
     input: InputFormat
@@ -101,19 +101,19 @@ class LayerScheme(Value):
 
     @property
     def shifted(self) -> bool:
-        """True where the middle of the input's range is taken off before the input is rounded."""
+        """True if the middle of the input's range is subtracted before rounding."""
         return isinstance(self.input, IntInput) and self.input.shifted
 
     @property
     def label(self) -> str:
-        """Bits of weight and input alone, such as w4a16; float where the weight is not rounded."""
+        """Name of weight format and input bits alone, such as w4a16; float if the weight is not rounded."""
         return self.weight.label if isinstance(self.weight, Float) else f"{self.weight.label}a{self.input_bits}"
 
     @property
     def name(self) -> str:
-        """Short name of the scheme, as targets and tables use it. Only the size of groups is not in it.
+        """Short name of the scheme, as targets and tables use it. It leaves out the group size.
 
-        Raises ValueError where its formats make no scheme together.
+        Raises ValueError if the formats cannot be combined.
 
         >>> [each.name for each in (FLOAT, W8A8_TOKEN, w4a16(64), with_output(w4a8_step(64)), with_shift(W8A8_STEP))]
         ['float', 'w8a8_token', 'w4a16', 'w4a8o8_step', 'w8a8s_step']
@@ -130,11 +130,11 @@ class LayerScheme(Value):
                 assert_never(other)
 
     def alike(self, other: LayerScheme) -> bool:
-        """Return True where the schemes differ in the size of groups at most, which names leave out."""
+        """Return True if the schemes are equal or differ only in their group size."""
         return self.name == other.name
 
     def _problem(self) -> str | None:
-        """Return why its formats make no scheme together, or None."""
+        """Return why the formats cannot be combined, or None."""
         if not isinstance(self.output, Float):
             if not self.by_step:
                 return "an output is rounded only behind an input with a scale a step"
@@ -156,12 +156,12 @@ W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Fl
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:
-    """Return the scheme with an 8-bit output: its product takes and gives 8-bit codes."""
+    """Return the scheme with an 8-bit output: its product reads and writes 8-bit codes."""
     return scheme.model_copy(update={"output": IntOutput()})
 
 
 def with_shift(scheme: LayerScheme) -> LayerScheme:
-    """Return the scheme with a shifted input: all codes are used where the range is not symmetric."""
+    """Return the scheme with a shifted input, which uses all codes even if the range is not symmetric."""
     if not isinstance(scheme.input, IntInput):
         raise ValueError(f"a float input has no shift: {scheme}")
     return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": True})})
@@ -175,27 +175,27 @@ def without_shift(scheme: LayerScheme) -> LayerScheme:
 
 
 def w4a16(group: int) -> LayerScheme:
-    """Weight-only 4 bit with one scale for every `group` input features."""
+    """Return the scheme with a 4-bit weight, one scale for every `group` input features, and a float input."""
     return LayerScheme(weight=IntWeight(bits=4, granularity=PerGroup(size=group)), input=Float())
 
 
 def w4a8_token(group: int) -> LayerScheme:
-    """4-bit weight in two levels, input with a scale a token: a product of 8-bit codes."""
+    """Return the scheme with a two-level 4-bit weight and an 8-bit input with one scale for each token."""
     return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerToken()))
 
 
 def w4a8_step(group: int) -> LayerScheme:
-    """4-bit weight in two levels, input with a scale a denoising step: a product of 8-bit codes."""
+    """Return the scheme with a two-level 4-bit weight and an 8-bit input with one scale for each step."""
     return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerStep()))
 
 
 def w4a4_token(group: int) -> LayerScheme:
-    """4-bit weight in two levels, 4-bit input with a scale a token: a product of 8-bit codes."""
+    """Return the scheme with a two-level 4-bit weight and a 4-bit input with one scale for each token."""
     return LayerScheme(weight=_two_level(group), input=IntInput(bits=4, granularity=PerToken()))
 
 
 def w4a4_step(group: int) -> LayerScheme:
-    """4-bit weight in two levels, 4-bit input with a scale a denoising step: a product of 8-bit codes."""
+    """Return the scheme with a two-level 4-bit weight and a 4-bit input with one scale for each step."""
     return LayerScheme(weight=_two_level(group), input=IntInput(bits=4, granularity=PerStep()))
 
 
@@ -204,7 +204,7 @@ def _two_level(group: int) -> IntWeight:
 
 
 def int_schemes(group: int) -> Iterator[LayerScheme]:
-    """Yield the schemes with 8- and 4-bit weights; those with groups have `group` input features in each."""
+    """Yield the schemes with 8-bit and 4-bit weights; groups have `group` input features."""
     four = (w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group))
     integer = (W8A8_TOKEN, W8A8_STEP, *four)
     yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four)

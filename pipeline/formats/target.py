@@ -1,4 +1,4 @@
-"""A target: the formats and operators that one runtime executes on one device, as data."""
+"""Define a target: the formats and operators that one runtime executes on one device, as data."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -17,7 +17,7 @@ OpKind: TypeAlias = Literal["linear", "conv"]
 
 
 class Fact(BaseModel):
-    """One statement the target rests on, and where it comes from."""
+    """Statement that the target relies on, with its source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class Fact(BaseModel):
 
 
 class Device(BaseModel):
-    """Peak figures of a device from its data sheet, dense and not sparse, for `cost`."""
+    """Peak figures of a device from its data sheet, without sparsity, for `cost`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,7 +41,7 @@ class Device(BaseModel):
 
 
 class Kernels(BaseModel):
-    """One choice of 8-bit kernels: the session settings that make the runtime take them."""
+    """Choice of 8-bit kernels: the session settings that make the runtime use them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -100,7 +100,10 @@ def _known_runtime(name: str) -> str:
 
 
 class Target(BaseModel):
-    """Constraints only: what is not listed is not executed. An artifact, so that only passes that read it run again."""
+    """Constraints of one runtime on one device, which executes only what is listed.
+
+    A target is an artifact: after a change, only the passes that read the target run again.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,7 +146,7 @@ class Target(BaseModel):
 
 
 def target_names() -> tuple[str, ...]:
-    """Return the names of the targets that the runtimes bring, sorted. A file whose name begins with _ is no target."""
+    """Return the sorted names of the targets of all runtimes. A file whose name begins with _ is not a target."""
     return tuple(sorted(name for name in _files() if not name.startswith("_")))
 
 
@@ -159,14 +162,14 @@ def load_target(name: str) -> Target:
 
 
 def _read(name: str) -> dict[str, Any]:
-    """Return a file's content over that of the file that it `extends`."""
+    """Return a file's content, merged over the content of the file that it `extends`."""
     content = _parse(_files()[name])
     base = content.pop("extends", None)
     return content if base is None else _over(_read(base), content)
 
 
 def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings key by key; `key+` adds to the list that is there; anything else takes its place."""
+    """Merge mappings key by key; `key+` adds to the list of `key`; any other value replaces the old one."""
     result = dict(base)
     for key, value in changes.items():
         if key.endswith("+"):
@@ -180,7 +183,7 @@ def _over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _files() -> dict[str, Path]:
-    """Return the YAML files in the folder `targets` beside each runtime. Raises RecipeError where two have one name."""
+    """Return the YAML files in the folder `targets` beside each runtime. Raises RecipeError if two share a name."""
     found: dict[str, Path] = {}
     for file in (file for folder in runtime_folders() for file in sorted(folder.glob("targets/*.yaml"))):
         if file.stem in found:

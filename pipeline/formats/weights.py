@@ -1,7 +1,7 @@
-"""Formats of weights. A format owns its label, its codes, its fit, its rounding and its bytes.
+"""Define weight formats: each has its label, its codes, the fit of its scales, its rounding and its stored bytes.
 
-The arithmetic is that of `numerics`, which is imported where it is used: this module imports nothing heavy.
-Shapes: N out features, K in features, G scales a row (1, or K // group size).
+The arithmetic is in `numerics`, imported inside the functions that use it: this module imports nothing heavy.
+Shapes: N output features, K input features, G scales in each row (1, or K // group size).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class RoundedWeight(Value, ABC):
-    """A weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
+    """Weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
 
-    A subclass is a format. It is known once a scheme of `known.py` has it.
+    Each subclass is a format. A format is known once a scheme in `known.py` uses it.
     Shapes: w and q (N, K), scales (N, G) with G = 1 or K // group_size.
     """
 
@@ -42,7 +42,7 @@ class RoundedWeight(Value, ABC):
 
     @property
     def group_size(self) -> int | None:
-        """Neighbouring input features that share a scale; None where all of a channel share one."""
+        """Number of neighbouring input features that share a scale; None if a channel has one scale."""
         return None
 
     @property
@@ -52,7 +52,7 @@ class RoundedWeight(Value, ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, with the scales of its groups but without the scale of its channel."""
+        """Stored bits of each weight, with its share of the group scale and without the channel scale."""
         return float(self.bits)
 
     @property
@@ -68,12 +68,12 @@ class RoundedWeight(Value, ABC):
         return Grid(self.low, self.high, self.group_size)
 
     def problem_with(self, form: InputFormat) -> str | None:
-        """Return why no product takes this weight with such an input, or None."""
+        """Return why this weight cannot be multiplied with such an input, or None."""
         return None
 
     @abstractmethod
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the scales, (N, G), or (N, 1) and the integers of the groups, (N, G), where there are two levels."""
+        """Return the scales (N, G) and None; for two levels, the scales (N, 1) and the group integers (N, G)."""
 
     def quantize(self, w_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
         """Return the codes, int8 (N, K)."""
@@ -120,7 +120,7 @@ class PerGroup(Value):
 class TwoLevel(Value):
     """Two levels of scales, w: (N, K), axis=1 -> integer scale: (N, K // size), and scale: (N, 1).
 
-    A 4-bit code times its group's integer is the 8-bit code that a product takes: w ~= scale * (group * q)
+    A 4-bit code times its group's integer is the 8-bit code that the product multiplies: w ~= scale * (group * q)
     (progressive group quantization: QServe, Lin et al. 2024, section 4.1).
     """
 
@@ -143,7 +143,7 @@ class IntWeight(RoundedWeight):
 
     @property
     def low(self) -> int:
-        """Smallest code. 8 bit leaves -128 out, so that a code and its negative are both there."""
+        """Smallest code. At 8 bits, -128 is left out, so that every code has a negative."""
         return -127 if self.bits == 8 else -8
 
     @property
@@ -153,7 +153,7 @@ class IntWeight(RoundedWeight):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales of groups (float32; of two levels int8) included; a channel's one is not.
+        """Stored bits of each weight, with its share of the group scale (float32; int8 in two levels).
 
         >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
         [4.5, 4.125]
@@ -175,13 +175,13 @@ class IntWeight(RoundedWeight):
 
     @property
     def group_size(self) -> int | None:
-        """Neighbouring input features that share a scale; None where all of a channel do."""
+        """Number of neighbouring input features that share a scale; None if a channel has one scale."""
         return None if isinstance(self.granularity, PerChannel) else self.granularity.size
 
     def problem_with(self, form: InputFormat) -> str | None:
-        """Return why no product takes this weight with such an input, or None.
+        """Return why this weight cannot be multiplied with such an input, or None.
 
-        Products on integers take one scale for each channel, so 4-bit codes become 8-bit codes in two levels.
+        An integer product needs one scale for each channel, so a 4-bit weight needs two levels for it.
         """
         match form:
             case Float():
@@ -194,7 +194,7 @@ class IntWeight(RoundedWeight):
                 assert_never(other)
 
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return scales of the largest magnitude at 8 bits, of the least squared error at 4 bits."""
+        """Return scales: from the largest magnitude at 8 bits, with the least squared error at 4 bits."""
         from intaglio.pipeline.numerics import rounding
 
         match self.granularity:
@@ -207,7 +207,7 @@ class IntWeight(RoundedWeight):
                 assert_never(other)
 
     def pack(self, q_NK: torch.Tensor) -> torch.Tensor:
-        """Return 4-bit codes two a byte, 8-bit ones as they are."""
+        """Return 4-bit codes in pairs, two in each byte, and 8-bit codes unchanged."""
         import torch
 
         from intaglio.pipeline.numerics.packing import pack_int4
@@ -215,7 +215,7 @@ class IntWeight(RoundedWeight):
         return torch.from_numpy(pack_int4(q_NK.numpy())) if self.bits == 4 else super().pack(q_NK)
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the codes, int8 of this shape. Raises ValueError where the bytes hold another number of them."""
+        """Return the codes, int8 of this shape. Raises ValueError if the bytes hold another number of codes."""
         import torch
 
         from intaglio.pipeline.numerics.packing import unpack_int4

@@ -1,5 +1,5 @@
-"""Reaches the user's model: opens it, lists its layers, records its calls, and drives its sampler.
+"""Open the user's model, list its layers, record its calls, and drive its sampler.
 
-A diffusers folder, a hub id or a factory in a Python file enters. A `DenoiserModel` leaves: a module in float32 with
-its scheduler and everything else it is called with. No model family has code of its own here.
+The input is a diffusers folder, a hub id or a factory in a Python file. The output is a `DenoiserModel`: a module in
+float32 with its scheduler and everything else that a call needs. No model family has code of its own here.
 """

@@ -34,7 +34,7 @@ def check_folders(folders: Collection[Path], store: Store) -> None:
 
 
 def check_folder(folder: Path) -> Path:
-    """Return the folder that is written, with links resolved. Raises RecipeError if `publish` could not write it."""
+    """Return the folder to write to, with links resolved. Raises RecipeError if `publish` could not write it."""
     name = printable(folder)
     try:
         place = folder.resolve()
@@ -129,6 +129,6 @@ def _manifest(folder: Path, provenance: Provenance) -> Manifest:
 
 
 def _distributions() -> tuple[str, ...]:
-    """Return the distributions that a manifest gives the versions of."""
+    """Return the distributions whose versions a manifest records."""
     needed = (package for runtime in runtimes().values() for package in runtime.packages if package.compiles)
     return (*VERSIONS, *(name for package in needed for name in package.distributions))

@@ -183,7 +183,7 @@ def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
 
 
 def installed_version(distribution: str) -> str:
-    """Return the version of a distribution, or `none`, which counts as one more version."""
+    """Return the version of a distribution, or `none` if it is not installed; a run key treats `none` as a version."""
     return find_version(distribution) or "none"
 
 
@@ -248,7 +248,7 @@ def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:
 
 
 def _advice(error: Exception, scratch: Path) -> str:
-    """Say whether a second run can succeed: where the machine was at fault, and not what the step was given."""
+    """Return advice: run again if the machine was the cause, such as too little memory; else fix the cause first."""
     text = str(error).lower()
     for_lack = isinstance(error, MemoryError) or any(lack in text for lack in NO_MEMORY)
     if for_lack or isinstance(error, BrokenExecutor) or (isinstance(error, OSError) and error.errno in MENDED):
@@ -258,7 +258,7 @@ def _advice(error: Exception, scratch: Path) -> str:
 
 @contextmanager
 def _by_users_paths(model: "ModelRef", base: Path, store: Store, given: Digests) -> Iterator[None]:
-    """Give the model's path as the user knows it in every error that names its copy in the store."""
+    """Replace the path of the model's copy in the store by the user's path in every error."""
     file, colon, _ = model.path.rpartition(":")
     if model.path.startswith("hub:"):
         known = model.path

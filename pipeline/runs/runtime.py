@@ -1,6 +1,7 @@
-"""A runtime: the one object that knows what executes a graph, found through the group `intaglio.runtimes`.
+"""Define a runtime: the object that opens graphs in one executor, and says how graphs for it are written.
 
-Its entry point is in a package with a folder `targets` beside it, which holds the YAML files of its targets.
+A runtime is an entry point of the group `intaglio.runtimes`. The folder `targets` beside its module holds the YAML
+files of its targets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """A graph that is ready to be called."""
+    """Graph that is ready to be called."""
 
     run: Run
     """Takes all inputs by name, returns all outputs by name. Raises what the runtime raises."""
@@ -37,71 +38,71 @@ class Opened:
 
 
 class Runtime(ABC):
-    """Everything that intaglio asks about one runtime. An instance is made without arguments and holds no state."""
+    """Interface of one runtime. An instance is made without arguments and holds no state."""
 
     name: ClassVar[str]
-    """The name of its entry point, by which targets name it."""
+    """Name of the entry point; targets refer to the runtime by this name."""
     packages: ClassVar[tuple[Package, ...]] = ()
     """The packages that `doctor` looks for."""
     steps: ClassVar[tuple[str, ...]] = ()
-    """Steps that the first recipe has for its targets, such as the one that builds an engine."""
+    """Steps that `init` adds to a recipe for its targets, such as the step that builds an engine."""
     device: ClassVar[str] = "cpu"
     """Device of the tensors that the function returned by `load` takes and returns, as torch names it."""
     executes: ClassVar[str] = "model.onnx"
     """The file of a compiled folder that `load` executes."""
     platform: ClassVar[str | None] = None
-    """The platform by which Triton Inference Server serves that file; None: it does not."""
+    """Platform in the configuration of Triton Inference Server; None if Triton does not serve this file."""
 
     @abstractmethod
     def lowerings(self) -> Iterable[object]:
-        """Return the rows of its table, each a `Lowering`: how schemes are written in ONNX for it."""
+        """Return the rows of the runtime's table. Each row is a `Lowering`: it writes a scheme in ONNX."""
 
     @abstractmethod
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
-        """Open a graph in its folder here, on the CPU or one of `providers`; `verify` and `benchmark` call it.
+        """Open a graph in its folder, on the CPU or one of `providers`; `verify` and `benchmark` call this.
 
-        threads: 0 for one for each core; what has no threads to set ignores it. Raises RecipeError for damaged files.
+        threads: 0 for one on each core; runtimes without this setting ignore it. Raises RecipeError for damaged files.
         """
 
     @abstractmethod
     def open_model(self, model: bytes, data: Path | None = None) -> Opened:
-        """Open a serialized model whose tensors outside, if any, are in the folder `data`; `verify` calls parts of it.
+        """Open a serialized model; `data` is the folder of its external tensors. `verify` opens single layers with it.
 
         Raises what the runtime raises.
         """
 
     def load(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Values | None:
-        """Return what computes a compiled folder for a user, if that is not what `open` opens.
+        """Return the function for `intaglio.load` that computes a compiled folder, or None to use `open`.
 
-        Raises RecipeError where the folder holds nothing that it executes, TargetError where that does not run here.
+        Raises RecipeError if the folder holds nothing that the runtime executes, TargetError if it cannot run here.
         """
         return None
 
     def prepare(self) -> None:
-        """Do what has to be done once in a process, so that measuring an open graph does not count it."""
+        """Do the work that is needed once in a process, so that it is not measured with an open graph."""
         return
 
     def usual_targets(self) -> tuple[str, ...]:
-        """Return the targets that a first recipe has on this machine where the user names none."""
+        """Return the targets of a first recipe on this machine if the user names none."""
         return ()
 
     def examine(self, packages: Mapping[str, Found], faults: Faults) -> Mapping[str, Fact]:
-        """Return what `doctor` says of it beside its packages, which are given by module."""
+        """Return the facts that `doctor` shows besides the versions of `packages`, which are keyed by module."""
         return {}
 
     @abstractmethod
     def build(self, target: Target, machine: Machine) -> Ability:
-        """Say whether what runs is built here."""
+        """Return whether this machine can build for the target, and the reason."""
 
     @abstractmethod
     def run(self, target: Target, machine: Machine) -> Ability:
-        """Say whether what was built runs here."""
+        """Return whether this machine can run what was built for the target, and the reason."""
 
     def verify(self, machine: Machine) -> Ability:
-        """Say whether `open` opens graphs here, where all that compiles is there."""
+        """Return whether `open` works on this machine, if everything that compiling needs is installed."""
         lacks = "; ".join(sorted({found.lack for p in self.packages if not (found := machine.package(p.module)).works}))
         return Ability(not lacks, lacks or "yes, on the CPU")
 
     def latency_command(self, shapes: str) -> str | None:
-        """Return the command that times a call on a GPU, in the compiled folder; `shapes` as trtexec has them."""
+        """Return the command, run in the compiled folder, that times a call on a GPU; `shapes` in trtexec's syntax."""
         return None

@@ -3,7 +3,7 @@
 objects/<sha256 of the sorted file tree>/   immutable
 runs/<key>.json                             written last, by rename: exists if and only if the step succeeded
 scratch/<key>/                              checkpoints of an unfinished step; removed on success
-staging/<key>/                              outputs on their way to objects/
+staging/<key>/                              outputs before they are moved to objects/
 locks/<key>                                 held while a step runs
 """
 
@@ -179,7 +179,7 @@ class Store:
         return StoreError(f"{self.root}: {what} cannot be written ({printable(error)}){advice}")
 
     def object_folder(self, digest: str) -> Path:
-        """Return the folder where the object is or would be. Raises StoreError if `digest` is no digest."""
+        """Return the folder where the object is or would be. Raises StoreError if `digest` is not a digest."""
         if re.fullmatch(DIGEST, digest) is None:
             raise StoreError(f"{printable(digest)[:80]!r} is no digest of an object: it has 64 hexadecimal digits")
         return self.root / "objects" / digest
@@ -191,7 +191,7 @@ class Store:
 def tree_digest(root: Path) -> str:
     """Return the sha256 over one line per file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count.
 
-    Links, pipes and devices have a line that no file has, so an object with one never counts as complete.
+    Links, pipes and devices have a line that no regular file can have, so an object with one never counts as complete.
     """
     lines = {}
     for path in entries_below(root)[1]:
@@ -257,7 +257,7 @@ def entries_below(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _read_record(path: Path) -> RunRecord:
-    """Read a record. Raises StoreError if it is no record, or that of another key."""
+    """Read a record. Raises StoreError if the file is not a record, or is the record of another key."""
     try:
         content = read_bytes(path, most=MOST_JSON, inside=path.parent, error=StoreError)
         record = RunRecord.model_validate_json(content)

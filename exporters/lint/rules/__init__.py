@@ -1,4 +1,4 @@
-"""Collect all rules of `lint`. A new rule is one decorated function in a module of this package."""
+"""Collect all rules of `lint`. A new rule is one decorated function in a module that `RULES` lists."""
 
 from intaglio.exporters.lint.rule import Rule, rules_in
 from intaglio.exporters.lint.rules import codes, products, scales, validity

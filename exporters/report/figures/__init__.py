@@ -1,4 +1,4 @@
-"""Figures of the page as plain values: artifacts enter, and values leave that a template only has to lay out."""
+"""Compute the figures of the report from artifacts, as plain values that a template only has to lay out."""
 
 from intaglio.exporters.report.figures.colours import magma_palette
 from intaglio.exporters.report.figures.heat import heat_colours, heat_map

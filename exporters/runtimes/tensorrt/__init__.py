@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: builds engines, reads what they execute, and runs them."""
+"""Build engines with TensorRT and TensorRT-RTX, read what they execute, and run them."""
