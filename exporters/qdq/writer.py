@@ -25,8 +25,6 @@ from intaglio.pipeline.numerics.rounding import INPUT_HIGH, TOKEN_EPS, eight_bit
 
 Attributes: TypeAlias = Mapping[str, int | ir.Attr]
 InputKey: TypeAlias = tuple[str, IntInput, bytes]
-Product: TypeAlias = "Callable[[Writer, Call, ir.Value], ir.Value]"
-"""Function that writes the product of a call and its rounded input."""
 
 
 @dataclass(frozen=True)
@@ -311,3 +309,7 @@ class Writer:
         )
         taken = self.op(call, "shift/Mul", [shift, table])
         return taken if bias is None else self.op(call, "shift/Add", [taken, bias])
+
+
+Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
+"""Function that writes the product of a call and its rounded input."""
