@@ -21,7 +21,6 @@ from pydantic_core import SchemaValidator
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 
 if TYPE_CHECKING:
-    import onnx
     import torch
 
 T = TypeVar("T")
@@ -46,8 +45,6 @@ MOST_NUMBER_DIGITS = 4300
 """Largest number of digits of a whole number, as in Python itself."""
 MOST_HEADER = 16 * MIB
 """Largest size in bytes of a safetensors header: names, types, places of its tensors, and metadata."""
-MOST_ONNX = 2048 * MIB
-"""Largest size in bytes of an ONNX file without external data: the limit of protobuf."""
 LISTED_PLACES = 3
 """Largest number of places in a damaged file that a message lists."""
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -227,25 +224,6 @@ def load_tensors(
     """Return all tensors of a safetensors file, by name. Raises `error` as `open_safetensors` does."""
     with open_safetensors(path, inside=inside, error=error) as opened, damage_of(path, error=error):
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
-
-
-def read_onnx(path: Path, *, inside: Path | None = None, error: type[IntaglioError] = RecipeError) -> "onnx.ModelProto":
-    """Return an ONNX model without reading the data of tensors that are in other files.
-
-    Raises `error` for a file that is no ONNX model or has no graph.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its types are a package of their own
-
-    content = read_bytes(path, most=MOST_ONNX, inside=inside, error=error)
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(content)
-    except (DecodeError, ValueError) as e:
-        raise error(f"{printable(path)}: is not an ONNX model, or only a part of one: {e}") from e
-    if not model.HasField("graph"):
-        raise error(f"{printable(path)}: is not an ONNX model: it has no graph")
-    return model
 
 
 def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeError) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,11 @@ class Checked:
 
     proto: onnx.ModelProto
     """Model as it was read; its larger tensors are in files."""
+
+    @cached_property
+    def functions(self) -> frozenset[tuple[str, str]]:
+        """Domain and name of every function that the model defines itself."""
+        return frozenset((domain, name) for domain, name, _ in self.model.functions)
 
     @classmethod
     def read(cls, path: Path) -> Checked:

@@ -24,7 +24,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError
-from intaglio.pipeline.files import DAMAGE, MIB, printable, read_json, read_onnx
+from intaglio.pipeline.files import DAMAGE, MIB, printable, read_json
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.registry import find_runtime
 
@@ -86,7 +86,7 @@ class ProfileLayers(Pass):
                 session.run(None, feed)
                 advance()
         events = json.loads(Path(session.end_profiling()).read_text())  # ONNX Runtime wrote it just now
-        written, executed = read_proto(graph.path), read_onnx(optimized)
+        written, executed = read_proto(graph.path), read_proto(optimized)
         owners = _owners_of_kernels(written, executed)
         layers: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)
         rest: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.runs)

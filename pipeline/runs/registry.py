@@ -10,12 +10,14 @@ import importlib.util
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from intaglio.pipeline.contract.metric import Metric
 from intaglio.pipeline.contract.pass_base import Pass
@@ -80,13 +82,21 @@ def named_metrics() -> dict[str, EntryPoint]:
     return named(METRICS, "metric")
 
 
+def _object_of(name: str, points: Mapping[str, EntryPoint], kind: str) -> Any:
+    """Return what the entry point of this name points to, None if its module has no such name.
+
+    Raises RecipeError if there is no such entry point, or if its module cannot be imported.
+    """
+    if name not in points:
+        raise RecipeError(f"no {kind} {name!r}{did_you_mean(name, points)}")
+    module_name, _, attribute = points[name].value.partition(":")
+    return getattr(_import(module_name, name), attribute, None)
+
+
 def find_metric(name: str) -> Metric:
     """Return the metric of this name. Raises RecipeError if it is missing, ContractError if it is no metric."""
     points = named_metrics()
-    if name not in points:
-        raise RecipeError(f"no metric {name!r}{did_you_mean(name, points)}")
-    module_name, _, class_name = points[name].value.partition(":")
-    made = getattr(_import(module_name, name), class_name, None)
+    made = _object_of(name, points, "metric")
     if missing := [method for method in ("applies", "compare") if not callable(getattr(made, method, None))]:
         raise ContractError(f"metric {name}: {points[name].value} does not define {', '.join(missing)}")
     assert made is not None  # it has the methods
@@ -98,10 +108,7 @@ def find_metric(name: str) -> Metric:
 def find_runtime(name: str) -> Runtime:
     """Return the runtime of this name. Raises RecipeError if it cannot be found, ContractError if it is no Runtime."""
     points = named_runtimes()
-    if name not in points:
-        raise RecipeError(f"no runtime {name!r}{did_you_mean(name, points)}")
-    module_name, _, class_name = points[name].value.partition(":")
-    kind = getattr(_import(module_name, name), class_name, None)
+    kind = _object_of(name, points, "runtime")
     if not (inspect.isclass(kind) and issubclass(kind, Runtime)):
         raise ContractError(f"runtime {name}: {points[name].value} is not a subclass of intaglio.Runtime")
     if missing := sorted(kind.__abstractmethods__):

@@ -21,7 +21,6 @@ from intaglio.pipeline.files import (
     read_bytes,
     read_json,
     read_json_object,
-    read_onnx,
     read_text,
     read_typed,
     write_typed,
@@ -204,13 +203,6 @@ def test_tensors_and_their_names_are_read_of_regular_files_alone(tmp_path: Path)
     os.mkfifo(tmp_path / "b.safetensors")
     with pytest.raises(RecipeError, match=r"b\.safetensors: is not a regular file"):
         load_tensors(tmp_path / "b.safetensors")
-
-
-@pytest.mark.parametrize(("content", "said"), [(b"abc", "or only a part of one"), (b"\x08\x07", "it has no graph")])
-def test_a_file_that_is_no_onnx_model_is_named(content: bytes, said: str, tmp_path: Path) -> None:
-    (tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(RecipeError, match=rf"a\.onnx: is not an ONNX model.*{said}"):
-        read_onnx(tmp_path / "a.onnx")
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,9 @@ def check_valid(graph: Checked, target: Target) -> Problems:
 def check_operator(graph: Checked, target: Target) -> Problems:
     """Operators, or attributes of operators, that the target does not have."""
     refused = frozenset(target.limits.unsupported)
-    own = {(domain, name) for domain, name, _ in graph.model.functions}
     for node in graph.nodes:
         op, name = node.op_type, shortened(f"{node.domain}.{node.op_type}".removeprefix("."), 100)
-        if (node.domain, op) in own:
+        if (node.domain, op) in graph.functions:
             continue
         foreign = node.domain not in ("", "ai.onnx", *target.limits.domains)
         if foreign and (target.limits.reads_domains or op not in _standard()):
@@ -223,10 +222,9 @@ def check_name(graph: Checked, target: Target) -> Problems:
     """Functions, and operators of other domains, that the target confuses with ONNX operators of that name."""
     if target.limits.reads_domains:
         return
-    own = {(domain, name) for domain, name, _ in graph.model.functions}
     for node in graph.nodes:
         op = node.op_type
-        if (node.domain, op) in own and op in _standard():
+        if (node.domain, op) in graph.functions and op in _standard():
             yield node, f"function {shortened(node.domain, 40)}.{op} is executed as the operator {op} of ONNX"
         elif node.domain == "com.microsoft" and op in _OTHERWISE:
             yield node, f"com.microsoft.{op} is read as the operator {op} of ONNX, which has other inputs"
@@ -246,10 +244,13 @@ def check_domain(graph: Checked, target: Target) -> Problems:
     """Operators of other domains that the target reads by their names alone."""
     if target.limits.reads_domains:
         return
-    own = {(domain, name) for domain, name, _ in graph.model.functions}
     for node in graph.nodes:
         known = ("", "ai.onnx", "com.microsoft", "trt")
-        if node.domain not in known and node.op_type in _standard() and (node.domain, node.op_type) not in own:
+        if (
+            node.domain not in known
+            and node.op_type in _standard()
+            and (node.domain, node.op_type) not in graph.functions
+        ):
             yield node, f"{shortened(node.domain, 40)}.{node.op_type} is read as the operator {node.op_type} of ONNX"
 
 

@@ -211,3 +211,10 @@ def test_of_many_findings_the_first_hundred_are_listed(tmp_path):
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     found = [finding for finding in lint(tmp_path / "m.onnx", ORT) if finding.rule == "operator"]
     assert (len(found), found[-1].message) == (101, "more than 100 of these")
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"abc", "or only a part of one"), (b"\x08\x07", "it has no graph")])
+def test_a_file_that_is_no_onnx_model_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(RecipeError, match=rf"a\.onnx: is no ONNX model.*{said}"):
+        read_proto(tmp_path / "a.onnx")
