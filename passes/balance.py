@@ -5,8 +5,6 @@ Shapes: C input channels (the K in features of a linear layer), N out features, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -19,11 +17,6 @@ from intaglio.pipeline.formats.schemes import RoundedWeight
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.types import Denoise
     from intaglio.pipeline.numerics.basis import Balance
 
 
@@ -37,7 +30,7 @@ class BalanceLayers(Pass):
     """
 
     name: ClassVar[str] = "balance"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     random: ClassVar[bool] = True
@@ -68,8 +61,7 @@ class BalanceLayers(Pass):
         """Choose a balance for each layer whose rounding error it lowers by more than `gain_db`."""
         from torch.nn import Conv2d, Linear
 
-        from intaglio.passes.basis_search import branch_of, candidates, nearest, with_ranges
-        from intaglio.passes.layer_inputs import layer_inputs
+        from intaglio.passes.basis_search import Amounts, branch_of, candidates, groups_of, nearest, with_ranges
         from intaglio.pipeline.model.calls import denoise_with
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
@@ -78,7 +70,7 @@ class BalanceLayers(Pass):
         denoise = denoise_with(model.module, model)
         rows = trajectory.some_rows(self.rows)
         count = len(trajectory.timesteps)
-        groups = self._groups(layers, denoise, trajectory, ctx)
+        groups = groups_of(layers, denoise, trajectory, Amounts(self.steps, self.rows, self.tokens), ctx)
         chosen: dict[str, tuple[Balance, float]] = {}
         with ctx.progress("balance", len(groups)) as advance:
             for group in groups:
@@ -88,8 +80,8 @@ class BalanceLayers(Pass):
                 if best is not None and best[1] > self.gain_db:
                     chosen |= dict.fromkeys(group.names, best)
                 advance()
-        calls = (layer_inputs(layers, denoise, trajectory.call(step, rows)) for step in range(count))
-        balances = with_ranges(chosen, layers, calls)
+        calls = (trajectory.call(step, rows) for step in range(count))
+        (balances,) = with_ranges([chosen], layers, denoise, calls)
         bases = {name: balance.balance for name, balance in balances.items()}
         made = {n: branch_of(layers[n], scheme, bases.get(n), self.branch) for n, scheme in schemes.items()}
         branches = {name: branch for name, branch in made.items() if branch is not None}
@@ -103,42 +95,3 @@ class BalanceLayers(Pass):
         if branches:
             ctx.log.info("%d have a branch of rank %d", len(branches), self.branch)
         return {PLAN: plan.balanced(balances, branches)}
-
-    def _groups(
-        self, layers: Mapping[str, nn.Linear | nn.Conv2d], denoise: Denoise, trajectory: Trajectory, ctx: Context
-    ) -> list[_Group]:
-        """Return the layers that read the same input, together, with samples of it at the compared timesteps."""
-        from intaglio.passes.basis_search import some_tokens
-        from intaglio.passes.layer_inputs import layer_inputs, siblings
-
-        count, rows = len(trajectory.timesteps), trajectory.some_rows(self.rows)
-        compared = tuple(dict.fromkeys((2 * i + 1) * count // (2 * self.steps) for i in range(self.steps)))
-        groups: list[_Group] = []
-        with ctx.progress("inputs", len(compared)) as advance:
-            for step in compared:
-                inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
-                known = {name for group in groups for name in group.names}
-                groups += [_Group(names, []) for names in siblings(inputs) if known.isdisjoint(names)]
-                for group in groups:
-                    if (name := group.names[0]) in inputs:
-                        generator = ctx.torch_rng("tokens", name, step)
-                        read = _distinct(inputs, group.names)
-                        group.x.append(some_tokens(read, layers[name], self.tokens, generator))
-                advance()
-        return groups
-
-
-@dataclass
-class _Group:
-    """Layers that read the same input, and samples of it, for each compared timestep.
-
-    If layers are called several times, the samples come from all inputs of the group's layers.
-    """
-
-    names: tuple[str, ...]
-    x: list[Sequence[torch.Tensor]]
-
-
-def _distinct(inputs: Mapping[str, Sequence[torch.Tensor]], names: Sequence[str]) -> list[torch.Tensor]:
-    """Return every tensor that these layers read, once."""
-    return list({id(x): x for name in names for x in inputs.get(name, ())}.values())

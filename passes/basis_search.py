@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
+from intaglio.passes.layer_inputs import layer_inputs, siblings
+from intaglio.passes.layer_ranges import expected_ends
 from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import Float, LayerScheme
+from intaglio.pipeline.model.hooks import before_calls
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
 from intaglio.pipeline.numerics.low_rank import Branch
@@ -23,12 +27,24 @@ from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
 if TYPE_CHECKING:
     from torch import nn
 
+    from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.types import Denoise
+    from intaglio.pipeline.model.types import Inputs as Call
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
 Inputs: TypeAlias = "Sequence[torch.Tensor]"
 """Tensors that layers read in one call of the model."""
+
+
+class Amounts(NamedTuple):
+    """How much of the recorded calls is used: timesteps, rows of a call, and tokens of a linear layer's input."""
+
+    steps: int
+    rows: int
+    tokens: int
+
 
 SMALLEST_BLOCK = 16
 """Smallest number of channels that are rotated together: fewer channels are not evened out."""
@@ -75,22 +91,83 @@ def nearest(parts: Parts, x: Sequence[Inputs], bases: Sequence[Balance], rank: i
 
 
 def with_ranges(
-    chosen: Mapping[str, tuple[Balance, float]],
+    chosen: Sequence[Mapping[str, tuple[Balance, float]]],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    calls: Iterable[Mapping[str, Inputs]],
-) -> dict[str, LayerBalance]:
-    """Return each basis with the range of the inputs in it at every step, over all calls of a layer at the step."""
-    low: dict[str, list[float | None]] = {name: [] for name in chosen}
-    high: dict[str, list[float | None]] = {name: [] for name in chosen}
-    for inputs in calls:
-        for name, (basis, _) in chosen.items():
-            moved = [basis.input(x, channel_axis(layers[name])) for x in inputs.get(name, ())]
-            low[name].append(min((x.min().item() for x in moved), default=None))
-            high[name].append(max((x.max().item() for x in moved), default=None))
-    return {
-        n: LayerBalance(basis, where_known(low[n], min), where_known(high[n], max), gain)
-        for n, (basis, gain) in chosen.items()
-    }
+    denoise: Denoise,
+    calls: Iterable[Call],
+) -> list[dict[str, LayerBalance]]:
+    """Return each basis with the range of the inputs in it at every step, over all calls of a layer at the step.
+
+    `chosen` has the basis and its gain for each layer, once or several times; `calls` are the inputs of the denoiser,
+    one call for each step. The range of a few rows is widened, as calibration does it.
+    """
+    ends: list[dict[str, list[tuple[float, float] | None]]] = [{name: [] for name in each} for each in chosen]
+
+    def note(name: str, args: tuple[torch.Tensor, ...]) -> None:
+        for bases, found in zip(chosen, ends, strict=True):
+            if name in bases:
+                low, high = expected_ends(bases[name][0].input(args[0].detach(), channel_axis(layers[name])))
+                before = found[name][-1] or (low, high)
+                found[name][-1] = min(low, before[0]), max(high, before[1])
+
+    read = {name: layers[name] for name in {name for each in chosen for name in each}}
+    with before_calls(read, note), torch.no_grad():
+        for call in calls:
+            for found in ends:
+                for each in found.values():
+                    each.append(None)
+            denoise(call)
+    return [
+        {n: LayerBalance(basis, *_ends(found[n]), gain) for n, (basis, gain) in bases.items()}
+        for bases, found in zip(chosen, ends, strict=True)
+    ]
+
+
+def _ends(found: Sequence[tuple[float, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the lower and the upper ends (T,); a step without calls has the widest range of the other steps."""
+    low, high = ([None if each is None else each[end] for each in found] for end in (0, 1))
+    return where_known(low, min), where_known(high, max)
+
+
+@dataclass
+class Group:
+    """Layers that read the same input, and samples of it, for each compared timestep.
+
+    If layers are called several times, the samples come from all inputs of the group's layers.
+    """
+
+    names: tuple[str, ...]
+    x: list[Inputs]
+
+
+def groups_of(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    denoise: Denoise,
+    trajectory: Trajectory,
+    amounts: Amounts,
+    ctx: Context,
+) -> list[Group]:
+    """Return the layers that read the same input, together, with samples of it at the compared timesteps."""
+    count, rows = len(trajectory.timesteps), trajectory.some_rows(amounts.rows)
+    compared = tuple(dict.fromkeys((2 * i + 1) * count // (2 * amounts.steps) for i in range(amounts.steps)))
+    groups: list[Group] = []
+    with ctx.progress("inputs", len(compared)) as advance:
+        for step in compared:
+            inputs = layer_inputs(layers, denoise, trajectory.call(step, rows))
+            known = {name for group in groups for name in group.names}
+            groups += [Group(names, []) for names in siblings(inputs) if known.isdisjoint(names)]
+            for group in groups:
+                if (name := group.names[0]) in inputs:
+                    generator = ctx.torch_rng("tokens", name, step)
+                    read = _distinct(inputs, group.names)
+                    group.x.append(some_tokens(read, layers[name], amounts.tokens, generator))
+            advance()
+    return groups
+
+
+def _distinct(inputs: Mapping[str, Sequence[torch.Tensor]], names: Sequence[str]) -> list[torch.Tensor]:
+    """Return every tensor that these layers read, once."""
+    return list({id(x): x for name in names for x in inputs.get(name, ())}.values())
 
 
 def _axis_of(parts: Parts) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 
 RECORDING = "conditions.safetensors"
 INT8 = ("w8a8_token", "w8a8_step")
+USUAL: Mapping[str, tuple[str, ...]] = {
+    "linear": ("w8a8_token", "w8a8s_token", "w8a16", "w4a16"),
+    "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
+}
+"""Schemes of a first recipe, for each kind of layer."""
+QUALITY_DB = 40
+"""Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
 MOST_STEPS = 50
 """Largest number of denoising steps taken from a pipeline: calibration time grows with it."""
 LARGE_BYTES = 10**9
@@ -153,6 +161,8 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
     lacks, cost, opened = None, None, None
     try:
         opened = checkpoint.open(weights=False)
+        sampling = _possible(sampling, opened)
+        ref = ref.model_copy(update={"sampling_steps": sampling.steps})
         cost = count_cost(opened, ref)
     except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
@@ -218,6 +228,7 @@ def _about(found: Found, name: str) -> Iterator[str]:
     yield f"intaglio plan {name}    # how long it takes here"
     yield f"intaglio run {name}"
     yield f"intaglio run {name} --set assign.budget.size={_between(found):.2f}    # 4-bit weights where they cost least"
+    yield f"    # (bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least)"
 
 
 def _snippet(found: Found) -> Iterator[str]:
@@ -232,10 +243,10 @@ def _snippet(found: Found) -> Iterator[str]:
 
 def _steps(found: Found) -> Iterator[tuple[str, str]]:
     """Yield each step as YAML, with its comment."""
-    yield "calibrate", "needs no data set: records the model's own trajectories"
-    yield "sensitivity", ""
-    bound = f"bytes of the layers relative to fp16: 8 bits are {found.size:.2f}, {found.least:.2f} is the least"
-    yield f"assign: {{budget: {{size: {found.size:.2f}}}{_schemes(found.targets)}}}", bound
+    schemes = _schemes(found.targets)
+    yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
+    yield f"sensitivity: {{schemes: {schemes}}}", "predicts what each format of a layer costs in quality"
+    yield f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {schemes}}}", "the fastest plan with this PSNR in dB"
     large = 4 * found.parameters >= LARGE_BYTES and found.blocks
     if large:
         yield "distill: {recompute: true}", "`scope: block` takes less memory still"
@@ -249,14 +260,17 @@ def _steps(found: Found) -> Iterator[tuple[str, str]]:
 
 
 def _schemes(targets: tuple[str, ...]) -> str:
-    """Return the option `schemes` of assign as YAML, empty if the targets run all of its default schemes."""
-    usual = find_pass("assign", Path()).pass_class.model_fields["schemes"].default
+    """Return the schemes that all targets run, for each kind of layer, as YAML."""
     formats = [load_target(name).formats for name in targets]
-    common = {op: [name for name in names if all(name in each[op] for each in formats)] for op, names in usual.items()}
-    if all(common[op] == list(names) for op, names in usual.items()):
-        return ""
-    written = (f"{op}: [{', '.join(names)}]" for op, names in common.items())
-    return f", schemes: {{{', '.join(written)}}}"
+    written = []
+    for op in ("linear", "conv"):
+        common = [name for name in USUAL[op] if all(name in each[op] for each in formats)]
+        if not any(name in common for name in INT8):
+            common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
+        if "w8a16" not in common:
+            common.append("float")
+        written.append(f"{op}: [{', '.join(common)}]")
+    return f"{{{', '.join(written)}}}"
 
 
 def _commented_components(found: Found) -> Iterator[str]:
@@ -334,6 +348,14 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
         max(1.0, float(guidance)) if isinstance(guidance, int | float) and not embedded else Sampling.guidance,
         kind.__name__,
     )
+
+
+def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
+    """Return the sampling with at most as many steps as the model's scheduler makes, which may be a short list."""
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(sampling.steps, **model.schedule)
+    made = len(scheduler.timesteps)
+    return replace(sampling, steps=made, said_by=type(scheduler).__name__) if made < sampling.steps else sampling
 
 
 def _said(sampling: Sampling) -> str:

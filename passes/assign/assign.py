@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
+from intaglio.passes.assign.budget import Budget
 from intaglio.pipeline.artifacts.front import Front
-from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.keys import FRONT, MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -19,7 +20,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.files import read_typed
-from intaglio.pipeline.formats.cost import bit_operations
+from intaglio.pipeline.formats.cost import bit_operations, work
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
 from intaglio.pipeline.formats.layer import Layer, illegal
 from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme, with_output
@@ -29,55 +30,22 @@ if TYPE_CHECKING:
     from intaglio.passes.assign.budgets import Problem
     from intaglio.passes.assign.latency import Latencies
 
-DEFAULT_SIZE = 0.52
-"""Default budget for the size relative to fp16."""
-
-
-class Budget(BaseModel):
-    """Limits of a plan's cost relative to all quantizable layers in float. Without any limit, size is 0.52.
-
-    `activation` limits the largest layer, the others limit the sum.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size: float | None = Field(None, gt=0, le=1, description="bytes, relative to fp16")
-    latency: float | None = Field(None, gt=0, description="time, by assign.profile or else the device's roofline")
-    bops: float | None = Field(
-        None, gt=0, le=1, description="multiplications, each counted as weight bits x input bits; 16 x 16 in float"
-    )
-    activation: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="bytes that a layer reads and writes, the largest, relative to the largest in float",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _never_empty(cls, written: object) -> object:
-        empty = isinstance(written, dict) and all(limit is None for limit in written.values())
-        return {"size": DEFAULT_SIZE} if empty else written
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Limits that are given, except `activation`."""
-        return {n: limit for n, limit in self.model_dump(exclude={"activation"}).items() if limit is not None}
-
 
 class AssignPrecision(Pass):
-    """Choose one legal scheme for each layer, with the least summed error within all budgets, by HiGHS.
+    """Choose one legal scheme, and its basis, for each layer: the least summed error within all budgets, by HiGHS.
 
-    The choice is a multiple-choice knapsack. Besides the plan, the pass returns the front: plans from the smallest to
-    the one with the least error, within the other budgets. `point` selects one of them in place of the plan for
-    `budget.size`.
+    The choice is a multiple-choice knapsack. With `budget.psnr` it is the other way round: the least time with this
+    quality, then the fewest bytes. The prediction adds up the errors of single layers; samples are drawn with the plan
+    to correct it. Besides the plan, the pass returns the front: plans from the smallest to the one with the least
+    error, within the other budgets. `point` selects one of them in place of the plan for `budget.size`.
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
-    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
+    random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
 
     budget: Budget = Field(
@@ -98,6 +66,9 @@ class AssignPrecision(Pass):
     )
     device: str | None = Field(None, description="device whose roofline is used; None: the first that the target lists")
     samples: int = Field(1, ge=1, description="samples that are denoised at once, for the roofline")
+    drawn: int = Field(
+        16, ge=0, description="samples that are drawn with a plan for budget.psnr, to correct the prediction; 0: none"
+    )
     front: int = Field(16, ge=0, description="number of further sizes to plan for; plans that gain nothing are dropped")
     point: int | None = Field(None, ge=0, description="take this plan of the front, from 0, in place of budget.size")
     mip_rel_gap: float = Field(
@@ -151,19 +122,28 @@ class AssignPrecision(Pass):
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
         problem = self._problem(table, workload, target, ctx)
-        others = {name: limit for name, limit in self.budget.limits.items() if name != "size"}
-        limits = self.budget.limits if self.point is None else others
-        chosen = problem.best(limits)
+        limits = dict(self.budget.limits)
+        others = {name: limit for name, limit in limits.items() if name != "size"}
+        factor = 1.0
+        if self.budget.psnr is not None:
+            from intaglio.passes.assign.quality import Aim, choose
+
+            aim = Aim(self.budget.psnr, limits, self.drawn)
+            chosen, factor = choose(problem, table, aim, state, ctx)
+        elif self.point is None:
+            chosen = problem.best(limits)
         plans = problem.front(others, self.front)
         if self.point is not None:
+            limits = others
             if self.point >= len(plans):
                 raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")
             chosen = plans[self.point]
-        front = Front(tuple(map(problem.point, plans)), problem.point(chosen))
+        front = Front(tuple(problem.point(plan, factor) for plan in plans), problem.point(chosen, factor))
         unreached = _unreached(table, workload)
         reasons = {layer.name: reason for layer, reason in unreached.items()}
         left = dict.fromkeys(reasons, FLOAT)
         plan = QuantPlan((*table.layers, *unreached), {**problem.schemes(chosen), **left}, reasons=reasons)
+        plan = plan.balanced(problem.balances(chosen))
         costs = (
             f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items()
         )
@@ -181,39 +161,43 @@ class AssignPrecision(Pass):
 
     def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
         """Return the options with their costs as far as known. Raises RecipeError for unknown costs that are needed."""
-        from intaglio.passes.assign.budgets import Option, build_problem, within_activation
+        from intaglio.passes.assign.budgets import Alike, Option, build_problem, within_activation
 
         self._check_inputs(table, workload)
         options = [
-            Option(layer, name, scheme)
+            Option(layer, label, scheme, table.balance_of(layer.name, label), table.basis_of(layer.name, label))
             for layer in table.layers
-            for name, scheme in self._choices(layer, table, target).items()
+            for label, scheme in self._choices(layer, table, target).items()
         ]
         if self.budget.activation is not None and workload is not None:
             options = within_activation(options, workload.rows, self.budget.activation)
-        amounts: dict[str, Callable[[Layer, LayerScheme], float]] = {"size": lambda layer, s: layer.size_bytes(s)}
+        amounts: dict[str, Callable[[Option], float]] = {"size": lambda o: o.layer.size_bytes(o.scheme)}
         if (latencies := self._latencies(table.layers, workload, target)) is not None:
-            amounts["latency"] = lambda layer, scheme: 1e6 * latencies.seconds(layer, scheme)
+            amounts["latency"] = lambda o: 1e6 * latencies.seconds(o.layer, o.scheme, o.block)
             if self.profile:
                 measured = sum(latencies.is_measured(option.layer, option.scheme) for option in options)
                 ctx.log.info("%d of %d pairs of layer and scheme were measured", measured, len(options))
         if workload is not None:
-            amounts["bops"] = lambda layer, scheme: bit_operations(layer, scheme, workload.rows[layer.name])
+            rows = workload.rows
+            amounts["bops"] = lambda o: bit_operations(o.layer, o.scheme, rows[o.layer.name])
+            if self.budget.psnr is not None and latencies is None:
+                amounts["work"] = lambda o: work(o.layer, o.scheme, rows[o.layer.name], o.block)
         names = {layer.name for layer in table.layers}
         groups = workload.same_input if workload is not None and self.same_input else ()
         together = [[name for name in group if name in names] for group in groups]
+        whole = [Option(layer, FLOAT.name, FLOAT) for layer in table.layers]
         return build_problem(
             options,
             [table.total(option.layer.name, option.measured) for option in options],
-            {name: [amount(option.layer, option.scheme) for option in options] for name, amount in amounts.items()},
-            {name: sum(amount(layer, FLOAT) for layer in table.layers) for name, amount in amounts.items()},
-            [group for group in together if len(group) > 1],
+            {name: [amount(option) for option in options] for name, amount in amounts.items()},
+            {name: sum(map(amount, whole)) for name, amount in amounts.items()},
+            Alike([group for group in together if len(group) > 1], table.same_basis),
             self.mip_rel_gap,
         )
 
     def _check_inputs(self, table: Sensitivity, workload: Workload | None) -> None:
         problems = []
-        measured = {name for schemes in table.schemes.values() for name in schemes}
+        measured = {scheme.name for schemes in table.schemes.values() for scheme in schemes.values()}
         absent = sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES))
         problems += [f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent]
         layers = {layer.name for layer in table.layers} | {layer.name for layer in _unreached(table, workload)}
@@ -227,6 +211,7 @@ class AssignPrecision(Pass):
             estimated = self.budget.latency is not None and not self.profile
             wanted = {"budget.latency": estimated, "budget.bops": self.budget.bops}
             wanted |= {"budget.activation": self.budget.activation, "same_input": self.same_input}
+            wanted |= {"budget.psnr": self.budget.psnr}
             problems += [
                 f"assign.{option}: nothing before it records what the layers are called with, as calibrate does"
                 for option, given in wanted.items()
@@ -237,11 +222,13 @@ class AssignPrecision(Pass):
 
     def _latencies(self, layers: Sequence[Layer], workload: Workload | None, target: Target) -> Latencies | None:
         """Return the times of layers; None if nothing is known of them."""
-        from intaglio.passes.assign.latency import Latencies, roofline
+        from intaglio.passes.assign.latency import Latencies, basis_times, roofline
 
-        devices = [device for device in target.devices if self.device in (None, device.name)]
-        bound = roofline(workload, self.samples, devices[0]) if devices and workload is not None else None
-        return None if bound is None and not self.profile else Latencies.of(self.profile, layers, bound)
+        device = next((each for each in target.devices if self.device in (None, each.name)), None)
+        if device is None or workload is None:
+            return Latencies.of(self.profile, layers, None) if self.profile else None
+        bound, basis = roofline(workload, self.samples, device), basis_times(workload, self.samples, device)
+        return Latencies.of(self.profile, layers, bound, basis)
 
     def _choices(self, layer: Layer, table: Sensitivity, target: Target) -> dict[str, LayerScheme]:
         """Return the layer's measured, allowed and legal schemes as the target executes them; float if there is none.
@@ -250,8 +237,13 @@ class AssignPrecision(Pass):
         """
         measured = table.schemes[layer.name]
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
-        executed = [(n, self._executed(layer, measured[n], target)) for n in allowed if n in measured]
-        legal = {s.name if s.name in measured else n: s for n, s in executed if illegal(layer, s, target) is None}
+        legal: dict[str, LayerScheme] = {}
+        for name in allowed:
+            for label, scheme in measured.items():
+                executed = self._executed(layer, scheme, target)
+                if scheme.name == name and illegal(layer, executed, target) is None:
+                    known = executed != scheme and executed.name in measured and not table.basis_of(layer.name, label)
+                    legal[executed.name if known else label] = executed
         return legal or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:

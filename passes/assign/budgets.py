@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -16,17 +17,35 @@ from intaglio.pipeline.formats.cost import activation_bytes
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 
-UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations"}
+if TYPE_CHECKING:
+    from intaglio.pipeline.numerics.basis import LayerBalance
+
+K = TypeVar("K")
+UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations", "work": "multiplications"}
 """Unit of each budget's costs."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """Scheme that a layer can have. `measured` is the name under which its error is known."""
+    """Scheme that a layer can have, in a basis of this name. `measured` is the label under which its error is known."""
 
     layer: Layer
     measured: str
     scheme: LayerScheme
+    balance: LayerBalance | None = None
+    basis: str = ""
+
+    @property
+    def block(self) -> int | None:
+        """Channels that are rotated together in the basis; None if the input is rounded as it is."""
+        return None if self.balance is None else self.balance.balance.block
+
+
+class Alike(NamedTuple):
+    """Sets of layers that take the same input format, and sets that take the same basis."""
+
+    input: Sequence[Sequence[str]] = ()
+    basis: Sequence[Sequence[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,37 @@ class Problem:
         if chosen is None:
             raise RecipeError(*self._why_not(limits))
         return chosen
+
+    @property
+    def time(self) -> str:
+        """Name of the cost that stands for time: the latency where it is known, else the work."""
+        return "latency" if "latency" in self.knapsack.costs else "work"
+
+    def loss(self, chosen: Chosen) -> float:
+        """Return the summed loss of a plan, above zero."""
+        return max(float(self.knapsack.loss[chosen].sum()), 1e-30)
+
+    def first(self, rank: Callable[[Option], int]) -> Chosen:
+        """Return the plan with the option of the lowest rank for each layer, the first of several."""
+        places = _places(self.options, rank)
+        return np.array([by[min(by)][0] for by in places.values()], np.intp)
+
+    def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
+        """Return the fastest plan within the limits that loses at most this, the smallest of these; None without one.
+
+        Of all plans that take longer and are larger by the share `slack` at most, it is the one with the least loss.
+        """
+        knapsack, time = self.knapsack, self.time
+        lossy = knapsack.with_cost("loss", knapsack.loss)
+        within = {**limits, "loss": most_loss}
+        chosen: Chosen | None = None
+        for cost in (time, "size"):
+            chosen = lossy.cheapest(cost, within)
+            if chosen is None:
+                return None
+            least = float(lossy.costs[cost][chosen].sum()) * (1 + slack)
+            within[cost] = min(within.get(cost, math.inf), least)
+        return lossy.best(within)
 
     def front(self, limits: Mapping[str, float], count: int) -> list[Chosen]:
         """Return plans for evenly spaced sizes, from the smallest to that of the least loss, if they gain something."""
@@ -61,18 +111,23 @@ class Problem:
                 front.append(one)
         return front
 
-    def point(self, chosen: Chosen) -> Point:
-        """Return the costs and the loss of a plan."""
+    def point(self, chosen: Chosen, factor: float = 1.0) -> Point:
+        """Return the costs and the loss of a plan; `factor` is that of drawn samples on the predicted loss."""
         picked = [self.options[i] for i in chosen]
         return Point(
             {name: float(cost[chosen].sum()) for name, cost in self.knapsack.costs.items()},
-            float(self.knapsack.loss[chosen].sum()),
+            factor * float(self.knapsack.loss[chosen].sum()),
             {option.layer.name: option.scheme.name for option in picked},
         )
 
     def schemes(self, chosen: Chosen) -> dict[str, LayerScheme]:
         """Return the chosen schemes by layer name."""
         return {self.options[i].layer.name: self.options[i].scheme for i in chosen}
+
+    def balances(self, chosen: Chosen) -> dict[str, LayerBalance]:
+        """Return the bases of the chosen options by layer name; a layer in float has none."""
+        picked = [self.options[i] for i in chosen]
+        return {o.layer.name: o.balance for o in picked if o.balance is not None and o.scheme != FLOAT}
 
     def _why_not(self, limits: Mapping[str, float]) -> Iterator[str]:
         """Yield a line for each budget that cannot be met, or one for all that cannot be met together."""
@@ -131,33 +186,33 @@ def build_problem(
     loss: Sequence[float],
     costs: Mapping[str, Sequence[float]],
     whole: Mapping[str, float],
-    same_input: Sequence[Sequence[str]],
+    alike: Alike,
     gap: float,
 ) -> Problem:
     """Build the knapsack. `loss` and `costs` are of each option, in the unit of `whole`.
 
-    Layers of a set in `same_input` get one input format. Raises RecipeError if they have none in common.
+    Raises RecipeError if layers that take the same input format have none in common.
     """
     place = {name: i for i, name in enumerate(dict.fromkeys(option.layer.name for option in options))}
     knapsack = Knapsack(
         np.array([place[option.layer.name] for option in options]),
         np.array(loss, float),
         {name: np.array(cost, float) / whole[name] for name, cost in costs.items()},
-        tuple(_alike(options, same_input)),
+        (*_same_input(options, alike.input), *_same_basis(options, alike.basis)),
         gap,
     )
     return Problem(options, knapsack, whole)
 
 
-def _alike(
-    options: Sequence[Option], same_input: Sequence[Sequence[str]]
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Yield, for neighbours in each set and every input format, the options of both that have the format."""
-    by_layer: dict[str, dict[object, list[int]]] = {}
-    for i, option in enumerate(options):
-        by_layer.setdefault(option.layer.name, {}).setdefault(option.scheme.input, []).append(i)
+Equal: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""Two sets of options, of which a plan takes equally many."""
+
+
+def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
+    """Yield, for neighbours in each group and every input format, the options of both that have the format."""
+    by_layer = _places(options, lambda option: option.scheme.input)
     problems = []
-    for names in same_input:
+    for names in groups:
         formats = [by_layer[name] for name in names]
         if not set.intersection(*map(set, formats)):
             each = (
@@ -167,7 +222,28 @@ def _alike(
                 f"assign.same_input: {', '.join(each)} read one tensor and have no format of it in common: name more"
                 " schemes, or keep all of them in float"
             )
-        for some, others in itertools.pairwise(formats):
-            yield from ((some.get(form, []), others.get(form, [])) for form in dict.fromkeys([*some, *others]))
+        yield from _neighbours(formats)
     if problems:
         raise RecipeError(*problems)
+
+
+def _same_basis(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
+    """Yield the same for bases. A layer that can only stay in float reads its input in any basis."""
+    by_layer = _places(options, lambda option: option.basis)
+    quantizable = {option.layer.name for option in options if option.scheme != FLOAT}
+    for names in groups:
+        yield from _neighbours([by_layer[name] for name in names if name in quantizable])
+
+
+def _places(options: Sequence[Option], key: Callable[[Option], K]) -> dict[str, dict[K, list[int]]]:
+    """Return the places of options by layer name and key."""
+    found: dict[str, dict[K, list[int]]] = {}
+    for i, option in enumerate(options):
+        found.setdefault(option.layer.name, {}).setdefault(key(option), []).append(i)
+    return found
+
+
+def _neighbours(places: Sequence[Mapping[K, list[int]]]) -> Iterator[Equal]:
+    """Yield, for neighbours and every key of either, the places of both with the key."""
+    for some, others in itertools.pairwise(places):
+        yield from ((some.get(key, []), others.get(key, [])) for key in dict.fromkeys([*some, *others]))

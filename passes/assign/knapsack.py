@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -54,6 +54,10 @@ class Knapsack:
     costs: Mapping[str, Floats]
     equal: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
     gap: float = 1e-4
+
+    def with_cost(self, name: str, amount: Floats) -> Knapsack:
+        """Return the knapsack with one more cost of each option (O)."""
+        return replace(self, costs={**self.costs, name: amount})
 
     def best(self, limits: Mapping[str, float]) -> Chosen | None:
         """Return the choice with the least loss within the limits; None if there is none."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
-from intaglio.pipeline.formats.cost import latency_s
+from intaglio.pipeline.formats.cost import basis_s, latency_s
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
 from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 
 Roofline: TypeAlias = Callable[[Layer, LayerScheme], float]
 """Function from a layer and a scheme to seconds."""
+BasisTime: TypeAlias = Callable[[Layer, int], float]
+"""Function from a layer and the block of a basis to seconds."""
 
 
 def roofline(workload: Workload, samples: int, device: Device) -> Roofline:
     """Return the roofline of a call that denoises this many samples."""
     return lambda layer, scheme: latency_s(layer, scheme, math.ceil(workload.rows[layer.name] * samples), device)
+
+
+def basis_times(workload: Workload, samples: int, device: Device) -> BasisTime:
+    """Return the time that a basis takes in a call that denoises this many samples."""
+    return lambda layer, block: basis_s(layer, workload.rows[layer.name] * samples, block, device)
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,16 @@ class Latencies:
     measured: Mapping[str, Mapping[str, float]]
     roofline: Roofline | None
     scale: float = 1.0
+    basis: BasisTime | None = None
 
     @classmethod
-    def of(cls, profiles: Sequence[Profile], layers: Iterable[Layer], bound: Roofline | None) -> Latencies:
+    def of(
+        cls,
+        profiles: Sequence[Profile],
+        layers: Iterable[Layer],
+        bound: Roofline | None,
+        basis: BasisTime | None = None,
+    ) -> Latencies:
         """Collect the times from profiles of plans of these layers; profiles may be empty if there is a roofline."""
         found: dict[str, dict[str, list[float]]] = {}
         for profile in profiles:
@@ -50,12 +64,18 @@ class Latencies:
             for layer in layers
         }
         if bound is None:
-            return cls(measured, bound)
+            return cls(measured, bound, basis=basis)
         pairs = [(layer, s, seconds) for layer in layers for s, seconds in measured[layer.name].items()]
         least = sum(bound(layer, _named(layer)[s]) for layer, s, _ in pairs)
-        return cls(measured, bound, sum(seconds for *_, seconds in pairs) / least if least else 1.0)
+        return cls(measured, bound, sum(seconds for *_, seconds in pairs) / least if least else 1.0, basis)
 
-    def seconds(self, layer: Layer, scheme: LayerScheme) -> float:
+    def seconds(self, layer: Layer, scheme: LayerScheme, block: int | None = None) -> float:
+        """Return the time of a layer, and that of its basis if it is known; `block` is None without a basis."""
+        return self._product_s(layer, scheme) + (
+            0.0 if block is None or self.basis is None else self.basis(layer, block)
+        )
+
+    def _product_s(self, layer: Layer, scheme: LayerScheme) -> float:
         """Return the measured time; or the nearest scheme's, scaled by both rooflines; or else the roofline."""
         known = self.measured[layer.name]
         if scheme.name in known:

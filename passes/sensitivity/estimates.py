@@ -8,7 +8,8 @@ from functools import cached_property
 from statistics import mean, median, stdev
 from typing import TYPE_CHECKING
 
-from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme
+from intaglio.passes.sensitivity.forms import Form, parts_of
+from intaglio.pipeline.formats.schemes import FLOAT
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.screen import Forms
@@ -19,24 +20,8 @@ if TYPE_CHECKING:
 MSE = "mse"
 """Name of the metric that every layer has, and that is predicted."""
 Pair = tuple[str, str]
-"""Names of a layer and of a scheme."""
+"""Names of a layer and of one of its forms."""
 Table = dict[str, dict[str, tuple[float, ...]]]
-
-
-def parts_of(scheme: LayerScheme) -> dict[str, LayerScheme]:
-    """Return the scheme with only the weight rounded, and with only the input rounded."""
-    weight, x = LayerScheme(weight=scheme.weight, input=Float()), LayerScheme(weight=Float(), input=scheme.input)
-    return {"weight": weight, "input": x}
-
-
-def forms_of(schemes: Mapping[str, LayerScheme], *, parts: bool) -> dict[str, LayerScheme]:
-    """Return the rounded forms of a layer by label: its schemes except float, with `parts` also their parts once."""
-    forms = {name: scheme for name, scheme in schemes.items() if scheme != FLOAT}
-    for name, scheme in tuple(forms.items()) if parts else ():
-        for part, form in parts_of(scheme).items():
-            if form != FLOAT and form not in forms.values():
-                forms[f"{name}:{part}"] = form
-    return forms
 
 
 @dataclass
@@ -110,11 +95,13 @@ class Findings:
         }
         apart: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {}
         for name, scheme in self.pairs:
+            if self.table.basis_of(name, scheme):
+                continue
             labels = {form: (name, label) for label, form in self.forms[name].items()}
-            parts = parts_of(self.table.schemes[name][scheme])
-            if all(form == FLOAT or labels.get(form) in known for form in parts.values()):
+            parts = {part: Form(each) for part, each in parts_of(self.table.schemes[name][scheme]).items()}
+            if all(form.scheme == FLOAT or labels.get(form) in known for form in parts.values()):
                 apart.setdefault(name, {})[scheme] = {
-                    part: zero if form == FLOAT else known[labels[form]] for part, form in parts.items()
+                    part: zero if form.scheme == FLOAT else known[labels[form]] for part, form in parts.items()
                 }
         return replace(
             self.table,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from intaglio.passes.sensitivity.estimates import MSE, forms_of, parts_of
+from intaglio.passes.sensitivity.estimates import MSE
+from intaglio.passes.sensitivity.forms import Form, forms_of, parts_of
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
@@ -20,6 +21,7 @@ from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.numerics.quality import PEAK
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.passes.sensitivity.estimates import Findings, Pair
-    from intaglio.passes.sensitivity.rounded import RoundedLayers
+    from intaglio.passes.sensitivity.rounded import Bases, RoundedLayers
     from intaglio.passes.sensitivity.study import Study
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
     from intaglio.pipeline.artifacts.trajectory import Trajectory
@@ -48,6 +50,9 @@ METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "tem
 
 Schemes: TypeAlias = "Mapping[str, dict[str, LayerScheme]]"
 """Schemes of each layer, by the layer's and the scheme's name."""
+Forms: TypeAlias = "Mapping[str, dict[str, Form]]"
+"""Forms of each layer, by the layer's name and the form's label; float is among them."""
+BasisName: TypeAlias = Literal["scaled", "rotated"]
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
 """Squared error of final samples with one layer rounded at every step, by layer and scheme; and the squared error per
 relative squared error of each call's output. Both are empty if not known."""
@@ -74,12 +79,15 @@ class MeasureSensitivity(Pass):
     A few backward passes on recorded inputs predict it for all layers at once. Some layers are then rounded alone, and
     the model is computed again from that layer on. If the two estimates of a layer disagree, its other schemes are
     measured too. Backward passes through whole trajectories predict the error of the samples; where it is large,
-    samples are drawn with that one layer rounded. After a plan with balanced layers, these are rounded in the plan's
-    bases.
+    samples are drawn with that one layer rounded.
+
+    Every scheme is predicted in the basis that the layer's input has, and in those of `bases` in which its layers have
+    less error: what `balance` would do is one more choice of `assign`. After a plan with balanced layers, these are
+    rounded in the plan's bases alone.
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
@@ -87,22 +95,29 @@ class MeasureSensitivity(Pass):
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
 
-    buckets: int = Field(5, ge=1, description="parts of the trajectory that are measured separately")
-    rows: int = Field(8, ge=1, description="rows of a recorded call that are used")
-    schemes: tuple[SchemeName, ...] = Field(
-        USUAL_SCHEMES, description="schemes to measure, where a layer's shape admits them; each takes the same time"
+    buckets: int = Field(3, ge=1, description="parts of the trajectory that are measured separately")
+    rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
+    schemes: tuple[SchemeName, ...] | Mapping[OpKind, tuple[SchemeName, ...]] = Field(
+        USUAL_SCHEMES,
+        description="schemes to measure, where a layer's shape admits them, or those of each kind of layer; each takes"
+        " the same time",
+    )
+    bases: tuple[BasisName, ...] = Field(
+        ("scaled",),
+        description="other bases in which all schemes are measured: scaled (a factor for each input channel), rotated"
+        " (blocks of channels are rotated too); each takes as long as the schemes",
     )
     probes: int = Field(
-        2,
+        1,
         ge=0,
         description="backward passes per row that predict output errors for all layers at once; 0: no prediction, each"
         " layer is rounded alone",
     )
     samples: int = Field(
-        16, ge=0, description="samples whose errors are predicted for all layers at once, with one backward pass each"
+        8, ge=0, description="samples whose errors are predicted for all layers at once, with one backward pass each"
     )
     direct: float = Field(
-        0.1,
+        0.0,
         ge=0,
         le=1,
         description="share of layers and schemes that are rounded alone, evenly spaced in order of predicted errors",
@@ -113,7 +128,7 @@ class MeasureSensitivity(Pass):
         description="factor between prediction and measurement above which all schemes of a layer are measured",
     )
     apart: Literal["no", "screened", "measured"] = Field(
-        "screened", description="errors of weight and input alone: none, predicted, or measured at three times the cost"
+        "no", description="errors of weight and input alone: none, predicted, or measured at three times the cost"
     )
     metrics: Mapping[Group, str] = Field(
         METRICS,
@@ -124,7 +139,7 @@ class MeasureSensitivity(Pass):
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
-        40, description="layers whose predicted PSNR of the samples is below this are measured on whole trajectories"
+        20, description="layers whose predicted PSNR of the samples is below this are measured on whole trajectories"
     )
     drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure a layer on whole trajectories")
     groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
@@ -154,9 +169,11 @@ class MeasureSensitivity(Pass):
         """
         one = model.steps * model.rows_per_sample
         whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
-        schemes = set(self.schemes) - {FLOAT.name}
-        usual = structural_schemes(Layer(name="", op="linear", shape=(64, 1280), bias=True), self.groups, self.schemes)
-        forms = forms_of({s.name: s for s in usual}, parts=self.apart != "no")
+        layer = Layer(name="", op="linear", shape=(64, 1280), bias=True)
+        schemes = set(self._named(layer)) - {FLOAT.name}
+        usual = structural_schemes(layer, self.groups, self._named(layer))
+        every = [Form(s, basis) for basis in ("", *self.bases) for s in usual]
+        forms = forms_of({form.label: form for form in every}, parts=self.apart != "no")
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
         screening = (1 + self.probes + len(forms)) if self.probes else 0
@@ -164,11 +181,13 @@ class MeasureSensitivity(Pass):
         a_bucket = screening + 2 + share * measured * model.from_layer
         drawn = DRAWN * sum(known_schemes()[name].weight_bits < 8 for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
-        along = (2 + len(schemes) + 1) * one * self.samples
-        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift)
+        along = (2 + len(schemes) * (1 + len(self.bases)) + 1) * one * self.samples
+        found = 8 * model.steps + 4 + 16 * (1 + 3 * len(self.bases)) if self.bases else 0
+        return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift + found)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Predict the error of every pair of a layer and a scheme, and measure some of them."""
+        from intaglio.passes.sensitivity.bases import find_bases
         from intaglio.passes.sensitivity.buckets import bucket_weights, split, sums
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -182,15 +201,29 @@ class MeasureSensitivity(Pass):
         layers, schemes = self._layers(model.module, trajectory)
         buckets = split(len(trajectory.timesteps), self.buckets)
         denoise = denoise_with(model.module, model)
-        rounded = RoundedLayers(model.module, trajectory, state[PLAN].balances if PLAN in state else {})
-        study, groups = self._study(ctx, sampler, denoise, rounded, schemes, buckets)
+        given = state[PLAN].balances if PLAN in state else {}
+        found = find_bases(() if given else self.bases, model.module, schemes, denoise, trajectory, ctx)
+        bases = {"": given} if given else found.bases
+        rounded, forms = RoundedLayers(model.module, trajectory, bases), _forms(schemes, found.bases)
+        study, groups = self._study(ctx, sampler, denoise, rounded, forms, buckets)
         at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
         start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
         drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
-        errors, by_call = self._along(drawn, schemes)
+        errors, by_call = self._along(drawn, forms)
         rows = max(1, self.rows // 2)
         weights = sums(by_call, buckets) if by_call else bucket_weights(sampler, buckets, rows, ctx)
-        empty = Sensitivity(buckets, weights, layers, schemes, {}, groups=groups, drift_screened=errors)
+        empty = Sensitivity(
+            buckets,
+            weights,
+            layers,
+            {name: {label: form.scheme for label, form in by.items()} for name, by in forms.items()},
+            {},
+            groups=groups,
+            drift_screened=errors,
+            in_basis={n: named for n, by in forms.items() if (named := {k: f.basis for k, f in by.items() if f.basis})},
+            same_basis=found.same,
+            bases=bases,
+        )
         table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
         return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
@@ -201,8 +234,13 @@ class MeasureSensitivity(Pass):
 
         layers = tuple(layer for layer in layer_table(module) if layer.name in trajectory.amax)
         return layers, {
-            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self.schemes)} for layer in layers
+            layer.name: {s.name: s for s in structural_schemes(layer, self.groups, self._named(layer))}
+            for layer in layers
         }
+
+    def _named(self, layer: Layer) -> tuple[SchemeName, ...]:
+        """Return the names of the schemes to measure for a layer of this kind."""
+        return self.schemes.get(layer.op, ()) if isinstance(self.schemes, Mapping) else self.schemes
 
     def _study(
         self,
@@ -210,7 +248,7 @@ class MeasureSensitivity(Pass):
         sampler: Sampler,
         denoise: Denoise,
         rounded: RoundedLayers,
-        schemes: Schemes,
+        forms: Forms,
         buckets: Sequence[tuple[int, int]],
     ) -> tuple[Study, dict[str, str]]:
         """Return the study at the middle step of each bucket, and the group of each layer."""
@@ -222,18 +260,18 @@ class MeasureSensitivity(Pass):
         calls = Batch.of(sampler, trajectory, self.rows).changed(steps[0], ctx.torch_rng("other noise"))
         sample = calls["plain"][sampler.names.sample]
         frames = (len(sample), sample.shape[self.frame_axis]) if sample.ndim == 5 else None
-        groups = layer_groups(module, denoise, calls, list(schemes), frames)
+        groups = layer_groups(module, denoise, calls, list(forms), frames)
         swapped = sampler.rows_per_sample == 1 and "content" in groups.values() and self.metrics["content"] != MSE
         batch = Batch.of(sampler, trajectory, self.rows, swapped=swapped)
-        forms = {name: forms_of(by, parts=self.apart != "no") for name, by in schemes.items()}
-        return Study(ctx, denoise, rounded, batch, steps, forms), groups
+        rounding = {name: forms_of(by, parts=self.apart != "no") for name, by in forms.items()}
+        return Study(ctx, denoise, rounded, batch, steps, rounding), groups
 
-    def _along(self, drawn: _Drawn, schemes: Schemes) -> _Predicted:
+    def _along(self, drawn: _Drawn, known: Forms) -> _Predicted:
         """Predict errors of samples, with one backward pass per trajectory; empty if the sampler gives no gradient."""
         from intaglio.passes.sensitivity.screen import Screen
         from intaglio.passes.sensitivity.study import Progress, are_errors
 
-        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in schemes.items()}
+        ctx, forms = drawn.ctx, {name: forms_of(by, parts=False) for name, by in known.items()}
         screen = Screen(drawn.rounded, drawn.denoise, forms)
         calls = len(drawn.sampler.timesteps)
 
@@ -318,7 +356,8 @@ class MeasureSensitivity(Pass):
         wanted: dict[str, list[str]] = {}
         for name, forms in study.forms.items():
             schemes = [scheme for scheme in forms if (name, scheme) in chosen]
-            parts = [part for s in schemes if self.apart == "measured" for part in parts_of(forms[s]).values()]
+            measured = [forms[s] for s in schemes if self.apart == "measured" and not forms[s].basis]
+            parts = [Form(part) for form in measured for part in parts_of(form.scheme).values()]
             if labels := [label for label, form in forms.items() if label in schemes or form in parts]:
                 wanted[name] = labels
         return wanted
@@ -343,7 +382,8 @@ class MeasureSensitivity(Pass):
         reference = drawn.samples() if own else drawn.start.noise
 
         def measure(name: str, scheme: str) -> float:
-            with drawn.rounded.alone(name, table.schemes[name][scheme]):
+            form = Form(table.schemes[name][scheme], table.basis_of(name, scheme))
+            with drawn.rounded.alone(name, form):
                 return float((drawn.samples() - reference).square().mean())
 
         with ctx.progress("drift of samples", len(pairs)) as advance:
@@ -363,3 +403,14 @@ class MeasureSensitivity(Pass):
                 *ranks,
             )
         return drift
+
+
+def _forms(schemes: Schemes, bases: Bases) -> dict[str, dict[str, Form]]:
+    """Return every scheme of a layer in the basis that the layer has, and in the others; float in none of these."""
+    found = {}
+    for name, by in schemes.items():
+        others = [basis for basis, layers in bases.items() if name in layers]
+        forms = [Form(scheme) for scheme in by.values()]
+        forms += [Form(scheme, basis) for basis in others for scheme in by.values() if scheme != FLOAT]
+        found[name] = {form.label: form for form in forms}
+    return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import nn
 
+from intaglio.passes.sensitivity.forms import Form
 from intaglio.pipeline.formats.layer_tables import NO_TABLES
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.step_clock import StepClock
@@ -17,43 +18,43 @@ from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.numerics.basis import LayerBalance
 
 
+Bases: TypeAlias = "Mapping[str, Mapping[str, LayerBalance]]"
+"""Bases of layers, by the name of the basis and of the layer."""
 KEPT_BYTES = 2**28
 """Bytes of rounded weights that are kept between calls. With few tokens, rounding takes longer than the product."""
 
 
 class RoundedLayers:
-    """Rounded versions of a model's layers, made for each scheme on request.
+    """Rounded versions of a model's layers, made for each form on request.
 
     Scales are fitted once. Rounded weights are kept up to KEPT_BYTES in all; others are rounded for every call.
-    Layers in `balances` are rounded in their basis, in every form.
+    `bases` has the bases of layers by the basis's name; the empty name is for the bases that layers have already.
     """
 
-    def __init__(
-        self, module: nn.Module, trajectory: Trajectory, balances: Mapping[str, LayerBalance] = MappingProxyType({})
-    ) -> None:
-        self.module, self.trajectory, self.balances = module, trajectory, balances
+    def __init__(self, module: nn.Module, trajectory: Trajectory, bases: Bases = MappingProxyType({})) -> None:
+        self.module, self.trajectory, self.bases = module, trajectory, bases
         self.clock = StepClock(trajectory.timesteps)
         self._places = places_of(module)
-        self._made: dict[tuple[str, LayerScheme], QuantizedLayer] = {}
+        self._made: dict[tuple[str, Form], QuantizedLayer] = {}
         self._kept: set[QuantizedLayer] = set()
         self._room = KEPT_BYTES
 
-    def layer(self, name: str, form: LayerScheme) -> QuantizedLayer:
+    def layer(self, name: str, form: Form) -> QuantizedLayer:
         """Return the layer in this form. It shares the model's weight, and is not in the model."""
         key = (name, form)
         if key not in self._made:
-            layer, tables = self.module.get_submodule(name), self.trajectory.tables({name: form}, self.balances)
+            layer, balances = self.module.get_submodule(name), self.bases.get(form.basis, {})
             assert isinstance(layer, nn.Linear | nn.Conv2d)  # others have no forms
-            balance = self.balances[name].balance if name in self.balances else None
-            self._made[key] = QuantizedLayer(layer, form, self.clock, tables.get(name, NO_TABLES), balance=balance)
+            tables = self.trajectory.tables({name: form.scheme}, balances).get(name, NO_TABLES)
+            balance = balances[name].balance if name in balances else None
+            self._made[key] = QuantizedLayer(layer, form.scheme, self.clock, tables, balance=balance)
         return self._made[key]
 
     @torch.no_grad()
-    def output(self, name: str, form: LayerScheme, x: torch.Tensor) -> torch.Tensor:
+    def output(self, name: str, form: Form, x: torch.Tensor) -> torch.Tensor:
         """Return the output of the layer in this form."""
         layer = self.layer(name, form)
         y: torch.Tensor = layer(x)
@@ -71,7 +72,7 @@ class RoundedLayers:
         self._room -= size
 
     @contextlib.contextmanager
-    def alone(self, name: str, form: LayerScheme) -> Iterator[None]:
+    def alone(self, name: str, form: Form) -> Iterator[None]:
         """Put this one layer into the model in this form, inside the context."""
         layer, original = self.layer(name, form), self.module.get_submodule(name)
         places = self._places[original]

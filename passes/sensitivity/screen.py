@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from intaglio.passes.sensitivity.forms import Form
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.model.hooks import after_calls
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.sampler import Sampler, Start
     from intaglio.pipeline.model.types import Denoise, Inputs
 
-Forms = Mapping[str, Mapping[str, LayerScheme]]
-"""Schemes by layer name and label."""
+Forms = Mapping[str, Mapping[str, Form]]
+"""Forms by layer name and label."""
 Products = dict[tuple[str, str], float]
 """v^T J d by layer name and label, for one direction."""
 

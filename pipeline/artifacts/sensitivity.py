@@ -6,16 +6,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from intaglio.pipeline.files import read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import LayerScheme
 
+if TYPE_CHECKING:
+    from intaglio.pipeline.artifacts.plan import QuantPlan
+    from intaglio.pipeline.numerics.basis import LayerBalance
+
 
 @dataclass(frozen=True)
-class Sensitivity:
+class _Table:
+    """The content of sensitivity.json: all of a `Sensitivity` except the bases."""
+
+    buckets: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...]
+    layers: tuple[Layer, ...]
+    schemes: Mapping[str, Mapping[str, LayerScheme]]
+    error: Mapping[str, Mapping[str, tuple[float, ...]]]
+    drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    stderr: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    screened: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    ranked: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    drift_screened: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rank_correlation: float | None = None
+    in_basis: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    same_basis: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sensitivity(_Table):
     """Relative squared error of the denoiser's output with one layer quantized: error[layer][scheme][bucket].
+
+    `schemes` has the measured schemes by layer and label. The label of a scheme is its name, with the name of a basis
+    if the layer was rounded in another basis: `in_basis[layer][label]` is that name, and `bases[basis][layer]` the
+    basis. The empty name is for bases that layers had before. Layers in a set of `same_basis` read the same input, and
+    take the same basis.
 
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
     `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
@@ -33,22 +65,25 @@ class Sensitivity:
     where it is another one than the mean squared error.
     """
 
-    buckets: tuple[tuple[int, int], ...]
-    weights: tuple[float, ...]
-    layers: tuple[Layer, ...]
-    schemes: Mapping[str, Mapping[str, LayerScheme]]
-    """Measured schemes by layer name and scheme name."""
-    error: Mapping[str, Mapping[str, tuple[float, ...]]]
-    drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    stderr: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    screened: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    apart: Mapping[str, Mapping[str, Mapping[str, tuple[float, ...]]]] = field(default_factory=dict)
-    groups: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, str] = field(default_factory=dict)
-    ranked: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    drift_screened: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    rank_correlation: float | None = None
+    bases: Mapping[str, Mapping[str, LayerBalance]] = field(default_factory=dict)
+
+    def basis_of(self, layer: str, label: str) -> str:
+        """Return the name of the basis in which the layer was rounded; empty for the one that it had before."""
+        return self.in_basis.get(layer, {}).get(label, "")
+
+    def balance_of(self, layer: str, label: str) -> LayerBalance | None:
+        """Return the basis in which the layer was rounded; None if its input is rounded as it is."""
+        return self.bases.get(self.basis_of(layer, label), {}).get(layer)
+
+    def label_of(self, plan: QuantPlan, layer: str) -> str | None:
+        """Return the label under which a layer was measured as the plan has it; None if it was not."""
+        basis = plan.balances.get(layer)
+        same = [
+            label for label, scheme in self.schemes.get(layer, {}).items() if scheme.name == plan.schemes[layer].name
+        ]
+        keys = {label: known.balance.key for label in same if (known := self.balance_of(layer, label)) is not None}
+        exact = [label for label in same if keys.get(label) == (None if basis is None else basis.balance.key)]
+        return next(iter([*exact, *same]), None)
 
     def total(self, layer: str, scheme: str) -> float:
         """Return the mean squared error of the final samples, times the factor f of the layer by its group's metric.
@@ -95,10 +130,18 @@ class Sensitivity:
         return sum(w * e for w, e in zip(self.weights, errors, strict=True))
 
     def save(self, root: Path) -> None:
-        """Write sensitivity.json."""
-        write_typed(root / "sensitivity.json", self, Sensitivity)
+        """Write sensitivity.json, and a file for the bases of each name."""
+        from intaglio.pipeline.numerics.basis import save_balances
+
+        for name, balances in self.bases.items():
+            save_balances(balances, root / f"bases-{name}.safetensors")
+        write_typed(root / "sensitivity.json", self, _Table)
 
     @classmethod
     def load(cls, root: Path) -> Self:
-        """Read sensitivity.json."""
-        return read_typed(root / "sensitivity.json", cls)
+        """Read what `save` wrote."""
+        from intaglio.pipeline.numerics.basis import load_balances
+
+        table = read_typed(root / "sensitivity.json", _Table)
+        files = {file.stem.removeprefix("bases-"): file for file in sorted(root.glob("bases-*.safetensors"))}
+        return cls(**vars(table), bases={name: load_balances(file) for name, file in files.items()})

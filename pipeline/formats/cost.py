@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from intaglio.pipeline.formats.inputs import Float
+from intaglio.pipeline.formats.inputs import Float, IntInput
 
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.layer import Layer
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Device
 
+FLOAT_PRODUCT = 2
+"""Time of a multiplication in float, relative to one of 8-bit integers."""
+ELEMENT = 8
+"""Time to read, change and write one number, relative to a multiplication of 8-bit integers in a product."""
 FLOAT_BYTES = 2
 """Bytes of a number in float16, in which GPUs compute."""
 
@@ -42,3 +46,30 @@ def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
 def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
     """Return the multiplications on R rows, each counted as weight bits times input bits."""
     return rows * layer.n * layer.k * scheme.weight_bits * scheme.input_bits
+
+
+def work(layer: Layer, scheme: LayerScheme, rows: float, block: int | None = None) -> float:
+    """Return an estimate of a layer's time on R rows where no device is known, in multiplications of 8-bit integers.
+
+    It counts the product, and each pass over the input that rounding needs: one to divide by the scale and one to round
+    it, one for the magnitudes of tokens, one for a shift. `block` is that of the basis, None without one: channels are
+    scaled in one more pass (1), or rotated in blocks.
+    """
+    elements = rows * layer.shape[1]
+    passes = 0
+    if isinstance(scheme.input, IntInput):
+        passes += 2 + scheme.by_token + scheme.shifted
+    moved = 0.0 if block is None else ELEMENT + (0 if block == 1 else block * FLOAT_PRODUCT)
+    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if isinstance(scheme.input, Float) else 1)
+    return product + elements * (passes * ELEMENT + moved)
+
+
+def basis_s(layer: Layer, rows: float, block: int, device: Device) -> float:
+    """Return the time, in seconds, in which a device brings R rows of an input into a basis with this block.
+
+    A scale is folded into what comes before where that is possible, and read once with the input elsewhere: it counts
+    as one pass. A rotation is a product of each block with a matrix.
+    """
+    elements = rows * layer.shape[1]
+    moved_s = 2 * FLOAT_BYTES * elements / (device.bandwidth_gb_s * 1e9)
+    return moved_s + (0 if block == 1 else 2 * elements * block / (device.fp16_tflops * 1e12))

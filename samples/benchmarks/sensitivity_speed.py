@@ -23,7 +23,8 @@ from _efficientdm_peers import blocks, channel, quiet, tensor
 from scipy.stats import spearmanr
 
 from intaglio import Context, Recipe, Step, Store, compile
-from intaglio.passes.sensitivity.estimates import MSE, forms_of
+from intaglio.passes.sensitivity.estimates import MSE
+from intaglio.passes.sensitivity.forms import Form, forms_of
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.sensitivity.metrics import RelativeError
 from intaglio.passes.sensitivity.rounded import RoundedLayers
@@ -101,7 +102,7 @@ def speeds(
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         layers = [layer for layer in layer_table(model.module) if layer.name in trajectory.amax]
         admitted = {layer.name: structural_schemes(layer, (GROUP,), SCHEMES) for layer in layers}
-        forms = {name: forms_of({s.name: s for s in schemes}, parts=False) for name, schemes in admitted.items()}
+        forms = {name: forms_of({s.name: Form(s) for s in schemes}, parts=False) for name, schemes in admitted.items()}
         batch = Batch.of(sampler, trajectory, rows)
         rounded = RoundedLayers(model.module, trajectory)
         scratch = Path(tempfile.mkdtemp(dir=folder))  # a new one: no measurement is found from before

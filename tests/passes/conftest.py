@@ -24,7 +24,17 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 @pytest.fixture(scope="session")
 def sensitivity() -> MeasureSensitivity:
     """The samples that it predicts are those that it draws."""
-    return MeasureSensitivity(buckets=2, rows=4, samples=8, drift_samples=8, drift_below_db=50)
+    return MeasureSensitivity(
+        buckets=2,
+        rows=4,
+        bases=(),
+        probes=2,
+        samples=8,
+        direct=0.1,
+        apart="screened",
+        drift_samples=8,
+        drift_below_db=50,
+    )
 
 
 @pytest.fixture(scope="session")

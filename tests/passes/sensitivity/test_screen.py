@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from intaglio.passes.sensitivity.forms import Form
 from intaglio.passes.sensitivity.rounded import RoundedLayers
 from intaglio.passes.sensitivity.screen import Screen
 from intaglio.pipeline.artifacts.trajectory import Trajectory
@@ -38,7 +39,7 @@ def made():
 @pytest.mark.parametrize("name", ["inner", "condition", "outlet"])
 def test_a_linear_model_is_predicted_exactly(name):
     module, inputs, rounded = made()
-    forms = {"w8": W8A8_TOKEN, "w4": w4a16(32)}
+    forms = {"w8": Form(W8A8_TOKEN), "w4": Form(w4a16(32))}
     screen = Screen(rounded, lambda i: module(**i), {name: forms})
     predicted, output = screen.errors(inputs, [torch.Generator().manual_seed(1)])
     assert torch.equal(output, module(**inputs))
@@ -80,7 +81,7 @@ def test_errors_of_samples_are_predicted_along_the_trajectory(scheduler):
     rounded = RoundedLayers(module, NONE)
     start, denoise = sampler.start(1, torch.Generator().manual_seed(0)), denoise_with(module, model)
     # weights alone: rounded inputs are others along another trajectory, which is no first order
-    forms = {"w8": W8A16, "w4": w4a16(32)}
+    forms = {"w8": Form(W8A16), "w4": Form(w4a16(32))}
     names = ("inner", "condition", "outlet")
     screen = Screen(rounded, denoise, dict.fromkeys(names, forms))
     predicted, _ = screen.errors_of_samples(sampler, start, torch.Generator().manual_seed(1))
@@ -98,9 +99,9 @@ def test_probes_approach_the_error_of_many_outputs():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)).requires_grad_(False).eval()
     rounded, inputs = RoundedLayers(module, NONE), {"input": torch.randn(1, 64)}
-    screen = Screen(rounded, lambda i: module(**i), {"0": {"w4": w4a16(32)}})
+    screen = Screen(rounded, lambda i: module(**i), {"0": {"w4": Form(w4a16(32))}})
     predicted, output = screen.errors(inputs, [torch.Generator().manual_seed(i) for i in range(400)])
-    with rounded.alone("0", w4a16(32)), torch.no_grad():
+    with rounded.alone("0", Form(w4a16(32))), torch.no_grad():
         measured = float((module(**inputs) - output).square().sum())
     assert predicted["0"]["w4"] == pytest.approx(measured, rel=0.21)
 
@@ -113,7 +114,7 @@ def test_a_model_without_gradients_says_what_to_do():
             return module(**inputs)
 
     with pytest.raises(StepFailed, match=r"no backward pass through this model .*: set sensitivity\.probes=0"):
-        Screen(rounded, denoise, {"inner": {"w8": W8A8_TOKEN}}).errors(inputs, [torch.Generator()])
+        Screen(rounded, denoise, {"inner": {"w8": Form(W8A8_TOKEN)}}).errors(inputs, [torch.Generator()])
 
 
 def test_switching_bits_changes_the_weight_that_a_layer_computes_with():
@@ -121,7 +122,7 @@ def test_switching_bits_changes_the_weight_that_a_layer_computes_with():
     module, inputs, rounded = made()
     weight, before = module.inner.weight, module(**inputs)
     error = {}
-    for label, form in (("w4", w4a16(32)), ("w8", W8A8_TOKEN), ("w4 again", w4a16(32))):
+    for label, form in (("w4", Form(w4a16(32))), ("w8", Form(W8A8_TOKEN)), ("w4 again", Form(w4a16(32)))):
         with rounded.alone("inner", form), torch.no_grad():
             assert module.inner is rounded.layer("inner", form)
             error[label] = float((module.inner.rounded_weight() - weight).norm() / weight.norm())
