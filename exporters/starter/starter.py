@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,10 +44,14 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
 }
 """Schemes of a first recipe, for each kind of layer."""
+OUTPUT = ("w8a8o8_step",)
+"""Schemes of convolutions on targets that multiply integers only to 8-bit outputs."""
 QUALITY_DB = 40
 """Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
 MOST_STEPS = 50
 """Largest number of denoising steps taken from a pipeline: calibration time grows with it."""
+MOST_CALLS = 640
+"""Calls of the denoiser with one sample, for each implementation that `verify` compares."""
 LARGE_BYTES = 10**9
 """Size of float32 weights in bytes above which activations are recomputed instead of kept."""
 
@@ -243,10 +247,13 @@ def _snippet(found: Found) -> Iterator[str]:
 
 def _steps(found: Found) -> Iterator[tuple[str, str]]:
     """Yield each step as YAML, with its comment."""
-    schemes = _schemes(found.targets)
+    schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
+    measured = {op: [*names, *(OUTPUT if outputs and op == "conv" else ())] for op, names in schemes.items()}
+    asked = ", conv_output: target" if outputs else ""
     yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
-    yield f"sensitivity: {{schemes: {schemes}}}", "predicts what each format of a layer costs in quality"
-    yield f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {schemes}}}", "the fastest plan with this PSNR in dB"
+    yield f"sensitivity: {{schemes: {_flow(measured)}}}", "predicts what each format of a layer costs in quality"
+    quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}{asked}}}"
+    yield quality, "the fastest plan with this PSNR in dB"
     large = 4 * found.parameters >= LARGE_BYTES and found.blocks
     if large:
         yield "distill: {recompute: true}", "`scope: block` takes less memory still"
@@ -256,20 +263,32 @@ def _steps(found: Found) -> Iterator[tuple[str, str]]:
     needed = {load_target(name).runtime for name in found.targets}
     steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
     yield from ((step, "") for step in steps)
-    yield from ((step, "") for step in ("verify", "benchmark", "report"))
+    samples = max(8, min(32, MOST_CALLS // found.sampling.steps))
+    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark", "report"))
 
 
-def _schemes(targets: tuple[str, ...]) -> str:
-    """Return the schemes that all targets run, for each kind of layer, as YAML."""
+def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the schemes that all targets run, for each kind of layer."""
     formats = [load_target(name).formats for name in targets]
-    written = []
+    found = {}
     for op in ("linear", "conv"):
         common = [name for name in USUAL[op] if all(name in each[op] for each in formats)]
         if not any(name in common for name in INT8):
             common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
-        if "w8a16" not in common:
-            common.append("float")
-        written.append(f"{op}: [{', '.join(common)}]")
+        found[op] = common if "w8a16" in common else [*common, FLOAT.name]
+    return found
+
+
+def _rounds_outputs(found: Found) -> bool:
+    """Return True if the model has convolutions, and a target that multiplies them as integers only to codes."""
+    return any(layer.op == "conv" for layer in found.layers) and any(
+        load_target(name).conv_output == "int8" for name in found.targets
+    )
+
+
+def _flow(schemes: Mapping[str, Sequence[str]]) -> str:
+    """Return schemes of each kind of layer as YAML in one line."""
+    written = (f"{op}: [{', '.join(names)}]" for op, names in schemes.items())
     return f"{{{', '.join(written)}}}"
 
 

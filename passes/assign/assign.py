@@ -23,7 +23,7 @@ from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations, work
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
 from intaglio.pipeline.formats.layer import Layer, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
@@ -181,7 +181,13 @@ class AssignPrecision(Pass):
             rows = workload.rows
             amounts["bops"] = lambda o: bit_operations(o.layer, o.scheme, rows[o.layer.name])
             if self.budget.psnr is not None and latencies is None:
-                amounts["work"] = lambda o: work(o.layer, o.scheme, rows[o.layer.name], o.block)
+                amounts["work"] = lambda o: work(
+                    o.layer,
+                    o.scheme,
+                    rows[o.layer.name],
+                    o.block,
+                    on_integers=target.on_integers(o.layer.op, o.scheme),
+                )
         names = {layer.name for layer in table.layers}
         groups = workload.same_input if workload is not None and self.same_input else ()
         together = [[name for name in group if name in names] for group in groups]
@@ -237,13 +243,13 @@ class AssignPrecision(Pass):
         """
         measured = table.schemes[layer.name]
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
+        forms = {(scheme, table.basis_of(layer.name, label)): label for label, scheme in measured.items()}
         legal: dict[str, LayerScheme] = {}
         for name in allowed:
-            for label, scheme in measured.items():
+            for (scheme, basis), label in forms.items():
                 executed = self._executed(layer, scheme, target)
                 if scheme.name == name and illegal(layer, executed, target) is None:
-                    known = executed != scheme and executed.name in measured and not table.basis_of(layer.name, label)
-                    legal[executed.name if known else label] = executed
+                    legal[forms.get((executed, basis), label)] = executed
         return legal or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
@@ -269,7 +275,7 @@ class AssignPrecision(Pass):
 
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
         rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
-        return with_output(scheme) if rounds and not isinstance(scheme.input, Float) else scheme
+        return with_output(scheme) if rounds and scheme.by_step and not scheme.shifted else scheme
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:

@@ -48,19 +48,22 @@ def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
     return rows * layer.n * layer.k * scheme.weight_bits * scheme.input_bits
 
 
-def work(layer: Layer, scheme: LayerScheme, rows: float, block: int | None = None) -> float:
+def work(
+    layer: Layer, scheme: LayerScheme, rows: float, block: int | None = None, *, on_integers: bool = True
+) -> float:
     """Return an estimate of a layer's time on R rows where no device is known, in multiplications of 8-bit integers.
 
     It counts the product, and each pass over the input that rounding needs: one to divide by the scale and one to round
     it, one for the magnitudes of tokens, one for a shift. `block` is that of the basis, None without one: channels are
-    scaled in one more pass (1), or rotated in blocks.
+    scaled in one more pass (1), or rotated in blocks. `on_integers` says if a rounded input is multiplied as integers.
     """
     elements = rows * layer.shape[1]
     passes = 0
     if isinstance(scheme.input, IntInput):
         passes += 2 + scheme.by_token + scheme.shifted
     moved = 0.0 if block is None else ELEMENT + (0 if block == 1 else block * FLOAT_PRODUCT)
-    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if isinstance(scheme.input, Float) else 1)
+    in_float = isinstance(scheme.input, Float) or not on_integers
+    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if in_float else 1)
     return product + elements * (passes * ELEMENT + moved)
 
 

@@ -12,6 +12,7 @@ from intaglio.pipeline.entry_points import named_runtimes, runtime_folders
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.known import SchemeName
+from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
 OpKind: TypeAlias = Literal["linear", "conv"]
 
@@ -134,6 +135,12 @@ class Target(BaseModel):
     )
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
+
+    def on_integers(self, op: OpKind, scheme: LayerScheme) -> bool:
+        """Return True if the runtime multiplies a layer of this kind and scheme on integers."""
+        needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
+        rounded = not isinstance(scheme.input, Float)
+        return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))
 
     def save(self, root: Path) -> None:
         """Write target.json."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise
+from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise, check_scheduler
 from intaglio.pipeline.model.types import Denoise, Inputs
-
-if TYPE_CHECKING:
-    pass
-
 
 SMALL = 1e-2
 """Standard deviation of a change small enough for a linear response; outputs are near 1."""
@@ -56,6 +51,7 @@ class Sampler:
     """
 
     def __init__(self, model: DenoiserModel, steps: int, guidance: float) -> None:
+        check_scheduler(model.scheduler)
         self.model, self.steps = model, steps
         self.names = model.names
         self._conditions, self._null = model.conditions, model.null

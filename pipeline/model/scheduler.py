@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from intaglio.pipeline.errors import RecipeError
+
 
 class Scheduler(Protocol):
     """Methods of a diffusers scheduler that are used; some schedulers also scale noise or the model's input."""
@@ -25,6 +27,15 @@ class Scheduler(Protocol):
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
         """Return a value whose `prev_sample` is the sample after one step."""
+
+
+def check_scheduler(scheduler: object) -> None:
+    """Raise RecipeError if an object lacks a method of `Scheduler`."""
+    lacking = [name for name in ("set_timesteps", "step") if not callable(getattr(scheduler, name, None))]
+    if lacking:
+        needed = "set_timesteps(count), timesteps, and step(output, timestep, sample)"
+        kind = type(scheduler).__name__
+        raise RecipeError(f"model: the scheduler {kind} has no {' and no '.join(lacking)}: a scheduler has {needed}")
 
 
 class SeededScheduler:
@@ -110,7 +121,12 @@ def _previous(
     """Make one step of the scheduler, with the generator if it takes one, and return the previous sample."""
     takes = "generator" in inspect.signature(scheduler.step).parameters
     stepped = scheduler.step(output, t, x, **({"generator": generator} if takes else {}))
-    previous: torch.Tensor = stepped[0] if isinstance(stepped, tuple) else stepped.prev_sample
+    previous = stepped[0] if isinstance(stepped, tuple) and stepped else getattr(stepped, "prev_sample", stepped)
+    if not isinstance(previous, torch.Tensor):
+        kinds = f"{type(scheduler).__name__}.step returns a {type(stepped).__name__}"
+        raise RecipeError(
+            f"model: {kinds}: it returns the next sample, a tuple that begins with it, or an object with prev_sample"
+        )
     return previous
 
 

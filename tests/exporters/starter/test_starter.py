@@ -23,6 +23,13 @@ def broken():
     import no_such_module
 """
 
+SHORT = """
+
+class Short(DDIMScheduler):
+    def set_timesteps(self, count, **_):
+        super().set_timesteps(min(count, 3))
+"""
+
 
 def init(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["init", *arguments])
@@ -142,8 +149,29 @@ def test_a_recipe_for_a_target_that_runs_fewer_schemes_can_be_run_as_it_is(tmp_p
         result = init("dit", *arguments, "--out", "recipe.yaml", "--force")
         assert result.exit_code == 0, result.stderr
         recipe = Recipe.read(tmp_path / "recipe.yaml")
-        assert recipe.steps[2].options["schemes"] == {"linear": ["w8a8_token", "w4a16"], "conv": ["w8a8_step"]}
+        linear, conv = ["w8a8_token", "w8a8s_token", "w4a16", "float"], ["w8a8_step", "w8a8s_step", "float"]
+        assert recipe.steps[2].options["schemes"] == {"linear": linear, "conv": conv}
         assert bind(recipe, base=tmp_path)
+
+
+def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_them(tmp_path: Path) -> None:
+    save_folder(tiny_dit(), tmp_path / "dit")
+    assert init("dit", "--target", "onnxruntime-cpu").exit_code == 0
+    recipe = Recipe.read(tmp_path / "recipe.yaml")
+    _, sensitivity, assign, *_ = (step.options for step in recipe.steps)
+    assert assign["budget"] == {"psnr": 40}
+    assert assign["conv_output"] == "target"
+    assert assign["schemes"]["conv"] == ["w8a8_step", "w8a8s_step", "w8a16", "w4a16"]
+    assert sensitivity["schemes"]["conv"] == [*assign["schemes"]["conv"], "w8a8o8_step"]
+    assert init("dit", "--target", "tensorrt-rtx", "--force").exit_code == 0
+    assert "conv_output" not in Recipe.read(tmp_path / "recipe.yaml").steps[2].options
+
+
+def test_a_scheduler_with_fewer_steps_is_sampled_in_these(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY.replace("DDIMScheduler()", "Short()") + SHORT)
+    assert init("net.py:make", "--target", "onnxruntime-cpu").exit_code == 0
+    assert Recipe.read(tmp_path / "recipe.yaml").model.sampling_steps == 3
+    assert "# default of Short" in (tmp_path / "recipe.yaml").read_text()
 
 
 def test_a_factory_needs_no_recording_that_lies_beside_the_recipe(tmp_path: Path) -> None:
