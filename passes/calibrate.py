@@ -35,7 +35,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True
@@ -72,8 +72,8 @@ class Calibrate(Pass):
         layers = {layer.name: layer for layer in layer_table(model.module)}
         denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
         start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))
-        calls, seen = self._record(sampler, denoise, start, layers, ctx)
-        own = self._trajectory(sampler, calls, seen)
+        calls, samples, seen = self._record(sampler, denoise, start, layers, ctx)
+        own = self._trajectory(sampler, calls, samples, seen)
         whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
         first = sampler.rows_of([0], whole.outputs.shape[1] // sampler.rows_per_sample)
         unreached = unreached_layers(model.module, denoise, whole, layers, first)
@@ -87,14 +87,15 @@ class Calibrate(Pass):
 
     def _record(
         self, sampler: Sampler, denoise: Denoise, start: Start, layers: Mapping[str, Layer], ctx: Context
-    ) -> tuple[list[Call], LayerRanges]:
-        """Draw this process's samples. Returns the calls of the denoiser and the ranges of its layers."""
+    ) -> tuple[list[Call], torch.Tensor, LayerRanges]:
+        """Draw this process's samples. Returns the calls of the denoiser, the samples, and the ranges of its layers."""
         from intaglio.passes.layer_ranges import LayerRanges
         from intaglio.pipeline.model.hooks import after_calls
         from intaglio.pipeline.model.sampler import Call
 
         modules = {name: sampler.model.module.get_submodule(name) for name in layers}
         calls: list[Call] = []
+        samples = start.noise
         seen = LayerRanges(layers, modules, ctx.processes.count)
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):
             for call in sampler.drive(denoise, start):
@@ -103,13 +104,23 @@ class Calibrate(Pass):
                     calls.append(_rounded(call, sampler) if self.precision == "float16" else call)
                     seen.end_of_call()
                     advance()
-        return calls, seen
+                else:
+                    samples = call
+        if not samples.isfinite().all():
+            raise StepFailed(
+                f"the samples have NaN or Inf after the last of {len(calls)} steps, while every output of the model is"
+                " finite: choose the scheduler and the steps that the model was trained for"
+            )
+        return calls, samples, seen
 
-    def _trajectory(self, sampler: Sampler, calls: Sequence[Call], seen: LayerRanges) -> Trajectory:
-        """Return the calls of this process as one trajectory, with the ranges of the layers."""
+    def _trajectory(
+        self, sampler: Sampler, calls: Sequence[Call], samples: torch.Tensor, seen: LayerRanges
+    ) -> Trajectory:
+        """Return the calls of this process as one trajectory, with the ranges of the samples and of the layers."""
         import torch
 
         from intaglio.pipeline.artifacts.trajectory import Trajectory
+        from intaglio.pipeline.numerics.quality import SampleRange
 
         varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
         shared = dict(sampler.model.shared)
@@ -124,6 +135,7 @@ class Calibrate(Pass):
             high=high,
             conditions={n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared},
             shared=shared,
+            samples=SampleRange.of(samples),
             half=self.precision == "float16",
         )
 
@@ -167,6 +179,8 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
     """Return the trajectory that one process would have recorded for all samples."""
     import torch
 
+    from intaglio.pipeline.numerics.quality import SampleRange
+
     if len(parts) == 1:
         return parts[0]
 
@@ -184,6 +198,7 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
         output_amax=largest([part.output_amax for part in parts]),
         low={name: -low for name, low in largest([{n: -v for n, v in part.low.items()} for part in parts]).items()},
         high=largest([part.high for part in parts]),
+        samples=SampleRange.joined([part.samples for part in parts], [part.outputs.shape[1] for part in parts]),
     )
 
 

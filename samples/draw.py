@@ -102,11 +102,14 @@ def main(
     if as_json:
         print(json.dumps(figures))
     else:
-        print(f"{out}: {samples} samples in {steps} steps, {figures['psnr_db']:.2f} dB to full precision, ", end="")
         print(
-            f"{figures['psnr_db_min']:.2f} at worst; {speed:.2f}x as fast as the float32 graph in the same pipeline",
+            f"{out}: {samples} samples in {steps} steps, PSNR {figures['psnr_db']:.2f} dB to full precision, ", end=""
+        )
+        print(
+            f"{figures['psnr_db_min']:.2f} at worst (SQNR {figures['sqnr_db']:.2f} and {figures['sqnr_db_min']:.2f}); ",
             end="",
         )
+        print(f"{speed:.2f}x as fast as the float32 graph in the same pipeline", end="")
         print(f" ({cpu_speed:.2f}x by CPU time)")
 
 

@@ -11,11 +11,13 @@ from intaglio.pipeline.formats.cost import bit_operations, latency_s
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_TOKEN, w4a16
 from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.numerics.quality import SampleRange
 
 SCHEMES = {"float": FLOAT, "w8a8_token": W8A8_TOKEN, "w4a16": w4a16(32)}
 ERRORS = ((1e-6, 5e-4), (2e-6, 3e-4), (3e-6, 9e-4), (1e-7, 2e-5), (4e-6, 1e-4))
 EVERY = {"linear": tuple(SCHEMES)}
 RTX = load_target("tensorrt-rtx")
+SAMPLES = SampleRange(-2.0, 1.0, 0.5)
 
 
 def table(*errors: tuple[float, float]) -> Sensitivity:
@@ -24,7 +26,7 @@ def table(*errors: tuple[float, float]) -> Sensitivity:
         layer.name: {"float": (0.0,), "w8a8_token": (e8,), "w4a16": (e4,)}
         for layer, (e8, e4) in zip(layers, errors, strict=True)
     }
-    return Sensitivity(((0, 1),), (1.0,), layers, {layer.name: SCHEMES for layer in layers}, error)
+    return Sensitivity(((0, 1),), (1.0,), layers, {layer.name: SCHEMES for layer in layers}, error, samples=SAMPLES)
 
 
 def given(*errors: tuple[float, float], rows: tuple[float, ...] = (16, 4096, 256, 1, 1024), same_input=()) -> Artifacts:

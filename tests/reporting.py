@@ -36,7 +36,9 @@ from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a1
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.numerics.quality import SampleRange
 
+SAMPLES = SampleRange(-1.0, 1.0, 0.25)
 HOSTILE = 'transformer_blocks.1.<script>alert("x")</script>&amp;'
 EMBED = Layer(name="pos_embed.proj", op="conv", shape=(64, 3, 2, 2), bias=True)
 LAYERS = (
@@ -48,12 +50,15 @@ LAYERS = (
 )
 SCHEMES = (FLOAT, W8A8_TOKEN, w4a16(64), W8A8_STEP, W8A8_TOKEN)
 FIGURES = VerificationFigures(
+    psnr_peak=2.0,
     psnr_db=31.42,
     psnr_db_min=24.1,
     psnr_simulated_db=31.54,
     fidelity_gap_db=0.12,
     fidelity_gap_error_db=0.05,
     sqnr_db=28.9,
+    sqnr_db_min=21.6,
+    sqnr_simulated_db=29.02,
     parity_layer_rel_l2_max=4.1e-7,
     parity_rel_l2=0.013,
     fp16_bytes=100_000.0,
@@ -118,6 +123,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
         LAYERS,
         {name: {s.name: s for s in schemes} for name, schemes in measured.items()},
         {n: {s.name: (0.0, 0.0) if s == FLOAT else (2e-3, 3e-5) for s in schemes} for n, schemes in measured.items()},
+        samples=SAMPLES,
     )
     full = torch.full((4, 3, 8, 8), -1.0)
     samples = {"full_precision": full, "simulated": full + 0.124, "deployed": full + 0.125}

@@ -19,7 +19,7 @@ from intaglio.pipeline.runs.manifest import compiled_folders
 from intaglio.pipeline.runs.publish import made_from
 from intaglio.pipeline.runs.store import Store
 
-METRICS_FILE = "metrics.json"
+METRICS_FILE, WARNINGS = "metrics.json", "warnings"
 
 
 def show_command(
@@ -32,9 +32,13 @@ def show_command(
         print_json(metrics)
         return
     flat = {target: {n: figure(each) for n, each in dotted(found)} for target, found in metrics.items()}
-    names = list(dict.fromkeys(name for found in flat.values() for name in found))
+    names = dict.fromkeys(name for found in flat.values() for name in found if name != WARNINGS)
     rows = [(name, *(found.get(name, "") for found in flat.values())) for name in names]
     print_table(str(folder), ("metric", *flat), rows)
+    for target, found in metrics.items():
+        listed = found.get(WARNINGS)
+        for warning in listed if isinstance(listed, list) else ():
+            say(f"{target}: WARNING: {warning}")
 
 
 def diff_command(
@@ -93,7 +97,10 @@ def sample_command(
             print_json({"out": str(out), "samples": samples, "steps": steps, "seed": seed, **distances})
             return
         say(f"{out}: {samples} samples, {steps} steps", end="")
-        say(", {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances) if compare else "")
+        if compare:
+            say(", PSNR {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances), end="")
+            say(" (SQNR {sqnr_db:.2f} and {sqnr_db_min:.2f})".format(**distances), end="")
+        say("")
 
 
 def _read_metrics(folder: Path) -> dict[str, dict[str, object]]:

@@ -45,6 +45,8 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "psnr_db_min": ("PSNR of the worst sample, dB", "higher"),
     "psnr_simulated_db": ("PSNR simulated, dB", "higher"),
     "sqnr_db": ("SQNR, dB", "higher"),
+    "sqnr_db_min": ("SQNR of the worst sample, dB", "higher"),
+    "sqnr_simulated_db": ("SQNR simulated, dB", "higher"),
     "fidelity_gap_db": ("simulated minus deployed PSNR, dB", "neither"),
     "parity_layer_rel_l2_max": ("worst layer on the same input, relative L2", "lower"),
     "parity_rel_l2": ("whole denoiser on the same input, relative L2", "lower"),

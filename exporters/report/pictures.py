@@ -17,7 +17,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
-from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
+from intaglio.pipeline.numerics.quality import SampleRange, mean_squared_error, psnr_db, sqnr_db
 from intaglio.pipeline.output_files import check_output, whole_file
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FULL, COMPILED = "full_precision", "compiled"
 MOST_STEPS, MOST_SAMPLES = 1000, 4096
+IMAGES = 0.99
+"""Share of values in [-1, 1] from which on samples are shown as images in that range, as any viewer cuts them off."""
 COLUMNS = 8
 SIDE = 96
 """Pixels that a picture is enlarged to, or nearly."""
@@ -137,11 +139,16 @@ def _piped(
 
 
 def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return the PSNR of compiled samples to full precision in dB, mean and worst; empty without full precision."""
+    """Return PSNR and SQNR of compiled samples to full precision in dB, mean and worst; empty without full precision.
+
+    The peak of the PSNR is the range of the full-precision samples that were drawn.
+    """
     if FULL not in drawn:
         return {}
-    psnr_B = psnr_db(mean_squared_error(drawn[COMPILED].clamp(-1, 1), drawn[FULL].clamp(-1, 1)))
-    return {"psnr_db": float(psnr_B.mean()), "psnr_db_min": float(psnr_B.min())}
+    mse_B = mean_squared_error(drawn[COMPILED], drawn[FULL])
+    psnr_B, sqnr_B = psnr_db(mse_B, SampleRange.of(drawn[FULL]).peak), sqnr_db(mse_B, drawn[FULL])
+    found = {"psnr_db": psnr_B.mean(), "psnr_db_min": psnr_B.min(), "sqnr_db": sqnr_B.mean()}
+    return {name: float(db) for name, db in (found | {"sqnr_db_min": sqnr_B.min()}).items()}
 
 
 def check_file(path: Path) -> None:
@@ -196,21 +203,28 @@ def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 class Colours:
-    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference."""
+    """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference.
+
+    Black to white is -1 to 1 for images in that range (`IMAGES` of the values are), else each channel's own range.
+    """
 
     def __init__(self, reference_BCHW: torch.Tensor) -> None:
         channels = reference_BCHW.shape[1]
         self.kept = 3 if channels >= 3 else 1
         self.low: torch.Tensor | float = -1.0
         self.span: torch.Tensor | float = 2.0
-        if channels not in (1, 3):
-            kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
+        kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
+        if channels not in (1, 3) or float((kept.abs() <= 1).float().mean()) < IMAGES:
             self.low = kept.amin((0, 2, 3), keepdim=True)
             self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
 
     def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Scale the kept channels to the range 0 to 1."""
-        return ((x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span).clamp(0, 1)
+        """Scale the kept channels to the range 0 to 1, and cut off what lies outside."""
+        return self.scaled(x_BCHW).clamp(0, 1)
+
+    def scaled(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Scale the kept channels so that the reference's range becomes 0 to 1."""
+        return (x_BCHW[:, : self.kept].nan_to_num(0.0) - self.low) / self.span
 
 
 def as_image(x_CHW: torch.Tensor) -> Image:

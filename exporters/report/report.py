@@ -41,7 +41,7 @@ from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.formats.target import load_target, target_names
-from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db, sqnr_db
 from intaglio.pipeline.runs.versions import find_version
 
 if TYPE_CHECKING:
@@ -51,9 +51,12 @@ MEASURED = (
     "psnr_db",
     "psnr_db_min",
     "psnr_simulated_db",
+    "psnr_peak",
     "fidelity_gap_db",
     "fidelity_gap_error_db",
     "sqnr_db",
+    "sqnr_db_min",
+    "sqnr_simulated_db",
     "parity_layer_rel_l2_max",
     "parity_rel_l2",
 )
@@ -64,7 +67,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -79,11 +82,13 @@ class WriteReport(Pass):
         drawn = {} if verification is None else verification.samples
         parity = {} if verification is None else verification.layers
         measured = None if verification is None else verification.figures
+        warnings = () if verification is None else verification.warnings
         latency = state[LATENCY] if LATENCY in state else None  # noqa: SIM401 - State.get raises
         engine = state[ENGINE] if ENGINE in state else Engine(target.runtime, "not built yet", None, None)
         metrics = {"model": model.name, "target": target.name} | collect_metrics(
             plan, state[GRAPH], engine, measured, latency
         )
+        metrics["warnings"] = list(warnings)
         html = render(
             "report.html.j2",
             model=metrics["model"],
@@ -94,6 +99,7 @@ class WriteReport(Pass):
             parity=parity,
             departures={} if verification is None else verification.departures,
             metrics=metrics,
+            warnings=warnings,
             flat_metrics={name: json.dumps(entry) for name, entry in dotted(metrics)},
             plan=plan,
             schemes=figures.scheme_rows(plan),
@@ -105,7 +111,7 @@ class WriteReport(Pass):
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
             samples=_comparison(drawn, self.samples),
-            strip=figures.strip(_psnr_db(drawn)),
+            strip=None if measured is None else figures.strip(*_decibels(drawn, measured.psnr_peak)),
             parity_shares=figures.log_shares({name: layer.rel_l2 for name, layer in parity.items()}),
             lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
             origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
@@ -180,15 +186,18 @@ def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure
     return sample_figure(drawn, pairs, count)
 
 
-def _psnr_db(samples: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
-    """Return the PSNR of each sample to full precision in dB, by the implementation's title."""
-    if "full_precision" not in samples:
-        return {}
-    return {
-        title: psnr_db(mean_squared_error(samples[key], samples["full_precision"])).tolist()
-        for key, (title, _) in _IMPLEMENTATIONS.items()
-        if key in samples and key != "full_precision"
-    }
+def _decibels(
+    samples: Mapping[str, torch.Tensor], peak: float
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the PSNR and the SQNR of each sample to full precision in dB, by the implementation's title."""
+    psnr: dict[str, list[float]] = {}
+    sqnr: dict[str, list[float]] = {}
+    reference = samples.get("full_precision")
+    for key, (title, _) in _IMPLEMENTATIONS.items():
+        if reference is not None and key in samples and key != "full_precision":
+            mse_B = mean_squared_error(samples[key], reference)
+            psnr[title], sqnr[title] = psnr_db(mse_B, peak).tolist(), sqnr_db(mse_B, reference).tolist()
+    return psnr, sqnr
 
 
 def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:

@@ -45,7 +45,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
@@ -63,7 +63,9 @@ class Verify(Pass):
     gap_db_tolerance: float = Field(
         0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
     )
-
+    floor_db: float = Field(
+        20, description="SQNR of the deployed samples, in dB, below which the run, its report and `show` warn"
+    )
     bisect: bool = Field(
         False, description="look into the whole graph as well, and name the first place where it leaves the simulation"
     )
@@ -107,16 +109,31 @@ class Verify(Pass):
         parity, other = both.layer_parity(call, ctx), other_call(model, call)
         figures = VerificationFigures(
             **vars(departed),
-            **vars(_distances(samples, HALF_TOLERANCE if halves else TOLERANCE)),
+            **vars(_distances(samples, trajectory.samples.peak, HALF_TOLERANCE if halves else TOLERANCE)),
             parity_rel_l2=both.parity(call),
             parity_other_rel_l2=None if other is None else both.parity(other),
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
             fp16_bytes=fp16_bytes,
         )
         _log(figures, in_float, len(both.layers), ctx)
-        result = Verification(figures, parity, departures, samples=samples)
+        warnings = self._warnings(figures.sqnr_db, target)
+        result = Verification(figures, parity, departures, warnings, samples=samples)
         self._judge(result, both.in_half() if halves else (), halves=halves)
+        for warning in warnings:
+            ctx.log.warning("WARNING: %s", warning)
         return {VERIFICATION: result}
+
+    def _warnings(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
+        """Return a sentence where the deployed samples are below the floor; it says what would raise their quality."""
+        if sqnr_db >= self.floor_db:
+            return ()
+        scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
+        return (
+            f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
+            f" (verify.floor_db), and are hardly those of the model: allow more in assign.budget, list {scheme} in"
+            " sensitivity.schemes and assign.schemes, or run uniform and balance before sensitivity, so that it"
+            " measures in other bases",
+        )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
         """Raise StepFailed that lists every layer and figure outside its tolerance.
@@ -168,8 +185,8 @@ class Verify(Pass):
 
 
 def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance) -> torch.Tensor:
-    """Draw samples, clamped to [-1, 1]."""
-    samples = sampler.sample(denoise, start).clamp(-1, 1)
+    """Draw samples, as the scheduler returns them."""
+    samples = sampler.sample(denoise, start)
     advance()
     return samples
 
@@ -177,9 +194,11 @@ def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance)
 def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: int, ctx: Context) -> None:
     """Log the figures that a user looks at first, and the layers that stay in float."""
     ctx.log.info(
-        "psnr %.2f dB deployed, %.2f dB simulated; worst layer %.1e on the same input",
+        "PSNR %.2f dB (SQNR %.2f) deployed, %.2f dB (%.2f) simulated; worst layer %.1e on the same input",
         figures.psnr_db,
+        figures.sqnr_db,
         figures.psnr_simulated_db,
+        figures.sqnr_simulated_db,
         figures.parity_layer_rel_l2_max,
     )
     if in_float:
@@ -218,8 +237,8 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
 
 
-def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> SampleFigures:
-    """Return the distances of simulated and deployed samples to those of full precision.
+def _distances(samples: dict[str, torch.Tensor], peak: float, rounding: float = 0.0) -> SampleFigures:
+    """Return the distances of simulated and deployed samples to those of full precision; `peak` is that of PSNRs.
 
     An error below `rounding`, relative to full precision, comes from the order of summation. If the errors of both
     implementations are below it, the gap is zero.
@@ -231,11 +250,15 @@ def _distances(samples: dict[str, torch.Tensor], rounding: float = 0.0) -> Sampl
     simulated, deployed = (mean_squared_error(samples[name], reference) for name in ("simulated", "deployed"))
     floor = (rounding**2 * reference.flatten(1).square().mean(1)).clamp_min(LEAST_MSE)
     gap = decibels(deployed.maximum(floor) / simulated.maximum(floor))
+    psnr_B, sqnr_B = psnr_db(deployed, peak), sqnr_db(deployed, reference)
     return SampleFigures(
-        psnr_db=float(psnr_db(deployed).mean()),
-        psnr_db_min=float(psnr_db(deployed).min()),
-        psnr_simulated_db=float(psnr_db(simulated).mean()),
-        sqnr_db=float(sqnr_db(deployed, reference).mean()),
+        psnr_peak=peak,
+        psnr_db=float(psnr_B.mean()),
+        psnr_db_min=float(psnr_B.min()),
+        psnr_simulated_db=float(psnr_db(simulated, peak).mean()),
+        sqnr_db=float(sqnr_B.mean()),
+        sqnr_db_min=float(sqnr_B.min()),
+        sqnr_simulated_db=float(sqnr_db(simulated, reference).mean()),
         fidelity_gap_db=float(gap.mean()),
         fidelity_gap_error_db=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
     )

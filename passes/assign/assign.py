@@ -138,7 +138,9 @@ class AssignPrecision(Pass):
             if self.point >= len(plans):
                 raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")
             chosen = plans[self.point]
-        front = Front(tuple(problem.point(plan, factor) for plan in plans), problem.point(chosen, factor))
+        front = Front(
+            tuple(problem.point(plan, factor) for plan in plans), problem.point(chosen, factor), table.samples
+        )
         unreached = _unreached(table, workload)
         reasons = {layer.name: reason for layer, reason in unreached.items()}
         left = dict.fromkeys(reasons, FLOAT)
@@ -148,12 +150,13 @@ class AssignPrecision(Pass):
             f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items()
         )
         ctx.log.info(
-            "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB",
+            "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB, SQNR %.1f",
             plan.quantized,
             len(plan.layers),
             plan.weight_bits_mean,
             ", ".join(costs),
-            front.chosen.psnr_db,
+            front.psnr_db(front.chosen),
+            front.sqnr_db(front.chosen),
         )
         for line in in_float_lines(reasons | self._float_reasons(plan, table, target)):
             ctx.log.info("%s", line)

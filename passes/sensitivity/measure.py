@@ -23,7 +23,6 @@ from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.model.cost import ModelCost
-from intaglio.pipeline.numerics.quality import PEAK
 
 if TYPE_CHECKING:
     import torch
@@ -223,6 +222,7 @@ class MeasureSensitivity(Pass):
             in_basis={n: named for n, by in forms.items() if (named := {k: f.basis for k, f in by.items() if f.basis})},
             same_basis=found.same,
             bases=bases,
+            samples=trajectory.samples,
         )
         table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
@@ -369,7 +369,7 @@ class MeasureSensitivity(Pass):
         from intaglio.passes.sensitivity.study import Progress
 
         below_db = self.drift_below_db + (0 if table.drift_screened else OUTPUTS_DB)
-        visible = PEAK**2 / 10 ** (below_db / 10)  # the squared error with this PSNR
+        visible = table.samples.peak**2 / 10 ** (below_db / 10)  # the squared error with this PSNR
         pairs = [
             (layer.name, scheme)
             for layer in table.layers

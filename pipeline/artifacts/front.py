@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from intaglio.pipeline.files import read_typed, typed_json
-from intaglio.pipeline.numerics.quality import psnr_db
+from intaglio.pipeline.numerics.quality import SampleRange
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,33 @@ class Point:
     loss: float
     schemes: Mapping[str, str]
 
-    @property
-    def psnr_db(self) -> float:
-        """Predicted PSNR of the final samples; infinite where nothing is lost."""
-        return psnr_db(self.loss)
-
 
 @dataclass(frozen=True)
 class Front:
-    """Points in the order of growing size and falling loss, and the chosen one, which may lie between two of them."""
+    """Points in the order of growing size and falling loss, and the chosen one, which may lie between two of them.
+
+    `samples` is the range of the full-precision samples.
+    """
 
     points: tuple[Point, ...]
     chosen: Point
+    samples: SampleRange
+
+    def psnr_db(self, point: Point) -> float:
+        """Return the predicted PSNR of the final samples, in dB; infinite where nothing is lost."""
+        return self.samples.psnr_db(point.loss)
+
+    def sqnr_db(self, point: Point) -> float:
+        """Return the predicted SQNR of the final samples, in dB; infinite where nothing is lost."""
+        return self.samples.sqnr_db(point.loss)
 
     def save(self, root: Path) -> None:
         """Write front.json, with one line for each point."""
         lines = ",\n  ".join(typed_json(point, Point, indent=None) for point in self.points)
         chosen = typed_json(self.chosen, Point, indent=None)
-        (root / "front.json").write_text(f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen}\n}}\n')
+        samples = typed_json(self.samples, SampleRange, indent=None)
+        text = f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen},\n "samples": {samples}\n}}\n'
+        (root / "front.json").write_text(text)
 
     @classmethod
     def load(cls, root: Path) -> Self:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from intaglio.pipeline.files import read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import LayerScheme
+from intaglio.pipeline.numerics.quality import SampleRange
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -38,6 +39,7 @@ class _Table:
     rank_correlation: float | None = None
     in_basis: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     same_basis: tuple[tuple[str, ...], ...] = ()
+    samples: SampleRange = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Sensitivity(_Table):
     Spearman's, of the two. `apart[layer][scheme]` has the error of the `weight` alone and of the `input` alone.
 
     `groups` is the group of each layer, `metrics` that of each group, and `ranked[layer][scheme][bucket]` its error
-    where it is another one than the mean squared error.
+    where it is another one than the mean squared error. `samples` is the range of the full-precision samples.
     """
 
     bases: Mapping[str, Mapping[str, LayerBalance]] = field(default_factory=dict)

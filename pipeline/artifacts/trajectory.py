@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
 from intaglio.pipeline.formats.schemes import LayerScheme
+from intaglio.pipeline.numerics.quality import SampleRange
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ class Trajectory:
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
     output magnitude, without the bias, of each convolution; `low` and `high` are the ends of each layer's input. All
     calls of a layer at one step count together. A layer that has no part in these calls is in none of them.
+    `samples` is the range of the samples at the end, in which every later pass measures quality.
     `half`: files have those inputs and outputs in float16 that it holds exactly.
     """
 
@@ -41,6 +43,7 @@ class Trajectory:
     high: Mapping[str, torch.Tensor]
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    samples: SampleRange = field(kw_only=True)
     half: bool = field(default=False, kw_only=True)
 
     def called(self, schemes: Mapping[str, LayerScheme]) -> dict[str, LayerScheme]:
@@ -113,7 +116,9 @@ class Trajectory:
         if self.half:
             tensors |= {n: _halved(tensors[n]) for n in ("outputs", *(f"input.{name}" for name in self.inputs))}
         save_file(tensors, root / "trajectory.safetensors")
-        write_typed(root / "trajectory.json", _Settings(self.timesteps, self.half), _Settings, indent=None)
+        write_typed(
+            root / "trajectory.json", _Settings(self.timesteps, self.samples, self.half), _Settings, indent=None
+        )
 
     @classmethod
     def load(cls, root: Path) -> Self:
@@ -127,7 +132,14 @@ class Trajectory:
         part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in names}
         others = (part[name] for name in names if name != "input.")
         with damage_of(file):
-            return cls(settings.timesteps, part["input."], tensors["outputs"], *others, half=settings.half)
+            return cls(
+                settings.timesteps,
+                part["input."],
+                tensors["outputs"],
+                *others,
+                samples=settings.samples,
+                half=settings.half,
+            )
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ class _Settings:
     """The content of trajectory.json."""
 
     timesteps: tuple[float, ...]
+    samples: SampleRange
     half: Annotated[bool, OPTIONAL] = False
 
 

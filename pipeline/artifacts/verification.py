@@ -77,8 +77,11 @@ class SampleFigures:
     """Distances of samples to full precision, in dB: means over the samples of each one's own, but for the worst one.
 
     The worst is there too, since a trajectory that parts from its reference makes one sample much worse than others.
+    The peak of every PSNR is `psnr_peak`; SQNR is relative to the mean square of each full-precision sample.
     """
 
+    psnr_peak: float
+    """Range of the full-precision samples of calibration: the largest value minus the smallest."""
     psnr_db: float
     """PSNR of the deployed samples."""
     psnr_db_min: float
@@ -87,6 +90,10 @@ class SampleFigures:
     """PSNR of the simulated samples."""
     sqnr_db: float
     """SQNR of the deployed samples."""
+    sqnr_db_min: float
+    """SQNR of the deployed sample with the lowest."""
+    sqnr_simulated_db: float
+    """SQNR of the simulated samples."""
     fidelity_gap_db: float
     """PSNR of the simulated samples minus that of the deployed ones."""
     fidelity_gap_error_db: float
@@ -114,6 +121,7 @@ class _Measured:
     figures: VerificationFigures
     layers: Mapping[str, LayerParity]
     departures: Mapping[str, Departure] = field(default_factory=dict)
+    warnings: Annotated[tuple[str, ...], OPTIONAL] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class Verification(_Measured):
     """The measurements of `verify`. `samples`: (B, ...) of full precision, the simulation and the deployed graph.
 
     `departures` has the layers in the order in which they run; empty where the whole graph was not looked into.
+    `warnings` are sentences for the user about a graph that computes what it should, such as one of low quality.
     """
 
     samples: Mapping[str, torch.Tensor] = field(default_factory=dict, kw_only=True)
@@ -137,6 +146,11 @@ class Verification(_Measured):
         """Read what `save` wrote."""
         measured = read_typed(root / "verification.json", _Measured)
         return cls(**vars(measured), samples=load_tensors(root / "samples.safetensors"))
+
+    @staticmethod
+    def load_warnings(root: Path) -> tuple[str, ...]:
+        """Read the warnings alone, without the samples."""
+        return read_typed(root / "verification.json", _Measured).warnings
 
 
 @dataclass(frozen=True)

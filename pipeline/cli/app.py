@@ -42,7 +42,7 @@ from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.output_files import write_output
 from intaglio.pipeline.runs.manifest import Manifest, compiled_folders
 from intaglio.pipeline.runs.registry import named_passes
-from intaglio.pipeline.runs.runner import StepEvent, compile, plan
+from intaglio.pipeline.runs.runner import CompiledTarget, StepEvent, compile, plan
 from intaglio.pipeline.runs.store import Store
 
 REPORT_FILE = "report.html"
@@ -129,7 +129,7 @@ def run_command(
     insert: InsertOption = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, json_option("{target: its folder, report and steps}")] = False,
+    as_json: Annotated[bool, json_option("{target: its folder, report, steps and warnings}")] = False,
 ) -> None:
     """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
@@ -144,24 +144,28 @@ def run_command(
     compiled = compile(changed, Store(store), out=folder, on_step=tell, base=recipe.parent)
     if not processes().first:
         return
-    found = {target: _results(target, result.folder, events) for target, result in compiled.items()}
+    found = {target: _results(target, result, events) for target, result in compiled.items()}
     if as_json:
         print_json({target: asdict(results) for target, results in found.items()})
         return
     for target, results in found.items():
         say(f"{target}: {results.report or results.folder}")
+        for warning in results.warnings:
+            say(f"{target}: WARNING: {warning}")
 
 
 @dataclass(frozen=True)
 class _Results:
-    """Results of a run for one target; `report` is None where the recipe makes none."""
+    """Results of a run for one target; `report` is None where the recipe makes none. `warnings` are sentences."""
 
     folder: str
     report: str | None
     steps: list[dict[str, Any]]
+    warnings: tuple[str, ...]
 
 
-def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> _Results:
+def _results(target: str, result: CompiledTarget, events: Sequence[StepEvent]) -> _Results:
+    folder = result.folder
     assert folder is not None  # `out` was given
     report = folder / REPORT_FILE
     steps = [
@@ -169,7 +173,7 @@ def _results(target: str, folder: Path | None, events: Sequence[StepEvent]) -> _
         for event in events
         if event.place.target == target and event.status != "runs"
     ]
-    return _Results(str(folder), str(report) if report.is_file() else None, steps)
+    return _Results(str(folder), str(report) if report.is_file() else None, steps, result.warnings)
 
 
 @app.command("plan")

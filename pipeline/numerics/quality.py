@@ -1,20 +1,66 @@
 """Distances of samples to their reference, in decibels.
 
-Shapes: B samples.
+Nothing is clamped: the peak of a PSNR is the range of the full-precision samples. Shapes: B samples.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, overload
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, overload
 
 if TYPE_CHECKING:
     import torch
 
-PEAK = 2.0
-"""Range of samples in [-1, 1]."""
 LEAST_MSE = 1e-20
-"""Mean squared error that equal samples count with, so that their PSNR is finite: 206 dB."""
+"""Mean squared error that equal samples count with, so that their distance is finite: 200 dB at a peak of 1."""
+
+
+@dataclass(frozen=True)
+class SampleRange:
+    """Range and mean square of the full-precision samples. Raises ValueError where they are not those of any."""
+
+    low: float
+    high: float
+    energy: float
+
+    def __post_init__(self) -> None:
+        """Check the three numbers."""
+        if not (-math.inf < self.low <= self.high < math.inf and 0 <= self.energy < math.inf):
+            raise ValueError(f"no samples range from {self.low:g} to {self.high:g} with a mean square {self.energy:g}")
+
+    @classmethod
+    def of(cls, samples: torch.Tensor) -> Self:
+        """Return the range of samples (B, ...), which are finite."""
+        low, high = samples.aminmax()
+        return cls(float(low), float(high), float(samples.double().square().mean()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], counts: Sequence[int]) -> Self:
+        """Return the range of all samples together, from those of parts with so many samples."""
+        energy = sum(part.energy * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+        return cls(min(part.low for part in parts), max(part.high for part in parts), energy)
+
+    @property
+    def peak(self) -> float:
+        """Largest sample minus smallest: the peak of every PSNR. It is 1 for constant samples, which have no range."""
+        return self.high - self.low or 1.0
+
+    def psnr_db(self, mse: float) -> float:
+        """Return the PSNR of samples with this mean squared error, in dB; infinite where it is zero.
+
+        >>> SampleRange(-1.0, 1.0, 0.25).psnr_db(0.04)
+        20.0
+        """
+        return decibels(self.peak**2 / mse) if mse > 0 else math.inf
+
+    def sqnr_db(self, mse: float) -> float:
+        """Return the SQNR of samples with this mean squared error, in dB; infinite where it is zero.
+
+        Samples of zeros count with a mean square of 1.
+        """
+        return decibels((self.energy or 1.0) / mse) if mse > 0 else math.inf
 
 
 @overload
@@ -26,26 +72,21 @@ def decibels(ratio: float | torch.Tensor) -> float | torch.Tensor:
     return 10 * (math.log10(ratio) if isinstance(ratio, float | int) else ratio.log10())
 
 
-@overload
-def psnr_db(mse: float) -> float: ...
-@overload
-def psnr_db(mse: torch.Tensor) -> torch.Tensor: ...
-def psnr_db(mse: float | torch.Tensor) -> float | torch.Tensor:
-    """Return the peak signal-to-noise ratio of samples in [-1, 1], in dB: 10 log10(PEAK^2 / mse), with PEAK = 2.
+def psnr_db(mse_B: torch.Tensor, peak: float) -> torch.Tensor:
+    """Return the peak signal-to-noise ratio of each sample (B,), in dB: 10 log10(peak^2 / mse).
 
-    `mse` is the mean squared error to the reference, one number or one for each sample (B,). Infinite where it is zero.
-
-    >>> psnr_db(0.04)
-    20.0
+    `peak` is that of the `SampleRange` of full precision, the same for all samples.
     """
-    if isinstance(mse, float | int):
-        return decibels(PEAK**2 / mse) if mse > 0 else math.inf
-    return decibels(PEAK**2 / mse)
+    return decibels(peak**2 / mse_B)
 
 
 def sqnr_db(mse_B: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the signal-to-quantization-noise ratio of each sample (B,), in dB: 10 log10(mean(reference^2) / mse)."""
-    return decibels(reference.flatten(1).square().mean(1) / mse_B)
+    """Return the signal-to-quantization-noise ratio of each sample (B,), in dB: 10 log10(mean(reference^2) / mse).
+
+    A reference of zeros counts with a mean square of 1.
+    """
+    energy_B = reference.flatten(1).square().mean(1)
+    return decibels(energy_B.where(energy_B > 0, 1.0) / mse_B)
 
 
 def mean_squared_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

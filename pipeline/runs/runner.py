@@ -72,6 +72,14 @@ class CompiledTarget:
     def __getitem__(self, key: Key[A]) -> A:
         return self.store.load(key, self.outputs[key])
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences about the quality of the compiled graph; empty where nothing measured it."""
+        from intaglio.pipeline.artifacts.keys import VERIFICATION
+
+        digest = self.outputs.get(VERIFICATION)
+        return () if digest is None else VERIFICATION.type.load_warnings(self.store.open(digest))
+
 
 @dataclass(frozen=True)
 class PlannedStep:

@@ -34,7 +34,7 @@ def grid(bench: Any, found: Figures, path: Path) -> None:
     strips = []
     for name, row in rows.items():
         x = bench.rows.tensors(row)["samples"][:16]
-        pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
         strip = strip.resize((strip.width * ENLARGED, strip.height * ENLARGED), Image.Resampling.NEAREST)
         labelled = Image.new("RGB", (LABEL_WIDTH + strip.width, strip.height), "white")

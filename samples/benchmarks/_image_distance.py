@@ -1,6 +1,7 @@
-"""Distances between images in [-1, 1], (B, 3, H, W): of each to its own reference, and of one set to another.
+"""Distances between images, (B, 3, H, W): of each to its own reference, and of one set to another.
 
-Features are those of EfficientNet-Lite0 on ImageNet, (B, 1280), before its classifier.
+Images are not clamped: the peak of PSNR and SSIM is the range of the references. Features are those of
+EfficientNet-Lite0 on ImageNet, (B, 1280), before its classifier, which sees images in [-1, 1] as a screen shows them.
 """
 
 from functools import cache
@@ -11,7 +12,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.image.kid import poly_mmd
 
 from intaglio.pipeline.numerics import quality
-from intaglio.pipeline.numerics.quality import mean_squared_error
+from intaglio.pipeline.numerics.quality import SampleRange, mean_squared_error
 
 FEATURE_SIZE = 128
 """Pixels to which images are enlarged: four times those of the sample models."""
@@ -19,7 +20,7 @@ FEATURE_SIZE = 128
 
 def psnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the PSNR of each image in dB, (B,)."""
-    return quality.psnr_db(mean_squared_error(x, reference))
+    return quality.psnr_db(mean_squared_error(x, reference), SampleRange.of(reference).peak)
 
 
 def sqnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,8 @@ def sqnr_db(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def ssim(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the structural similarity of each image to its reference, (B,)."""
-    return structural_similarity_index_measure(x, reference, data_range=2.0, reduction="none")
+    peak = SampleRange.of(reference).peak
+    return structural_similarity_index_measure(x, reference, data_range=peak, reduction="none")
 
 
 def kid(features: torch.Tensor, reference: torch.Tensor) -> float:

@@ -52,14 +52,14 @@ class Rows:
 
 
 def draw(denoise: Denoise, sampler: Sampler, count: int, seed: int = NOISE_SEED) -> torch.Tensor:
-    """Samples in [-1, 1]. The conditions are the same for every seed."""
+    """Samples, not clamped. The conditions are the same for every seed."""
     generator = torch.Generator().manual_seed(NOISE_SEED)
     start = sampler.start(1024, generator).part(slice(count))
     if seed != NOISE_SEED:
         noise = torch.randn(start.noise.shape, generator=torch.Generator().manual_seed(seed))
         start = type(start)(noise, start.conditions, start.null)
     parts = [start.part(slice(i, i + 16)) for i in range(0, count, 16)]
-    return torch.cat([sampler.sample(denoise, part).clamp(-1, 1) for part in parts])
+    return torch.cat([sampler.sample(denoise, part) for part in parts])
 
 
 def full_precision(rows: Rows, checkpoint: Checkpoint, digest: str, count: int) -> Figures:

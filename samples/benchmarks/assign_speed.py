@@ -23,6 +23,7 @@ from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.formats.layer import Layer, structural_schemes
 from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.numerics.quality import SampleRange
 
 WORST = {"float": 0, "w8a8_token": 1, "w8a8_step": 1.5, "w4a16": 20, "w4a8_token": 22, "w4a4_token": 300}
 """How much more than in w8a8_token a layer loses, about."""
@@ -55,7 +56,7 @@ def main(
         "cpu_seconds": cpu_seconds,
         "gap": 1 - bound / chosen.loss,
         **{f"{name} of {limit:g}": chosen.costs[name] for name, limit in limits.items()},
-        "predicted_db": chosen.psnr_db,
+        "predicted_db": front.psnr_db(chosen),
         "seconds_with_front": time.perf_counter() - began[0],
         "cpu_seconds_with_front": time.process_time() - began[1],
         "front_points": len(front.points),
@@ -80,7 +81,8 @@ def model(count: int, rng: np.random.Generator) -> tuple[Sensitivity, Workload]:
         schemes[layer.name] = found
         error[layer.name] = {name: (loss * WORST[name] * 10 ** rng.normal(0, 0.15),) for name in found}
         rows[layer.name] = float(rng.choice([1, 77, 256, 1024, 4096]))
-    return Sensitivity(((0, 1),), (1.0,), tuple(layers), schemes, error), Workload(rows)
+    samples = SampleRange(-1.0, 1.0, 0.25)
+    return Sensitivity(((0, 1),), (1.0,), tuple(layers), schemes, error, samples=samples), Workload(rows)
 
 
 if __name__ == "__main__":

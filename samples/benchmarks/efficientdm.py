@@ -99,7 +99,7 @@ QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
-VERSION = 2
+VERSION = 3
 """Raised where a figure is computed otherwise than before."""
 HELD_OUT_SEED = 10_000
 HELD_OUT_SAMPLES = 8

@@ -3,8 +3,9 @@
     python samples/benchmarks/mixed_plan.py samples/emoji-dit.yaml [--json]
 
 Every plan is rounded to nearest without distillation and draws the same samples from the same noise in the simulation;
-PSNR is to full precision, the mean of each sample's own. A random plan turns layers to 4 bits in random order while it
-has more bytes than the plan that was found, so it never has more than the found plan could have used.
+PSNR and SQNR are to full precision, the mean of each sample's own; the peak is the range of full-precision samples. A
+random plan turns layers to 4 bits in random order while it has more bytes than the plan that was found, so it never has
+more than the found plan could have used.
 """
 
 import json
@@ -59,23 +60,29 @@ def main(
     start = sampler.start(samples, torch.Generator().manual_seed(2))
     reference = draw(checkpoint, None, trajectory, start)
 
-    def psnr_db(plan: QuantPlan) -> float:
+    def decibels(plan: QuantPlan) -> tuple[float, float]:
+        """PSNR and SQNR."""
         mse = quality.mean_squared_error(draw(checkpoint, plan, trajectory, start), reference)
-        return float(quality.psnr_db(mse).mean())
+        psnr = quality.psnr_db(mse, trajectory.samples.peak)
+        return float(psnr.mean()), float(quality.sqnr_db(mse, reference).mean())
 
-    found_db = psnr_db(mixed)
+    (eight_db, eight_sqnr_db), (found_db, found_sqnr_db) = decibels(eight), decibels(mixed)
     rng = np.random.default_rng(0)
-    chance_db = [
-        psnr_db(random_plan(eight, table, limit, rng))
+    chance = [
+        decibels(random_plan(eight, table, limit, rng))
         for _ in track(range(random_plans), "random plans", disable=as_json)
     ]
+    random_db = statistics.mean(psnr_db for psnr_db, _ in chance)
     figures = {
-        "w8a8_psnr_db": psnr_db(eight),
+        "w8a8_psnr_db": eight_db,
+        "w8a8_sqnr_db": eight_sqnr_db,
         "bytes_of_w8a8": limit / eight.size_bytes,
         "mixed_psnr_db": found_db,
-        "random_psnr_db_mean": statistics.mean(chance_db),
-        "random_psnr_db_best": max(chance_db),
-        "gain_db": found_db - statistics.mean(chance_db),
+        "mixed_sqnr_db": found_sqnr_db,
+        "random_psnr_db_mean": random_db,
+        "random_sqnr_db_mean": statistics.mean(sqnr_db for _, sqnr_db in chance),
+        "random_psnr_db_best": max(psnr_db for psnr_db, _ in chance),
+        "gain_db": found_db - random_db,
     }
     print(json.dumps(figures) if as_json else "\n".join(f"{name:20} {value:8.3f}" for name, value in figures.items()))
 
@@ -107,14 +114,14 @@ def narrowed(wide: QuantPlan, narrow: Mapping[str, LayerScheme], limit_bytes: in
 
 
 def draw(checkpoint: Checkpoint, plan: QuantPlan | None, trajectory: Trajectory, start: Start) -> torch.Tensor:
-    """Samples in [-1, 1] of the model rounded as the plan says, or in full precision."""
+    """Samples of the model rounded as the plan says, or in full precision."""
     model = checkpoint.open()
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     clock = StepClock(trajectory.timesteps)
     if plan is not None:
         quantize_model(model.module, plan.schemes, clock, trajectory.tables(plan.schemes))
     denoise = clocked(denoise_with(model.module, model), clock, sampler.names.timestep)
-    return sampler.sample(denoise, start).clamp(-1, 1)
+    return sampler.sample(denoise, start)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ MODELS: Mapping[str, str] = {
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 NEAREST = (Step(uses="distill", options={"updates": 0, "input_rate": 0}),)
 BALANCED, DISTILLED = ((BALANCE, Step(uses="distill", options={**DISTILL, "updates": updates})) for updates in (0, 120))
-VERSION = 1
+VERSION = 2
 """Raised where a figure is computed otherwise than before."""
 
 
@@ -93,12 +93,13 @@ class Bench:
         ratio = self.ends.float_bytes / done[PLAN].size_bytes
 
         def make(place: Path) -> Figures:
-            from _image_distance import feature_distance, features, psnr_db
+            from _image_distance import feature_distance, features, psnr_db, sqnr_db
 
             whole = self.rows.tensors(full)
             x = draw(*simulated(done), self.samples)
             psnr = psnr_db(x, whole["samples"])
             row = {"psnr_db": float(psnr.mean()), "psnr_db_min": float(psnr.min()), "size_ratio_fp16": ratio}
+            row["sqnr_db"] = float(sqnr_db(x, whole["samples"]).mean())
             if "features.reference" in whole:
                 apart = float(feature_distance(features(x), whole["features.reference"]).mean())
                 row["feature_distance"] = apart / full["feature_distance_of_noises"]
@@ -164,7 +165,11 @@ def derived(seeds: Sequence[Figures], speed: Figures) -> Figures:
 
     figures: Figures = {}
     for row in ("w8a8", "mixed", "small"):
-        names = [n for n in ("psnr_db", "psnr_db_min", "size_ratio_fp16", "feature_distance") if n in seeds[0][row]]
+        names = [
+            n
+            for n in ("psnr_db", "psnr_db_min", "sqnr_db", "size_ratio_fp16", "feature_distance")
+            if n in seeds[0][row]
+        ]
         figures |= {f"{row}_{name}": mean(row, name) for name in names}
     for treatment in ("nearest", "balanced"):
         names = seeds[0][treatment]
@@ -194,7 +199,7 @@ def table(model: str, seeds: Sequence[Figures], figures: Figures) -> str:
     rows = {name: [seed[name] for seed in seeds] for name in ("w8a8", "mixed", "small")}
     for treatment in ("nearest", "balanced"):
         rows |= {f"{name}, {treatment}": [s[treatment][name] for s in seeds] for name in seeds[0][treatment]}
-    columns = ("size_ratio_fp16", "psnr_db", "psnr_db_min", "feature_distance")
+    columns = ("size_ratio_fp16", "psnr_db", "psnr_db_min", "sqnr_db", "feature_distance")
     lines = [f"{model:28}" + "".join(f"{column:>18}" for column in columns)]
     for name, found in rows.items():
         cells = [statistics.mean(row[c] for row in found) if c in found[0] else None for c in columns]

@@ -14,7 +14,6 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT
-from intaglio.pipeline.numerics.quality import psnr_db
 
 HEAT_LEVELS = 10
 """Colours of the map."""
@@ -76,8 +75,8 @@ def heat_map(sensitivity: Sensitivity, plan: QuantPlan) -> HeatMap:
         if not 0 < error < math.inf:
             return Cell("", "", "")
         found = "drawn" if scheme in sensitivity.drift.get(layer.name, {}) else "predicted"
-        db = psnr_db(error)
-        return Cell("", f"{db:.0f}", f"{layer.name}\n{db:.1f} dB PSNR of the samples, {found}")
+        db, sqnr_db = sensitivity.samples.psnr_db(error), sensitivity.samples.sqnr_db(error)
+        return Cell("", f"{db:.0f}", f"{layer.name}\n{db:.1f} dB PSNR of the samples (SQNR {sqnr_db:.1f}), {found}")
 
     def row(layer: Layer) -> HeatRow:
         planned = plan.schemes[layer.name]

@@ -42,7 +42,7 @@ def front_figure(front: Front) -> FrontFigure | None:
         return None
     shown = [front.chosen] * (front.chosen.loss > 0) + [point for _, point in drawn]
     low_size, high_size = _padded([point.costs["size"] for point in shown])
-    low_db, high_db = _padded([point.psnr_db for point in shown])
+    low_db, high_db = _padded([front.psnr_db(point) for point in shown])
 
     def left(size: float) -> float:
         return (size - low_size) / (high_size - low_size)
@@ -51,7 +51,9 @@ def front_figure(front: Front) -> FrontFigure | None:
         return (high_db - psnr_db) / (high_db - low_db)
 
     def dot(point: Point, title: str) -> Dot:
-        return Dot(left(point.costs["size"]), top(point.psnr_db), f"{title}\n{_point_tip(point)}")
+        db = front.psnr_db(point)
+        quality = f"{number(db)} dB (SQNR {number(front.sqnr_db(point))})"
+        return Dot(left(point.costs["size"]), top(db), f"{title}\n{quality}\n{_point_tip(point)}")
 
     dots = tuple(dot(point, f"point {i}") for i, point in drawn)
     return FrontFigure(
@@ -70,11 +72,11 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _point_tip(point: Point) -> str:
-    """Return the tip of one plan: its PSNR, its costs, and how many layers have each scheme."""
+    """Return the tip of one plan: its costs, and how many layers have each scheme."""
     costs = (f"{name} {number(cost)}" for name, cost in point.costs.items())
     names = list(point.schemes.values())
     schemes = (f"{names.count(name)} {name}" for name in in_order(names))
-    return "\n".join((f"{number(point.psnr_db)} dB", *costs, ", ".join(schemes)))
+    return "\n".join((*costs, ", ".join(schemes)))
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Lane:
     title: str
     dots: tuple[Dot, ...]
     mean: str
+    mean_sqnr: str
     mean_left: float
 
 
@@ -173,8 +176,11 @@ class Strip:
     ticks: tuple[tuple[float, str], ...]
 
 
-def strip(psnr_db: Mapping[str, Sequence[float]]) -> Strip | None:
-    """Return the strip of the samples' PSNR, by the titles of the lanes; None where there are no samples."""
+def strip(psnr_db: Mapping[str, Sequence[float]], sqnr_db: Mapping[str, Sequence[float]]) -> Strip | None:
+    """Return the strip of the samples' PSNR, by the titles of the lanes; None where there are no samples.
+
+    The SQNR of each sample is in its tip.
+    """
     every = [db for lane in psnr_db.values() for db in lane]
     if not every:
         return None
@@ -183,11 +189,16 @@ def strip(psnr_db: Mapping[str, Sequence[float]]) -> Strip | None:
     def left(db: float) -> float:
         return (db - low) / (high - low)
 
+    def dots(psnr: Sequence[float], sqnr: Sequence[float]) -> tuple[Dot, ...]:
+        tips = (f"{number(db, 4)} dB (SQNR {number(s, 4)})" for db, s in zip(psnr, sqnr, strict=True))
+        return tuple(Dot(left(psnr[i]), 0.5, f"sample {i + 1}: {tip}") for i, tip in enumerate(tips))
+
     lanes = (
         Lane(
             title,
-            tuple(Dot(left(db), 0.5, f"sample {i}: {number(db, 4)} dB") for i, db in enumerate(lane, start=1)),
+            dots(lane, sqnr_db[title]),
             number(fmean(lane), 4),
+            number(fmean(sqnr_db[title]), 4),
             left(fmean(lane)),
         )
         for title, lane in psnr_db.items()

@@ -30,6 +30,7 @@ from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.hooks import after_calls
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.numerics.quality import SampleRange
 
 
 class Opened(Checkpoint):
@@ -74,7 +75,7 @@ class Broken(torch.nn.Module):
 def trajectory(module: torch.nn.Module, rows: int) -> Trajectory:
     inputs = {"timestep": torch.full((1, rows), 7.0), "sample": torch.ones(1, rows, 2, 4, 4).cumsum(-1).cumsum(1)}
     outputs = module(**{name: value[0] for name, value in inputs.items()})[None]
-    return Trajectory((7.0,), inputs, outputs, {}, {}, {}, {})
+    return Trajectory((7.0,), inputs, outputs, {}, {}, {}, {}, samples=SampleRange(-1.0, 1.0, 0.25))
 
 
 def export(module: torch.nn.Module, folder: Path, rows: int = 2, **options) -> Graph:

@@ -28,6 +28,7 @@ from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, PLAN, QUANTIZED, TARGET)
@@ -134,7 +135,9 @@ def record_chain(count: int, value_bytes: int, folder: Path) -> None:
     graph = ir.Graph([x], [values[-1]], nodes=nodes, opset_imports={"": 21})
     ir.save(ir.Model(graph, ir_version=10), folder / "chain.onnx")
     sample = torch.zeros(1, 1, value_bytes // 4)
-    trajectory = Trajectory((0.0,), {"sample": sample}, sample, {}, {}, {}, {}, {}, {})
+    trajectory = Trajectory(
+        (0.0,), {"sample": sample}, sample, {}, {}, {}, {}, {}, {}, samples=SampleRange(-1.0, 1.0, 0.25)
+    )
     _magnitudes(folder / "chain.onnx", trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
 
 

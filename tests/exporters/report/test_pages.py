@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from PIL import Image
-from reporting import artifacts, points
+from reporting import SAMPLES, artifacts, points
 
 from intaglio.exporters.report.report import WriteReport
 from intaglio.pipeline.artifacts.front import Front
@@ -32,7 +32,7 @@ FIGURES = {
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     plans = points(4e-2, 4e-3, 4e-4)
-    made = artifacts(root / "model") | {FRONT: Front(plans, plans[1])}
+    made = artifacts(root / "model") | {FRONT: Front(plans, plans[1], SAMPLES)}
     WriteReport().run(State(made, reader="report"), Context(root))[REPORT].save(root)
     return root / "report.html"
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reporting import EMBED, FIGURES, HOSTILE, LAYERS, Page, artifacts, points
+from reporting import EMBED, FIGURES, HOSTILE, LAYERS, SAMPLES, Page, artifacts, points
 
 from intaglio.exporters.report.figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
 from intaglio.exporters.report.grids import Drawn, sample_figure
@@ -79,9 +79,12 @@ def test_metrics_are_those_of_the_artifacts(made):
         "psnr_db": 31.42,
         "psnr_db_min": 24.1,
         "psnr_simulated_db": 31.54,
+        "psnr_peak": 2.0,
         "fidelity_gap_db": 0.12,
         "fidelity_gap_error_db": 0.05,
         "sqnr_db": 28.9,
+        "sqnr_db_min": 21.6,
+        "sqnr_simulated_db": 29.02,
         "parity_layer_rel_l2_max": 4.1e-7,
         "parity_rel_l2": 0.013,
         "engine": {
@@ -92,6 +95,7 @@ def test_metrics_are_those_of_the_artifacts(made):
             "int8_gemm": 3,
             "fp_gemm": 2,
         },
+        "warnings": [],
     }
 
 
@@ -153,7 +157,7 @@ def test_headlines(made):
         "Integer products 3 matrix products and convolutions in int8; 2 in float",
         "PSNR 31.42 dB",
         "SQNR 28.90 dB",
-        "Fidelity gap 0.12 dB lost from simulation (31.54 dB)",
+        "Fidelity gap 0.12 dB lost from simulation (31.54 dB, SQNR 29.02)",
         "Layer parity 4.1×10⁻⁷",
     ):
         assert headline in tiles
@@ -199,12 +203,14 @@ def test_sheets_show_the_same_samples_in_order(made):
 def test_every_sample_has_its_own_psnr(made):
     page = Page(write(made).html)
     dots = page.found("samples", "i", "^dot$")
-    assert [dot["title"] for dot in dots[4:6]] == ["sample 1: 24.08 dB", "sample 2: 24.08 dB"]  # 4 / 0.125^2 = 256
+    assert [dot["title"] for dot in dots[4:6]] == [
+        *("sample 1: 24.08 dB (SQNR 18.06)", "sample 2: 24.08 dB (SQNR 18.06)")  # 4 / 0.125^2 = 256, and 1 / 0.125^2
+    ]
     assert len(dots) == 2 * 4
-    assert strip({}) is None
-    drawn = strip({"one": [20.0, 40.0], "two": [30.0, 30.0]})
+    assert strip({}, {}) is None
+    drawn = strip({"one": [20.0, 40.0], "two": [30.0, 30.0]}, {"one": [10.0, 20.0], "two": [25.0, 25.0]})
     assert drawn is not None
-    assert [lane.mean for lane in drawn.lanes] == ["30.00", "30.00"]
+    assert [(lane.mean, lane.mean_sqnr) for lane in drawn.lanes] == [("30.00", "15.00"), ("30.00", "25.00")]
     assert drawn.lanes[0].mean_left == drawn.lanes[1].dots[0].left == pytest.approx(0.5)
 
 
@@ -374,7 +380,7 @@ def test_a_plan_that_was_made_without_measurement_is_said(made):
 
 def test_the_front_is_drawn_with_the_plan_marked(made):
     plans = points(4e-2, 4e-3, 4e-4, 0.0)
-    made[FRONT] = Front(plans, plans[1])
+    made[FRONT] = Front(plans, plans[1], SAMPLES)
     page = Page(write(made).html)
     dots = page.found("front", "i", r"^dot$")
     (ring,) = page.found("front", "i", "dot ring")
@@ -398,9 +404,9 @@ def test_the_front_is_drawn_with_the_plan_marked(made):
 def test_without_a_front_there_is_nothing_to_draw(made):
     assert "No other plans were made" in Page(write(made).html).text("front")
     plans = points(4e-2)
-    made[FRONT] = Front(plans, plans[0])
+    made[FRONT] = Front(plans, plans[0], SAMPLES)
     assert not Page(write(made).html).found("front", "svg")
-    made[FRONT] = Front(points(4e-2, 4e-3), points(0.0)[0])
+    made[FRONT] = Front(points(4e-2, 4e-3), points(0.0)[0], SAMPLES)
     assert not Page(write(made).html).found("front", "i", "dot ring")
 
 

@@ -77,10 +77,13 @@ def test_a_wrong_input_range_is_found_in_the_codes(compiled, tmp_path):
 
 def verification(gap_db: float, error_db: float) -> Verification:
     figures = VerificationFigures(
+        psnr_peak=2.0,
         psnr_db=30.0,
         psnr_db_min=30.0,
         psnr_simulated_db=30.0,
         sqnr_db=30.0,
+        sqnr_db_min=30.0,
+        sqnr_simulated_db=30.0,
         fidelity_gap_db=gap_db,
         fidelity_gap_error_db=error_db,
         parity_rel_l2=0.0,
@@ -101,7 +104,7 @@ def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
     full = torch.zeros(2, 1, 1, 2)
     simulated = torch.tensor([0.2, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 20 and 40 dB
     deployed = torch.tensor([0.02, 0.02]).reshape(2, 1, 1, 1).expand_as(full)  # 40 dB both
-    figures = _distances({"full_precision": full + 0.0, "simulated": simulated, "deployed": deployed})
+    figures = _distances({"full_precision": full + 0.0, "simulated": simulated, "deployed": deployed}, peak=2.0)
     assert figures.psnr_simulated_db == pytest.approx(30, abs=1e-4)
     assert figures.psnr_db == pytest.approx(40, abs=1e-4)
     assert figures.fidelity_gap_db == pytest.approx(-10, abs=1e-4)
@@ -111,11 +114,11 @@ def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
 def test_errors_within_the_rounding_of_float32_are_no_gap():
     full = torch.full((1, 1, 1, 2), 0.5)
     found = {"full_precision": full, "simulated": full, "deployed": full + 4e-6}
-    figures = _distances(found, 1e-4)
+    figures = _distances(found, 2.0, 1e-4)
     assert figures.psnr_simulated_db == pytest.approx(206, abs=0.1)
     assert figures.psnr_db == pytest.approx(114, abs=0.1)
     assert figures.fidelity_gap_db == 0.0
-    beyond = _distances({**found, "deployed": full + 5e-4}, 1e-4)  # ten times what rounding may be
+    beyond = _distances({**found, "deployed": full + 5e-4}, 2.0, 1e-4)  # ten times what rounding may be
     assert beyond.fidelity_gap_db == pytest.approx(20, abs=0.1)
 
 

@@ -20,6 +20,7 @@ from intaglio.pipeline.formats.cost import latency_s
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.runs.binding import bind
 
 
@@ -44,7 +45,8 @@ def test_the_plan_is_the_best_of_all_that_are_within_every_budget(limits, tmp_pa
     chosen = made[FRONT].chosen
     assert chosen.costs == pytest.approx(costs(artifacts, best), rel=1e-12)
     assert chosen.loss == pytest.approx(loss(artifacts, best), rel=1e-12)
-    assert chosen.psnr_db == pytest.approx(10 * math.log10(4 / loss(artifacts, best)))
+    assert front.psnr_db(chosen) == pytest.approx(10 * math.log10(9 / loss(artifacts, best)))
+    assert front.sqnr_db(chosen) == pytest.approx(10 * math.log10(0.5 / loss(artifacts, best)))
 
 
 def test_without_any_budget_the_size_is_half():
@@ -218,7 +220,7 @@ def test_the_front_goes_from_the_smallest_plan_to_the_best_and_every_point_can_b
     whole = sum(layer.size_bytes(FLOAT) for layer in layers)
     smallest = sum(min(layer.size_bytes(s) for s in t.schemes[layer.name].values()) for layer in layers)
     assert sizes[0] == pytest.approx(smallest / whole, rel=1e-4)
-    assert (losses[-1], front.points[-1].psnr_db) == (0.0, math.inf)
+    assert (losses[-1], front.psnr_db(front.points[-1])) == (0.0, math.inf)
     for point in front.points:
         assert point.loss == pytest.approx(sum(t.total(n, s) for n, s in point.schemes.items()))
         assert set(point.costs) == {"size", "latency", "bops"}
@@ -364,6 +366,6 @@ def test_a_rounded_output_counts_with_its_own_error_if_that_was_measured(measure
     schemes = {"w8a8_step": W8A8_STEP, "w8a8o8_step": with_output(W8A8_STEP)}
     step = AssignPrecision(conv_output="target")
     for known in (schemes, {"w8a8_step": W8A8_STEP}):
-        t = Sensitivity(((0, 1),), (1.0,), (layer,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))})
+        t = Sensitivity(((0, 1),), (1.0,), (layer,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))}, samples=SAMPLES)
         choices = step._choices(layer, t, load_target("onnxruntime-cpu"))
         assert choices == {list(known)[-1]: with_output(W8A8_STEP)}

@@ -31,12 +31,14 @@ from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.simulation.model import quantize_model
 
 ROUNDED = "transformer_blocks.1.norm1.linear"
 """The layer that is rounded alone, at 4 bits."""
 
 
+SAMPLES = SampleRange(-1.0, 1.0, 0.25)
 NO_DRIFT = {"drift_below_db": -100}
 """No error of samples is as large."""
 CONTENT = {f"transformer_blocks.{i}.norm1.linear" for i in range(2)} | {"proj_out_1"}
@@ -275,7 +277,7 @@ def test_total_moves_errors_within_their_group_alone():
     errors = {"a": {"w8": (1.0,)}, "b": {"w8": (3.0,)}, "c": {"w8": (5.0,)}}
     groups = {"a": "content", "b": "content", "c": "visual"}
     ranked = {"a": {"w8": (2.0,)}, "b": {"w8": (1.0,)}}
-    table = Sensitivity(((0, 1),), (1.0,), (), {}, errors, groups=groups, ranked=ranked)
+    table = Sensitivity(((0, 1),), (1.0,), (), {}, errors, groups=groups, ranked=ranked, samples=SAMPLES)
     assert [table.total(name, "w8") for name in "abc"] == pytest.approx([8 / 3, 4 / 3, 5.0])
 
 
@@ -283,7 +285,9 @@ def test_a_metric_ranks_layers_and_never_the_schemes_of_one():
     """By hand: a moves 1 * 9 + 3 * 1 / 3 of its 4, b keeps its 4, so f = 8 / 14 * 10 / 4 and 8 / 14."""
     errors = {"a": {"w8": (1.0,), "w4": (3.0,)}, "b": {"w8": (1.0,), "w4": (3.0,)}}
     ranked = {"a": {"w8": (9.0,), "w4": (1.0,)}, "b": errors["b"]}
-    table = Sensitivity(((0, 1),), (1.0,), (), {}, errors, groups=dict.fromkeys("ab", "content"), ranked=ranked)
+    table = Sensitivity(
+        ((0, 1),), (1.0,), (), {}, errors, groups=dict.fromkeys("ab", "content"), ranked=ranked, samples=SAMPLES
+    )
     found = [table.total(name, scheme) for name in "ab" for scheme in ("w8", "w4")]
     assert found == pytest.approx([10 / 7, 30 / 7, 4 / 7, 12 / 7])
 

@@ -14,8 +14,9 @@ from intaglio.pipeline.formats.schemes import W8A8_TOKEN, W8A16, w4a16
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.numerics.quality import SampleRange
 
-NONE = Trajectory((1.0,), {}, torch.zeros(1), {}, {}, {}, {})
+NONE = Trajectory((1.0,), {}, torch.zeros(1), {}, {}, {}, {}, samples=SampleRange(-1.0, 1.0, 0.25))
 
 
 class Linear(nn.Module):

@@ -35,12 +35,14 @@ from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a1
 from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
 from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.quality import SampleRange
 
 FILES = Path(__file__).with_name("files")
 LINEAR = Layer(name="to_q", op="linear", shape=(2, 64), bias=True)
 CONV = Layer(name="conv", op="conv", shape=(4, 2, 3, 3), bias=False, padded=True)
 ODD = Layer(name="misté", op="linear", shape=(2, 64), bias=False)
 TABLE = torch.ones(2)
+SAMPLES = SampleRange(-1.25, 1.0, 0.25)
 CODES = torch.zeros(2, 64, dtype=torch.int8)
 BALANCE = Balance(torch.ones(64), 16)
 BRANCH = Branch(torch.ones(3, 64), torch.ones(2, 3))
@@ -85,6 +87,7 @@ def sensitivity() -> Sensitivity:
         groups={"to_q": "content"},
         metrics={"content": "mse"},
         rank_correlation=None,
+        samples=SAMPLES,
     )
 
 
@@ -103,18 +106,22 @@ def components(folder: Path) -> Components:
 
 
 def trajectory(half: bool) -> Trajectory:
-    return Trajectory((2.0, 1.5), {"x": torch.zeros(2, 1)}, torch.zeros(2, 1), {}, {}, {}, {}, half=half)
+    x = torch.zeros(2, 1)
+    return Trajectory((2.0, 1.5), {"x": x}, x.clone(), {}, {}, {}, {}, samples=SAMPLES, half=half)
 
 
-def verification() -> Verification:
+def verification(*warnings: str) -> Verification:
     figures = VerificationFigures(
         departure_output_rel_l2=1e-05,
         departure_own_rel_l2_max=0.0,
         departure_input_rel_l2_max=0.0,
+        psnr_peak=2.25,
         psnr_db=31.42,
         psnr_db_min=24.1,
         psnr_simulated_db=31.54,
         sqnr_db=28.9,
+        sqnr_db_min=21.6,
+        sqnr_simulated_db=29.02,
         fidelity_gap_db=0.12,
         fidelity_gap_error_db=0.05,
         parity_rel_l2=0.013,
@@ -123,7 +130,9 @@ def verification() -> Verification:
         fp16_bytes=100000.0,
     )
     layers = {"to_q": LayerParity(4.1e-07, 4096, 3, 1)}
-    return Verification(figures, layers, {"to_q": Departure(0.0, 1e-06)}, samples={"deployed": torch.zeros(1, 1)})
+    return Verification(
+        figures, layers, {"to_q": Departure(0.0, 1e-06)}, warnings, samples={"deployed": torch.zeros(1, 1)}
+    )
 
 
 POINT = Point({"size": 0.5, "latency": 1.0}, 0.001, {"to_q": "w4a16"})
@@ -132,7 +141,7 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25),
     "engine": lambda _: Engine("tensorrt", "10.3", 3, None, plan=b"plan", layers=("to_q",)),
     "engine_on_device": lambda _: Engine("tensorrt", "on device", None, None, command="trtexec --onnx=model.onnx"),
-    "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT),
+    "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT, SAMPLES),
     "graph": graph,
     "latency": lambda _: Latency(rows=8, float32_ms=30.0, compiled_ms=12.5),
     "lint": lambda _: Findings((Finding("int4-shape", "warning", "node <7>", "it is odd", "make it even"),)),
@@ -155,6 +164,7 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "trajectory": lambda _: trajectory(False),
     "trajectory_half": lambda _: trajectory(True),
     "verification": lambda _: verification(),
+    "verification_warned": lambda _: verification("the samples are hardly those of the model"),
     "workload": lambda _: Workload(
         {"to_q": 64.0, "conv": 0.5}, (("to_q", "to_k"),), (Unreached(ODD, "it is never called"),)
     ),

@@ -9,6 +9,7 @@ from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.numerics.step_tables import largest_of_repeated, refine, resample_linear, resample_magnitude
 
 KNOWN = (900.0, 500.0, 100.0)
@@ -69,9 +70,8 @@ def test_calls_at_one_timestep_share_the_largest():
 def trajectory(timesteps: tuple[float, ...], low: list[float], high: list[float]) -> Trajectory:
     ends = torch.tensor(low), torch.tensor(high)
     amax = torch.maximum(-ends[0], ends[1])
-    return Trajectory(
-        timesteps, {}, torch.zeros(len(low)), {"a": amax}, {"a": amax * 2}, {"a": ends[0]}, {"a": ends[1]}
-    )
+    tables = {"a": amax}, {"a": amax * 2}, {"a": ends[0]}, {"a": ends[1]}
+    return Trajectory(timesteps, {}, torch.zeros(len(low)), *tables, samples=SampleRange(-1.0, 1.0, 0.25))
 
 
 def test_ranges_at_other_timesteps():
