@@ -205,18 +205,19 @@ def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 class Colours:
     """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference.
 
-    Black to white is -1 to 1 for images in that range (`IMAGES` of the values are), else each channel's own range.
+    Images whose values are in [-1, 1] (a share of `IMAGES` of them) are black at -1 and white at 1. The range of other
+    images is their own, that of latents is each channel's own.
     """
 
     def __init__(self, reference_BCHW: torch.Tensor) -> None:
         channels = reference_BCHW.shape[1]
         self.kept = 3 if channels >= 3 else 1
-        self.low: torch.Tensor | float = -1.0
-        self.span: torch.Tensor | float = 2.0
         kept = reference_BCHW[:, : self.kept].nan_to_num(0.0, 0.0, 0.0)
-        if channels not in (1, 3) or float((kept.abs() <= 1).float().mean()) < IMAGES:
-            self.low = kept.amin((0, 2, 3), keepdim=True)
-            self.span = (kept.amax((0, 2, 3), keepdim=True) - self.low).clamp(min=1e-6)
+        alike = (0, 1, 2, 3) if channels in (1, 3) else (0, 2, 3)
+        self.low: torch.Tensor | float = kept.amin(alike, keepdim=True)
+        self.span: torch.Tensor | float = (kept.amax(alike, keepdim=True) - self.low).clamp(min=1e-6)
+        if channels in (1, 3) and float((kept.abs() <= 1).float().mean()) >= IMAGES:
+            self.low, self.span = -1.0, 2.0
 
     def __call__(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """Scale the kept channels to the range 0 to 1, and cut off what lies outside."""

@@ -25,9 +25,11 @@ def test_kid_is_small_between_sets_of_one_distribution_and_large_between_two() -
 
 
 def test_distances_are_of_each_image_to_its_own_reference() -> None:
-    x = torch.zeros(2, 3, 8, 8)
+    reference = torch.ones(2, 3, 8, 8)
+    reference[:, :, 4:] = -1
+    x = reference.clone()
     x[1] += 0.2
-    assert psnr_db(x, torch.zeros_like(x))[1] == pytest.approx(20)  # 10 log10(2^2 / 0.2^2)
+    assert psnr_db(x, reference)[1] == pytest.approx(20)  # 10 log10(2^2 / 0.2^2)
     assert feature_distance(torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.zeros(2, 2)).tolist() == pytest.approx(
         [5, math.sqrt(2)]
     )

@@ -36,18 +36,25 @@ def test_frames_of_a_clip_are_a_line():
     assert pixels(picture([clips, -clips], enlarged=1)) == [[0, 153, 255], [255, 102, 0], [255, 102, 0], [0, 153, 255]]
 
 
+def test_samples_far_outside_of_an_image_are_shown_in_their_own_range():
+    assert pixels(picture([grey(-20, 0, 10), grey(-25, 0, 15)], enlarged=1)) == [[0, 170, 255], [0, 170, 255]]
+
+
 def test_pixels_are_enlarged_not_blurred():
     assert pixels(picture([grey(-1, 1)], enlarged=2)) == [[0, 0, 255, 255]] * 2
 
 
 def test_distances_are_of_each_sample_to_its_own_reference():
-    full = torch.zeros(2, 3, 4, 4)
+    full = torch.ones(2, 3, 4, 4)
+    full[:, :, 2:] = -3  # a range of 4, and a mean square of 5
     compiled = full.clone()
-    compiled[0] += 0.2
-    compiled[1] += 0.02
+    compiled[0] += 0.4
+    compiled[1] += 0.04
     assert distances({FULL: full, COMPILED: compiled}) == {
-        "psnr_db": pytest.approx(30),  # 10 log10(2^2 / 0.2^2) = 20, and 40
+        "psnr_db": pytest.approx(30),  # 10 log10(4^2 / 0.4^2) = 20, and 40
         "psnr_db_min": pytest.approx(20),
+        "sqnr_db": pytest.approx(24.95, abs=0.01),  # 10 log10(5 / 0.4^2) = 14.95, and 34.95
+        "sqnr_db_min": pytest.approx(14.95, abs=0.01),
     }
     assert distances({COMPILED: compiled}) == {}
 

@@ -387,7 +387,7 @@ def test_the_front_is_drawn_with_the_plan_marked(made):
     assert len(dots) == 3  # nothing is lost in the fourth
     assert ring["style"] == dots[1]["style"]
     assert dots[1]["title"].splitlines() == [
-        *("point 1", "30.0 dB", "size 0.400", "latency 0.500"),
+        *("point 1", "30.0 dB (SQNR 18.0)", "size 0.400", "latency 0.500"),
         "1 float, 2 w8a8_token, 1 w8a8_step, 1 w4a16",
     ]
     places = [tuple(map(float, re.findall(r"([\d.]+)%", dot["style"]))) for dot in dots]
@@ -494,6 +494,7 @@ def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
         layers,
         {layer.name: {s.name: s for s in schemes} for layer in layers},
         {layer.name: {s.name: (1.234e-5,) * 8 for s in schemes} for layer in layers},
+        samples=SAMPLES,
     )
     noise = torch.rand(16, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     samples = {"full_precision": noise, "simulated": noise.flip(0), "deployed": noise.flip(1)}

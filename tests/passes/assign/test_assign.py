@@ -42,7 +42,7 @@ def test_the_plan_is_the_best_of_all_that_are_within_every_budget(limits, tmp_pa
     assert 0 < len(within) < 3**5
     made = run_pass(AssignPrecision(budget=Budget(**limits), schemes=EVERY), artifacts, tmp_path)
     assert named(made[PLAN]) == best
-    chosen = made[FRONT].chosen
+    front, chosen = made[FRONT], made[FRONT].chosen
     assert chosen.costs == pytest.approx(costs(artifacts, best), rel=1e-12)
     assert chosen.loss == pytest.approx(loss(artifacts, best), rel=1e-12)
     assert front.psnr_db(chosen) == pytest.approx(10 * math.log10(9 / loss(artifacts, best)))
