@@ -10,16 +10,20 @@ from quantizing import with_plan
 from safetensors import safe_open
 from tiny import save_folder, tiny_dit
 
-from intaglio.passes.calibrate import Calibrate
+from intaglio.passes.calibrate import Calibrate, _joined
 from intaglio.passes.distill.distill import Distill
 from intaglio.passes.layer_inputs import SameInputs
 from intaglio.passes.layer_ranges import expected_ends
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError, StepFailed
 from intaglio.pipeline.formats.schemes import W8A8_STEP, with_shift
+from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import OneCall, Sampler
+from intaglio.pipeline.numerics.quality import SampleRange
 
 
 def test_every_step_is_recorded_with_guidance_rows(calibrated):
@@ -172,7 +176,7 @@ def test_timesteps_that_float16_cannot_hold_stay(calibrated, tmp_path):
 
 def test_without_float16_the_files_say_nothing_of_it(calibrated, tmp_path):
     calibrated[TRAJECTORY].save(tmp_path)
-    assert set(json.loads((tmp_path / "trajectory.json").read_text())) == {"timesteps"}
+    assert set(json.loads((tmp_path / "trajectory.json").read_text())) == {"timesteps", "samples"}
 
 
 def test_what_is_beyond_float16_is_one_clear_error(tmp_path):
@@ -199,6 +203,67 @@ def test_distill_learns_from_float16_what_it_learns_from_float32(calibrated, hal
     assert losses["half"] != losses["whole"]
     # some inputs round to the other neighbour in 8 bits: other errors, but not larger ones
     assert sum(losses["half"]) == pytest.approx(sum(losses["whole"]), rel=0.2)
+
+
+def test_the_range_of_the_samples_is_recorded_as_they_are(calibrated, tmp_path):
+    trajectory, model = calibrated[TRAJECTORY], calibrated[MODEL].open()
+    sampler = Sampler(model, 4, 2.0)
+    drawn = sampler.sample(
+        denoise_with(model.module, model), sampler.start(8, Context(tmp_path).torch_rng("calibrate"))
+    )
+    assert (trajectory.samples.low, trajectory.samples.high) == (drawn.min(), drawn.max())
+    assert trajectory.samples.energy == pytest.approx(float(drawn.square().mean()), rel=1e-5)
+    trajectory.save(tmp_path)
+    assert type(trajectory).load(tmp_path).samples == trajectory.samples
+
+
+class Heights(torch.nn.Module):
+    """Multiplies its input by 1000: nothing of what it returns is between -1 and 1, or nearly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(3, 3, 1, bias=False)
+        self.layer.weight.data = 1000 * torch.eye(3).reshape(3, 3, 1, 1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(sample)
+        return y
+
+
+def test_the_sample_of_a_model_that_is_called_once_is_its_output(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "open", lambda _: DenoiserModel(Heights().eval(), OneCall(), (3, 8, 8)))
+    trajectory = run_pass(Calibrate(samples=2), calibrated, tmp_path)[TRAJECTORY]
+    assert (trajectory.samples.low, trajectory.samples.high) == (trajectory.outputs.min(), trajectory.outputs.max())
+    assert trajectory.samples.peak > 2000
+
+
+def test_a_trajectory_without_the_range_of_its_samples_is_refused(calibrated, tmp_path):
+    calibrated[TRAJECTORY].save(tmp_path)
+    file = tmp_path / "trajectory.json"
+    file.write_text(json.dumps({"timesteps": json.loads(file.read_text())["timesteps"]}))
+    with pytest.raises(RecipeError, match=r"trajectory\.json: is damaged: samples: is missing"):
+        type(calibrated[TRAJECTORY]).load(tmp_path)
+
+
+def test_the_range_of_all_processes_is_that_of_all_samples(calibrated):
+    trajectory = calibrated[TRAJECTORY]
+    fewer = replace(trajectory, outputs=trajectory.outputs[:, :4], samples=SampleRange(-3.0, 0.5, 4.0))
+    joined = _joined([replace(trajectory, samples=SampleRange(-1.0, 2.0, 1.0)), fewer], 2)
+    assert joined.samples == SampleRange(-3.0, 2.0, 1.6)  # (16 rows of 1 + 4 rows of 4) / 20
+
+
+class Diverges(OneCall):
+    """A scheduler that makes Inf of finite outputs."""
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> OneCall.Output:
+        return self.Output(model_output * torch.inf)
+
+
+def test_samples_that_are_not_finite_are_an_error_that_names_the_scheduler(calibrated, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "open", lambda _: DenoiserModel(Heights().eval(), Diverges(), (3, 8, 8)))
+    message = "samples have NaN or Inf after the last of 1 steps, while every output of the model is finite: choose the"
+    with pytest.raises(StepFailed, match=message):
+        run_pass(Calibrate(samples=2), calibrated, tmp_path)
 
 
 class Overflows(torch.nn.Module):

@@ -111,6 +111,17 @@ def test_gap_is_the_mean_difference_of_each_samples_own_psnr():
     assert figures.fidelity_gap_error_db == pytest.approx(10, abs=1e-3)  # differences -20 and 0: std 14.1 / sqrt 2
 
 
+def test_samples_outside_of_minus_one_to_one_are_compared_as_they_are():
+    full = torch.tensor([[30.0, -10.0], [30.0, -10.0]])
+    found = {"full_precision": full, "simulated": full + 0.4, "deployed": full + torch.tensor([[4.0], [0.4]])}
+    figures = _distances(found, peak=40.0)
+    assert figures.psnr_peak == 40.0
+    assert figures.psnr_simulated_db == pytest.approx(40, abs=1e-3)  # 20 log10(40 / 0.4)
+    assert (figures.psnr_db, figures.psnr_db_min) == (pytest.approx(30, abs=1e-3), pytest.approx(20, abs=1e-3))
+    assert figures.sqnr_simulated_db == pytest.approx(34.95, abs=0.01)  # 10 log10(500 / 0.16)
+    assert (figures.sqnr_db, figures.sqnr_db_min) == (pytest.approx(24.95, abs=0.01), pytest.approx(14.95, abs=0.01))
+
+
 def test_errors_within_the_rounding_of_float32_are_no_gap():
     full = torch.full((1, 1, 1, 2), 0.5)
     found = {"full_precision": full, "simulated": full, "deployed": full + 4e-6}

@@ -45,6 +45,13 @@ CONTENT = {f"transformer_blocks.{i}.norm1.linear" for i in range(2)} | {"proj_ou
 """Layers of the DiT that read timestep and class alone."""
 
 
+def test_samples_are_drawn_where_their_psnr_in_their_own_range_is_low(measured, sensitivity, tmp_path):
+    assert measured[SENSITIVITY].drift
+    assert measured[SENSITIVITY].samples == measured[TRAJECTORY].samples
+    wide = replace(measured[TRAJECTORY], samples=SampleRange(-1e3, 1e3, 1e5))  # a range of 2000 adds some 55 dB
+    assert run_pass(sensitivity, measured | {TRAJECTORY: wide}, tmp_path)[SENSITIVITY].drift == {}
+
+
 def test_every_layer_has_every_scheme_its_shape_admits(measured):
     table = measured[SENSITIVITY]
     assert len(table.layers) == 2 * 9 + 3
