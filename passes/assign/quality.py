@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.formats.schemes import FLOAT, Float
-from intaglio.pipeline.numerics.quality import PEAK, mean_squared_error, psnr_db
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
 
 if TYPE_CHECKING:
     from intaglio.passes.assign.budgets import Option, Problem
@@ -56,7 +56,8 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     drawing = _drawing(problem, table, aim.drawn, state, ctx)
     wanted_db, slack = aim.psnr_db, SLACK
     floor = problem.first(_precision)
-    reach_db = psnr_db(problem.loss(floor))
+    samples = table.samples
+    reach_db = samples.psnr_db(problem.loss(floor))
     if drawing is not None and reach_db < wanted_db + NEAR_DB + 6:
         reach_db = drawing(floor)
     if reach_db < wanted_db:
@@ -64,7 +65,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
         wanted_db, slack = reach_db, SLACK_BELOW
     factor, tried = 1.0, list[_Tried]()
     for _ in range(ROUNDS):
-        most_loss = PEAK**2 / 10 ** (wanted_db / 10) / factor
+        most_loss = samples.mse(wanted_db) / factor
         chosen = problem.fastest(aim.limits, most_loss, slack)
         if chosen is None:
             chosen = problem.best(aim.limits)
@@ -74,7 +75,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             return chosen, 1.0
         found_db = drawing(chosen)
         tried.append(_Tried(chosen, found_db, float(problem.knapsack.costs[problem.time][chosen].sum())))
-        factor = PEAK**2 / 10 ** (found_db / 10) / problem.loss(chosen)
+        factor = samples.mse(found_db) / problem.loss(chosen)
         if 0 <= found_db - wanted_db <= NEAR_DB:
             break
     good = [each for each in tried if each.psnr_db >= wanted_db]
@@ -85,7 +86,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             wanted_db,
             best.psnr_db,
         )
-    return best.chosen, PEAK**2 / 10 ** (best.psnr_db / 10) / problem.loss(best.chosen)
+    return best.chosen, samples.mse(best.psnr_db) / problem.loss(best.chosen)
 
 
 def _precision(option: Option) -> int:
@@ -129,7 +130,7 @@ def _drawing(
             with ctx.progress("samples of the plan", len(parts)) as advance:
                 for part, reference in zip(parts, references, strict=True):
                     error = mean_squared_error(sampler.sample(denoise, part), reference)
-                    found += psnr_db(error).tolist()
+                    found += psnr_db(error, table.samples.peak).tolist()
                     advance()
         return sum(found) / len(found)
 

@@ -55,6 +55,14 @@ class SampleRange:
         """
         return decibels(self.peak**2 / mse) if mse > 0 else math.inf
 
+    def mse(self, psnr_db: float) -> float:
+        """Return the mean squared error of samples with this PSNR in dB.
+
+        >>> round(SampleRange(-1.0, 1.0, 0.25).mse(20.0), 12)
+        0.04
+        """
+        return float(self.peak**2 / 10 ** (psnr_db / 10))
+
     def sqnr_db(self, mse: float) -> float:
         """Return the SQNR of samples with this mean squared error, in dB; infinite where it is zero.
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from assigning import ERRORS, EVERY, RTX, costs, every_plan, given, loss, named
+from assigning import ERRORS, EVERY, RTX, SAMPLES, costs, every_plan, given, loss, named
 from harness import run_pass
 from pydantic import ValidationError
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -20,7 +20,6 @@ from intaglio.pipeline.formats.cost import latency_s
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.runs.binding import bind
 
 

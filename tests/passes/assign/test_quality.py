@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from assigning import EVERY, costs, every_plan, given, loss, named
+from assigning import EVERY, SAMPLES, costs, every_plan, given, loss, named
 from harness import Artifacts, run_pass
 
 from intaglio.passes.assign.assign import AssignPrecision, Budget
@@ -15,14 +15,13 @@ from intaglio.pipeline.formats.cost import work
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, W8A16
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
-from intaglio.pipeline.numerics.quality import PEAK
 
 ERRORS = ((1e-6, 5e-4), (2e-6, 3e-4), (3e-6, 9e-4), (1e-7, 2e-5), (4e-6, 1e-4))
 OUTLIER = "transformer_blocks.1.ff.net.2"
 
 
 def db_of(mse: float) -> float:
-    return 10 * float(torch.tensor(PEAK**2 / mse).log10())
+    return SAMPLES.psnr_db(mse)
 
 
 @pytest.mark.parametrize("most", [2e-5, 3e-4, 1e-3])
@@ -37,7 +36,7 @@ def test_the_plan_is_the_fastest_with_the_quality_and_then_the_smallest(most, tm
     best = min(left, key=lambda each: each[1])
     made = run_pass(AssignPrecision(budget=Budget(psnr=db_of(most)), schemes=EVERY), artifacts, tmp_path)
     assert named(made[PLAN]) == best[2]
-    assert made[FRONT].chosen.psnr_db >= db_of(most) - 1e-9
+    assert made[FRONT].psnr_db(made[FRONT].chosen) >= db_of(most) - 1e-9
 
 
 def test_without_a_device_time_is_the_work_of_products_and_passes():
@@ -85,6 +84,7 @@ def in_bases(*groups: tuple[str, ...]) -> Sensitivity:
         in_basis={n: {label: "scaled"} for n in losses},
         same_basis=groups,
         bases={"scaled": dict.fromkeys(losses, basis)},
+        samples=SAMPLES,
     )
 
 
@@ -151,5 +151,8 @@ def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog)
     tables = trajectory.tables(plan.schemes, plan.balances)
     quantize_model(model.module, plan.schemes, clock, tables, bases_of(plan.balances))
     samples = sampler.sample(clocked(denoise, clock, sampler.names.timestep), start)
+    peak = trajectory.samples.high - trajectory.samples.low
     errors = (samples - reference).flatten(1).square().mean(1)
-    assert made[FRONT].chosen.psnr_db == pytest.approx(float((10 * (PEAK**2 / errors).log10()).mean()), abs=0.01)
+    assert made[FRONT].psnr_db(made[FRONT].chosen) == pytest.approx(
+        float((10 * (peak**2 / errors).log10()).mean()), abs=0.01
+    )

@@ -60,7 +60,7 @@ def test_every_layer_has_every_scheme_its_shape_admits(measured):
 
 
 def test_named_schemes_alone_are_measured(calibrated, tmp_path):
-    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_token", "w4a8_token"), probes=0, **NO_DRIFT)
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w8a8_token", "w4a8_token"), bases=(), probes=0, **NO_DRIFT)
     error = run_pass(step, calibrated, tmp_path)[SENSITIVITY].error["transformer_blocks.0.attn1.to_q"]
     assert set(error) == {"float", "w8a8_token", "w4a8_token"}
     assert 0 < error["w8a8_token"][0] < error["w4a8_token"][0]
@@ -154,7 +154,7 @@ def test_layers_of_a_balanced_plan_are_rounded_in_its_bases(calibrated, tmp_path
     basis = LayerBalance(Balance.rotated(flat, 16, torch.Generator().manual_seed(0)), low, high)
     plain = with_plan(calibrated, lambda layer: w4a16(64) if layer.name == name else FLOAT)
     rotated = plain | {PLAN: plain[PLAN].balanced({name: basis})}
-    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w4a16",), probes=0, **NO_DRIFT)
+    step = MeasureSensitivity(buckets=1, rows=2, schemes=("w4a16",), bases=(), probes=0, **NO_DRIFT)
     before, after = (
         run_pass(step, each, tmp_path / n)[SENSITIVITY].error for n, each in (("a", plain), ("b", rotated))
     )
@@ -242,7 +242,7 @@ def test_what_is_not_measured_is_predicted_as_the_measured_ones_say(measured):
 
 
 def test_layers_whose_prediction_is_off_are_measured_in_all_schemes(measured, tmp_path):
-    step = MeasureSensitivity(buckets=2, rows=4, direct=0.1, agree=1.05, **NO_DRIFT)
+    step = MeasureSensitivity(buckets=2, rows=4, bases=(), probes=2, direct=0.1, agree=1.05, **NO_DRIFT)
     table = run_pass(step, measured, tmp_path)[SENSITIVITY]
     whole = {name for name, schemes in table.measured.items() if len(schemes) == len(table.error[name]) - 1}
     assert whole - CONTENT
