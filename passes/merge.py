@@ -55,15 +55,16 @@ class MergeAdapters(Pass):
         schemes = trajectory.called(plan.schemes)
         tables = trajectory.tables(schemes, plan.balances, timesteps)
         balances, merged = bases_of(plan.balances), {}
-        for name in (layer.name for layer in plan.layers):
-            scheme = schemes.get(name, FLOAT)
+        for layer in plan.layers:
+            name, scheme = layer.name, schemes.get(layer.name, FLOAT)
             if not isinstance(scheme.weight, RoundedWeight):
                 continue
             grid = WeightRounding(scheme.weight, balances.get(name), plan.branches.get(name))
             weight = module.get_submodule(name).get_parameter("weight").detach()
             load_learnt(grid, weight, adapter.layers[name], adapter.distance)
             learnt = adapter.layers[name].tables.resampled(trajectory.timesteps, timesteps)
-            merged[name] = _integers(name, scheme, grid, weight, tables[name].replaced_by(learnt))
+            needed = tables[name].replaced_by(learnt).needed_by(scheme, padded=layer.padded)
+            merged[name] = _integers(name, scheme, grid, weight, needed)
         return {QUANTIZED: Quantized(timesteps, merged)}
 
 
@@ -78,4 +79,4 @@ def _integers(
         raise StepFailed(f"{name}: the merged weight has NaN or Inf, or a scale that is not positive")
     group_NG = None if grid.group is None else group_integers(grid.group)
     codes, scale_NG = grid.codes(weight), grid.scale.detach()
-    return QuantizedLayerData(scheme, codes, scale_NG, group_NG, tables.needed_by(scheme), grid.balance, grid.branch)
+    return QuantizedLayerData(scheme, codes, scale_NG, group_NG, tables, grid.balance, grid.branch)

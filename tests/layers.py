@@ -64,9 +64,10 @@ def float_graph(
         if layer.bias is not None:
             constants.append(numpy_helper.from_array(layer.bias.detach().numpy(), f"{name}.bias"))
         if isinstance(layer, torch.nn.Conv2d):
-            pads = [*layer.padding, *layer.padding]
+            left, right, top, bottom = layer._reversed_padding_repeated_twice
             ends = [x, f"{name}.weight", *bias], [f"{name}.y"]
-            made = [helper.make_node("Conv", *ends, strides=layer.stride, pads=pads)]
+            window = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
+            made = [helper.make_node("Conv", *ends, pads=[top, left, bottom, right], **window)]
         elif rank == 2 and bias:
             made = [helper.make_node("Gemm", [x, f"{name}.weight", *bias], [f"{name}.y"], transB=1)]
         else:

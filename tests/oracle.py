@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+UNPADDED = ((0, 0), (0, 0))
+
 
 class Computed(NamedTuple):
     """Codes of an input, and the layer's output in float64.
@@ -32,13 +34,16 @@ def two_level_codes(w, scale, group, size):
     return four, four * np.repeat(np.rint(group).astype(np.int64), size, axis=1)
 
 
-def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, stride=1, pad=0):
+def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, pads=UNPADDED, **window):
     """An 8-bit product: x rounded by token, or with `ranges`, (half the width, middle); codes (N, K) or (N, C, kh, kw).
 
+    A shifted input of a convolution is padded with zeros before it is shifted; other inputs are padded with codes 0.
     With `output_amax` the product is rounded as well, without the bias.
     """
     f = np.float32
     x, s = x.astype(f), f(1) / f(high)
+    if shifted and pads != UNPADDED:
+        x, pads = np.pad(x, ((0, 0), (0, 0), *pads)), UNPADDED
     if ranges is None:
         half, middle = np.abs(x).max(-1, keepdims=True), f(0)
         if shifted:
@@ -50,7 +55,7 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
         half, middle = f(ranges[0]), f(ranges[1])
         unit = (x - middle) * (f(1) / half)
     q = np.clip(np.rint(unit / s), -high - 1, high).astype(np.int64)
-    total = product(q, codes, stride, pad)
+    total = product(q, codes, pads=pads, **window)
     scale, bias, rowsum = (_of_channels(v, codes) for v in (scale, bias, codes.reshape(len(codes), -1).sum(1)))
     if output_amax is None:
         y = total * float(s) * scale.astype(np.float64) * half + middle * rowsum * scale.astype(np.float64)
@@ -61,24 +66,28 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
     return Computed(q, np.clip(np.rint(unrounded), -128, 127) * worth + bias, unrounded, worth)
 
 
-def weight_only(x, codes, scale, bias, *, stride=1, pad=0):
+def weight_only(x, codes, scale, bias, **window):
     """x in float, codes as in `layer`, and a scale for every one of them (grouped: repeated)."""
     w = codes * scale.astype(np.float64).reshape(codes.shape)
-    return product(x.astype(np.float64), w, stride, pad) + _of_channels(bias, codes)
+    return product(x.astype(np.float64), w, **window) + _of_channels(bias, codes)
 
 
-def product(x, w, stride=1, pad=0):
-    """x (..., K) and w (N, K), or the convolution of (B, C, H, W) and (N, C, kh, kw); in float64, of codes exact."""
+def product(x, w, *, stride=1, dilation=1, pads=UNPADDED):
+    """x (..., K) and w (N, K), or the convolution of (B, C, H, W) and (N, C, kh, kw); in float64, of codes exact.
+
+    `pads` are zeros before and behind each of H and W.
+    """
     x, w = x.astype(np.float64), w.astype(np.float64)
     if w.ndim == 2:
         return x @ w.T
-    x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    height, width = ((edge - size) // stride + 1 for edge, size in zip(x.shape[2:], w.shape[2:], strict=True))
+    x = np.pad(x, ((0, 0), (0, 0), *pads))
+    edges = zip(x.shape[2:], w.shape[2:], strict=True)
+    height, width = ((edge - dilation * (size - 1) - 1) // stride + 1 for edge, size in edges)
     total = np.zeros((x.shape[0], w.shape[0], height, width))
     for i in range(w.shape[2]):
         for j in range(w.shape[3]):
-            window = x[:, :, i : i + stride * height : stride, j : j + stride * width : stride]
-            total += np.moveaxis(np.tensordot(window, w[:, :, i, j], axes=(1, 1)), -1, 1)
+            rows, columns = (slice(dilation * k, dilation * k + stride * n, stride) for k, n in ((i, height), (j, width)))
+            total += np.moveaxis(np.tensordot(x[:, :, rows, columns], w[:, :, i, j], axes=(1, 1)), -1, 1)
     return total
 
 

@@ -129,7 +129,7 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
     """Write x @ w, or the convolution, without a bias."""
     if call.op == "linear":
         return w.op(call, "MatMul", [x, weight])
-    return w.op(call, "Conv", [x, weight], dict(call.site.product.attributes))
+    return w.op(call, "Conv", [x, weight], call.window)
 
 
 @dataclass(frozen=True)

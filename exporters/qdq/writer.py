@@ -49,7 +49,28 @@ class Call:
         tables = self.data.tables
         parts = [part for part in (tables.amax_T, tables.shift_T, tables.factor_T) if part is not None]
         x, basis = self.basis
-        return x, form, b"".join([basis, *(part.numpy().tobytes() for part in parts)])
+        zeros = np.array(self.zeros, np.int64)
+        return x, form, b"".join([basis, zeros.tobytes(), *(part.numpy().tobytes() for part in parts)])
+
+    @property
+    def zeros(self) -> tuple[int, ...]:
+        """Zeros to add around the input before it is shifted, (top, left, bottom, right); () if the product adds them.
+
+        Raises TargetError for a convolution whose padding depends on the size of its input.
+        """
+        attributes = self.site.product.attributes
+        if self.data.tables.shift_T is None or self.op == "linear":
+            return ()
+        if (auto := attributes.get_string("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
+            raise TargetError(f"{self.site.layer}: auto_pad {auto} has no fixed padding, which a shifted input needs")
+        zeros = tuple(attributes.get_ints("pads", ()) or ())
+        return zeros if any(zeros) else ()
+
+    @property
+    def window(self) -> Attributes:
+        """Attributes of a convolution, without the padding where zeros are added before the input is shifted."""
+        attributes = self.site.product.attributes
+        return {key: value for key, value in attributes.items() if not (self.zeros and key == "pads")}
 
     @property
     def basis(self) -> tuple[str, bytes]:
@@ -195,6 +216,7 @@ class Writer:
         if key is None:
             return Rounded(x)
         if key not in self._inputs:
+            x = self._padded(call, x)
             unit, amax, shift = (
                 self._by_token(call, x, key[1].shifted)
                 if call.data.tables.amax_T is None
@@ -211,7 +233,7 @@ class Writer:
                 bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
                 unit = self.op(call, "input/Clip", [unit, *bounds])
             codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
-            codes.type, codes.shape = constants[1].type, call.site.x.shape
+            codes.type, codes.shape = constants[1].type, (x if call.zeros else call.site.x).shape
             self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
         return self._inputs[key]
 
@@ -228,6 +250,20 @@ class Writer:
             self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
         return self._balanced[call.basis]
+
+    def _padded(self, call: Call, x: ir.Value) -> ir.Value:
+        """Return x with the zeros of the convolution around it where x is shifted: shifted zeros are codes."""
+        if not call.zeros:
+            return x
+        half = len(call.zeros) // 2
+        before, after = ([0, 0, *call.zeros[:half]], [0, 0, *call.zeros[half:]])
+        pads = self.constant(f"input/pads/{'x'.join(map(str, call.zeros))}", np.array([*before, *after]))
+        y = self.op(call, "input/Pad", [x, pads])
+        if (shape := call.site.x.shape) is not None:
+            y.type = call.site.x.type
+            sizes = zip(shape, before, after, strict=True)
+            y.shape = ir.Shape([n + a + b if isinstance(n, int) else (None if a + b else n) for n, a, b in sizes])
+        return y
 
     def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
         """Write x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
@@ -300,9 +336,6 @@ class Writer:
 
     def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Write c * rowsum(w_hat) + b: the part of the product that the shift of the input removed, and the bias."""
-        pads = call.site.product.attributes.get("pads")
-        if call.op == "conv" and pads is not None and any(pads.as_ints()):
-            raise TargetError(f"{call.site.layer}: zeros around a shifted input do not shift")
         rowsum = (call.eight_bit_codes_NK.sum(1, dtype=np.int64) * call.scale_NG[:, 0]).astype(np.float32)
         table = self.constant(
             f"{call.site.layer}/rowsum", rowsum if call.op == "linear" else rowsum.reshape(1, -1, 1, 1)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from intaglio.pipeline.formats.inputs import Float, PerStep
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes
-from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, without_shift
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.formats.weights import RoundedWeight
 
 if TYPE_CHECKING:
@@ -105,8 +105,6 @@ def _misfit(layer: Layer, scheme: LayerScheme) -> str | None:
         return f"a convolution has no tokens: use {scheme.model_copy(update={'input': by_step}).name}"
     if layer.op == "linear" and not isinstance(scheme.output, Float):
         return "only the output of a convolution is rounded"
-    if scheme.shifted and layer.padded:
-        return f"zeros around a shifted input do not shift: use {without_shift(scheme).name}"
     size = scheme.weight.group_size
     if size is not None and (layer.k % size or layer.k == size):
         return f"K = {layer.k} must be a multiple of the group size {size} and larger than it"

@@ -36,9 +36,12 @@ class LayerTables:
         """Return whether a layer with these tables needs to know its denoising step."""
         return self.amax_T is not None or self.factor_T is not None
 
-    def needed_by(self, scheme: LayerScheme) -> LayerTables:
-        """Return the tables that this scheme needs. Raises ValueError if one of them is missing."""
-        from intaglio.pipeline.numerics.rounding import TOKEN_EPS
+    def needed_by(self, scheme: LayerScheme, *, padded: bool = False) -> LayerTables:
+        """Return the tables that this scheme needs. Raises ValueError if one of them is missing.
+
+        `padded`: zeros are added around the input, so that a shifted range needs a code that stands for zero.
+        """
+        from intaglio.pipeline.numerics.rounding import TOKEN_EPS, with_zero
 
         stepped, rounded = scheme.by_step, not isinstance(scheme.output, Float)
         shifted = stepped and scheme.shifted
@@ -48,9 +51,13 @@ class LayerTables:
             raise ValueError("a shifted input needs the middle of its range at each step")
         if rounded and self.output_amax_T is None:
             raise ValueError("a rounded output needs the calibrated output ranges")
+        amax_T = self.amax_T.clamp_min(TOKEN_EPS) if stepped and self.amax_T is not None else None
+        shift_T = self.shift_T if shifted else None
+        if padded and amax_T is not None and shift_T is not None:
+            amax_T, shift_T = with_zero(amax_T, shift_T, scheme.input_bits)
         return LayerTables(
-            amax_T=self.amax_T.clamp_min(TOKEN_EPS) if stepped and self.amax_T is not None else None,
-            shift_T=self.shift_T if shifted else None,
+            amax_T=amax_T,
+            shift_T=shift_T,
             output_amax_T=self.output_amax_T if rounded else None,
             factor_T=self.factor_T,
         )

@@ -50,7 +50,6 @@ __all__ = [
     "w4a16",
     "with_output",
     "with_shift",
-    "without_shift",
 ]
 
 
@@ -165,13 +164,6 @@ def with_shift(scheme: LayerScheme) -> LayerScheme:
     if not isinstance(scheme.input, IntInput):
         raise ValueError(f"a float input has no shift: {scheme}")
     return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": True})})
-
-
-def without_shift(scheme: LayerScheme) -> LayerScheme:
-    """Return the scheme with an input that is rounded around zero."""
-    if not isinstance(scheme.input, IntInput):
-        return scheme
-    return scheme.model_copy(update={"input": scheme.input.model_copy(update={"shifted": False})})
 
 
 def w4a16(group: int) -> LayerScheme:

@@ -258,6 +258,24 @@ def half_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, tor
     return ((high - low) * 0.5).clamp_min(TOKEN_EPS), (high + low) * 0.5
 
 
+def with_zero(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring half widths and middles of ranges to values with which one code stands for zero exactly.
+
+    The middle becomes a multiple of the scale, which moves both ends by at most half a scale. A range without zero is
+    widened up to zero. Ranges that have been brought there stay as they are, to the bit. Straight-through in `shift`.
+
+    >>> amax, shift = with_zero(torch.tensor([127.0, 1.0]), torch.tensor([-41.3, 4.0]))
+    >>> amax.tolist(), shift.tolist()
+    ([127.0, 2.5], [-41.0, 2.5])
+    """
+    high = INPUT_HIGH[bits]
+    outside = shift.abs() > (high + 0.5) * (amax * input_scale(bits))
+    widened = (shift.abs() + amax) * 0.5
+    amax, shift = torch.where(outside, widened, amax), torch.where(outside, widened * shift.sign(), shift)
+    scale = amax * input_scale(bits)
+    return amax, round_ste(shift / scale) * scale
+
+
 def half_table(table: torch.Tensor) -> torch.Tensor:
     """Each entry in float16, error <= 2^-11 of it or 2^-25; the table as it is where one is beyond float16."""
     half = table.to(torch.float16)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, assert_never
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 from intaglio.pipeline.numerics import rounding
@@ -41,11 +42,17 @@ class TrainedRange(Protocol):
 
 
 class InputRounding(nn.Module):
-    """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range."""
+    """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock) -> None:
+    `padding`: zeros (left, right, top, bottom) that are added before the input is shifted and rounded. The range then
+    has a code that stands for zero.
+    """
+
+    def __init__(
+        self, form: IntInput, tables: LayerTables, clock: StepClock, padding: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
-        self.form, self.clock = form, clock
+        self.form, self.clock, self.padding = form, clock, padding
         self.trained: TrainedRange | None = None
         self.amax_T: torch.Tensor | None
         self.shift_T: torch.Tensor | None
@@ -64,6 +71,7 @@ class InputRounding(nn.Module):
                 unit = (x if shift is None else x - shift) / amax
             case PerStep():
                 amax, shift = self._step_range()
+                x = functional.pad(x, self.padding) if self.padding else x
                 unit = (x if shift is None else x - shift) * (1 / amax)
             case other:
                 assert_never(other)
@@ -83,4 +91,6 @@ class InputRounding(nn.Module):
         if self.trained is not None:
             shift = None if shift is None else shift + self.trained.offset(step) * amax
             amax = amax * self.trained.factor(step)
+            if self.padding and shift is not None:
+                return rounding.with_zero(amax, shift, self.form.bits)
         return amax, shift

@@ -57,17 +57,16 @@ class QuantizedLayer(nn.Module):
         Raises ValueError for tables that the scheme needs and that are missing, or a layer that the scheme cannot have.
         """
         super().__init__()
-        if scheme.shifted and _is_padded(layer):
-            raise ValueError("zeros around a shifted input do not shift: it needs a convolution without padding")
         if not isinstance(scheme.output, Float) and not isinstance(layer, nn.Conv2d):
             raise ValueError("only a convolution can have a rounded output")
-        needed = tables.needed_by(scheme)
+        padding = _padding(layer) if scheme.shifted else ()
+        needed = tables.needed_by(scheme, padded=bool(padding))
         self.full_precision = False
         self.layer, self.scheme, self.clock, self.balance, self.branch = layer, scheme, clock, balance, branch
         self.weight_rounding = weight or WeightRounding.fitted(scheme.weight, layer.weight, balance, branch)
         self.input_rounding: InputRounding | None = None
         if not isinstance(scheme.input, Float):
-            self.input_rounding = InputRounding(scheme.input, needed, clock)
+            self.input_rounding = InputRounding(scheme.input, needed, clock, padding)
         self.output_amax_T: torch.Tensor
         if needed.output_amax_T is not None:
             self.register_buffer("output_amax_T", needed.output_amax_T.clone())
@@ -128,7 +127,8 @@ class QuantizedLayer(nn.Module):
             q, amax, shift = self.input_rounding(x)
             bits = self.input_rounding.form.bits
             if isinstance(self.scheme.output, Float):
-                y = self._product(q * rounding.input_scale(bits), weight) * amax
+                unit = q * rounding.input_scale(bits)
+                y = self._product(unit, weight, padded=bool(self.input_rounding.padding)) * amax
             else:
                 y = self._rounded_product(q, weight, amax, bits) * amax
         if self.branch is not None:
@@ -137,10 +137,13 @@ class QuantizedLayer(nn.Module):
             y = y + shift * self._of_channels(weight.flatten(1).sum(1))
         return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the product without its bias."""
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, padded: bool = False) -> torch.Tensor:
+        """Return the product without its bias; `padded`: x already has the zeros around it."""
         if isinstance(self.layer, nn.Linear):
             return functional.linear(x, weight)
+        if padded:
+            conv = self.layer
+            return functional.conv2d(x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
         y: torch.Tensor = self.layer._conv_forward(x, weight, None)
         return y
 
@@ -162,9 +165,10 @@ class QuantizedLayer(nn.Module):
         return values_N if isinstance(self.layer, nn.Linear) else values_N.reshape(-1, 1, 1)
 
 
-def _is_padded(layer: nn.Linear | nn.Conv2d) -> bool:
-    """Return whether a layer reads zeros around its input."""
-    return isinstance(layer, nn.Conv2d) and any(layer._reversed_padding_repeated_twice)
+def _padding(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Return the zeros that a layer adds around its input, (left, right, top, bottom); () if it adds none."""
+    padding = layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d) else ()
+    return tuple(padding) if any(padding) else ()
 
 
 def places_of(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

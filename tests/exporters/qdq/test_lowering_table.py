@@ -35,24 +35,28 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """A layer (K, N), or (C, N, kernel, stride, padding), and its input, whose ranges are `magnitude` times RANGES."""
+    """A layer (K, N), or (C, N, kernel, stride, padding), and its input, whose ranges are `magnitude` times RANGES.
 
-    sizes: tuple[int, ...]
+    A padding of "same" is one zero before and two behind with a kernel of 4, as the stride is 1.
+    """
+
+    sizes: tuple[int | str, ...]
     shape: tuple[int, ...]
     step: int = 0
     magnitude: float = 1.0
     bias: bool = True
+    dilation: int = 1
     zeros: bool = False
     ones: bool = False
     balance: Balance | None = None
     rank: int = 0
 
-    def layer(self, *, padded: bool) -> torch.nn.Module:
+    def layer(self) -> torch.nn.Module:
         match self.sizes:
             case (k, n):
                 return torch.nn.Linear(k, n, self.bias)
             case (c, n, kernel, stride, padding):
-                return torch.nn.Conv2d(c, n, kernel, stride, padding if padded else 0, bias=self.bias)
+                return torch.nn.Conv2d(c, n, kernel, stride, padding, self.dilation, bias=self.bias)
 
 
 def eighths(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -86,6 +90,8 @@ CONV = {
     "rotated": Case((64, 32, 3, 2, 1), (2, 64, 6, 6), balance=Balance(powers_of_two(64), 16)),
     "rotated-pointwise": Case((128, 32, 1, 1, 0), (2, 128, 3, 3), step=1, balance=Balance(powers_of_two(128), 64)),
     "branch": Case((32, 48, 3, 2, 1), (2, 32, 6, 6), balance=Balance(powers_of_two(32)), rank=16),
+    "same": Case((32, 16, 4, 1, "same"), (2, 32, 5, 4), step=1),
+    "dilated": Case((32, 16, 3, 1, 2), (2, 32, 6, 5), step=2, bias=False, dilation=2),
 }
 
 
@@ -103,9 +109,8 @@ class Written:
 
 def write(row: Lowering, runtime: str, folder: Path) -> Written:
     scheme, cases = SCHEMES[row.scheme.name], CONV if row.op == "conv" else LINEAR
-    shifted = scheme.shifted
     torch.manual_seed(1)
-    layers = {name: case.layer(padded=not shifted) for name, case in cases.items()}
+    layers = {name: case.layer() for name, case in cases.items()}
     x = {}
     for seed, (name, case) in enumerate(cases.items()):
         generator = torch.Generator().manual_seed(seed)
@@ -143,7 +148,9 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
     """The weight's codes and what the layer computes, from its float weight and its scales alone."""
     form, window = layer.scheme.weight, {}
     if isinstance(layer.layer, torch.nn.Conv2d):
-        window = {"stride": layer.layer.stride[0], "pad": layer.layer.padding[0]}
+        left, right, top, bottom = layer.layer._reversed_padding_repeated_twice
+        pads = ((top, bottom), (left, right))
+        window = {"stride": layer.layer.stride[0], "dilation": layer.layer.dilation[0], "pads": pads}
     x, w = x.numpy(), layer.layer.weight.detach().numpy()
     shape = w.shape
     if case.balance is not None:
