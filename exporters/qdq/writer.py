@@ -260,7 +260,7 @@ class Writer:
         pads = self.constant(f"input/pads/{'x'.join(map(str, call.zeros))}", np.array([*before, *after]))
         y = self.op(call, "input/Pad", [x, pads])
         if (shape := call.site.x.shape) is not None:
-            y.type = call.site.x.type
+            y.type = ir.TensorType(ir.DataType.FLOAT)
             sizes = zip(shape, before, after, strict=True)
             y.shape = ir.Shape([n + a + b if isinstance(n, int) else (None if a + b else n) for n, a, b in sizes])
         return y

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, assert_never
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 from intaglio.pipeline.numerics import rounding
@@ -44,15 +43,12 @@ class TrainedRange(Protocol):
 class InputRounding(nn.Module):
     """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    `padding`: zeros (left, right, top, bottom) that are added before the input is shifted and rounded. The range then
-    has a code that stands for zero.
+    `padded`: the input has zeros around it, so that a shifted range keeps a code that stands for zero.
     """
 
-    def __init__(
-        self, form: IntInput, tables: LayerTables, clock: StepClock, padding: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, padded: bool = False) -> None:
         super().__init__()
-        self.form, self.clock, self.padding = form, clock, padding
+        self.form, self.clock, self.padded = form, clock, padded
         self.trained: TrainedRange | None = None
         self.amax_T: torch.Tensor | None
         self.shift_T: torch.Tensor | None
@@ -71,7 +67,6 @@ class InputRounding(nn.Module):
                 unit = (x if shift is None else x - shift) / amax
             case PerStep():
                 amax, shift = self._step_range()
-                x = functional.pad(x, self.padding) if self.padding else x
                 unit = (x if shift is None else x - shift) * (1 / amax)
             case other:
                 assert_never(other)
@@ -91,6 +86,6 @@ class InputRounding(nn.Module):
         if self.trained is not None:
             shift = None if shift is None else shift + self.trained.offset(step) * amax
             amax = amax * self.trained.factor(step)
-            if self.padding and shift is not None:
+            if self.padded and shift is not None:
                 return rounding.with_zero(amax, shift, self.form.bits)
         return amax, shift

@@ -59,14 +59,14 @@ class QuantizedLayer(nn.Module):
         super().__init__()
         if not isinstance(scheme.output, Float) and not isinstance(layer, nn.Conv2d):
             raise ValueError("only a convolution can have a rounded output")
-        padding = _padding(layer) if scheme.shifted else ()
-        needed = tables.needed_by(scheme, padded=bool(padding))
+        self.zeros = _padding(layer) if scheme.shifted else ()
+        needed = tables.needed_by(scheme, padded=bool(self.zeros))
         self.full_precision = False
         self.layer, self.scheme, self.clock, self.balance, self.branch = layer, scheme, clock, balance, branch
         self.weight_rounding = weight or WeightRounding.fitted(scheme.weight, layer.weight, balance, branch)
         self.input_rounding: InputRounding | None = None
         if not isinstance(scheme.input, Float):
-            self.input_rounding = InputRounding(scheme.input, needed, clock, padding)
+            self.input_rounding = InputRounding(scheme.input, needed, clock, padded=bool(self.zeros))
         self.output_amax_T: torch.Tensor
         if needed.output_amax_T is not None:
             self.register_buffer("output_amax_T", needed.output_amax_T.clone())
@@ -108,10 +108,17 @@ class QuantizedLayer(nn.Module):
         return x if self.balance is None else self.balance.input(x, channel_axis(self.layer))
 
     def input_codes(self, x: torch.Tensor) -> InputCodes:
-        """Return the codes of an input. Raises ValueError for a layer whose input stays in float."""
+        """Return the codes of an input, and of the zeros around it where a shifted input is padded.
+
+        Raises ValueError for a layer whose input stays in float.
+        """
+        return self._codes(self.balanced(x))
+
+    def _codes(self, x: torch.Tensor) -> InputCodes:
+        """Return the codes of an input that is in its basis: a padded input is shifted with the zeros around it."""
         if self.input_rounding is None:
             raise ValueError("a float input has no codes")
-        codes: InputCodes = self.input_rounding(self.balanced(x))
+        codes: InputCodes = self.input_rounding(functional.pad(x, self.zeros) if self.zeros else x)
         return codes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -124,11 +131,11 @@ class QuantizedLayer(nn.Module):
         if self.input_rounding is None:
             y = self._product(x, weight)
         else:
-            q, amax, shift = self.input_rounding(x)
+            q, amax, shift = self._codes(x)
             bits = self.input_rounding.form.bits
             if isinstance(self.scheme.output, Float):
                 unit = q * rounding.input_scale(bits)
-                y = self._product(unit, weight, padded=bool(self.input_rounding.padding)) * amax
+                y = self._product(unit, weight, padded=bool(self.zeros)) * amax
             else:
                 y = self._rounded_product(q, weight, amax, bits) * amax
         if self.branch is not None:

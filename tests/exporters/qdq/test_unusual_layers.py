@@ -159,7 +159,9 @@ SHARED = [
     ("onnxruntime-cpu", ("w8a8_token", "w8a8_step")),
     ("onnxruntime-cpu", ("w8a8_step",)),
     ("onnxruntime-cpu", ("w4a8_token", "w4a8_step")),
+    ("onnxruntime-cpu", ("w8a8s_token", "w8a8s_step")),
     ("tensorrt-rtx", ("w8a8_token", "w8a8_step")),
+    ("tensorrt-rtx", ("w8a8s_step",)),
     ("tensorrt-rtx", ("w4a8_step",)),
     ("tensorrt-rtx", ("w4a16", "w8a8_step")),
 ]

@@ -201,6 +201,31 @@ def test_four_bit_codes_of_a_literal_input():
     assert affine.input_codes(x).tolist()[:2] == [-128, -127]
 
 
+def test_a_shifted_range_gets_a_code_for_zero_by_moving_at_most_half_a_scale():
+    """SiLU: from -0.28 to 6, in scales of 3.14 / 127; a middle of 2.86 is 115.67 scales."""
+    amax, shift = affine.with_zero(torch.tensor([3.14]), torch.tensor([2.86]))
+    assert amax.item() == pytest.approx(3.14)
+    assert shift.item() == pytest.approx(116 * 3.14 / 127)
+    codes = affine.input_codes((torch.tensor([0.0, -0.28, 6.0]) - shift) * (1 / amax))
+    assert codes.tolist() == [-116, -127, 127]
+    assert (codes[0] * affine.input_scale() * amax + shift).item() == pytest.approx(0, abs=1e-6)  # one ulp of 2.86
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_range_without_zero_is_widened_up_to_it_and_stays_as_it_is_from_then_on(bits: int):
+    amax, shift = torch.tensor([1.0, 1.0, 1e-7, 2.0]), torch.tensor([4.0, -4.0, 3.0, -2.0])
+    found = affine.with_zero(amax, shift, bits)
+    torch.testing.assert_close(found[0], torch.tensor([2.5, 2.5, 1.5, 2.0]))
+    torch.testing.assert_close(found[1], torch.tensor([2.5, -2.5, 1.5, -2.0]))
+    generator = torch.Generator().manual_seed(0)
+    amax = torch.cat([found[0], torch.rand(10_000, generator=generator) * 3])
+    found = affine.with_zero(amax, torch.cat([found[1], torch.randn(10_000, generator=generator)]), bits)
+    assert all(map(torch.equal, affine.with_zero(*found, bits), found))
+    codes = affine.input_codes((0 - found[1]) * (1 / found[0]), bits)
+    zero = codes * affine.input_scale(bits) * found[0] + found[1]
+    assert (zero.abs() <= 2e-7 * found[0]).all()
+
+
 def test_rows_that_are_fitted_or_rounded_together_do_not_know_of_each_other():
     w = random_weight(affine.ROWS_ELEMENTS // 128 + 3, 128)
     few = w.split(100)

@@ -210,12 +210,43 @@ def test_a_shift_of_a_step_layer_is_exact():
         torch.testing.assert_close(layer(x), x @ layer.rounded_weight().T + layer.layer.bias)
 
 
-def test_a_shift_needs_its_middle_and_no_padding():
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"padding": 1},
+        {"padding": (2, 0), "stride": 2},
+        {"padding": 2, "dilation": 2, "bias": False},
+        {"padding": "same", "groups": 2},
+    ],
+)
+def test_zeros_around_a_shifted_input_are_exact(window):
+    """On codes' own values nothing is lost, neither inside nor at the edges."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, **window).requires_grad_(False)
+    layer = QuantizedLayer(conv, with_shift(W8A8_STEP), CLOCK, LayerTables(torch.full((3,), 3.14), torch.full((3,), 2.86)))
+    codes = torch.randint(-11, 244, (2, 4, 6, 5), generator=torch.Generator().manual_seed(1))  # 116 scales are 2.87
+    x = codes * (3.14 / 127)
+    exact = conv._conv_forward(x, layer.rounded_weight(), conv.bias)
+    with CLOCK.at(1):
+        torch.testing.assert_close(layer(x), exact, rtol=1e-5, atol=1e-5)  # float32 sums of 36 products
+
+
+def test_the_zeros_of_a_padded_convolution_have_a_code_at_every_step():
+    tables = LayerTables(torch.tensor([3.14, 1.0, 2.0]), torch.tensor([2.86, 4.0, 0.0]))
+    layer = QuantizedLayer(nn.Conv2d(4, 4, 3, padding=1), with_shift(W8A8_STEP), CLOCK, tables)
+    for step, code in enumerate((-116, -127, 0)):  # the range 3 to 5 is widened to 0 to 5
+        with CLOCK.at(step):
+            codes = layer.input_codes(torch.full((1, 4, 2, 2), 5.0)).codes
+        assert codes.shape == (1, 4, 4, 4)
+        assert codes[:, :, 0].unique().tolist() == [code]
+    assert layer.tables.shift_T.tolist() == pytest.approx([116 * 3.14 / 127, 2.5, 0.0])
+    unpadded = QuantizedLayer(nn.Conv2d(4, 4, 3), with_shift(W8A8_STEP), CLOCK, tables)
+    assert torch.equal(unpadded.tables.shift_T, tables.shift_T)
+
+
+def test_a_shift_needs_its_middle():
     with pytest.raises(ValueError, match="the middle of its range at each step"):
         QuantizedLayer(linear(), with_shift(W8A8_STEP), CLOCK, LayerTables(torch.ones(3)))
-    padded, tables = nn.Conv2d(4, 4, 3, padding=1), LayerTables(torch.ones(3), torch.ones(3))
-    with pytest.raises(ValueError, match="zeros around a shifted input do not shift"):
-        QuantizedLayer(padded, with_shift(W8A8_STEP), CLOCK, tables)
     with pytest.raises(ValueError, match="a float input has no shift"):
         with_shift(FLOAT)
     with pytest.raises(ValueError, match="only behind an input that is not shifted"):
