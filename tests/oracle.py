@@ -55,7 +55,10 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
         half, middle = f(ranges[0]), f(ranges[1])
         unit = (x - middle) * (f(1) / half)
     q = np.clip(np.rint(unit / s), -high - 1, high).astype(np.int64)
-    total = product(q, codes, pads=pads, **window)
+    if shifted and output_amax is not None:
+        total = product(q + np.rint(middle / (half * s)).astype(np.int64), codes, pads=pads, **window)
+    else:
+        total = product(q, codes, pads=pads, **window)
     scale, bias, rowsum = (_of_channels(v, codes) for v in (scale, bias, codes.reshape(len(codes), -1).sum(1)))
     if output_amax is None:
         y = total * float(s) * scale.astype(np.float64) * half + middle * rowsum * scale.astype(np.float64)
@@ -86,7 +89,8 @@ def product(x, w, *, stride=1, dilation=1, pads=UNPADDED):
     total = np.zeros((x.shape[0], w.shape[0], height, width))
     for i in range(w.shape[2]):
         for j in range(w.shape[3]):
-            rows, columns = (slice(dilation * k, dilation * k + stride * n, stride) for k, n in ((i, height), (j, width)))
+            starts = ((dilation * i, height), (dilation * j, width))
+            rows, columns = (slice(start, start + stride * size, stride) for start, size in starts)
             total += np.moveaxis(np.tensordot(x[:, :, rows, columns], w[:, :, i, j], axes=(1, 1)), -1, 1)
     return total
 

@@ -126,10 +126,10 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
 
 
 def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
-    """Write x @ w, or the convolution, without a bias."""
+    """Write x @ w, or the convolution, without the layer's bias."""
     if call.op == "linear":
         return w.op(call, "MatMul", [x, weight])
-    return w.op(call, "Conv", [x, weight], call.window)
+    return w.op(call, "Conv", [x, weight, *w.shift_in_codes(call)], call.window)
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Lowering:
 def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
     """Return these rows, and one more for each scheme that can also have a shifted input."""
     shifted = (
-        replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is behind it, in the bias")
+        replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is in the bias")
         for row in rows
-        if not isinstance(row.scheme.input, Float) and isinstance(row.scheme.output, Float)
+        if not isinstance(row.scheme.input, Float)
     )
     return (*rows, *shifted)
 

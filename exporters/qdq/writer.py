@@ -21,7 +21,14 @@ from intaglio.pipeline.formats.schemes import Float, IntInput, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.basis import hadamard
 from intaglio.pipeline.numerics.low_rank import Branch
-from intaglio.pipeline.numerics.rounding import INPUT_HIGH, TOKEN_EPS, eight_bit_codes, input_scale, output_scale
+from intaglio.pipeline.numerics.rounding import (
+    INPUT_HIGH,
+    TOKEN_EPS,
+    eight_bit_codes,
+    input_scale,
+    output_scale,
+    shift_codes,
+)
 
 Attributes: TypeAlias = Mapping[str, int | ir.Attr]
 InputKey: TypeAlias = tuple[str, IntInput, bytes]
@@ -184,7 +191,10 @@ class Writer:
         return call.prefix if unsigned != in_blocks else call.site.layer
 
     def write(self, call: Call, product: Product) -> ir.Value:
-        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms."""
+        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms.
+
+        Where the output is rounded, the shift is in the product.
+        """
         rounded = self._rounded_input(call)
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
@@ -194,7 +204,7 @@ class Writer:
         if call.data.branch is not None:
             y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
         bias = None if call.site.bias is None else self._bias(call, call.site.bias)
-        if rounded.shift is not None:
+        if rounded.shift is not None and isinstance(call.data.scheme.output, Float):
             bias = self._shifted_bias(call, rounded.shift, bias)
         return y if bias is None else self.op(call, "bias/Add", [y, bias])
 
@@ -327,6 +337,22 @@ class Writer:
         parameters = [scale, self.constant("input/zero", self.input_zero)]
         codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
         return self.op(call, "output/DequantizeLinear", [codes, *parameters])
+
+    def shift_in_codes(self, call: Call) -> list[ir.Value]:
+        """Write what the shift takes from a product whose output is rounded, z_t * rowsum(Wq), as a bias in codes.
+
+        z_t is the shift in scales, an integer. Returns an empty list for other products.
+        """
+        amax_T, shift_T, scheme = call.data.tables.amax_T, call.data.tables.shift_T, call.data.scheme
+        if amax_T is None or shift_T is None or isinstance(scheme.output, Float):
+            return []
+        z_T = shift_codes(amax_T, shift_T, scheme.input_bits).numpy().astype(np.int64)
+        sums_TN = np.outer(z_T, call.eight_bit_codes_NK.sum(1, dtype=np.int64)).astype(np.int32)
+        codes = self.op(call, "sums/Gather", [self.constant(f"{call.site.layer}/sums", sums_TN), self.step])
+        codes.type, codes.shape = ir.TensorType(ir.DataType.INT32), ir.Shape(sums_TN.shape[1:])
+        scale = np.float32(input_scale(scheme.input_bits)) * call.scale_NG[:, 0]
+        scales = self.constant(f"{call.site.layer}/sums/scale", scale)
+        return [self.op(call, "sums/DequantizeLinear", [codes, scales], {"axis": 0})]
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """Return the bias, (N,), or (1, N, 1, 1) for a convolution: it is added after the multiplication by amax."""

@@ -134,11 +134,8 @@ class LayerScheme(Value):
 
     def _problem(self) -> str | None:
         """Return why the formats cannot be combined, or None."""
-        if not isinstance(self.output, Float):
-            if not self.by_step:
-                return "an output is rounded only behind an input with a scale a step"
-            if self.shifted:
-                return "an output is rounded only behind an input that is not shifted"
+        if not isinstance(self.output, Float) and not self.by_step:
+            return "an output is rounded only behind an input with a scale a step"
         match self.weight:
             case Float():
                 return None if isinstance(self.input, Float) else "a float weight with a quantized input is no scheme"
@@ -202,3 +199,4 @@ def int_schemes(group: int) -> Iterator[LayerScheme]:
     yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four)
     yield from (with_output(scheme) for scheme in integer if scheme.by_step)
     yield from (with_shift(scheme) for scheme in integer)
+    yield from (with_shift(with_output(scheme)) for scheme in integer if scheme.by_step)

@@ -272,8 +272,16 @@ def with_zero(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> tuple[t
     outside = shift.abs() > (high + 0.5) * (amax * input_scale(bits))
     widened = (shift.abs() + amax) * 0.5
     amax, shift = torch.where(outside, widened, amax), torch.where(outside, widened * shift.sign(), shift)
-    scale = amax * input_scale(bits)
-    return amax, round_ste(shift / scale) * scale
+    return amax, shift_codes(amax, shift, bits) * (amax * input_scale(bits))
+
+
+def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Middles of ranges in scales, rounded to integers as floats; minus the code of zero where `with_zero` was called.
+
+    >>> shift_codes(torch.tensor([127.0]), torch.tensor([-41.3])).tolist()
+    [-41.0]
+    """
+    return round_ste(shift / (amax * input_scale(bits)))
 
 
 def half_table(table: torch.Tensor) -> torch.Tensor:

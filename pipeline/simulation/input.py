@@ -43,12 +43,12 @@ class TrainedRange(Protocol):
 class InputRounding(nn.Module):
     """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    `padded`: the input has zeros around it, so that a shifted range keeps a code that stands for zero.
+    `zero`: a shifted range keeps a code that stands for zero while it is trained.
     """
 
-    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, padded: bool = False) -> None:
+    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: bool = False) -> None:
         super().__init__()
-        self.form, self.clock, self.padded = form, clock, padded
+        self.form, self.clock, self.zero = form, clock, zero
         self.trained: TrainedRange | None = None
         self.amax_T: torch.Tensor | None
         self.shift_T: torch.Tensor | None
@@ -86,6 +86,6 @@ class InputRounding(nn.Module):
         if self.trained is not None:
             shift = None if shift is None else shift + self.trained.offset(step) * amax
             amax = amax * self.trained.factor(step)
-            if self.padded and shift is not None:
+            if self.zero and shift is not None:
                 return rounding.with_zero(amax, shift, self.form.bits)
         return amax, shift

@@ -66,7 +66,8 @@ class QuantizedLayer(nn.Module):
         self.weight_rounding = weight or WeightRounding.fitted(scheme.weight, layer.weight, balance, branch)
         self.input_rounding: InputRounding | None = None
         if not isinstance(scheme.input, Float):
-            self.input_rounding = InputRounding(scheme.input, needed, clock, padded=bool(self.zeros))
+            zero = bool(self.zeros) or not isinstance(scheme.output, Float)
+            self.input_rounding = InputRounding(scheme.input, needed, clock, zero=zero)
         self.output_amax_T: torch.Tensor
         if needed.output_amax_T is not None:
             self.register_buffer("output_amax_T", needed.output_amax_T.clone())
@@ -137,6 +138,7 @@ class QuantizedLayer(nn.Module):
                 unit = q * rounding.input_scale(bits)
                 y = self._product(unit, weight, padded=bool(self.zeros)) * amax
             else:
+                q, shift = (q, None) if shift is None else (q + rounding.shift_codes(amax, shift, bits), None)
                 y = self._rounded_product(q, weight, amax, bits) * amax
         if self.branch is not None:
             y = y + self._branched(x, self.branch)
@@ -155,9 +157,10 @@ class QuantizedLayer(nn.Module):
         return y
 
     def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
-        """Return the product of the input's codes and the weight, rounded as it is before amax and bias."""
+        """Return the product of the weight and the input in scales, rounded as it is before amax and bias."""
         weight_scale = self.weight_rounding.scale.reshape(-1, 1, 1)
-        acc = self._product(q, rounding.round_ste(weight / weight_scale.unsqueeze(1)))
+        codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
+        acc = self._product(q, codes, padded=bool(self.zeros))
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
         return rounding.output_codes(acc, weight_scale, scale, bits) * scale
 

@@ -190,8 +190,9 @@ def test_every_call_of_a_layer_is_quantized_and_the_runtime_takes_the_graph(star
         assert len(integer) == 2 + 2 + 2 + 3 + 3  # twice, up, down, thrice; one, tied, named
 
 
-def test_layers_that_are_called_again_are_balanced_and_trained_over_all_calls(start, tmp_path):
-    made = planned(start, ("w4a8_token", "w4a8_step"), "onnxruntime-cpu", tmp_path)
+@pytest.mark.parametrize("schemes", [("w4a8_token", "w4a8_step"), ("w4a8s_token", "w4a8s_step")], ids=lambda v: v[1])
+def test_layers_that_are_called_again_are_balanced_and_trained_over_all_calls(start, schemes, tmp_path):
+    made = planned(start, schemes, "onnxruntime-cpu", tmp_path)
     made = made | run_pass(BalanceLayers(steps=1, rows=2, gain_db=0.0), made, tmp_path / "balance")
     name = next(name for name in CALLS if name in made[PLAN].balances)
     model, trajectory, basis = start[MODEL].open(), start[TRAJECTORY], made[PLAN].balances[name]

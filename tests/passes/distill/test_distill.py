@@ -10,6 +10,8 @@ from quantizing import output_error, with_plan
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.distill.distill import Distill
 from intaglio.passes.distill.gptq import gptq, second_moment
+from intaglio.passes.distill.trainable import InputScales, learn_input
+from intaglio.passes.distill.trainable import learnt as learnt_of
 from intaglio.passes.distill.trainer import ROUND, Trainer
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
@@ -20,11 +22,13 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.layer import Layer, structural_schemes
+from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, w4a8_token, w4a16, with_output, with_shift
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding as affine
 from intaglio.pipeline.numerics.basis import Balance, bases_of
+from intaglio.pipeline.simulation.layer import QuantizedLayer
 from intaglio.pipeline.simulation.model import quantize_model, simulate
 
 
@@ -215,6 +219,29 @@ def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
     again = Quantized.load(tmp_path).layers[name]
     assert torch.equal(again.tables.shift_T, tables.shift_T)
     assert again.scheme == schemes[name]
+
+
+def test_a_trained_shift_keeps_a_code_for_the_zeros_around_a_convolution():
+    """What is merged is what was trained, to the bit; the gradient passes the rounding of the shift."""
+    clock, scheme = StepClock((900.0, 100.0)), with_shift(W8A8_STEP)
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    tables = LayerTables(torch.tensor([3.14, 2.0]), torch.tensor([2.86, 0.3]))
+    layer, scales = QuantizedLayer(conv, scheme, clock, tables), InputScales(torch.tensor([0.9, 0.5]))
+    learn_input(layer, scales)
+    scales.offset_T[0].data.fill_(-0.013)
+    scales.offset_T[1].data.fill_(1.5)  # from 19 scales of 2 / 127: without zero, from 2.2992 to 4.2992
+    merged = layer.tables.replaced_by(learnt_of(layer).tables).needed_by(scheme, padded=True)
+    deployed = QuantizedLayer(conv, scheme, clock, merged)
+    assert merged.amax_T.tolist() == pytest.approx([0.9 * 3.14, 4.2992 / 2], abs=1e-4)
+    assert (merged.shift_T / merged.amax_T * 127).tolist() == pytest.approx([127, 127], abs=1e-4)
+    x = torch.nn.functional.silu(torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)) * 3)
+    for step in range(2):
+        with clock.at(step):
+            assert torch.equal(layer(x), deployed(x))
+            layer(x).square().sum().backward()
+        assert scales.offset_T[step].grad.abs() > 0
+        assert scales.log_factor[step].grad.abs() > 0
 
 
 def test_balanced_layers_are_trained_in_their_basis_and_survive_the_store(measured, tmp_path):
