@@ -38,11 +38,12 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
     """An 8-bit product: x rounded by token, or with `ranges`, (half the width, middle); codes (N, K) or (N, C, kh, kw).
 
     A shifted input of a convolution is padded with zeros before it is shifted; other inputs are padded with codes 0.
-    With `output_amax` the product is rounded as well, without the bias.
+    With `output_amax` the product is rounded as well, without the bias, and a shift is a zero point of the codes.
     """
     f = np.float32
     x, s = x.astype(f), f(1) / f(high)
-    if shifted and pads != UNPADDED:
+    asymmetric = shifted and output_amax is not None
+    if shifted and not asymmetric and pads != UNPADDED:
         x, pads = np.pad(x, ((0, 0), (0, 0), *pads)), UNPADDED
     if ranges is None:
         half, middle = np.abs(x).max(-1, keepdims=True), f(0)
@@ -54,11 +55,12 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
     else:
         half, middle = f(ranges[0]), f(ranges[1])
         unit = (x - middle) * (f(1) / half)
-    q = np.clip(np.rint(unit / s), -high - 1, high).astype(np.int64)
-    if shifted and output_amax is not None:
-        total = product(q + np.rint(middle / (half * s)).astype(np.int64), codes, pads=pads, **window)
-    else:
-        total = product(q, codes, pads=pads, **window)
+    zero = 0
+    if asymmetric:
+        zero = -int(np.rint(middle / (half * s)))
+        unit = x * (f(1) / half)
+    q = np.clip(np.rint(unit / s) + zero, -high - 1, high).astype(np.int64)
+    total = product(q - zero, codes, pads=pads, **window)
     scale, bias, rowsum = (_of_channels(v, codes) for v in (scale, bias, codes.reshape(len(codes), -1).sum(1)))
     if output_amax is None:
         y = total * float(s) * scale.astype(np.float64) * half + middle * rowsum * scale.astype(np.float64)

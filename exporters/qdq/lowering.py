@@ -126,10 +126,10 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
 
 
 def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
-    """Write x @ w, or the convolution, without the layer's bias."""
+    """Write x @ w, or the convolution, without a bias."""
     if call.op == "linear":
         return w.op(call, "MatMul", [x, weight])
-    return w.op(call, "Conv", [x, weight, *w.shift_in_codes(call)], call.window)
+    return w.op(call, "Conv", [x, weight], call.window)
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,25 @@ class Call:
         Raises TargetError for a convolution whose padding depends on the size of its input.
         """
         attributes = self.site.product.attributes
-        if self.data.tables.shift_T is None or self.op == "linear":
+        if not self.subtracted or self.op == "linear":
             return ()
         if (auto := attributes.get_string("auto_pad", "NOTSET")) not in ("NOTSET", "VALID"):
             raise TargetError(f"{self.site.layer}: auto_pad {auto} has no fixed padding, which a shifted input needs")
         zeros = tuple(attributes.get_ints("pads", ()) or ())
         return zeros if any(zeros) else ()
+
+    @property
+    def subtracted(self) -> bool:
+        """Return True if the shift of each step is taken off the input; a rounded product has a zero point instead."""
+        return self.data.tables.shift_T is not None and isinstance(self.data.scheme.output, Float)
+
+    @property
+    def zero_point(self) -> int:
+        """Code that stands for zero at every step, where the input is shifted by a zero point; else 0."""
+        amax_T, shift_T = self.data.tables.amax_T, self.data.tables.shift_T
+        if amax_T is None or shift_T is None or self.subtracted:
+            return 0
+        return -int(shift_codes(amax_T, shift_T, self.data.scheme.input_bits)[0])
 
     @property
     def window(self) -> Attributes:
@@ -191,10 +204,7 @@ class Writer:
         return call.prefix if unsigned != in_blocks else call.site.layer
 
     def write(self, call: Call, product: Product) -> ir.Value:
-        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms.
-
-        Where the output is rounded, the shift is in the product.
-        """
+        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms."""
         rounded = self._rounded_input(call)
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
@@ -204,7 +214,7 @@ class Writer:
         if call.data.branch is not None:
             y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
         bias = None if call.site.bias is None else self._bias(call, call.site.bias)
-        if rounded.shift is not None and isinstance(call.data.scheme.output, Float):
+        if rounded.shift is not None:
             bias = self._shifted_bias(call, rounded.shift, bias)
         return y if bias is None else self.op(call, "bias/Add", [y, bias])
 
@@ -221,7 +231,10 @@ class Writer:
         return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
 
     def _rounded_input(self, call: Call) -> Rounded:
-        """Write x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes."""
+        """Write x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes.
+
+        In front of a rounded product the zero point of Q and DQ shifts, so that the product adds the zeros itself.
+        """
         key, x = call.input_key, self._input(call)
         if key is None:
             return Rounded(x)
@@ -236,11 +249,11 @@ class Writer:
             scale = np.float32(input_scale(bits))
             constants = [
                 self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
-                self.constant("input/zero", self.input_zero),
+                self._zero(call.zero_point),
             ]
             if bits < 8 and call.data.tables.stepped:  # a token's codes need no Clip, unless its range is clipped
-                low, high = scale * np.float32(-INPUT_HIGH[bits] - 1), scale * np.float32(INPUT_HIGH[bits])
-                bounds = [self.constant(f"input/low/{bits}", low), self.constant(f"input/high/{bits}", high)]
+                ends = [code - call.zero_point for code in (-INPUT_HIGH[bits] - 1, INPUT_HIGH[bits])]
+                bounds = [self.constant(f"input/bound/{bits}/{end}", scale * np.float32(end)) for end in ends]
                 unit = self.op(call, "input/Clip", [unit, *bounds])
             codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
             codes.type, codes.shape = constants[1].type, (x if call.zeros else call.site.x).shape
@@ -260,6 +273,11 @@ class Writer:
             self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
         return self._balanced[call.basis]
+
+    def _zero(self, code: int) -> ir.Value:
+        """Return the zero point of inputs with which `code` stands for zero."""
+        name = f"input/zero/{code}" if code else "input/zero"
+        return self.constant(name, self.input_zero.dtype.type(int(self.input_zero) + code))
 
     def _padded(self, call: Call, x: ir.Value) -> ir.Value:
         """Return x with the zeros of the convolution around it where x is shifted: shifted zeros are codes."""
@@ -320,7 +338,7 @@ class Writer:
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
         table = self.constant(f"{call.site.layer}/amax", amax_T)
-        if call.data.tables.shift_T is not None:
+        if call.data.tables.shift_T is not None and call.subtracted:
             middle = self.constant(f"{call.site.layer}/shift", call.data.tables.shift_T.numpy())
             shift = self.op(call, "shift/Gather", [middle, self.step])
             x = self.op(call, "shift/Sub", [x, shift])
@@ -337,22 +355,6 @@ class Writer:
         parameters = [scale, self.constant("input/zero", self.input_zero)]
         codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
         return self.op(call, "output/DequantizeLinear", [codes, *parameters])
-
-    def shift_in_codes(self, call: Call) -> list[ir.Value]:
-        """Write what the shift takes from a product whose output is rounded, z_t * rowsum(Wq), as a bias in codes.
-
-        z_t is the shift in scales, an integer. Returns an empty list for other products.
-        """
-        amax_T, shift_T, scheme = call.data.tables.amax_T, call.data.tables.shift_T, call.data.scheme
-        if amax_T is None or shift_T is None or isinstance(scheme.output, Float):
-            return []
-        z_T = shift_codes(amax_T, shift_T, scheme.input_bits).numpy().astype(np.int64)
-        sums_TN = np.outer(z_T, call.eight_bit_codes_NK.sum(1, dtype=np.int64)).astype(np.int32)
-        codes = self.op(call, "sums/Gather", [self.constant(f"{call.site.layer}/sums", sums_TN), self.step])
-        codes.type, codes.shape = ir.TensorType(ir.DataType.INT32), ir.Shape(sums_TN.shape[1:])
-        scale = np.float32(input_scale(scheme.input_bits)) * call.scale_NG[:, 0]
-        scales = self.constant(f"{call.site.layer}/sums/scale", scale)
-        return [self.op(call, "sums/DequantizeLinear", [codes, scales], {"axis": 0})]
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """Return the bias, (N,), or (1, N, 1, 1) for a convolution: it is added after the multiplication by amax."""

@@ -127,15 +127,15 @@ def _near(grid: WeightRounding, weight: torch.Tensor, codes_NK: torch.Tensor, di
 
 def _learnt_tables(layer: QuantizedLayer) -> LayerTables:
     """Return the trained tables, in the form that an exported layer has."""
-    scheme, scales, tables = layer.scheme, input_scales(layer), layer.tables
+    scheme, scales = layer.scheme, input_scales(layer)
     if scales is None or isinstance(scheme.input, Float):
         return LayerTables()
     steps = range(len(layer.clock.timesteps))
-    factor_T = torch.stack([scales.factor(step) for step in steps])
     if scheme.by_token:
-        return LayerTables(factor_T=factor_T)
-    assert tables.amax_T is not None  # a scale a step
-    shift_T = None
-    if tables.shift_T is not None:
-        shift_T = tables.shift_T + torch.stack([scales.offset(step) for step in steps]) * tables.amax_T
-    return LayerTables(amax_T=tables.amax_T * factor_T, shift_T=shift_T)
+        return LayerTables(factor_T=torch.stack([scales.factor(step) for step in steps]))
+    assert layer.input_rounding is not None  # a scale a step
+    ranges = [layer.input_rounding.step_range(step) for step in steps]
+    shifts = [shift for _, shift in ranges if shift is not None]
+    return LayerTables(
+        amax_T=torch.stack([amax for amax, _ in ranges]), shift_T=torch.stack(shifts) if shifts else None
+    )

@@ -39,10 +39,10 @@ class LayerTables:
     def needed_by(self, scheme: LayerScheme, *, padded: bool = False) -> LayerTables:
         """Return the tables that this scheme needs. Raises ValueError if one of them is missing.
 
-        `padded`: zeros are added around the input. A shifted range has a code that stands for zero then, and where the
-        output is rounded.
+        `padded`: zeros are added around the input, so that a shifted range needs a code that stands for zero. Where the
+        output is rounded, it is the same code at every step.
         """
-        from intaglio.pipeline.numerics.rounding import TOKEN_EPS, with_zero
+        from intaglio.pipeline.numerics.rounding import TOKEN_EPS, with_one_zero, with_zero
 
         stepped, rounded = scheme.by_step, not isinstance(scheme.output, Float)
         shifted = stepped and scheme.shifted
@@ -55,7 +55,7 @@ class LayerTables:
         amax_T = self.amax_T.clamp_min(TOKEN_EPS) if stepped and self.amax_T is not None else None
         shift_T = self.shift_T if shifted else None
         if (padded or rounded) and amax_T is not None and shift_T is not None:
-            amax_T, shift_T = with_zero(amax_T, shift_T, scheme.input_bits)
+            amax_T, shift_T = (with_one_zero if rounded else with_zero)(amax_T, shift_T, scheme.input_bits)
         return LayerTables(
             amax_T=amax_T,
             shift_T=shift_T,

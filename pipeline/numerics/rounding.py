@@ -275,6 +275,28 @@ def with_zero(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> tuple[t
     return amax, shift_codes(amax, shift, bits) * (amax * input_scale(bits))
 
 
+def with_one_zero(amax_T: torch.Tensor, shift_T: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bring ranges to those with which the same code stands for zero at every step, at the least widening, (T,) each.
+
+    Widening is the mean square of the new half widths over the old ones. Ranges with one code stay as they are.
+
+    >>> amax, shift = with_one_zero(torch.tensor([127.0, 63.5]), torch.tensor([60.0, 40.0]))
+    >>> [round(v, 2) for v in amax.tolist()], shift_codes(amax, shift).tolist()
+    ([133.96, 67.56], [68.0, 68.0])
+    """
+    high = INPUT_HIGH[bits]
+    amax_T, shift_T = with_zero(amax_T, shift_T, bits)
+    zero_T = shift_codes(amax_T, shift_T, bits)
+    if bool((zero_T == zero_T[0]).all()):
+        return amax_T, shift_T
+    codes_C = torch.arange(-high + 1, high, dtype=amax_T.dtype, device=amax_T.device)
+    above_TC = (shift_T + amax_T).unsqueeze(1) / (high + codes_C)
+    below_TC = (amax_T - shift_T).unsqueeze(1) / (high - codes_C)
+    wide_TC = torch.maximum(above_TC, below_TC) * high
+    best = int((wide_TC / amax_T.unsqueeze(1)).square().mean(0).argmin())
+    return wide_TC[:, best], codes_C[best] * (wide_TC[:, best] * input_scale(bits))
+
+
 def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch.Tensor:
     """Middles of ranges in scales, rounded to integers as floats; minus the code of zero where `with_zero` was called.
 
@@ -282,6 +304,17 @@ def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch
     [-41.0]
     """
     return round_ste(shift / (amax * input_scale(bits)))
+
+
+def input_codes_around(x_unit: torch.Tensor, zero: torch.Tensor, bits: int = 8) -> torch.Tensor:
+    """Codes, as floats, of an input whose zero has the code -`zero`: clip(round(127 x) - zero, -128, 127).
+
+    >>> input_codes_around(torch.tensor([0.0, 0.1, -0.1, 2.0]), torch.tensor(116.0)).tolist()
+    [-116.0, -103.0, -128.0, 127.0]
+    """
+    high = INPUT_HIGH[bits]
+    unit = x_unit / input_scale(bits)
+    return round_ste(torch.clamp(unit, -high - 1 + zero, high + zero)) - zero
 
 
 def half_table(table: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shapes: T denoising steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, assert_never
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, assert_never
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from intaglio.pipeline.numerics import rounding
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.layer_tables import LayerTables
     from intaglio.pipeline.model.step_clock import StepClock
+
+
+Zero: TypeAlias = Literal["exact", "one"] | None
 
 
 class InputCodes(NamedTuple):
@@ -43,10 +46,11 @@ class TrainedRange(Protocol):
 class InputRounding(nn.Module):
     """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    `zero`: a shifted range keeps a code that stands for zero while it is trained.
+    `zero` says which code of a shifted range stands for zero: "exact" for one of its own at each step, "one" for the same
+    at every step, which is a zero point that training does not change; None where zero needs no code.
     """
 
-    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: bool = False) -> None:
+    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: Zero = None) -> None:
         super().__init__()
         self.form, self.clock, self.zero = form, clock, zero
         self.trained: TrainedRange | None = None
@@ -66,7 +70,10 @@ class InputRounding(nn.Module):
                     amax = amax * factor
                 unit = (x if shift is None else x - shift) / amax
             case PerStep():
-                amax, shift = self._step_range()
+                amax, shift = self.step_range(self.clock.step)
+                if self.zero == "one" and shift is not None:
+                    code = rounding.shift_codes(amax, shift, self.form.bits)
+                    return InputCodes(rounding.input_codes_around(x * (1 / amax), code, self.form.bits), amax, shift)
                 unit = (x if shift is None else x - shift) * (1 / amax)
             case other:
                 assert_never(other)
@@ -78,14 +85,14 @@ class InputRounding(nn.Module):
             return self.trained.factor(self.clock.step)
         return None if self.factor_T is None else self.factor_T[self.clock.step]
 
-    def _step_range(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return magnitude and middle of the input's range, both (), at the clock's step; no middle if symmetric."""
+    def step_range(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return magnitude and middle of the input's range, both (), at a denoising step; no middle if symmetric."""
         assert self.amax_T is not None  # `LayerTables.needed_by` ensures it
-        step = self.clock.step
         amax, shift = self.amax_T[step], None if self.shift_T is None else self.shift_T[step]
-        if self.trained is not None:
-            shift = None if shift is None else shift + self.trained.offset(step) * amax
-            amax = amax * self.trained.factor(step)
-            if self.zero and shift is not None:
-                return rounding.with_zero(amax, shift, self.form.bits)
-        return amax, shift
+        if self.trained is None:
+            return amax, shift
+        if shift is None or self.zero == "one":
+            factor = self.trained.factor(step)
+            return amax * factor, None if shift is None else shift * factor
+        amax, shift = amax * self.trained.factor(step), shift + self.trained.offset(step) * amax
+        return rounding.with_zero(amax, shift, self.form.bits) if self.zero == "exact" else (amax, shift)

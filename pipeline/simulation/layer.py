@@ -15,7 +15,7 @@ from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.simulation.cache import WeightCache
-from intaglio.pipeline.simulation.input import InputCodes, InputRounding
+from intaglio.pipeline.simulation.input import InputCodes, InputRounding, Zero
 from intaglio.pipeline.simulation.weight import WeightRounding
 
 if TYPE_CHECKING:
@@ -57,16 +57,17 @@ class QuantizedLayer(nn.Module):
         Raises ValueError for tables that the scheme needs and that are missing, or a layer that the scheme cannot have.
         """
         super().__init__()
-        if not isinstance(scheme.output, Float) and not isinstance(layer, nn.Conv2d):
+        rounded = not isinstance(scheme.output, Float)
+        if rounded and not isinstance(layer, nn.Conv2d):
             raise ValueError("only a convolution can have a rounded output")
-        self.zeros = _padding(layer) if scheme.shifted else ()
+        self.zeros = _padding(layer) if scheme.shifted and not rounded else ()
         needed = tables.needed_by(scheme, padded=bool(self.zeros))
         self.full_precision = False
         self.layer, self.scheme, self.clock, self.balance, self.branch = layer, scheme, clock, balance, branch
         self.weight_rounding = weight or WeightRounding.fitted(scheme.weight, layer.weight, balance, branch)
         self.input_rounding: InputRounding | None = None
         if not isinstance(scheme.input, Float):
-            zero = bool(self.zeros) or not isinstance(scheme.output, Float)
+            zero: Zero = "one" if rounded else "exact" if self.zeros else None
             self.input_rounding = InputRounding(scheme.input, needed, clock, zero=zero)
         self.output_amax_T: torch.Tensor
         if needed.output_amax_T is not None:
@@ -160,7 +161,7 @@ class QuantizedLayer(nn.Module):
         """Return the product of the weight and the input in scales, rounded as it is before amax and bias."""
         weight_scale = self.weight_rounding.scale.reshape(-1, 1, 1)
         codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
-        acc = self._product(q, codes, padded=bool(self.zeros))
+        acc = self._product(q, codes)
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
         return rounding.output_codes(acc, weight_scale, scale, bits) * scale
 

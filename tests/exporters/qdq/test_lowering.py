@@ -214,7 +214,16 @@ def convolution(**options: int) -> torch.nn.Conv2d:
 
 
 @pytest.mark.parametrize("vnni", [True, False])
-@pytest.mark.parametrize("scheme", [with_output(W8A8_STEP), with_output(w4a8_step(32)), with_output(w4a4_step(32))])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        with_output(W8A8_STEP),
+        with_output(w4a8_step(32)),
+        with_output(w4a4_step(32)),
+        with_shift(with_output(W8A8_STEP)),
+        with_shift(with_output(w4a4_step(32))),
+    ],
+)
 def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simulated_codes(
     scheme, vnni, tmp_path, monkeypatch
 ):
