@@ -26,7 +26,7 @@ class UniformPlan(Pass):
     """
 
     name: ClassVar[str] = "uniform"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})

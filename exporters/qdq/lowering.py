@@ -150,11 +150,16 @@ class Lowering:
 def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
     """Return these rows, and one more for each scheme that can also have a shifted input."""
     shifted = (
-        replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is in the bias")
+        replace(row, scheme=with_shift(row.scheme), why=f"{row.why}; the shift is in the {_place(row.scheme)}")
         for row in rows
         if not isinstance(row.scheme.input, Float)
     )
     return (*rows, *shifted)
+
+
+def _place(scheme: LayerScheme) -> str:
+    """Return where the shift of an input is put back."""
+    return "bias, behind it" if isinstance(scheme.output, Float) else "zero point"
 
 
 def table(runtime: str) -> tuple[Lowering, ...]:

@@ -56,8 +56,8 @@ class Call:
         tables = self.data.tables
         parts = [part for part in (tables.amax_T, tables.shift_T, tables.factor_T) if part is not None]
         x, basis = self.basis
-        zeros = np.array(self.zeros, np.int64)
-        return x, form, b"".join([basis, zeros.tobytes(), *(part.numpy().tobytes() for part in parts)])
+        form_of_shift = np.array([self.subtracted, *self.zeros], np.int64)
+        return x, form, b"".join([basis, form_of_shift.tobytes(), *(part.numpy().tobytes() for part in parts)])
 
     @property
     def zeros(self) -> tuple[int, ...]:

@@ -114,8 +114,10 @@ class LayerScheme(Value):
 
         Raises ValueError if the formats cannot be combined.
 
-        >>> [each.name for each in (FLOAT, W8A8_TOKEN, w4a16(64), with_output(w4a8_step(64)), with_shift(W8A8_STEP))]
-        ['float', 'w8a8_token', 'w4a16', 'w4a8o8_step', 'w8a8s_step']
+        >>> [each.name for each in (FLOAT, W8A8_TOKEN, w4a16(64), with_shift(W8A8_STEP), with_output(w4a8_step(64)))]
+        ['float', 'w8a8_token', 'w4a16', 'w8a8s_step', 'w4a8o8_step']
+        >>> with_shift(with_output(W8A8_STEP)).name
+        'w8a8so8_step'
         """
         if problem := self._problem():
             raise ValueError(f"{problem}: {self}")

@@ -282,7 +282,7 @@ def with_one_zero(amax_T: torch.Tensor, shift_T: torch.Tensor, bits: int = 8) ->
 
     >>> amax, shift = with_one_zero(torch.tensor([127.0, 63.5]), torch.tensor([60.0, 40.0]))
     >>> [round(v, 2) for v in amax.tolist()], shift_codes(amax, shift).tolist()
-    ([133.96, 67.56], [68.0, 68.0])
+    ([127.0, 70.29], [60.0, 60.0])
     """
     high = INPUT_HIGH[bits]
     amax_T, shift_T = with_zero(amax_T, shift_T, bits)

@@ -46,8 +46,8 @@ class TrainedRange(Protocol):
 class InputRounding(nn.Module):
     """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    `zero` says which code of a shifted range stands for zero: "exact" for one of its own at each step, "one" for the same
-    at every step, which is a zero point that training does not change; None where zero needs no code.
+    `zero` says which code of a shifted range stands for zero: "exact" for one of its own at each step, "one" for the
+    same at every step, which is a zero point that training does not change; None where zero needs no code.
     """
 
     def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: Zero = None) -> None:

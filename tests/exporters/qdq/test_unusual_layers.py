@@ -160,6 +160,7 @@ SHARED = [
     ("onnxruntime-cpu", ("w8a8_step",)),
     ("onnxruntime-cpu", ("w4a8_token", "w4a8_step")),
     ("onnxruntime-cpu", ("w8a8s_token", "w8a8s_step")),
+    ("onnxruntime-cpu", ("w8a8s_token", "w8a8so8_step")),
     ("tensorrt-rtx", ("w8a8_token", "w8a8_step")),
     ("tensorrt-rtx", ("w8a8s_step",)),
     ("tensorrt-rtx", ("w4a8_step",)),
@@ -190,7 +191,11 @@ def test_every_call_of_a_layer_is_quantized_and_the_runtime_takes_the_graph(star
         assert len(integer) == 2 + 2 + 2 + 3 + 3  # twice, up, down, thrice; one, tied, named
 
 
-@pytest.mark.parametrize("schemes", [("w4a8_token", "w4a8_step"), ("w4a8s_token", "w4a8s_step")], ids=lambda v: v[1])
+@pytest.mark.parametrize(
+    "schemes",
+    [("w4a8_token", "w4a8_step"), ("w4a8s_token", "w4a8s_step"), ("w4a4s_token", "w4a4so8_step")],
+    ids=lambda v: v[1],
+)
 def test_layers_that_are_called_again_are_balanced_and_trained_over_all_calls(start, schemes, tmp_path):
     made = planned(start, schemes, "onnxruntime-cpu", tmp_path)
     made = made | run_pass(BalanceLayers(steps=1, rows=2, gain_db=0.0), made, tmp_path / "balance")

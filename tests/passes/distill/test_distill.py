@@ -244,6 +244,27 @@ def test_a_trained_shift_keeps_a_code_for_the_zeros_around_a_convolution():
         assert scales.log_factor[step].grad.abs() > 0
 
 
+def test_training_keeps_the_zero_point_in_front_of_a_rounded_output():
+    clock, scheme = StepClock((900.0, 100.0)), with_shift(with_output(W8A8_STEP))
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    tables = LayerTables(torch.tensor([3.14, 2.0]), torch.tensor([2.86, 1.8]), torch.tensor([4.0, 3.0]))
+    layer, scales = QuantizedLayer(conv, scheme, clock, tables), InputScales(torch.tensor([0.9, 0.5]))
+    before = layer.tables
+    learn_input(layer, scales)
+    scales.offset_T[0].data.fill_(0.3)
+    merged = layer.tables.replaced_by(learnt_of(layer).tables).needed_by(scheme, padded=True)
+    torch.testing.assert_close(merged.amax_T, before.amax_T * torch.tensor([0.9, 0.5]))
+    torch.testing.assert_close(merged.shift_T / merged.amax_T, before.shift_T / before.amax_T)
+    deployed = QuantizedLayer(conv, scheme, clock, merged)
+    x = torch.nn.functional.silu(torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)) * 3)
+    for step in range(2):
+        with clock.at(step):
+            assert torch.equal(layer(x), deployed(x))
+            layer(x).square().sum().backward()
+        assert scales.log_factor[step].grad.abs() > 0
+
+
 def test_balanced_layers_are_trained_in_their_basis_and_survive_the_store(measured, tmp_path):
     def balance(layer: Layer) -> Balance:
         block = 16 if layer.shape[1] % 16 == 0 else 1

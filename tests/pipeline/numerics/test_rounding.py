@@ -226,6 +226,21 @@ def test_a_range_without_zero_is_widened_up_to_it_and_stays_as_it_is_from_then_o
     assert (zero.abs() <= 2e-7 * found[0]).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_one_code_stands_for_zero_at_every_step_at_the_least_widening(bits: int):
+    """From -0.28 to 6, 5.5 and 4: each range is covered, and none grows by more than a twentieth."""
+    high = torch.tensor([6.0, 5.5, 4.0])
+    before = affine.half_range(torch.full((3,), -0.28), high)
+    amax, shift = affine.with_one_zero(*before, bits)
+    codes = affine.shift_codes(amax, shift, bits)
+    assert codes.tolist() == ([110] * 3 if bits == 8 else [6] * 3)
+    assert (shift - amax < -0.28 + amax / 2 / affine.INPUT_HIGH[bits]).all()
+    assert (shift + amax > high - amax / 2 / affine.INPUT_HIGH[bits]).all()
+    assert (amax / before[0]).tolist() == pytest.approx([1.0, 1.0, 1.0], abs=0.05 if bits == 8 else 0.15)
+    assert all(map(torch.equal, affine.with_one_zero(amax, shift, bits), (amax, shift)))
+    assert affine.input_codes_around(torch.zeros(3) / amax, codes, bits).tolist() == (-codes).tolist()
+
+
 def test_rows_that_are_fitted_or_rounded_together_do_not_know_of_each_other():
     w = random_weight(affine.ROWS_ELEMENTS // 128 + 3, 128)
     few = w.split(100)

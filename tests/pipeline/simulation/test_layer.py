@@ -245,6 +245,26 @@ def test_the_zeros_of_a_padded_convolution_have_a_code_at_every_step():
     assert torch.equal(unpadded.tables.shift_T, tables.shift_T)
 
 
+def test_a_shift_in_front_of_a_rounded_output_is_a_zero_point():
+    """The padded product adds codes of zero, the same at every step, and is rounded with the shift in it."""
+    tables = LayerTables(torch.tensor([3.14, 3.0, 2.5]), torch.tensor([2.86, 2.7, 2.3]), torch.full((3,), 9.0))
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
+    layer = QuantizedLayer(conv, with_shift(with_output(W8A8_STEP)), CLOCK, tables)
+    assert (layer.tables.shift_T / layer.tables.amax_T * 127).tolist() == pytest.approx([114, 114, 114], abs=1e-4)
+    x = nn.functional.silu(torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(1)) * 2)
+    for step in range(3):
+        with CLOCK.at(step):
+            q, amax, _ = layer.input_codes(x)
+            product = layer(x) - conv.bias.reshape(-1, 1, 1)
+            zeros = layer.input_codes(torch.zeros(1, 4, 2, 2)).codes
+        assert q.shape == x.shape
+        assert zeros.unique().tolist() == [-114]
+        exact = nn.functional.conv2d((q + 114) * (amax / 127), layer.rounded_weight(), padding=1)
+        assert (product - exact).abs().max() <= 9 / 127 / 2 + 1e-5  # half a code of the output
+        torch.testing.assert_close(product / (9 / 127), torch.round(product / (9 / 127)), rtol=0, atol=1e-3)
+
+
 def test_a_shift_needs_its_middle():
     with pytest.raises(ValueError, match="the middle of its range at each step"):
         QuantizedLayer(linear(), with_shift(W8A8_STEP), CLOCK, LayerTables(torch.ones(3)))
