@@ -44,7 +44,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
 }
 """Schemes of a first recipe, for each kind of layer."""
-OUTPUT = ("w8a8o8_step",)
+OUTPUT = ("w8a8o8_step", "w8a8so8_step")
 """Schemes of convolutions on targets that multiply integers only to 8-bit outputs."""
 QUALITY_DB = 40
 """Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""

@@ -278,7 +278,7 @@ class AssignPrecision(Pass):
 
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
         rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
-        return with_output(scheme) if rounds and scheme.by_step and not scheme.shifted else scheme
+        return with_output(scheme) if rounds and scheme.by_step else scheme
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:
