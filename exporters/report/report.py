@@ -51,6 +51,7 @@ MEASURED = (
     "psnr_db",
     "psnr_db_min",
     "psnr_simulated_db",
+    "psnr_predicted_db",
     "psnr_peak",
     "fidelity_gap_db",
     "fidelity_gap_error_db",

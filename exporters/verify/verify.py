@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY, VERIFICATION
+from intaglio.pipeline.artifacts.keys import (
+    FRONT,
+    GRAPH,
+    MODEL,
+    PLAN,
+    QUANTIZED,
+    SENSITIVITY,
+    TARGET,
+    TRAJECTORY,
+    VERIFICATION,
+    WORKLOAD,
+)
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
@@ -45,8 +56,9 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
@@ -65,6 +77,9 @@ class Verify(Pass):
     )
     floor_db: float = Field(
         20, description="SQNR of the deployed samples, in dB, below which the run, its report and `show` warn"
+    )
+    predicted_db_tolerance: float = Field(
+        1.5, gt=0, description="PSNR in dB by which deployed samples may be worse than predicted without a warning"
     )
     bisect: bool = Field(
         False, description="look into the whole graph as well, and name the first place where it leaves the simulation"
@@ -110,20 +125,33 @@ class Verify(Pass):
         figures = VerificationFigures(
             **vars(departed),
             **vars(_distances(samples, trajectory.samples.peak, HALF_TOLERANCE if halves else TOLERANCE)),
+            psnr_predicted_db=state[FRONT].psnr_db(state[FRONT].chosen) if FRONT in state else None,
             parity_rel_l2=both.parity(call),
             parity_other_rel_l2=None if other is None else both.parity(other),
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
             fp16_bytes=fp16_bytes,
         )
         _log(figures, in_float, len(both.layers), ctx)
-        warnings = self._warnings(figures.sqnr_db, target)
+        warnings = (*self._unpredicted(figures, state), *self._low(figures.sqnr_db, target))
         result = Verification(figures, parity, departures, warnings, samples=samples)
         self._judge(result, both.in_half() if halves else (), halves=halves)
         for warning in warnings:
             ctx.log.warning("WARNING: %s", warning)
         return {VERIFICATION: result}
 
-    def _warnings(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
+    def _unpredicted(self, figures: VerificationFigures, state: State) -> tuple[str, ...]:
+        """Return a sentence where samples are worse than `assign` predicted; it names the layers that lose most."""
+        from intaglio.exporters.verify.advice import largest_losses
+
+        predicted_db = figures.psnr_predicted_db
+        if predicted_db is None or figures.psnr_db >= predicted_db - self.predicted_db_tolerance:
+            return ()
+        known = PLAN in state and SENSITIVITY in state and WORKLOAD in state
+        worst = largest_losses(state[SENSITIVITY], state[PLAN], state[WORKLOAD], state[TARGET]) if known else []
+        found = f"the deployed samples have a PSNR of {figures.psnr_db:.1f} dB"
+        return ("; ".join((f"{found}, where assign predicted {predicted_db:.1f} dB", *worst)),)
+
+    def _low(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
         """Return a sentence where the deployed samples are below the floor; it says what would raise their quality."""
         if sqnr_db >= self.floor_db:
             return ()
@@ -131,8 +159,7 @@ class Verify(Pass):
         return (
             f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
             f" (verify.floor_db), and are hardly those of the model: allow more in assign.budget, list {scheme} in"
-            " sensitivity.schemes and assign.schemes, or run uniform and balance before sensitivity, so that it"
-            " measures in other bases",
+            " sensitivity.schemes and assign.schemes, or ask for a quality by assign.budget.psnr",
         )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
@@ -201,6 +228,8 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
         figures.sqnr_simulated_db,
         figures.parity_layer_rel_l2_max,
     )
+    if figures.psnr_predicted_db is not None:
+        ctx.log.info("assign predicted a PSNR of %.2f dB", figures.psnr_predicted_db)
     if in_float:
         count = len(in_float)
         ctx.log.info("%d of %d layers stay in float: %s", count, count + quantized, _by_reason(in_float))

@@ -104,6 +104,8 @@ class SampleFigures:
 class VerificationFigures(SampleFigures, DepartureFigures):
     """All figures of one target that `verify` measures, in the order of verification.json."""
 
+    psnr_predicted_db: Annotated[float | None, OPTIONAL] = None
+    """PSNR of the samples that `assign` predicted for its plan; None without a prediction."""
     parity_rel_l2: float
     """Relative L2 error of the deployed denoiser against the simulated one, in one recorded call."""
     parity_other_rel_l2: Annotated[float | None, OPTIONAL] = None

@@ -1,6 +1,5 @@
 """Runs the command on a tiny transformer, in processes of their own, and counts which faults it holds against."""
 
-import json
 import os
 import random
 import resource
@@ -15,10 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import torch
 import typer
 from rich.progress import track
+from safetensors.torch import load_file
 
 from intaglio.pipeline.contract.context import terminal
+from intaglio.pipeline.numerics.quality import SampleRange, mean_squared_error, psnr_db
 from intaglio.pipeline.runs.manifest import Manifest
 from intaglio.pipeline.runs.store import Store, files_below, tree_digest
 
@@ -92,10 +94,12 @@ class Run:
     def digests(self) -> Digests:
         return {step.step: step.outputs for step in Manifest.read(self.delivered).steps if step.step not in TIMED}
 
-    def psnr_db(self) -> float:
-        """Of deployed samples to those of full precision."""
-        found: float = json.loads((self.delivered / "metrics.json").read_text())["psnr_db"]
-        return found
+    def samples_db(self) -> torch.Tensor:
+        """PSNR of each deployed sample to full precision, (B,)."""
+        (file,) = Store(self.store).root.glob("objects/*/samples.safetensors")
+        drawn = load_file(file)
+        reference = drawn["full_precision"]
+        return psnr_db(mean_squared_error(drawn["deployed"], reference), SampleRange.of(reference).peak)
 
     def half_written(self) -> list[str]:
         """What is visible and not whole: objects, records, results."""
