@@ -97,13 +97,14 @@ def sample_figure(
     shown = shown if length else shown // columns * columns
     found = {key: frames(each.samples[:shown].float()) for key, each in drawn.items()}
     colour = Colours(next(iter(found.values())))
-    low, high = map(float, first.aminmax())
+    low, high = first.aminmax()
+    span = float(low), float(high)
     names, errors = list(drawn), []
     for one, other in pairs:
         largest = float((drawn[other].samples.float() - drawn[one].samples.float()).abs().max())
         error_N1HW = (colour.scaled(found[other]) - colour.scaled(found[one])).abs().mean(1, keepdim=True)
         title = f"{drawn[other].title} {MINUS} {drawn[one].title}"
-        errors.append(_error_map(error_N1HW, title, (largest, (low, high)), reduced, columns))
+        errors.append(_error_map(error_N1HW, title, largest, span, reduced, columns))
     return SampleFigure(
         sheets=tuple(
             Sheet(drawn[key].title, drawn[key].note, _png(as_image(_tiled(_pooled(colour(x), reduced), columns))))
@@ -136,7 +137,7 @@ def _tiled(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _error_map(
-    error_N1HW: torch.Tensor, title: str, size: tuple[float, tuple[float, float]], reduced: int, columns: int
+    error_N1HW: torch.Tensor, title: str, largest: float, span: tuple[float, float], reduced: int, columns: int
 ) -> ErrorMap:
     """Return the map of an error, times the largest power of two up to 4096 that leaves 99% of it below white."""
     from PIL.Image import fromarray
@@ -146,7 +147,7 @@ def _error_map(
     gain = 2 ** min(max(math.floor(math.log2(1 / bright)), 0), 12) if bright > 0 else 1
     image = fromarray(((gain * error_1HW[0]).clamp(0, 1) * 255).round().byte().numpy())
     image.putpalette(magma_palette())
-    return ErrorMap(title, gain, *size, _png(image))
+    return ErrorMap(title, gain, largest, span, _png(image))
 
 
 def _pooled(x_NCHW: torch.Tensor, reduced: int, *, keep_peaks: bool = False) -> torch.Tensor:

@@ -253,6 +253,16 @@ def test_rows_of_samples_are_full(count, columns, rows):
     assert (drawn.columns, drawn.rows, drawn.shown) == (columns, rows, columns * rows)
 
 
+def test_errors_outside_of_an_image_are_seen_and_said():
+    full = torch.zeros(1, 1, 2, 2)
+    full[0, 0, 0] = 1.0
+    drawn = sample_figure({"a": Drawn("A", "", full), "b": Drawn("B", "", full + 6.0)}, [("a", "b")], 1)
+    assert drawn is not None
+    (error,) = drawn.errors
+    assert (error.largest, error.span, error.gain) == (6.0, (0.0, 1.0), 1)
+    assert {*decode(error.image).getdata()} == {255}  # also where full precision is white
+
+
 def test_a_clip_is_a_line_of_frames():
     clips = torch.zeros(2, 3, 5, 4, 6)
     clips[1, :, 4] = 1.0
