@@ -113,7 +113,7 @@ class Knapsack:
         """Solve the relaxed problem, twice: the optimum's size sets the precision. None if there is no solution."""
         unit = max(float(amount.max()), 1e-30) / UNIT
         for _ in range(2):
-            with _stdout_to_stderr():
+            with _silenced():
                 relaxed = linprog(  # type: ignore[call-overload]  # its stubs know no sparse matrices
                     amount / unit,
                     A_ub=self._used(limits),
@@ -134,7 +134,7 @@ class Knapsack:
         self, amount: Floats, within: LinearConstraint, integral: NDArray[np.int_], bounds: Bounds
     ) -> NDArray[np.intp] | None:
         """Return the choice with the least amount; None if nothing is within the limits."""
-        with _stdout_to_stderr():
+        with _silenced():
             result = milp(
                 amount,
                 integrality=integral,
@@ -169,18 +169,19 @@ class Knapsack:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send lines that HiGHS prints to stderr, as stdout is for a command's results."""
+def _silenced() -> Iterator[None]:
+    """Drop lines that HiGHS prints: stdout is for a command's results, and they tell a user nothing."""
     if sys.platform == "win32":
         yield
         return
     flush = ctypes.CDLL(None).fflush
     sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         flush(None)
         os.dup2(stdout, 1)
         os.close(stdout)
+        os.close(nowhere)
