@@ -5,7 +5,7 @@ Shapes: N out features, K in features, T denoising steps.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from intaglio.passes.distill.options import DistillOptions
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, TRAJECTORY
@@ -16,7 +16,13 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from intaglio.passes.distill.drawn import DrawnSamples
     from intaglio.passes.distill.objective import Task
+    from intaglio.pipeline.artifacts.quantized import DrawnError
+
+    Trained: TypeAlias = tuple[tuple[float, ...], Mapping[int, float]]
 
 
 class Distill(DistillOptions, Pass):
@@ -39,57 +45,74 @@ class Distill(DistillOptions, Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Return the rows of all updates and of the roll-outs; a backward pass counts as two forward passes."""
-        from intaglio.passes.distill.trainer import ROUND
+        """Return the rows of all updates, roll-outs and drawn samples; a backward pass counts as two forward passes."""
+        from intaglio.passes.distill.trainer import ROUND, checks
 
         rows = self.samples * model.rows_per_sample
         rolled = self.updates // ROUND * model.steps * rows if self.rollout else 0
-        return round((3 + self.rollout) * self.updates * rows) + rolled
+        draws = 2 + (1 if self.scope == "block" else len(checks(self.updates))) if self.updates else 0
+        drawn = draws * self.drawn * model.rows_per_sample * model.steps
+        return round((3 + self.rollout) * self.updates * rows) + rolled + drawn
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
+        from intaglio.passes.distill.drawn import DrawnSamples
         from intaglio.passes.distill.start import begin
         from intaglio.passes.distill.trainable import learnt
-        from intaglio.pipeline.artifacts.quantized import Adapter
+        from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
         from intaglio.pipeline.model.blocks import recomputed
 
         task, codes = begin(self, state[MODEL], state[PLAN], state[TRAJECTORY], ctx)
         loss: tuple[float, ...] = ()
+        errors: tuple[DrawnError, ...] = ()
+        peak = 0.0
         if self.updates and task.layers:
+            task.check_shares()
+            samples = DrawnSamples(task)
             with recomputed(task.blocks.values() if self.recompute else (), task.clock):
-                loss = train_blocks(task) if self.scope == "block" else train_model(task)
+                loss, measured = (train_blocks if self.scope == "block" else train_model)(task, samples)
+            errors, peak = tuple(DrawnError(*each) for each in measured.items()), samples.peak
+            ctx.log.info("%s", samples.summary(errors))
         layers = {name: learnt(layer.cpu(), codes.get(name)) for name, layer in task.layers.items()}
-        return {ADAPTER: Adapter(layers, loss, self.distance)}
+        return {ADAPTER: Adapter(layers, loss, self.distance, errors, peak)}
 
 
-def train_model(task: Task) -> tuple[float, ...]:
-    """Train all layers on the output of the denoiser. Returns the loss of every update."""
+def train_model(task: Task, samples: DrawnSamples) -> Trained:
+    """Train all layers on the output of the denoiser."""
     from intaglio.passes.distill.objective import WholeOutput
     from intaglio.passes.distill.trainer import Trainer
 
-    task.check_shares()
     task.add_adapters(task.layers)
-    return Trainer(task.options, task.layers, WholeOutput(task), task.ctx).train()
+    trainer = Trainer(task.options, task.layers, WholeOutput(task), samples.error, task.ctx)
+    return trainer.train(), trainer.errors
 
 
-def train_blocks(task: Task) -> tuple[float, ...]:
-    """Train the layers of each block on its output, in the order of the model. Returns the loss of every update.
+def train_blocks(task: Task, samples: DrawnSamples) -> Trained:
+    """Train the layers of each block on its output, in the order of the model, and compare the end with the start.
 
     Raises RecipeError if no block of the model has quantized layers.
     """
     from intaglio.passes.distill.objective import BlockOutput, block_calls
     from intaglio.passes.distill.trainer import Trainer
 
-    task.check_shares()
     parts = {b: {n: m for n, m in task.layers.items() if n.startswith(f"{b}.")} for b in task.blocks}
     if not any(parts.values()):
         raise RecipeError("distill: the model has no lists of blocks with quantized layers: use scope model")
     loss: list[float] = []
+    trainers: list[Trainer] = []
+    before = samples.error()
     for name, layers in parts.items():
         if layers and (calls := block_calls(task, name)):
             task.add_adapters(layers)
             objective = BlockOutput(task, task.blocks[name], calls)
-            loss += Trainer(task.options, layers, objective, task.ctx, name).train()
+            trainers.append(Trainer(task.options, layers, objective, objective.held_out_error, task.ctx, name))
+            loss += trainers[-1].train()
+            errors = trainers[-1].errors
+            task.ctx.log.info("%s: held-out relative error %.3e -> %.3e", name, errors[0], min(errors.values()))
             for layer in layers.values():
                 layer.requires_grad_(False)
-    return tuple(loss)
+    after = samples.error()
+    if not after < before:
+        for trainer in trainers:
+            trainer.restore(trainer.start)
+    return tuple(loss), {0: before, len(loss): after}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from intaglio.passes.distill.options import DistillOptions
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.contract.processes import Processes
     from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.model.types import Denoise, Inputs
@@ -49,13 +50,18 @@ class Objective(Protocol):
     def errors(self, rng: np.random.Generator) -> Sequence[Error]:
         """Return the loss terms of one update, at a step and on samples drawn with `rng`."""
 
-    def held_out(self) -> Iterator[Sequence[Error]]:
-        """Yield the loss terms of each held-out call, which no update is trained on."""
+
+def total_loss(errors: Sequence[Error], processes: Processes) -> torch.Tensor:
+    """Return this process's part of a loss: the sum of weight * squared / energy over the terms."""
+    energies = [error.energy.clone() for error in errors]
+    processes.add(energies)
+    terms = [error.weight * error.squared / energy for error, energy in zip(errors, energies, strict=True)]
+    return torch.stack(terms).sum()
 
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of the trajectories to train on, and samples that are held out: every eighth."""
+    """Samples of the trajectories to train blocks on, and samples that are held out from it: every eighth."""
 
     training: tuple[int, ...]
     held_out: tuple[int, ...]
@@ -91,9 +97,14 @@ class Task:
         return Split.of(self.count)
 
     @property
+    def training(self) -> Sequence[int]:
+        """Recorded samples that updates are made of. Only the training of blocks holds some of them out."""
+        return self.split.training if self.options.scope == "block" else range(self.count)
+
+    @property
     def size(self) -> int:
         """Number of samples in one update."""
-        return min(self.options.samples, len(self.split.training))
+        return min(self.options.samples, len(self.training))
 
     def own_rows(self, samples: Sequence[int]) -> list[int]:
         """Return the recorded rows of this process's share of the samples."""
@@ -105,12 +116,17 @@ class Task:
             add_adapter(layer, self.options.rank, self.ctx.torch_rng("adapter", name))
 
     def check_shares(self) -> None:
-        """Raise RecipeError if a process would get no sample of an update, or no held-out sample."""
+        """Raise RecipeError if a process would get no sample of an update, or no held-out sample of a block."""
         processes, held_out = self.ctx.processes.count, len(self.split.held_out)
-        if processes > min(held_out, self.size):
+        if processes > self.size:
             raise RecipeError(
-                f"distill: {processes} processes share {self.size} samples an update and {held_out} held-out ones:"
-                " use fewer processes, or raise distill.samples, or calibrate.samples, of which an eighth is held out"
+                f"distill: {processes} processes share {self.size} samples an update: use fewer processes, or raise"
+                " distill.samples and calibrate.samples"
+            )
+        if self.options.scope == "block" and processes > held_out:
+            raise RecipeError(
+                f"distill: {processes} processes share {held_out} held-out samples: use fewer processes, or raise"
+                " calibrate.samples, of which an eighth is held out"
             )
 
     def mixed(self) -> contextlib.AbstractContextManager[object]:
@@ -155,15 +171,10 @@ class WholeOutput:
     def errors(self, rng: np.random.Generator) -> Sequence[Error]:
         """Return the loss terms of one update."""
         step = int(rng.integers(len(self.task.trajectory.timesteps)))
-        picked = sorted(int(i) for i in rng.choice(self.task.split.training, self.task.size, replace=False))
+        picked = sorted(int(i) for i in rng.choice(self.task.training, self.task.size, replace=False))
         if rng.random() < self.task.options.rollout:
             return self._compare(step, self.rolled[step], None, self.blocks)
         return self._recorded(step, picked, self.blocks)
-
-    def held_out(self) -> Iterator[Sequence[Error]]:
-        """Yield the loss term of the held-out samples at every second step, without those of blocks."""
-        for step in range(0, len(self.task.trajectory.timesteps), 2):
-            yield self._recorded(step, self.task.split.held_out, {})
 
     def _recorded(self, step: int, samples: Sequence[int], blocks: Mapping[str, nn.Module]) -> Sequence[Error]:
         rows, trajectory = self.task.own_rows(samples), self.task.trajectory
@@ -212,10 +223,13 @@ class BlockOutput:
         training = self.calls[step][:-1]
         return self._compare(step, training[int(rng.integers(len(training)))])
 
-    def held_out(self) -> Iterator[Sequence[Error]]:
-        """Yield the loss term of the held-out call at every second step."""
-        for step in range(0, len(self.calls), 2):
-            yield self._compare(step, self.calls[step][-1])
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Return the relative squared error of the held-out call, the mean over every second step."""
+        calls = (self._compare(step, self.calls[step][-1]) for step in range(0, len(self.calls), 2))
+        losses = torch.stack([total_loss(errors, self.task.ctx.processes) for errors in calls])
+        self.task.ctx.processes.add([losses])
+        return float(losses.mean())
 
     def _compare(self, step: int, call: BlockCall) -> Sequence[Error]:
         with self.task.clock.at(step), self.task.mixed():
@@ -236,7 +250,7 @@ def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
 
     Returns an empty list if the denoiser never calls the block.
     """
-    block, training, size = task.blocks[name], task.split.training, task.size
+    block, training, size = task.blocks[name], task.training, task.size
     samples = [training[i : i + size] for i in range(0, len(training) - size + 1, size)]
     steps = []
     with task.ctx.progress(f"calls of {name}", len(task.trajectory.timesteps)) as advance:

@@ -14,6 +14,9 @@ class DistillOptions(BaseModel):
 
     updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
     samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
+    drawn: int = Field(
+        4, ge=1, description="samples drawn at the start and at each check; the state with their least error is kept"
+    )
     rank: int = Field(16, ge=1, description="rank of the adapters")
     rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales per update")
     scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")

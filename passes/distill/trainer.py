@@ -1,31 +1,45 @@
-"""Run the updates of a distillation, save checkpoints, and keep the best held-out state."""
+"""Run the updates of a distillation, save checkpoints, and keep the state with the least error."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
+from intaglio.passes.distill.objective import total_loss
 from intaglio.passes.distill.trainable import input_scales, trained_weight
 from intaglio.passes.imports.torch_file import load_torch_file
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE
 
 if TYPE_CHECKING:
-    from intaglio.passes.distill.objective import Error, Objective
+    from intaglio.passes.distill.objective import Objective
     from intaglio.passes.distill.options import DistillOptions
     from intaglio.passes.distill.trainable import InputScales
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 ROUND = 20
-"""Number of updates between two checkpoints. At each one the held-out error is measured, then states are rolled out."""
+"""Number of updates between two checkpoints. At each one states are rolled out."""
+CHECKS = 4
+"""Number of times, at most, that the error is measured after the start."""
+
+
+def checks(updates: int) -> tuple[int, ...]:
+    """Return the numbers of updates after which the error is measured: evenly spread ends of rounds, and all updates.
+
+    >>> checks(120), checks(40), checks(5)
+    ((40, 60, 100, 120), (20, 40), (5,))
+    """
+    rounds = math.ceil(updates / ROUND)
+    return tuple(sorted({min(math.ceil(rounds * k / CHECKS) * ROUND, updates) for k in range(1, CHECKS + 1)}))
 
 
 class Trainer:
-    """Trains some layers on one objective.
+    """Trains some layers on one objective. `error` measures the state that they are in.
 
     A resumed run reads its state from the checkpoint; its random draws depend on the number of the update alone. Each
     process computes a share of an update's rows; the summed gradients equal those of one process, up to the order of
@@ -37,15 +51,23 @@ class Trainer:
         options: DistillOptions,
         layers: Mapping[str, QuantizedLayer],
         objective: Objective,
+        error: Callable[[], float],
         ctx: Context,
         name: str = "distill",
     ) -> None:
-        self.options, self.layers, self.objective, self.ctx = options, layers, objective, ctx
+        self.options, self.layers, self.objective, self.error, self.ctx = options, layers, objective, error, ctx
         self.name = name
+        self.errors: dict[int, float] = {}
+        """Error at the start, which is update 0, and at each check so far."""
         # gradients of a good start are as small as 1e-8: an epsilon of that size would be a learning rate of its own
         self.optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99), eps=1e-15)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.checkpoint = ctx.scratch / f"{name}.pt"
+        self.tensors = {
+            f"{name}:{key}": p for name, part in layers.items() for key, p in part.named_parameters() if p.requires_grad
+        }
+        """The trained parameters by name."""
+        self.start = self._state()
 
     def _groups(self) -> list[dict[str, object]]:
         """Return the parameters and their learning rates. Input scales that an earlier training froze stay fixed."""
@@ -75,16 +97,17 @@ class Trainer:
         return groups
 
     def train(self) -> tuple[float, ...]:
-        """Train the layers, and leave the best held-out state in them. Returns the loss of every update."""
+        """Train the layers, and leave the state with the least error in them. Returns the loss of every update."""
         loss: list[float] = []
-        best_error, best = self._held_out_error(), self._state()
+        best = self.start
         ctx, updates = self.ctx, self.options.updates
-        first_error = best_error
         saved = self._saved()
-        if saved is not None:
-            self._restore(saved["state"])
+        if saved is None:
+            self._measure(0)
+        else:
+            self.restore(saved["state"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            loss, best_error, best = saved["loss"], saved["best_error"], saved["best"]
+            loss, self.errors, best = saved["loss"], saved["errors"], saved["best"]
         with ctx.progress(self.name, updates) as advance:
             advance(len(loss))
             for update in range(len(loss), updates):
@@ -93,21 +116,30 @@ class Trainer:
                     self._invalidate()
                 loss.append(self._update(update))
                 advance()
+                if update + 1 in checks(updates):
+                    self._measure(update + 1)
+                    if self.kept == update + 1:
+                        best = self._state()
                 if (update + 1) % ROUND == 0 or update + 1 == updates:
-                    error = self._held_out_error()
-                    if error < best_error:
-                        best_error, best = error, self._state()
-                    self._save({"loss": loss, "best_error": best_error, "best": best})
-        self._restore(best)
-        ctx.log.info("%s: held-out relative error %.3e -> %.3e", self.name, first_error, best_error)
+                    self._save({"loss": loss, "errors": self.errors, "best": best})
+        self.restore(best)
         return tuple(loss)
+
+    def _measure(self, update: int) -> None:
+        self.errors[update] = self.error()
+        self._invalidate()  # weights that were rounded without gradients
+
+    @property
+    def kept(self) -> int:
+        """Number of updates with the least error so far, the smallest of several."""
+        return min(self.errors, key=self.errors.__getitem__)
 
     def _update(self, update: int) -> float:
         processes = self.ctx.processes
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * (1 - update / self.options.updates)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(self.objective.errors(self.ctx.rng("update", update)))
+        loss = total_loss(self.objective.errors(self.ctx.rng("update", update)), processes)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's backward has no types
         # input scales of other steps have no gradient, in all processes alike
         moved = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -120,36 +152,16 @@ class Trainer:
         self._invalidate()
         return float(total)
 
-    def _loss(self, errors: Sequence[Error]) -> torch.Tensor:
-        """Return this process's part of the loss: the sum of weight * squared / energy over the terms."""
-        energies = [error.energy.clone() for error in errors]
-        self.ctx.processes.add(energies)
-        terms = [e.weight * e.squared / energy for e, energy in zip(errors, energies, strict=True)]
-        return torch.stack(terms).sum()
-
-    def _held_out_error(self) -> float:
-        with torch.no_grad():
-            losses = torch.stack([self._loss(errors) for errors in self.objective.held_out()])
-        self.ctx.processes.add([losses])
-        self._invalidate()
-        return float(losses.mean())
-
     def _invalidate(self) -> None:
         for layer in self.layers.values():
             layer.cache.clear()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Return the trained parameters by name."""
-        found: dict[str, torch.Tensor] = {}
-        for name, layer in self.layers.items():
-            found |= {f"{name}:{key}": p for key, p in layer.named_parameters() if p.requires_grad}
-        return found
-
     def _state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self._tensors().items()}
+        return {name: p.detach().clone() for name, p in self.tensors.items()}
 
-    def _restore(self, saved: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._tensors().items():
+    def restore(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put this state into the layers."""
+        for name, parameter in self.tensors.items():
             parameter.data.copy_(saved[name])
         self._invalidate()
 
@@ -171,7 +183,7 @@ class Trainer:
 
     def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
         """Return True if a checkpoint is of this training: its parameters, optimizer and number of updates match."""
-        own = {name: parameter.shape for name, parameter in self._tensors().items()}
+        own = {name: parameter.shape for name, parameter in self.tensors.items()}
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
         moments = [(i, each[part].shape) for i, each in state.items() for part in ("exp_avg", "exp_avg_sq")]
@@ -181,8 +193,9 @@ class Trainer:
             and all(value.isfinite().all() for part in ("state", "best") for value in saved[part].values())
             and [len(group["params"]) for group in groups] == counts
             and all(shape == parameters[index].shape for index, shape in moments)
-            and all(type(each) is float for each in (*saved["loss"], saved["best_error"]))
+            and all(type(each) is float for each in (*saved["loss"], *saved["errors"].values()))
             and 0 < len(saved["loss"]) <= self.options.updates
+            and list(saved["errors"]) == [0, *(n for n in checks(self.options.updates) if n <= len(saved["loss"]))]
         )
 
     def _save(self, progress: Mapping[str, object]) -> None:

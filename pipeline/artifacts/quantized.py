@@ -43,16 +43,27 @@ ADAPTER_PARTS = ("scale_NG", "a", "b", "group_NG", "codes")
 
 
 @dataclass(frozen=True)
+class DrawnError:
+    """Mean squared error of drawn samples to those of full precision, after some updates; 0 updates are the start."""
+
+    update: int
+    mse: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     """The result of distillation for every layer with an integer weight, and the loss of every update.
 
     `distance` is the largest distance between a weight and its code, in scales, for weights that did not start as the
-    model's own.
+    model's own. `drawn` has the error of drawn samples at the start and at each check; the layers are those of the
+    least. `peak` is the range of the same samples in full precision, which PSNR is relative to.
     """
 
     layers: Mapping[str, LayerAdapter]
     loss: tuple[float, ...] = ()
     distance: float = 0.0
+    drawn: tuple[DrawnError, ...] = ()
+    peak: float = 0.0
 
     def save(self, root: Path) -> None:
         """Write adapter.safetensors and adapter.json."""
@@ -63,7 +74,7 @@ class Adapter:
             parts = {part: getattr(layer, part) for part in ADAPTER_PARTS} | vars(layer.tables)
             tensors |= {f"{name}:{part}": value.contiguous() for part, value in parts.items() if value is not None}
         save_file(tensors, root / "adapter.safetensors")
-        content = _AdapterContent(tuple(self.layers), self.loss, self.distance)
+        content = _AdapterContent(tuple(self.layers), self.loss, self.distance, self.drawn, self.peak)
         write_typed(root / "adapter.json", content, _AdapterContent, indent=None)
 
     @classmethod
@@ -73,7 +84,7 @@ class Adapter:
         tensors = load_tensors(file)
         with damage_of(file):
             layers = {n: _layer_adapter(n, tensors) for n in content.layers}
-        return cls(layers, content.loss, content.distance)
+        return cls(layers, content.loss, content.distance, content.drawn, content.peak)
 
 
 def _layer_adapter(name: str, tensors: Mapping[str, torch.Tensor]) -> LayerAdapter:
@@ -90,6 +101,8 @@ class _AdapterContent:
     layers: tuple[str, ...]
     loss: tuple[float, ...]
     distance: float
+    drawn: tuple[DrawnError, ...]
+    peak: float
 
 
 TABLE_PARTS = {"amax_T": "amax", "shift_T": "shift", "output_amax_T": "output-amax", "factor_T": "factor"}

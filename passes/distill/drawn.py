@@ -1,0 +1,64 @@
+"""Draw samples with the quantized model, to choose the trained state whose samples are nearest to full precision."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from intaglio.pipeline.model.calls import clocked
+from intaglio.pipeline.numerics.quality import psnr_db
+from intaglio.pipeline.simulation.model import full_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from intaglio.passes.distill.objective import Task
+    from intaglio.pipeline.artifacts.quantized import DrawnError
+
+
+class DrawnSamples:
+    """Compares samples of the quantized model with those that full precision drew from the same starts.
+
+    The starts are new: no update is trained on them. Every process draws its share; there may be none for some.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """Draw the samples of full precision, once."""
+        count, processes = task.options.drawn, task.ctx.processes
+        start, own = task.sampler.start(count, task.ctx.torch_rng("drawn samples")), processes.share(count)
+        self.task = task
+        self._own = start.part(own) if own.start < own.stop else None
+        with full_precision(task.layers.values()):
+            self._reference = self._draw()
+        ends = [(float(samples.min()), float(samples.max())) for samples in self._reference]
+        every = [pair for pairs in processes.gather(ends) for pair in pairs]
+        self.peak = max(high for _, high in every) - min(low for low, _ in every) or 1.0
+        """Range of the full-precision samples, from the smallest to the largest value; 1 where all are equal."""
+
+    def _draw(self) -> list[torch.Tensor]:
+        """Return this process's samples, (B, ...); an empty list without a share."""
+        if self._own is None:
+            return []
+        sampler = self.task.sampler
+        return [sampler.sample(clocked(self.task.denoise, self.task.clock, sampler.names.timestep), self._own)]
+
+    def error(self) -> float:
+        """Return the mean squared error of the samples that the layers draw as they are now; infinite for NaN."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        for samples, reference in zip(self._draw(), self._reference, strict=True):
+            sums += torch.tensor([float((samples - reference).double().square().sum()), float(samples.numel())])
+        for layer in self.task.layers.values():
+            layer.cache.clear()  # the weights are trained on
+        self.task.ctx.processes.add([sums])
+        mse = float(sums[0] / sums[1])
+        return mse if math.isfinite(mse) else math.inf
+
+    def summary(self, errors: Sequence[DrawnError]) -> str:
+        """Return one line: the samples' PSNR at the start, and after the updates that are kept."""
+        first, last, best = errors[0], errors[-1], min(errors, key=lambda each: each.mse)
+        text = f"samples: {psnr_db(first.mse, self.peak):.1f} dB at the start"
+        if best is first:
+            return f"{text}, kept: {psnr_db(last.mse, self.peak):.1f} dB after {last.update} updates"
+        return f"{text}, {psnr_db(best.mse, self.peak):.1f} dB after {best.update} updates, kept"
