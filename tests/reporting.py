@@ -25,7 +25,7 @@ from intaglio.pipeline.artifacts.keys import (
 )
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.provenance import Provenance
-from intaglio.pipeline.artifacts.quantized import Adapter
+from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification, VerificationFigures
 from intaglio.pipeline.contract.artifact import AnyKey, Artifact
@@ -146,7 +146,9 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
         TARGET: load_target("onnxruntime-cpu"),
         SENSITIVITY: sensitivity,
         PLAN: plan,
-        ADAPTER: Adapter({}, tuple(0.1 * 0.98**i for i in range(100))),
+        ADAPTER: Adapter(
+            {}, tuple(0.1 * 0.98**i for i in range(100)), drawn=(DrawnError(0, 0.04), DrawnError(100, 0.0004)), peak=2.0
+        ),
         GRAPH: Graph(root / "model.onnx", {"sample": sample, "step": TensorSpec("int64", ())}, {"noise": sample}),
         ENGINE: Engine("onnxruntime", "1.31.1", int8_gemm=3, fp_gemm=2),
         VERIFICATION: Verification(FIGURES, parity, samples=samples),

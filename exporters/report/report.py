@@ -111,6 +111,7 @@ class WriteReport(Pass):
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
+            healed=figures.drawn_figure(state[ADAPTER]) if ADAPTER in state else None,
             samples=_comparison(drawn, self.samples),
             strip=None if measured is None else figures.strip(*_decibels(drawn, measured.psnr_peak)),
             parity_shares=figures.log_shares({name: layer.rel_l2 for name, layer in parity.items()}),

@@ -31,13 +31,21 @@ class Distill(DistillOptions, Pass):
     This is QALoRA (EfficientDM section 3.2). The learning rate of a layer's adapter is proportional to its mean weight
     scale (section 3.3; as a rate, because Adam cancels a constant factor on the gradient). Inputs with one scale per
     step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section 3.4). Each kind of tensor has its own
-    learning rate, in place of LSQ's factor on the gradient of scales, which Adam cancels too. Every eighth sample of
-    the trajectories is held out. The state with the least error on these samples is kept, the start included, so that
-    training never makes a plan worse on them.
+    learning rate, relative to its size at the start, in place of LSQ's factor on the gradient of scales, which Adam
+    cancels too.
+
+    At the start and after up to four checks during the updates, the model draws samples from starts that no update is
+    trained on. The state whose samples are nearest to those of full precision is kept, the start included, so that
+    training never makes these samples worse. With scope `block`, every eighth sample of the trajectories is held out,
+    each block keeps the state with the least output error on it, and the end is kept if its drawn samples are better
+    than those of the start.
+
+    Drawing costs 6 x drawn x steps calls of the denoiser for one sample, the updates cost 3 x samples x updates: 17 %
+    of the updates' time with the default options and 20 steps.
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True

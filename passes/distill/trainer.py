@@ -18,7 +18,7 @@ from intaglio.pipeline.files import DAMAGE
 if TYPE_CHECKING:
     from intaglio.passes.distill.objective import Objective
     from intaglio.passes.distill.options import DistillOptions
-    from intaglio.passes.distill.trainable import InputScales
+    from intaglio.passes.distill.trainable import InputScales, TrainedWeight
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
@@ -78,18 +78,23 @@ class Trainer:
         mean = sum(code_scale.values()) / len(code_scale)
         groups: list[dict[str, object]] = []
         self.gradient_scales: list[tuple[torch.nn.Parameter, float]] = []
+        self.sizes: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        """Scales of weights, with their elements relative to the mean at the start."""
         seen: set[InputScales] = set()
         for name, layer in self.layers.items():
             grid, weight = layer.weight_rounding, trained_weight(layer)
-            adapter = [] if weight is None else [p for p in (weight.a, weight.b) if p is not None]
             own = code_scale[name] if options.scale_aware == "rate" else mean
-            groups.append({"params": adapter, "lr": options.rate * own})
-            if options.scale_aware == "gradient":
-                self.gradient_scales += [(p, code_scale[name]) for p in adapter]
+            if weight is not None and weight.a is not None and weight.b is not None:
+                groups.append({"params": [weight.a], "lr": options.rate * own * _relative_size(weight.a, weight, own)})
+                groups.append({"params": [weight.b], "lr": options.rate * own})
+                if options.scale_aware == "gradient":
+                    self.gradient_scales += [(p, code_scale[name]) for p in (weight.a, weight.b)]
             for scale in (grid.scale, grid.group):
                 if scale is not None:
+                    size = scale.detach().mean()
                     scale.requires_grad_(True)
-                    groups.append({"params": [scale], "lr": options.scale_rate * scale.detach().mean().item()})
+                    self.sizes.append((scale, scale.detach() / size))
+                    groups.append({"params": [scale], "lr": options.scale_rate * size.item()})
             if (scales := input_scales(layer)) is not None and scales not in seen:
                 seen.add(scales)
                 if parameters := [p for p in scales.parameters() if p.requires_grad]:
@@ -148,7 +153,10 @@ class Trainer:
         for parameter, scale in self.gradient_scales:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
+        before = [p.detach().clone() for p, _ in self.sizes]
         self.optimizer.step()
+        for (parameter, size), start in zip(self.sizes, before, strict=True):
+            parameter.data = torch.lerp(start, parameter.data, size)
         self._invalidate()
         return float(total)
 
@@ -204,3 +212,12 @@ class Trainer:
         part = self.checkpoint.with_suffix(".part")
         torch.save({**progress, "state": self._state(), "optimizer": self.optimizer.state_dict()}, part)
         os.replace(part, self.checkpoint)
+
+
+def _relative_size(a: torch.Tensor, weight: TrainedWeight, code_scale: float) -> float:
+    """Return the size of A relative to the weight that B A is added to, so that A moves in proportion to itself.
+
+    A code counts as the least size of a weight. The result is near 1 for weights of the usual size, 1 / sqrt(K).
+    """
+    rms_a, rms_w = (float(each.detach().square().mean().sqrt()) for each in (a, weight.start_NK))
+    return rms_a / max(rms_w, code_scale)

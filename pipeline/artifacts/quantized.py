@@ -101,8 +101,8 @@ class _AdapterContent:
     layers: tuple[str, ...]
     loss: tuple[float, ...]
     distance: float
-    drawn: tuple[DrawnError, ...]
-    peak: float
+    drawn: Annotated[tuple[DrawnError, ...], OPTIONAL] = ()
+    peak: float = 0.0
 
 
 TABLE_PARTS = {"amax_T": "amax", "shift_T": "shift", "output_amax_T": "output-amax", "factor_T": "factor"}

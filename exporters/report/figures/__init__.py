@@ -3,7 +3,7 @@
 from intaglio.exporters.report.figures.colours import magma_palette
 from intaglio.exporters.report.figures.heat import heat_colours, heat_map
 from intaglio.exporters.report.figures.layer_maps import bit_maps, gain_maps, split_name
-from intaglio.exporters.report.figures.plots import curve, front_figure, log_shares, strip
+from intaglio.exporters.report.figures.plots import curve, drawn_figure, front_figure, log_shares, strip
 from intaglio.exporters.report.figures.schemes import float_rows, scheme_code, scheme_css, scheme_rows
 from intaglio.exporters.report.figures.text import DASH, MINUS, amount, number, percent, short_size, size
 
@@ -13,6 +13,7 @@ __all__ = [
     "amount",
     "bit_maps",
     "curve",
+    "drawn_figure",
     "float_rows",
     "front_figure",
     "gain_maps",

@@ -1,4 +1,4 @@
-"""Plots: the front of plans, the loss of the training, the PSNR of every sample, and bars."""
+"""Plots: the front of plans, the loss of the training and its samples, the PSNR of every sample, and bars."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from statistics import fmean
 from intaglio.exporters.report.figures.schemes import in_order
 from intaglio.exporters.report.figures.text import MINUS, TIMES, number
 from intaglio.pipeline.artifacts.front import Front, Point
+from intaglio.pipeline.artifacts.quantized import Adapter
+from intaglio.pipeline.numerics.quality import psnr_db
 
 CURVE_POINTS_MAX = 1000
 """Points of the loss that are drawn, at most."""
@@ -25,8 +27,11 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class FrontFigure:
-    """Predicted PSNR over the size of plans. `points` is the text of an SVG polyline; ticks are (place, label)."""
+class DotFigure:
+    """PSNR over the size of plans, or over updates, with one chosen dot.
+
+    `points` is the text of an SVG polyline; ticks are (place, label).
+    """
 
     points: str
     dots: tuple[Dot, ...]
@@ -35,7 +40,7 @@ class FrontFigure:
     y_ticks: tuple[tuple[float, str], ...]
 
 
-def front_figure(front: Front) -> FrontFigure | None:
+def front_figure(front: Front) -> DotFigure | None:
     """Return the plot of all plans with a finite PSNR, or None where there are fewer than two of them."""
     drawn = [(i, point) for i, point in enumerate(front.points) if point.loss > 0]
     if len(drawn) < 2:
@@ -56,12 +61,34 @@ def front_figure(front: Front) -> FrontFigure | None:
         return Dot(left(point.costs["size"]), top(db), f"{title}\n{quality}\n{_point_tip(point)}")
 
     dots = tuple(dot(point, f"point {i}") for i, point in drawn)
-    return FrontFigure(
+    return DotFigure(
         points=" ".join(f"{one.left:.4f},{one.top:.4f}" for one in dots),
         dots=dots,
         chosen=dot(front.chosen, "the plan") if front.chosen.loss > 0 else None,
         x_ticks=tuple((left(v), _tick_label(v)) for v in _ticks(low_size, high_size)),
         y_ticks=tuple((top(v), _tick_label(v)) for v in _ticks(low_db, high_db)),
+    )
+
+
+def drawn_figure(adapter: Adapter) -> DotFigure | None:
+    """Return the PSNR of the samples drawn during a training, the kept state chosen; None for fewer than two states."""
+    known = {each.update: psnr_db(each.mse, adapter.peak) for each in adapter.drawn if 0 < each.mse < math.inf}
+    if len(known) < 2:
+        return None
+    (low, high), end = _padded(tuple(known.values())), max(known)
+
+    def dot(update: int, title: str) -> Dot:
+        db = known[update]
+        return Dot(update / end, (high - db) / (high - low), f"{title}: {number(db, 4)} dB")
+
+    dots = tuple(dot(update, f"after {update} updates" if update else "start") for update in known)
+    kept = min(adapter.drawn, key=lambda each: each.mse).update
+    return DotFigure(
+        points=" ".join(f"{one.left:.4f},{one.top:.4f}" for one in dots),
+        dots=dots,
+        chosen=dot(kept, "kept") if kept in known else None,
+        x_ticks=tuple((v / end, f"{v:,.0f}") for v in _ticks(0, end) if v == int(v)),
+        y_ticks=tuple(((high - v) / (high - low), _tick_label(v)) for v in _ticks(low, high)),
     )
 
 

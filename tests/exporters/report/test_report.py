@@ -15,7 +15,17 @@ import torch
 from PIL import Image
 from reporting import EMBED, FIGURES, HOSTILE, LAYERS, SAMPLES, Page, artifacts, points
 
-from intaglio.exporters.report.figures import curve, heat_map, log_shares, number, short_size, size, split_name, strip
+from intaglio.exporters.report.figures import (
+    curve,
+    drawn_figure,
+    heat_map,
+    log_shares,
+    number,
+    short_size,
+    size,
+    split_name,
+    strip,
+)
 from intaglio.exporters.report.grids import Drawn, sample_figure
 from intaglio.exporters.report.report import WriteReport, metrics_of_files
 from intaglio.pipeline.artifacts.findings import Findings
@@ -36,7 +46,7 @@ from intaglio.pipeline.artifacts.keys import (
     VERIFICATION,
 )
 from intaglio.pipeline.artifacts.plan import QuantPlan
-from intaglio.pipeline.artifacts.quantized import Adapter
+from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.verification import Departure, LayerParity, Report, Verification
 from intaglio.pipeline.contract.artifact import AnyKey, Artifact, State
@@ -353,7 +363,7 @@ def test_the_heat_map_shows_the_plan_and_every_scheme(made):
 
 def test_the_curve_falls_as_the_loss_does(made):
     page = Page(write(made).html)
-    raw, mean = (
+    raw, mean, _ = (
         [tuple(map(float, p.split(","))) for p in line["points"].split()]
         for line in page.found("distillation", "polyline")
     )
@@ -361,6 +371,19 @@ def test_the_curve_falls_as_the_loss_does(made):
     assert raw[-1][0] == 1.0
     assert [y for _, y in raw] == sorted(y for _, y in raw)  # downwards in SVG
     assert "training step" in page.text("distillation")
+
+
+def test_the_error_of_drawn_samples_is_beside_the_loss_and_the_kept_state_is_marked(made):
+    page = Page(write(made).html)
+    tips = [dot["title"] for dot in page.found("distillation", "i", r"^dot")]
+    assert tips == ["start: 20.00 dB", "after 100 updates: 40.00 dB", "kept: 40.00 dB"]
+    assert "PSNR of drawn samples, dB kept" in page.text("distillation")
+    made[ADAPTER] = replace(
+        made[ADAPTER], drawn=(DrawnError(0, 0.0004), DrawnError(50, 0.04), DrawnError(100, math.inf))
+    )
+    tips = [dot["title"] for dot in Page(write(made).html).found("distillation", "i", r"^dot")]
+    assert tips == ["start: 40.00 dB", "after 50 updates: 20.00 dB", "kept: 40.00 dB"]
+    assert drawn_figure(Adapter({})) is None
 
 
 def test_short_and_long_losses():

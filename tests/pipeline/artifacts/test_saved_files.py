@@ -14,7 +14,7 @@ from intaglio.pipeline.artifacts.graph import Engine, Graph, Interface, ScaledBy
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.profile import LayerTime, Profile
 from intaglio.pipeline.artifacts.provenance import Provenance
-from intaglio.pipeline.artifacts.quantized import Adapter, LayerAdapter, Quantized, QuantizedLayerData
+from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError, LayerAdapter, Quantized, QuantizedLayerData
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.artifacts.verification import (
@@ -137,8 +137,9 @@ def verification(*warnings: str) -> Verification:
 
 POINT = Point({"size": 0.5, "latency": 1.0}, 0.001, {"to_q": "w4a16"})
 STEPPED = QuantizedLayerData(W8A8_STEP, CODES + 1, torch.ones(2, 1), tables=LayerTables(amax_T=TABLE), balance=BALANCE)
+DRAWN = (DrawnError(0, math.inf),)
 ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
-    "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25),
+    "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25, DRAWN, 2.0),
     "engine": lambda _: Engine("tensorrt", "10.3", 3, None, plan=b"plan", layers=("to_q",)),
     "engine_on_device": lambda _: Engine("tensorrt", "on device", None, None, command="trtexec --onnx=model.onnx"),
     "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT, SAMPLES),
