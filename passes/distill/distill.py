@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from intaglio.passes.distill.drawn import DrawnSamples
     from intaglio.passes.distill.objective import Task
-    from intaglio.pipeline.artifacts.quantized import DrawnError
+    from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 
     Trained: TypeAlias = tuple[tuple[float, ...], Mapping[int, float]]
 
@@ -80,9 +80,20 @@ class Distill(DistillOptions, Pass):
             with recomputed(task.blocks.values() if self.recompute else (), task.clock):
                 loss, measured = (train_blocks if self.scope == "block" else train_model)(task, samples)
             errors, peak = tuple(DrawnError(*each) for each in measured.items()), samples.peak
-            ctx.log.info("%s", samples.summary(errors))
         layers = {name: learnt(layer.cpu(), codes.get(name)) for name, layer in task.layers.items()}
-        return {ADAPTER: Adapter(layers, loss, self.distance, errors, peak)}
+        adapter = Adapter(layers, loss, self.distance, errors, peak)
+        if errors:
+            ctx.log.info("%s", samples_line(adapter))
+        return {ADAPTER: adapter}
+
+
+def samples_line(adapter: Adapter) -> str:
+    """Return one line: the PSNR of the drawn samples at the start, and after the updates that are kept."""
+    first, last, kept = adapter.drawn[0], adapter.drawn[-1], adapter.kept
+    start = f"samples: {adapter.psnr_db(first):.1f} dB at the start"
+    if kept == first:
+        return f"{start}, kept: {adapter.psnr_db(last):.1f} dB after {last.update} updates"
+    return f"{start}, {adapter.psnr_db(kept):.1f} dB after {kept.update} updates, kept"
 
 
 def train_model(task: Task, samples: DrawnSamples) -> Trained:

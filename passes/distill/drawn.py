@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from intaglio.pipeline.model.calls import clocked
-from intaglio.pipeline.numerics.quality import psnr_db
 from intaglio.pipeline.simulation.model import full_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from intaglio.passes.distill.objective import Task
-    from intaglio.pipeline.artifacts.quantized import DrawnError
 
 
 class DrawnSamples:
@@ -54,11 +50,3 @@ class DrawnSamples:
         self.task.ctx.processes.add([sums])
         mse = float(sums[0] / sums[1])
         return mse if math.isfinite(mse) else math.inf
-
-    def summary(self, errors: Sequence[DrawnError]) -> str:
-        """Return one line: the samples' PSNR at the start, and after the updates that are kept."""
-        first, last, best = errors[0], errors[-1], min(errors, key=lambda each: each.mse)
-        text = f"samples: {psnr_db(first.mse, self.peak):.1f} dB at the start"
-        if best is first:
-            return f"{text}, kept: {psnr_db(last.mse, self.peak):.1f} dB after {last.update} updates"
-        return f"{text}, {psnr_db(best.mse, self.peak):.1f} dB after {best.update} updates, kept"

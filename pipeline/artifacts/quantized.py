@@ -65,6 +65,19 @@ class Adapter:
     drawn: tuple[DrawnError, ...] = ()
     peak: float = 0.0
 
+    @property
+    def kept(self) -> DrawnError:
+        """The least error of drawn samples, the first of several. Raises ValueError if none were drawn."""
+        return min(self.drawn, key=lambda error: error.mse)
+
+    def psnr_db(self, error: DrawnError) -> float:
+        """Return the PSNR of drawn samples in dB; infinite without an error, minus infinite for an infinite one."""
+        import torch
+
+        from intaglio.pipeline.numerics.quality import psnr_db
+
+        return float(psnr_db(torch.tensor(error.mse, dtype=torch.float64), self.peak))
+
     def save(self, root: Path) -> None:
         """Write adapter.safetensors and adapter.json."""
         from safetensors.torch import save_file

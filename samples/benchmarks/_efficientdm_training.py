@@ -11,7 +11,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 
 from intaglio import Context, Recipe, Store, compile
 from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.drawn import DrawnSamples
 from intaglio.passes.distill.objective import Error, WholeOutput
 from intaglio.passes.distill.start import begin
 from intaglio.passes.distill.trainable import TrainedWeight
@@ -71,7 +72,8 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
     trained: type[Timed] = Timed if training.kind == OURS else AllWeights
     if training.kind == OURS:
         task.add_adapters(task.layers)
-    trainer = trained(options, task.layers, objective, ctx)
+    guard = (lambda: 0.0) if training.kind == QAT else DrawnSamples(task).error  # the best of the curve is its result
+    trainer = trained(options, task.layers, objective, guard, ctx)
     if training.kind == QAT:
         trainer.every = QAT_EVERY
     at_its_step = clocked(denoise, clock, sampler.names.timestep)
@@ -124,8 +126,13 @@ class Timed(Trainer):
         self.done = update + 1
         return super()._update(update)
 
-    def _held_out_error(self) -> float:
-        error = super()._held_out_error()
+    def _measure(self, update: int) -> None:
+        super()._measure(update)
+        if update == 0:
+            self._note()
+
+    def _note(self) -> None:
+        """Add a point to the curve, if there is none for these updates."""
         if self.done not in self.curve:
             self.spent_s += time.process_time() - self.mark
             check, left = divmod(self.done, ROUND)
@@ -133,9 +140,9 @@ class Timed(Trainer):
                 self.curve[self.done] = (self.spent_s, self.probe())
                 self._invalidate()
         self.mark = time.process_time()
-        return error
 
     def _save(self, progress: Mapping[str, object]) -> None:
+        self._note()
         super()._save({**progress, "curve": self.curve})
         self.mark = time.process_time()
 
@@ -162,7 +169,7 @@ class AllWeights(Timed):
 class Denoising:
     """The predicted noise of noised images, with the null class in a tenth of the rows, as the models were trained.
 
-    Nothing is held out: the best state is the one with the least error of the curve, which flatters it.
+    No state is chosen: its result is the least error of the curve, which flatters it.
     """
 
     def __init__(self, sampler: Sampler, denoise: Denoise, clock: StepClock, data: Path, rows: int) -> None:
@@ -195,10 +202,6 @@ class Denoising:
         kept = float(self.scheduler.alphas_cumprod[t[0]])
         snr = kept / (1 - kept)
         return [Error((output - noise).square().sum(), torch.tensor(float(noise.numel())), min(snr, 5) / snr)]
-
-    def held_out(self) -> Iterator[Sequence[Error]]:
-        """Nothing."""
-        yield [Error(torch.tensor(0.0), torch.tensor(1.0))]
 
 
 def first_at(curve: Curve, error: float) -> float:

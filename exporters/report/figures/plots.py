@@ -11,7 +11,6 @@ from intaglio.exporters.report.figures.schemes import in_order
 from intaglio.exporters.report.figures.text import MINUS, TIMES, number
 from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.quantized import Adapter
-from intaglio.pipeline.numerics.quality import psnr_db
 
 CURVE_POINTS_MAX = 1000
 """Points of the loss that are drawn, at most."""
@@ -72,7 +71,7 @@ def front_figure(front: Front) -> DotFigure | None:
 
 def drawn_figure(adapter: Adapter) -> DotFigure | None:
     """Return the PSNR of the samples drawn during a training, the kept state chosen; None for fewer than two states."""
-    known = {each.update: psnr_db(each.mse, adapter.peak) for each in adapter.drawn if 0 < each.mse < math.inf}
+    known = {each.update: adapter.psnr_db(each) for each in adapter.drawn if 0 < each.mse < math.inf}
     if len(known) < 2:
         return None
     (low, high), end = _padded(tuple(known.values())), max(known)
@@ -82,7 +81,7 @@ def drawn_figure(adapter: Adapter) -> DotFigure | None:
         return Dot(update / end, (high - db) / (high - low), f"{title}: {number(db, 4)} dB")
 
     dots = tuple(dot(update, f"after {update} updates" if update else "start") for update in known)
-    kept = min(adapter.drawn, key=lambda each: each.mse).update
+    kept = adapter.kept.update
     return DotFigure(
         points=" ".join(f"{one.left:.4f},{one.top:.4f}" for one in dots),
         dots=dots,

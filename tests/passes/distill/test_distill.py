@@ -4,15 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Artifacts, killed_at_save, run_pass
+from harness import killed_at_save, run_pass
 from quantizing import output_error, with_plan
 
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.drawn import DrawnSamples
 from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.trainable import InputScales, learn_input
 from intaglio.passes.distill.trainable import learnt as learnt_of
-from intaglio.passes.distill.trainer import ROUND, Trainer
+from intaglio.passes.distill.trainer import ROUND
 from intaglio.passes.merge import MergeAdapters
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -92,8 +93,11 @@ def test_a_damaged_checkpoint_starts_the_training_again(damage, planned, tmp_pat
 def test_more_processes_than_samples_are_refused(planned, tmp_path):
     state = State({key: planned[key] for key in Distill.requires}, reader="distill")
     ctx = Context(scratch=tmp_path, seed=0, processes=Processes(index=0, count=5))
-    with pytest.raises(RecipeError, match=r"5 processes share 4 samples an update and \d+ held-out ones"):
+    with pytest.raises(RecipeError, match=r"5 processes share 4 samples an update"):
         Distill(samples=4).run(state, ctx)
+    ctx = Context(scratch=tmp_path, seed=0, processes=Processes(index=0, count=2))
+    with pytest.raises(RecipeError, match="2 processes share 1 held-out samples"):
+        Distill(samples=4, scope="block").run(state, ctx)
 
 
 def test_merged_model_equals_the_trained_one(distilled, tmp_path):
@@ -135,24 +139,11 @@ def test_every_scale_stays_positive(distilled):
     assert all((layer.scale_NG > 0).all() for layer in distilled[ADAPTER].layers.values())
 
 
-def held_out_error(artifacts: Artifacts) -> float:
-    """Mean relative squared error of the guided output of sample 7, the one held out of 8, at every second step."""
-    model, trajectory, rows = artifacts[MODEL].open(), artifacts[TRAJECTORY], [7, 15]  # with its class and without
-    clock, errors = simulate(model.module, artifacts[QUANTIZED]), []
-    for step in (0, 2):
-        with torch.no_grad(), clock.at(step):
-            output = denoise_with(model.module, model)(trajectory.call(step, rows))
-        y, target = (null + 2 * (given - null) for given, null in (output, trajectory.outputs[step][rows]))
-        errors.append(float((y - target).square().sum() / target.square().sum()))
-    return sum(errors) / 2
-
-
-def test_eight_bits_never_get_worse_on_the_held_out_sample(measured, tmp_path):
+def test_eight_bits_never_get_worse_in_drawn_samples(measured, tmp_path):
     planned = measured | run_pass(AssignPrecision(budget=Budget(size=0.7)), measured, tmp_path / "p")
-    rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
-    trained = planned | run_pass(Distill(updates=20, samples=4, rank=4), planned, tmp_path / "b")
-    errors = [held_out_error(s | run_pass(MergeAdapters(), s, tmp_path / "m")) for s in (rounded, trained)]
-    assert 0 < errors[1] <= errors[0]
+    start, *later = run_pass(Distill(updates=20, samples=4, rank=4), planned, tmp_path / "b")[ADAPTER].drawn
+    assert [each.update for each in (start, *later)] == [0, 20]
+    assert 0 < min(start.mse, *(each.mse for each in later)) <= start.mse
 
 
 def test_a_training_that_makes_it_worse_leaves_the_starting_point(planned, tmp_path):
@@ -358,7 +349,7 @@ def test_learnt_input_scales_heal_and_are_merged(four_bits, tmp_path):
 
 def test_an_update_moves_the_scales_of_its_step_alone(four_bits, tmp_path, monkeypatch):
     errors = iter([1.0, 0.5])  # so that the state behind the update is kept
-    monkeypatch.setattr(Trainer, "_held_out_error", lambda _: next(errors))
+    monkeypatch.setattr(DrawnSamples, "error", lambda _: next(errors))
     name = "transformer_blocks.1.ff.net.2"
     before, after = (
         run_pass(Distill(updates=n, samples=2, rank=2, scale_rate=0), four_bits, tmp_path / str(n))[ADAPTER].layers[

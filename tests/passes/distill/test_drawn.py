@@ -9,7 +9,7 @@ from harness import Artifacts, killed_at_save, run_pass
 from quantizing import with_plan
 
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.distill import Distill, samples_line
 from intaglio.passes.distill.drawn import DrawnSamples
 from intaglio.passes.distill.trainer import checks
 from intaglio.passes.merge import MergeAdapters
@@ -101,6 +101,16 @@ def test_a_state_with_worse_samples_leaves_the_start(scope, measured, tmp_path, 
     for name, data in merged[0].items():
         assert torch.equal(merged[1][name].codes, data.codes), name
         assert torch.equal(merged[1][name].scale_NG, data.scale_NG), name
+
+
+def test_the_line_says_which_state_is_kept():
+    errors = DrawnError(0, 0.04), DrawnError(40, 0.004), DrawnError(60, 0.4)
+    assert samples_line(Adapter({}, drawn=errors, peak=2.0)) == (
+        "samples: 20.0 dB at the start, 30.0 dB after 40 updates, kept"
+    )
+    assert samples_line(Adapter({}, drawn=(errors[0], errors[2]), peak=2.0)) == (
+        "samples: 20.0 dB at the start, kept: 10.0 dB after 60 updates"
+    )
 
 
 def test_checks_are_spread_over_the_updates_and_end_with_them():

@@ -96,6 +96,8 @@ def test_two_processes_make_what_one_does(tmp_path, one_thread):
     one, two = both("distill", ADAPTER)
     assert two.loss[0] == pytest.approx(one.loss[0], rel=0.01)
     assert two.loss == pytest.approx(one.loss, rel=0.1)  # then a code that rounds otherwise shows
+    assert (two.drawn[0].update, two.drawn[0].mse) == (0, pytest.approx(one.drawn[0].mse, rel=0.01))
+    assert two.peak == pytest.approx(one.peak, rel=1e-4)
     assert sum(two.loss) == pytest.approx(sum(one.loss), rel=0.02)
     one, two = both("merge", QUANTIZED)
     for name, layer in one.layers.items():
