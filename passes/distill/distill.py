@@ -32,7 +32,7 @@ class Distill(DistillOptions, Pass):
     scale (section 3.3; as a rate, because Adam cancels a constant factor on the gradient). Inputs with one scale per
     step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section 3.4). Each kind of tensor has its own
     learning rate, relative to its size at the start, in place of LSQ's factor on the gradient of scales, which Adam
-    cancels too.
+    cancels too. The relative error of each step is weighted by its effect on the samples (`weighting`).
 
     At the start and after up to four checks during the updates, the model draws samples from starts that no update is
     trained on. The state whose samples are nearest to those of full precision is kept, the start included, so that

@@ -156,7 +156,8 @@ class WholeOutput:
         x = trajectory.inputs[sampler.names.sample][0][: self.task.count]
         energies = [float(output.square().mean()) for output in outputs]
         felt = [i**2 * e for i, e in zip(sampler.influence(x, outputs), energies, strict=True)]
-        return [weight * len(felt) / sum(felt) for weight in felt]
+        mean = sum(felt) / len(felt)
+        return [weight / mean for weight in felt] if mean > 0 else [1.0] * len(felt)
 
     def prepare(self, update: int) -> None:
         """Draw samples from new noise with the quantized model, and keep its inputs for the next updates."""

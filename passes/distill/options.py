@@ -39,7 +39,7 @@ class DistillOptions(BaseModel):
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"
     )
     weighting: Literal["samples", "output"] = Field(
-        "output",
+        "samples",
         description="weight of each step's output error: its effect on the samples (samples), or 1 (output)",
     )
     features: float = Field(
