@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -76,6 +76,15 @@ class Problem:
         """Return the plan with the option of the lowest rank for each layer, the first of several."""
         places = _places(self.options, rank)
         return np.array([by[min(by)][0] for by in places.values()], np.intp)
+
+    def least(self, wanted: Callable[[Option], bool]) -> Chosen:
+        """Return the plan with the least loss of wanted options alone; layers without any have their other options."""
+        has = {option.layer.name for option in self.options if wanted(option)}
+        refused = np.array([option.layer.name in has and not wanted(option) for option in self.options])
+        most = float(self.knapsack.loss.sum()) + 1.0
+        chosen = replace(self.knapsack, loss=np.where(refused, most, self.knapsack.loss)).best({})
+        assert chosen is not None  # there are no limits
+        return chosen
 
     def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
         """Return the fastest plan within the limits that loses at most this, the smallest of these; None without one.

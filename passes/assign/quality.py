@@ -26,6 +26,8 @@ ROUNDS = 3
 """Plans for which samples are drawn, at most."""
 NEAR_DB = 0.5
 """Quality above the wanted one at which no faster plan is looked for."""
+REST_DB = 3.0
+"""Quality that rounded inputs may take: half of the error comes from weights, half from inputs."""
 BATCH = 4
 """Samples that are drawn at once."""
 
@@ -40,58 +42,76 @@ class Aim:
 
 
 class _Tried(NamedTuple):
-    """A plan, the quality that its samples have, and its time relative to float."""
+    """A plan, the quality of its samples, its time relative to float, and the factor on its predicted loss."""
 
     chosen: Chosen
     psnr_db: float
     time: float
+    factor: float
 
 
 def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> tuple[Chosen, float]:
     """Return the fastest plan with the wanted quality within the limits, and the factor on its predicted loss.
 
-    If no plan has this quality, it is the plan with the least loss. The wanted quality is at most that of 8-bit weights
-    with float inputs.
+    If no plan has this quality, it is the plan with the least loss. Each plan for which samples are drawn corrects the
+    prediction of the next one.
     """
-    drawing = _drawing(problem, table, aim.drawn, state, ctx)
-    wanted_db, slack = aim.psnr_db, SLACK
-    floor = problem.first(_precision)
+    draw = _drawing(problem, table, aim.drawn, state, ctx)
     samples = table.samples
-    reach_db = samples.psnr_db(problem.loss(floor))
-    if drawing is not None and reach_db < wanted_db + NEAR_DB + 6:
-        reach_db = drawing(floor)
-    if reach_db < wanted_db:
-        ctx.log.info("8-bit weights with float inputs reach %.1f dB: that is wanted, not %.1f", reach_db, wanted_db)
-        wanted_db, slack = reach_db, SLACK_BELOW
-    factor, tried = 1.0, list[_Tried]()
+
+    def tried(chosen: Chosen) -> _Tried:
+        predicted_db = samples.psnr_db(problem.loss(chosen))
+        found_db = predicted_db if draw is None else draw(chosen)
+        ctx.log.info("tried a plan: single layers predict %.1f dB, samples have %.1f dB", predicted_db, found_db)
+        time = float(problem.knapsack.costs[problem.time][chosen].sum())
+        return _Tried(chosen, found_db, time, samples.mse(found_db) / problem.loss(chosen))
+
+    wanted_db, factor, slack = _wanted(problem, aim, tried, ctx)
+    found: list[_Tried] = []
     for _ in range(ROUNDS):
-        most_loss = samples.mse(wanted_db) / factor
-        chosen = problem.fastest(aim.limits, most_loss, slack)
+        chosen = problem.fastest(aim.limits, samples.mse(wanted_db) / factor, slack)
         if chosen is None:
             chosen = problem.best(aim.limits)
-        if any((chosen == each.chosen).all() for each in tried):
+        if any((chosen == each.chosen).all() for each in found):
             break
-        if drawing is None:
-            return chosen, 1.0
-        found_db = drawing(chosen)
-        tried.append(_Tried(chosen, found_db, float(problem.knapsack.costs[problem.time][chosen].sum())))
-        factor = samples.mse(found_db) / problem.loss(chosen)
-        if 0 <= found_db - wanted_db <= NEAR_DB:
+        found.append(tried(chosen))
+        factor = found[-1].factor
+        if draw is None or 0 <= found[-1].psnr_db - wanted_db <= NEAR_DB:
             break
-    good = [each for each in tried if each.psnr_db >= wanted_db]
-    best = min(good, key=lambda each: each.time) if good else max(tried, key=lambda each: each.psnr_db)
+    good = [each for each in found if each.psnr_db >= wanted_db]
+    best = min(good, key=lambda each: each.time) if good else max(found, key=lambda each: each.psnr_db)
     if not good:
         ctx.log.warning(
-            "no plan within the budgets has the wanted %.1f dB: samples of the best that was tried have %.1f dB",
-            wanted_db,
-            best.psnr_db,
+            "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB", wanted_db, best.psnr_db
         )
-    return best.chosen, samples.mse(best.psnr_db) / problem.loss(best.chosen)
+    return best.chosen, best.factor
+
+
+def _wanted(problem: Problem, aim: Aim, tried: Callable[[Chosen], _Tried], ctx: Context) -> tuple[float, float, float]:
+    """Return the quality to look for in dB, the first factor on predicted losses, and the slack.
+
+    It is at most what 8-bit weights with float inputs reach as they are, or REST_DB below what they reach in the best
+    bases.
+    """
+    plain = tried(problem.first(_precision))
+    if plain.psnr_db >= aim.psnr_db + REST_DB:
+        return aim.psnr_db, plain.factor, SLACK
+    best = tried(problem.least(lambda option: _precision(option) < 2))
+    reach_db = max(plain.psnr_db, best.psnr_db - REST_DB)
+    if reach_db >= aim.psnr_db:
+        return aim.psnr_db, best.factor, SLACK
+    ctx.log.info(
+        "8-bit weights with float inputs reach %.1f dB: the plan keeps %.1f dB, not %.1f",
+        max(plain.psnr_db, best.psnr_db),
+        reach_db,
+        aim.psnr_db,
+    )
+    return reach_db, best.factor, SLACK_BELOW
 
 
 def _precision(option: Option) -> int:
-    """Return how a scheme ranks as the one to compare with: 8-bit weights with float inputs before float and others."""
-    if not isinstance(option.scheme.input, Float) or option.basis:
+    """Return the rank of a scheme to compare with: 8-bit weights with float inputs, float, and all others."""
+    if not isinstance(option.scheme.input, Float):
         return 2
     return {8: 0, FLOAT.weight_bits: 1}.get(option.scheme.weight_bits, 2)
 

@@ -73,15 +73,14 @@ class Distill(DistillOptions, Pass):
         task, codes = begin(self, state[MODEL], state[PLAN], state[TRAJECTORY], ctx)
         loss: tuple[float, ...] = ()
         errors: tuple[DrawnError, ...] = ()
-        peak = 0.0
         if self.updates and task.layers:
             task.check_shares()
             samples = DrawnSamples(task)
             with recomputed(task.blocks.values() if self.recompute else (), task.clock):
                 loss, measured = (train_blocks if self.scope == "block" else train_model)(task, samples)
-            errors, peak = tuple(DrawnError(*each) for each in measured.items()), samples.peak
+            errors = tuple(DrawnError(*each) for each in measured.items())
         layers = {name: learnt(layer.cpu(), codes.get(name)) for name, layer in task.layers.items()}
-        adapter = Adapter(layers, loss, self.distance, errors, peak)
+        adapter = Adapter(layers, loss, self.distance, errors, state[TRAJECTORY].samples.peak)
         if errors:
             ctx.log.info("%s", samples_line(adapter))
         return {ADAPTER: adapter}

@@ -28,10 +28,6 @@ class DrawnSamples:
         self._own = start.part(own) if own.start < own.stop else None
         with full_precision(task.layers.values()):
             self._reference = self._draw()
-        ends = [(float(samples.min()), float(samples.max())) for samples in self._reference]
-        every = [pair for pairs in processes.gather(ends) for pair in pairs]
-        self.peak = max(high for _, high in every) - min(low for low, _ in every) or 1.0
-        """Range of the full-precision samples, from the smallest to the largest value; 1 where all are equal."""
 
     def _draw(self) -> list[torch.Tensor]:
         """Return this process's samples, (B, ...); an empty list without a share."""

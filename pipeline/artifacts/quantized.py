@@ -56,7 +56,7 @@ class Adapter:
 
     `distance` is the largest distance between a weight and its code, in scales, for weights that did not start as the
     model's own. `drawn` has the error of drawn samples at the start and at each check; the layers are those of the
-    least. `peak` is the range of the same samples in full precision, which PSNR is relative to.
+    least. `peak` is the range of the full-precision samples, which PSNR is relative to.
     """
 
     layers: Mapping[str, LayerAdapter]
