@@ -27,7 +27,7 @@ from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler, Start
 from intaglio.pipeline.simulation.model import simulate
 
-OUTLIERS = Distill(updates=40, drawn=16)
+OUTLIERS = Distill(updates=40, drawn=16, weighting="output")
 
 
 def outliers(scratch: Path, factory: str = "make", scheme: LayerScheme = W8A8_STEP) -> Artifacts:
