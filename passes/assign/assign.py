@@ -129,7 +129,7 @@ class AssignPrecision(Pass):
             from intaglio.passes.assign.quality import Aim, choose
 
             aim = Aim(self.budget.psnr, limits, self.drawn)
-            chosen, factor = choose(problem, table, aim, state, ctx)
+            chosen, problem, factor = choose(problem, table, aim, state, ctx)
         elif self.point is None:
             chosen = problem.best(limits)
         plans = problem.front(others, self.front)

@@ -92,7 +92,7 @@ class Problem:
         Of all plans that take longer and are larger by the share `slack` at most, it is the one with the least loss.
         """
         knapsack, time = self.knapsack, self.time
-        lossy = knapsack.with_cost("loss", knapsack.loss)
+        lossy = replace(knapsack.with_cost("loss", knapsack.loss), gap=max(knapsack.gap, slack / 4))
         within = {**limits, "loss": most_loss}
         chosen: Chosen | None = None
         for cost in (time, "size"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
@@ -12,18 +12,25 @@ from intaglio.pipeline.formats.schemes import FLOAT, Float
 from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
 
 if TYPE_CHECKING:
+    import torch
+
     from intaglio.passes.assign.budgets import Option, Problem
     from intaglio.passes.assign.knapsack import Chosen
+    from intaglio.passes.sensitivity.rounded import RoundedLayers
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
     from intaglio.pipeline.contract.artifact import State
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.types import Denoise
 
 SLACK = 0.02
 """Share of time, and of bytes, that is given for less loss."""
 SLACK_BELOW = 0.1
 """The same if the wanted quality is not reached."""
-ROUNDS = 3
-"""Plans for which samples are drawn, at most."""
+ROUNDS = 5
+"""Plans with rounded inputs for which samples are drawn, at most."""
+ALONE = 6
+"""Layers that are rounded alone where a plan is worse than predicted."""
 NEAR_DB = 0.5
 """Quality above the wanted one at which no faster plan is looked for."""
 REST_DB = 3.0
@@ -41,6 +48,14 @@ class Aim:
     drawn: int
 
 
+class Choice(NamedTuple):
+    """A plan, the problem with losses as drawn samples corrected them, and the factor on the plan's loss."""
+
+    chosen: Chosen
+    problem: Problem
+    factor: float
+
+
 class _Tried(NamedTuple):
     """A plan, the quality of its samples, its time relative to float, and the factor on its predicted loss."""
 
@@ -50,63 +65,74 @@ class _Tried(NamedTuple):
     factor: float
 
 
-def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> tuple[Chosen, float]:
-    """Return the fastest plan with the wanted quality within the limits, and the factor on its predicted loss.
+def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> Choice:
+    """Return the fastest plan with the wanted quality within the limits.
 
-    If no plan has this quality, it is the plan with the least loss. Each plan for which samples are drawn corrects the
-    prediction of the next one.
+    If no plan has this quality, it is the plan with the least loss. Samples are drawn with each plan. If they are worse
+    than predicted, they are drawn with the layers of largest predicted loss alone as well, which corrects the losses;
+    what is left corrects the next prediction as a whole.
     """
-    draw = _drawing(problem, table, aim.drawn, state, ctx)
-    samples = table.samples
-
-    def tried(chosen: Chosen) -> _Tried:
-        predicted_db = samples.psnr_db(problem.loss(chosen))
-        found_db = predicted_db if draw is None else draw(chosen)
-        ctx.log.info("tried a plan: single layers predict %.1f dB, samples have %.1f dB", predicted_db, found_db)
-        time = float(problem.knapsack.costs[problem.time][chosen].sum())
-        return _Tried(chosen, found_db, time, samples.mse(found_db) / problem.loss(chosen))
-
-    wanted_db, factor, slack = _wanted(problem, aim, tried, ctx)
+    drawing = _Drawing.of(table, aim.drawn, state, ctx)
+    wanted = _wanted(problem, table, aim, drawing, ctx)
+    factor = wanted.factor
     found: list[_Tried] = []
     for _ in range(ROUNDS):
-        chosen = problem.fastest(aim.limits, samples.mse(wanted_db) / factor, slack)
+        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, wanted.slack)
         if chosen is None:
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
             break
-        found.append(tried(chosen))
-        factor = found[-1].factor
-        if draw is None or 0 <= found[-1].psnr_db - wanted_db <= NEAR_DB:
+        found.append(_tried(problem, table, chosen, drawing, ctx))
+        missing_db = wanted.psnr_db - found[-1].psnr_db
+        if drawing is None or -NEAR_DB <= missing_db <= 0:
             break
-    good = [each for each in found if each.psnr_db >= wanted_db]
+        if found[-1].factor > 10 ** (NEAR_DB / 10) * factor:
+            problem = drawing.corrected(problem, chosen)
+        factor = table.samples.mse(found[-1].psnr_db) / problem.loss(chosen)
+    good = [each for each in found if each.psnr_db >= wanted.psnr_db]
     best = min(good, key=lambda each: each.time) if good else max(found, key=lambda each: each.psnr_db)
     if not good:
-        ctx.log.warning(
-            "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB", wanted_db, best.psnr_db
-        )
-    return best.chosen, best.factor
+        asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
+        ctx.log.warning(asked, wanted.psnr_db, best.psnr_db)
+    return Choice(best.chosen, problem, table.samples.mse(best.psnr_db) / problem.loss(best.chosen))
 
 
-def _wanted(problem: Problem, aim: Aim, tried: Callable[[Chosen], _Tried], ctx: Context) -> tuple[float, float, float]:
-    """Return the quality to look for in dB, the first factor on predicted losses, and the slack.
+def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
+    """Draw samples with a plan. Without a model, the prediction is taken for what they would have."""
+    predicted_db = table.samples.psnr_db(problem.loss(chosen))
+    found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
+    ctx.log.info("tried a plan: single layers predict %.1f dB, samples have %.1f dB", predicted_db, found_db)
+    time = float(problem.knapsack.costs[problem.time][chosen].sum())
+    return _Tried(chosen, found_db, time, table.samples.mse(found_db) / problem.loss(chosen))
 
-    It is at most what 8-bit weights with float inputs reach as they are, or REST_DB below what they reach in the best
-    bases.
+
+class _Wanted(NamedTuple):
+    """The quality to look for in dB, the first factor on predicted losses, and the share of time for less loss."""
+
+    psnr_db: float
+    factor: float
+    slack: float
+
+
+def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
+    """Return what to look for: at most what 8-bit weights with float inputs reach.
+
+    That is their quality in the basis that layers have, or REST_DB below that in the best bases, if this is higher.
     """
-    plain = tried(problem.first(_precision))
+    plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
-        return aim.psnr_db, plain.factor, SLACK
-    best = tried(problem.least(lambda option: _precision(option) < 2))
+        return _Wanted(aim.psnr_db, max(1.0, plain.factor), SLACK)
+    best = _tried(problem, table, problem.least(lambda option: _precision(option) < 2), drawing, ctx)
     reach_db = max(plain.psnr_db, best.psnr_db - REST_DB)
     if reach_db >= aim.psnr_db:
-        return aim.psnr_db, best.factor, SLACK
+        return _Wanted(aim.psnr_db, max(1.0, best.factor), SLACK)
     ctx.log.info(
         "8-bit weights with float inputs reach %.1f dB: the plan keeps %.1f dB, not %.1f",
         max(plain.psnr_db, best.psnr_db),
         reach_db,
         aim.psnr_db,
     )
-    return reach_db, best.factor, SLACK_BELOW
+    return _Wanted(reach_db, max(1.0, best.factor), SLACK_BELOW)
 
 
 def _precision(option: Option) -> int:
@@ -116,43 +142,60 @@ def _precision(option: Option) -> int:
     return {8: 0, FLOAT.weight_bits: 1}.get(option.scheme.weight_bits, 2)
 
 
-def _drawing(
-    problem: Problem, table: Sensitivity, samples: int, state: State, ctx: Context
-) -> Callable[[Chosen], float] | None:
-    """Return a function from a plan to the mean PSNR in dB of samples that are drawn with it; None without a model.
+@dataclass
+class _Drawing:
+    """Draws samples with plans, all from the same noise. Weights are rounded to the nearest code."""
 
-    All plans are drawn from the same noise. Weights are rounded to the nearest code, as they are before distillation.
-    """
-    if not samples or MODEL not in state or TRAJECTORY not in state:
-        return None
-    import torch
+    sampler: Sampler
+    rounded: RoundedLayers
+    denoise: Denoise
+    parts: list[Start]
+    references: list[torch.Tensor]
+    peak: float
+    ctx: Context
 
-    from intaglio.passes.sensitivity.forms import Form
-    from intaglio.passes.sensitivity.rounded import RoundedLayers
-    from intaglio.pipeline.model.calls import clocked, denoise_with
-    from intaglio.pipeline.model.sampler import Sampler
+    @classmethod
+    def of(cls, table: Sensitivity, samples: int, state: State, ctx: Context) -> _Drawing | None:
+        """Draw the samples of full precision; None without a model or without samples to draw."""
+        if not samples or MODEL not in state or TRAJECTORY not in state:
+            return None
+        from intaglio.passes.sensitivity.rounded import RoundedLayers
+        from intaglio.pipeline.model.calls import clocked, denoise_with
+        from intaglio.pipeline.model.sampler import Sampler
 
-    checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
-    model = checkpoint.open()
-    sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-    rounded = RoundedLayers(model.module, trajectory, table.bases)
-    denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
-    start = sampler.start(samples, ctx.torch_rng("drawn"))
-    parts = [start.part(slice(first, first + BATCH)) for first in range(0, samples, BATCH)]
-    references: list[torch.Tensor] = []
+        checkpoint = state[MODEL]
+        model = checkpoint.open()
+        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
+        rounded = RoundedLayers(model.module, state[TRAJECTORY], table.bases)
+        denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
+        start = sampler.start(samples, ctx.torch_rng("drawn"))
+        parts = [start.part(slice(first, first + BATCH)) for first in range(0, samples, BATCH)]
+        references = [sampler.sample(denoise, part) for part in parts]
+        return cls(sampler, rounded, denoise, parts, references, table.samples.peak, ctx)
 
-    def draw(chosen: Chosen) -> float:
-        found = list[float]()
+    def psnr_db(self, options: Sequence[Option]) -> float:
+        """Return the mean PSNR in dB of samples that are drawn with these options."""
+        return float(psnr_db(self._errors(options), self.peak).mean())
+
+    def corrected(self, problem: Problem, chosen: Chosen) -> Problem:
+        """Return the problem with the drawn losses of the plan's layers of largest loss, where they are larger."""
+        loss = problem.knapsack.loss.copy()
+        worst = sorted(chosen, key=lambda i: -loss[i])[:ALONE]
+        with self.ctx.progress("layers alone", len(worst)) as advance:
+            for i in worst:
+                loss[i] = max(float(loss[i]), float(self._errors([problem.options[i]]).mean()))
+                advance()
+        return replace(problem, knapsack=replace(problem.knapsack, loss=loss))
+
+    def _errors(self, options: Sequence[Option]) -> torch.Tensor:
+        """Return the mean squared error of each sample, (B,), with these layers rounded."""
+        import torch
+
+        from intaglio.passes.sensitivity.forms import Form
+
         with contextlib.ExitStack() as stack:
-            for option in (problem.options[i] for i in chosen):
+            for option in options:
                 if option.scheme != FLOAT:
-                    stack.enter_context(rounded.alone(option.layer.name, Form(option.scheme, option.basis)))
-            with ctx.progress("samples of the plan", len(parts)) as advance:
-                for part, reference in zip(parts, references, strict=True):
-                    error = mean_squared_error(sampler.sample(denoise, part), reference)
-                    found += psnr_db(error, table.samples.peak).tolist()
-                    advance()
-        return sum(found) / len(found)
-
-    references += [sampler.sample(denoise, part) for part in parts]
-    return draw
+                    stack.enter_context(self.rounded.alone(option.layer.name, Form(option.scheme, option.basis)))
+            drawn = [self.sampler.sample(self.denoise, part) for part in self.parts]
+        return torch.cat([mean_squared_error(y, x) for y, x in zip(drawn, self.references, strict=True)])
