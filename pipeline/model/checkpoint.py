@@ -152,12 +152,18 @@ class Checkpoint:
         return self.root.name if self._denoiser_folder is None else str(self.config()["_class_name"])
 
     def save(self, root: Path) -> None:
-        """Copy the denoiser and its scheduler, or the factory's file, and what the recipe names beside them."""
+        """Copy the denoiser and its scheduler, or the factory's file, and what the recipe names beside them.
+
+        A factory's weights are copied if they lie beside its file under the same name: model.py, model.safetensors.
+        """
         files = root / "model"
         if self.entry:
             files.mkdir()
             name = self.entry.partition(":")[0]
             shutil.copyfile(checked_file(self.root / name), files / name)
+            weights = (self.root / name).with_suffix(".safetensors")
+            if weights.is_file():
+                shutil.copyfile(checked_file(weights), files / weights.name)
         else:
             self._save_folder(files)
         for role, path in self.recordings.items():

@@ -1,8 +1,10 @@
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import FACTORY, save_folder, tiny_dit, tiny_unet
 
 from intaglio.pipeline.errors import RecipeError
@@ -60,6 +62,18 @@ def test_plain_module_from_a_factory_draws_samples(tmp_path):
     samples = sampler.sample(denoise_with(model.module, model), sampler.start(2, torch.Generator().manual_seed(0)))
     assert samples.shape == (2, 3, 8, 8)
     assert samples.isfinite().all()
+
+
+def test_weights_beside_a_factory_are_copied_with_it(tmp_path):
+    (tmp_path / "given").mkdir()
+    needs = "import pathlib\nassert pathlib.Path(__file__).with_suffix('.safetensors').is_file()\n"
+    (tmp_path / "given" / "net.py").write_text(needs + FACTORY)
+    save_file({"weight": torch.ones(2)}, tmp_path / "given" / "net.safetensors")
+    checkpoint = Checkpoint.resolve(ModelRef(path="./given/net.py:make"), tmp_path)
+    (tmp_path / "stored").mkdir()
+    checkpoint.save(tmp_path / "stored")
+    shutil.rmtree(tmp_path / "given")  # the copy stands alone
+    Checkpoint.load(tmp_path / "stored").open()
 
 
 def test_a_factory_leaves_no_compiled_file_in_the_store(tmp_path, monkeypatch):
