@@ -64,10 +64,19 @@ def export(denoiser: nn.Module, call: Inputs, path: Path, *, dynamo: bool = True
         )
 
 
+def prepared(network: Network, folder: Path) -> Path:
+    """Return the float graph in one file, without shapes of values: onnxruntime's quantizers infer their own."""
+    import onnx
+
+    model, path = onnx.load(network.float_graph), folder / "prepared.onnx"
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    return path
+
+
 def static(network: Network, path: Path) -> None:
     """onnxruntime.quantization.quantize_static: INT8 weights by channel, UINT8 inputs by tensor, from all steps."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Recorded(CalibrationDataReader):
         def __init__(self) -> None:
@@ -76,11 +85,9 @@ def static(network: Network, path: Path) -> None:
         def get_next(self) -> Feed | None:
             return next(self.left, None)
 
-    prepared = path.with_name("prepared.onnx")
     with quiet():
-        quant_pre_process(str(network.float_graph), str(prepared), skip_symbolic_shape=True)
         quantize_static(
-            prepared,
+            prepared(network, path.parent),
             path,
             Recorded(),
             quant_format=QuantFormat.QDQ,
@@ -98,7 +105,7 @@ def dynamic(network: Network, path: Path) -> None:
 
     with quiet():
         quantize_dynamic(
-            network.float_graph,
+            prepared(network, path.parent),
             path,
             op_types_to_quantize=OPERATORS[1:],  # ConvInteger has no kernel for signed weights
             per_channel=True,

@@ -138,7 +138,7 @@ def unet() -> UNet:
 
 
 def spectra(count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return spectra (M, 1, 32, 16) as the network takes them, log10 of mK^2 in its own scale: smooth ones and noisy."""
+    """Return smooth spectra and noisy ones, (M, 1, 32, 16) each: log10 of mK^2 in the scale of the network."""
     constants, rng = np.load(CONSTANTS), np.random.default_rng(0)
     k = np.hypot(constants["kperp"][:, None], constants["kpar"][None])
     slope, level = rng.uniform(0, 1, (count, 1, 1)), rng.uniform(0, 2, (count, 1, 1))

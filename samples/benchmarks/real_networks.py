@@ -47,7 +47,7 @@ SEED = 2
 """Seed of the noise of the compared samples, which no step of a recipe uses."""
 ROWS = 4
 """Samples in a call."""
-CALIBRATE = Step(uses="calibrate", options={"samples": 16})
+CALIBRATE = Step(uses="calibrate", options={"samples": 8})
 W8A16 = (
     CALIBRATE,
     Step(uses="uniform", options={"schemes": ["w8a16"]}),
