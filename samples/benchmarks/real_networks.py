@@ -33,6 +33,8 @@ from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.starter.starter import look_at, recipe_text
 from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.errors import IntaglioError
+from intaglio.pipeline.files import one_line
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
@@ -146,22 +148,28 @@ def measure(
         made = Recipe(model=network.ref, targets=(TARGET,), steps=steps)
         return compile(made, store, base=SAMPLES)[TARGET]
 
-    done = {"W8A16": compiled(W8A16), "intaglio": compiled(default_steps(network, recipe))}
-    say(name, "compiled")
+    done, failed = {}, {}
+    for label, steps in (("W8A16", W8A16), ("intaglio", default_steps(network, recipe))):
+        try:
+            done[label] = compiled(steps)
+        except IntaglioError as error:
+            failed[label] = one_line(error)
     checkpoint = Checkpoint.resolve(network.ref, SAMPLES)
     model = checkpoint.open()
     sampler = Sampler(model, network.steps, network.guidance)
     trajectory = compiled((CALIBRATE,))[TRAJECTORY]
     rows = slice(ROWS * sampler.rows_per_sample)
     calls = [trajectory.call(step, rows) for step in range(len(trajectory.timesteps))]
-    files, problems = exported(name, PeerNetwork(checkpoint, calls, place / "float32" / "model.onnx"), place)
+    files, unwritten = exported(name, PeerNetwork(checkpoint, calls, place / "float32" / "model.onnx"), place)
     denoise = {label: opened(path) for label, path in files.items()}
     for label, one in done.items():
         files[label], denoise[label] = one[GRAPH].path, graph_denoise(one[GRAPH], OnnxRuntime(), threads=1)
     reference = drawn(denoise_with(model.module, model), sampler, samples)
     peak = float(reference.max() - reference.min())
     ratios = times(denoise, calls[len(calls) // 2], rounds)
-    figures: dict[str, dict[str, Any]] = {label: {"problem": problem} for label, problem in problems.items()}
+    figures: dict[str, dict[str, Any]] = {
+        label: {"problem": problem} for label, problem in (failed | unwritten).items()
+    }
     for label, path in sorted(files.items(), key=lambda each: ORDER.index(each[0])):
         say(name, f"samples of {label}")
         figures[label] = quality(drawn(denoise[label], sampler, samples), reference, peak)
@@ -198,7 +206,7 @@ def exported(name: str, network: PeerNetwork, place: Path) -> tuple[dict[str, Pa
                 write(network, path)
             opened(path)
         except Exception as e:  # whatever a peer raises is its result
-            problems[label] = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:150]}"
+            problems[label] = f"{type(e).__name__}: {one_line(e)[:150]}"
         else:
             files[label] = path
     return files, problems
