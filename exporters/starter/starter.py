@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from intaglio.exporters.starter.steps import INT8, rows_of, steps_of
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.cli.schema import editor_line
 from intaglio.pipeline.contract.recipe import Recipe, Step, beside
@@ -31,29 +32,15 @@ from intaglio.pipeline.model.pipeline_folder import PipelineFolder
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.binding import bind
 from intaglio.pipeline.runs.memory import least_bytes
-from intaglio.pipeline.runs.registry import find_pass, runtimes
+from intaglio.pipeline.runs.registry import runtimes
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.cost import ModelCost
     from intaglio.pipeline.model.denoiser import DenoiserModel
 
 RECORDING = "conditions.safetensors"
-INT8 = ("w8a8_token", "w8a8_step")
-USUAL: Mapping[str, tuple[str, ...]] = {
-    "linear": ("w8a8_token", "w8a8s_token", "w8a16", "w4a16"),
-    "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
-}
-"""Schemes of a first recipe, for each kind of layer."""
-OUTPUT = ("w8a8o8_step", "w8a8so8_step")
-"""Schemes of convolutions on targets that multiply integers only to 8-bit outputs."""
-QUALITY_DB = 40
-"""Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
 MOST_STEPS = 50
 """Largest number of denoising steps taken from a pipeline: calibration time grows with it."""
-MOST_CALLS = 640
-"""Calls of the denoiser with one sample, for each implementation that `verify` compares."""
-LARGE_BYTES = 10**9
-"""Size of float32 weights in bytes above which activations are recomputed instead of kept."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +192,7 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
     lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
-    for step, comment in _steps(found):
+    for step, comment in steps_of(found):
         lines.append(f"  - {step}{f'   # {comment}' if comment else ''}")
         if step == "lint":
             lines += _commented_components(found)
@@ -245,53 +232,6 @@ def _snippet(found: Found) -> Iterator[str]:
     yield f'  record(pipe, {{"prompt": prompts, **plain}}, {{"prompt": "", **plain}}).save("{found.conditions}")'
 
 
-def _steps(found: Found) -> Iterator[tuple[str, str]]:
-    """Yield each step as YAML, with its comment."""
-    schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
-    measured = {op: [*names, *(OUTPUT if outputs and op == "conv" else ())] for op, names in schemes.items()}
-    asked = ", conv_output: target" if outputs else ""
-    yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
-    yield f"sensitivity: {{schemes: {_flow(measured)}}}", "predicts what each format of a layer costs in quality"
-    quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}{asked}}}"
-    yield quality, "the fastest plan with this PSNR in dB"
-    large = 4 * found.parameters >= LARGE_BYTES and found.blocks
-    if large:
-        yield "distill: {recompute: true}", "`scope: block` takes less memory still"
-    else:
-        yield "distill", "`updates: 0` leaves training out"
-    yield from ((step, "") for step in ("merge", "export-float", "export-qdq", "lint"))
-    needed = {load_target(name).runtime for name in found.targets}
-    steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
-    yield from ((step, "") for step in steps)
-    samples = max(8, min(32, MOST_CALLS // found.sampling.steps))
-    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark", "report"))
-
-
-def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the schemes that all targets run, for each kind of layer."""
-    formats = [load_target(name).formats for name in targets]
-    found = {}
-    for op in ("linear", "conv"):
-        common = [name for name in USUAL[op] if all(name in each[op] for each in formats)]
-        if not any(name in common for name in INT8):
-            common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
-        found[op] = common if "w8a16" in common else [*common, FLOAT.name]
-    return found
-
-
-def _rounds_outputs(found: Found) -> bool:
-    """Return True if the model has convolutions, and a target that multiplies them as integers only to codes."""
-    return any(layer.op == "conv" for layer in found.layers) and any(
-        load_target(name).conv_output == "int8" for name in found.targets
-    )
-
-
-def _flow(schemes: Mapping[str, Sequence[str]]) -> str:
-    """Return schemes of each kind of layer as YAML in one line."""
-    written = (f"{op}: [{', '.join(names)}]" for op, names in schemes.items())
-    return f"{{{', '.join(written)}}}"
-
-
 def _commented_components(found: Found) -> Iterator[str]:
     if found.components:
         yield f"  # other models of the pipeline: {', '.join(f'{n} ({kind})' for n, kind in found.components.items())}"
@@ -302,11 +242,9 @@ def _commented_components(found: Found) -> Iterator[str]:
 def _rows(found: Found) -> Iterator[tuple[str, int]]:
     """Yield each step whose time depends on denoiser rows, with their number."""
     assert found.cost is not None  # callers have checked this
-    for written, _ in _steps(found):
-        step = Step.model_validate(yaml.safe_load(written))
-        configured = find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options))
-        if (rows := configured.forward_rows(found.cost)) is not None:
-            yield step.name, rows
+    for written, _ in steps_of(found):
+        if (rows := rows_of(written, found.cost)) is not None:
+            yield Step.model_validate(yaml.safe_load(written)).name, rows
 
 
 def _between(found: Found) -> float:

@@ -1,0 +1,94 @@
+"""Choose the steps of a first recipe, with their options, from the facts about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from intaglio.pipeline.contract.recipe import Step
+from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.runs.registry import find_pass, runtimes
+
+if TYPE_CHECKING:
+    from intaglio.exporters.starter.starter import Found
+    from intaglio.pipeline.model.cost import ModelCost
+
+INT8 = ("w8a8_token", "w8a8_step")
+USUAL: Mapping[str, tuple[str, ...]] = {
+    "linear": ("w8a8_token", "w8a8s_token", "w8a16", "w4a16"),
+    "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
+}
+"""Schemes of a first recipe, for each kind of layer."""
+OUTPUT = ("w8a8o8_step", "w8a8so8_step")
+"""Schemes of convolutions on targets that multiply integers only to 8-bit outputs."""
+QUALITY_DB = 40
+"""Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
+MOST_CALLS = 640
+"""Calls of the denoiser with one sample, for each implementation that `verify` compares."""
+LARGE_BYTES = 10**9
+"""Size of float32 weights in bytes above which activations are recomputed instead of kept."""
+MOST_OPERATIONS = 2e13
+"""Operations of a training beyond which a first recipe leaves it out: some minutes on two CPU cores."""
+
+
+def steps_of(found: Found) -> Iterator[tuple[str, str]]:
+    """Yield each step as YAML, with its comment."""
+    schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
+    measured = {op: [*names, *(OUTPUT if outputs and op == "conv" else ())] for op, names in schemes.items()}
+    asked = ", conv_output: target" if outputs else ""
+    yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
+    yield f"sensitivity: {{schemes: {_flow(measured)}}}", "predicts what each format of a layer costs in quality"
+    quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}{asked}}}"
+    yield quality, "the fastest plan with this PSNR in dB"
+    large = 4 * found.parameters >= LARGE_BYTES and found.blocks
+    training = "distill: {recompute: true}" if large else "distill"
+    if (
+        found.cost is not None
+        and (rows_of(training, found.cost) or 0) * found.cost.operations_per_row > MOST_OPERATIONS
+    ):
+        yield "distill: {updates: 0}", "trains nothing: plans with 4-bit weights gain most from updates, such as 120"
+    elif large:
+        yield training, "`scope: block` takes less memory still"
+    else:
+        yield training, "`updates: 0` leaves training out"
+    yield from ((step, "") for step in ("merge", "export-float", "export-qdq", "lint"))
+    needed = {load_target(name).runtime for name in found.targets}
+    steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
+    yield from ((step, "") for step in steps)
+    samples = max(8, min(32, MOST_CALLS // found.sampling.steps))
+    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark", "report"))
+
+
+def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
+    """Return the schemes that all targets run, for each kind of layer."""
+    formats = [load_target(name).formats for name in targets]
+    found = {}
+    for op in ("linear", "conv"):
+        common = [name for name in USUAL[op] if all(name in each[op] for each in formats)]
+        if not any(name in common for name in INT8):
+            common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
+        found[op] = common if "w8a16" in common else [*common, FLOAT.name]
+    return found
+
+
+def _rounds_outputs(found: Found) -> bool:
+    """Return True if the model has convolutions, and a target that multiplies them as integers only to codes."""
+    return any(layer.op == "conv" for layer in found.layers) and any(
+        load_target(name).conv_output == "int8" for name in found.targets
+    )
+
+
+def _flow(schemes: Mapping[str, Sequence[str]]) -> str:
+    """Return schemes of each kind of layer as YAML in one line."""
+    written = (f"{op}: [{', '.join(names)}]" for op, names in schemes.items())
+    return f"{{{', '.join(written)}}}"
+
+
+def rows_of(written: str, cost: ModelCost) -> int | None:
+    """Return the denoiser rows of a step that is written as YAML; None if its time does not depend on rows."""
+    step = Step.model_validate(yaml.safe_load(written))
+    return find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options)).forward_rows(cost)
