@@ -60,7 +60,7 @@ def steps_of(found: Found) -> Iterator[tuple[str, str]]:
     steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
     yield from ((step, "") for step in steps)
     samples = max(8, min(32, MOST_CALLS // found.sampling.steps))
-    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark", "report"))
+    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark: {rows: 2}", "report"))
 
 
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:

@@ -41,7 +41,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
@@ -146,18 +146,10 @@ class AssignPrecision(Pass):
         left = dict.fromkeys(reasons, FLOAT)
         plan = QuantPlan((*table.layers, *unreached), {**problem.schemes(chosen), **left}, reasons=reasons)
         plan = plan.balanced(problem.balances(chosen))
-        costs = (
-            f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items()
-        )
-        ctx.log.info(
-            "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB, SQNR %.1f",
-            plan.quantized,
-            len(plan.layers),
-            plan.weight_bits_mean,
-            ", ".join(costs),
-            front.psnr_db(front.chosen),
-            front.sqnr_db(front.chosen),
-        )
+        _log(plan, front, limits, ctx)
+        if workload is not None:
+            share = share_on_integers(plan, workload, target)
+            ctx.log.info("%.0f %% of the multiplications are on integers", 100 * share)
         for line in in_float_lines(reasons | self._float_reasons(plan, table, target)):
             ctx.log.info("%s", line)
         return {PLAN: plan, FRONT: front}
@@ -293,3 +285,24 @@ def _profile(path: Path) -> Profile:
         return read_typed(path, Profile)
     except RecipeError as error:
         raise ValueError(f"{error}: not what `intaglio profile` writes") from error
+
+
+def share_on_integers(plan: QuantPlan, workload: Workload, target: Target) -> float:
+    """Return the share of the layers' multiplications that the target makes on integers; 0 without layers."""
+    made = {layer: workload.rows.get(layer.name, 0.0) * layer.n * layer.k for layer in plan.layers}
+    integers = sum(n for layer, n in made.items() if target.on_integers(layer.op, plan.schemes[layer.name]))
+    return integers / (sum(made.values()) or 1.0)
+
+
+def _log(plan: QuantPlan, front: Front, limits: Mapping[str, float], ctx: Context) -> None:
+    """Log what the plan costs, and the quality that is predicted of it."""
+    costs = (f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items())
+    ctx.log.info(
+        "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB, SQNR %.1f",
+        plan.quantized,
+        len(plan.layers),
+        plan.weight_bits_mean,
+        ", ".join(costs),
+        front.psnr_db(front.chosen),
+        front.sqnr_db(front.chosen),
+    )

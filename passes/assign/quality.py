@@ -27,16 +27,19 @@ SLACK = 0.02
 """Share of time, and of bytes, that is given for less loss."""
 SLACK_BELOW = 0.1
 """The same if the wanted quality is not reached."""
-ROUNDS = 5
+ROUNDS = 4
 """Plans with rounded inputs for which samples are drawn, at most."""
 ALONE = 6
-"""Layers that are rounded alone where a plan is worse than predicted."""
-NEAR_DB = 0.5
+"""Layers that are rounded alone where a plan is worse than predicted, by more than NOISE_DB."""
+NOISE_DB = 0.5
+NEAR_DB = 1.5
 """Quality above the wanted one at which no faster plan is looked for."""
 REST_DB = 3.0
 """Quality that rounded inputs may take: half of the error comes from weights, half from inputs."""
 BATCH = 4
 """Samples that are drawn at once."""
+FEWER = 2
+"""Batches that are drawn with a layer alone."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
         missing_db = wanted.psnr_db - found[-1].psnr_db
         if drawing is None or -NEAR_DB <= missing_db <= 0:
             break
-        if found[-1].factor > 10 ** (NEAR_DB / 10) * factor:
+        if found[-1].factor > 10 ** (NOISE_DB / 10) * factor:
             problem = drawing.corrected(problem, chosen)
         factor = table.samples.mse(found[-1].psnr_db) / problem.loss(chosen)
     good = [each for each in found if each.psnr_db >= wanted.psnr_db]
@@ -175,7 +178,7 @@ class _Drawing:
 
     def psnr_db(self, options: Sequence[Option]) -> float:
         """Return the mean PSNR in dB of samples that are drawn with these options."""
-        return float(psnr_db(self._errors(options), self.peak).mean())
+        return float(psnr_db(self._errors(options, self.parts), self.peak).mean())
 
     def corrected(self, problem: Problem, chosen: Chosen) -> Problem:
         """Return the problem with the drawn losses of the plan's layers of largest loss, where they are larger."""
@@ -183,11 +186,12 @@ class _Drawing:
         worst = sorted(chosen, key=lambda i: -loss[i])[:ALONE]
         with self.ctx.progress("layers alone", len(worst)) as advance:
             for i in worst:
-                loss[i] = max(float(loss[i]), float(self._errors([problem.options[i]]).mean()))
+                errors = self._errors([problem.options[i]], self.parts[:FEWER])
+                loss[i] = max(float(loss[i]), float(errors.mean()))
                 advance()
         return replace(problem, knapsack=replace(problem.knapsack, loss=loss))
 
-    def _errors(self, options: Sequence[Option]) -> torch.Tensor:
+    def _errors(self, options: Sequence[Option], parts: Sequence[Start]) -> torch.Tensor:
         """Return the mean squared error of each sample, (B,), with these layers rounded."""
         import torch
 
@@ -197,5 +201,5 @@ class _Drawing:
             for option in options:
                 if option.scheme != FLOAT:
                     stack.enter_context(self.rounded.alone(option.layer.name, Form(option.scheme, option.basis)))
-            drawn = [self.sampler.sample(self.denoise, part) for part in self.parts]
-        return torch.cat([mean_squared_error(y, x) for y, x in zip(drawn, self.references, strict=True)])
+            drawn = [self.sampler.sample(self.denoise, part) for part in parts]
+        return torch.cat([mean_squared_error(y, x) for y, x in zip(drawn, self.references, strict=False)])
