@@ -41,7 +41,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})

@@ -93,7 +93,8 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             problem = drawing.corrected(problem, chosen)
         factor = table.samples.mse(found[-1].psnr_db) / problem.loss(chosen)
     good = [each for each in found if each.psnr_db >= wanted.psnr_db]
-    best = min(good, key=lambda each: each.time) if good else max(found, key=lambda each: each.psnr_db)
+    quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
+    best = max(quick or found, key=lambda each: each.psnr_db)
     if not good:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.psnr_db, best.psnr_db)

@@ -32,15 +32,17 @@ from intaglio import Recipe, Step, Store, compile
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.starter.starter import look_at, recipe_text
+from intaglio.passes.assign.assign import share_on_integers
 from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.errors import IntaglioError
 from intaglio.pipeline.files import one_line
-from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.types import Denoise
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db, sqnr_db
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 SAMPLES = Path(__file__).parents[1]
@@ -175,9 +177,9 @@ def measure(
         figures[label] = quality(drawn(denoise[label], sampler, samples), reference, peak)
         figures[label] |= {"time": ratios[label], "bytes": size(path)}
     for label, one in done.items():
-        figures[label] |= {"compile_s": sum(run.seconds for run in one.runs), "integer_share": integer_share(one)}
+        figures[label] |= {"compile_s": sum(run.seconds for run in one.runs), "integer_share": share(one)}
         if FRONT in one.outputs:
-            figures[label]["predicted_psnr_db"] = 10 * torch.tensor(peak**2 / one[FRONT].chosen.loss).log10().item()
+            figures[label]["predicted_psnr_db"] = one[FRONT].psnr_db(one[FRONT].chosen)
     return figures
 
 
@@ -228,9 +230,8 @@ def drawn(denoise: Denoise, sampler: Sampler, count: int) -> torch.Tensor:
 
 def quality(samples: torch.Tensor, reference: torch.Tensor, peak: float) -> dict[str, float]:
     """Return PSNR and SQNR of samples (B, ...) in dB, each the mean over the samples. Nothing is clamped."""
-    mse_B = (samples - reference).flatten(1).double().square().mean(1).clamp_min(1e-20)
-    energy_B = reference.flatten(1).double().square().mean(1)
-    psnr_B, sqnr_B = 10 * (peak**2 / mse_B).log10(), 10 * (energy_B / mse_B).log10()
+    mse_B = mean_squared_error(samples, reference)
+    psnr_B, sqnr_B = psnr_db(mse_B, peak), sqnr_db(mse_B, reference)
     return {"psnr_db": float(psnr_B.mean()), "psnr_min_db": float(psnr_B.min()), "sqnr_db": float(sqnr_B.mean())}
 
 
@@ -249,12 +250,9 @@ def times(denoise: Mapping[str, Denoise], call: Mapping[str, torch.Tensor], roun
     }
 
 
-def integer_share(done: CompiledTarget) -> float:
-    """Return the share of the multiplications of all layers whose two factors the plan puts on integers."""
-    plan, rows = done[PLAN], done[WORKLOAD].rows
-    work = {layer.name: rows.get(layer.name, 0) * layer.n * layer.k for layer in plan.layers}
-    whole = {name for name, scheme in plan.schemes.items() if isinstance(scheme.input, Float)}
-    return 1 - sum(work[name] for name in whole) / sum(work.values())
+def share(done: CompiledTarget) -> float:
+    """Return the share of the multiplications of all layers that the plan puts on integers."""
+    return share_on_integers(done[PLAN], done[WORKLOAD], load_target(TARGET))
 
 
 def table(name: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
