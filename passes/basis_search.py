@@ -39,7 +39,7 @@ Inputs: TypeAlias = "Sequence[torch.Tensor]"
 
 
 class Amounts(NamedTuple):
-    """How much of the recorded calls is used: timesteps, rows of a call, and tokens of a linear layer's input."""
+    """Numbers of timesteps, of rows of a call, and of tokens of a linear layer's input that are used."""
 
     steps: int
     rows: int

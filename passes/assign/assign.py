@@ -199,7 +199,9 @@ class AssignPrecision(Pass):
     def _check_inputs(self, table: Sensitivity, workload: Workload | None) -> None:
         problems = []
         measured = {scheme.name for schemes in table.schemes.values() for scheme in schemes.values()}
-        absent = sorted({n for names in self.schemes.values() for n in names} - measured - set(USUAL_SCHEMES))
+        kinds = {layer.op for layer in table.layers}
+        named = {name for op, names in self.schemes.items() if op in kinds for name in names}
+        absent = sorted(named - measured - set(USUAL_SCHEMES))
         problems += [f"assign.schemes: no layer was measured with {n}: list it in sensitivity.schemes" for n in absent]
         layers = {layer.name for layer in table.layers} | {layer.name for layer in _unreached(table, workload)}
         problems += [

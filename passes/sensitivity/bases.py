@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BasisName: TypeAlias = Literal["scaled", "rotated"]
 
 COMPARED = Amounts(steps=2, rows=2, tokens=512)
-"""How much of the recorded calls is used to compare candidates."""
+"""Amounts of the recorded calls that are used to compare candidates."""
 RANGE_ROWS = 8
 """Rows of a recorded call from which ranges in a basis are taken, at every step."""
 EXPONENTS = (0.3, 0.5, 0.7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -25,9 +25,9 @@ from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
+    from intaglio.passes.sensitivity.drift import Drawn
     from intaglio.passes.sensitivity.estimates import Findings, Pair
     from intaglio.passes.sensitivity.rounded import Bases, RoundedLayers
     from intaglio.passes.sensitivity.study import Study
@@ -36,13 +36,11 @@ if TYPE_CHECKING:
     from intaglio.pipeline.contract.metric import Metric
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
 DRAWN = 0.15
 """Expected share of layers for which samples are drawn in 4 bits, to estimate the time; measured on emoji-dit."""
-OUTPUTS_DB = 20
-"""Decibels by which output errors overestimate the PSNR of the samples, for some layers."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -55,21 +53,6 @@ BasisName: TypeAlias = Literal["scaled", "rotated"]
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
 """Squared error of final samples with one layer rounded at every step, by layer and scheme; and the squared error per
 relative squared error of each call's output. Both are empty if not known."""
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Everything needed to draw samples, always from the same noise, whichever layer is rounded."""
-
-    ctx: Context
-    sampler: Sampler
-    denoise: Denoise
-    start: Start
-    rounded: RoundedLayers
-
-    def samples(self) -> torch.Tensor:
-        """Draw the samples with the layers that are in the model now."""
-        return self.sampler.sample(self.denoise, self.start)
 
 
 class MeasureSensitivity(Pass):
@@ -188,6 +171,7 @@ class MeasureSensitivity(Pass):
         """Predict the error of every pair of a layer and a scheme, and measure some of them."""
         from intaglio.passes.sensitivity.bases import find_bases
         from intaglio.passes.sensitivity.buckets import bucket_weights, split, sums
+        from intaglio.passes.sensitivity.drift import Drawn, measure_drift
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.artifacts.sensitivity import Sensitivity
         from intaglio.pipeline.model.calls import clocked, denoise_with
@@ -207,7 +191,7 @@ class MeasureSensitivity(Pass):
         study, groups = self._study(ctx, sampler, denoise, rounded, forms, buckets)
         at_its_step = clocked(denoise, rounded.clock, sampler.names.timestep)
         start = sampler.start(max(self.samples, self.drift_samples), ctx.torch_rng("drift"))
-        drawn = _Drawn(ctx, sampler, at_its_step, start, rounded)
+        drawn = Drawn(ctx, sampler, at_its_step, start, rounded)
         errors, by_call = self._along(drawn, forms)
         rows = max(1, self.rows // 2)
         weights = sums(by_call, buckets) if by_call else bucket_weights(sampler, buckets, rows, ctx)
@@ -226,7 +210,7 @@ class MeasureSensitivity(Pass):
         )
         table = self._measured(empty, study)
         drawn = replace(drawn, start=start.part(slice(self.drift_samples)))
-        return {SENSITIVITY: replace(table, drift=self._drift(table, drawn))}
+        return {SENSITIVITY: replace(table, drift=measure_drift(table, drawn, self.drift_below_db))}
 
     def _layers(self, module: nn.Module, trajectory: Trajectory) -> tuple[tuple[Layer, ...], Schemes]:
         """Return the layers with a part in the recorded calls, and the schemes to measure, by layer and scheme name."""
@@ -266,7 +250,7 @@ class MeasureSensitivity(Pass):
         rounding = {name: forms_of(by, parts=self.apart != "no") for name, by in forms.items()}
         return Study(ctx, denoise, rounded, batch, steps, rounding), groups
 
-    def _along(self, drawn: _Drawn, known: Forms) -> _Predicted:
+    def _along(self, drawn: Drawn, known: Forms) -> _Predicted:
         """Predict errors of samples, with one backward pass per trajectory; empty if the sampler gives no gradient."""
         from intaglio.passes.sensitivity.screen import Screen
         from intaglio.passes.sensitivity.study import Progress, are_errors
@@ -361,48 +345,6 @@ class MeasureSensitivity(Pass):
             if labels := [label for label, form in forms.items() if label in schemes or form in parts]:
                 wanted[name] = labels
         return wanted
-
-    def _drift(self, table: Sensitivity, drawn: _Drawn) -> dict[str, dict[str, float]]:
-        """Measure the squared error of samples with one layer rounded at every step, if predicted to be visible."""
-        from scipy.stats import spearmanr
-
-        from intaglio.passes.sensitivity.study import Progress
-
-        below_db = self.drift_below_db + (0 if table.drift_screened else OUTPUTS_DB)
-        visible = table.samples.peak**2 / 10 ** (below_db / 10)  # the squared error with this PSNR
-        pairs = [
-            (layer.name, scheme)
-            for layer in table.layers
-            for scheme in table.error[layer.name]
-            if table.predicted(layer.name, scheme) > visible
-        ]
-        ctx = drawn.ctx
-        progress, processes = Progress(ctx, "drift", lambda value: type(value) is float), ctx.processes
-        own = pairs[processes.index :: processes.count]
-        reference = drawn.samples() if own else drawn.start.noise
-
-        def measure(name: str, scheme: str) -> float:
-            form = Form(table.schemes[name][scheme], table.basis_of(name, scheme))
-            with drawn.rounded.alone(name, form):
-                return float((drawn.samples() - reference).square().mean())
-
-        with ctx.progress("drift of samples", len(pairs)) as advance:
-            for name, scheme in own:
-                progress.get(f"{name}:{scheme}", partial(measure, name, scheme))
-                advance(processes.count)
-        done, drift = progress.gathered(), dict[str, dict[str, float]]()
-        for name, scheme in pairs:
-            drift.setdefault(name, {})[scheme] = done[f"{name}:{scheme}"]
-        if len(pairs) > 2:
-            measured = [drift[name][scheme] for name, scheme in pairs]
-            ways = (table.predicted, table.predicted_by_outputs)
-            ranks = (spearmanr([predict(*pair) for pair in pairs], measured).statistic for predict in ways)
-            ctx.log.info(
-                "drew samples for %d layers and schemes; rank correlation with predictions %.2f, by outputs alone %.2f",
-                len(pairs),
-                *ranks,
-            )
-        return drift
 
 
 def _forms(schemes: Schemes, bases: Bases) -> dict[str, dict[str, Form]]:

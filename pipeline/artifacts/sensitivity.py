@@ -67,7 +67,7 @@ class Sensitivity(_Table):
     where it is another one than the mean squared error. `samples` is the range of the full-precision samples.
     """
 
-    bases: Mapping[str, Mapping[str, LayerBalance]] = field(default_factory=dict)
+    bases: Mapping[str, Mapping[str, LayerBalance]] = field(default_factory=dict, compare=False)
 
     def basis_of(self, layer: str, label: str) -> str:
         """Return the name of the basis in which the layer was rounded; empty for the one that it had before."""

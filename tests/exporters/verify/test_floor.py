@@ -32,8 +32,8 @@ steps:
 FOUR_BITS = "uniform.schemes=[w4a4_token, w4a4_step]"
 WARNING = (
     "the deployed samples have an SQNR of 3.8 dB, below the floor of 20 dB (verify.floor_db), and are hardly those of"
-    " the model: allow more in assign.budget, list w8a16 in sensitivity.schemes and assign.schemes, or run uniform and"
-    " balance before sensitivity, so that it measures in other bases"
+    " the model: allow more in assign.budget, list w8a16 in sensitivity.schemes and assign.schemes, or ask for a"
+    " quality by assign.budget.psnr"
 )
 
 
@@ -115,6 +115,6 @@ def test_the_recipe_says_another_floor(runs: Runs) -> None:
 
 @pytest.mark.parametrize(("target", "scheme"), [("onnxruntime-cpu", "w8a16"), ("tensorrt-10.3-orin", "float")])
 def test_the_advice_names_a_scheme_that_the_target_executes(target: str, scheme: str) -> None:
-    (warning,) = Verify()._warnings(19.9, load_target(target))
+    (warning,) = Verify()._low(19.9, load_target(target))
     assert f"list {scheme} in sensitivity.schemes and assign.schemes" in warning
-    assert Verify()._warnings(20.0, load_target(target)) == ()
+    assert Verify()._low(20.0, load_target(target)) == ()

@@ -13,7 +13,12 @@ from intaglio.pipeline.runs.runner import plan
 RECIPE = """
 model: {path: model, sampling_steps: 4, guidance: 2.0}
 targets: [onnxruntime-cpu]
-steps: [{calibrate: {samples: 8}}, {sensitivity: {buckets: 2, rows: 4}}, assign, {distill: {updates: 10, samples: 4}}]
+steps:
+  - calibrate: {samples: 8}
+  - sensitivity:
+      {buckets: 2, rows: 4, bases: [], probes: 2, samples: 16, direct: 0.1, apart: screened}
+  - assign
+  - distill: {updates: 10, samples: 4}
 """
 
 
@@ -34,7 +39,8 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     estimate = {step.step: step.estimate_s for step in steps}
     assert estimate["assign"] is None
     per_row = estimate["calibrate"] / (4 * 8 * 2)
-    assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2)
+    drawn = 3 * 4 * 2 * 4  # four samples in four steps, by full precision, at the start and at the end
+    assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2 + drawn)
     along = (2 + 3 + 1) * 16  # once and again, three schemes, and back
     sampled = along * 4 * 2 + (1 + 0.15 * 21) * 4 * 2 * 4
     fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 + 6)  # six forms: three schemes, an 8-bit weight, two kinds of input
