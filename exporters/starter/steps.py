@@ -31,6 +31,8 @@ MOST_CALLS = 640
 """Calls of the denoiser with one sample, for each implementation that `verify` compares."""
 LARGE_BYTES = 10**9
 """Size of float32 weights in bytes above which activations are recomputed instead of kept."""
+MOST_VERIFIED = 6e11
+"""Operations of the denoiser, for each implementation that `verify` compares."""
 MOST_OPERATIONS = 2e13
 """Operations of a training beyond which a first recipe leaves it out: some minutes on two CPU cores."""
 
@@ -41,7 +43,10 @@ def steps_of(found: Found) -> Iterator[tuple[str, str]]:
     measured = {op: [*names, *(OUTPUT if outputs and op == "conv" else ())] for op, names in schemes.items()}
     asked = ", conv_output: target" if outputs else ""
     yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
-    yield f"sensitivity: {{schemes: {_flow(measured)}}}", "predicts what each format of a layer costs in quality"
+    yield (
+        f"sensitivity: {{rows: 2, schemes: {_flow(measured)}}}",
+        "predicts what each format of a layer costs in quality",
+    )
     quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}{asked}}}"
     yield quality, "the fastest plan with this PSNR in dB"
     large = 4 * found.parameters >= LARGE_BYTES and found.blocks
@@ -59,8 +64,15 @@ def steps_of(found: Found) -> Iterator[tuple[str, str]]:
     needed = {load_target(name).runtime for name in found.targets}
     steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
     yield from ((step, "") for step in steps)
-    samples = max(8, min(32, MOST_CALLS // found.sampling.steps))
+    samples = _verified(found)
     yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark: {rows: 2}", "report"))
+
+
+def _verified(found: Found) -> int:
+    """Return how many samples `verify` draws: from 8 to 32, as many as take few calls and operations."""
+    calls = found.sampling.steps * (1 if found.cost is None else found.cost.rows_per_sample)
+    operations = 1.0 if found.cost is None else found.cost.operations_per_row
+    return max(8, min(32, MOST_CALLS // calls, int(MOST_VERIFIED // (calls * operations))))
 
 
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
