@@ -15,7 +15,7 @@ COMMANDS = "intaglio.commands"
 
 
 def named(group: str, kind: str) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name, sorted. Raises RecipeError when two distributions own one name."""
+    """Return the entry points of a group by name, sorted. Raises RecipeError if two distributions provide one name."""
     owners: dict[str, dict[str, EntryPoint]] = {}
     for point in entry_points(group=group):
         owners.setdefault(point.name, {})[f"{_owner(point)} ({point.value})"] = point
@@ -33,6 +33,12 @@ def named(group: str, kind: str) -> dict[str, EntryPoint]:
 def named_runtimes() -> Mapping[str, EntryPoint]:
     """Return the entry points of all runtimes, as `named` does."""
     return named(RUNTIMES, "runtime")
+
+
+@cache
+def named_commands() -> Mapping[str, EntryPoint]:
+    """Return the entry points of all commands outside the core, as `named` does."""
+    return named(COMMANDS, "command")
 
 
 def runtime_folders() -> tuple[Path, ...]:

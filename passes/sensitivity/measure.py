@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import fmean
@@ -17,6 +17,7 @@ from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TRAJECTOR
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
+from intaglio.pipeline.entry_points import METRICS as METRICS_GROUP
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
@@ -130,6 +131,10 @@ class MeasureSensitivity(Pass):
     @classmethod
     def _every_group(cls, metrics: Mapping[Group, str]) -> Mapping[Group, str]:
         return {**METRICS, **metrics}
+
+    def plugins(self) -> Iterable[tuple[str, str]]:
+        """Return the entry points of the metrics."""
+        return [(METRICS_GROUP, name) for name in self.metrics.values()]
 
     def check(self, target: Target) -> None:
         """Check the names of the metrics. Raises RecipeError for unknown ones."""

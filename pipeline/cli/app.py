@@ -5,7 +5,6 @@ import logging
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +35,7 @@ from intaglio.pipeline.cli.printing import (
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
-from intaglio.pipeline.entry_points import COMMANDS
+from intaglio.pipeline.entry_points import named_commands
 from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.output_files import write_output
@@ -55,17 +54,16 @@ class _Commands(TyperGroup):
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands."""
-        return [*super().list_commands(ctx), *(point.name for point in entry_points(group=COMMANDS))]
+        """Return the names of all commands. Raises RecipeError if two distributions provide one name."""
+        return [*super().list_commands(ctx), *named_commands()]
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        """Return the command of this name, importing its module where another package has it; None if there is none."""
+        """Return the command of this name, whose module is imported if another package has it; None if there is none."""
         own = super().get_command(ctx, name)
-        points = entry_points(group=COMMANDS, name=name)
-        if own is not None or not points:
+        if own is not None or (point := named_commands().get(name)) is None:
             return own
         alone = typer.Typer(add_completion=False)
-        alone.command(name)(next(iter(points)).load())
+        alone.command(name)(point.load())
         return typer.main.get_command(alone)
 
     def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
@@ -111,8 +109,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line. The list of commands itself can fail, before a command is invoked."""
+    try:
+        app()
+    except IntaglioError as error:
+        say(f"intaglio: {_told(error)[0]}", error=True)
+        raise SystemExit(error.exit_code) from error
 
 
 @app.callback()

@@ -1,7 +1,7 @@
 """Define the base class of passes: its options, its inputs and its outputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
@@ -68,6 +68,13 @@ class Pass(BaseModel, ABC):
     def forward_rows(self, model: "ModelCost") -> int | None:
         """Return the number of denoiser rows that the pass computes, to estimate its time; None if unknown."""
         return None
+
+    def plugins(self) -> Iterable[tuple[str, str]]:
+        """Return the entry points that the options select, as pairs of a group and a name.
+
+        If another distribution provides one, its version and its source are part of the cache key.
+        """
+        return ()
 
     @classmethod
     def rules(cls) -> Mapping[str, Rule]:

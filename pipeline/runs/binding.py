@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.contract.recipe import Recipe, Step, validation_problems
+from intaglio.pipeline.entry_points import RUNTIMES
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.runs.registry import find_pass
@@ -26,6 +27,9 @@ class BoundStep:
     """Digest of the source of a pass from outside intaglio; intaglio's own passes have their `version`."""
     wanted: frozenset[AnyKey] = frozenset()
     """Optional inputs of the pass that this chain provides."""
+    plugins: tuple[tuple[str, str], ...] = ()
+    """Entry points that the outputs depend on, as pairs of a group and a name: those that the options select, and the
+    target's runtime if the pass reads the target."""
 
     @property
     def requires(self) -> frozenset[AnyKey]:
@@ -67,7 +71,7 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
         with found.collect(f"{step.name}: "):
             steps.append(_bind_step(step, base))
     chains = tuple(
-        Chain(target, tuple(_wired((step for step in steps if step.configured.applies(target)), given)))
+        Chain(target, tuple(_wired((step for step in steps if step.configured.applies(target)), given, target)))
         for target in targets
     )
     for chain in chains:
@@ -87,11 +91,15 @@ def resolved(recipe: Recipe, chains: Iterable[Chain]) -> Recipe:
     return recipe.model_copy(update={"steps": tuple(steps)})
 
 
-def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey]) -> Iterator[BoundStep]:
-    """Yield the steps with the optional inputs that earlier steps provide."""
+def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey], target: Target) -> Iterator[BoundStep]:
+    """Yield the steps with the optional inputs that earlier steps provide, and with the entry points that they use."""
+    from intaglio.pipeline.artifacts.keys import TARGET
+
     available = set(given)
     for step in steps:
-        yield replace(step, wanted=step.configured.wants & available)
+        wired = replace(step, wanted=step.configured.wants & available)
+        runtime = [(RUNTIMES, target.runtime)] if TARGET in wired.requires else []
+        yield replace(wired, plugins=(*step.configured.plugins(), *runtime))
         available |= step.provides
 
 
@@ -105,7 +113,7 @@ def _bind_step(step: Step, base: Path) -> BoundStep:
 
 
 class _Problems:
-    """Collect errors and raise them together, as their common kind or else as a RecipeError."""
+    """Collect errors and raise them as one error: of their class if all have the same class, else a RecipeError."""
 
     def __init__(self) -> None:
         self._found: dict[str, type[IntaglioError]] = {}

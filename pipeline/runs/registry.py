@@ -21,7 +21,7 @@ from typing import Any
 
 from intaglio.pipeline.contract.metric import Metric
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.entry_points import METRICS, PASSES, named, named_runtimes
+from intaglio.pipeline.entry_points import METRICS, PASSES, RUNTIMES, named, named_runtimes
 from intaglio.pipeline.errors import ContractError, IntaglioError, RecipeError, did_you_mean
 from intaglio.pipeline.files import MIB, read_bytes
 from intaglio.pipeline.runs.runtime import Runtime
@@ -60,7 +60,7 @@ def find_pass(reference: str, base: Path) -> PassSource:
 
 @cache
 def named_passes() -> dict[str, EntryPoint]:
-    """All entry points, by name and sorted. Raises RecipeError when two distributions own one name."""
+    """Return the entry points of all passes, sorted by name. Raises RecipeError if two distributions provide one name."""
     return named(PASSES, "pass")
 
 
@@ -78,7 +78,7 @@ def pass_classes() -> dict[str, type[Pass] | None]:
 
 @cache
 def named_metrics() -> dict[str, EntryPoint]:
-    """As `named_passes`."""
+    """Return the entry points of all metrics, sorted by name. Raises RecipeError if two distributions provide one name."""
     return named(METRICS, "metric")
 
 
@@ -102,6 +102,20 @@ def find_metric(name: str) -> Metric:
     assert made is not None  # it has the methods
     metric: Metric = made()
     return metric
+
+
+@cache
+def plugin_source(group: str, name: str) -> str | None:
+    """Return distribution, version and digest of the source of a metric or runtime; None for intaglio's own.
+
+    The digest is made once in a process, like the import of the module.
+    """
+    point = {METRICS: named_metrics, RUNTIMES: named_runtimes}[group]()[name]
+    if _is_own(point.module):
+        return None
+    module = _import(point.module, name)
+    source = "none" if module.__file__ is None else _source_sha256(module.__name__, Path(module.__file__))
+    return f"{point.value} {'' if point.dist is None else f'{point.dist.name} {point.dist.version} '}{source}"
 
 
 @cache
@@ -169,7 +183,7 @@ def _member(module: ModuleType, class_name: str, reference: str) -> type[Pass]:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, Pass)]
         raise RecipeError(f"{reference}: no class {class_name!r}{did_you_mean(class_name, set(classes) - {'Pass'})}")
     if not (inspect.isclass(found) and issubclass(found, Pass)):
-        raise ContractError(f"{reference}: {class_name} is not a subclass of intaglio.pipeline.Pass")
+        raise ContractError(f"{reference}: {class_name} is not a subclass of intaglio.Pass")
     missing = [attribute for attribute in ("name", "requires", "provides") if not hasattr(found, attribute)]
     missing += sorted(found.__abstractmethods__)
     if missing:
@@ -178,14 +192,19 @@ def _member(module: ModuleType, class_name: str, reference: str) -> type[Pass]:
 
 
 def _source(pass_class: type[Pass], origin: str) -> PassSource:
-    own = pass_class.__module__.split(".")[0] == "intaglio"
-    return PassSource(pass_class, origin, None if own else _source_sha256(pass_class))
+    module = pass_class.__module__
+    source = None if _is_own(module) else _source_sha256(module, Path(inspect.getfile(pass_class)))
+    return PassSource(pass_class, origin, source)
 
 
-def _source_sha256(pass_class: type[Pass]) -> str:
-    """Return the digest of the class's file, or of all Python files of its top-level package."""
-    file = Path(inspect.getfile(pass_class))
-    depth = pass_class.__module__.count(".") + (file.name == "__init__.py")
+def _is_own(module_name: str) -> bool:
+    """Return True for a module of intaglio, whose passes have a `version` in place of a digest."""
+    return module_name.partition(".")[0] == "intaglio"
+
+
+def _source_sha256(module_name: str, file: Path) -> str:
+    """Return the digest of a module's file, or of all Python files of its top-level package."""
+    depth = module_name.count(".") + (file.name == "__init__.py")
     if depth == 0:
         return hashlib.sha256(read_bytes(file, most=MOST_SOURCE)).hexdigest()
     package = file.parents[depth - 1]

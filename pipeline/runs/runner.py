@@ -24,6 +24,7 @@ from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
+from intaglio.pipeline.runs.registry import plugin_source
 from intaglio.pipeline.runs.store import Store
 from intaglio.pipeline.runs.versions import find_version
 
@@ -186,6 +187,9 @@ def run_key(step: BoundStep, inputs: Digests, seed: int) -> tuple[str, str]:
         ingredients["seed"] = seed
     if step.source_sha256 is not None:
         ingredients["source"] = step.source_sha256
+    sources = {name: plugin_source(group, name) for group, name in step.plugins}
+    if outside := {name: source for name, source in sources.items() if source is not None}:
+        ingredients["plugins"] = outside
     text = json.dumps(ingredients, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest(), text
 
