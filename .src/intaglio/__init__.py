@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from intaglio.exporters.deploy.denoiser import load
     from intaglio.exporters.deploy.pipeline import load_pipeline
+    from intaglio.exporters.qdq.lowering import Lowering
     from intaglio.pipeline.artifacts.graph import Engine, Graph
     from intaglio.pipeline.artifacts.keys import (
         ADAPTER,
@@ -63,6 +64,7 @@ _ERRORS = "CallError ContractError IntaglioError MissingExtra RecipeError StepFa
 _MODULES = {
     "exporters.deploy.denoiser": "load",
     "exporters.deploy.pipeline": "load_pipeline",
+    "exporters.qdq.lowering": "Lowering",
     "pipeline.artifacts.graph": "Engine Graph",
     "pipeline.artifacts.keys": _KEYS,
     "pipeline.contract.artifact": "AnyKey Artifact Key Outputs State",
@@ -117,6 +119,7 @@ __all__ = [
     "Graph",
     "IntaglioError",
     "Key",
+    "Lowering",
     "Machine",
     "MetricContext",
     "MissingExtra",

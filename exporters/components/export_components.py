@@ -7,9 +7,9 @@ import inspect
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
 from intaglio.pipeline.artifacts.graph import Graph, Interface
 from intaglio.pipeline.artifacts.keys import COMPONENTS, MODEL, PIPELINE, TARGET
@@ -18,6 +18,8 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError, StepFailed, TargetError, did_you_mean
 from intaglio.pipeline.files import printable
+from intaglio.pipeline.formats.known import known_schemes
+from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.formats.target import Target, load_target
 
 if TYPE_CHECKING:
@@ -33,7 +35,24 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.pipeline_folder import PipelineFolder
     from intaglio.pipeline.model.types import Inputs
 
-Precision: TypeAlias = Literal["float", "w8a16", "w4a16", "none"]
+
+
+def _precisions() -> tuple[str, ...]:
+    """List the precisions: each scheme that rounds no input and no output, and `none`."""
+    schemes = known_schemes().items()
+    return (*(n for n, s in schemes if isinstance(s.input, Float) and isinstance(s.output, Float)), "none")
+
+
+def _known_precision(name: str) -> str:
+    if name not in _precisions():
+        raise ValueError(f"no precision {name!r}: components have {', '.join(_precisions())}")
+    return name
+
+
+Precision: TypeAlias = Annotated[
+    str, AfterValidator(_known_precision), WithJsonSchema({"type": "string", "enum": list(_precisions())})
+]
+"""Name of a scheme with float inputs and outputs, or `none`."""
 
 PROMPTS = ("a lighthouse on a cliff at dusk", "a bowl of fruit, oil on canvas")
 """Prompts for a pipeline if the recipe gives no call."""
@@ -44,7 +63,7 @@ PICTURES = ("image", "mask_image", "control_image")
 class ExportComponents(Pass):
     """Export a graph of each component that computes what torch does, at any number of rows.
 
-    float is the floating-point type of the target; w8a16 and w4a16 round the weights, and the graph computes what
+    float is the floating-point type of the target; other precisions round the weights, and the graph computes what
     torch does with the rounded weights.
     """
 
@@ -57,8 +76,9 @@ class ExportComponents(Pass):
 
     precision: Mapping[str, Precision] = Field(
         {},
-        description="precision by component: float (the default), w8a16, w4a16, or none, which leaves it uncompiled"
-        "; it still takes part in the call if the pipeline needs it",
+        description="precision by component: float (the default), a scheme that rounds weights only, such as w8a16 or"
+        " w4a16, or none: the component is not compiled, and is called while calls are recorded if the pipeline needs"
+        " it",
     )
     targets: Mapping[str, str] = Field({}, description="target by component, if it is not the recipe's")
     call: Mapping[str, JsonValue] = Field(
@@ -124,8 +144,8 @@ class ExportComponents(Pass):
                 if name not in there:
                     why = f"the pipeline has no such component{did_you_mean(name, there)}"
                 elif name == denoiser:
-                    of = "precision is its plan's" if option == "precision" else "target is the recipe's"
-                    why = f"the denoiser's {of}: leave it out here"
+                    origin = "the plan" if option == "precision" else "the recipe"
+                    why = f"{origin} sets the {option.removesuffix('s')} of the denoiser: remove this entry"
                 elif option == "targets" and self.precision.get(name) == "none":
                     why = f"precision.{name} leaves it out: give one of the two"
                 elif name not in models and value != "none":

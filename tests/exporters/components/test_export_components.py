@@ -269,8 +269,8 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
 
     refused("text_encoders: the pipeline has no such component: did you mean", precision={"text_encoders": "float"})
     refused("targets.text_encoders: the pipeline has no such", targets={"text_encoders": "onnxruntime-cpu"})
-    refused("targets.unet: the denoiser's target is the recipe's", targets={"unet": "onnxruntime-cpu"})
-    refused("precision.unet: the denoiser's precision is its plan's", precision={"unet": "float"})
+    refused("targets.unet: the recipe sets the target of the denoiser: remove this entry", targets={"unet": "onnxruntime-cpu"})
+    refused("precision.unet: the plan sets the precision of the denoiser: remove this entry", precision={"unet": "float"})
     refused("vae is never called: change `call` to use it, or", call=call | {"output_type": "latent"})
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from intaglio import Faults, Found, Graph, Target
+    from intaglio import Faults, Found, Graph, Lowering, Target
 
 
 class Reference(Runtime):
@@ -38,9 +38,10 @@ class Reference(Runtime):
     name: ClassVar[str] = "reference"
     steps: ClassVar[tuple[str, ...]] = ("reference",)
 
-    def lowerings(self) -> Iterable[object]:
+    def lowerings(self) -> Iterable[Lowering]:
         """Return rows that dequantize weights in front of a product: nothing here multiplies integers."""
-        from intaglio.exporters.qdq.lowering import Lowering, blocks, per_channel, with_shifts
+        from intaglio import Lowering
+        from intaglio.exporters.qdq.lowering import blocks, per_channel, with_shifts
         from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN, W8A16, w4a16
 
         why = "exact, in float on rounded values"
