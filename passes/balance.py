@@ -37,7 +37,9 @@ class BalanceLayers(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
 
     exponents: tuple[float, ...] = Field(
-        (0.3, 0.5, 0.7), description="shares of a channel's magnitude that move into the weight; all are compared"
+        (0.3, 0.5, 0.7),
+        description="exponents of the channel scales (SmoothQuant): the share of the input's magnitude that the weight"
+        " takes over; all of them are tried",
     )
     block: int = Field(128, ge=1, le=4096, description="channels that are rotated together, at most; 1 rotates none")
     branch: int = Field(

@@ -38,7 +38,7 @@ MOST_JSON = 16 * MIB
 MOST_ARTIFACT = 64 * MIB
 """Largest size in bytes of a JSON file of known types."""
 MOST_VALUES = 2_000_000
-"""Largest number of values of a JSON file, counted by the signs between them."""
+"""Largest number of values of a JSON file, counted by its commas and opening brackets."""
 LONGEST_LINE = 1000
 """Largest number of characters of another library's message that are passed on."""
 MOST_NUMBER_DIGITS = 4300

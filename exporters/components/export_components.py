@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 
-
 def _precisions() -> tuple[str, ...]:
     """List the precisions: each scheme that rounds no input and no output, and `none`."""
     schemes = known_schemes().items()

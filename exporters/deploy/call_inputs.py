@@ -85,7 +85,10 @@ class CallInputs:
         sizes = dict(_named_sizes(self._graph.inputs, inputs))
         for name, size in _named_sizes(self._graph.outputs, outputs):
             if size != sizes.get(name, size):
-                raise CallError(f"{self._sizes(inputs)}: the graph returns {size} for {sizes[name]} of the axis {name}")
+                raise CallError(
+                    f"{self._sizes(inputs)}: the axis {name} of the output has the size {size}, but {sizes[name]} in"
+                    " the inputs"
+                )
 
     def _sizes(self, inputs: Mapping[str, torch.Tensor]) -> str:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
@@ -104,7 +107,8 @@ class CallInputs:
             raise CallError(f"{self._place(name)} is a {kind}: give a tensor of torch")
         if value.is_meta or value.layout != torch.strided or value.is_quantized:
             raise CallError(
-                f"{self._place(name)} is a {value.device.type} tensor, {value.layout}: give one with values"
+                f"{self._place(name)} is a tensor on the device {value.device.type} with the layout {value.layout}"
+                f"{', quantized' if value.is_quantized else ''}: give a dense, unquantized tensor with values"
             )
         if value.requires_grad and torch.is_grad_enabled():
             raise CallError(
@@ -131,18 +135,21 @@ class CallInputs:
             raise CallError(f"{self._place(name)} is of {value.dtype}: give whole numbers from 0 to {size - 1}")
         for number in (float(end) for end in value.aminmax()):
             if not 0 <= number < size:
-                raise CallError(f"{self._place(name)} has {number:g}, but there are 0 to {size - 1}")
+                raise CallError(
+                    f"{self._place(name)} has the index {number:g}, but the table has the indices 0 to {size - 1}"
+                )
 
     def _converted(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Convert a tensor to the graph's element type. Raises CallError if its values do not fit that type."""
         wanted: torch.dtype = getattr(torch, self._graph.inputs[name].dtype)
         if value.is_complex() and not wanted.is_complex:
-            raise CallError(f"{self._place(name)} is complex, but {wanted} is taken")
+            raise CallError(f"{self._place(name)} is complex, but the graph accepts {wanted} only")
         converted = value.to(wanted)
         if wanted.is_floating_point and not converted.isfinite().all():
             where = f"values beyond {wanted}" if value.isfinite().all() else "NaN or Inf"
             raise CallError(
-                f"{self._place(name)} has {where}: integer codes have none, the output would be a wrong one"
+                f"{self._place(name)} has {where}: integer codes cannot represent these values, so the output would be"
+                " wrong: give finite values"
             )
         if not (wanted.is_floating_point and value.is_floating_point()):
             changed = converted.to(value.dtype) != value
@@ -211,14 +218,14 @@ def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Ten
         wanted = specs[tensor].shape
         if len(wanted) != value.dim():
             shown = f"({', '.join(map(str, wanted))})"
-            problems.append(f"{before}{tensor} has the shape {tuple(value.shape)}, but {shown} is taken")
+            problems.append(f"{before}{tensor} has the shape {tuple(value.shape)}, but the graph accepts {shown}")
             continue
         for axis, (size, there) in enumerate(zip(wanted, value.shape, strict=True)):
             taken = size if isinstance(size, int) else sizes.setdefault(size, there)
             if there != taken:
-                problems.append(f"{before}{tensor} has {there} at axis {axis}, but {taken} is taken")
+                problems.append(f"{before}{tensor} has {there} at axis {axis}, but the graph accepts {taken}")
             elif not there and not isinstance(size, int):
-                problems.append(f"{before}{tensor} has 0 at axis {axis}, but at least 1 is taken")
+                problems.append(f"{before}{tensor} has 0 at axis {axis}, but the graph accepts 1 or more")
     if problems:
         raise CallError(*problems)
 

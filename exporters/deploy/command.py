@@ -20,7 +20,7 @@ def kit_command(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Archive; default RECIPE-TARGET.tar.gz.")] = None,
     as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:
-    """Pack a TensorRT target for a device with only TensorRT, which builds, checks and times the engine."""
+    """Pack a TensorRT target into an archive, from which a device with only TensorRT builds and checks the engine."""
     from intaglio.exporters.deploy import kit
 
     _print_written(kit.write_kit(folder, out, target), as_json)

@@ -42,7 +42,9 @@ SEED = 0
 NEIGHBOURS = 3
 """Number of calls with slightly moved inputs, for all cases together; there are at most three cases."""
 TOLERANCE_FACTOR = 3
-"""Largest ratio of an engine's error to that of a call with inputs moved by a float16 rounding.
+"""Largest allowed ratio of two errors: the engine's, and the change of the outputs when inputs move by one rounding.
+
+Inputs move by a rounding to float16.
 
 A code that rounds differently changes everything after it, wherever it is: in ONNX's reference, where every float16
 operator rounds, the ratio is 0.9 to 1.1 for two tiny models.

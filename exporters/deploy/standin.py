@@ -131,8 +131,8 @@ class Standin(nn.Module):
         called = self._called("to")
         if dtype not in (None, self.dtype):
             raise CallError(
-                f"{called}: it computes in the formats that it was compiled with, and takes and gives {self.dtype}:"
-                f" leave it out of what becomes {dtype}"
+                f"{called}: it computes in the formats that it was compiled with; its inputs and outputs are"
+                f" {self.dtype}: do not convert it to {dtype}"
             )
         here = self.device
         if device is not None and (device.type != here.type or device.index not in (None, here.index, 0)):
@@ -194,7 +194,7 @@ class Standin(nn.Module):
 def freeze(root: nn.Module, name: str, compiled: str) -> None:
     """Make a model and all modules in it refuse every change and every call, with CallError; they can be read.
 
-    `compiled` is what of it can be called, for the message.
+    `compiled` is a text for the message that says which methods can be called.
     """
     for path, module in list(root.named_modules()):
         place = f"{name}.{path}".strip(".")
@@ -239,10 +239,10 @@ class _Shown(nn.Parameter):
         if name in READ:
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
         place = next((arg.place for arg in args if isinstance(arg, cls)), "a weight")
-        raise CallError(f"{place} can neither be read nor changed ({name}): the values of a compiled model are nowhere")
+        raise CallError(f"{place} can neither be read nor changed ({name}): a compiled model does not keep its weights")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # an argument that nobody gives
-        return f"<{self.place}: {tuple(self.shape)}, nowhere>"
+        return f"<{self.place}: {tuple(self.shape)}, not kept>"
 
 
 def _shown(tensor: torch.Tensor, place: str) -> torch.Tensor:

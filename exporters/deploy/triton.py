@@ -177,8 +177,8 @@ def _check(place: Path, target: Target, graph: Graph) -> None:
         )
     if scalars := [n for n, spec in specs.items() if not spec.shape]:
         raise TargetError(
-            f"{', '.join(scalars)}: Triton's TensorRT has no tensors without axes: choose schemes with scales by token,"
-            " or serve a target of ONNX Runtime"
+            f"{', '.join(scalars)}: the TensorRT backend of Triton cannot take scalars: choose schemes with a scale for"
+            " each token, which need no `step`, or serve a target of ONNX Runtime"
         )
 
 

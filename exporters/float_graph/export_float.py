@@ -39,9 +39,9 @@ RANGE_STEPS, RANGE_ROWS = 5, 4
 
 
 class ExportFloat(Pass):
-    """Export a graph that computes what torch does at any number of rows; every node knows its layer.
+    """Export a graph that computes the same as torch for any number of rows.
 
-    Axes whose size differs in the model's other call are dynamic too.
+    Axes whose size differs in the model's other call are dynamic too. The metadata of a layer's nodes name the layer.
     """
 
     name: ClassVar[str] = "export-float"
@@ -50,7 +50,13 @@ class ExportFloat(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
 
-    opset: int = Field(21, ge=21, le=22, description="ONNX opset; 21 has 4-bit weights, 23 hides attention's products")
+    opset: int = Field(
+        21,
+        ge=21,
+        le=22,
+        description="ONNX opset; 4-bit weights need 21; from 23 on, attention is one operator, whose products cannot be"
+        " quantized",
+    )
 
     def check(self, target: Target) -> None:
         """Check the opset. Raises TargetError if the target does not read it."""

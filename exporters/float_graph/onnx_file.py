@@ -1,7 +1,7 @@
-"""Reads an ONNX file that anyone may have written, in bounded memory, without following it out of its folder.
+"""Read an ONNX file that anyone may have written, in bounded memory, without following it out of its folder.
 
-All but the weights of a model is small. So the weights stay in the file, like those that are in a file beside it, and
-what is left has to keep to limits before protobuf, which needs up to 200 times its size, sees it.
+A model without its weights is small. So weights are not loaded: they stay in their files. The rest is checked against
+limits before protobuf parses it, because protobuf needs up to 200 times the size of the text.
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
     location, folder = place.get("location", ""), path.parent
     name, where, size = _short(tensor.name), _short(location), nbytes(tensor)
     if size is None:
-        return f"{name}: its data is in {where}, where only numbers can be: keep it in the model"
+        return (
+            f"{name}: its data is in {where}, but a tensor of this type cannot have external data: store it in the"
+            " model file"
+        )
     try:
         offset = int(place.get("offset", 0))
         length = int(place.get("length", size))

@@ -58,7 +58,7 @@ def transposed_keys() -> pattern.RewriteRule:
     """Return the rule that makes one Transpose of the keys of attention.
 
     The exporter flattens the axes before the last two, to sizes that it takes from the shape at run time. Then the
-    shape of the product is unknown, and a runtime that does not know it keeps the scores twice.
+    shape of the product is unknown, and the runtime keeps two copies of the attention scores.
     """
     return pattern.RewriteRule(_flattened_keys, _one_transpose, _sizes_are_of_the_shape)
 

@@ -1,4 +1,4 @@
-"""Find the nodes of one layer of the model in an ONNX graph, and cut the layer out as a model of its own.
+"""Find the nodes of each layer of the model in an ONNX graph, by the layer's name in their metadata.
 
 Shapes: N out features, K in features, C input channels, kh kw kernel.
 """

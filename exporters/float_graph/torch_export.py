@@ -92,8 +92,8 @@ def write_graph(
 ) -> Graph:
     """Export `module`, as `compute` calls it, as a float32 graph in files of its own; errors name it `called`.
 
-    The graph has these outputs, the dynamic axes of `calls`, and in every node the name of its layer.
-    Raises StepFailed.
+    The graph has these outputs and the dynamic axes of `calls`. The metadata of every node of a layer has the layer's
+    name. Raises StepFailed.
     """
     exported = _export(module, compute, calls, outputs, opset, called)
     weights = list(exported.graph.initializers.values())
@@ -178,8 +178,8 @@ def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
             least, only = (size, True) if isinstance(size, int) else limits.get(str(size), (0, False))
             if only:
                 constant.append(
-                    f"{name}: axis {axis} can only be {least}, it enters the graph as a constant (a position table,"
-                    " or a size that is computed with): call at one size only, or give what depends on it as an input"
+                    f"{name}: the size of axis {axis} is fixed at {least}, because the model computes a constant from"
+                    " it, such as a position table: use one size only, or make that constant an input of the model"
                 )
     if constant:
         raise StepFailed(*constant)
@@ -269,8 +269,8 @@ def _axis_names(graph: ir.Graph, calls: Calls) -> dict[str, tuple[str, str, int]
 def _name_calls(model: ir.Model, module: nn.Module) -> None:
     """Give every product of a layer the layer's name in the table as its scope. Changes `model`.
 
-    torch names a module that is registered, or called, in several places by any of these, or by a path that there is
-    not; so a product belongs to the layer whose class is in its scope and that holds its weight. Layers that share a
+    If a module is registered or called in several places, torch may use any of its paths, or a path that does not
+    exist. So a product belongs to the layer that has the class in its scope and holds its weight. Layers that share a
     weight are told apart by their paths.
     """
     layers = {layer.name: module.get_submodule(layer.name) for layer in layer_table(module)}

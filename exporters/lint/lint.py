@@ -26,7 +26,7 @@ class Lint(Pass):
     """Check a graph with all RULES. A graph without errors builds and, where it says so, runs on integers."""
 
     name: ClassVar[str] = "lint"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LINT})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class MeasureLatency(Pass):
-    """Measures the median time of one call in ONNX Runtime, of the float32 and the compiled graph by turns."""
+    """Measure the median time of one call of the float32 and of the compiled graph, by turns.
+
+    The target's runtime opens both graphs; graphs for TensorRT are opened in ONNX Runtime.
+    """
 
     name: ClassVar[str] = "benchmark"
     version: ClassVar[int] = 2

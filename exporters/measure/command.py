@@ -33,10 +33,10 @@ def profile_command(
         int | None, typer.Option(min=0, max=1024, help="Threads of ONNX Runtime, 0 for all cores.")
     ] = None,
     trtexec: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What trtexec --exportProfile wrote: read, nothing is run.")
+        Path | None, typer.Option(metavar="FILE", help="File of trtexec --exportProfile: it is read, nothing is run.")
     ] = None,
     layers: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What trtexec --exportLayerInfo wrote, beside --trtexec.")
+        Path | None, typer.Option(metavar="FILE", help="File of trtexec --exportLayerInfo, beside --trtexec.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the times as JSON, for assign.profile.")

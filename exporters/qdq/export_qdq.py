@@ -105,7 +105,10 @@ def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
     planned = {name: scheme for name, scheme in plan.schemes.items() if scheme != FLOAT}
     made = {name: data.scheme for name, data in quantized.layers.items()}
     if wrong := sorted(name for name in planned.keys() | made.keys() if planned.get(name) != made.get(name)):
-        raise ContractError(f"planned otherwise than quantized: {', '.join(wrong)}")
+        raise ContractError(
+            f"the plan and the quantized weights have different schemes for {', '.join(wrong)}: run `merge` after the"
+            " last change of the plan"
+        )
 
 
 def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:

@@ -49,11 +49,11 @@ class _Fold:
 def fold_scales(
     graph: ir.Graph, scales: Iterable[ChannelScale], ends: Collection[str], *, symmetric: bool = False
 ) -> tuple[dict[str, ScaledBy], dict[str, float]]:
-    """Fold every scale that what precedes it can take without more work than it was. Changes `graph`.
+    """Fold each channel scale into the operators before it, if the graph needs no more work then. Changes `graph`.
 
-    Only where nothing else reads what is scaled, and never an input or output of the graph. `symmetric`: whether the
-    runtime takes positive scales of codes alone. Returns, of the values in `ends`, those that are scaled now and by
-    what, and by what factor at most each value is larger, by name.
+    A value is scaled only if no other node reads it, and if it is no input or output of the graph. `symmetric`: True if
+    the runtime accepts only positive scales of codes. Returns two mappings by value name: for each scaled value of
+    `ends`, the layer whose channel scales multiply it; and the largest factor by which each value grew.
     """
     scaled: dict[str, ScaledBy] = {}
     factors: dict[str, float] = {}
@@ -97,7 +97,10 @@ class _Folder:
     symmetric: bool
 
     def into_output(self, value: ir.Value, scale: Scale) -> _Fold | None:
-        """`value` times `scale`, by what makes it; None where that cannot be, or where others read it."""
+        """Return the change after which the producer of `value` gives `value * scale`; None if there is none.
+
+        There is none if other nodes read `value`.
+        """
         node = value.producer()
         if node is None or len(value.uses()) != 1 or value.is_graph_output():
             return None
@@ -144,7 +147,7 @@ class _Folder:
         return self._constant(node, 1, scale) if by_column else None
 
     def _split(self, node: ir.Node, value: ir.Value, scale: Scale) -> _Fold | None:
-        """The other parts are as they were."""
+        """Scale the input of a Split so that one part is scaled, and the others are multiplied by 1."""
         rank, axis = len(value.shape or ()), node.attributes.get_int("axis", 0)
         sizes = [part.shape[-1] for part in node.outputs if part.shape is not None and isinstance(part.shape[-1], int)]
         if scale.ndim != 1 or not rank or axis % rank != rank - 1 or len(sizes) < len(node.outputs):
@@ -156,7 +159,7 @@ class _Folder:
         return self._into(node, 0, np.concatenate(parts), node.inputs[0])
 
     def _concatenation(self, node: ir.Node, value: ir.Value, scale: Scale) -> _Fold | None:
-        """Each part by the scale, or by its own part of it where that is what lies along the axis."""
+        """Scale each input of a Concat; if the scale runs along the axis, each input gets its own part of the scale."""
         rank, axis = len(value.shape or ()), node.attributes.get_int("axis", 0)
         if not rank:
             return None
@@ -171,9 +174,9 @@ class _Folder:
         return _all(self._into(node, place, _least_rank(each), None) for place, each in enumerate(scales))
 
     def _into(self, node: ir.Node, place: int, scale: Scale, result: ir.Value | None) -> _Fold | None:
-        """An input of a node times `scale`: as a constant, by what makes it, or by a factor where it is small.
+        """Return the change that scales one input of a node: its constant or its producer, or a Mul in between.
 
-        Small is what is repeated to the shape of `result`.
+        A Mul is added only if the input is small: the node repeats it to the shape of `result`.
         """
         value = node.inputs[place]
         if value is None:
@@ -218,7 +221,7 @@ class _Folder:
 
 
 def _all(folds: Iterable[_Fold | None]) -> _Fold | None:
-    """One after the other; None where one cannot be."""
+    """Return all changes as one; None if one of them is None."""
     total = _Fold()
     for fold in folds:
         if fold is None:
@@ -234,7 +237,7 @@ def _least_rank(scale: Scale) -> Scale:
 
 
 def _moved_back(node: ir.Node, value: ir.Value, scale: Scale) -> Scale | None:
-    """The scale of what a Reshape or Transpose reads; None where it has none."""
+    """Return the scale of the input of a Reshape or Transpose that scales its output by `scale`, or None."""
     before = None if node.inputs[0] is None else node.inputs[0].shape
     if before is None or value.shape is None:
         return None

@@ -24,7 +24,7 @@ ONE_GROUP = "one-group-norm"
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
-    """Those that the target does not read as they are meant. Changes `graph`.
+    """Write each GroupNormalization that the target refuses or misreads in older operators. Changes `graph`.
 
     y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
     """

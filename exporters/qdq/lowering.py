@@ -177,4 +177,7 @@ def lowering(op: OpKind, scheme: LayerScheme, runtime: str) -> Lowering:
     for row in table(runtime):
         if row.op == op and row.scheme.alike(scheme):
             return row
-    raise TargetError(f"no way to write {scheme.name} of a {op} for {runtime}")
+    raise TargetError(
+        f"runtime {runtime}: its `lowerings` has no row for {scheme.name} and {op}: add the row, or choose another"
+        " scheme"
+    )

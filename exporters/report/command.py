@@ -68,16 +68,20 @@ def sample_command(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture, such as grid.png.")],
     rows: Annotated[
         list[int],
-        typer.Option("--class", "--row", metavar="N", help="A class, or row of what was recorded; several in turn."),
+        typer.Option(
+            "--class", "--row", metavar="N", help="Class, or row of the recorded conditions; repeat it to draw several."
+        ),
     ] = [],  # noqa: B006
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to draw, by the whole pipeline.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Text prompt; it needs --pipeline.")] = None,
     pipeline: Annotated[
         str | None, typer.Option(metavar="DIR", help="The whole diffusers pipeline for --prompt: its folder or hub id.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; those of the recipe if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    samples: Annotated[int, typer.Option(help="How many are drawn.")] = 8,
-    compare: Annotated[bool, typer.Option("--compare", help="Full precision above, from the same noise.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    samples: Annotated[int, typer.Option(help="Number of samples to draw.")] = 8,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also draw in full precision, from the same noise, above the others.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:

@@ -68,7 +68,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -178,7 +178,7 @@ def metrics_of_files(folder: Path) -> dict[str, object]:
 _IMPLEMENTATIONS = {
     "full_precision": ("Full precision", "the model as it was given"),
     "simulated": ("Simulated", "its quantization, in PyTorch"),
-    "deployed": ("Deployed", "the ONNX graph, in ONNX Runtime"),
+    "deployed": ("Deployed", "the ONNX graph, as verify executed it"),
 }
 
 

@@ -124,9 +124,13 @@ def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Modul
     if args.strategy not in ("tensor", "channel", "group"):
         raise NotCarried(f"weights in {args.form}: only with scales by tensor, channel or group")
     if "weight_g_idx" in parts:
-        raise NotCarried("weight_g_idx: groups of input features in another order (actorder) are no neighbours")
+        raise NotCarried(
+            "weight_g_idx: with actorder the features of a group are not neighbours, which is not supported"
+        )
     if not args.symmetric:
-        raise NotCarried(f"weights in {args.form} with zero points: here a code of 0 is 0 (symmetric)")
+        raise NotCarried(
+            f"weights in {args.form} with zero points: only symmetric codes, without zero points, can be imported"
+        )
     scale = parts.get("weight_scale")
     if scale is None:
         raise NotCarried("no weight_scale")
@@ -134,7 +138,7 @@ def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Modul
     entering = _entering(group.input_activations, parts)
     read = READ | ({"input_scale", "input_zero_point"} if group.input_activations is not None else set())
     if unread := sorted(parts.keys() - read):
-        raise NotCarried(f"{', '.join(unread)}: no place here")
+        raise NotCarried(f"{', '.join(unread)}: intaglio does not use these tensors")
     block = layer.k if args.strategy != "group" else args.group_size
     return checked(layer, args.num_bits, _codes(parts, args.num_bits, layer), scale, block, entering)
 
@@ -170,7 +174,9 @@ def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering
     if args.type != "int":
         raise NotCarried(f"inputs in {args.form}: only integers of 4 or 8 bits")
     if not args.symmetric:
-        raise NotCarried(f"inputs in {args.form} with zero points: here a code of 0 is 0 (symmetric)")
+        raise NotCarried(
+            f"inputs in {args.form} with zero points: only symmetric codes, without zero points, can be imported"
+        )
     scale = parts.get("input_scale")
     check_symmetric(parts.get("input_zero_point"), scale, "inputs")
     match args.dynamic, args.strategy:

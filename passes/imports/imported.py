@@ -214,8 +214,8 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     if theirs.is_floating_point() and not theirs.isfinite().all():
         return "holds NaN or Inf"
     return (
-        "not what the recipe's model has, which the graph is made from: name the weights that were quantized in"
-        " model.path"
+        "different from the recipe's model, from which the graph is made: set model.path to the model that was"
+        " quantized"
     )
 
 
@@ -257,7 +257,9 @@ def layer_data(
     match bits, entering:
         case 8, None | Entering(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
-                raise NotCarried("8-bit weights in blocks: only with one scale for each output channel")
+                raise NotCarried(
+                    "8-bit weights with scales for blocks cannot be imported: use one scale for each output channel"
+                )
             scheme = W8A16 if entering is None else LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
         case 4, None:
             group = _group(layer, scale_NG)
@@ -273,9 +275,9 @@ def layer_data(
             group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)
             scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
         case _, None:
-            raise NotCarried(f"{bits}-bit weights in front of a float input: only those of 4 or 8 bits are")
+            raise NotCarried(f"{bits}-bit weights with a float input: only weights of 4 or 8 bits can be imported")
         case _, Entering():
-            raise NotCarried(f"{bits}-bit weights in front of a {entering.form.bits}-bit input")
+            raise NotCarried(f"{bits}-bit weights with a {entering.form.bits}-bit input")
     tables = NO_TABLES if entering is None else entering.tables
     return QuantizedLayerData(scheme, codes, scale_NG.contiguous(), group_NG, tables, balance)
 

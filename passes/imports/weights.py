@@ -75,7 +75,7 @@ class ImportWeights(ImportPass):
             if read is None:
                 raise StaysFloat("the file has its weight in float")
             if layer.op != "linear":
-                raise NotCarried(f"the weight of a {layer.op}: only those of linear layers are taken")
+                raise NotCarried(f"the weight of a {layer.op}: only those of linear layers can be imported")
             check_called(layer, trajectory)
             weight = read(layer)
             return layer_data(layer, weight.bits, weight.codes, weight.scale_NG, weight.entering)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 MOST_ENGINE = 1 << 36
-"""Bytes of a serialized engine that are read."""
+"""Largest size in bytes of a serialized engine that is read."""
 STEP_INPUT = "step"
 """Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
 
@@ -84,7 +84,7 @@ class Graph(_GraphFacts, _File):
     `timestep` names the input that tells the step, None where the model has no timestep. `sizes` gives the size of each
     dynamic axis but the batch in the recorded call and in the other one.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
-    `scaled` are those ends of layers, by value name, that the channel scales of a layer behind them are folded into.
+    `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
     """
 
     def save(self, root: Path) -> None:

@@ -55,13 +55,14 @@ class Sensitivity(_Table):
     `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
     the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
     A rounded weight pushes every step the same way, which no sum over steps predicts: `drift_screened[layer][scheme]`
-    is the error of the final samples to first order along whole trajectories, and `drift[layer][scheme]` that measured
-    on them, where it was.
+    is the error of the final samples to first order along whole trajectories. `drift[layer][scheme]` is the same error,
+    measured by drawing samples; it has only the pairs that were measured.
 
     `stderr` is the standard error of each of those means, over samples; empty where there was one sample. `measured`
-    lists the schemes that each layer was rounded alone in; errors of others are `screened` ones, the first-order
-    prediction, times what the measured ones of the scheme are to theirs in the median. `rank_correlation` is
-    Spearman's, of the two. `apart[layer][scheme]` has the error of the `weight` alone and of the `input` alone.
+    lists the schemes in which each layer was rounded alone. The errors of all other schemes are predicted to first
+    order (`screened`), and multiplied by the median ratio of measured to predicted errors of the scheme.
+    `rank_correlation` is Spearman's, of measured and predicted errors. `apart[layer][scheme]` has the
+    error of the `weight` alone and of the `input` alone.
 
     `groups` is the group of each layer, `metrics` that of each group, and `ranked[layer][scheme][bucket]` its error
     where it is another one than the mean squared error. `samples` is the range of the full-precision samples.

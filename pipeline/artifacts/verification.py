@@ -74,9 +74,10 @@ class DepartureFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFigures:
-    """Distances of samples to full precision, in dB: means over the samples of each one's own, but for the worst one.
+    """Distances of samples to full precision, in dB.
 
-    The worst is there too, since a trajectory that parts from its reference makes one sample much worse than others.
+    Each figure is the mean over the samples, except `psnr_db_min`, which is that of the worst sample: a trajectory that
+    departs from its reference makes one sample much worse than others.
     The peak of every PSNR is `psnr_peak`; SQNR is relative to the mean square of each full-precision sample.
     """
 
@@ -157,7 +158,7 @@ class Verification(_Measured):
 
 @dataclass(frozen=True)
 class Latency:
-    """Median time of one call with `rows` rows in ONNX Runtime, of the float32 graph and of the compiled graph."""
+    """Median time of one call with `rows` rows in the target's runtime, of the float32 and of the compiled graph."""
 
     rows: int
     float32_ms: float

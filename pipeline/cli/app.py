@@ -58,7 +58,7 @@ class _Commands(TyperGroup):
         return [*super().list_commands(ctx), *named_commands()]
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        """Return the command of this name, whose module is imported if another package has it; None if there is none."""
+        """Return the command of this name, or None. The module of a command outside the core is imported here."""
         own = super().get_command(ctx, name)
         if own is not None or (point := named_commands().get(name)) is None:
             return own
@@ -192,7 +192,9 @@ def plan_command(
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
         return
     for target, steps in planned.items():
-        print_table(target, ("step", "", "took, or will take", "held"), [plan_row(step) for step in steps])
+        print_table(
+            target, ("step", "", "time, measured or estimated", "peak memory"), [plan_row(step) for step in steps]
+        )
 
 
 @app.command("doctor")
@@ -311,7 +313,14 @@ def verify(
         print_json({str(each): problems for each, problems in found.items()})
     else:
         for each, problems in found.items():
-            say("\n".join([f"{each}: {'not what was delivered' if problems else 'as delivered'}", *problems]))
+            say(
+                "\n".join(
+                    [
+                        f"{each}: {'files differ from the manifest' if problems else 'all files match the manifest'}",
+                        *problems,
+                    ]
+                )
+            )
     if any(found.values()):
         raise typer.Exit(1)
 

@@ -69,12 +69,12 @@ def print_machine(machine: Machine) -> None:
 
 
 def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
-    """Return the row of one step for the table of `--plan`."""
+    """Return the row of one step for the table that `intaglio plan` prints."""
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
     if step.seconds is not None:
         held = "" if step.peak_bytes is None else f"{step.peak_bytes / 1e9:.1f} GB"
         return step.step, status, duration(step.seconds), held
-    return step.step, "runs", "seconds" if step.estimate_s is None else f"about {duration(step.estimate_s)}", ""
+    return step.step, "runs", "a few seconds" if step.estimate_s is None else f"about {duration(step.estimate_s)}", ""
 
 
 def target_rows(target: Target) -> Iterator[tuple[str, ...]]:

@@ -27,7 +27,10 @@ LOG_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Context:
-    """Only source of randomness, device and terminal for a pass: a pass without any other source is repeatable."""
+    """Give a pass its randomness, device, terminal and a folder for checkpoints.
+
+    A pass that uses no other source of these gives the same result in every run.
+    """
 
     scratch: Path
     """Folder for checkpoints: kept if the run is killed, found again by the same step, removed when it succeeds."""

@@ -43,7 +43,8 @@ class IntInput(Value):
     bits: Literal[4, 8] = 8
     granularity: Annotated[PerToken | PerStep, Field(discriminator="kind")]
     shifted: bool = Field(
-        False, description="the middle of the range is taken off before rounding and put back behind the product"
+        False,
+        description="the middle of the range is subtracted before rounding, and its effect is added after the product",
     )
 
     @property

@@ -1,4 +1,4 @@
-"""List all schemes by name. Every pass and command knows a new weight format once its schemes are listed here."""
+"""List all schemes by name: options of passes and commands accept these names, and saved plans these formats."""
 
 from __future__ import annotations
 

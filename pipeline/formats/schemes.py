@@ -137,7 +137,7 @@ class LayerScheme(Value):
     def _problem(self) -> str | None:
         """Return why the formats cannot be combined, or None."""
         if not isinstance(self.output, Float) and not self.by_step:
-            return "an output is rounded only behind an input with a scale a step"
+            return "only a layer whose input has one scale for each step can have a rounded output"
         match self.weight:
             case Float():
                 return None if isinstance(self.input, Float) else "a float weight with a quantized input is no scheme"

@@ -33,11 +33,11 @@ class Device(BaseModel):
 
     name: str
     description: str
-    compute_capability: str = Field(pattern=r"^\d+\.\d$", description="of CUDA")
-    memory_gb: float = Field(gt=0, description="memory that the GPU has, or shares with the CPU")
-    bandwidth_gb_s: float = Field(gt=0, description="10^9 bytes a second between memory and GPU")
-    fp16_tflops: float = Field(gt=0, description="10^12 float16 operations a second, a multiplication and an addition")
-    int8_tops: float = Field(gt=0, description="10^12 int8 operations a second, a multiplication and an addition")
+    compute_capability: str = Field(pattern=r"^\d+\.\d$", description="CUDA compute capability of the GPU")
+    memory_gb: float = Field(gt=0, description="memory in GB that the GPU has, or shares with the CPU")
+    bandwidth_gb_s: float = Field(gt=0, description="10^9 bytes per second between memory and GPU")
+    fp16_tflops: float = Field(gt=0, description="10^12 float16 operations per second; a multiply-add counts as two")
+    int8_tops: float = Field(gt=0, description="10^12 int8 operations per second; a multiply-add counts as two")
     source: str
 
 
@@ -51,47 +51,79 @@ class Kernels(BaseModel):
 
 
 class Limits(BaseModel):
-    """Limits of a target that `lint` checks. The source of each is in the target's `facts`."""
+    """Limits of a target that `lint` checks. The source of each is in the target's `facts`.
+
+    A description that begins with `may` is a permission, with `must` a requirement; all others state what the runtime
+    does.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ir_version_max: int | None = Field(None, description="highest IR version; None: the runtime does not look at it")
+    ir_version_max: int | None = Field(
+        None, description="highest IR version that it reads; None: it reads every version"
+    )
     unsupported: tuple[str, ...] = Field(
         (),
-        description="refused: an operator, Op-N as opset N and later define it, Op.attribute where it "
-        "changes something, Op.attribute=value",
+        description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N and later define it),"
+        " `Op.attribute` (if the attribute has an effect) or `Op.attribute=value`",
     )
     forms: tuple[str, ...] = Field(
-        (), description="forms of operators that it computes otherwise than ONNX says, or refuses"
+        (),
+        description="names of `FORMS` in the rules of `lint`: forms of operators that the runtime refuses, or computes"
+        " differently from ONNX",
     )
-    types: tuple[str, ...] = Field((), description="types of values that it has, codes aside; empty: not listed")
-    double_as_float: bool = Field(False, description="computes in float32 what is in float64")
-    domains: tuple[str, ...] = Field((), description="domains of operators it has beside those of ONNX")
-    reads_domains: bool = Field(True, description="looks at the domain of an operator, and not at its name alone")
-    float32_attention: bool = Field(True, description="takes the operator Attention in float32 with heads as an axis")
-    shared_attention: bool = Field(True, description="takes the operator Attention with one tensor as q and as k")
-    code_types: tuple[str, ...] = Field(description="types of quantized tensors that it reads for what they are")
-    symmetric: bool = Field(description="zero points are zero, and scales positive")
-    constant_scales: bool = Field(description="a scale that the graph computes keeps a product off the integers")
-    mixed_scale_types: bool = Field(description="a tensor may be quantized with a scale of another type")
-    reciprocal_scales: bool = Field(False, description="quantizes with 1 / scale, rounded to the scale's type")
-    codes_only_dequantized: bool = Field(description="constant codes may not be moved or cast before they are scaled")
-    moves_codes: bool = Field(True, description="computed codes may be moved before they are scaled")
+    types: tuple[str, ...] = Field(
+        (), description="element types of values that are not codes; empty: `lint` does not check types"
+    )
+    double_as_float: bool = Field(False, description="the runtime computes float64 values in float32")
+    domains: tuple[str, ...] = Field((), description="domains whose operators the runtime has, besides ONNX's own")
+    reads_domains: bool = Field(
+        True, description="the runtime looks at the domain of an operator; false: at its name alone"
+    )
+    float32_attention: bool = Field(True, description="may have Attention in float32 with heads as an axis of its own")
+    shared_attention: bool = Field(True, description="may have Attention with one tensor as both q and k")
+    code_types: tuple[str, ...] = Field(description="types of codes that the runtime reads correctly, such as INT8")
+    symmetric: bool = Field(description="must have zero points of 0 and positive scales")
+    constant_scales: bool = Field(description="must have constant scales, or a product does not run on integers")
+    mixed_scale_types: bool = Field(description="may have a tensor and its scale in different types")
+    reciprocal_scales: bool = Field(
+        False, description="the runtime multiplies by 1 / scale, rounded to the scale's type, when it quantizes"
+    )
+    codes_only_dequantized: bool = Field(
+        description="must not have another operator than DequantizeLinear that reads constant codes, such as Reshape,"
+        " Transpose or Cast"
+    )
+    moves_codes: bool = Field(True, description="may have operators between QuantizeLinear and DequantizeLinear")
     integer_products: Mapping[str, Literal["input", "output"]] = Field(
-        description="operators that run on integers with 8-bit operands, and those that need an 8-bit output as well"
+        description="operators that the runtime executes on integers: `input` if 8-bit operands are enough, `output` if"
+        " the output has to be quantized too"
     )
-    one_element_scales: tuple[str, ...] = Field(description="products that take a scale of shape (1,) for a scalar")
-    int4_by_int8: tuple[OpKind, ...] = Field(description="layers that multiply an 8-bit input by a 4-bit weight")
-    same_codes: bool = Field(False, description="multiplies codes of one type, and an int4 weight by an int8 input")
-    mixed_pairs: bool = Field(True, description="codes made with one scale may be read with one for each channel")
-    unscaled_half_sums: bool = Field(False, description="a float16 product is written before its channels are scaled")
-    ragged_groups: bool = Field(description="the last group of weights may be shorter")
-    trailing_groups: bool = Field(description="groups lie along the last axis or the one before it")
-    int4_rank_max: int | None = Field(None, description="axes of a 4-bit weight; None: any number")
-    int4_even: bool = Field(False, description="the last axis of a 4-bit weight has an even size")
-    conv_channels_multiple: int = Field(1, ge=1, description="of the channels of an 8-bit convolution, in and out")
-    shared_zero_points: bool = Field(True, description="8-bit weights may have one zero point in common")
-    moves_int8: bool = Field(True, description="codes of an 8-bit signed input can be moved about from opset 21 on")
+    one_element_scales: tuple[str, ...] = Field(
+        description="products that may have an input scale of shape (1,) in place of a scalar"
+    )
+    int4_by_int8: tuple[OpKind, ...] = Field(
+        description="kinds of layers that may multiply an 8-bit input by a 4-bit weight without groups"
+    )
+    same_codes: bool = Field(
+        False, description="must have codes of one type in both operands of a product, or an int8 input and int4 weight"
+    )
+    mixed_pairs: bool = Field(
+        True, description="may have one scale in QuantizeLinear where DequantizeLinear has one for each channel"
+    )
+    unscaled_half_sums: bool = Field(
+        False, description="the runtime writes a float16 product before it applies the scales of channels"
+    )
+    ragged_groups: bool = Field(description="may have a last group of weights that is shorter than the others")
+    trailing_groups: bool = Field(description="must have groups along the last axis or the one before it")
+    int4_rank_max: int | None = Field(None, description="largest number of axes of a 4-bit weight; None: any number")
+    int4_even: bool = Field(False, description="must have an even size of the last axis of a 4-bit weight")
+    conv_channels_multiple: int = Field(
+        1, ge=1, description="numbers of input and output channels of an 8-bit convolution must be multiples of this"
+    )
+    shared_zero_points: bool = Field(True, description="may have one zero point for several 8-bit weights")
+    moves_int8: bool = Field(
+        True, description="may have int8 inputs that are reshaped, sliced or transposed, from opset 21 on"
+    )
 
 
 def _known_runtime(name: str) -> str:
@@ -112,16 +144,19 @@ class Target(BaseModel):
     runtime: Annotated[str, AfterValidator(_known_runtime)]
     description: str
     runtime_version: tuple[int, int] | None = Field(
-        None, description="major and minor of the oldest runtime that it is for, where the device comes with one"
+        None,
+        description="major and minor version of the oldest runtime for which the target is valid, if the device has a"
+        " preinstalled runtime",
     )
-    opset_max: int = Field(ge=20, description="highest ONNX opset the runtime reads")
+    opset_max: int = Field(ge=20, description="highest ONNX opset that the runtime reads")
     formats: Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         description="schemes the runtime executes, for each kind of layer"
     )
     group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
-    activation_dtype: Literal["uint8", "int8"] = Field(description="how 8-bit activation codes are written")
+    activation_dtype: Literal["uint8", "int8"] = Field(description="type of 8-bit codes of activations")
     float_type: Literal["float32", "float16"] = Field(
-        "float32", description="what computes in floating point is of this type, where its range and precision do"
+        "float32",
+        description="type of floating-point operators; those for which float16 lacks range or precision are float32",
     )
     conv_output: Literal["float", "int8"] = Field(
         "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"

@@ -27,7 +27,10 @@ class Uses(NamedTuple):
 
 
 class _Operation(NamedTuple):
-    """Storages that one operation reads and writes. One that writes none decides what the model's code does."""
+    """Storages that one operation reads and writes.
+
+    An operation that writes no storage returns a plain value, which the model's code may use for a decision.
+    """
 
     reads: frozenset[int]
     writes: frozenset[int]

@@ -32,8 +32,8 @@ LARGEST_TABLE = 1 << 27
 def empty_model(kind: Any, config: Mapping[str, Any], size: ModelSize, origin: str) -> nn.Module:
     """Make a diffusers model of the class `kind` on torch's meta device; its buffers are computed.
 
-    Raises RecipeError that names `origin` where the class does not take the configuration, or where the model has
-    more than about twice `size`.
+    Raises RecipeError, which names `origin`, if the class does not accept the configuration or if the model has more
+    than about twice `size`.
     """
     with blamed(origin), bounded(size, origin):
         module: nn.Module = kind.from_config(config)

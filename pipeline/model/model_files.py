@@ -172,7 +172,7 @@ def check_settings(file: Path, inside: Path) -> None:
     for name, value in read_json_object(file, inside=inside).items():
         if isinstance(value, int) and abs(value) > MOST_SETTING:
             raise RecipeError(
-                f"{printable(file)}: {printable(name)} is {value}, and the most that is taken is {MOST_SETTING}"
+                f"{printable(file)}: {printable(name)} is {value}, but at most {MOST_SETTING} is accepted"
             )
 
 

@@ -46,7 +46,7 @@ class Branch:
 
     @property
     def size_bytes(self) -> int:
-        """In float16."""
+        """Return the size of both factors in bytes, stored in float16."""
         return 2 * (self.down_RK.numel() + self.up_NR.numel())
 
     def rest(self, w_NK: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,9 @@ import torch
 INPUT_HIGH = {8: 127, 4: 7}
 """Code of an input's largest magnitude, by bits. The smallest code is one further from zero."""
 NEARLY_HALF = 0.45
-"""Scales from a code within which a weight rounds to it for certain, and moves to the next one easily."""
+"""Distance from a code, in scales.
+
+A weight at this distance still rounds to the code, and a small update moves it to the next one."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 ROWS_ELEMENTS = 1 << 18
@@ -60,7 +62,7 @@ def round_ste(x: torch.Tensor) -> torch.Tensor:
 def groups(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return w (N, K) as (N, G, K // G), in which a scale (N, G) belongs to a row of the last axis.
 
-    Raises ValueError where groups do not divide K.
+    Raises ValueError if the group size does not divide K.
     """
     n, k = w_NK.shape
     size = k if grid.group_size is None else grid.group_size
@@ -139,7 +141,7 @@ def rounds_to(
 
 
 def _some_rows(n: int, k: int) -> list[slice]:
-    """All of n, so many of k weights at a time as are fitted or rounded together."""
+    """Split n rows of k weights into slices of about ROWS_ELEMENTS weights, which are processed together."""
     step = max(1, ROWS_ELEMENTS // k)
     return [slice(start, start + step) for start in range(0, n, step)]
 
@@ -172,9 +174,10 @@ def _fit_clipped(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def fit_two_level(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales (N, 1), and float integers (N, G) that no others beat in squared error with these scales.
+    """Return scales (N, 1), and the integers of groups (N, G) as floats, with the least squared error of all tried.
 
-    The scale is the best of a few at which the largest scale that a group would have alone is near 15.
+    Several scales are tried for each channel: with each of them, the largest integer of a group is near 15. For a given
+    scale no other integers have a smaller error.
     """
     found = [_fit_two_level(w_NK[rows], grid) for rows in _some_rows(*w_NK.shape)]
     return torch.cat([scale for scale, _ in found]), torch.cat([group for _, group in found])

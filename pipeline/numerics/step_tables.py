@@ -1,4 +1,4 @@
-"""Tables with one entry a denoising step, at other timesteps than those they were measured at.
+"""Interpolate tables with one entry for each denoising step at timesteps that were not measured.
 
 Shapes: T timesteps that were measured, S timesteps that are asked for.
 """

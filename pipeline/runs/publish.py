@@ -108,7 +108,10 @@ def _copy(source: Path, folder: Path, key: AnyKey) -> None:
         if str(name).encode(errors="ignore") != os.fsencode(name):
             raise RecipeError(f"{key}: would deliver {printable(name)}, a name that is no UTF-8: rename that file")
         if copy.exists() or copy.name in (MANIFEST, RECIPE):
-            raise ContractError(f"{key}: publishes {copy.name}, a name that is taken: rename the file")
+            raise ContractError(
+                f"{key}: delivers the file {copy.name}, but another file of the results has this name: rename one of"
+                " them"
+            )
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 

@@ -60,7 +60,7 @@ def find_pass(reference: str, base: Path) -> PassSource:
 
 @cache
 def named_passes() -> dict[str, EntryPoint]:
-    """Return the entry points of all passes, sorted by name. Raises RecipeError if two distributions provide one name."""
+    """Return the entry points of all passes by name, sorted. Raises RecipeError if two distributions share a name."""
     return named(PASSES, "pass")
 
 
@@ -78,7 +78,7 @@ def pass_classes() -> dict[str, type[Pass] | None]:
 
 @cache
 def named_metrics() -> dict[str, EntryPoint]:
-    """Return the entry points of all metrics, sorted by name. Raises RecipeError if two distributions provide one name."""
+    """Return the entry points of all metrics by name, sorted. Raises RecipeError if two distributions share a name."""
     return named(METRICS, "metric")
 
 

@@ -65,9 +65,9 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def _take_along(folder: Path, fresh: Path) -> list[tuple[Path, Path]]:
-    """Give what the user has in `folder` a second name in `fresh`: where it was, and where it is then, of each.
+    """Link the user's files of `folder` into `fresh`. Returns the old and the new path of each.
 
-    What can have no second name, as some file systems have none, is moved behind the exchange.
+    A file that cannot be linked, as on some file systems, is moved after the exchange.
     """
     if not folder.is_dir():
         return []

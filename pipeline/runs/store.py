@@ -94,8 +94,9 @@ class Store:
             if found is None:
                 raise
             raise StoreError(
-                f"{self._record_path(found.key)}: its {key} is not one ({type(error).__name__}: {printable(error)}): "
-                f"delete this record and run again; if that fails again, fix {key.type.__name__}.load"
+                f"{self._record_path(found.key)}: the stored {key} cannot be read ({type(error).__name__}: "
+                f"{printable(error)}): delete this record and run again; if it fails again, correct"
+                f" {key.type.__name__}.load"
             ) from error
 
     def open(self, digest: str) -> Path:

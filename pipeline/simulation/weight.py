@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class WeightRounding(nn.Module):
-    """Rounds a float weight to the deployed one. Simulation, distillation, merge and export share this class.
+    """Round a float weight to the deployed one. Simulation, distillation and merge use this class.
 
     The weight is put into the basis of the layer's balance, the layer's branch is subtracted, and the rest is
     rounded onto the grid of the scales. If `trained` is set, it returns the float weight (N, K) that is rounded instead
-    of the model's own.
+    of the model's own. Export writes the codes that merge made, and rounds no weight.
     """
 
     def __init__(

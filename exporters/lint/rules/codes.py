@@ -91,8 +91,8 @@ def _factored(value: ir.Value | None) -> Operand | None:
     "input-by-int4",
     "error",
     why=(
-        "TensorRT calls int4 weight-only; TensorRT-RTX 1.7.1 builds linear layers with a scale for each channel; ONNX "
-        "Runtime 1.31.1 multiplies in float"
+        "TensorRT documents int4 only for weights beside float inputs; TensorRT-RTX 1.7.1 builds such a product only "
+        "for linear layers with one scale for each channel; ONNX Runtime 1.31.1 multiplies in float"
     ),
     fix="store the weight as int8 codes, or leave the input in float",
 )
@@ -112,10 +112,13 @@ def check_input_by_int4(graph: Checked, target: Target) -> Problems:
     "requantized",
     "error",
     why=(
-        "TensorRT-RTX 1.7.1 takes a pair of equal scales for none and stops at the type; on scales of two shapes its "
-        "process ends with SIGSEGV"
+        "TensorRT-RTX 1.7.1 removes the pair if both scales are equal, and then refuses the 4-bit type; if the shapes "
+        "of the scales differ, its process ends with SIGSEGV"
     ),
-    fix="quantize and read the codes with scales of one shape, finer than those of the 4-bit codes",
+    fix=(
+        "give QuantizeLinear and DequantizeLinear scales of the same shape, and make them smaller than the scales of "
+        "the 4-bit codes"
+    ),
 )
 def check_requantized(graph: Checked, target: Target) -> Problems:
     """Weights that are scaled and quantized again in the graph, with scales that the builder cannot take."""
@@ -187,10 +190,13 @@ def check_int4_shape(graph: Checked, target: Target) -> Problems:
     "half-sum",
     "error",
     why=(
-        "in the layer list of TensorRT-RTX 1.7.1 the product is Half and the scales come later: 28 % of the outputs "
-        "overflow at K = 4608"
+        "TensorRT-RTX 1.7.1 writes the sums of the product in float16 before it applies the scales: at K = 4608, 28 % "
+        "of the outputs overflow"
     ),
-    fix="give the weight one scale and multiply by the channels' own behind the product, or compute it in float32",
+    fix=(
+        "give the weight one scale, and multiply the output by the scale of each channel; or compute the product in "
+        "float32"
+    ),
 )
 def check_half_sum(graph: Checked, target: Target) -> Problems:
     """Float16 products that are written before the scales of their channels are applied."""
@@ -206,8 +212,8 @@ def check_half_sum(graph: Checked, target: Target) -> Problems:
 @rule(
     "moved-codes",
     "error",
-    why="TensorRT-RTX 1.7.1 does not build it; Cast of TensorRT 10 takes no codes",
-    fix="move the codes in the file, or what DequantizeLinear makes of them",
+    why="TensorRT-RTX 1.7.1 does not build such a graph; Cast in TensorRT 10 does not accept int8 or int4",
+    fix="change the layout of the codes in the file, or of the output of DequantizeLinear",
 )
 def check_moved_codes(graph: Checked, target: Target) -> Problems:
     """Constant codes that another operator than DequantizeLinear reads."""
@@ -219,29 +225,32 @@ def check_moved_codes(graph: Checked, target: Target) -> Problems:
                 continue
             for node in dict.fromkeys(use.node for use in value.uses()):
                 if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
-                    yield node, f"reads the codes {value.name}, which {target.name} gives to DequantizeLinear alone"
+                    yield (
+                        node,
+                        f"reads constant codes {value.name}: on {target.name} only DequantizeLinear does",
+                    )
 
 
 @rule(
     "codes-between",
     "error",
-    why="TensorRT 10.16.2 does not build such a graph on Orin, but on Thor (NVIDIA/TensorRT issue 4832)",
-    fix="move the input before QuantizeLinear, or what DequantizeLinear makes of it",
+    why="TensorRT 10.16.2 builds such a graph on Thor, but not on Orin (NVIDIA/TensorRT issue 4832)",
+    fix="change the layout before QuantizeLinear, or after DequantizeLinear",
 )
 def check_codes_between(graph: Checked, target: Target) -> Problems:
     """Operators between QuantizeLinear and DequantizeLinear."""
     for node in () if target.limits.moves_codes else graph.of_type("DequantizeLinear"):
         mover = producer(node.inputs[0])
         if mover is not None and mover.op_type != "QuantizeLinear" and not is_constant(node.inputs[0]):
-            yield mover, f"moves codes on their way to {named(node)}"
+            yield mover, f"changes codes between QuantizeLinear and {named(node)}"
 
 
 @rule(
     "shared-zero-point",
     "error",
     why=(
-        "with session.x64quantprecision=1, which is exact without VNNI, ONNX Runtime 1.31.1 rewrites it for the first "
-        "weight and does not load for the second"
+        "with session.x64quantprecision=1, which CPUs without VNNI need for exact sums, ONNX Runtime 1.31.1 rewrites "
+        "the zero point for the first weight, and then cannot load the second"
     ),
     fix="give each weight a zero point of its own",
 )
@@ -261,7 +270,10 @@ def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
 @rule(
     "int8-moves",
     "error",
-    why="ONNX Runtime 1.31.1 rewrites them to uint8 on x86-64, with VNNI as without, and does not load what it wrote",
+    why=(
+        "on x86-64, with or without VNNI, ONNX Runtime 1.31.1 converts int8 inputs to uint8, and then does not load "
+        "the converted graph"
+    ),
     fix="write uint8 codes with zero point 128",
 )
 def check_int8_moves(graph: Checked, target: Target) -> Problems:
@@ -293,7 +305,10 @@ def _biased(node: ir.Node) -> bool:
 @rule(
     "input-type",
     "warning",
-    why="layers that share an int8 input, or one without a zero point, stay in float in ONNX Runtime 1.31.1",
+    why=(
+        "in ONNX Runtime 1.31.1, layers stay in float if they share an int8 input, or if their int8 input has no zero "
+        "point"
+    ),
     fix="write uint8 codes with zero point 128",
 )
 def check_input_type(graph: Checked, target: Target) -> Problems:

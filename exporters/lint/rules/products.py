@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 @rule(
     "floating",
     "warning",
-    why="TensorRT-RTX 1.7.1 deconvolves in float; ONNX Runtime 1.31.1 has no 8-bit Gemm, and Conv if its output is",
+    why=(
+        "TensorRT-RTX 1.7.1 computes ConvTranspose in float; ONNX Runtime 1.31.1 has no 8-bit Gemm, and an 8-bit Conv "
+        "only if its output is quantized too"
+    ),
     fix="leave it in float, or accept the rounding without the speed",
 )
 def check_floating(graph: Checked, target: Target) -> Problems:

@@ -84,8 +84,8 @@ def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tup
     "scale-type",
     "error",
     why=(
-        "TensorRT up to 10.12 asks for it (NvInfer.h); ONNX Runtime 1.31.1 neither loads nor runs it; TensorRT-RTX "
-        "1.7.1 stops at operands that differ"
+        "TensorRT up to 10.12 requires equal types (NvInfer.h); ONNX Runtime 1.31.1 neither loads nor runs other "
+        "graphs; TensorRT-RTX 1.7.1 refuses operands whose scales have different types"
     ),
     fix="give the scale the type of the tensor, and both operands the same",
 )
@@ -103,7 +103,7 @@ def check_scale_type(graph: Checked, target: Target) -> Problems:
         if apart and product.w.granularity == "channel" and not product.is_convolution:
             yield (
                 product.node,
-                f"the input has its scale in {type_name(x)}, the weight's channels theirs in {type_name(w)}",
+                f"the scale of the input is in {type_name(x)}, but the scales of the weight are in {type_name(w)}",
             )
 
 
@@ -143,7 +143,10 @@ def check_input_scale(graph: Checked, target: Target) -> Problems:
             if operand.granularity in ("channel", "group"):
                 yield operand.dequantize, f"scales of shape {list(scale or ())} for the input of {named(product.node)}"
             elif scale and op not in target.limits.one_element_scales:
-                yield operand.dequantize, f"a scale of shape {list(scale)}, which {op} takes for one a channel"
+                yield (
+                    operand.dequantize,
+                    f"a scale of shape {list(scale)}, which {op} interprets as one scale for each channel",
+                )
 
 
 @rule(

@@ -114,7 +114,7 @@ def check_type(graph: Checked, target: Target) -> Problems:
 @rule(
     "double",
     "warning",
-    why="in the network that the parser of TensorRT-RTX 1.7.1 makes they are in float32, without an error",
+    why="the parser of TensorRT-RTX 1.7.1 turns float64 values into float32 without an error",
     fix="write float32 and see whether that is precise enough",
 )
 def check_double(graph: Checked, target: Target) -> Problems:
@@ -167,7 +167,7 @@ def _output_shape(node: ir.Node) -> str | None:
         return None
     if node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
-    return "output_shape without auto_pad: where the padding is odd, the longer side is taken for the shorter"
+    return "output_shape without auto_pad: if the padding is odd, the target pads the wrong side by one"
 
 
 def _reduce_nothing(node: ir.Node) -> str | None:
@@ -176,7 +176,7 @@ def _reduce_nothing(node: ir.Node) -> str | None:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
     if not node.attributes.get_int("noop_with_empty_axes", 0) or (axes is not None and shape(axes) != (0,)):
         return None
-    return f"{node.op_type} over no axis gives its input, and ONNX Runtime takes each element for a sum of one"
+    return f"{node.op_type} over no axis returns its input here; ONNX Runtime reduces each element by itself"
 
 
 def _flat_group_norm(node: ir.Node) -> str | None:
@@ -209,7 +209,9 @@ FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "vector-by-batch": _vector_by_batch,
     "reduction-of-truths": _reduction_of_truths,
 }
-"""Description of what a node would become, by the target's name for its form; None for other nodes."""
+"""Functions that describe what a target does with a node, by the name of the form in `limits.forms`.
+
+Each returns None for nodes of another form."""
 
 
 @rule(
@@ -257,7 +259,7 @@ def check_domain(graph: Checked, target: Target) -> Problems:
 @rule(
     "attention",
     "error",
-    why="TensorRT-RTX 1.7.1 has float32 kernels for 3-D inputs only, and takes the operator apart for none",
+    why="TensorRT-RTX 1.7.1 has float32 kernels for 3-D inputs only, and never decomposes the operator",
     fix="export with opset 22 or lower, or in float16",
 )
 def check_attention(graph: Checked, target: Target) -> Problems:

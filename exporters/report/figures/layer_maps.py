@@ -85,8 +85,12 @@ def _gain_cell(plan: QuantPlan, layer: Layer, graph: Graph) -> Cell:
     basis = plan.balances[layer.name]
     rotated, folded = basis.balance.block > 1, graph.is_folded(layer.name)
     how = f"scaled, rotated in blocks of {basis.balance.block}" if rotated else "scaled"
-    cost = "the scales are in what precedes it" if folded else "the scales are a multiplication in front of it"
-    gain = "a given basis" if basis.gain_db is None else f"{basis.gain_db:.1f} dB nearer to its output"
+    cost = (
+        "the scales are folded into the operator before the layer"
+        if folded
+        else "the scales are a multiplication before it"
+    )
+    gain = "a given basis" if basis.gain_db is None else f"the error of the output is {basis.gain_db:.1f} dB smaller"
     text = ("r" if rotated else "s") + ("" if folded else "*")
     note = "" if basis.gain_db is None else f"{basis.gain_db:.1f}"
     return Cell("b-rotated" if rotated else "b-scaled", text, f"{layer.name}\n{how}\n{cost}\n{gain}", note)

@@ -108,7 +108,7 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
         others = [scheme for scheme in admitted_schemes(layer) if scheme != FLOAT]
         legal = any(illegal(layer, scheme, target) is None for scheme in others)
         reason = plan.reasons.get(
-            layer.name, "so planned" if legal else f"{target.name} has no other form for its shape"
+            layer.name, "the plan leaves it in float" if legal else f"{target.name} has no other form for its shape"
         )
         found.setdefault(reason, []).append(layer.name)
     return tuple((reason, tuple(names)) for reason, names in found.items())

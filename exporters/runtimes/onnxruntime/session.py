@@ -35,8 +35,9 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """Open a session on the CPU, or on available `providers`. 0 threads: one for each core.
 
-    `optimized`: a file to write the graph to that is executed. `profile`: how the file begins that `end_profiling`
-    writes the kernels' times to and names. `data`: the folder of the tensors that a model in memory keeps in files.
+    `optimized`: the file to which the executed graph is written. `profile`: the prefix of the file with the times of
+    the kernels; `end_profiling` writes the file and returns its name. `data`: the folder with the external tensors of a
+    model in memory.
     Raises what ONNX Runtime raises.
     """
     options = _options(exact_kernels(), threads)
@@ -131,7 +132,7 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     # the level above lays convolutions' weights out anew
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
-    # the default order leaves what has one small reader, such as a maximum, for the end, and keeps its input
+    # the default order executes a node such as ReduceMax last, and so keeps its large input in memory
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
     options.enable_mem_reuse = False  # a buffer that a later value of its shape takes over is kept until then

@@ -64,8 +64,8 @@ class BuildTensorRT(Pass):
     workspace_mib: int = Field(1024, ge=1, description="memory a layer may use while it runs, MiB")
     dynamic: Mapping[str, Sizes] = Field(
         {"batch": (1, 2, 8)},
-        description="smallest, usual and largest size of a dynamic axis, by its name;"
-        " of one that is not named here, the sizes it was exported at",
+        description="smallest, usual and largest size of each dynamic axis, by its name;"
+        " an axis that is not listed gets the sizes of the export",
     )
     compute_capabilities: tuple[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"], ...] = Field(
         (), description="GPUs the engine runs on (TensorRT-RTX); none listed: those of its default, SM80 and newer"

@@ -75,7 +75,11 @@ class TensorRT(Runtime):
         """Say whether the builder is installed, and a GPU is here that fits where it needs one."""
         found = machine.package(self.packages[0].module)
         if not self._fitting(target, machine):
-            return self._builder(found) if self.ahead else Ability(False, "on the device, by intaglio kit")
+            return (
+                self._builder(found)
+                if self.ahead
+                else Ability(False, "build it on the device: `intaglio kit` packs what it needs")
+            )
         if self._by_trtexec(found, machine):
             return Ability(True, "trtexec, by intaglio kit")
         return self._builder(found)

@@ -167,7 +167,7 @@ def test_what_was_not_compiled_is_refused(sd):
     call = {"prompt": PROMPT, "num_inference_steps": STEPS, "height": 8, "width": 8}
     with pytest.raises(CallError, match=r"text_encoder.forward called with output_hidden_states = True, but compiled"):
         pipe(**call, clip_skip=1)
-    with pytest.raises(CallError, match=r"vae.decode: z has 16 at axis 3, but 8 is taken"):
+    with pytest.raises(CallError, match=r"vae.decode: z has 16 at axis 3, but the graph accepts 8"):
         pipe.vae.decode(torch.zeros(1, 4, 8, 16))
     with pytest.raises(CallError, match=r"text_encoder.final_layer_norm was not compiled, of its component only for"):
         pipe.text_encoder.final_layer_norm(torch.zeros(1, 8, 64))
@@ -193,7 +193,9 @@ def test_a_compiled_component_refuses_what_it_would_not_compute(sd, tmp_path):
             0
         ].mlp.register_forward_hook(print),
         "weights of a compiled pipeline are in its compiled folder": lambda: pipe.save_pretrained(tmp_path / "saved"),
-        "text_encoder.forward: input_ids has 514, but there are 0 to 513": lambda: pipe.text_encoder(ids + 507),
+        "text_encoder.forward: input_ids has the index 514, but the table has the indices 0 to 513": lambda: (
+            pipe.text_encoder(ids + 507)
+        ),
         "text_encoder.forward: input_ids has 0.5, which torch.int64 cannot hold": lambda: pipe.text_encoder(ids + 0.5),
         "vae.decode: z has NaN or Inf": lambda: pipe.vae.decode(torch.full((1, 4, 8, 8), float("nan"))),
         "vae.decode: z is a numpy.ndarray: give a tensor": lambda: pipe.vae.decode(np.zeros((1, 4, 8, 8), np.float32)),
@@ -269,8 +271,13 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
 
     refused("text_encoders: the pipeline has no such component: did you mean", precision={"text_encoders": "float"})
     refused("targets.text_encoders: the pipeline has no such", targets={"text_encoders": "onnxruntime-cpu"})
-    refused("targets.unet: the recipe sets the target of the denoiser: remove this entry", targets={"unet": "onnxruntime-cpu"})
-    refused("precision.unet: the plan sets the precision of the denoiser: remove this entry", precision={"unet": "float"})
+    refused(
+        "targets.unet: the recipe sets the target of the denoiser: remove this entry",
+        targets={"unet": "onnxruntime-cpu"},
+    )
+    refused(
+        "precision.unet: the plan sets the precision of the denoiser: remove this entry", precision={"unet": "float"}
+    )
     refused("vae is never called: change `call` to use it, or", call=call | {"output_type": "latent"})
 
 

@@ -290,7 +290,9 @@ def test_an_engine_that_is_right_passes_and_is_timed(orin, driver):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("relative L2 error 0.00e+00") == 3
     assert "latency, median of 3 calls: 1.000 ms, least 1.000 ms\n    of x[2, 16, 64] timestep[2] step[]" in done.stdout
-    assert re.search(r"memory: engine.plan 0\.0 MB, activations 0\.0 MB, .* still free there 68719\.\d MB", done.stdout)
+    assert re.search(
+        r"memory: engine.plan 0\.0 MB, activations 0\.0 MB, .* still free on the GPU 68719\.\d MB", done.stdout
+    )
 
 
 def test_an_engine_that_is_wrong_fails(orin, driver):

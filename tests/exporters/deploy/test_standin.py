@@ -87,7 +87,7 @@ CHANGES = {
     "gradients": (lambda n: n.requires_grad_(), "a compiled model cannot be trained"),
     "training": (lambda n: n.train(), "a compiled model cannot be trained"),
     "half precision": (lambda n: n.half(), "cannot be converted or moved"),
-    "bfloat16": (lambda n: n.to(torch.bfloat16), "takes and gives torch.float32: leave it out of what becomes"),
+    "bfloat16": (lambda n: n.to(torch.bfloat16), "its inputs and outputs are torch.float32: do not convert it"),
     "half inside": (lambda n: n.conv_in.half(), "conv_in has no weights to convert"),
     "another device": (lambda n: n.to("cuda"), "it runs on cpu, not on cuda: choose the backend"),
     "a file": (lambda n: n.save_pretrained("saved"), "its weights are in the compiled folder alone: copy that"),

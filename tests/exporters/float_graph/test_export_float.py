@@ -237,7 +237,7 @@ def test_a_model_that_cannot_be_called_at_its_other_size_is_told_so(tmp_path):
 
 
 def test_an_axis_that_a_table_holds_constant_is_named(tmp_path):
-    with pytest.raises(StepFailed, match=r"^sample: axis 3 can only be 8, it enters the graph as a constant"):
+    with pytest.raises(StepFailed, match=r"^sample: the size of axis 3 is fixed at 8, because"):
         export(Positions(None), tmp_path, other=SecondSize((2, 4, 8)))
 
 

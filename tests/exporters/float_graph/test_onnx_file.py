@@ -121,7 +121,7 @@ def test_values_that_double_end_the_process_that_infers_them_and_not_this_one(tm
             external(length=3 * 10**9),
             r"w: 16 bytes at 0, not the 3000000000 that the model says, but b.bin ends at 100",
         ),
-        (external(kind=TensorProto.STRING), r"w: its data is in b.bin, where only numbers can be"),
+        (external(kind=TensorProto.STRING), r"w: its data is in b.bin, but a tensor of this type cannot"),
         (external(dims=[2**62, 2**62]), r"w: \d+ bytes at 0, but b.bin ends at 100"),
         (external(dims=[-1, 2]), r"w: has -1 elements along an axis"),
         (external("fifo"), r"w: its data is in fifo: .*fifo: is not a regular file"),

@@ -46,7 +46,7 @@ def test_the_table_has_each_scheme_and_runtime_once():
         for op, schemes in target.formats.items():
             for scheme in set(schemes) - {"float"}:
                 assert lowering(op, known_schemes()[scheme], target.runtime).why
-    with pytest.raises(TargetError, match="no way to write w8a8_token of a conv for onnxruntime"):
+    with pytest.raises(TargetError, match="runtime onnxruntime: its `lowerings` has no row for w8a8_token and conv"):
         lowering("conv", W8A8_TOKEN, "onnxruntime")
 
 

@@ -148,7 +148,7 @@ def test_the_report_names_layers_in_float_with_the_reason(start, tmp_path):
     target = load_target("tensorrt-rtx")
     plan = planned(start, ("w8a8_token", "w8a8_step"), "tensorrt-rtx", tmp_path)[PLAN].replace({"named": FLOAT})
     assert dict(float_rows(plan, target)) == {
-        "so planned": ("named",),
+        "the plan leaves it in float": ("named",),
         "it is never called": ("never", "spare"),
         "its result does not reach the output": ("dead",),
         "other code computes with its weight": ("by_value",),

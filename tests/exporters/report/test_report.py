@@ -317,16 +317,16 @@ def test_what_balanced_layers_gained_is_shown_and_what_their_scales_cost(made):
         rotated: "b-rotated",
         given: "b-scaled",
     }
-    in_front = "the scales are a multiplication in front of it"
+    in_front = "the scales are a multiplication before it"
     assert cells[scaled]["title"].split("\n")[1:] == [
         "scaled",
-        "the scales are in what precedes it",
-        "3.2 dB nearer to its output",
+        "the scales are folded into the operator before the layer",
+        "the error of the output is 3.2 dB smaller",
     ]
     assert cells[rotated]["title"].split("\n")[1:] == [
         "scaled, rotated in blocks of 16",
         in_front,
-        "12.0 dB nearer to its output",
+        "the error of the output is 12.0 dB smaller",
     ]
     assert cells[given]["title"].split("\n")[1:] == ["scaled", in_front, "a given basis"]
     assert "3 layers are rounded in a basis" in page.text("precision")

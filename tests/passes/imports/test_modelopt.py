@@ -189,7 +189,7 @@ REFUSED = {
     "weight in 6 bits": setting("weight", _num_bits=6),
     "several quantizers in a row for its weight": setting("weight", is_sequential_quantizer=True),
     "a rounded input in front of a float weight": setting("weight", _disabled=True),
-    "8-bit weights in front of a 4-bit input": setting("input", _num_bits=4),
+    "8-bit weights with a 4-bit input": setting("input", _num_bits=4),
     "integers for its groups": in_blocks(32),
     "weight blocks with .*scale_bits": in_blocks(32, scale_bits=(4, 3)),
     "blocks of 48 of": setting("weight", _num_bits=4, _block_sizes={-1: 48}),
@@ -205,7 +205,7 @@ LEFT_OVER = {
     "output_quantizer: neither weight nor input": setting("output", _disabled=False),
     "input_quantizer: its rotation is not carried over": setting("input", _rotate=True),
     "weight_quantizer: _svdquant_lora_a has no place": buffer("weight_quantizer._svdquant_lora_a", torch.ones(1)),
-    "bias: not what the recipe's model has": lambda _, tensors, name: tensors[f"{name}.bias"].add_(1),
+    "bias: different from the recipe's model": lambda _, tensors, name: tensors[f"{name}.bias"].add_(1),
 }
 
 

@@ -279,7 +279,7 @@ REFUSED = {
     "weights with zero points": tensor("weight_zero_point", torch.ones(1, dtype=torch.int8)),
     "another order": tensor("weight_g_idx", torch.zeros(64, dtype=torch.int32)),
     "blocks of 16 of 64 in features: groups here have 32, 64 or 128": in_blocks,
-    "8-bit weights in front of a 4-bit input": setting("input_activations", num_bits=4),
+    "8-bit weights with a 4-bit input": setting("input_activations", num_bits=4),
     "inputs of 6 bits": setting("input_activations", num_bits=6),
     "inputs in float8 by token": setting("input_activations", type="float"),
     "inputs in int8 by token with zero points": setting("input_activations", symmetric=False),
@@ -331,8 +331,8 @@ NO_NUMBERS = {
         torch.zeros(64, 16, dtype=torch.int64)
     ),
     r"weight_packed \(64, 3\) in int32": packed(torch.zeros(64, 3, dtype=torch.int32)),
-    "weight_global_scale: no place here": tensor("weight_global_scale", torch.ones(1)),
-    "output_scale: no place here": tensor("output_scale", torch.ones(1)),
+    "weight_global_scale: intaglio does not use": tensor("weight_global_scale", torch.ones(1)),
+    "output_scale: intaglio does not use": tensor("output_scale", torch.ones(1)),
     "an input scale with NaN or Inf": static_scale(torch.tensor([torch.inf])),
     "an input scale of 0: it has to be above zero": static_scale(torch.zeros(1)),
     r"static input scales \(2,\): only one": static_scale(torch.ones(2)),
@@ -426,7 +426,7 @@ def test_what_has_no_exact_form_is_refused_all_at_once(saved, dit, tmp_path):
         ("attention stays in float", "kv_cache_scheme"),
         ("the weight of a conv: only those of linear layers", "pos_embed.proj"),
         ("no layer of the model that can be quantized", "proj_out_9"),
-        ("not what the recipe's model has", f"{layers[-1]}.bias"),
+        ("different from the recipe's model", f"{layers[-1]}.bias"),
     ]
     with pytest.raises(RecipeError, match=r"\d+ problems:") as raised:
         take(dit, tmp_path)
@@ -444,7 +444,7 @@ REFUSED_OF_TORCHAO = {
     "act_pre_scale": int8(act_pre_scale=torch.ones(64)),
     "weights with zero points": intx(zero_point=torch.ones(64, 2, dtype=torch.int8)),
     "inputs by token with zero points": intx(activation="INT8_ASYM_PER_TOKEN"),
-    "6-bit weights in front of a float input": intx(bits=6),
+    "6-bit weights with a float input": intx(bits=6),
     "8-bit weights in blocks": intx(bits=8),
     "blocks of 16 of 64 in features": intx(blocks=4),
     "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),

@@ -71,7 +71,12 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
             (True, "trtexec, by intaglio kit"),
             (False, "pip install 'intaglio[tensorrt]'"),
         ),
-        ("8.9", "tensorrt-10.3-orin", (False, "on the device, by intaglio kit"), (False, "on the device")),
+        (
+            "8.9",
+            "tensorrt-10.3-orin",
+            (False, "build it on the device: `intaglio kit` packs what it needs"),
+            (False, "on the device"),
+        ),
         ("8.9", "tensorrt-rtx", (True, "tensorrt_rtx 1.0"), (True, "some GPU")),
     ],
 )

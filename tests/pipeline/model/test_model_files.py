@@ -61,7 +61,7 @@ def test_only_what_is_read_is_copied(folder: Path) -> None:
         (
             SCHEDULER,
             lambda file: file.write_text('{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000000000000}'),
-            r"scheduler_config\.json: num_train_timesteps is 1000000000000, and the most that is taken is 100000",
+            r"scheduler_config\.json: num_train_timesteps is 1000000000000, but at most 100000 is accepted",
         ),
     ],
 )

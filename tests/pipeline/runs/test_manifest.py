@@ -51,7 +51,7 @@ def test_every_departure_is_named(delivered: Path, tmp_path: Path) -> None:
 
 def test_the_command_exits_with_1_where_a_byte_has_flipped(delivered: Path) -> None:
     fine = CliRunner().invoke(app, ["verify", str(delivered.parent)])
-    assert (fine.exit_code, fine.stdout) == (0, f"{delivered}: as delivered\n")
+    assert (fine.exit_code, fine.stdout) == (0, f"{delivered}: all files match the manifest\n")
     (delivered / "numbers.json").write_text("[1, 3]")
     bad = CliRunner().invoke(app, ["verify", str(delivered), "--json"])
     assert bad.exit_code == 1

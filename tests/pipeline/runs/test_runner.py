@@ -301,7 +301,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_folder_as_it_was(store: Store
 
 
 def test_two_published_files_of_one_name_are_an_error(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ContractError, match=r"SAME_FILE: publishes numbers\.json, a name that is taken"):
+    with pytest.raises(ContractError, match=r"SAME_FILE: delivers the file numbers\.json, but another file"):
         compile(toy_recipe("Clash"), store, start=START, out=tmp_path / "out")
     assert not (tmp_path / "out/onnxruntime-cpu").exists()
 

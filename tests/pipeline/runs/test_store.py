@@ -191,7 +191,9 @@ def test_a_record_that_names_another_artifact_is_named(store: Store) -> None:
     (append,) = (store.root / "runs").iterdir()
     other = store.put(Text([1, 1]), staging="a")
     rewritten(lambda content: content.update(outputs={"NUMBERS": other}))(append)
-    with pytest.raises(StoreError, match=rf"{append.name}: its NUMBERS is not one \(FileNotFoundError.*delete this"):
+    with pytest.raises(
+        StoreError, match=rf"{append.name}: the stored NUMBERS cannot be read \(FileNotFoundError.*delete this"
+    ):
         compile(toy_recipe("Append", "Mutate"), Store(store.root), start=START)
 
 

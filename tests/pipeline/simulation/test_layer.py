@@ -167,7 +167,7 @@ def test_rounded_output_needs_ranges_and_a_convolution():
         QuantizedLayer(linear(), with_output(W8A8_STEP), CLOCK, LayerTables(torch.ones(3), None, torch.ones(3)))
     with pytest.raises(ValueError, match="a rounded output needs the calibrated output ranges"):
         QuantizedLayer(nn.Conv2d(4, 4, 3), with_output(W8A8_STEP), CLOCK, LayerTables(torch.ones(3)))
-    with pytest.raises(ValueError, match="only behind an input with a scale a step"):
+    with pytest.raises(ValueError, match="only a layer whose input has one scale for each step"):
         _ = with_output(W8A8_TOKEN).name
 
 

@@ -269,8 +269,8 @@ def _check(here: Path, kit: dict[str, Any], runs: int) -> int:
     sizes = {
         "engine.plan": plan.stat().st_size,
         "activations": execution.activation_bytes,
-        "taken by both on the GPU": taken,
-        "still free there": cuda.free_bytes(),
+        "used on the GPU by engine and activations": taken,
+        "still free on the GPU": cuda.free_bytes(),
     }
     print(f"memory: {', '.join(f'{what} {size_bytes / 1e6:.1f} MB' for what, size_bytes in sizes.items())}")
     return 1 if failed else 0
