@@ -71,7 +71,9 @@ class Verify(Pass):
         gt=0,
         description="relative L2 error of a float16 layer: eight roundings of 2^-11, of balance, weight, product, bias",
     )
-    code_tolerance: float = Field(1e-4, gt=0, description="share of a layer's input codes that may differ, by one")
+    code_tolerance: float = Field(
+        1e-4, gt=0, description="share of a layer's input codes that may differ; a difference may be 1 at most"
+    )
     gap_db_tolerance: float = Field(
         0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
     )
@@ -195,7 +197,8 @@ class Verify(Pass):
         tolerance = BETWEEN_HALVES if halves else self.layer_tolerance
         allowed = f"tolerance {tolerance:.0e}"
         problems = [
-            f"{name}: relative L2 error {d.own_rel_l2:.2e} inside the whole graph, on what reaches it there, {allowed}"
+            f"{name}: relative L2 error {d.own_rel_l2:.2e} inside the whole graph, compared with its simulation on the"
+            f" same input, {allowed}"
             for name, d in departures.items()
             if not d.own_rel_l2 <= tolerance
         ]
@@ -205,8 +208,9 @@ class Verify(Pass):
         if wrong:
             name, error = wrong[0]
             problems.append(
-                f"{name}: relative L2 error {error:.2e} of what reaches it inside the whole graph from right layers,"
-                f" {allowed}: the fault is in front of it ({len(wrong) - 1} more places behind it)"
+                f"{name}: relative L2 error {error:.2e} of the values that reach it inside the whole graph, {allowed},"
+                " compared with the simulation on the same outputs of the layers before: the fault is between those"
+                f" layers and {name} ({len(wrong) - 1} later places are wrong too)"
             )
         return problems
 

@@ -41,7 +41,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
@@ -49,14 +49,17 @@ class AssignPrecision(Pass):
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
 
     budget: Budget = Field(
-        Budget(), description="what the layers may cost relative to float: size (fp16 bytes), latency, bops, activation"
+        Budget(),
+        description="limits of the cost, relative to float: size (relative to fp16 bytes), latency, bops (bit"
+        " operations), activation (memory); or psnr, a quality",
     )
     schemes: Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         {"linear": ("w8a8_token", "w4a16"), "conv": ("w8a8_step", "w4a16")},
         description="schemes to choose from, for each kind of layer",
     )
     conv_output: Literal["float", "target"] = Field(
-        "float", description="target: round outputs of convolutions where the target runs them on integers only then"
+        "float",
+        description="target: also round the output of a convolution, if the target needs that to multiply integers",
     )
     keep: tuple[str, ...] = Field((), description="layers that stay in float, by name")
     same_input: bool = Field(False, description="layers that read the same tensor, such as q, k and v, round it alike")
@@ -267,7 +270,7 @@ class AssignPrecision(Pass):
             elif len(problems) == len(allowed):
                 found[layer.name] = problems[0].removeprefix(f"{layer.name}: ")
             else:
-                found[layer.name] = "the least error within the budgets has it in float"
+                found[layer.name] = "the best plan within the budgets leaves it in float"
         return found
 
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:

@@ -18,7 +18,11 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: float | None = Field(None, gt=0, le=1, description="bytes, relative to fp16")
-    latency: float | None = Field(None, gt=0, description="time, by assign.profile or else the device's roofline")
+    latency: float | None = Field(
+        None,
+        gt=0,
+        description="time relative to float: measured times of assign.profile, or else the roofline of the device",
+    )
     bops: float | None = Field(
         None, gt=0, le=1, description="multiplications, each counted as weight bits x input bits; 16 x 16 in float"
     )
@@ -32,7 +36,7 @@ class Budget(BaseModel):
         None,
         gt=0,
         le=1,
-        description="bytes that a layer reads and writes, the largest, relative to the largest in float",
+        description="bytes that the layer with most activations reads and writes, relative to the same figure in float",
     )
 
     @model_validator(mode="before")

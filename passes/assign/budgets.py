@@ -149,8 +149,8 @@ class Problem:
         for name in alone:
             wanted, smallest = (self._in_units(name, share) for share in (limits[name], least[name]))
             yield (
-                f"assign.budget.{name}: {limits[name]:g} of float is {wanted}, but the least of all legal plans is"
-                f" {smallest}: allow at least {_up(least[name]):g}, or schemes with fewer bits"
+                f"assign.budget.{name}: {limits[name]:g} of float is {wanted}, but every legal plan needs {smallest} or"
+                f" more: set at least {_up(least[name]):g}, or allow schemes with fewer bits"
             )
         if len(limits) > 1:
             nearest = self.knapsack.nearest(limits)
@@ -159,7 +159,7 @@ class Problem:
             each = ", ".join(f"{name} {limit:g} (at least {_up(least[name]):g})" for name, limit in limits.items())
             relaxed = " and ".join(f"{name} {_up(limit * factor):g}" for name, limit in limits.items())
             cause = "" if alone else f"{each} can be met one by one, but not together: "
-            yield f"assign.budget: {cause}all of them times {factor:g} can, the least such factor: {relaxed}"
+            yield f"assign.budget: {cause}multiply all limits by {factor:g}, the smallest factor that works: {relaxed}"
 
     def _in_units(self, name: str, share: float) -> str:
         amount = share * self.whole[name]
@@ -228,8 +228,8 @@ def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> I
                 f"{n} ({', '.join(options[i].scheme.name for s in by_layer[n].values() for i in s)})" for n in names
             )
             problems.append(
-                f"assign.same_input: {', '.join(each)} read one tensor and have no format of it in common: name more"
-                " schemes, or keep all of them in float"
+                f"assign.same_input: {', '.join(each)} read the same tensor, but no input format is possible for all"
+                " of them: name more schemes, or keep all of these layers in float"
             )
         yield from _neighbours(formats)
     if problems:

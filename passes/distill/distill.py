@@ -1,4 +1,4 @@
-"""Heal the loss: train low-rank adapters so that the quantized denoiser follows the full-precision one.
+"""Reduce the error of rounding: train low-rank adapters so that the quantized denoiser follows the full-precision one.
 
 Shapes: N out features, K in features, T denoising steps.
 """
@@ -35,10 +35,10 @@ class Distill(DistillOptions, Pass):
     cancels too. The relative error of each step is weighted by its effect on the samples (`weighting`).
 
     At the start and after up to four checks during the updates, the model draws samples from starts that no update is
-    trained on. The state whose samples are nearest to those of full precision is kept, the start included, so that
-    training never makes these samples worse. With scope `block`, every eighth sample of the trajectories is held out,
-    each block keeps the state with the least output error on it, and the end is kept if its drawn samples are better
-    than those of the start.
+    trained on. Of all these states, and the start is one of them, the state whose samples are nearest to those of full
+    precision is kept. So training never makes these samples worse. With scope `block`, every eighth sample of the
+    trajectories is held out, each block keeps the state with the least output error on it, and the end is kept if its
+    drawn samples are better than those of the start.
 
     Drawing costs 6 x drawn x steps calls of the denoiser for one sample, the updates cost 3 x samples x updates: 17 %
     of the updates' time with the default options and 20 steps.

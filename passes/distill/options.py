@@ -28,12 +28,14 @@ class DistillOptions(BaseModel):
         description="rate: multiply a layer's learning rate by its weight scale; gradient: its gradient; off: neither",
     )
     start: Literal["round", "gptq"] = Field(
-        "round", description="codes to start from: nearest to the weight (round), or to the layer's output (gptq)"
+        "round",
+        description="codes to start from: those with the least error of the weight (round) or of the layer's output"
+        " (gptq)",
     )
     base: Literal["float", "grid"] = Field(
         "float",
-        description="weight that the adapters are added to: the float weight, or the rounded one (grid), whose codes"
-        " change only when the adapters are large",
+        description="weight that the adapters are added to: the float weight (float), or the rounded weight (grid),"
+        " with which codes change only if the adapters are large",
     )
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"

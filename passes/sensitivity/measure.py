@@ -108,17 +108,20 @@ class MeasureSensitivity(Pass):
     agree: float = Field(
         3.0,
         gt=1,
-        description="factor between prediction and measurement above which all schemes of a layer are measured",
+        description="all schemes of a layer are measured if its ratio of measured to predicted error differs from the"
+        " scheme's median ratio by more than this factor",
     )
     apart: Literal["no", "screened", "measured"] = Field(
-        "no", description="errors of weight and input alone: none, predicted, or measured at three times the cost"
+        "no",
+        description="how to find the errors of the weight alone and of the input alone: no (not at all), screened"
+        " (predicted), measured (at three times the cost)",
     )
     metrics: Mapping[Group, str] = Field(
         METRICS,
         description="metric that ranks the layers of each group: content (layers that read conditions alone), temporal"
         " (layers that read tokens along frames), visual (all others). Metrics are mse, structure, edges,"
-        " condition-swap, temporal, and those of plug-ins; mse replaces one that does not apply. With another metric"
-        " than mse the whole group is measured",
+        " condition-swap, temporal, and those of plug-ins. If a metric does not apply to the model's outputs, mse is"
+        " used. If the metric is not mse, all layers of the group are measured",
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
@@ -302,7 +305,8 @@ class MeasureSensitivity(Pass):
         findings.add(study.measure(self._labels(second, study), metrics, context))
         filled = findings.filled()
         study.ctx.log.info(
-            "rounded alone: %d of %d layers and schemes, %d of them as predictions were off in others of their layer%s",
+            "measured: %d of %d pairs of layer and scheme, %d of them because the prediction for another scheme of the"
+            " layer was wrong%s",
             len(first | second),
             len(findings.pairs),
             len(second),

@@ -74,7 +74,7 @@ def test_a_budget_that_no_plan_meets_says_what_is_possible(tmp_path):
     whole, smallest = sizes
     allowed = math.ceil(1000 * smallest / whole) / 1000
     text = (
-        rf"assign\.budget\.size: 0\.2 of float is {0.2 * whole:,.0f} bytes, but the least of all legal plans is"
+        rf"assign\.budget\.size: 0\.2 of float is {0.2 * whole:,.0f} bytes, but every legal plan needs"
         rf" {smallest:,} bytes: allow at least {allowed}"
     )
     with pytest.raises(RecipeError, match=text):
@@ -94,7 +94,7 @@ def test_budgets_that_cannot_be_met_together_say_the_least_common_factor(limits,
         run_pass(AssignPrecision(budget=Budget(**limits), schemes=EVERY), artifacts, tmp_path)
     rounded = math.ceil(factor * 1000) / 1000
     size = math.ceil(360 * rounded) / 1000
-    assert f"times {rounded:g} can, the least such factor: size {size:g} and" in str(raised.value)
+    assert f"multiply all limits by {rounded:g}, the smallest factor that works: size {size:g} and" in str(raised.value)
     assert ("can be met one by one, but not together" in str(raised.value)) == alone
     relaxed, tight = (Budget(**{n: x * f for n, x in limits.items()}) for f in (rounded, rounded - 0.002))
     run_pass(AssignPrecision(budget=relaxed, schemes=EVERY), artifacts, tmp_path)
