@@ -94,7 +94,7 @@ def read_json(
 def read_json_object(
     path: Path, *, most: int = MOST_JSON, inside: Path | None = None, error: type[IntaglioError] = RecipeError
 ) -> dict[str, object]:
-    """Return the object that a JSON file holds. Raises `error` where it holds anything else."""
+    """Return the object that a JSON file holds. Raises `error` if it holds anything else."""
     found = read_json(path, most=most, inside=inside, error=error)
     if not isinstance(found, dict):
         raise error(f"{printable(path)}: holds a {type(found).__name__} where a JSON object is expected")
@@ -182,7 +182,7 @@ def damaged_places(error: ValidationError) -> str:
 
 @contextmanager
 def damage_of(path: Path, *, error: type[IntaglioError] = RecipeError) -> Iterator[None]:
-    """Raise `error`, which names the file, where the block cannot work with what the file says."""
+    """Raise `error`, which names the file, if the block cannot use the content of the file."""
     try:
         yield
     except DAMAGE as e:
@@ -229,7 +229,7 @@ def load_tensors(
 def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeError) -> object:
     """Return what a JSON text says; `source` names it in the message.
 
-    Raises `error` where it is no JSON, is nested too deep, or has a number of too many digits.
+    Raises `error` if it is no JSON, is nested too deep, or has a number of too many digits.
     """
     _check_count(text, source, error)
     try:

@@ -16,7 +16,7 @@ from intaglio.pipeline.files import printable
 
 
 def check_output(path: Path) -> None:
-    """Raise RecipeError where `path` is a link, a folder, a pipe or a device, OSError where its folder is not there."""
+    """Raise RecipeError if `path` is a link, a folder, a pipe or a device, OSError if its folder does not exist."""
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -75,7 +75,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     float32 is the graph that it was made from, which `store` has; float16 is that graph for a provider that computes in
     it. A trajectory is as many calls as the recipe has steps, on what `profile` calls with: what a scheduler does
     between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
-    Raises RecipeError where the store lacks what is needed, TargetError for a graph that the runtime refuses.
+    Raises RecipeError if the store lacks what is needed, TargetError for a graph that the runtime refuses.
     """
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 

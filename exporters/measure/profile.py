@@ -246,7 +246,7 @@ def _nodes_of_trtexec(layers: Path) -> dict[str, str]:
 
 @contextmanager
 def _as_written_by(file: Path, option: str) -> Iterator[None]:
-    """Raise RecipeError where the block cannot read the file as what trtexec writes with this option."""
+    """Raise RecipeError if the block cannot read the file as the output of this option of trtexec."""
     try:
         yield
     except DAMAGE as error:

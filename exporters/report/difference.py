@@ -324,7 +324,7 @@ class Difference:
 def compare(first: Path, second: Path, store: Store) -> tuple[Difference, ...]:
     """Compare the targets with the same name in two folders, or the two targets where each side has one.
 
-    Raises RecipeError for a folder that is no compiled one, and where no target is in both.
+    Raises RecipeError for a folder that is no compiled one, and if no target is in both.
     """
     one, other = compiled_folders(first), compiled_folders(second)
     if len(one) == len(other) == 1:

@@ -152,7 +152,7 @@ def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def check_file(path: Path) -> None:
-    """Raise RecipeError where no picture can be written to `path`."""
+    """Raise RecipeError if no picture can be written to `path`."""
     from PIL.Image import registered_extensions
 
     if path.suffix.lower() not in registered_extensions():
@@ -244,7 +244,7 @@ def png(image: Image) -> bytes:
 
 
 def _check_steps(model: DenoiserModel, steps: int) -> None:
-    """Raise RecipeError where the model's scheduler refuses this number of steps."""
+    """Raise RecipeError if the model's scheduler refuses this number of steps."""
     try:
         model.scheduler.set_timesteps(steps, **model.schedule)
     except Exception as e:  # each scheduler has its own

@@ -29,7 +29,7 @@ def graph_denoise(graph: Graph, runtime: Runtime, *, threads: int = 0) -> Denois
 def opened_call(graph: Graph, opened: Opened) -> Values:
     """Return a function from a call's inputs to the graph's outputs, by name; it finds `step` from the timestep.
 
-    Raises RecipeError where graph.json lacks what a call needs.
+    Raises RecipeError if graph.json lacks what a call needs.
     """
     import torch
 

@@ -27,9 +27,9 @@ def parts_of(scheme: LayerScheme) -> dict[str, LayerScheme]:
 
 
 def forms_of(forms: Mapping[str, Form], *, parts: bool) -> dict[str, Form]:
-    """Return the forms of a layer by label, without float; with `parts` also the parts of schemes, each once.
+    """Return the forms of a layer by label, except float; with `parts` also the weight alone and the input alone.
 
-    Parts are those of the schemes in the basis that the layer has.
+    Equal parts of two schemes are one form. Only schemes in the basis that the layer has are split into parts.
     """
     found = {label: form for label, form in forms.items() if form.scheme != FLOAT}
     for label, form in tuple(found.items()) if parts else ():

@@ -64,7 +64,7 @@ class Limits(BaseModel):
     )
     unsupported: tuple[str, ...] = Field(
         (),
-        description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N and later define it),"
+        description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N defines it),"
         " `Op.attribute` (if the attribute has an effect) or `Op.attribute=value`",
     )
     forms: tuple[str, ...] = Field(

@@ -98,7 +98,7 @@ class RoundedWeight(Value, ABC):
         return q_NK.contiguous()
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the codes, int8 of this shape, that `pack` stored. Raises ValueError where the sizes differ."""
+        """Return the codes, int8 of this shape, that `pack` stored. Raises ValueError if the sizes differ."""
         if tuple(stored.shape) != shape:
             raise ValueError(f"{list(stored.shape)} codes are stored for a weight of shape {list(shape)}")
         return stored

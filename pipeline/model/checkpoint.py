@@ -62,7 +62,7 @@ class Checkpoint:
 
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
-        """Find the model that a recipe in `base` names. Raises RecipeError when it is not there or is no model."""
+        """Find the model that a recipe in `base` names. Raises RecipeError if it does not exist or is no model."""
         from intaglio.pipeline.model.recording import Recording
 
         named = {"conditions": ref.conditions, "other_size": ref.other_size}

@@ -19,7 +19,7 @@ LEAST_MSE = 1e-20
 
 @dataclass(frozen=True)
 class SampleRange:
-    """Range and mean square of the full-precision samples. Raises ValueError where they are not those of any."""
+    """Range and mean square of the full-precision samples. Raises ValueError if no sample can have them."""
 
     low: float
     high: float

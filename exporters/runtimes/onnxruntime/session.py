@@ -67,7 +67,7 @@ def graph_session(
 ) -> onnxruntime.InferenceSession:
     """Return a session of a graph in a folder, with the options of `open_session`.
 
-    Raises RecipeError where ONNX Runtime does not load the file, or where graph.json describes another graph.
+    Raises RecipeError if ONNX Runtime does not load the file, or if graph.json describes another graph.
     """
     for each in {graph.path, *graph.path.parent.glob("model.onnx*")}:
         checked_file(each)

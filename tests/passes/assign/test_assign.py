@@ -75,7 +75,7 @@ def test_a_budget_that_no_plan_meets_says_what_is_possible(tmp_path):
     allowed = math.ceil(1000 * smallest / whole) / 1000
     text = (
         rf"assign\.budget\.size: 0\.2 of float is {0.2 * whole:,.0f} bytes, but every legal plan needs"
-        rf" {smallest:,} bytes: allow at least {allowed}"
+        rf" {smallest:,} bytes or more: set at least {allowed}"
     )
     with pytest.raises(RecipeError, match=text):
         run_pass(AssignPrecision(budget=Budget(size=0.2), schemes=EVERY), artifacts, tmp_path)
