@@ -1,4 +1,4 @@
-"""Reads the groups of entry points in which this distribution, and any other, names what it adds to intaglio."""
+"""Read the groups of entry points in which this distribution, and any other, names what it adds to intaglio."""
 
 from collections.abc import Mapping
 from functools import cache

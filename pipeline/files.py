@@ -1,4 +1,4 @@
-"""Opens files that somebody else may have written, and writes values of known types as JSON files.
+"""Open files that somebody else may have written, and write values of known types as JSON files.
 
 Every file that the running process did not write is opened here: only regular files, only up to a stated size, and text
 only in UTF-8. A library that opens a file by its path gets the path from `checked_file`.

@@ -1,4 +1,4 @@
-"""Writes the files that a command was told to write with --out: the whole file, or the old one stays as it was.
+"""Write the files that a command was told to write with --out: the whole file, or the old one stays as it was.
 
 A link, a folder, a pipe or a device in the file's place is refused, and never replaced or written through.
 """

@@ -50,7 +50,7 @@ class Site:
         return self.product.inputs[2] if len(self.product.inputs) > 2 else None
 
     def weight(self) -> NDArray[np.float32]:
-        """Weight in torch's layout: (N, K), or (N, C, kh, kw)."""
+        """Return weight in torch's layout: (N, K), or (N, C, kh, kw)."""
         constant = _given(self.product.inputs[1]).const_value
         assert constant is not None  # `find_sites` made sure
         w: NDArray[np.float32] = constant.numpy()

@@ -151,7 +151,7 @@ def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
 
 
 def serve() -> None:
-    """Answer questions until none comes."""
+    """Answer questions until no more come."""
     import select
 
     answers = os.fdopen(os.dup(1), "wb")

@@ -58,7 +58,7 @@ class ProfileLayers(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """For ONNX Runtime alone."""
+        """Return True for ONNX Runtime, whose kernels are timed here; times of other runtimes are read from a file."""
         return isinstance(find_runtime(target.runtime), OnnxRuntime)
 
     def run(self, state: State, ctx: Context) -> Outputs:

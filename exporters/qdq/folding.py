@@ -1,4 +1,4 @@
-"""Folds the channel scales of balanced layers into what precedes them, so that they cost nothing when the graph runs.
+"""Fold the channel scales of balanced layers into the operators before them, so that they cost nothing in a run.
 
 (x * d) H with x = LayerNorm(z) * (1 + a) + b, say, is ((LayerNorm(z) * d) * (1 + a) + b * d) H: constants of the
 normalization, and a factor of b, which all tokens share. The same takes d into the weight of the layer that made x.
@@ -134,7 +134,7 @@ class _Folder:
         return None
 
     def _affine(self, node: ir.Node, scale: Scale) -> _Fold | None:
-        """A normalization's own scale and bias."""
+        """Scale a normalization's own scale and bias."""
         places = [place for place, v in enumerate(node.inputs) if place and v is not None]
         return _all(self._constant(node, place, scale) for place in places)
 
@@ -211,7 +211,7 @@ class _Folder:
         return _Fold([change], nodes=1)
 
     def _initializer(self, called: str, array: Scale) -> ir.Value:
-        """A constant of its own: others may read what it is made from, or have another scale."""
+        """Make a new constant, because an existing one may have other readers."""
         name = f"{self.name}/{called}"
         while name in self.graph.initializers:
             name += "/again"
@@ -231,7 +231,7 @@ def _all(folds: Iterable[_Fold | None]) -> _Fold | None:
 
 
 def _least_rank(scale: Scale) -> Scale:
-    """Without leading axes of 1."""
+    """Return the scale without leading axes of 1."""
     leading = next((axis for axis, size in enumerate(scale.shape) if size > 1), scale.ndim - 1)
     return scale.reshape(scale.shape[leading:])
 

@@ -1,4 +1,4 @@
-"""Types a float32 graph for a runtime that computes in half precision: float16, and float32 where that is not enough.
+"""Choose float16 or float32 for each value of a float32 graph, for a runtime that computes in half precision.
 
 float16 has 11 bits of precision from 2^-14 to 65504. A node computes in one of both types; what passes between nodes of
 different types is cast once. Inputs and outputs of the graph stay float32.
@@ -85,7 +85,7 @@ def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float
 
 
 def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapping[str, float]) -> set[ir.Node]:
-    """Those that compute in float32."""
+    """Return the nodes that compute in float32."""
     wide = {
         node
         for node in graph
@@ -149,7 +149,7 @@ def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:
 
 
 def _computed(node: ir.Node) -> list[ir.Value]:
-    """The floating-point values that it reads, without constants."""
+    """Return the floating-point values that it reads, without constants."""
     return [value for value in node.inputs if value is not None and _is_float(value) and constant(value) is None]
 
 
@@ -204,7 +204,7 @@ def _halved(array: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
-    """Places of the floating-point inputs that the operator takes in float16."""
+    """Return places of the floating-point inputs that the operator takes in float16."""
     formals = _schema(node.op_type, opset).inputs
     for place, value in enumerate(node.inputs):
         formal = formals[min(place, len(formals) - 1)]  # the last may stand for any number of inputs
@@ -237,7 +237,7 @@ class _Typer:
                     value.dtype = _HALF
 
     def keep_outputs(self) -> None:
-        """The graph's outputs keep their names and become float32 again."""
+        """Make the graph's outputs float32 again; they keep their names."""
         for place, value in enumerate(self.graph.outputs):
             if value.dtype == _HALF:
                 name, cast = value.name, self._as(value, _FLOAT)
@@ -245,7 +245,7 @@ class _Typer:
                 value.name, cast.name = f"{name}/half", name
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The same number in the other type: a constant, or one Cast for all that read it."""
+        """Return the value in this type: a constant, or the output of one Cast that all readers share."""
         if value.dtype == dtype:
             return value
         if (value, dtype) not in self._cast:

@@ -1,4 +1,4 @@
-"""Compares two compiled folders: figures, layers, samples, recipes and versions."""
+"""Compare two compiled folders: figures, layers, samples, recipes and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lays samples out for comparison: a sheet for each implementation, and maps of the error between two of them.
+"""Lay samples out for comparison: a sheet for each implementation, and maps of the error between two of them.
 
 Shapes: B samples, C channels, F frames, H W pixels; N pictures in R rows of K.
 """

@@ -1,4 +1,4 @@
-"""Lays figures out as one HTML file that needs no other file and no network."""
+"""Lay figures out as one HTML file that needs no other file and no network."""
 
 from __future__ import annotations
 

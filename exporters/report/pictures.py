@@ -1,4 +1,4 @@
-"""Draws samples with a compiled denoiser, and lays them out as a picture.
+"""Draw samples with a compiled denoiser, and lay them out as a picture.
 
 Shapes: B samples, C channels, F frames, H W pixels; N pictures in R lines of K, from P denoisers.
 """

@@ -1,4 +1,4 @@
-"""Writes the report, a page for people and figures for programs, from the measurements of the other passes."""
+"""Write the report, a page for people and figures for programs, from the measurements of the other passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls a graph that a runtime has opened: as a denoiser, as a function of its inner values, or with noise."""
+"""Call a graph that a runtime has opened: as a denoiser, as a function of its inner values, or with noise."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SLACK = 0.02
 """Share of time, and of bytes, that is given for less loss."""
 SLACK_BELOW = 0.1
-"""The same if the wanted quality is not reached."""
+"""Share of time, and of bytes, that is given for less loss if the wanted quality is not reached."""
 ROUNDS = 4
 """Plans with rounded inputs for which samples are drawn, at most."""
 ALONE = 6

@@ -1,4 +1,4 @@
-"""Reads what compressed-tensors and llm-compressor write: `quantization_config` in config.json, and its tensors."""
+"""Read what compressed-tensors and llm-compressor write: `quantization_config` in config.json, and its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads files of `torch.save` that anyone may have written: tensors and plain values, in bounded time and memory."""
+"""Read files of `torch.save` that anyone may have written: tensors and plain values, in bounded time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads what torchao writes to safetensors: parts of tensors, and in the file's metadata what they are parts of."""
+"""Read what torchao writes to safetensors: parts of tensors, and in the file's metadata what they are parts of."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class VerificationFigures(SampleFigures, DepartureFigures):
     parity_rel_l2: float
     """Relative L2 error of the deployed denoiser against the simulated one, in one recorded call."""
     parity_other_rel_l2: Annotated[float | None, OPTIONAL] = None
-    """The same error at the model's other size; None where the model has one size."""
+    """Relative L2 error of that call at the model's other size; None if the model has one size."""
     parity_layer_rel_l2_max: float
     """Largest `rel_l2` of a layer's `LayerParity`; zero where no layer is quantized."""
     fp16_bytes: float

@@ -1,4 +1,4 @@
-"""Finds what is installed on this machine, and what can be done with it. Imports nothing heavy without need."""
+"""Find what is installed on this machine, and what can be done with it. Import nothing heavy without need."""
 
 import ctypes
 import os

@@ -39,16 +39,16 @@ class Layer(BaseModel):
 
     @property
     def n(self) -> int:
-        """Out features."""
+        """Number of output features, N."""
         return self.shape[0]
 
     @property
     def k(self) -> int:
-        """In features."""
+        """Number of input features of one output, K."""
         return math.prod(self.shape[1:])
 
     def size_bytes(self, scheme: LayerScheme, float_bytes: int = 2) -> int:
-        """Bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32.
+        """Return bytes of weight, scales and bias as stored; an integer weight has its scales and bias in float32.
 
         >>> layer = Layer(name="to_q", op="linear", shape=(256, 128), bias=True)
         >>> [layer.size_bytes(known_schemes(64)[name]) for name in ("float", "w8a8_token", "w4a16")]

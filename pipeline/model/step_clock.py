@@ -1,4 +1,4 @@
-"""Tells layers that have one scale for each denoising step which step a call belongs to."""
+"""Tell layers that have one scale for each denoising step which step a call belongs to."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Balance:
 
     @classmethod
     def rotated(cls, scale_C: torch.Tensor, block: int, generator: torch.Generator) -> Balance:
-        """Scaled channels with random signs, then an orthonormal rotation: (x * scale * sign) H / sqrt(block)."""
+        """Return the basis of scaled channels with random signs, then rotated: (x * scale * sign) H / sqrt(block)."""
         signs_C = torch.randint(2, scale_C.shape, generator=generator) * 2 - 1
         return cls(scale_C * signs_C / block**0.5, block)
 
@@ -49,11 +49,11 @@ class Balance:
         return self.block.to_bytes(4, "little") + self.scale_C.numpy().tobytes()
 
     def input(self, x: torch.Tensor, axis: int) -> torch.Tensor:
-        """(x * d) H, the channels along `axis`, which is negative."""
+        """Return (x * d) H, the channels along `axis`, which is negative."""
         return self._rotate(x * self.scale_C.to(x).reshape(-1, *[1] * (-1 - axis)), axis)
 
     def weight(self, w: torch.Tensor) -> torch.Tensor:
-        """(w / d) H / block: w (N, C), or (N, C, kh, kw)."""
+        """Return (w / d) H / block: w (N, C), or (N, C, kh, kw)."""
         return self._rotate(w / self.scale_C.to(w).reshape(-1, *[1] * (w.dim() - 2)), 1 - w.dim()) / self.block
 
     def _rotate(self, x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Balance:
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """Sylvester's matrix H of 1 and -1, float32 (size, size): symmetric, H H = size. `size` is a power of two."""
+    """Return Sylvester's matrix H of 1 and -1, float32 (size, size): symmetric, H H = size, a power of two."""
     from scipy.linalg import hadamard as sylvester
 
     return torch.from_numpy(sylvester(size)).float()

@@ -27,7 +27,7 @@ class Branch:
 
     @classmethod
     def of(cls, w_NK: torch.Tensor, rank: int) -> Branch:
-        """The nearest matrix of this rank, its factors rounded. Raises ValueError for factors beyond float16."""
+        """Return the nearest matrix of this rank, its factors rounded. Raises ValueError for factors beyond float16."""
         w = w_NK.detach().double()
         # the eigenvectors of the smaller square are the singular vectors of that side, and need no random start
         tall = w.shape[0] >= w.shape[1]
@@ -55,7 +55,7 @@ class Branch:
 
 
 def branch_tensors(branches: Mapping[str, Branch]) -> dict[str, torch.Tensor]:
-    """For a safetensors file, in float16."""
+    """Return the factors for a safetensors file, in float16."""
     parts = {n: (("down", b.down_RK), ("up", b.up_NR)) for n, b in branches.items()}
     return {f"{n}:branch-{part}": value.half() for n, both in parts.items() for part, value in both}
 

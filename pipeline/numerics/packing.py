@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Codes in [-8, 7] of any shape -> bytes ((size + 1) // 2,); an odd tail is padded with zero.
+    """Pack codes in [-8, 7] of any shape into bytes ((size + 1) // 2,); an odd tail is padded with zero.
 
     >>> pack_int4(np.array([1, -1, 7], np.int8)).tolist() == [0xF1, 0x07]
     True
@@ -21,7 +21,7 @@ def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 
 def unpack_int4(packed: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Inverse of `pack_int4` for codes of `shape`.
+    """Return the codes, of this shape, that `pack_int4` packed.
 
     >>> unpack_int4(np.array([0xF1, 0x07], np.uint8), (3,))
     array([ 1, -1,  7], dtype=int8)

@@ -72,7 +72,7 @@ def groups(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
-    """The scale of a 4- or 8-bit code, (N, G): s, or s * clip(round(g), 1, 15) where the groups have integers g.
+    """Return the scale of a 4- or 8-bit code, (N, G): s, or s * clip(round(g), 1, 15) if the groups have integers g.
 
     Differentiable in both, straight through the rounding of g.
     """
@@ -82,12 +82,12 @@ def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torc
 
 
 def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
-    """clip(round(g), 1, 15), int8 (N, G)."""
+    """Return clip(round(g), 1, 15), int8 (N, G)."""
     return torch.clamp(group_NG.detach(), GROUP_LOW, GROUP_HIGH).round().to(torch.int8)
 
 
 def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
+    """Return g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
 
     >>> codes, grid = torch.full((1, 32), -8, dtype=torch.int8), Grid(-8, 7, group_size=16)
     >>> eight_bit_codes(codes, torch.tensor([[2.0, 15.0]]), grid)[0, 15:17].tolist()
@@ -97,12 +97,12 @@ def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> t
 
 
 def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes q = clip(round(w / s), low, high) as floats (N, G, K // G); differentiable in w and s."""
+    """Return codes q = clip(round(w / s), low, high) as floats (N, G, K // G); differentiable in w and s."""
     return round_ste(torch.clamp(groups(w_NK, grid) / scale_NG.unsqueeze(-1), grid.low, grid.high))
 
 
 def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Integer codes (N, K), int8.
+    """Return integer codes (N, K), int8.
 
     >>> quantize(torch.tensor([[1.0, -0.26, 99.0]]), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[2, -1, 127]]
@@ -114,7 +114,7 @@ def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Te
 
 
 def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """s * q, float32 (N, K).
+    """Return s * q, float32 (N, K).
 
     >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[1.0, -0.5, 63.5]]
@@ -134,7 +134,7 @@ def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> tor
 def rounds_to(
     q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid, distance: float
 ) -> torch.Tensor:
-    """The weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
+    """Return the weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
     q, scale = groups(q_NK.to(torch.float32), grid), scale_NG.unsqueeze(-1)
     off = torch.clamp(groups(w_NK, grid) / scale - q, -distance, distance)
     return ((q + off) * scale).reshape(w_NK.shape)
@@ -210,7 +210,7 @@ def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> t
 
 
 def input_scale(bits: int = 8) -> float:
-    """float32(1 / 127) or float32(1 / 7): the scale of an input that was divided by its largest magnitude.
+    """Return float32(1 / 127) or float32(1 / 7): the scale of an input that was divided by its largest magnitude.
 
     A constant, so that the integer GEMM stays one.
     """
@@ -218,7 +218,7 @@ def input_scale(bits: int = 8) -> float:
 
 
 def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Codes, as floats, of an input scaled into [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7).
+    """Return codes, as floats, of an input in [-1, 1]: clip(round(127 x), -128, 127), or clip(round(7 x), -8, 7).
 
     >>> x = torch.tensor([-1.0, 0.1, 0.5, 2.0])
     >>> input_codes(x).tolist(), input_codes(x, bits=4).tolist()
@@ -229,25 +229,25 @@ def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
 
 
 def output_scale(output_amax_T: torch.Tensor, amax_T: torch.Tensor) -> torch.Tensor:
-    """(T,) scales of the codes of a product whose input was divided by `amax_T`: the largest is 127."""
+    """Return (T,) scales of the codes of a product whose input was divided by `amax_T`: the largest is 127."""
     return (output_amax_T / amax_T / 127).clamp_min(SCALE_EPS)
 
 
 def output_codes(acc: torch.Tensor, weight_scale: torch.Tensor, scale: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Codes, as floats, of a sum of products of codes: clip(round(sum * ((S * s_w) / s)), -128, 127), S the input's.
+    """Return codes, as floats, of a sum of products of codes: clip(round(sum * ((S * s_w) / s)), -128, 127).
 
-    In this order, which is that of ONNX Runtime; `acc` is exact below 2^24.
+    S is the scale of the input. The order of the operations is that of ONNX Runtime; `acc` is exact below 2^24.
     """
     return round_ste(torch.clamp(acc * ((input_scale(bits) * weight_scale) / scale), -128, 127))
 
 
 def token_amax(x: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
+    """Return the largest magnitude of each token of each sample, at least `TOKEN_EPS`: x (..., K) -> (..., 1)."""
     return x.abs().amax(-1, keepdim=True).clamp_min(TOKEN_EPS)
 
 
 def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice.
+    """Return half the width of each token's range, at least `TOKEN_EPS`, and its middle: x (..., K) -> (..., 1) twice.
 
     >>> half, middle = token_range(torch.tensor([[-1.0, 0.0, 5.0]]))
     >>> half.item(), middle.item()
@@ -257,7 +257,7 @@ def token_range(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def half_range(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Half the width of a range, at least `TOKEN_EPS`, and its middle."""
+    """Return half the width of a range, at least `TOKEN_EPS`, and its middle."""
     return ((high - low) * 0.5).clamp_min(TOKEN_EPS), (high + low) * 0.5
 
 
@@ -301,7 +301,9 @@ def with_one_zero(amax_T: torch.Tensor, shift_T: torch.Tensor, bits: int = 8) ->
 
 
 def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Middles of ranges in scales, rounded to integers as floats; minus the code of zero where `with_zero` was called.
+    """Return middles of ranges in scales, rounded to integers as floats.
+
+    After `with_zero` they are minus the code of zero.
 
     >>> shift_codes(torch.tensor([127.0]), torch.tensor([-41.3])).tolist()
     [-41.0]
@@ -310,7 +312,7 @@ def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch
 
 
 def input_codes_around(x_unit: torch.Tensor, zero: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Codes, as floats, of an input whose zero has the code -`zero`: clip(round(127 x) - zero, -128, 127).
+    """Return codes, as floats, of an input whose zero has the code -`zero`: clip(round(127 x) - zero, -128, 127).
 
     >>> input_codes_around(torch.tensor([0.0, 0.1, -0.1, 2.0]), torch.tensor(116.0)).tolist()
     [-116.0, -103.0, -128.0, 127.0]
@@ -321,6 +323,6 @@ def input_codes_around(x_unit: torch.Tensor, zero: torch.Tensor, bits: int = 8) 
 
 
 def half_table(table: torch.Tensor) -> torch.Tensor:
-    """Each entry in float16, error <= 2^-11 of it or 2^-25; the table as it is where one is beyond float16."""
+    """Return each entry in float16, error <= 2^-11 of it or 2^-25; the same table if one is beyond float16."""
     half = table.to(torch.float16)
     return half if half.isfinite().all() else table

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
-    """`timesteps`, and `between` more evenly spaced between each two neighbours.
+    """Return `timesteps`, and `between` more evenly spaced between each two neighbours.
 
     >>> refine((900.0, 300.0), between=2)
     (900.0, 700.0, 500.0, 300.0)
@@ -32,7 +32,7 @@ def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
 
 
 def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) -> torch.Tensor:
-    """Each entry becomes the largest at its timestep: solvers of second order call the model twice at some, (T,).
+    """Return for each entry the largest at its timestep, (T,): solvers of second order call the model twice at some.
 
     >>> largest_of_repeated(torch.tensor([1.0, 4.0, 2.0]), (900.0, 900.0, 300.0)).tolist()
     [4.0, 4.0, 2.0]
@@ -52,7 +52,7 @@ def where_known(values: Sequence[float | None], choose: Callable[[list[float]], 
 
 
 def resample_magnitude(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> torch.Tensor:
-    """Magnitudes at the `wanted` timesteps, (S,): their logarithm is linear between measured ones.
+    """Return magnitudes at the `wanted` timesteps, (S,): their logarithm is linear between measured ones.
 
     >>> resample_magnitude(torch.tensor([16.0, 1.0]), (900.0, 100.0), (900.0, 500.0, 0.0)).tolist()
     [16.0, 4.0, 1.0]
@@ -62,7 +62,7 @@ def resample_magnitude(values_T: torch.Tensor, timesteps: tuple[float, ...], wan
 
 
 def resample_linear(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> torch.Tensor:
-    """Values at the `wanted` timesteps, (S,): linear between measured ones.
+    """Return values at the `wanted` timesteps, (S,): linear between measured ones.
 
     >>> resample_linear(torch.tensor([16.0, 1.0]), (900.0, 100.0), (900.0, 500.0, 0.0)).tolist()
     [16.0, 8.5, 1.0]
@@ -73,7 +73,7 @@ def resample_linear(values_T: torch.Tensor, timesteps: tuple[float, ...], wanted
 def _interpolate(
     values_T: NDArray[np.float64], timesteps: tuple[float, ...], wanted: tuple[float, ...]
 ) -> NDArray[np.float64]:
-    """Beyond the measured timesteps: the value at the nearest end."""
+    """Return values at the `wanted` timesteps, (S,); beyond the measured ones, the value of the nearest one."""
     t, first = np.unique(np.array(timesteps), return_index=True)
     values: NDArray[np.float64] = np.interp(np.array(wanted), t, values_T[first])
     return values

@@ -1,4 +1,4 @@
-"""Writes each scheme so that ONNX Runtime multiplies integers where it can."""
+"""Write each scheme so that ONNX Runtime multiplies integers where it can."""
 
 from intaglio.exporters.qdq.lowering import (
     TWO_LEVEL,

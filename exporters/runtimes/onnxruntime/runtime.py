@@ -1,4 +1,4 @@
-"""ONNX Runtime, as intaglio asks a runtime: what is here, how it opens a graph, and the rows of its table."""
+"""Define the runtime ONNX Runtime: what is installed, how it opens a graph, and the rows of its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes each scheme so that TensorRT and TensorRT-RTX multiply integers where they can."""
+"""Write each scheme so that TensorRT and TensorRT-RTX multiply integers where they can."""
 
 from intaglio.exporters.qdq.lowering import (
     TWO_LEVEL,

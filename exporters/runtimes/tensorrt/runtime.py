@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX, as intaglio asks a runtime. Their graphs are checked here in ONNX Runtime, as written."""
+"""Define the runtimes TensorRT and TensorRT-RTX. Their graphs are checked here in ONNX Runtime, as they are written."""
 
 from __future__ import annotations
 
