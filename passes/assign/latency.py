@@ -98,7 +98,7 @@ def _named(layer: Layer) -> dict[str, LayerScheme]:
 
 
 def _apart(scheme: LayerScheme, other: LayerScheme) -> tuple[int, int, int]:
-    """Return a distance of two schemes' kernels: integer or float products first, then bits of weights and of inputs."""
+    """Return a distance of two schemes' kernels: integer or float products first, then bits of weights and inputs."""
     in_float = [isinstance(each.input, Float) for each in (scheme, other)]
     bits = abs(scheme.weight_bits - other.weight_bits), abs(scheme.input_bits - other.input_bits)
     return in_float[0] != in_float[1], *bits

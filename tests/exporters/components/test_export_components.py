@@ -13,6 +13,7 @@ import tiny_pipelines
 import torch
 from harness import Artifacts, run_pass
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from quantizing import with_plan
 
 import intaglio
@@ -279,6 +280,11 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
         "precision.unet: the plan sets the precision of the denoiser: remove this entry", precision={"unet": "float"}
     )
     refused("vae is never called: change `call` to use it, or", call=call | {"output_type": "latent"})
+
+
+def test_a_precision_is_a_scheme_that_rounds_weights_only():
+    with pytest.raises(ValidationError, match="no precision 'w8a8_token': components have float, w8a16, w4a16, none"):
+        ExportComponents(precision={"vae": "w8a8_token"})
 
 
 def test_a_component_that_is_left_out_takes_part_in_the_call_where_it_is_needed(sd, tmp_path, caplog):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import save_folder, tiny_dit
 
+from intaglio import Recipe, bind
 from intaglio.pipeline.entry_points import COMMANDS, METRICS, RUNTIMES
 from intaglio.pipeline.runs.registry import plugin_source
 
@@ -68,6 +69,17 @@ def test_sensitivity_runs_again_after_its_metric_was_edited(site: Path) -> None:
 def test_metrics_and_runtimes_of_intaglio_are_not_part_of_a_key() -> None:
     assert plugin_source(METRICS, "mse") is None
     assert plugin_source(RUNTIMES, "tensorrt-rtx") is None
+
+
+def test_the_runtime_belongs_to_steps_that_read_the_target_and_metrics_to_sensitivity() -> None:
+    steps = ("calibrate", {"sensitivity": {"metrics": {"visual": "edges"}}}, {"assign": {}})
+    recipe = Recipe.model_validate({"model": {"path": "m"}, "targets": ["onnxruntime-cpu"], "steps": steps})
+    (chain,) = bind(recipe)
+    assert {step.name: set(step.plugins) for step in chain.steps} == {
+        "calibrate": set(),
+        "sensitivity": {(METRICS, "edges"), (METRICS, "condition-swap"), (METRICS, "temporal")},
+        "assign": {(RUNTIMES, "onnxruntime")},
+    }
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("again",)])
