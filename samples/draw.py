@@ -30,7 +30,7 @@ TARGET = "onnxruntime-cpu"
 
 
 class Pixels:
-    """In the place of an autoencoder, as the denoiser draws pixels: what it decodes is the picture."""
+    """Stand in for the autoencoder of a pipeline whose denoiser draws pixels: decoding returns the picture as it is."""
 
     config = SimpleNamespace(scaling_factor=1.0)
 

@@ -35,7 +35,7 @@ GROUPS = ("Animals & Nature", "Food & Drink")
 ACTORS = ("cat", "dog", "tiger", "pig", "frog", "apple", "tangerine", "watermelon", "avocado", "strawberry")
 WAYS: Mapping[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 FRAMES, SMALL, ACTOR = 8, 16, 9
-"""Of a clip: frames, pixels of a side, pixels of a side of the emoji in it."""
+"""Frames of a clip, pixels of its side, and pixels of the side of the emoji in it."""
 SHOWN = 8
 """Samples in a preview."""
 
@@ -60,7 +60,7 @@ A captioned {kind} of {parameters:.1f} M parameters that draws {what}. A sample 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: one caption a clip or picture, and how a sample of caption m is made."""
+    """Training task: one caption for each clip or picture, and the function that makes a sample of caption m."""
 
     captions: tuple[str, ...]
     what: str

@@ -72,7 +72,7 @@ artists: it is small, it was trained on few images, and much of what it draws it
 
 
 def read_emoji(archive: Path, groups: Collection[str]) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-    """What the archive says of every emoji of these groups, and its picture with alpha, 64x64; in Unicode's order."""
+    """Yield the archive's entry and the picture, 64x64 with alpha, of every emoji of these groups, in Unicode's order."""
     with tarfile.open(archive) as tar:
         files = {m.name: m for m in tar.getmembers()}
 
@@ -184,7 +184,7 @@ def write_atomically(value: dict[str, object], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """How a denoiser is trained to predict noise, and where the checkpoint goes: a stopped run goes on from there."""
+    """Training of a denoiser to predict noise, and the place of its checkpoint, from which a stopped run continues."""
 
     name: str
     steps: int

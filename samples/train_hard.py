@@ -118,7 +118,7 @@ def from_luma(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """How a model is made and sampled, its coding of pictures, there and back, and what its card says of it."""
+    """Making and sampling of a model, its coding of pictures, there and back, and the text of its card."""
 
     make: Callable[[], DenoiserModel]
     sampling: int

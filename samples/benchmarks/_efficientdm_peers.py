@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Quantizer = Mapping[str, Any] | None
 CALIBRATION_ROWS = 16
-"""Of each recorded call, evenly spread; all steps."""
+"""Rows of each recorded call, evenly spread, in all steps."""
 
 
 def channel(bits: int) -> Quantizer:
@@ -107,6 +107,6 @@ def quantized_by(peer: Peer, model: "DenoiserModel", plan: QuantPlan, trajectory
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What is printed, which is results alone in a benchmark, goes nowhere."""
+    """Drop what is printed: a benchmark prints only results."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

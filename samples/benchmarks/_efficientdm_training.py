@@ -45,7 +45,7 @@ Curve = Sequence[tuple[int, float, float]]
 
 @dataclass(frozen=True)
 class Training:
-    """What one process trains. `recipe` ends in front of the distillation, whose options are `distill`."""
+    """Training in one process. `recipe` ends before the distillation, whose options are `distill`."""
 
     kind: str
     recipe: Recipe
@@ -88,7 +88,7 @@ def run(training: Training, held_out: Trajectory, scratch: Path) -> dict[str, An
 
 
 def preparation_cpu_s(recipe: Recipe, base: Path) -> float:
-    """Of all steps in front of the distillation, done anew."""
+    """Return the CPU seconds of all steps before the distillation, which are computed again."""
     began = time.process_time()
     with tempfile.TemporaryDirectory() as store:
         compile(recipe, Store(Path(store)), base=base)
@@ -147,7 +147,7 @@ class Timed(Trainer):
         self.mark = time.process_time()
 
     def training_bytes(self) -> int:
-        """Of the gradients and the optimizer's state."""
+        """Return the bytes of the gradients and the optimizer's state."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = [value for each in self.optimizer.state.values() for value in each.values()]
         return sum(t.nbytes for t in [*(p.grad for p in trained if p.grad is not None), *state])
@@ -187,7 +187,10 @@ class Denoising:
         """Nothing."""
 
     def errors(self, rng: "np.random.Generator") -> Sequence[Error]:
-        """Of one update, at one of the sampler's timesteps: min-SNR weights, Hang et al. 2023, Eq. 7, gamma = 5."""
+        """Return the errors of one update, at one of the sampler's timesteps.
+
+        They have min-SNR weights: Hang et al. 2023, Eq. 7, gamma = 5.
+        """
         step = int(rng.integers(len(self.clock.timesteps)))
         t = torch.tensor(int(self.clock.timesteps[step])).expand(self.rows)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))

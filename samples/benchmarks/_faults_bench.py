@@ -102,7 +102,7 @@ class Run:
         return psnr_db(mean_squared_error(drawn["deployed"], reference), SampleRange.of(reference).peak)
 
     def half_written(self) -> list[str]:
-        """What is visible and not whole: objects, records, results."""
+        """Return the objects, records and results that are visible and not whole."""
         objects = Store(self.store).root / "objects"
         broken = [f"object {each.name}" for each in objects.iterdir() if tree_digest(each) != each.name]
         list(Store(self.store).records())  # raises where one is no record
@@ -112,7 +112,7 @@ class Run:
 
 @dataclass
 class Tally:
-    """How many faults of one kind were tried; `lost` says what was wrong with those that did not end well."""
+    """Count of the faults of one kind; `lost` says what was wrong with those that did not end well."""
 
     tried: int = 0
     lost: list[str] = field(default_factory=list)

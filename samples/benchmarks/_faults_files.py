@@ -208,7 +208,7 @@ def records(bench: Bench) -> Tally:
 
 
 def kits(bench: Bench) -> Tally:
-    """What `intaglio verify` refuses is in no kit, and a kit takes the place of nothing but a kit."""
+    """Check that a kit contains nothing that `intaglio verify` refuses, and replaces nothing but a kit."""
 
     def linked(name: str) -> Change:
         def link(folder: Path) -> None:
@@ -242,7 +242,7 @@ def kits(bench: Bench) -> Tally:
 
 
 def _kit_of(bench: Bench, change: Change) -> Ended:
-    """How `intaglio kit` ended on a changed folder."""
+    """Return how `intaglio kit` ended on a changed folder."""
     place = bench.place / "kits"
     folder = Path(shutil.copytree(bench.undisturbed.delivered, place / "tensorrt-10"))
     (place / "private.txt").write_bytes(PRIVATE)
@@ -256,7 +256,7 @@ def _kit_of(bench: Bench, change: Change) -> Ended:
 
 
 def ended(run: Run, bench: Bench) -> Ended:
-    """How a run ended that has nothing to compute: at most `HELD_S` seconds."""
+    """Return how a run ended that has nothing to compute, after at most `HELD_S` seconds."""
     command = [
         sys.executable,
         "-m",

@@ -21,19 +21,22 @@ from intaglio.pipeline.runs.store import write_atomically
 from intaglio.pipeline.simulation.model import simulate
 
 NOISE_SEED = 2
-"""Of what is compared, which no training saw. The two seeds behind it are those of other noise."""
+"""Seed of the samples that are compared; no training saw them. The next two seeds are for other noise."""
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What was measured, by all that it depends on: a killed run goes on. `depends` holds for every row."""
+    """Measured rows, stored by everything that they depend on, so that a killed run continues.
+
+    All rows depend on `depends`.
+    """
 
     work: Path
     depends: Mapping[str, Any]
 
     def kept(self, make: Callable[[Path], Figures], **depends: Any) -> Figures:
-        """What `make` returns, or did in an earlier run; tensors it writes beside are in the path that it is given."""
+        """Return the row that `make` returns, now or in an earlier run; it writes tensors to the path that it gets."""
         on = {**self.depends, **depends}
         place = self.work / "rows" / hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()
         file = place.with_suffix(".json")
@@ -45,7 +48,7 @@ class Rows:
         return json.loads(file.read_text())["row"]
 
     def tensors(self, row: Figures) -> dict[str, torch.Tensor]:
-        """What was written beside a row."""
+        """Return the tensors that were written beside a row."""
         from safetensors.torch import load_file
 
         return load_file(self.work / "rows" / f"{row['place']}.safetensors")

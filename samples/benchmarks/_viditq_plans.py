@@ -24,9 +24,9 @@ from intaglio.pipeline.runs.runner import CompiledTarget
 WIDE = ["w8a8_token", "w8a8_step"]
 NARROW = ["w4a8_token", "w4a8_step"]
 FORMATS = (PEERS["W8A8"]["INT8, inputs by token"], PEERS["W4A8"]["INT4 blocks, INT8 inputs by token"])
-"""Of modelopt, for the two."""
+"""Formats of modelopt for WIDE and for NARROW."""
 BUCKETS, ROWS = 5, 8
-"""Of the calls on which modelopt scores layers: as many as our sensitivity has."""
+"""Buckets and rows of the calls on which modelopt scores layers: as many as our sensitivity has."""
 BISECTIONS = 12
 
 

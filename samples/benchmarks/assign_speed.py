@@ -1,4 +1,4 @@
-"""How long assigning takes on a large model: a made-up one, all linear, with six formats a layer and three budgets.
+"""Measure how long assigning takes on a large random model of linear layers, with six formats and three budgets.
 
     python samples/benchmarks/assign_speed.py [--layers 1000] [--size 0.3 --latency 0.285 --bops 0.12] [--json]
 
@@ -26,7 +26,7 @@ from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.numerics.quality import SampleRange
 
 WORST = {"float": 0, "w8a8_token": 1, "w8a8_step": 1.5, "w4a16": 20, "w4a8_token": 22, "w4a4_token": 300}
-"""How much more than in w8a8_token a layer loses, about."""
+"""Error of a layer in each scheme, about, relative to w8a8_token."""
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What data-free distillation of adapters is worth: W8A8, W4A8 and W4A4 with and without it, peers, ablations, QAT.
+"""Measure the gain of data-free distillation of adapters: W8A8, W4A8 and W4A4 with and without, peers, ablations, QAT.
 
     npm pack emoji-datasource-google@16.0.0
     python samples/benchmarks/efficientdm.py [emoji-dit emoji-unet] --data emoji-datasource-google-16.0.0.tgz [--json]
@@ -44,7 +44,7 @@ PLANS: Mapping[str, list[str]] = {
 }
 ENDS = ["w8a8_token", "w8a8_step"]
 GROUPS = [32]
-"""Of 4-bit weights, as the peers have."""
+"""Group size of 4-bit weights, as the peers have it."""
 CALIBRATE = Step(uses="calibrate", options={"samples": 32})
 BALANCE = Step(uses="balance")
 UPDATES: Mapping[str, int] = {"emoji-dit": 120, "emoji-unet": 240}
@@ -95,7 +95,7 @@ def ablations(model: str) -> dict[str, tuple[Step, ...]]:
 
 
 QAT_START: Mapping[str, Any] = {"start": "round", "rate": 0.01, "scale_rate": 1e-3}
-"""What QAT on the denoiser's own objective does otherwise: it starts from the nearest codes, not balanced."""
+"""Options of QAT on the denoiser's own objective that differ: it starts from the nearest codes, not balanced."""
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
@@ -113,9 +113,9 @@ class Bench:
     model: str
     work: Path
     samples: int
-    """Of the first seed; features and KID are of these."""
+    """Number of samples of the first seed, from which features and KID are computed."""
     compared: int
-    """Of every seed: PSNR, SSIM and SQNR are of these, the first ones of the others."""
+    """Number of samples of every seed from which PSNR, SSIM and SQNR are computed; the first ones of the first seed."""
 
     def recipe(self, seed: int, *steps: Step) -> Recipe:
         path = str(Path(__file__).parents[1] / "models" / self.model)

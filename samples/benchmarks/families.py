@@ -31,7 +31,7 @@ from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}
-"""By plan: for every layer, the first of these schemes that it admits."""
+"""Schemes of each plan: every layer gets the first of them that it admits."""
 ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
 EVERY: Mapping[str, Sequence[str]] = dict.fromkeys(PLANS, (ORT, RTX))
 
@@ -57,9 +57,9 @@ class Uniform(Pass):
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a plan came to: relative L2 errors to the simulation, and the engine's products on integers and in float.
+    """Results of a plan: relative L2 errors to the simulation, and the engine's products on integers and in float.
 
-    Of `balanced` layers the channel scales are in what precedes them for `folded`.
+    `folded` counts those of the `balanced` layers whose channel scales are in the operators before them.
     """
 
     layers: int
@@ -139,7 +139,7 @@ def float_error(family: str, compiled: CompiledTarget) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """As markdown."""
+    """Return the rows as a table in Markdown."""
     head = ["family", "axes that vary", "float", *(f"{p.upper()}: worst layer, whole" for p in PLANS)]
     head += [*(f"{p.upper()}: INT8 products" for p in PLANS), "scales folded"]
     lines = [head, ["---"] * len(head)]

@@ -1,4 +1,4 @@
-"""What compiling a full-size denoiser costs: seconds and peak memory of every step, and bytes of what comes out.
+"""Measure the cost of compiling a full-size denoiser: seconds and peak memory of every step, and bytes of the results.
 
     python samples/benchmarks/full_size.py [dit-xl pixart-xl ...] [--json]
 
@@ -54,7 +54,7 @@ class Denoiser:
 
 
 TOKENS = 77
-"""Of a text."""
+"""Tokens of one text."""
 MODELS: Mapping[str, Denoiser] = {
     # 256 x 256; 750 M parameters, as diffusers has an embedder in every block
     "dit-xl": Denoiser(

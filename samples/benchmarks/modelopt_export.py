@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CONFIGS = ("INT8_DEFAULT_CFG", "INT4_AWQ_CFG")
 CALIBRATE = Step(uses="calibrate", options={"samples": 4})
 ROWS = slice(0, 2)
-"""Of a recorded call, that are timed and compared."""
+"""Rows of a recorded call that are timed and compared."""
 
 
 def main(
@@ -140,7 +140,7 @@ def restored(place: Path, name: str) -> "tuple[torch.nn.Module, Mapping[str, tor
 
 
 def deployed(place: Path, name: str) -> str:
-    """By the exporter of Model Optimizer's own."""
+    """Export with Model Optimizer's own exporter, and return the path."""
     from modelopt.torch._deploy.utils import OnnxBytes, get_onnx_bytes_and_metadata
 
     path = place / name / "deployed" / "model.onnx"
@@ -153,7 +153,7 @@ def deployed(place: Path, name: str) -> str:
 
 
 def exported(place: Path, name: str) -> str:
-    """By torch, which Model Optimizer tells how to write its quantizers."""
+    """Export with torch, which Model Optimizer tells how to write its quantizers, and return the path."""
     import torch
 
     path = place / name / "exported" / "model.onnx"
@@ -180,7 +180,7 @@ EXPORTERS: Mapping[str, Callable[[Path, str], str]] = {
 
 
 def timed(graphs: Mapping[str, str], place: Path, rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """By turns, after one round that is not counted; and what ONNX Runtime does not load, with the reason."""
+    """Time the graphs by turns, after one uncounted round. Also returns the graphs that do not load, and why."""
     from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     call = {name: value.numpy() for name, value in middle_call(place).items()} | {STEP_INPUT: np.array(0)}

@@ -152,7 +152,7 @@ def compiled(place: Path, schemes: list[str] | None) -> dict[str, str]:
 
 
 def run(place: Path, steps: list[Step]) -> CompiledTarget:
-    """What the steps make of the model in `place`."""
+    """Compile the model in `place` with these steps."""
     recipe = Recipe(model=model_in(place), targets=(TARGET,), steps=tuple(steps))
     return compile(recipe, Store(place / "store"), base=Path(__file__).parent)[TARGET]
 
@@ -289,7 +289,7 @@ PEERS: Mapping[str, Callable[[Path, Path], dict[str, str]]] = {
 
 
 def timed(graphs: Mapping[str, Path], place: Path, rounds: int, batches: list[int], threads: int) -> dict[str, Any]:
-    """By turns, after one round that is not counted."""
+    """Time the graphs by turns, after one round that is not counted."""
     from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     sessions = {}
@@ -372,7 +372,7 @@ def relative(y: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
 
 
 def size(path: Path) -> int:
-    """Of the model and of the files beside it that hold its tensors."""
+    """Return the bytes of the model and of the files beside it that hold its tensors."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 

@@ -94,7 +94,7 @@ def main(
 
 
 def profiled(plans: Mapping[str, CompiledTarget], rounds: int, rows: int) -> tuple[dict[str, list[Profile]], float]:
-    """Of every plan one profile a round, by turns, and all kernels' time relative to the calls that `bench` times."""
+    """Profile the plans by turns, once a round. Also returns the time of all kernels relative to that of calls."""
     found: dict[str, list[Profile]] = {name: [] for name in plans}
     of_calls, step = list[float](), ProfileLayers(rows=rows)
     with ExitStack() as stack:
@@ -119,7 +119,7 @@ def total(profile: Profile) -> float:
 
 
 def ratio(profile: Profile, to: Profile) -> float:
-    """Of the layers' times."""
+    """Return the ratio of the times of all layers."""
     return total(profile) / total(to)
 
 

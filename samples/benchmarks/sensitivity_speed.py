@@ -1,4 +1,4 @@
-"""What it costs to know how much every layer minds being rounded: CPU seconds of three estimates, and of modelopt's.
+"""Measure what it costs to find the sensitivity of every layer: CPU seconds of three estimates, and of modelopt's.
 
     OMP_NUM_THREADS=1 python samples/benchmarks/sensitivity_speed.py [samples/emoji-unet.yaml] [--json]
 
@@ -53,7 +53,7 @@ FORMATS = {
 }
 """Weight and input of each scheme as modelopt has it; its 4-bit formats are for linear layers."""
 Scores = dict[tuple[str, str], float]
-"""By layer and scheme."""
+"""Scores by layer and scheme."""
 
 
 def main(
@@ -114,7 +114,7 @@ def speeds(
         return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
 
     def along(count: int) -> Scores:
-        """Of whole trajectories, as `sensitivity` predicts them."""
+        """Return the errors of whole trajectories, as `sensitivity` predicts them."""
         made = study(reuse=True)
         screen = Screen(made.rounded, clock(made), made.forms)
         start = made.batch.sampler.start(count, made.ctx.torch_rng("drift"))
@@ -224,7 +224,7 @@ def auto_quantized(checkpoint: Checkpoint, study: Study, method: str) -> Scores:
 
 
 def auto_quantize(checkpoint: Checkpoint, calls: Sequence[Inputs], formats: Sequence[Any], method: str) -> Any:
-    """What its search knows when it is done."""
+    """Return the state of modelopt's search after it has ended."""
     import modelopt.torch.quantization as mtq
 
     model = checkpoint.open()
@@ -252,7 +252,7 @@ def _format(weight: Any, x: Any) -> dict[str, Any]:
 
 
 def _scores(state: Any) -> Scores:
-    """By scheme, which are told apart by their weights' bits."""
+    """Return the scores of a search; its schemes differ in the bits of their weights."""
     schemes = {"(effective-bits: 8.0)": "w8a8_step", "(effective-bits: 4.0)": "w4a16"}
     return {
         (layer, scheme): float(score)

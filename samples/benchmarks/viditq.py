@@ -1,4 +1,4 @@
-"""What deciding the bits of every layer is worth: W8A8, and plans of mixed W8A8 and W4A8 against others of their bytes.
+"""Measure the gain of deciding the bits of every layer: W8A8, and mixed W8A8 and W4A8 plans beside others of their size.
 
     python samples/benchmarks/viditq.py [emoji-dit emoji-unet emoji-pixart emoji-latte] [--json]
 
@@ -86,7 +86,7 @@ class Bench:
         return (*self.ends.analysis(), self.ends.assigned(limit_bytes))
 
     def measured(self, name: str, plan: Sequence[Step], after: Sequence[Step]) -> Figures:
-        """What samples of this plan look like beside those of full precision."""
+        """Return figures of the samples of this plan beside those of full precision."""
         say(self.model, f"seed {self.seed}: {name}")
         done = self.compiled(CALIBRATE, *plan, *after, Step(uses="merge"))
         full = full_precision(self.rows, done[MODEL], done.outputs[MODEL], self.samples)
