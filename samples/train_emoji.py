@@ -72,7 +72,7 @@ artists: it is small, it was trained on few images, and much of what it draws it
 
 
 def read_emoji(archive: Path, groups: Collection[str]) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-    """Yield the archive's entry and the picture, 64x64 with alpha, of every emoji of these groups, in Unicode's order."""
+    """Yield the archive's entry and the picture, 64x64, alpha, of each emoji of these groups, in Unicode's order."""
     with tarfile.open(archive) as tar:
         files = {m.name: m for m in tar.getmembers()}
 

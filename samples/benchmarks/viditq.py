@@ -1,4 +1,4 @@
-"""Measure the gain of deciding the bits of every layer: W8A8, and mixed W8A8 and W4A8 plans beside others of their size.
+"""Measure the gain from choosing the bits of every layer: W8A8, and mixed W8A8 and W4A8 plans beside others as large.
 
     python samples/benchmarks/viditq.py [emoji-dit emoji-unet emoji-pixart emoji-latte] [--json]
 
