@@ -138,7 +138,7 @@ def test_a_right_graph_in_half_precision_stays_within_its_roundings(in_half):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (spoilt_weight, rf"{BLOCK}.ff.net.2: relative L2 error .* inside the whole graph, on"),
+        (spoilt_weight, rf"{BLOCK}.ff.net.2: relative L2 error .* inside the whole graph, compared"),
         (missing_activation, rf"{BLOCK}.ff.net.2: relative L2 error 8.9\de-01 of the values that reach it inside the"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_value_of_another_shape_has_departed_without_end(compiled):
     [
         (
             spoilt_scale,
-            r"transformer_blocks.1.attn1.to_v: relative L2 error 1.00e-03 inside the whole graph, on",
+            r"transformer_blocks.1.attn1.to_v: relative L2 error 1.00e-03 inside the whole graph, compared",
         ),
         (
             missing_activation,

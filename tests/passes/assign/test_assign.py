@@ -98,7 +98,7 @@ def test_budgets_that_cannot_be_met_together_say_the_least_common_factor(limits,
     assert ("can be met one by one, but not together" in str(raised.value)) == alone
     relaxed, tight = (Budget(**{n: x * f for n, x in limits.items()}) for f in (rounded, rounded - 0.002))
     run_pass(AssignPrecision(budget=relaxed, schemes=EVERY), artifacts, tmp_path)
-    with pytest.raises(RecipeError, match="the least such factor"):
+    with pytest.raises(RecipeError, match="the smallest factor that works"):
         run_pass(AssignPrecision(budget=tight, schemes=EVERY), artifacts, tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_layers_on_one_input_round_it_alike_if_that_is_asked_for(tmp_path):
 def test_layers_on_one_input_without_a_common_format_are_an_error(tmp_path):
     artifacts = given(*ERRORS, same_input=(("l0", "l1"),))
     step = AssignPrecision(schemes={"linear": ("w8a8_token",)}, same_input=True, keep=("l1",))
-    with pytest.raises(RecipeError, match=r"l0 \(w8a8_token\), l1 \(float\) read one tensor and have no format"):
+    with pytest.raises(RecipeError, match=r"l0 \(w8a8_token\), l1 \(float\) read the same tensor, but no input format"):
         run_pass(step, artifacts, tmp_path)
 
 
