@@ -81,7 +81,7 @@ def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None,
             f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}: one a scale"
         )
     if zero_point.float().count_nonzero():  # NaN is one
-        raise NotCarried(f"{what} with zero points: here a code of 0 is 0 (symmetric)")
+        raise NotCarried(f"{what} with zero points: only symmetric codes, without zero points, can be imported")
 
 
 def by_token(bits: int) -> Entering:

@@ -59,7 +59,9 @@ def _weight(kind: object, facts: Mapping[str, Any], parts: Mapping[str, torch.Te
             case "IntxUnpackedToInt8Tensor":
                 bits, entering = int(facts["target_dtype"]["_data"].removeprefix("int")), None
                 if facts["activation_quantization"] is not None:
-                    raise NotCarried("inputs by token with zero points: here a code of 0 is 0 (symmetric)")
+                    raise NotCarried(
+                        "inputs by token with zero points: only symmetric codes, without zero points, can be imported"
+                    )
             case _:
                 kinds = "only Int8Tensor and IntxUnpackedToInt8Tensor hold plain symmetric codes"
                 raise NotCarried(f"a {printable(kind)[:60] if isinstance(kind, str) else shown(kind)}: {kinds}")
@@ -83,7 +85,7 @@ def _entering(kwargs: Mapping[str, Any] | None, parts: Mapping[str, torch.Tensor
     facts = kwargs["_data"]
     granularity, mapping = facts["granularity"]["_type"], facts["mapping_type"]["_data"]
     if mapping != "SYMMETRIC":
-        raise NotCarried(f"inputs mapped {printable(mapping)[:60]}: here a code of 0 is 0 (SYMMETRIC)")
+        raise NotCarried(f"inputs mapped {printable(mapping)[:60]}: only SYMMETRIC codes can be imported")
     if facts.get("reduce_range"):
         raise NotCarried("inputs of 7 bits (reduce_range): only of 4 or 8")
     check_symmetric(parts.get("act_quant_zero_point"), parts.get("act_quant_scale"), "inputs")

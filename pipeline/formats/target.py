@@ -69,11 +69,11 @@ class Limits(BaseModel):
     )
     forms: tuple[str, ...] = Field(
         (),
-        description="names of `FORMS` in the rules of `lint`: forms of operators that the runtime refuses, or computes"
-        " differently from ONNX",
+        description="forms of operators that the runtime refuses, or computes differently from ONNX, by their names in"
+        " FORMS (exporters/lint/rules/validity.py)",
     )
     types: tuple[str, ...] = Field(
-        (), description="element types of values that are not codes; empty: `lint` does not check types"
+        (), description="element types of values that are not codes; empty: types are not checked"
     )
     double_as_float: bool = Field(False, description="the runtime computes float64 values in float32")
     domains: tuple[str, ...] = Field((), description="domains whose operators the runtime has, besides ONNX's own")

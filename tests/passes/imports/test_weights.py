@@ -277,7 +277,7 @@ REFUSED = {
     "weights in int8 by block: only with scales by": setting("weights", strategy="block"),
     "weights in int8 by channel with zero points": setting("weights", symmetric=False),
     "weights with zero points": tensor("weight_zero_point", torch.ones(1, dtype=torch.int8)),
-    "another order": tensor("weight_g_idx", torch.zeros(64, dtype=torch.int32)),
+    "weight_g_idx: with actorder the features": tensor("weight_g_idx", torch.zeros(64, dtype=torch.int32)),
     "blocks of 16 of 64 in features: groups here have 32, 64 or 128": in_blocks,
     "8-bit weights with a 4-bit input": setting("input_activations", num_bits=4),
     "inputs of 6 bits": setting("input_activations", num_bits=6),
