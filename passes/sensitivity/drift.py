@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 OUTPUTS_DB = 20
-"""Decibels by which output errors overestimate the PSNR of the samples, for some layers."""
+"""Decibels by which the PSNR that is predicted from output errors exceeds that of the samples, for some layers."""
 
 
 @dataclass(frozen=True)

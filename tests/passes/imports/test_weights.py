@@ -445,7 +445,7 @@ REFUSED_OF_TORCHAO = {
     "weights with zero points": intx(zero_point=torch.ones(64, 2, dtype=torch.int8)),
     "inputs by token with zero points": intx(activation="INT8_ASYM_PER_TOKEN"),
     "6-bit weights with a float input": intx(bits=6),
-    "8-bit weights in blocks": intx(bits=8),
+    "8-bit weights with scales for blocks": intx(bits=8),
     "blocks of 16 of 64 in features": intx(blocks=4),
     "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),
     "codes from -128 to 127, which are not of 4 bits": intx(qdata=int8()[1]["qdata"]),
