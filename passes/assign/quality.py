@@ -89,9 +89,10 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
         missing_db = wanted.psnr_db - found[-1].psnr_db
         if drawing is None or -NEAR_DB <= missing_db <= 0:
             break
-        if found[-1].factor > 10 ** (NOISE_DB / 10) * factor:
+        factor = found[-1].factor
+        if factor > 10 ** (NOISE_DB / 10):
             problem = drawing.corrected(problem, chosen)
-        factor = table.samples.mse(found[-1].psnr_db) / problem.loss(chosen)
+            factor = max(1.0, table.samples.mse(found[-1].psnr_db) / problem.loss(chosen))
     good = [each for each in found if each.psnr_db >= wanted.psnr_db]
     quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
     best = max(quick or found, key=lambda each: each.psnr_db)
