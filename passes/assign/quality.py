@@ -60,12 +60,15 @@ class Choice(NamedTuple):
 
 
 class _Tried(NamedTuple):
-    """A plan, the quality of its samples, its time relative to float, and the factor on its predicted loss."""
+    """A plan, the quality of its samples, and its time relative to float."""
 
     chosen: Chosen
     psnr_db: float
     time: float
-    factor: float
+
+    def factor(self, problem: Problem, table: Sensitivity) -> float:
+        """Return the error of the samples relative to the loss that the problem predicts."""
+        return table.samples.mse(self.psnr_db) / problem.loss(self.chosen)
 
 
 def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> Choice:
@@ -89,17 +92,17 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
         missing_db = wanted.psnr_db - found[-1].psnr_db
         if drawing is None or -NEAR_DB <= missing_db <= 0:
             break
-        factor = found[-1].factor
+        factor = found[-1].factor(problem, table)
         if factor > 10 ** (NOISE_DB / 10):
             problem = drawing.corrected(problem, chosen)
-            factor = max(1.0, table.samples.mse(found[-1].psnr_db) / problem.loss(chosen))
+            factor = max(1.0, found[-1].factor(problem, table))
     good = [each for each in found if each.psnr_db >= wanted.psnr_db]
     quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
     best = max(quick or found, key=lambda each: each.psnr_db)
     if not good:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.psnr_db, best.psnr_db)
-    return Choice(best.chosen, problem, table.samples.mse(best.psnr_db) / problem.loss(best.chosen))
+    return Choice(best.chosen, problem, best.factor(problem, table))
 
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
@@ -108,7 +111,7 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
     found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
     ctx.log.info("tried a plan: single layers predict %.1f dB, samples have %.1f dB", predicted_db, found_db)
     time = float(problem.knapsack.costs[problem.time][chosen].sum())
-    return _Tried(chosen, found_db, time, table.samples.mse(found_db) / problem.loss(chosen))
+    return _Tried(chosen, found_db, time)
 
 
 class _Wanted(NamedTuple):
@@ -126,18 +129,18 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
-        return _Wanted(aim.psnr_db, max(1.0, plain.factor), SLACK)
+        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)), SLACK)
     best = _tried(problem, table, problem.least(lambda option: _precision(option) < 2), drawing, ctx)
     reach_db = max(plain.psnr_db, best.psnr_db - REST_DB)
     if reach_db >= aim.psnr_db:
-        return _Wanted(aim.psnr_db, max(1.0, best.factor), SLACK)
+        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
     ctx.log.info(
         "8-bit weights with float inputs reach %.1f dB: the plan keeps %.1f dB, not %.1f",
         max(plain.psnr_db, best.psnr_db),
         reach_db,
         aim.psnr_db,
     )
-    return _Wanted(reach_db, max(1.0, best.factor), SLACK_BELOW)
+    return _Wanted(reach_db, max(1.0, best.factor(problem, table)), SLACK_BELOW)
 
 
 def _precision(option: Option) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.basis_search import Amounts, candidates, groups_of, nearest, with_ranges
 from intaglio.pipeline.formats.schemes import FLOAT, Float, RoundedWeight
 
 if TYPE_CHECKING:
+    from intaglio.passes.sensitivity.forms import BasisName
     from intaglio.passes.sensitivity.rounded import Bases
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
@@ -18,18 +20,12 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
     from intaglio.pipeline.numerics.basis import Balance
 
-BasisName: TypeAlias = Literal["scaled", "rotated"]
-
-COMPARED = Amounts(steps=2, rows=2, tokens=512)
+BALANCE = BalanceLayers()
+"""The options of `balance`: candidates, and the gain that a basis is worth, are those of its defaults."""
+COMPARED = Amounts(steps=2, rows=2, tokens=BALANCE.tokens)
 """Amounts of the recorded calls that are used to compare candidates."""
 RANGE_ROWS = 8
 """Rows of a recorded call from which ranges in a basis are taken, at every step."""
-EXPONENTS = (0.3, 0.5, 0.7)
-"""Shares of a channel's magnitude that move into the weight; all are compared."""
-BLOCK = 128
-"""Channels that are rotated together, at most."""
-WORTH_DB = 0.5
-"""Least gain in SQNR of a layer's output for which a basis is measured."""
 
 
 class FoundBases(NamedTuple):
@@ -47,7 +43,7 @@ def find_bases(
     trajectory: Trajectory,
     ctx: Context,
 ) -> FoundBases:
-    """Find the best basis of each name for every input, if it lowers the error of its layers by WORTH_DB.
+    """Find the best basis of each name for every input, if it gains as much as `balance` asks for.
 
     Layers are compared in their first scheme that rounds the input. `scaled` scales each channel (SmoothQuant, Xiao et
     al. 2023, Eq. 3), `rotated` rotates blocks of channels as well (QuaRot, Ashkboos et al. 2024, section 3).
@@ -61,11 +57,11 @@ def find_bases(
     with ctx.progress("bases", len(groups)) as advance:
         for group in groups:
             parts = {name: (layers[name], compared[name]) for name in group.names}
-            block = BLOCK if "rotated" in names else 1
-            every = list(candidates(parts, group.x, EXPONENTS, block, ctx))
+            block = BALANCE.block if "rotated" in names else 1
+            every = list(candidates(parts, group.x, BALANCE.exponents, block, ctx))
             for name, bases in chosen.items():
                 best = nearest(parts, group.x, [basis for basis in every if (basis.block > 1) == (name == "rotated")])
-                if best is not None and best[1] >= WORTH_DB:
+                if best is not None and best[1] >= BALANCE.gain_db:
                     bases |= dict.fromkeys(group.names, best)
             advance()
     rows = trajectory.some_rows(RANGE_ROWS)

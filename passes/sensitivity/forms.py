@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme
+
+BasisName: TypeAlias = Literal["scaled", "rotated"]
+"""Name of a basis that is looked for: channels are scaled, or scaled and rotated in blocks."""
 
 
 class Form(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, field_validator
 
 from intaglio.passes.sensitivity.estimates import MSE
-from intaglio.passes.sensitivity.forms import Form, forms_of, parts_of
+from intaglio.passes.sensitivity.forms import BasisName, Form, forms_of, parts_of
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
@@ -50,7 +50,6 @@ Schemes: TypeAlias = "Mapping[str, dict[str, LayerScheme]]"
 """Schemes of each layer, by the layer's and the scheme's name."""
 Forms: TypeAlias = "Mapping[str, dict[str, Form]]"
 """Forms of each layer, by the layer's name and the form's label; float is among them."""
-BasisName: TypeAlias = Literal["scaled", "rotated"]
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
 """Squared error of final samples with one layer rounded at every step, by layer and scheme; and the squared error per
 relative squared error of each call's output. Both are empty if not known."""
@@ -172,8 +171,16 @@ class MeasureSensitivity(Pass):
         drawn = DRAWN * sum(known_schemes()[name].weight_bits < 8 for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
         along = (2 + len(schemes) * (1 + len(self.bases)) + 1) * one * self.samples
-        found = 8 * model.steps + 4 + 16 * (1 + 3 * len(self.bases)) if self.bases else 0
+        found = self._rows_for_bases(model) if self.bases else 0
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift + found)
+
+    def _rows_for_bases(self, model: ModelCost) -> int:
+        """Return the rows from which bases are found; a candidate takes about four passes over the compared ones."""
+        from intaglio.passes.sensitivity.bases import BALANCE, COMPARED, RANGE_ROWS
+
+        compared = COMPARED.steps * COMPARED.rows
+        candidates = 1 + len(BALANCE.exponents) * len(self.bases)
+        return RANGE_ROWS * model.steps + compared * (1 + 4 * candidates)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Predict the error of every pair of a layer and a scheme, and measure some of them."""
