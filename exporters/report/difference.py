@@ -240,9 +240,9 @@ class Difference:
         """
         found = [
             {
-                layer.name: side.sensitivity.predicted(layer.name, name)
+                layer.name: side.sensitivity.predicted(layer.name, label)
                 for layer in side.plan.layers
-                if (name := side.plan.schemes[layer.name].name) in side.sensitivity.error.get(layer.name, {})
+                if (label := side.sensitivity.label_of(side.plan, layer.name)) is not None
             }
             for side in (self.a, self.b)
             if side.plan is not None and side.sensitivity is not None

@@ -79,10 +79,10 @@ def heat_map(sensitivity: Sensitivity, plan: QuantPlan) -> HeatMap:
         return Cell("", f"{db:.0f}", f"{layer.name}\n{db:.1f} dB PSNR of the samples (SQNR {sqnr_db:.1f}), {found}")
 
     def row(layer: Layer) -> HeatRow:
-        planned = plan.schemes[layer.name]
+        planned = sensitivity.label_of(plan, layer.name) or plan.schemes[layer.name].name
         *_, role = split_name(layer.name)
-        groups = tuple(cells(layer, name) for name in (planned.name, *schemes))
-        return HeatRow(role, layer.name, plan_cell(plan, layer), samples(layer, planned.name), groups)
+        groups = tuple(cells(layer, name) for name in (planned, *schemes))
+        return HeatRow(role, layer.name, plan_cell(plan, layer), samples(layer, planned), groups)
 
     planned = [layer for layer in sensitivity.layers if layer.name in plan.schemes]
     blocks = tuple(
