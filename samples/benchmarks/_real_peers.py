@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from _efficientdm_peers import quiet
+from _torch_export import export, function_of
 from numpy.typing import NDArray
 from torch import nn
 
-from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.types import Inputs
 
@@ -36,32 +36,7 @@ class Network:
 
     def denoiser(self) -> nn.Module:
         """Return the module as a function of the call's tensors, in their order."""
-        model, names = self.checkpoint.open(), list(self.calls[0])
-
-        class Denoiser(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.module = model.module
-
-            def forward(self, *values: torch.Tensor) -> torch.Tensor:
-                return denoise_with(self.module, model)(dict(zip(names, values, strict=True)))
-
-        return Denoiser().eval()
-
-
-def export(denoiser: nn.Module, call: Inputs, path: Path, *, dynamo: bool = True) -> None:
-    """Write the graph for calls of this shape, as torch.onnx.export does by itself."""
-    with torch.no_grad(), quiet():
-        torch.onnx.export(
-            denoiser,
-            tuple(call.values()),
-            path,
-            dynamo=dynamo,
-            opset_version=20,
-            input_names=list(call),
-            output_names=["output"],
-            external_data=True,
-        )
+        return function_of(self.checkpoint.open(), list(self.calls[0]))
 
 
 def prepared(network: Network, folder: Path) -> Path:
@@ -125,7 +100,8 @@ def modelopt(network: Network, path: Path, config: str) -> None:
 
     with torch.no_grad(), quiet():
         mtq.quantize(denoiser, getattr(mtq, config), calibrate)
-    export(denoiser, network.calls[0], path, dynamo=False)  # the other exporter cannot write its quantizers
+    with quiet():
+        export(denoiser, network.calls[0], path, dynamo=False)  # the other exporter cannot write its quantizers
 
 
 PEERS: Mapping[str, Callable[[Network, Path], None]] = {

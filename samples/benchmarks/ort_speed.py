@@ -228,34 +228,13 @@ def modelopt_torch(place: Path, path: Path, *, dynamo: bool = False) -> dict[str
     """modelopt.torch: INT8_DEFAULT_CFG calibrated on the recorded call, exported by torch."""
     import modelopt.torch.quantization as mtq
     import torch
+    from _torch_export import export, function_of
 
-    from intaglio.pipeline.model.calls import denoise_with
-
-    model = Checkpoint.resolve(model_in(place), Path()).open()
     call = {name: torch.from_numpy(value) for name, value in next(calls(place, 2)).items()}
-
-    class Denoiser(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = model.module
-
-        def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            return denoise_with(self.module, model)(dict(zip(call, values, strict=True)))
-
-    denoiser = Denoiser().eval()
+    denoiser = function_of(Checkpoint.resolve(model_in(place), Path()).open(), list(call))
     with torch.no_grad():
         mtq.quantize(denoiser, mtq.INT8_DEFAULT_CFG, lambda module: module(*call.values()))
-        torch.onnx.export(
-            denoiser,
-            tuple(call.values()),
-            path,
-            dynamo=dynamo,
-            opset_version=20,
-            input_names=list(call),
-            output_names=["output"],
-            dynamic_axes=None if dynamo else {name: {0: "batch"} for name in call},
-            external_data=True,
-        )
+    export(denoiser, call, path, dynamo=dynamo, any_batch=not dynamo)
     return {}
 
 

@@ -21,10 +21,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from _real_peers import PEERS, export
+from _efficientdm_peers import quiet
+from _real_peers import PEERS
 from _real_peers import Network as PeerNetwork
 from _rows import say, speak
 from _terrain import PACKAGES
+from _torch_export import export
 from full_size import folder
 from ort_speed import size
 
@@ -197,7 +199,8 @@ def exported(name: str, network: PeerNetwork, place: Path) -> tuple[dict[str, Pa
     """Return the ONNX files of float32 and of the peers, and why there is none of a peer."""
     network.float_graph.parent.mkdir(parents=True, exist_ok=True)
     if not network.float_graph.exists():
-        export(network.denoiser(), network.calls[0], network.float_graph)
+        with quiet():
+            export(network.denoiser(), network.calls[0], network.float_graph)
     files, problems = {"float32": network.float_graph}, {}
     for label, write in PEERS.items():
         path = place / label / "model.onnx"
