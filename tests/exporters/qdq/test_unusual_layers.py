@@ -173,7 +173,7 @@ def test_every_call_of_a_layer_is_quantized_and_the_runtime_takes_the_graph(star
     made = written(planned(start, schemes, target, tmp_path), tmp_path)
     check(made, tmp_path)
     if target == "tensorrt-rtx":
-        pytest.importorskip("tensorrt_rtx")
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
         assert run_pass(BuildTensorRT(), made, tmp_path / "engine")[ENGINE].plan
         return
     for settings in ({}, {"session.x64quantprecision": "1"}):  # kernels of CPUs with and without VNNI
