@@ -15,7 +15,7 @@ import torch
 from intaglio.passes.layer_inputs import layer_inputs, siblings
 from intaglio.passes.layer_ranges import expected_ends
 from intaglio.pipeline.formats.layer_tables import LayerTables
-from intaglio.pipeline.formats.schemes import Float, LayerScheme
+from intaglio.pipeline.formats.schemes import FEW_BITS, Float, LayerScheme
 from intaglio.pipeline.model.hooks import before_calls
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
@@ -182,8 +182,8 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def branch_of(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
-    """Return the branch of a weight in its basis; None for one of 8 bits or more, or too small."""
-    if not rank or scheme.weight_bits >= 8 or min(layer.weight.flatten(1).shape) < 4 * rank:
+    """Return the branch of a weight in its basis; None for one of more than FEW_BITS, or too small."""
+    if not rank or scheme.weight_bits > FEW_BITS or min(layer.weight.flatten(1).shape) < 4 * rank:
         return None
     w = layer.weight if basis is None else basis.weight(layer.weight)
     return Branch.of(w.flatten(1), rank)

@@ -94,9 +94,11 @@ def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, o
 
     read_proto(checked_file(place / "model.onnx"))  # raises RecipeError for a damaged or incomplete file
     if target.kernels:
-        from intaglio.exporters.runtimes.onnxruntime.session import write_fused
+        from intaglio.exporters.runtimes.onnxruntime.codes import largest_code
+        from intaglio.exporters.runtimes.onnxruntime.session import SMALL_CODE, write_fused
 
-        write_fused(place / "model.onnx", out / "model.onnx", target.kernels[0 if vnni else -1].settings)
+        fast = vnni or largest_code(place / "model.onnx") <= SMALL_CODE
+        write_fused(place / "model.onnx", out / "model.onnx", target.kernels[0 if fast else -1].settings)
         if not vnni and (wide := wide_int8_weights(out / "model.onnx")):
             raise TargetError(
                 f"ONNX Runtime leaves {len(wide)} weights int8 on this CPU, such as {wide[0]}, and CPUs without VNNI"

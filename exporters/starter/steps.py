@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import yaml
 
 from intaglio.pipeline.contract.recipe import Step
-from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.known import known_schemes
+from intaglio.pipeline.formats.schemes import FEW_BITS, FLOAT, W7A8_TOKEN, W8A8_TOKEN, Float, with_output
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.runs.registry import find_pass, runtimes
+from intaglio.pipeline.runs.registry import find_pass, find_runtime, runtimes
 
 if TYPE_CHECKING:
     from intaglio.exporters.starter.starter import Found
+    from intaglio.pipeline.formats.schemes import LayerScheme
+    from intaglio.pipeline.formats.target import Target
     from intaglio.pipeline.model.cost import ModelCost
 
 INT8 = ("w8a8_token", "w8a8_step")
@@ -23,8 +26,6 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
 }
 """Schemes of a first recipe, for each kind of layer."""
-OUTPUT = ("w8a8o8_step", "w8a8so8_step")
-"""Schemes of convolutions on targets that multiply integers only to 8-bit outputs."""
 QUALITY_DB = 40
 """Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
 MOST_CALLS = 640
@@ -40,7 +41,7 @@ MOST_OPERATIONS = 2e13
 def steps_of(found: Found) -> Iterator[tuple[str, str]]:
     """Yield each step as YAML, with its comment."""
     schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
-    measured = {op: [*names, *(OUTPUT if outputs and op == "conv" else ())] for op, names in schemes.items()}
+    measured = schemes | ({"conv": [*schemes["conv"], *_with_outputs(schemes["conv"])]} if outputs else {})
     asked = ", conv_output: target" if outputs else ""
     yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
     yield (
@@ -76,15 +77,40 @@ def _verified(found: Found) -> int:
 
 
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the schemes that all targets run, for each kind of layer."""
-    formats = [load_target(name).formats for name in targets]
+    """Return the schemes that all targets run, for each kind of layer; with 7-bit weights for CPUs that need them."""
+    here = [find_runtime(target.runtime).here(target) for target in map(load_target, targets)]
+    formats = [target.formats for target in here]
     found = {}
     for op in ("linear", "conv"):
-        common = [name for name in USUAL[op] if all(name in each[op] for each in formats)]
-        if not any(name in common for name in INT8):
+        common = [name for name in _for_kernels(USUAL[op], here) if all(name in each[op] for each in formats)]
+        if all(isinstance(known_schemes()[name].input, Float) for name in common):
             common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
         found[op] = common if "w8a16" in common else [*common, FLOAT.name]
     return found
+
+
+def _for_kernels(names: Sequence[str], targets: Sequence[Target]) -> list[str]:
+    """Return the schemes with the widest weights that each target multiplies fast, where there are such."""
+    known = known_schemes()
+    found: dict[str, None] = {}
+    for name in names:
+        slow = [target for target in targets if not target.is_fast(known[name])]
+        if len(slow) < len(targets):
+            found[name] = None
+        found |= {other.name: None for other in _narrower(known[name]) if any(t.is_fast(other) for t in slow)}
+    return list(found)
+
+
+def _narrower(scheme: LayerScheme) -> Iterator[LayerScheme]:
+    """Yield the scheme with 7-bit weights."""
+    if scheme.weight == W8A8_TOKEN.weight and not isinstance(scheme.input, Float):
+        yield scheme.model_copy(update={"weight": W7A8_TOKEN.weight})
+
+
+def _with_outputs(names: Sequence[str]) -> list[str]:
+    """Return the schemes of convolutions with 8-bit inputs and weights of 7 bits or more, with a rounded output."""
+    known = known_schemes()
+    return [with_output(known[n]).name for n in names if known[n].by_step and known[n].weight_bits > FEW_BITS]
 
 
 def _rounds_outputs(found: Found) -> bool:

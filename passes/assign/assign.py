@@ -41,7 +41,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
@@ -250,7 +250,7 @@ class AssignPrecision(Pass):
                 executed = self._executed(layer, scheme, target)
                 if scheme.name == name and illegal(layer, executed, target) is None:
                     legal[forms.get((executed, basis), label)] = executed
-        return legal or {FLOAT.name: FLOAT}
+        return _fast(legal, target) or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
         """Return the reason why each measured layer in float is in float, by name."""
@@ -276,6 +276,12 @@ class AssignPrecision(Pass):
     def _executed(self, layer: Layer, scheme: LayerScheme, target: Target) -> LayerScheme:
         rounds = self.conv_output == "target" and target.conv_output == "int8" and layer.op == "conv"
         return with_output(scheme) if rounds and scheme.by_step else scheme
+
+
+def _fast(schemes: Mapping[str, LayerScheme], target: Target) -> dict[str, LayerScheme]:
+    """Leave out schemes that would make every product of the graph slower, if another one takes the same input."""
+    inputs = {scheme.input for scheme in schemes.values() if target.is_fast(scheme)}
+    return {label: s for label, s in schemes.items() if target.is_fast(s) or s.input not in inputs}
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:

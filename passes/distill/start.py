@@ -14,7 +14,7 @@ from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.objective import Task
 from intaglio.passes.distill.trainable import InputScales, learn_input, start_from
 from intaglio.passes.layer_inputs import layer_inputs, siblings
-from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
+from intaglio.pipeline.formats.schemes import FEW_BITS, LayerScheme, RoundedWeight
 from intaglio.pipeline.model.blocks import find_blocks
 from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
@@ -129,7 +129,7 @@ def start_weights(
     moments: dict[str, torch.Tensor] = {}
     if start == "gptq":
         rows = trajectory.some_rows(START_ROWS)
-        few = {name: layer for name, layer in layers.items() if layer.scheme.weight_bits < 8}
+        few = {name: layer for name, layer in layers.items() if layer.scheme.weight_bits <= FEW_BITS}
         steps = range(0, len(trajectory.timesteps), max(1, len(trajectory.timesteps) // 5))
         with ctx.progress("second moments", len(steps)) as advance, full_precision(layers.values()):
             for step in steps:

@@ -21,7 +21,7 @@ from intaglio.pipeline.entry_points import METRICS as METRICS_GROUP
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
-from intaglio.pipeline.formats.schemes import FLOAT
+from intaglio.pipeline.formats.schemes import FEW_BITS, FLOAT
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.model.cost import ModelCost
 
@@ -168,7 +168,7 @@ class MeasureSensitivity(Pass):
         screening = (1 + self.probes + len(forms)) if self.probes else 0
         # the 2: the whole model is called, and all blocks are recorded
         a_bucket = screening + 2 + share * measured * model.from_layer
-        drawn = DRAWN * sum(known_schemes()[name].weight_bits < 8 for name in schemes) * model.layers
+        drawn = DRAWN * sum(known_schemes()[name].weight_bits <= FEW_BITS for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
         along = (2 + len(schemes) * (1 + len(self.bases)) + 1) * one * self.samples
         found = self._rows_for_bases(model) if self.bases else 0

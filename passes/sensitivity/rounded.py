@@ -12,9 +12,10 @@ from torch import nn
 
 from intaglio.passes.sensitivity.forms import Form
 from intaglio.pipeline.formats.layer_tables import NO_TABLES
-from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.formats.schemes import Float, RoundedWeight
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
+from intaglio.pipeline.simulation.weight import WeightRounding
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
@@ -39,6 +40,7 @@ class RoundedLayers:
         self.clock = StepClock(trajectory.timesteps)
         self._places = places_of(module)
         self._made: dict[tuple[str, Form], QuantizedLayer] = {}
+        self._fitted: dict[tuple[str, Float | RoundedWeight, str], WeightRounding] = {}
         self._kept: set[QuantizedLayer] = set()
         self._room = KEPT_BYTES
 
@@ -50,16 +52,20 @@ class RoundedLayers:
             assert isinstance(layer, nn.Linear | nn.Conv2d)  # others have no forms
             tables = self.trajectory.tables({name: form.scheme}, balances).get(name, NO_TABLES)
             balance = balances[name].balance if name in balances else None
-            self._made[key] = QuantizedLayer(layer, form.scheme, self.clock, tables, balance=balance)
+            fit = (name, form.scheme.weight, form.basis)
+            if fit not in self._fitted:
+                self._fitted[fit] = WeightRounding.fitted(form.scheme.weight, layer.weight, balance)
+            weight = self._fitted[fit]
+            self._made[key] = QuantizedLayer(layer, form.scheme, self.clock, tables, balance=balance, weight=weight)
         return self._made[key]
 
     @torch.no_grad()
-    def output(self, name: str, form: Form, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of the layer in this form."""
+    def weight(self, name: str, form: Form) -> torch.Tensor:
+        """Return the rounded weight of the layer in this form, in its basis."""
         layer = self.layer(name, form)
-        y: torch.Tensor = layer(x)
+        weight = layer.rounded_weight()
         self._leave(layer)
-        return y
+        return weight
 
     def _leave(self, layer: QuantizedLayer) -> None:
         """Keep the rounded weight of a layer that was called, if KEPT_BYTES allow it."""

@@ -6,14 +6,16 @@ Shapes: y output of a layer, v a random direction of the denoiser's output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from intaglio.passes.sensitivity.first_order import Call, products_of
 from intaglio.passes.sensitivity.forms import Form
 from intaglio.pipeline.errors import StepFailed
-from intaglio.pipeline.model.hooks import after_calls
+from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.model.hooks import after_calls, before_calls
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
@@ -31,8 +33,9 @@ class Screen:
 
     d = rounded(x) - y on the layer's real input, J = d output / d y, and v has random signs (Hutchinson 1990). This is
     the Gauss-Newton form: at full precision the gradient of the error itself is zero. One backward pass per direction
-    gives v^T J for all layers. Rows are computed one at a time: values that rows share could not be split by row, and
-    the memory holds the graph of one row only. `denoise` or the caller sets the clock of the rounded layers.
+    gives v^T J for all layers, and `products_of` the products with d. Rows are computed one at a time: values that rows
+    share could not be split by row, and the memory holds the graph of one row only. `denoise` or the caller sets the
+    clock of the rounded layers.
     """
 
     def __init__(self, rounded: RoundedLayers, denoise: Denoise, forms: Forms) -> None:
@@ -115,25 +118,39 @@ class Screen:
         by_sample, *_ = torch.autograd.grad(output, [x, *self._leaves], by_output, allow_unused=True)
         return by_sample
 
-    def _noted(self) -> contextlib.AbstractContextManager[None]:
-        return after_calls({name: self.rounded.module.get_submodule(name) for name in self.forms}, self._note)
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        layers = {name: self.rounded.module.get_submodule(name) for name in self.forms}
+        with before_calls(layers, self._enter), after_calls(layers, self._note):
+            yield
 
-    def _note(self, name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        """Let the backward pass add this call's products; calls of the same layer add up. Returns the output to use."""
-        x, plain = args[0].detach(), y.detach()
-        moved = {label: self.rounded.output(name, form, x) - plain for label, form in self.forms[name].items()}
-        if not y.requires_grad:  # nothing before this layer is tracked
-            leaf = plain.clone().requires_grad_()
-            self._leaves.append(leaf)
-            y = leaf.clone()  # which the model may write into
+    def _enter(self, _: str, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return a copy of a layer's input, whose gradient is that of this layer alone, and which nothing changes."""
+        x = args[0]
+        if x.requires_grad:
+            return x.clone()
+        self._leaves.append(x.detach().clone().requires_grad_())
+        return self._leaves[-1]
 
-        def add(gradient: torch.Tensor) -> None:
-            for label, difference in moved.items():
-                product = float((gradient * difference).sum())
-                self._products[name, label] = self._products.get((name, label), 0.0) + product
+    def _note(self, name: str, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        """Let the backward pass add this call's products; calls of the same layer add up."""
+        if not y.requires_grad:  # no error passes through this call
+            return
+        x, step = args[0], self.rounded.clock.now
+        kept, plain = x.detach(), y.detach().clone() if self._rounds_outputs(name) else None
+        by_y: list[torch.Tensor] = []
 
-        y.register_hook(add)  # type: ignore[no-untyped-call]  # torch's has no types
-        return y
+        def add(by_x: torch.Tensor) -> None:
+            with self.rounded.clock.at(step), torch.no_grad():
+                call = Call(kept, plain, by_y.pop(), by_x)
+                for label, product in products_of(self.rounded, name, self.forms[name], call).items():
+                    self._products[name, label] = self._products.get((name, label), 0.0) + product
+
+        y.register_hook(by_y.append)  # type: ignore[no-untyped-call]  # torch's has no types
+        x.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def _rounds_outputs(self, name: str) -> bool:
+        return any(not isinstance(form.scheme.output, Float) for form in self.forms[name].values())
 
 
 def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -110,6 +111,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. The list of commands itself can fail, before a command is invoked."""
+    # Threads of torch that wait for others give their core away. By default they wait busily: beside another job, a
+    # model's call took ten times as long. It is read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except IntaglioError as error:

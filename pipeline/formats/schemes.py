@@ -24,7 +24,10 @@ from intaglio.pipeline.formats.inputs import (
 from intaglio.pipeline.formats.weights import IntWeight, PerChannel, PerGroup, RoundedWeight, TwoLevel
 
 __all__ = [
+    "FEW_BITS",
     "FLOAT",
+    "W7A8_STEP",
+    "W7A8_TOKEN",
     "W8A8_STEP",
     "W8A8_TOKEN",
     "W8A16",
@@ -151,6 +154,10 @@ FLOAT = LayerScheme(weight=Float(), input=Float())
 W8A8_TOKEN = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerToken()))
 W8A8_STEP = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=IntInput(granularity=PerStep()))
 W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Float())
+W7A8_TOKEN = LayerScheme(weight=IntWeight(bits=7, granularity=PerChannel()), input=IntInput(granularity=PerToken()))
+W7A8_STEP = LayerScheme(weight=IntWeight(bits=7, granularity=PerChannel()), input=IntInput(granularity=PerStep()))
+FEW_BITS = 4
+"""Most bits of a weight that loses visibly by rounding to the nearest code, so that a better rounding is looked for."""
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:
@@ -195,10 +202,10 @@ def _two_level(group: int) -> IntWeight:
 
 
 def int_schemes(group: int) -> Iterator[LayerScheme]:
-    """Yield the schemes with 8-bit and 4-bit weights; groups have `group` input features."""
+    """Yield the schemes with weights of 8, 7 and 4 bits; groups have `group` input features."""
     four = (w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group))
-    integer = (W8A8_TOKEN, W8A8_STEP, *four)
-    yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four)
+    integer = (W8A8_TOKEN, W8A8_STEP, *four, W7A8_TOKEN, W7A8_STEP)
+    yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four, W7A8_TOKEN, W7A8_STEP)
     yield from (with_output(scheme) for scheme in integer if scheme.by_step)
     yield from (with_shift(scheme) for scheme in integer)
     yield from (with_shift(with_output(scheme)) for scheme in integer if scheme.by_step)

@@ -168,6 +168,11 @@ class Target(BaseModel):
     kernels: tuple[Kernels, ...] = Field(
         (), description="8-bit kernels that the runtime can choose, fastest first: it takes the first that are exact"
     )
+    fast_code: int | None = Field(
+        127,
+        description="largest code of 8-bit weights that its fast kernels multiply exactly: one larger code in a graph"
+        " makes all of its products slower; None: it depends on the CPU",
+    )
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
 
@@ -176,6 +181,13 @@ class Target(BaseModel):
         needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
         rounded = not isinstance(scheme.input, Float)
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))
+
+    def is_fast(self, scheme: LayerScheme) -> bool:
+        """Return True if the codes of the scheme's weight enter no product, or a fast one."""
+        weight = scheme.weight
+        if isinstance(weight, Float) or isinstance(scheme.input, Float) or self.fast_code is None:
+            return True
+        return weight.high <= self.fast_code
 
     def save(self, root: Path) -> None:
         """Write target.json."""

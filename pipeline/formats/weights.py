@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
@@ -52,8 +53,11 @@ class RoundedWeight(Value, ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of each weight, with its share of the group scale and without the channel scale."""
-        return float(self.bits)
+        """Bits of each weight as files store it, with its share of the group scale, without the channel scale.
+
+        A format whose `pack` stores one byte for each code has 8, however few values its codes have.
+        """
+        return 8.0
 
     @property
     def scales(self) -> str:
@@ -129,38 +133,44 @@ class TwoLevel(Value):
 
 
 class IntWeight(RoundedWeight):
-    """Symmetric integer weight, w ~= scale * q."""
+    """Symmetric integer weight, w ~= scale * q.
+
+    Codes of 7 bits take a byte each, as those of 8 bits do. They are for CPUs that add two products of codes in 16
+    bits: 2 * 255 * 63 fits, 2 * 255 * 127 does not.
+    """
 
     kind: Literal["int"] = "int"
-    bits: Literal[4, 8]
+    bits: Literal[4, 7, 8]
     granularity: Annotated[PerChannel | PerGroup | TwoLevel, Field(discriminator="kind")]
 
     @model_validator(mode="after")
-    def _two_levels_have_4_bits(self) -> Self:
+    def _scales_suit_the_bits(self) -> Self:
         if self.bits != 4 and isinstance(self.granularity, TwoLevel):
             raise ValueError(f"two levels are for 4-bit codes, not {self.bits}")
+        if self.bits == 7 and not isinstance(self.granularity, PerChannel):
+            raise ValueError("7-bit codes have one scale for each output channel")
         return self
 
     @property
     def low(self) -> int:
-        """Smallest code. At 8 bits, -128 is left out, so that every code has a negative."""
-        return -127 if self.bits == 8 else -8
+        """Smallest code. At 7 and 8 bits every code has a negative: -64 and -128 are left out."""
+        return _CODES[self.bits][0]
 
     @property
     def high(self) -> int:
         """Largest code."""
-        return 127 if self.bits == 8 else 7
+        return _CODES[self.bits][1]
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of each weight, with its share of the group scale (float32; int8 in two levels).
+        """Bits of each weight as files store it, with its share of the group scale (float32; int8 in two levels).
 
         >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
         [4.5, 4.125]
         """
         match self.granularity:
             case PerChannel():
-                return float(self.bits)
+                return 8.0 if self.bits == 7 else float(self.bits)
             case PerGroup(size=size):
                 return self.bits + 32 / size
             case TwoLevel(size=size):
@@ -185,6 +195,8 @@ class IntWeight(RoundedWeight):
         """
         match form:
             case Float():
+                if self.bits == 7:
+                    return "7-bit weights are for products with a quantized input"
                 two_level = isinstance(self.granularity, TwoLevel)
                 return "two levels are for products with a quantized input" if two_level else None
             case IntInput():
@@ -194,7 +206,7 @@ class IntWeight(RoundedWeight):
                 assert_never(other)
 
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return scales: from the largest magnitude at 8 bits, with the least squared error at 4 bits."""
+        """Return scales: from the largest magnitude at 8 bits, with the least squared error at 4 and 7 bits."""
         from intaglio.pipeline.numerics import rounding
 
         match self.granularity:
@@ -221,6 +233,10 @@ class IntWeight(RoundedWeight):
         from intaglio.pipeline.numerics.packing import unpack_int4
 
         return torch.from_numpy(unpack_int4(stored.numpy(), shape)) if self.bits == 4 else super().unpack(stored, shape)
+
+
+_CODES: Mapping[int, tuple[int, int]] = {8: (-127, 127), 7: (-63, 63), 4: (-8, 7)}
+"""Smallest and largest code, by bits."""
 
 
 def _first_line(documented: type) -> str:

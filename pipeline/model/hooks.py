@@ -12,11 +12,18 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Call `note` with the name of each of these modules and its arguments, named ones last, when it is called."""
+def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Call `note` with the name of each of these modules and its arguments, named ones last, when it is called.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
-        note(name, (*args, *kwargs.values()))
+    The first argument becomes what `note` returns, if that is not None.
+    """
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        if (first := note(name, (*args, *kwargs.values()))) is None:
+            return None
+        if args:
+            return (first, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): first}
 
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():

@@ -25,14 +25,19 @@ class StepClock:
             raise RuntimeError("no denoising step is set: call the quantized model inside `with clock.at(step):`")
         return self._step
 
+    @property
+    def now(self) -> int | None:
+        """Index of the step that is set, None outside of `at`."""
+        return self._step
+
     def index(self, timestep: float) -> int:
         """Return the step whose timestep is nearest."""
         return min(range(len(self.timesteps)), key=lambda i: abs(self.timesteps[i] - timestep))
 
     @contextlib.contextmanager
-    def at(self, step: int) -> Iterator[None]:
-        """Set the step for the calls inside. Raises IndexError for a step that the tables have no entry for."""
-        if not 0 <= step < len(self.timesteps):
+    def at(self, step: int | None) -> Iterator[None]:
+        """Set the step, or None, for the calls inside. Raises IndexError for a step without an entry in the tables."""
+        if step is not None and not 0 <= step < len(self.timesteps):
             raise IndexError(f"step {step} of {len(self.timesteps)}")
         before, self._step = self._step, step
         try:

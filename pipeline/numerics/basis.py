@@ -56,6 +56,15 @@ class Balance:
         """Return (w / d) H / block: w (N, C), or (N, C, kh, kw)."""
         return self._rotate(w / self.scale_C.to(w).reshape(-1, *[1] * (w.dim() - 2)), 1 - w.dim()) / self.block
 
+    def by_input(self, gradient: torch.Tensor, axis: int) -> torch.Tensor:
+        """Return the gradient by `input(x)` from that by x, the channels along `axis`, which is negative."""
+        scaled = gradient / self.scale_C.to(gradient).reshape(-1, *[1] * (-1 - axis))
+        return self._rotate(scaled, axis) / self.block
+
+    def by_weight(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient by `weight(w)` from that by w: (N, C), or (N, C, kh, kw)."""
+        return self.input(gradient, 1 - gradient.dim())
+
     def _rotate(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         if self.block == 1:
             return x

@@ -13,7 +13,7 @@ from intaglio.pipeline.contract.recipe import Recipe, Step, validation_problems
 from intaglio.pipeline.entry_points import RUNTIMES
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.target import Target, load_target
-from intaglio.pipeline.runs.registry import find_pass
+from intaglio.pipeline.runs.registry import find_pass, find_runtime
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
     targets = []
     for name in recipe.targets:
         with found.collect("targets: "):
-            targets.append(load_target(name))
+            target = load_target(name)
+            targets.append(find_runtime(target.runtime).here(target))
     found.repeated("target", recipe.targets)
     found.repeated("step", [step.name for step in recipe.steps])
     steps = []

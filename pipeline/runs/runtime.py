@@ -78,6 +78,10 @@ class Runtime(ABC):
         """
         return None
 
+    def here(self, target: Target) -> Target:
+        """Return a target of the runtime with the facts that depend on the CPU, as they are on this machine."""
+        return target
+
     def prepare(self) -> None:
         """Do the work that is needed once in a process, so that it is not measured with an open graph."""
         return

@@ -123,6 +123,31 @@ class QuantizedLayer(nn.Module):
         codes: InputCodes = self.input_rounding(functional.pad(x, self.zeros) if self.zeros else x)
         return codes
 
+    def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the codes of an input stand for; both are in the layer's basis.
+
+        Raises ValueError for a layer whose input stays in float.
+        """
+        q, amax, shift = self._codes(x)
+        assert self.input_rounding is not None  # `_codes` raises
+        bits = self.input_rounding.form.bits
+        if shift is not None and not isinstance(self.scheme.output, Float):
+            q, shift = q + rounding.shift_codes(amax, shift, bits), None
+        rounded = q * rounding.input_scale(bits) * amax + (0.0 if shift is None else shift)
+        if not self.zeros:
+            return rounded
+        left, _, top, _ = self.zeros
+        return rounded[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+
+    def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
+        """Return an output as it is after its product is rounded, which a scheme with a rounded output does."""
+        assert self.input_rounding is not None  # only the products of codes are rounded
+        bias = 0.0 if self.layer.bias is None else self._of_channels(self.layer.bias)
+        amax, _ = self.input_rounding.step_range(self.clock.step)
+        scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
+        sums = (y - bias) / (amax * rounding.input_scale())
+        return rounding.output_codes(sums, torch.ones(()), scale) * scale * amax + bias
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the output of the rounded layer, or of the replaced one in full precision. `input` is torch's name."""
         if self.full_precision:

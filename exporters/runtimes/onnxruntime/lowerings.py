@@ -11,30 +11,43 @@ from intaglio.exporters.qdq.lowering import (
     with_shifts,
 )
 from intaglio.pipeline.formats.schemes import (
+    W7A8_STEP,
+    W7A8_TOKEN,
     W8A8_STEP,
     W8A8_TOKEN,
     W8A16,
     with_output,
 )
 
+BY_TOKEN, BY_STEP = (W8A8_TOKEN, W7A8_TOKEN), (W8A8_STEP, W7A8_STEP)
+
 LOWERINGS = with_shifts(
     (
-        Lowering(
-            "linear",
-            W8A8_TOKEN,
-            per_channel,
-            True,
-            "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
+        *(
+            Lowering(
+                "linear",
+                scheme,
+                per_channel,
+                True,
+                "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
+            )
+            for scheme in BY_TOKEN
         ),
-        Lowering(
-            "linear",
-            W8A8_STEP,
-            per_channel,
-            True,
-            "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
+        *(
+            Lowering(
+                "linear",
+                scheme,
+                per_channel,
+                True,
+                "becomes MatMulIntegerToFloat; a bias in a Gemm would keep it in float",
+            )
+            for scheme in BY_STEP
         ),
-        Lowering("conv", W8A8_STEP, per_channel, False, "exact, but in float: see w8a8o8_step"),
-        Lowering("conv", with_output(W8A8_STEP), per_channel, True, "becomes QLinearConv"),
+        *(
+            Lowering("conv", scheme, per_channel, False, "exact, but in float: an output in codes is needed")
+            for scheme in BY_STEP
+        ),
+        *(Lowering("conv", with_output(scheme), per_channel, True, "becomes QLinearConv") for scheme in BY_STEP),
         *(
             Lowering("conv", scheme, two_level_cast, True, "folded when it loads; becomes QLinearConv")
             for scheme in map(with_output, TWO_LEVEL_STEP)

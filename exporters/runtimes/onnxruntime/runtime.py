@@ -64,11 +64,20 @@ class OnnxRuntime(Runtime):
 
         return _opened(open_session(model, optimize=self.optimize, data=data))
 
+    def here(self, target: Target) -> Target:
+        """Return the CPU's target with the largest code that its own kernels multiply exactly."""
+        from intaglio.exporters.runtimes.onnxruntime.session import SMALL_CODE, exact_kernels
+
+        if target.fast_code is not None:
+            return target
+        fast = exact_kernels() == exact_kernels(SMALL_CODE)
+        return target.model_copy(update={"fast_code": 127 if fast else SMALL_CODE})
+
     def prepare(self) -> None:
         """Find the kernels that are exact on this CPU, in sessions of its own."""
-        from intaglio.exporters.runtimes.onnxruntime.session import exact_kernels
+        from intaglio.exporters.runtimes.onnxruntime.session import SMALL_CODE, exact_kernels
 
-        exact_kernels()
+        exact_kernels(), exact_kernels(SMALL_CODE)
 
     def usual_targets(self) -> tuple[str, ...]:
         """Return the CPU's target: it runs on every machine."""

@@ -40,7 +40,7 @@ def open_session(
     model in memory.
     Raises what ONNX Runtime raises.
     """
-    options = _options(exact_kernels(), threads)
+    options = _options(kernels_for(model, data), threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized is not None:
@@ -128,7 +128,7 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
 
     It is slower: weights have no special layout for kernels, and blocks of memory are mapped one by one.
     """
-    options = _options(exact_kernels(), threads=0)
+    options = _options(kernels_for(path), threads=0)
     # the level above lays convolutions' weights out anew
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
@@ -158,22 +158,40 @@ _MMAP_THRESHOLD = -3
 """Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
 
 
+def kernels_for(model: Path | bytes, data: Path | None = None) -> Mapping[str, str]:
+    """Return settings of the first kernels that multiply a graph exactly on this CPU; `data` as in `open_session`.
+
+    The weights are looked at only where kernels are exact for small codes and not for all. Raises TargetError if none
+    is exact.
+    """
+    settings = exact_kernels()
+    if settings == exact_kernels(SMALL_CODE):
+        return settings
+    from intaglio.exporters.runtimes.onnxruntime.codes import largest_code
+
+    return exact_kernels(SMALL_CODE) if largest_code(model, data) <= SMALL_CODE else settings
+
+
 @cache
-def exact_kernels() -> Mapping[str, str]:
-    """Return settings of the first kernels of onnxruntime-cpu that multiply the largest codes exactly on this CPU.
+def exact_kernels(code: int = 127) -> Mapping[str, str]:
+    """Return settings of the first kernels of onnxruntime-cpu that are exact on this CPU for weights up to this code.
 
     All exact kernels give the same bits, so results do not depend on the CPU. Raises TargetError if none is exact.
     """
     target = load_target("onnxruntime-cpu")
     for kernels in target.kernels:
-        if multiplies_exactly(kernels.settings):
+        if multiplies_exactly(kernels.settings, code):
             return kernels.settings
     tried = ", ".join(kernels.name for kernels in target.kernels)
     raise TargetError(f"no 8-bit kernels of ONNX Runtime are exact on this CPU: tried {tried}")
 
 
-def multiplies_exactly(settings: Mapping[str, str]) -> bool:
-    """Return True if a linear layer and a convolution of the largest codes give exact sums.
+SMALL_CODE = 64
+"""Largest code of a weight with which two products fit into 16 bits: 2 * 255 * 64 is below 2**15."""
+
+
+def multiplies_exactly(settings: Mapping[str, str], code: int = 127) -> bool:
+    """Return True if a linear layer and a convolution of the largest inputs and weights of this code are exact.
 
     255 * 127 twice is more than 16 bits hold: without VNNI, x86-64 adds such pairs in 16 bits (0.12 relative error).
     """
@@ -181,14 +199,14 @@ def multiplies_exactly(settings: Mapping[str, str]) -> bool:
 
     c, k = _PROBE_CHANNELS, 9 * _PROBE_CHANNELS
     model = onnx.parser.parse_model(_PROBE)
-    constants = {"one": np.float32(1), "zero": np.uint8(128), "sum": np.float32(k * 127), "ones": np.ones(c, "f")}
-    constants |= {"w": np.full((c, c), 127, "b"), "f": np.full((c, c, 3, 3), 127, "b")}
+    constants = {"one": np.float32(1), "zero": np.uint8(128), "sum": np.float32(k * code), "ones": np.ones(c, "f")}
+    constants |= {"w": np.full((c, c), code, "b"), "f": np.full((c, c, 3, 3), code, "b")}
     constants |= {name: np.zeros(c, "b") for name in ("w_zero", "f_zero")}  # ONNX Runtime rewrites each of them
     model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
     session = onnxruntime.InferenceSession(model.SerializeToString(), _options(settings, threads=1), providers=[CPU])
     image = np.full((1, c, 8, 8), 127, np.float32)
     linear, convolution = session.run(None, {"rows": np.full((8, c), 127, np.float32), "image": image})
-    return bool((linear == c * 127 * 127).all() and (convolution == k * 127 * 127).all())
+    return bool((linear == c * 127 * code).all() and (convolution == k * 127 * code).all())
 
 
 _PROBE_CHANNELS = 64

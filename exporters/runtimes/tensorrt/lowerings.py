@@ -13,6 +13,8 @@ from intaglio.exporters.qdq.lowering import (
     with_shifts,
 )
 from intaglio.pipeline.formats.schemes import (
+    W7A8_STEP,
+    W7A8_TOKEN,
     W8A8_STEP,
     W8A8_TOKEN,
     W8A16,
@@ -32,26 +34,35 @@ LOWERINGS = with_shifts(
             )
             for scheme in TWO_LEVEL_STEP
         ),
-        Lowering(
-            "linear",
-            W8A8_TOKEN,
-            carrier,
-            True,
-            "one INT8 product for all layers on one input; a scale for each channel inside is unsafe in half precision",
+        *(
+            Lowering(
+                "linear",
+                scheme,
+                carrier,
+                True,
+                "one INT8 product for all layers on one input; scales of channels inside are unsafe in half precision",
+            )
+            for scheme in (W8A8_TOKEN, W7A8_TOKEN)
         ),
-        Lowering(
-            "linear",
-            W8A8_STEP,
-            carrier,
-            True,
-            "as by token; both table look-ups join the kernels beside the product",
+        *(
+            Lowering(
+                "linear",
+                scheme,
+                carrier,
+                True,
+                "as by token; both table look-ups join the kernels beside the product",
+            )
+            for scheme in (W8A8_STEP, W7A8_STEP)
         ),
-        Lowering(
-            "conv",
-            W8A8_STEP,
-            per_channel,
-            True,
-            "becomes an INT8 convolution; scales for each channel are safe there",
+        *(
+            Lowering(
+                "conv",
+                scheme,
+                per_channel,
+                True,
+                "becomes an INT8 convolution; scales for each channel are safe there",
+            )
+            for scheme in (W8A8_STEP, W7A8_STEP)
         ),
         Lowering("linear", W8A16, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
         Lowering("conv", W8A16, per_channel, False, "as of a linear layer"),

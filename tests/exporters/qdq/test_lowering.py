@@ -17,6 +17,7 @@ from intaglio.pipeline.errors import TargetError
 from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import (
+    W7A8_STEP,
     W8A8_STEP,
     W8A8_TOKEN,
     w4a4_step,
@@ -220,6 +221,8 @@ def convolution(**options: int) -> torch.nn.Conv2d:
         with_output(W8A8_STEP),
         with_output(w4a8_step(32)),
         with_output(w4a4_step(32)),
+        with_output(W7A8_STEP),
+        with_shift(with_output(W7A8_STEP)),
         with_shift(with_output(W8A8_STEP)),
         with_shift(with_output(w4a4_step(32))),
     ],
@@ -228,9 +231,9 @@ def test_a_convolution_with_a_rounded_output_runs_on_integers_and_gives_the_simu
     scheme, vnni, tmp_path, monkeypatch
 ):
     settings = {} if vnni else {"session.x64quantprecision": "1"}
-    if not multiplies_exactly(settings):
+    if not multiplies_exactly(settings, 64 if scheme.weight_bits < 8 else 127):
         pytest.skip("the CPU's own 8-bit kernels saturate: it has no VNNI")
-    monkeypatch.setattr("intaglio.exporters.runtimes.onnxruntime.session.exact_kernels", lambda: settings)
+    monkeypatch.setattr("intaglio.exporters.runtimes.onnxruntime.session.exact_kernels", lambda code=127: settings)
     shape = (4, 64, 16, 16)
     graph, made = make(tmp_path, {"a": convolution()}, shape, {"a": scheme}, "onnxruntime")
     open_session(graph.path, optimized=tmp_path / "optimized.onnx")

@@ -172,7 +172,7 @@ def test_two_levels_are_trained_and_survive_the_store(measured, tmp_path):
     data = merged[1][QUANTIZED].layers[name]
     assert not torch.equal(trained[ADAPTER].layers[name].group_NG, rounded[ADAPTER].layers[name].group_NG)
     assert data.group_NG.dtype == torch.int8
-    assert 1 <= data.group_NG.min() <= data.group_NG.max() <= 15
+    assert 1 <= data.group_NG.min() <= data.group_NG.max() <= 8
     merged[1][QUANTIZED].save(tmp_path)
     trained[ADAPTER].save(tmp_path)
     loaded = Quantized.load(tmp_path).layers[name]

@@ -1,4 +1,4 @@
-"""Where a denoiser is linear and its output one number, a prediction is exact: no probe and no order is left out."""
+"""Where a denoiser is linear and its output one number, a prediction is exact: no probe is left out."""
 
 import diffusers
 import pytest
@@ -40,14 +40,15 @@ def made():
 @pytest.mark.parametrize("name", ["inner", "condition", "outlet"])
 def test_a_linear_model_is_predicted_exactly(name):
     module, inputs, rounded = made()
-    forms = {"w8": Form(W8A8_TOKEN), "w4": Form(w4a16(32))}
+    forms = {"w8": Form(W8A16), "w4": Form(w4a16(32)), "w8a8": Form(W8A8_TOKEN)}
     screen = Screen(rounded, lambda i: module(**i), {name: forms})
     predicted, output = screen.errors(inputs, [torch.Generator().manual_seed(1)])
     assert torch.equal(output, module(**inputs))
     for label, form in forms.items():
         with rounded.alone(name, form), torch.no_grad():
             measured = float((module(**inputs) - output).square().sum())
-        assert predicted[name][label] == pytest.approx(measured, rel=1e-2)  # differences of near numbers
+        # differences of near numbers; the product of both roundings, some hundredth of each, is left out
+        assert predicted[name][label] == pytest.approx(measured, rel=3e-2 if label == "w8a8" else 1e-2)
 
 
 @pytest.mark.parametrize(

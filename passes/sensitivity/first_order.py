@@ -1,0 +1,117 @@
+"""Predict to first order how a layer's rounding changes a number, from the gradients by its input and its output.
+
+Shapes: x input, y output, N out features, K in features of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_weight
+
+from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.simulation.layer import channel_axis
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from intaglio.passes.sensitivity.forms import Form
+    from intaglio.passes.sensitivity.rounded import RoundedLayers
+    from intaglio.pipeline.simulation.layer import QuantizedLayer
+
+T = TypeVar("T")
+
+
+class Call(NamedTuple):
+    """Input and output of one call of a layer, and the gradients by both of the number that is predicted.
+
+    The output is None where no form rounds it.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor | None
+    by_y: torch.Tensor
+    by_x: torch.Tensor
+
+
+def products_of(rounded: RoundedLayers, name: str, forms: Mapping[str, Form], call: Call) -> dict[str, float]:
+    """Return g^T (rounded(x) - y), by the label of the form, where g is the gradient by the layer's output.
+
+    W' x' - W x = (W' - W) x + W (x' - x) + (W' - W) (x' - x). The first is the product of W' - W with the gradient by
+    the weight, the second that of x' - x with the gradient by the input, and the third is left out: it is as much
+    smaller as a rounding error is smaller than what is rounded. So one product, for the gradient by the weight, is
+    enough for any number of forms; each weight, input and output format adds passes over its numbers alone.
+    """
+    parts = _Parts(rounded, name, call)
+    return {label: parts.product(form) for label, form in forms.items()}
+
+
+class _Parts:
+    """The parts of the products of one call. Forms share the parts of equal formats."""
+
+    def __init__(self, rounded: RoundedLayers, name: str, call: Call) -> None:
+        self.rounded, self.name, self.call = rounded, name, call
+        self._made: dict[Hashable, object] = {}
+
+    def product(self, form: Form) -> float:
+        scheme, basis = form
+        total = 0.0
+        if not isinstance(scheme.weight, Float):
+            total += self._once(("weight", scheme.weight, basis), lambda: self._of_weight(form))
+        if not isinstance(scheme.input, Float):
+            ends = None if isinstance(scheme.output, Float) else scheme.output
+            total += self._once(("input", scheme.input, ends, basis), lambda: self._of_input(form))
+            if ends is not None:
+                total += self._once(("output", scheme.input, ends, basis), lambda: self._of_output(form))
+        return total
+
+    def _once(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]  # type: ignore[assignment]  # keys and types belong together
+        return made
+
+    def _of_weight(self, form: Form) -> float:
+        gradient = self._once("by weight", self._by_weight)
+        layer = self.rounded.layer(self.name, form)
+        plain = layer.layer.weight
+        if (basis := layer.balance) is not None:
+            plain, by_weight = basis.weight(plain), gradient
+            gradient = self._once(("by weight", form.basis), lambda: basis.by_weight(by_weight))
+        return _dot(gradient, self.rounded.weight(self.name, form) - plain)
+
+    def _by_weight(self) -> torch.Tensor:
+        """Return the gradient by the weight, in the layer's shape."""
+        layer, g, x = self.rounded.module.get_submodule(self.name), self.call.by_y, self.call.x
+        if isinstance(layer, nn.Linear):
+            return g.flatten(0, -2).T @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
+        assert isinstance(layer, nn.Conv2d)  # others have no forms
+        padded = functional.pad(x, layer._reversed_padding_repeated_twice)
+        if padded.dim() == 3:
+            padded, g = padded[None], g[None]
+        by: torch.Tensor = conv2d_weight(  # type: ignore[no-untyped-call]  # torch's has no types
+            padded, layer.weight.shape, g, layer.stride, 0, layer.dilation
+        )
+        return by
+
+    def _of_input(self, form: Form) -> float:
+        layer = self.rounded.layer(self.name, form)
+        x = self._once(("x", form.basis), lambda: layer.balanced(self.call.x))
+        return _dot(self._once(("by x", form.basis), lambda: self._by_input(layer)), layer.rounded_input(x) - x)
+
+    def _by_input(self, layer: QuantizedLayer) -> torch.Tensor:
+        by_x = self.call.by_x
+        return by_x if layer.balance is None else layer.balance.by_input(by_x, channel_axis(layer.layer))
+
+    def _of_output(self, form: Form) -> float:
+        y = self.call.y
+        assert y is not None  # `Call` has it where a form rounds it
+        return _dot(self.call.by_y, self.rounded.layer(self.name, form).rounded_output(y) - y)
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one * other).sum())
