@@ -51,7 +51,7 @@ SMALLEST_BLOCK = 16
 
 
 def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, generator: torch.Generator) -> Inputs:
-    """Return some tokens of a linear layer's inputs, one (tokens, C); all places of a convolution's."""
+    """Return one tensor (tokens, C) with some tokens of a linear layer's inputs; a convolution's inputs unchanged."""
     if channel_axis(layer) != -1:
         return inputs
     every = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
@@ -96,7 +96,9 @@ def with_ranges(
     denoise: Denoise,
     calls: Iterable[Call],
 ) -> list[dict[str, LayerBalance]]:
-    """Return each basis with the range of the inputs in it at every step, over all calls of a layer at the step.
+    """Return each basis with the range that the layer's input has in it at every step.
+
+    If a layer is called several times in one step, its range covers all these calls.
 
     `chosen` has the basis and its gain for each layer, once or several times; `calls` are the inputs of the denoiser,
     one call for each step. The range of a few rows is widened, as calibration does it.

@@ -146,7 +146,7 @@ def _check_weights(module: torch.nn.Module) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             bad = int(tensor.numel() - tensor.isfinite().sum())
-            problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: get the model again")
+            problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: download the model again")
     if problems:
         raise RecipeError(*problems)
 
@@ -156,7 +156,7 @@ def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
     if not call.output.isfinite().all():
         raise StepFailed(
             f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
-            f"{seen.origin}: mend the model, or start at another timestep"
+            f"{seen.origin}: correct the model, or start at another timestep"
         )
 
 

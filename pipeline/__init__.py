@@ -1,7 +1,7 @@
 """The core: numerics, formats, models, artifacts, recipes, the store and the runner.
 
-It names no pass, no exporter and no runtime. Each folder imports only folders above it in this order: numerics,
-formats, model, contract, artifacts, simulation, runs, cli.
+It names no pass, no exporter and no runtime. Each folder imports only itself and folders that come before it in this
+list: numerics, formats, model, contract, artifacts, simulation, runs, cli.
 """
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from intaglio.pipeline.errors import CallError
 
-CURE = "it computes what it was compiled from: make the change before, and compile it anew"
-ADAPTER_CURE = "name LoRAs in the recipe, model.loras; put any other adapter in before, and compile it anew"
+CURE = "a compiled model cannot be changed: change the original, and compile it again"
+ADAPTER_CURE = "name LoRAs in the recipe, model.loras; put any other adapter into the original, and compile it again"
 HARMLESS = (
     "compile",
     "compile_repeated_blocks",
@@ -66,12 +66,16 @@ READ = frozenset(
 
 
 class Standin(nn.Module):
-    """Replacement of `original` that has its attributes and freezes it; without an original, it has its own alone.
+    """Module that replaces `original`: it shows the attributes of `original`, which it freezes.
+
+    Without an original it has only its own attributes.
 
     `name` is the prefix of messages, "" for the denoiser.
     """
 
-    def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "only the whole denoiser") -> None:
+    def __init__(
+        self, original: nn.Module | None, name: str = "", compiled: str = "this folder has only the whole denoiser"
+    ) -> None:
         super().__init__()
         own = self.__dict__
         own["_parameters"], own["_buffers"] = _Fixed({}, name), _Fixed({}, name)
@@ -263,7 +267,9 @@ def _frozen(kind: Any) -> Any:
         raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {CURE}")
 
     def forward(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise CallError(f"{self._place} was not compiled, {self._compiled}; its weights are nowhere")
+        raise CallError(
+            f"{self._place} was not compiled: {self._compiled}; the compiled folder does not contain its weights"
+        )
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise CallError(f"{self._place} has no weights to convert, save or load: {CURE}")

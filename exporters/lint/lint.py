@@ -46,7 +46,7 @@ class Lint(Pass):
             raise TargetError(*map(str, errors))
         for rule in RULES:
             if warnings := [f for f in found.at("warning") if f.rule == rule.name]:
-                ctx.log.warning("%d of %s, the first: %s", len(warnings), rule.name, warnings[0])
+                ctx.log.warning("%d findings of the rule %s, the first: %s", len(warnings), rule.name, warnings[0])
         return {LINT: found}
 
 

@@ -75,7 +75,10 @@ class Call:
 
     @property
     def subtracted(self) -> bool:
-        """Return True if the shift of each step is taken off the input; a rounded product has a zero point instead."""
+        """Return True if the shift of each step is subtracted from the input in the graph.
+
+        A rounded product has a zero point instead.
+        """
         return self.data.tables.shift_T is not None and isinstance(self.data.scheme.output, Float)
 
     @property

@@ -1,5 +1,7 @@
 """Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
+It computes w ~= scale * q itself: a format whose codes are not evenly spaced cannot start from it.
+
 Shapes: N out features, K in features, G scales a row, M rows of the input (tokens, or places of a convolution).
 """
 
@@ -12,7 +14,7 @@ from torch.nn import functional
 from intaglio.pipeline.numerics import rounding as affine
 
 DAMPING = 0.01
-"""Value added to the diagonal of the Hessian, relative to its mean: it is zero for channels that are never used."""
+"""Share of the mean of the Hessian's diagonal that is added to it: entries of unused channels are zero."""
 
 
 def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +34,8 @@ def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor
 def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: affine.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
     """Round a weight to codes (N, K), int8, on the grid of the scales.
 
-    Columns are rounded one after the other, from the input with the most energy on. The columns that follow compensate
-    the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).
+    Columns are rounded one after the other, beginning with the input feature of largest energy. The columns that follow
+    compensate the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).
     """
     k = w_NK.shape[1]
     order = moment_KK.diagonal().argsort(descending=True, stable=True)

@@ -12,7 +12,7 @@ class DistillOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
+    updates: int = Field(120, ge=0, description="optimizer updates; 0 trains nothing: scales are fitted only")
     samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
     drawn: int = Field(
         4, ge=1, description="samples drawn at the start and at each check; the state with their least error is kept"

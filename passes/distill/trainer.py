@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 ROUND = 20
-"""Number of updates between two checkpoints. At each one states are rolled out."""
+"""Number of updates between two checkpoints. At each, the quantized model draws new trajectories (`rollout`)."""
 CHECKS = 4
 """Number of times, at most, that the error is measured after the start."""
 
@@ -215,9 +215,10 @@ class Trainer:
 
 
 def _relative_size(a: torch.Tensor, weight: TrainedWeight, code_scale: float) -> float:
-    """Return the size of A relative to the weight that B A is added to, so that A moves in proportion to itself.
+    """Return the ratio of the size of A to the size of the weight that B A is added to.
 
-    A code counts as the least size of a weight. The result is near 1 for weights of the usual size, 1 / sqrt(K).
+    The learning rate of A is multiplied by it, so that A changes by the same share per update in every layer. A weight
+    smaller than one scale counts as one scale. The result is near 1 for weights of the usual size, 1 / sqrt(K).
     """
     rms_a, rms_w = (float(each.detach().square().mean().sqrt()) for each in (a, weight.start_NK))
     return rms_a / max(rms_w, code_scale)

@@ -1,6 +1,7 @@
 """Import a denoiser quantized elsewhere: take its integers and scales exactly, or refuse the layer.
 
-Shapes: N out features, K in features, G scales a row, T denoising steps: one entry, as these scales are of no step.
+Shapes: N out features, K in features, G scales per row, T denoising steps: one entry, as imported scales
+are the same at all steps.
 """
 
 from __future__ import annotations

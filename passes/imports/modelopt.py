@@ -59,7 +59,7 @@ USUAL: Mapping[str, object] = {
 }
 """Attributes of a quantizer that stand for plain symmetric rounding."""
 NOT_A_MODEL = (
-    "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), behind"
+    "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), after"
     " modelopt.torch.quantization.quantize"
 )
 
@@ -68,8 +68,9 @@ class ImportModelopt(ImportPass):
     """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
     Codes are equal to the bit, scales to a rounding of float32; an input with one scale has it at every timestep. The
-    file is read without running anything from it. A layer without an exact form here is an error that names it, and
-    so is a weight outside the quantized layers that differs from the recipe's model, which makes the float graph.
+    file is read without running anything from it. A layer that cannot be imported exactly is an error that names it. So
+    is a weight outside the quantized layers that differs from the recipe's model, because the float graph is made from
+    that model.
     """
 
     name: ClassVar[str] = "import-modelopt"
@@ -347,7 +348,7 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
 
 
 def _bits(what: str, quantizer: _Quantizer) -> int:
-    """Return 4 or 8. Raises NotCarried for other numbers than such integers, rounded as usual."""
+    """Return 4 or 8. Raises NotCarried for any other number format, and for quantizers that do more than round."""
     if quantizer.facts.get("is_sequential_quantizer"):
         raise NotCarried(f"several quantizers in a row for its {what}")
     bits = quantizer.how.bits

@@ -45,7 +45,7 @@ class SavedWeights:
 def checked(
     layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: Entering | None
 ) -> Weight:
-    """Return codes and scales of one number, (N, 1) or (N, G).
+    """Return codes and scales; the scales have the shape (N, 1) or (N, G).
 
     `block`: input features that share a scale, as the file says; None where it does not. Raises NotCarried for types,
     shapes, blocks and codes that are not the layer's, and for scales that are not finite or not above zero.
@@ -72,13 +72,14 @@ def checked(
 
 
 def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None, what: str) -> None:
-    """Raise NotCarried if a zero point is another than zero, or they are not as many as scales."""
+    """Raise NotCarried if a zero point is not zero, or if the number of zero points differs from that of scales."""
     if zero_point is None:
         return
     counts = {1} | ({scale.numel()} if scale is not None else set())
     if zero_point.numel() not in counts or zero_point.is_complex():
         raise NotCarried(
-            f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}: one a scale"
+            f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}:"
+            " one for each scale is expected"
         )
     if zero_point.float().count_nonzero():  # NaN is one
         raise NotCarried(f"{what} with zero points: only symmetric codes, without zero points, can be imported")

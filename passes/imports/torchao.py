@@ -1,4 +1,4 @@
-"""Read what torchao writes to safetensors: parts of tensors, and in the file's metadata what they are parts of."""
+"""Read what torchao writes to safetensors: tensors in parts, and metadata that says which parts make a tensor."""
 
 from __future__ import annotations
 

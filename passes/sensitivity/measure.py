@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 DRAWN = 0.15
-"""Expected share of layers for which samples are drawn in 4 bits, to estimate the time; measured on emoji-dit."""
+"""For the time estimate: share of layers for which samples are drawn in a 4-bit scheme, as measured on emoji-dit."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -63,9 +63,8 @@ class MeasureSensitivity(Pass):
     measured too. Backward passes through whole trajectories predict the error of the samples; where it is large,
     samples are drawn with that one layer rounded.
 
-    Every scheme is predicted in the basis that the layer's input has, and in those of `bases` in which its layers have
-    less error: what `balance` would do is one more choice of `assign`. After a plan with balanced layers, these are
-    rounded in the plan's bases alone.
+    Every scheme is predicted without a basis, and in each of `bases` that reduces the error; `assign` chooses between
+    them. If the step follows a plan with balanced layers, these layers are rounded in the plan's bases only.
     """
 
     name: ClassVar[str] = "sensitivity"
@@ -81,8 +80,8 @@ class MeasureSensitivity(Pass):
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
     schemes: tuple[SchemeName, ...] | Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         USUAL_SCHEMES,
-        description="schemes to measure, where a layer's shape admits them, or those of each kind of layer; each takes"
-        " the same time",
+        description="names of the schemes to measure, one list or one for each kind of layer; schemes that a layer's"
+        " shape does not admit are skipped; the time grows with their number",
     )
     bases: tuple[BasisName, ...] = Field(
         ("scaled",),
@@ -96,7 +95,10 @@ class MeasureSensitivity(Pass):
         " layer is rounded alone",
     )
     samples: int = Field(
-        8, ge=0, description="samples whose errors are predicted for all layers at once, with one backward pass each"
+        8,
+        ge=0,
+        description="number of samples whose error is predicted, for all layers at once; each takes one backward pass"
+        " through its trajectory; 0: predict from the errors of outputs alone",
     )
     direct: float = Field(
         0.0,

@@ -97,7 +97,7 @@ def _told(error: Exception) -> tuple[str, int]:
         case MemoryError():
             return "there is not enough memory for this", 1
     kind = type(error).__name__
-    return f"unexpected {kind}: {shortened(str(error))}: `intaglio --debug` before the command shows where", 1
+    return f"unexpected {kind}: {shortened(str(error))}: run `intaglio --debug COMMAND` to see where", 1
 
 
 app = typer.Typer(

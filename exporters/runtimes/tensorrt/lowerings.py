@@ -44,7 +44,7 @@ LOWERINGS = with_shifts(
             W8A8_STEP,
             carrier,
             True,
-            "as by token; both table look-ups join the kernels beside the product",
+            "as w8a8_token; both table look-ups are fused into the neighbouring kernels",
         ),
         Lowering(
             "conv",
@@ -54,7 +54,7 @@ LOWERINGS = with_shifts(
             "becomes an INT8 convolution; scales for each channel are safe there",
         ),
         Lowering("linear", W8A16, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
-        Lowering("conv", W8A16, per_channel, False, "as of a linear layer"),
+        Lowering("conv", W8A16, per_channel, False, "as for a linear layer"),
         Lowering("linear", W4A16, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
         Lowering(
             "conv",
