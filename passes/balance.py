@@ -49,7 +49,7 @@ class BalanceLayers(Pass):
         " 0: none. Weights with fewer input or output channels than four times the rank have no such part",
     )
     gain_db: float = Field(
-        0.5, ge=0, description="smallest gain in SQNR for which a layer's input is brought into another basis"
+        0.5, ge=0, description="gain in SQNR, in dB, above which a layer's input is brought into another basis"
     )
     steps: int = Field(4, ge=1, description="timesteps at which bases are compared")
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")

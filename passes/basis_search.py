@@ -126,7 +126,7 @@ def with_ranges(
 
 
 def _ends(found: Sequence[tuple[float, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lower and the upper ends (T,); a step without calls has the widest range of the other steps."""
+    """Return the smallest and the largest values (T,); a step without calls has the widest range of the other steps."""
     low, high = ([None if each is None else each[end] for each in found] for end in (0, 1))
     return where_known(low, min), where_known(high, max)
 

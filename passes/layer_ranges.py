@@ -27,7 +27,7 @@ ENOUGH_ROWS = 16
 
 @dataclass
 class _Call:
-    """One call of the model, by layer name: ends of the input, largest convolution output without bias, and rows."""
+    """One call of the model, by layer name: range of the input, largest convolution output without bias, and rows."""
 
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)

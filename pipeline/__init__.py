@@ -6,7 +6,10 @@ list: numerics, formats, model, contract, artifacts, simulation, runs, cli.
 
 
 def __getattr__(name: str) -> object:
-    """Return a public name of intaglio, for code that asks this package for it. Raises AttributeError for others."""
+    """Return a public name of intaglio, so that `from intaglio.pipeline import Pass` works as `from intaglio` does.
+
+    Raises AttributeError for other names.
+    """
     import intaglio
 
     if name not in intaglio.__all__:

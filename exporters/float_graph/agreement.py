@@ -90,7 +90,7 @@ def _write_with_ends(path: Path, beside: Path) -> list[str]:
         for end in ends:
             end.outputs[0].dtype, end.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
             model.graph.outputs.append(end.outputs[0])
-        # directly behind the node: the runtime executes the first node that is ready, so the value is released early
+        # directly after the node: the runtime executes the first node that is ready, so the value is released early
         model.graph.insert_after(node, ends)
     ir.save(model, beside)
     return [str(value.name) for _, value in made]

@@ -257,7 +257,7 @@ class _Structure:
         return key >> 3, behind_key, first, at
 
     def _number(self, at: int) -> tuple[int, int]:
-        """Return a varint and its end; a position far behind the file if it does not end."""
+        """Return a varint and its end; a position far after the file if it does not end."""
         file, value = self.file, 0
         for place in range(min(10, len(file) - at)):
             byte = file[at + place]

@@ -269,7 +269,8 @@ class Difference:
     def comparison(self, pixels_max: int) -> SampleFigure | None:
         """Return the deployed samples of both sides, beside full precision.
 
-        If their full-precision samples differ, both are shown. None where the samples are no images or have different shapes. `pixels_max`: pixels of one sheet.
+        If their full-precision samples differ, both are shown. None where the samples are no images or have different
+        shapes. `pixels_max`: pixels of one sheet.
         """
         one, other = self.a.samples, self.b.samples
         if not {"full_precision", "deployed"} <= one.keys() & other.keys():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
 ROLES = 2
-"""Roles of layers that are named, at most."""
+"""Largest number of roles of layers that are named."""
 SHARE = 0.1
 """Least share of the predicted loss for which a role is named."""
 

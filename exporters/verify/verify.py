@@ -211,9 +211,10 @@ class Verify(Pass):
         if wrong:
             name, error = wrong[0]
             problems.append(
-                f"{name}: the values that reach it inside the whole graph differ by {error:.2e} (relative L2, {allowed}) from the"
-                " simulation, which used the graph's outputs of all layers before: the fault is between those layers"
-                f" and {name} ({len(wrong) - 1} later places are wrong too)"
+                f"{name}: the values that reach it inside the whole graph differ by {error:.2e} (relative L2,"
+                f" {allowed}) from the simulation, which used the graph's outputs of all layers before: the fault is"
+                " between those"
+                f" layers and {name} ({len(wrong) - 1} later places are wrong too)"
             )
         return problems
 

@@ -62,6 +62,6 @@ class DistillOptions(BaseModel):
     @property
     def distance(self) -> float:
         """Maximum distance, in weight scales, between a starting weight and its starting code."""
-        from intaglio.pipeline.numerics import rounding as affine
+        from intaglio.pipeline.numerics import rounding
 
-        return affine.NEARLY_HALF if self.base == "float" else 0.0
+        return rounding.NEARLY_HALF if self.base == "float" else 0.0

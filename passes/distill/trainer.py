@@ -62,7 +62,7 @@ class Trainer:
         # gradients of a good start are as small as 1e-8: an epsilon of that size would be a learning rate of its own
         self.optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99), eps=1e-15)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.checkpoint = ctx.scratch / f"{name}.pt"
+        self.training_state = ctx.scratch / f"{name}.pt"
         self.tensors = {
             f"{name}:{key}": p for name, part in layers.items() for key, p in part.named_parameters() if p.requires_grad
         }
@@ -175,11 +175,11 @@ class Trainer:
 
     def _saved(self) -> dict[str, Any] | None:
         """Return the checkpoint of a stopped run; None if there is none, or if it is damaged or of another run."""
-        if not self.ctx.processes.agree(self.checkpoint.exists()):
+        if not self.ctx.processes.agree(self.training_state.exists()):
             return None
-        reason = f"{self.checkpoint.name} is of another run"
+        reason = f"{self.training_state.name} is of another run"
         try:
-            saved = load_torch_file(self.checkpoint)
+            saved = load_torch_file(self.training_state)
             if self._fits(saved):
                 return saved
         except RecipeError as error:
@@ -209,9 +209,9 @@ class Trainer:
     def _save(self, progress: Mapping[str, object]) -> None:
         if not self.ctx.processes.first:
             return
-        part = self.checkpoint.with_suffix(".part")
+        part = self.training_state.with_suffix(".part")
         torch.save({**progress, "state": self._state(), "optimizer": self.optimizer.state_dict()}, part)
-        os.replace(part, self.checkpoint)
+        os.replace(part, self.training_state)
 
 
 def _relative_size(a: torch.Tensor, weight: TrainedWeight, code_scale: float) -> float:

@@ -112,7 +112,7 @@ class ImportPass(Pass):
             balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
         plan = plan.balanced(balances)
         bits = plan.weight_bits_mean
-        ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
+        ctx.log.info("%d of %d layers from %s, %.2f bits per weight", len(taken), len(layers), origin, bits)
         for reason, names in found.in_float.items():
             ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
         # one entry, as scales do not depend on the step
@@ -269,7 +269,7 @@ def layer_data(
             if not (scale_NG == scale_NG[:, :1]).all():
                 raise NotCarried(
                     "4-bit weights with a float scale for each block in front of a rounded input: their product on"
-                    " integers takes one float scale a row and integers for its groups. Leave the input in float, use"
+                    " integers takes one float scale per row and integers for its groups. Leave the input in float, use"
                     " one scale for each output channel, or let `distill` round the weights"
                 )
             group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]

@@ -1,6 +1,6 @@
 """Take over a denoiser that NVIDIA's Model Optimizer quantized: its integers and scales, exactly or not at all.
 
-Shapes: N out features, K in features, G scales a row, C input channels.
+Shapes: N out features, K in features, G scales per row, C input channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Define the content of files of quantized weights, for every library.
 
-Shapes: N out features, K in features, G scales a row.
+Shapes: N out features, K in features, G scales per row.
 """
 
 from __future__ import annotations

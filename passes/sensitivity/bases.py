@@ -43,7 +43,7 @@ def find_bases(
     trajectory: Trajectory,
     ctx: Context,
 ) -> FoundBases:
-    """Find the best basis of each name for every input, if it gains as much as `balance` asks for.
+    """Find the best basis of each name for every input, if it gains at least `gain_db` of `balance`.
 
     Layers are compared in their first scheme that rounds the input. `scaled` scales each channel (SmoothQuant, Xiao et
     al. 2023, Eq. 3), `rotated` rotates blocks of channels as well (QuaRot, Ashkboos et al. 2024, section 3).

@@ -25,7 +25,7 @@ Table = dict[str, dict[str, tuple[float, ...]]]
 
 
 @dataclass
-class Findings:
+class Estimates:
     """Errors of layers by form, bucket and sample; `filled` puts them into the table.
 
     `metrics` has the metrics of each layer, the mean squared error first. `add` adds measured errors, which replace

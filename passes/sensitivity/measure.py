@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.passes.sensitivity.drift import Drawn
-    from intaglio.passes.sensitivity.estimates import Findings, Pair
+    from intaglio.passes.sensitivity.estimates import Estimates, Pair
     from intaglio.passes.sensitivity.rounded import Bases, RoundedLayers
     from intaglio.passes.sensitivity.study import Study
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -303,21 +303,21 @@ class MeasureSensitivity(Pass):
 
     def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
         """Return the table with output errors: predicted for all, measured for some and where predictions are off."""
-        from intaglio.passes.sensitivity.estimates import Findings
+        from intaglio.passes.sensitivity.estimates import Estimates
 
         metrics, context = self._metrics(table.groups, study), study.batch.context(self.frame_axis)
-        findings = Findings(table, study.forms, metrics, study.screen(self.probes) if self.probes else {})
-        first = self._first(findings)
-        findings.add(study.measure(self._labels(first, study), metrics, context))
-        disagreeing = findings.disagreeing(self.agree)
-        second = {(name, scheme) for name, scheme in findings.pairs if name in disagreeing} - first
-        findings.add(study.measure(self._labels(second, study), metrics, context))
-        filled = findings.filled()
+        estimates = Estimates(table, study.forms, metrics, study.screen(self.probes) if self.probes else {})
+        first = self._first(estimates)
+        estimates.add(study.measure(self._labels(first, study), metrics, context))
+        disagreeing = estimates.disagreeing(self.agree)
+        second = {(name, scheme) for name, scheme in estimates.pairs if name in disagreeing} - first
+        estimates.add(study.measure(self._labels(second, study), metrics, context))
+        filled = estimates.filled()
         study.ctx.log.info(
             "measured: %d of %d pairs of layer and scheme, %d of them because the prediction for another scheme of the"
             " layer was wrong%s",
             len(first | second),
-            len(findings.pairs),
+            len(estimates.pairs),
             len(second),
             "" if (rank := filled.rank_correlation) is None else f"; rank correlation with predictions {rank:.3f}",
         )
@@ -341,15 +341,15 @@ class MeasureSensitivity(Pass):
             found[group] = {MSE: find_metric(MSE)} | ({name: metric} if applies else {})
         return {layer: found[group] for layer, group in groups.items()}
 
-    def _first(self, findings: Findings) -> set[Pair]:
+    def _first(self, estimates: Estimates) -> set[Pair]:
         """Choose the pairs that are always measured.
 
         They are a sample, evenly spaced from the worst predicted to the least, against which predictions are checked,
         and all pairs without a prediction.
         """
-        expected = {pair: findings.expected(pair) for pair in findings.pairs}
+        expected = {pair: estimates.expected(pair) for pair in estimates.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
-        unknown = {pair for pair in ordered if expected[pair] == 0 or len(findings.metrics[pair[0]]) > 1}
+        unknown = {pair for pair in ordered if expected[pair] == 0 or len(estimates.metrics[pair[0]]) > 1}
         count = math.ceil(self.direct * len(ordered))
         return {*(ordered[i * len(ordered) // count] for i in range(count)), *unknown}
 

@@ -302,8 +302,8 @@ def targets_command(
         print_target(targets[0])
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NEVER_CALLED = "it is never called"
 NO_EFFECT = "its result does not reach the output"
-WEIGHT_READ = "other code computes with its weight"
+WEIGHT_READ = "the model also uses its weight outside the layer"
 
 
 class Uses(NamedTuple):

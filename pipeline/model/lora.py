@@ -185,7 +185,7 @@ def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _fitting(keys: Iterable[str], prefix: str, layers: Mapping[str, nn.Module]) -> Mapping[str, tuple[str, str]]:
-    """Return the module and the part of each key that names a layer behind the prefix."""
+    """Return the module and the part of each key that names a layer, after the prefix."""
     found = {key: KEY.fullmatch(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
     fitting = {key: m for key, m in found.items() if m is not None and m["module"] in layers}
     return {key: (m["module"], m["part"].removeprefix("lora_")) for key, m in fitting.items()}

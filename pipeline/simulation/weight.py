@@ -1,6 +1,6 @@
 """Round the weight of a layer as it will be deployed.
 
-Shapes: N out features, K in features (of a convolution: input channels times kernel), G scales a row.
+Shapes: N out features, K in features (of a convolution: input channels times kernel), G scales per row.
 """
 
 from __future__ import annotations

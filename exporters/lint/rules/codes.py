@@ -147,7 +147,7 @@ def check_requantized(graph: Checked, target: Target) -> Problems:
         "the TensorRT parser ignores block_size and takes K / rows of the scale, so that a short last group regroups "
         "all weights without a warning"
     ),
-    fix="take a group size that divides K, and write one scale a group",
+    fix="take a group size that divides K, and write one scale for each group",
 )
 def check_groups(graph: Checked, target: Target) -> Problems:
     """Groups that do not divide their axis, lie along a wrong axis, or do not match the number of scales."""

@@ -111,7 +111,7 @@ def check_scale_type(graph: Checked, target: Target) -> Problems:
     "computed-scale",
     "error",
     why="an error up to TensorRT 10.12 (NvInfer.h); TensorRT-RTX 1.7.1 multiplies in floating point without a warning",
-    fix="divide by the computed part before QuantizeLinear, and multiply by it behind the product",
+    fix="divide by the computed part before QuantizeLinear, and multiply by it after the product",
 )
 def check_computed_scale(graph: Checked, target: Target) -> Problems:
     """Scales that the graph computes, which keep a product in floating point."""
