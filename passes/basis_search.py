@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.types import Denoise
-    from intaglio.pipeline.model.types import Inputs as Call
+    from intaglio.pipeline.model.types import Inputs as DenoiserInputs
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
@@ -94,7 +94,7 @@ def with_ranges(
     chosen: Sequence[Mapping[str, tuple[Balance, float]]],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     denoise: Denoise,
-    calls: Iterable[Call],
+    calls: Iterable[DenoiserInputs],
 ) -> list[dict[str, LayerBalance]]:
     """Return each basis with the range that the layer's input has in it at every step.
 

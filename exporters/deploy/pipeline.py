@@ -93,8 +93,7 @@ class CompiledComponent(Standin):
     def _uncompiled(self, name: str) -> Callable[..., NoReturn]:
         def refuse(*_: Any, **__: Any) -> NoReturn:
             raise CallError(
-                f"{self._name}.{name} was not compiled: {self._compiled}; the compiled folder does not contain"
-                " its weights"
+                f"{self._name}.{name} was not compiled: {self._compiled}; its weights are not in the folder"
             )
 
         return refuse

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from intaglio.passes.imports.imported import Entering, NotCarried, dtype_name, shown
+from intaglio.passes.imports.imported import ImportedInput, NotCarried, dtype_name, shown
 from intaglio.passes.imports.saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
@@ -167,7 +167,7 @@ def _codes(parts: Mapping[str, torch.Tensor], bits: int, layer: Layer) -> torch.
     return plain
 
 
-def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
+def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> ImportedInput | None:
     """Return how an input is rounded: a token's scale is max|x| / 127.5, as engines for these files compute it."""
     if args is None:
         return None

@@ -155,7 +155,7 @@ class TakenLayers:
 
 
 @dataclass(frozen=True)
-class Entering:
+class ImportedInput:
     """The rounding of a layer's input, with the tables that it needs."""
 
     form: IntInput
@@ -243,7 +243,7 @@ def layer_data(
     bits: int,
     codes: torch.Tensor,
     scale_NG: torch.Tensor,
-    entering: Entering | None,
+    entering: ImportedInput | None,
     balance: Balance | None = None,
 ) -> QuantizedLayerData:
     """Make the data of a layer from codes (N, K) int8 and scales, unchanged.
@@ -256,7 +256,7 @@ def layer_data(
 
     group_NG = None
     match bits, entering:
-        case 8, None | Entering(form=IntInput(bits=8)):
+        case 8, None | ImportedInput(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
                 raise NotCarried(
                     "8-bit weights with scales for blocks cannot be imported: use one scale for each output channel"
@@ -265,7 +265,7 @@ def layer_data(
         case 4, None:
             group = _group(layer, scale_NG)
             scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
-        case 4, Entering():
+        case 4, ImportedInput():
             if not (scale_NG == scale_NG[:, :1]).all():
                 raise NotCarried(
                     "4-bit weights with a float scale for each block in front of a rounded input: their product on"
@@ -277,7 +277,7 @@ def layer_data(
             scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
         case _, None:
             raise NotCarried(f"{bits}-bit weights with a float input: only weights of 4 or 8 bits can be imported")
-        case _, Entering():
+        case _, ImportedInput():
             raise NotCarried(f"{bits}-bit weights with a {entering.form.bits}-bit input")
     tables = NO_TABLES if entering is None else entering.tables
     return QuantizedLayerData(scheme, codes, scale_NG.contiguous(), group_NG, tables, balance)

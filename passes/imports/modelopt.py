@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from intaglio.passes.imports.imported import (
-    Entering,
+    ImportedInput,
     ImportPass,
     NotCarried,
     StaysFloat,
@@ -328,7 +328,7 @@ def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
     return size
 
 
-def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
+def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> ImportedInput:
     """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
     bits, how = _bits("input", quantizer), quantizer.how
     if how.narrow:
@@ -337,9 +337,9 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
     by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}
     match bits:
         case 4 | 8 if how.dynamic and by_token and layer.op == "linear":
-            return Entering(IntInput(bits=bits, granularity=PerToken()))
+            return ImportedInput(IntInput(bits=bits, granularity=PerToken()))
         case 4 | 8 if not how.dynamic and how.axis is None and not how.blocks:
-            return Entering(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
+            return ImportedInput(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
     raise NotCarried(
         f"{'dynamic' if how.dynamic else 'static'} input scales along axis {shown(how.axis)}, blocks"
         f" {shown(how.blocks)}, of a {layer.op}: only one static scale, or for linear layers a dynamic one for each"

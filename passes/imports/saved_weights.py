@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from intaglio.passes.imports.imported import Entering, NotCarried, as_float32, dtype_name, shown
+from intaglio.passes.imports.imported import ImportedInput, NotCarried, as_float32, dtype_name, shown
 from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
@@ -26,7 +26,7 @@ class Weight:
     bits: int
     codes: torch.Tensor
     scale_NG: torch.Tensor
-    entering: Entering | None
+    entering: ImportedInput | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SavedWeights:
 
 
 def checked(
-    layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: Entering | None
+    layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: ImportedInput | None
 ) -> Weight:
     """Return codes and scales; the scales have the shape (N, 1) or (N, G).
 
@@ -85,23 +85,23 @@ def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None,
         raise NotCarried(f"{what} with zero points: only symmetric codes, without zero points, can be imported")
 
 
-def by_token(bits: int) -> Entering:
+def by_token(bits: int) -> ImportedInput:
     """Return an input scaled by each token's max|x| / ((2^b - 1) / 2), which is 127.5 for 8 bits."""
     import torch
 
     width = _width(bits)
     factor = _high(width) / ((2**bits - 1) / 2)
-    return Entering(IntInput(bits=width, granularity=PerToken()), LayerTables(factor_T=torch.tensor([factor])))
+    return ImportedInput(IntInput(bits=width, granularity=PerToken()), LayerTables(factor_T=torch.tensor([factor])))
 
 
-def static(bits: int, scale: torch.Tensor | None) -> Entering:
+def static(bits: int, scale: torch.Tensor | None) -> ImportedInput:
     """Return an input with one scale at every step."""
     if scale is None or scale.numel() != 1:
         raise NotCarried(f"static input scales {None if scale is None else tuple(scale.shape)}: only one")
     width, found = _width(bits), as_float32("an input scale", scale).reshape(1)
     if found.item() <= 0:
         raise NotCarried(f"an input scale of {found.item():g}: it has to be above zero")
-    return Entering(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
+    return ImportedInput(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
 
 
 def _width(bits: int) -> Literal[4, 8]:

@@ -478,7 +478,7 @@ def test_files_of_others(dit, tmp_path):
     with pytest.raises(RecipeError, match=r"'gptq' as quantization_config\.quant_method"):
         take(dit, tmp_path)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
-    with pytest.raises(RecipeError, match="is none of compressed-tensors: config_groups: Field required"):
+    with pytest.raises(RecipeError, match="is not one of compressed-tensors: config_groups: Field required"):
         take(dit, tmp_path)
     (tmp_path / WEIGHTS).write_bytes(b"half")
     with pytest.raises(ValidationError, match=r"model\.safetensors: is not a safetensors file"):
