@@ -310,7 +310,7 @@ def test_a_component_that_is_left_out_takes_part_in_the_call_where_it_is_needed(
             {"precision": {"vae": "none"}, "targets": {"vae": "tensorrt-rtx"}},
             "targets.vae: precision.vae leaves it out",
         ),
-        ({"precision": {"tokenizer": "w8a16"}}, "precision.tokenizer: it has no weights: there is text_encoder, vae"),
+        ({"precision": {"tokenizer": "w8a16"}}, "precision.tokenizer: it has no weights: known are text_encoder, vae"),
         ({"targets": {"vea": "tensorrt-rtx"}}, "targets.vea: the pipeline has no such component: did you mean 'vae'"),
         ({"call": {"prompt": 5}}, "call: StableDiffusionPipeline raised ValueError: .* give what it needs in `call`"),
     ],
@@ -346,7 +346,7 @@ def test_a_black_picture_is_refused(sd, tmp_path):
             vae.decoder.conv_out.weight.zero_()
             vae.decoder.conv_out.bias.fill_(value)
         vae.save_pretrained(tmp_path / "stored/vae")
-        with pytest.raises(StepFailed, match=f"vae.decode at 1 row torch itself returns {message}"):
+        with pytest.raises(StepFailed, match=f"vae.decode at 1 row: torch itself returns {message}"):
             run_pass(ExportComponents(call=tiny_pipelines.CALLS[make]), artifacts, tmp_path / "scratch")
 
 
