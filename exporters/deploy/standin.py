@@ -267,9 +267,7 @@ def _frozen(kind: Any) -> Any:
         raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {ADVICE}")
 
     def forward(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise CallError(
-            f"{self._place} was not compiled: {self._compiled}; its weights are not in the folder"
-        )
+        raise CallError(f"{self._place} was not compiled: {self._compiled}; its weights are not in the folder")
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
         raise CallError(f"{self._place} has no weights to convert, save or load: {ADVICE}")
