@@ -24,9 +24,9 @@ class BalanceLayers(Pass):
     """Round each layer in the basis of its input in which its output has the least error.
 
     Without rounding the output is the same in every basis. Channels are scaled first, then rotated; weights are rounded
-    once, after both (ViDiT-Q section 4.2: the scale evens out static differences of channels, the rotation changing
-    ones). Layers that read the same input share a basis. On request a low-rank part of each 4-bit weight is computed
-    in float, and only the rest is rounded (SVDQuant, Li et al. 2025).
+    once, after both (ViDiT-Q section 4.2: the scale evens out differences between channels that are the same at every
+    step, the rotation those that change). Layers that read the same input share a basis. On request a low-rank part of
+    each 4-bit weight is computed in float, and only the rest is rounded (SVDQuant, Li et al. 2025).
     """
 
     name: ClassVar[str] = "balance"
@@ -49,7 +49,7 @@ class BalanceLayers(Pass):
         " 0: none. Weights with fewer input or output channels than four times the rank have no such part",
     )
     gain_db: float = Field(
-        0.5, ge=0, description="smallest gain in SQNR for which a layer's input is brought into another basis"
+        0.5, ge=0, description="gain in SQNR, in dB, above which a layer's input is brought into another basis"
     )
     steps: int = Field(4, ge=1, description="timesteps at which bases are compared")
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.types import Denoise
-    from intaglio.pipeline.model.types import Inputs as Call
+    from intaglio.pipeline.model.types import Inputs as DenoiserInputs
 
 Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
@@ -51,7 +51,7 @@ SMALLEST_BLOCK = 16
 
 
 def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, generator: torch.Generator) -> Inputs:
-    """Return some tokens of a linear layer's inputs, one (tokens, C); all places of a convolution's."""
+    """Return one tensor (tokens, C) with some tokens of a linear layer's inputs; a convolution's inputs unchanged."""
     if channel_axis(layer) != -1:
         return inputs
     every = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
@@ -94,9 +94,11 @@ def with_ranges(
     chosen: Sequence[Mapping[str, tuple[Balance, float]]],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     denoise: Denoise,
-    calls: Iterable[Call],
+    calls: Iterable[DenoiserInputs],
 ) -> list[dict[str, LayerBalance]]:
-    """Return each basis with the range of the inputs in it at every step, over all calls of a layer at the step.
+    """Return each basis with the range that the layer's input has in it at every step.
+
+    If a layer is called several times in one step, its range covers all these calls.
 
     `chosen` has the basis and its gain for each layer, once or several times; `calls` are the inputs of the denoiser,
     one call for each step. The range of a few rows is widened, as calibration does it.
@@ -124,7 +126,7 @@ def with_ranges(
 
 
 def _ends(found: Sequence[tuple[float, float] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the lower and the upper ends (T,); a step without calls has the widest range of the other steps."""
+    """Return the smallest and the largest values (T,); a step without calls has the widest range of the other steps."""
     low, high = ([None if each is None else each[end] for each in found] for end in (0, 1))
     return where_known(low, min), where_known(high, max)
 

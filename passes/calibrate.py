@@ -146,7 +146,7 @@ def _check_weights(module: torch.nn.Module) -> None:
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             bad = int(tensor.numel() - tensor.isfinite().sum())
-            problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: get the model again")
+            problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: download the model again")
     if problems:
         raise RecipeError(*problems)
 
@@ -156,7 +156,7 @@ def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
     if not call.output.isfinite().all():
         raise StepFailed(
             f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
-            f"{seen.origin}: mend the model, or start at another timestep"
+            f"{seen.origin}: correct the model, or start at another timestep"
         )
 
 
@@ -175,7 +175,7 @@ def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:
     )
 
 
-def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
+def _joined(parts: Sequence[Trajectory], rows_per_sample: int) -> Trajectory:
     """Return the trajectory that one process would have recorded for all samples."""
     import torch
 
@@ -191,9 +191,11 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
     first = parts[0]
     return replace(
         first,
-        inputs={name: _rows([part.inputs[name] for part in parts], 1, halves) for name in first.inputs},
-        outputs=_rows([part.outputs for part in parts], 1, halves),
-        conditions={name: _rows([part.conditions[name] for part in parts], 0, halves) for name in first.conditions},
+        inputs={name: _rows([part.inputs[name] for part in parts], 1, rows_per_sample) for name in first.inputs},
+        outputs=_rows([part.outputs for part in parts], 1, rows_per_sample),
+        conditions={
+            name: _rows([part.conditions[name] for part in parts], 0, rows_per_sample) for name in first.conditions
+        },
         amax=largest([part.amax for part in parts]),
         output_amax=largest([part.output_amax for part in parts]),
         low={name: -low for name, low in largest([{n: -v for n, v in part.low.items()} for part in parts]).items()},
@@ -202,12 +204,12 @@ def _joined(parts: Sequence[Trajectory], halves: int) -> Trajectory:
     )
 
 
-def _rows(parts: Sequence[torch.Tensor], axis: int, halves: int) -> torch.Tensor:
+def _rows(parts: Sequence[torch.Tensor], axis: int, rows_per_sample: int) -> torch.Tensor:
     """Join the rows of all processes along `axis`, in the order of a single process: null rows last."""
     import torch
 
-    pieces = [part.chunk(halves, axis) for part in parts]
-    return torch.cat([piece[half] for half in range(halves) for piece in pieces], axis)
+    pieces = [part.chunk(rows_per_sample, axis) for part in parts]
+    return torch.cat([piece[half] for half in range(rows_per_sample) for piece in pieces], axis)
 
 
 def _rounded(call: Call, sampler: Sampler) -> Call:

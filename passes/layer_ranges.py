@@ -27,7 +27,7 @@ ENOUGH_ROWS = 16
 
 @dataclass
 class _Call:
-    """One call of the model, by layer name: ends of the input, largest convolution output without bias, and rows."""
+    """One call of the model, by layer name: range of the input, largest convolution output without bias, and rows."""
 
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)
@@ -98,7 +98,9 @@ class LayerRanges:
 
 
 def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
-    """Return the ends of the range that `x` (R, ...), with the rows of all processes, would have in ENOUGH_ROWS rows.
+    """Return the smallest and largest value that ENOUGH_ROWS rows would have, estimated from R rows of each process.
+
+    `x`: (R, ...).
 
     The maximum over n rows lies on average sqrt(6) / pi * ln(n) standard deviations of the rows' maxima beyond the
     maximum of one row (Gumbel distribution). The range of fewer rows is too small, and would clip later inputs.

@@ -51,7 +51,7 @@ class UniformPlan(Pass):
                 reasons[layer.name] = reason
         plan = QuantPlan(layers, chosen, reasons=unreached)
         ctx.log.info(
-            "%d of %d layers quantized, %.2f bits a weight", plan.quantized, len(layers), plan.weight_bits_mean
+            "%d of %d layers quantized, %.2f bits per weight", plan.quantized, len(layers), plan.weight_bits_mean
         )
         for line in in_float_lines(reasons):
             ctx.log.info("%s", line)

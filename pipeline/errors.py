@@ -36,7 +36,7 @@ class RecipeError(IntaglioError):
 
 
 class ContractError(IntaglioError):
-    """A pass does something else than it declares: its author has to act."""
+    """A pass does not do what it declares: its author has to act."""
 
     exit_code = 3
 
@@ -48,19 +48,19 @@ class TargetError(IntaglioError):
 
 
 class StepFailed(IntaglioError):
-    """A step raised: the cause is chained, and the message says where its scratch folder is."""
+    """A step failed: if the pass raised another error, that is chained, and the message names the scratch folder."""
 
     exit_code = 5
 
 
 class StoreError(IntaglioError):
-    """The store holds something that it cannot have written, or cannot be written."""
+    """The store is damaged, or cannot be written."""
 
     exit_code = 6
 
 
 class CallError(IntaglioError):
-    """A compiled denoiser was called otherwise than it was compiled for."""
+    """A compiled denoiser was called in a way that it was not compiled for."""
 
     exit_code = 8
 
@@ -77,8 +77,8 @@ class MissingExtra(IntaglioError):
 def exit_codes() -> dict[int, str]:
     """Return the meaning of each exit code of the command."""
     kinds = sorted(IntaglioError.__subclasses__(), key=lambda kind: kind.exit_code, reverse=True)
-    meant = {kind.exit_code: re.split("[.:]", kind.__doc__ or "")[0] for kind in kinds}  # of one code the first
-    own = {0: "All is well", 1: "A check found errors, or a file cannot be read or written", INTERRUPTED: "Interrupted"}
+    meant = {kind.exit_code: re.split("[.:]", kind.__doc__ or "")[0] for kind in kinds}
+    own = {0: "Success", 1: "A check found errors, or a file cannot be read or written", INTERRUPTED: "Interrupted"}
     return dict(sorted((meant | own).items()))
 
 
@@ -98,7 +98,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the nearest known word, ignoring case, or else list up to `LISTED` known words.
 
     >>> did_you_mean("Asign", ["assign", "merge"]), did_you_mean("x", ["assign", "merge"]), did_you_mean("x", [])
-    (": did you mean 'assign'?", ': there is assign, merge', ': there is none')
+    (": did you mean 'assign'?", ': known are assign, merge', ': none is known')
     """
     choices = sorted(known)
     folded = {choice.casefold(): choice for choice in choices}
@@ -106,6 +106,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         case [near]:
             return f": did you mean {folded[near]!r}?"
         case _ if not choices:
-            return ": there is none"
+            return ": none is known"
     more = f" and {len(choices) - LISTED} more" if len(choices) > LISTED else ""
-    return f": there is {', '.join(choices[:LISTED])}{more}"
+    return f": known are {', '.join(choices[:LISTED])}{more}"

@@ -40,7 +40,7 @@ MOST_ARTIFACT = 64 * MIB
 MOST_VALUES = 2_000_000
 """Largest number of values of a JSON file, counted by its commas and opening brackets."""
 LONGEST_LINE = 1000
-"""Largest number of characters of another library's message that are passed on."""
+"""Largest number of characters that are kept of another library's message."""
 MOST_NUMBER_DIGITS = 4300
 """Largest number of digits of a whole number, as in Python itself."""
 MOST_HEADER = 16 * MIB
@@ -209,7 +209,7 @@ def open_safetensors(
     with os.fdopen(descriptor, "rb") as stream:
         header = int.from_bytes(stream.read(8), "little")
     if header > MOST_HEADER:
-        reason = f"its header would have {header} bytes, the most that is read is {MOST_HEADER}"
+        reason = f"its header would have {header} bytes: at most {MOST_HEADER} are read"
         raise error(f"{printable(path)}: is not a safetensors file: {reason}")
     try:
         with safe_open(path, framework=framework) as opened:
@@ -246,7 +246,7 @@ def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
     """Raise `error` for more values than are read: each takes up to a hundred bytes of memory, whatever its text."""
     count = text.count(",") + text.count("[") + text.count("{")
     if count > MOST_VALUES:
-        raise error(f"{source}: holds up to {count} values, the most that is read is {MOST_VALUES}")
+        raise error(f"{source}: holds up to {count} values: at most {MOST_VALUES} are read")
 
 
 def printable(text: object) -> str:
@@ -291,7 +291,7 @@ def _opened(path: Path, most: int | None, inside: Path | None, error: type[Intag
     if not stat.S_ISREG(found.st_mode):
         problem = "is a folder, not a file" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
     elif most is not None and found.st_size > most:
-        problem = f"has {found.st_size} bytes, the most that is read is {most}"
+        problem = f"has {found.st_size} bytes: at most {most} are read"
     if problem is not None:
         os.close(descriptor)
         raise error(f"{name}: {problem}")

@@ -30,7 +30,7 @@ def check_output(path: Path) -> None:
 
 
 def kind_of(mode: int) -> str:
-    """Return what a file's mode says that it is.
+    """Return the kind of a file, in words, from its mode.
 
     >>> kind_of(0o010644)
     'a named pipe'

@@ -1,12 +1,12 @@
-"""A custom pass. Use `./custom_pass.py:KeepFirst` as a step after `assign`, or insert it with `--insert`."""
+"""A custom pass. Use `./custom_pass.py:KeepEnds` as a step after `assign`, or insert it with `--insert`."""
 
 from intaglio import FLOAT, PLAN, Context, Outputs, Pass, State
 
 
-class KeepFirst(Pass):
+class KeepEnds(Pass):
     """Keep the first and the last layer of the plan in float."""
 
-    name = "keep-first"
+    name = "keep-ends"
     requires = frozenset({PLAN})
     provides = frozenset({PLAN})
 

@@ -62,8 +62,8 @@ PICTURES = ("image", "mask_image", "control_image")
 class ExportComponents(Pass):
     """Export a graph of each component that computes what torch does, at any number of rows.
 
-    float is the floating-point type of the target; other precisions round the weights, and the graph computes what
-    torch does with the rounded weights.
+    The precision `float` is the floating-point type of the target. Any other precision rounds the weights; the graph is
+    then compared with torch on the rounded weights.
     """
 
     name: ClassVar[str] = "components"
@@ -75,9 +75,9 @@ class ExportComponents(Pass):
 
     precision: Mapping[str, Precision] = Field(
         {},
-        description="precision by component: float (the default), a scheme that rounds weights only, such as w8a16 or"
-        " w4a16, or none: the component is not compiled, and is called while calls are recorded if the pipeline needs"
-        " it",
+        description="precision by component: float (the default); a scheme that rounds weights only, such as w8a16 or"
+        " w4a16; or none, which leaves the component out (if the pipeline cannot run without it, it is called while"
+        " calls are recorded)",
     )
     targets: Mapping[str, str] = Field({}, description="target by component, if it is not the recipe's")
     call: Mapping[str, JsonValue] = Field(
@@ -88,7 +88,7 @@ class ExportComponents(Pass):
     )
     image_to_image: bool = Field(False, description="also compile the encoder of the autoencoder that decodes pictures")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
-    opset: int = Field(21, ge=21, le=22, description="ONNX opset, as of export-float")
+    opset: int = Field(21, ge=21, le=22, description="ONNX opset, with the same meaning as in export-float")
 
     def check(self, target: Target) -> None:
         """Check the options. Raises RecipeError for an unknown target, TargetError for an opset above its limit."""
@@ -184,7 +184,7 @@ class ExportComponents(Pass):
                 if not absent:
                     kind = printable(folder.index()["_class_name"])
                     raise RecipeError(f"call: {kind} raised {said}: give what it needs in `call`") from error
-                ctx.log.info("the call uses %s, which is not compiled; without it: %s", ", ".join(absent), said)
+                ctx.log.info("the pipeline needs %s, opened here but not compiled (%s)", ", ".join(absent), said)
         raise AssertionError  # the last one returns or raises
 
     def _recorded(
@@ -215,7 +215,7 @@ class ExportComponents(Pass):
     def _record(
         self, pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, JsonValue], steps: int, ctx: Context
     ) -> list[MethodCalls]:
-        """Return the calls of one run, with pictures of ours where the pipeline raises without."""
+        """Return the calls of one run. If the pipeline fails without pictures, it gets default ones."""
         from intaglio.exporters.components.calls import picture_for, record_calls
 
         parameters = inspect.signature(pipe.__call__).parameters
@@ -318,9 +318,9 @@ def _called(compute: Compute, where: str, inputs: Inputs) -> Expected:
         if not value.is_floating_point() or value.numel() < 2:
             continue
         if not value.isfinite().all():
-            raise StepFailed(f"{where} torch itself returns {name} with NaN or Inf")
+            raise StepFailed(f"{where}: torch itself returns {name} with NaN or Inf")
         if value.min() == value.max():
-            raise StepFailed(f"{where} torch itself returns {name} that is {float(value.min()):g} everywhere")
+            raise StepFailed(f"{where}: torch itself returns {name} that is {float(value.min()):g} everywhere")
     return Expected(where, inputs, outputs)
 
 

@@ -27,7 +27,10 @@ KEEPS_TABLE = frozenset({"Cast", "DequantizeLinear", "Identity"})
 
 
 class CallInputs:
-    """Inputs of one graph. A tensor that it cannot compute with as torch would raises a CallError that names it."""
+    """Inputs of one graph.
+
+    Raises CallError, which names the tensor, for inputs on which the graph would not compute what torch does.
+    """
 
     def __init__(self, graph: Graph, compiled_with: Mapping[str, object], name: str = "") -> None:
         """Prepare the checks of a graph's inputs.
@@ -130,7 +133,7 @@ class CallInputs:
         return flat.expand(len(sample))
 
     def _check_indices(self, name: str, value: torch.Tensor, size: int) -> None:
-        """Raise CallError for numbers that are no places of a table of this size; torch takes none below 0 either."""
+        """Raise CallError for indices outside 0 to size - 1; torch refuses negative ones too."""
         if value.is_complex() or value.dtype == torch.bool:
             raise CallError(f"{self._place(name)} is of {value.dtype}: give whole numbers from 0 to {size - 1}")
         for number in (float(end) for end in value.aminmax()):
@@ -159,7 +162,7 @@ class CallInputs:
 
     @property
     def _called(self) -> str:
-        return f"{self._name} called".lstrip()
+        return f"{self._name or 'the denoiser'} was called"
 
     def _place(self, name: str) -> str:
         return f"{self._name}: {name}" if self._name else name
@@ -186,7 +189,10 @@ def table_sizes(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def check_others(
-    given: Mapping[str, object], inputs: Collection[str], compiled_with: Mapping[str, object], called: str = "called"
+    given: Mapping[str, object],
+    inputs: Collection[str],
+    compiled_with: Mapping[str, object],
+    called: str = "the denoiser was called",
 ) -> None:
     """Raise CallError for arguments that a graph knows nothing of, unless they are what it was compiled with."""
     problems = []

@@ -42,7 +42,7 @@ def triton_command(
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model; default RECIPE-TARGET.")] = None,
     version: Annotated[int, typer.Option(min=1, help="Version of the model.")] = 1,
     vnni: Annotated[
-        bool, typer.Option("--vnni", help="The server's CPU has VNNI, with faster exact 8-bit kernels.")
+        bool, typer.Option("--vnni", help="Write the faster 8-bit kernels of CPUs with VNNI, for a server that has it.")
     ] = False,
     as_json: Annotated[bool, json_option("the path of the written file")] = False,
 ) -> None:

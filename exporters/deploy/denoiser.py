@@ -85,8 +85,8 @@ class CompiledDenoiser(Standin):
         apart = (first - last) / (len(timesteps) - 1)
         if not last - apart <= timestep <= first + apart:
             raise CallError(
-                f"timestep {timestep:g}, but its scales are of {len(timesteps)} steps from {first:g} to {last:g}:"
-                " compile with the scheduler that it is used with"
+                f"timestep {timestep:g}: the graph has scales for {len(timesteps)} steps from {first:g} to {last:g}:"
+                " compile it with the scheduler that calls it"
             )
 
 
@@ -101,10 +101,10 @@ def load(
 ) -> CompiledDenoiser:
     """Load the denoiser of a compiled folder, `build/<recipe>/<target>`, to replace a pipeline's own.
 
-    `backend`: onnxruntime, or tensorrt or tensorrt-rtx, which run the folder's engine.plan on torch's current GPU and
-    stream without a copy; those two have not run on a GPU yet. `threads`: threads of ONNX Runtime, 0
-    for one on each core; `providers`: execution providers besides the CPU's. Raises RecipeError if the folder holds
-    nothing that the backend executes, TargetError if an engine cannot run here.
+    `backend`: name of an installed runtime: onnxruntime, a plug-in's runtime, or tensorrt or tensorrt-rtx, which run
+    the folder's engine.plan on torch's current GPU and stream without a copy; those two have not run on a GPU yet.
+    `threads`: threads of ONNX Runtime, 0 for one on each core; `providers`: execution providers besides the CPU's.
+    Raises RecipeError if the folder holds nothing that the backend executes, TargetError if an engine cannot run here.
     """
     root, device = Path(folder), device_of(backend)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():

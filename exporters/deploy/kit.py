@@ -42,12 +42,12 @@ SEED = 0
 NEIGHBOURS = 3
 """Number of calls with slightly moved inputs, for all cases together; there are at most three cases."""
 TOLERANCE_FACTOR = 3
-"""Largest allowed ratio of two errors: the engine's, and the change of the outputs when inputs move by one rounding.
+"""Largest allowed ratio of the engine's error to the change of the outputs that one rounding of the inputs causes.
 
-Inputs move by a rounding to float16.
+The inputs are rounded to float16.
 
-A code that rounds differently changes everything after it, wherever it is: in ONNX's reference, where every float16
-operator rounds, the ratio is 0.9 to 1.1 for two tiny models.
+One code that is rounded differently changes all later values, whether in the engine or in the comparison. In ONNX's
+reference evaluator, which rounds after every float16 operator, the ratio is 0.9 to 1.1 for two tiny models.
 """
 TOLERANCE_MIN = 0.01
 TOLERANCE_REASON = (

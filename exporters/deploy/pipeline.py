@@ -70,7 +70,7 @@ class CompiledComponent(Standin):
     """
 
     def __init__(self, name: str, original: nn.Module, methods: Mapping[str, CompiledMethod]) -> None:
-        super().__init__(original, name, f"of its component only {', '.join(methods)}")
+        super().__init__(original, name, f"this folder has only {', '.join(methods)} of {name}")
         self.__dict__["_methods"] = methods  # attributes cannot be set in the usual way
 
     def __getattr__(self, name: str) -> Any:
@@ -93,8 +93,7 @@ class CompiledComponent(Standin):
     def _uncompiled(self, name: str) -> Callable[..., NoReturn]:
         def refuse(*_: Any, **__: Any) -> NoReturn:
             raise CallError(
-                f"{self._name}.{name} was not compiled, {self._compiled}; the compiled folder does not contain"
-                " its weights"
+                f"{self._name}.{name} was not compiled: {self._compiled}; its weights are not in the folder"
             )
 
         return refuse

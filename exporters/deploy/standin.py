@@ -16,8 +16,8 @@ from torch import nn
 
 from intaglio.pipeline.errors import CallError
 
-CURE = "it computes what it was compiled from: make the change before, and compile it anew"
-ADAPTER_CURE = "name LoRAs in the recipe, model.loras; put any other adapter in before, and compile it anew"
+ADVICE = "a compiled model cannot be changed: change the original, and compile it again"
+ADAPTER_ADVICE = "name LoRAs in the recipe, model.loras; put any other adapter into the original, and compile it again"
 HARMLESS = (
     "compile",
     "compile_repeated_blocks",
@@ -66,12 +66,16 @@ READ = frozenset(
 
 
 class Standin(nn.Module):
-    """Replacement of `original` that has its attributes and freezes it; without an original, it has its own alone.
+    """Module that replaces `original`: it shows the attributes of `original`, which it freezes.
+
+    Without an original it has only its own attributes.
 
     `name` is the prefix of messages, "" for the denoiser.
     """
 
-    def __init__(self, original: nn.Module | None, name: str = "", compiled: str = "only the whole denoiser") -> None:
+    def __init__(
+        self, original: nn.Module | None, name: str = "", compiled: str = "this folder has only the whole denoiser"
+    ) -> None:
         super().__init__()
         own = self.__dict__
         own["_parameters"], own["_buffers"] = _Fixed({}, name), _Fixed({}, name)
@@ -86,16 +90,16 @@ class Standin(nn.Module):
             return super().__getattr__(name)
         found = getattr(original, name)
         if name == "attn_processors":  # a caller that reads them is about to change them
-            raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {CURE}")
-        return self._refused(name, ADAPTER_CURE) if _is_of_loaders(type(original), name) else found
+            raise CallError(f"{self._called(name)}: attention of a compiled model cannot be changed: {ADVICE}")
+        return self._refused(name, ADAPTER_ADVICE) if _is_of_loaders(type(original), name) else found
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "training" and value is False:  # already the case
             return
-        raise CallError(f"{self._called(name)} cannot be set on a compiled model: {CURE}")
+        raise CallError(f"{self._called(name)} cannot be set on a compiled model: {ADVICE}")
 
     def __delattr__(self, name: str) -> None:
-        raise CallError(f"{self._called(name)} cannot be deleted from a compiled model: {CURE}")
+        raise CallError(f"{self._called(name)} cannot be deleted from a compiled model: {ADVICE}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,7 +144,7 @@ class Standin(nn.Module):
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        raise CallError(f"{self._name or 'the denoiser'} cannot be converted or moved: {CURE}")
+        raise CallError(f"{self._name or 'the denoiser'} cannot be converted or moved: {ADVICE}")
 
     def float(self) -> Self:
         """Return itself, which takes and returns float32."""
@@ -160,7 +164,7 @@ class Standin(nn.Module):
 
     def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         """Raise CallError: a compiled model takes no weights."""
-        raise CallError(f"{self._called('load_state_dict')}: no weights can be put into a compiled model: {CURE}")
+        raise CallError(f"{self._called('load_state_dict')}: no weights can be put into a compiled model: {ADVICE}")
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Raise CallError: the compiled folder can be copied instead."""
@@ -184,9 +188,9 @@ class Standin(nn.Module):
     def _called(self, name: str) -> str:
         return f"{self._name}.{name}" if self._name else name
 
-    def _refused(self, name: str, cure: str) -> Callable[..., NoReturn]:
+    def _refused(self, name: str, advice: str) -> Callable[..., NoReturn]:
         def refuse(*_: Any, **__: Any) -> NoReturn:
-            raise CallError(f"{self._called(name)} would have no effect on a compiled model: {cure}")
+            raise CallError(f"{self._called(name)} would have no effect on a compiled model: {advice}")
 
         return refuse
 
@@ -220,7 +224,7 @@ class _Fixed(dict[Any, Any]):
         self.place = place or "the denoiser"
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise CallError(f"{self.place} cannot be changed in a compiled model: {CURE}")
+        raise CallError(f"{self.place} cannot be changed in a compiled model: {ADVICE}")
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = move_to_end = _refuse
@@ -257,16 +261,16 @@ def _frozen(kind: Any) -> Any:
     """Return the frozen version of a module's class."""
 
     def set_attribute(self: Any, name: str, value: object) -> NoReturn:
-        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be set in a compiled model: {CURE}")
+        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be set in a compiled model: {ADVICE}")
 
     def delete_attribute(self: Any, name: str) -> NoReturn:
-        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {CURE}")
+        raise CallError(f"{self._place}.{name}".lstrip(".") + f" cannot be deleted in a compiled model: {ADVICE}")
 
     def forward(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise CallError(f"{self._place} was not compiled, {self._compiled}; its weights are nowhere")
+        raise CallError(f"{self._place} was not compiled: {self._compiled}; its weights are not in the folder")
 
     def refuse(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise CallError(f"{self._place} has no weights to convert, save or load: {CURE}")
+        raise CallError(f"{self._place} has no weights to convert, save or load: {ADVICE}")
 
     def train(self: Any, mode: bool = True) -> Any:
         return self if not mode else refuse(self)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph is far above."""
 HALF_TOLERANCE = 1e-2
-"""Relative L2 error allowed for a graph with float16 values: a network may amplify 2^-11 some times."""
+"""Relative L2 error allowed for a graph with float16 values: a network may amplify an error of 2^-11 several times."""
 
 
 class Expected(NamedTuple):
@@ -36,7 +36,7 @@ class Expected(NamedTuple):
 
 
 def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) -> None:
-    """Run the graph on calls. Raise StepFailed if it leaves torch."""
+    """Run the graph on calls. Raise StepFailed if an output differs from torch's by more than the tolerance."""
     with lean_session(path) as session:
         for call in expected:
             _check(call, _run(session, call.inputs), tolerance)
@@ -73,11 +73,11 @@ def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: floa
     """Raise StepFailed unless what the graph returned is what torch did."""
     for y, expected in zip(found, call.outputs.values(), strict=True):
         if y.shape != expected.shape:
-            raise StepFailed(f"{call.where} the exported graph returns {y.shape}, torch {tuple(expected.shape)}")
+            raise StepFailed(f"{call.where}: the exported graph returns {y.shape}, torch {tuple(expected.shape)}")
         error = float((torch.from_numpy(y) - expected).norm() / expected.norm().clamp_min(1e-12))
         if not error <= tolerance:  # NaN is not
             raise StepFailed(
-                f"{call.where} the exported graph is {error:.1e} from torch, relative L2 ({tolerance:.0e} allowed)"
+                f"{call.where}: the exported graph is {error:.1e} from torch, relative L2 ({tolerance:.0e} allowed)"
             )
 
 
@@ -90,7 +90,7 @@ def _write_with_ends(path: Path, beside: Path) -> list[str]:
         for end in ends:
             end.outputs[0].dtype, end.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
             model.graph.outputs.append(end.outputs[0])
-        # directly behind the node: the runtime executes the first node that is ready, so the value is released early
+        # directly after the node: the runtime executes the first node that is ready, so the value is released early
         model.graph.insert_after(node, ends)
     ir.save(model, beside)
     return [str(value.name) for _, value in made]

@@ -26,7 +26,7 @@ MOST_BYTES = (1 << 31) - 1
 MOST_STRUCTURE = 64 * MIB
 """Largest size in bytes of everything but the raw data of tensors."""
 MOST_NUMBERS = MIB
-"""Largest size in bytes of an attribute's numbers, or of a tensor's listed numbers, which take 40 each in memory."""
+"""Largest size in bytes of an attribute's numbers, or of a tensor's listed numbers; each takes 40 in memory."""
 MOST_NODES = 25_000
 """Largest number of nodes, with each call of a function counted as its nodes. Large models have 10 000."""
 MOST_FIELDS = 40 * MOST_NODES
@@ -61,7 +61,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
             f"{printable(path)}: is no ONNX model: it has no graph, or does not say which opset it is written in"
         )
     if (count := sum(len(nodes) for _, nodes in graphs(proto))) > MOST_NODES:
-        raise RecipeError(f"{printable(path)}: has {count} nodes, the most that is read is {MOST_NODES}")
+        raise RecipeError(f"{printable(path)}: has {count} nodes: at most {MOST_NODES} are read")
     problems = []
     for tensor in tensors(proto):
         if not uses_external_data(tensor):
@@ -143,7 +143,7 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
         try:
             inside, there = file.resolve().is_relative_to(folder.resolve()), file.exists()
         except (OSError, RuntimeError, ValueError) as e:  # a name that no file can have, or links in a circle
-            return f"{name}: its data is in '{printable(location[:40])}', which no file can be named: {e.args[-1]}"
+            return f"{name}: its data is in '{printable(location[:40])}', which is no possible file name: {e.args[-1]}"
         if not inside:
             return f"{name}: its data is in {where}, outside the model's folder: move it there"
         if not there:
@@ -198,7 +198,7 @@ class _Structure:
         left = self.file if found is None else found
         if len(left) > MOST_STRUCTURE:
             raise self._error(
-                f"has {len(left)} bytes beside the raw data of its tensors, the most that is read is {MOST_STRUCTURE}:"
+                f"has {len(left)} bytes beside the raw data of its tensors: at most {MOST_STRUCTURE} are read:"
                 " save it again with onnx.save, and without doc strings"
             )
         return left
@@ -257,7 +257,7 @@ class _Structure:
         return key >> 3, behind_key, first, at
 
     def _number(self, at: int) -> tuple[int, int]:
-        """Return a varint and its end; a position far behind the file if it does not end."""
+        """Return a varint and its end; a position far after the file if it does not end."""
         file, value = self.file, 0
         for place in range(min(10, len(file) - at)):
             byte = file[at + place]
@@ -270,7 +270,7 @@ class _Structure:
         self.fields += fields
         if self.fields > MOST_FIELDS:
             raise self._error(
-                f"has more than {MOST_FIELDS} names, numbers and nodes, the most that is read: split it, or simplify it"
+                f"has more names, numbers and nodes than the {MOST_FIELDS} that are read: split it, or simplify it"
             )
 
     def _count_numbers(self, kind: str, name: bytes, listed: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Read any graph as products of quantized operands, which are meant to run on integers."""
+"""Find in any graph the products of two dequantized operands: those that should run on integers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Granularity: TypeAlias = Literal["tensor", "channel", "group"]
 MOVES = frozenset(
     {"Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
-"""Operators that select or move values: a product behind them still runs on integers (TensorRT-RTX 1.7.1)."""
+"""Operators that select or move values: a product after them still runs on integers (TensorRT-RTX 1.7.1)."""
 
 PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose"})
 _FARTHEST = 64
-"""Largest number of nodes to look back: long chains behind many products would take hours."""
+"""Largest number of nodes to look back: long chains before many products would take hours."""
 _MOST_ELEMENTS = 1 << 23
 """Largest number of elements of a constant that is read: scales of groups of 16 in a weight of 10^8."""
 CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
@@ -32,7 +32,7 @@ CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
 
 @dataclass(frozen=True)
 class Operand:
-    """Operand of a product, as DequantizeLinear made it, and the nodes between, from the product back."""
+    """Operand of a product: the DequantizeLinear that made it, and the nodes between, nearest to the product first."""
 
     dequantize: ir.Node
     between: tuple[ir.Node, ...]

@@ -90,10 +90,10 @@ class Calls:
 def write_graph(
     path: Path, module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], *, opset: int, called: str
 ) -> Graph:
-    """Export `module`, as `compute` calls it, as a float32 graph in files of its own; errors name it `called`.
+    """Export `module`, as `compute` calls it, as a float32 graph in files of its own.
 
-    The graph has these outputs and the dynamic axes of `calls`. The metadata of every node of a layer has the layer's
-    name. Raises StepFailed.
+    `called` is the name of the module in error messages. The graph has these outputs and the dynamic axes of `calls`.
+    The metadata of every node of a layer has the layer's name. Raises StepFailed.
     """
     exported = _export(module, compute, calls, outputs, opset, called)
     weights = list(exported.graph.initializers.values())
@@ -300,7 +300,10 @@ def _name_calls(model: ir.Model, module: nn.Module) -> None:
 
 
 def _keep_layer_names(model: ir.Model, layers: frozenset[str], axes: Mapping[str, tuple[str, str, int]]) -> None:
-    """Keep only each node's layer of all metadata, and name the axes. Changes `model`: no path is left in it."""
+    """Remove all metadata except the name of each node's layer, so that no path remains, and name the axes.
+
+    Changes `model`.
+    """
     graph = model.graph
     for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
         value.metadata_props.clear()

@@ -28,7 +28,7 @@ Question: TypeAlias = Literal["standard", "types", "loads"]
 SECONDS, SECONDS_PER_MB = 1.0, 2.0
 """CPU seconds for one question, and more seconds per MB of the model without its weights."""
 MEGABYTES, TIMES = 256, 16
-"""Megabytes for one question beside those the process has, and more in multiples of the model without its weights."""
+"""Megabytes that one question may take, and further ones as a multiple of the model's size without weights."""
 IDLE_SECONDS = 5
 """Seconds without a question after which the process ends, with the exit code 0."""
 MOST_STARTS = 3
@@ -170,6 +170,7 @@ def serve() -> None:
 def _import_libraries(question: Question) -> None:
     """Import what answers a question, which does not count as time or memory of its graph."""
     import onnx.shape_inference  # noqa: F401
+    import onnx_ir  # noqa: F401
 
     if question == "loads":
         import onnxruntime  # noqa: F401

@@ -26,7 +26,7 @@ class Lint(Pass):
     """Check a graph with all RULES. A graph without errors builds and, where it says so, runs on integers."""
 
     name: ClassVar[str] = "lint"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LINT})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
@@ -46,7 +46,7 @@ class Lint(Pass):
             raise TargetError(*map(str, errors))
         for rule in RULES:
             if warnings := [f for f in found.at("warning") if f.rule == rule.name]:
-                ctx.log.warning("%d of %s, the first: %s", len(warnings), rule.name, warnings[0])
+                ctx.log.warning("%d findings of the rule %s, the first: %s", len(warnings), rule.name, warnings[0])
         return {LINT: found}
 
 

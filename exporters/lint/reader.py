@@ -87,7 +87,7 @@ def _expansion(proto: onnx.ModelProto) -> str | None:
         size[name] = sum(count * size.get(each, 1) for each, count in called[name].items())
     total = sum(size.get((node.domain, node.op_type), 1) for node in all_nodes(proto.graph.node))
     if total > MOST_NODES:
-        return f"functions that call each other stand for {total:.3g} nodes, the most that is looked at is {MOST_NODES}"
+        return f"functions that call each other stand for {total:.3g} nodes: at most {MOST_NODES} are looked at"
     return None
 
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class EngineFigures(BaseModel):
     """Figures of one graph in a process of its own.
 
-    Times are medians of all calls, by the clock, or CPU time of the process. Memory is that which the graph adds to the
-    process; None where the system does not report it.
+    Times are medians over all calls: wall-clock time, except `cpu_ms`, which is CPU time of the process. Memory is that
+    which the graph adds to the process; None where the system does not report it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -41,7 +41,9 @@ class MeasureLatency(Pass):
     rows: int = Field(8, ge=1, description="rows of the call that is timed")
     rounds: int = Field(15, ge=1, description="calls of each, after one that is not counted")
     threads: int = Field(
-        1, ge=0, description="threads of ONNX Runtime, 0 for all cores: with more than one, other jobs move the ratio"
+        1,
+        ge=0,
+        description="threads of ONNX Runtime, 0 for all cores: with more than one, other jobs disturb the ratio",
     )
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -72,10 +74,11 @@ class MeasureLatency(Pass):
 def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, threads: int) -> Bench:
     """Measure the engines of a compiled folder by turns, `rounds` trajectories each, each in a process of its own.
 
-    float32 is the graph that it was made from, which `store` has; float16 is that graph for a provider that computes in
-    it. A trajectory is as many calls as the recipe has steps, on what `profile` calls with: what a scheduler does
-    between them is the same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions.
-    Raises RecipeError if the store lacks what is needed, TargetError for a graph that the runtime refuses.
+    `float32` is the float graph of the run, from the store. `float16` is the same graph in float16, only for a provider
+    that computes in float16. A trajectory is as many calls as the recipe has steps, with the inputs that `profile`
+    uses. The scheduler's own work is left out: it is the same for all. Graphs for TensorRT run as they are written,
+    without ONNX Runtime's fusions. Raises RecipeError if the store lacks what is needed, TargetError for a graph that
+    the runtime refuses.
     """
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 
@@ -90,7 +93,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
         engines = {name: stack.enter_context(engine(graph)) for name, graph in graphs.items()}
         provider = engines["compiled"].loaded.provider
         if not engines["compiled"].loaded.half:
-            left_out["float16"] = f"{provider} computes it in float32, with casts around"
+            left_out["float16"] = f"{provider} would compute it in float32 and add casts"
         else:
             graphs["float16"] = half_graph(graphs["float32"], ctx.scratch)
             engines["float16"] = stack.enter_context(engine(graphs["float16"]))

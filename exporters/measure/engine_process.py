@@ -1,4 +1,4 @@
-"""One graph in its runtime, in a process of its own, so that none hides the memory of another.
+"""One graph in its runtime, in a process of its own, so that the memory of each can be measured.
 
 The process holds only the runtime: nothing here imports torch.
 """
@@ -65,7 +65,7 @@ class EngineProcess:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> Self:
-        """Load the graph. Raises TargetError for a graph that ONNX Runtime refuses."""
+        """Load the graph. Raises TargetError for a graph that the runtime refuses."""
         self._pool.__enter__()
         self.loaded = self._pool.submit(_load, self._setting).result()
         return self

@@ -54,7 +54,8 @@ class ExportQdq(Pass):
             ctx.log.info("%s", line)
         if balanced := [name for name, data in quantized.layers.items() if data.balance is not None]:
             folded = sum(map(graph.is_folded, balanced))
-            ctx.log.info("channel scales of %d of %d balanced layers are in what precedes them", folded, len(balanced))
+            done = "channel scales of %d of %d balanced layers are folded into the operators before them"
+            ctx.log.info(done, folded, len(balanced))
         return {GRAPH: graph, PLAN: plan}
 
 

@@ -1,7 +1,7 @@
 """Fold the channel scales of balanced layers into the operators before them, so that they cost nothing in a run.
 
-(x * d) H with x = LayerNorm(z) * (1 + a) + b, say, is ((LayerNorm(z) * d) * (1 + a) + b * d) H: constants of the
-normalization, and a factor of b, which all tokens share. The same takes d into the weight of the layer that made x.
+Example: x = LayerNorm(z) * (1 + a) + b, and the layer reads (x * d) H. Then weight and bias of LayerNorm are multiplied
+by d, and so is b, which all tokens share; a stays. If another layer made x, d goes into the scales of its weight.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
 NAME = "GroupNormalization-21"
-"""The operator as targets name it, with the opset that its scale of one value a channel came with."""
+"""The operator since opset 21, in which `scale` has one value for each channel, as targets name it."""
 
 
 ONE_GROUP = "one-group-norm"

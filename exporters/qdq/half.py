@@ -28,11 +28,12 @@ HALF_MAX = 65504.0
 MASKING = 1e30
 """A constant as large as this stands for infinity: masks have the largest number of float32."""
 AMAX_LOW, AMAX_HIGH = 2.0**-14, 2.0**14
-"""Recorded magnitudes that float16 takes: its smallest normal number, and a quarter of its largest one for what was
-not recorded."""
+"""Range of recorded magnitudes in which a value becomes float16.
+
+It ends at a quarter of float16's largest number, because values that were not recorded may be larger."""
 
 EXPONENT_AMAX = 2.0**8
-"""Recorded magnitude that float16 takes of an exponent: it is rounded by 1/16 there, and its power by 6 %."""
+"""Largest recorded magnitude of an exponent in float16: it is rounded by up to 1/16, and its power changes by 6 %."""
 
 STATISTICS = frozenset(
     {"Exp", "Log", "Pow", "Reciprocal", "Sqrt"}
@@ -72,7 +73,9 @@ PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "M
 
 
 def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float]) -> None:
-    """Compute in float16 all but what needs float32, such as the nodes of `layers`, branches aside. Changes `model`.
+    """Make everything float16 except what needs float32, such as the nodes of `layers` without their branches.
+
+    Changes `model`.
 
     `amax`: the largest magnitude of values that were seen, by name.
     """

@@ -38,7 +38,11 @@ TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *TWO_LEVEL_STEP)
 
 
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """Write x @ DQ(Wq, s_w); s_w has the shape (N,)."""
+    """Write x @ DQ(Wq, s_w); s_w has the shape (N,).
+
+    For any weight with one scale for each output channel and codes that fit in int8, 6-bit codes too: they are stored
+    as int8.
+    """
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
     weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
     return _product(w, call, x, weight)
@@ -102,7 +106,10 @@ def _unpacked(w: Writer, call: Call) -> ir.Value:
 
 
 def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """Write x @ DQ(Wq, s_w) with 4-bit codes and one scale for each group of neighbours along K."""
+    """Write x @ DQ(Wq, s_w) with 4-bit codes and one scale for each group of neighbours along K.
+
+    Only for codes in [-8, 7], which are stored as INT4; so are those of the `two_level_*` functions.
+    """
     return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
 
 
@@ -159,7 +166,7 @@ def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:
 
 def _place(scheme: LayerScheme) -> str:
     """Return where the shift of an input is put back."""
-    return "bias, behind it" if isinstance(scheme.output, Float) else "zero point"
+    return "bias, after the product" if isinstance(scheme.output, Float) else "zero point"
 
 
 def table(runtime: str) -> tuple[Lowering, ...]:

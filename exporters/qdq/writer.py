@@ -75,7 +75,10 @@ class Call:
 
     @property
     def subtracted(self) -> bool:
-        """Return True if the shift of each step is taken off the input; a rounded product has a zero point instead."""
+        """Return True if the shift of each step is subtracted from the input in the graph.
+
+        A rounded product has a zero point instead.
+        """
         return self.data.tables.shift_T is not None and isinstance(self.data.scheme.output, Float)
 
     @property
@@ -348,7 +351,7 @@ class Writer:
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
         """Write DQ(Q(y)) with the step's scale directly after the product, which then reads and writes codes."""
         amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
-        assert amax_T is not None  # a scheme rounds its output only where its input has a scale a step
+        assert amax_T is not None  # a scheme rounds its output only where its input has one scale for each step
         assert output_amax_T is not None
         table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
         scale = self.op(call, "output/Gather", [table, self.step])

@@ -26,7 +26,7 @@ def show_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
-    """Print the metrics of every target in a folder of results; without a report, facts from the files."""
+    """Print the metrics of every target in a folder of results; if there is no report, what the other files tell."""
     metrics = _read_metrics(folder)
     if as_json:
         print_json(metrics)
@@ -43,7 +43,9 @@ def show_command(
 
 def diff_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run, or of one of its targets.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The other folder; targets of one name are compared.")],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="The other folder; targets with the same name are compared.")
+    ],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page, such as diff.html.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("all that differs")] = False,
@@ -85,7 +87,7 @@ def sample_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("the figures")] = False,
 ) -> None:
-    """Draw samples with a compiled graph, in ONNX Runtime, as its recipe samples."""
+    """Draw samples with a compiled graph in ONNX Runtime, with the sampler settings of its recipe."""
     with tempfile.TemporaryDirectory() as scratch:
         import intaglio
         from intaglio.exporters.report import pictures

@@ -40,7 +40,7 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "engine.bytes": ("engine, bytes", "lower"),
     "size_ratio_fp16": ("times smaller than float16", "higher"),
     "latency_ms": ("latency, ms", "lower"),
-    "latency_ratio_fp32": ("speed to float32 in the same run", "higher"),
+    "latency_ratio_fp32": ("speed relative to float32 in the same run", "higher"),
     "psnr_db": ("PSNR, dB", "higher"),
     "psnr_db_min": ("PSNR of the worst sample, dB", "higher"),
     "psnr_simulated_db": ("PSNR simulated, dB", "higher"),
@@ -155,7 +155,7 @@ def _picture(file: Path) -> torch.Tensor:
     try:
         with Image.open(content, formats=["PNG"]) as image:
             if image.width * image.height > MOST_PIXELS or image.height < 2:
-                raise ValueError(f"{image.width} x {image.height} pixels, the most that is read is {MOST_PIXELS}")
+                raise ValueError(f"{image.width} x {image.height} pixels: at most {MOST_PIXELS} are read")
             levels = np.asarray(image.convert("RGB"))
     except (*DAMAGE, OSError, SyntaxError, Image.DecompressionBombError) as e:  # PIL raises SyntaxError for bad chunks
         raise RecipeError(f"{printable(file)}: is not a picture that can be read: {printable(e)}") from e
@@ -176,7 +176,7 @@ class Difference:
 
     @cached_property
     def model(self) -> list[str]:
-        """Lines that say how models, targets and layers differ. Equal layers are compared all the same."""
+        """Lines that say how models, targets and layers differ. Layers that both have are compared even then."""
         pairs = [
             (f"{n.lower()}, sha256", *(s.manifest.start.get(n, "-")[:12] for s in (self.a, self.b))) for n in START
         ]
@@ -267,9 +267,10 @@ class Difference:
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def comparison(self, pixels_max: int) -> SampleFigure | None:
-        """Return both deployed samples with full precision, which is there twice where it differs.
+        """Return the deployed samples of both sides, beside full precision.
 
-        None where the samples are no images or have different shapes. `pixels_max`: pixels of one sheet.
+        If their full-precision samples differ, both are shown. None where the samples are no images or have different
+        shapes. `pixels_max`: pixels of one sheet.
         """
         one, other = self.a.samples, self.b.samples
         if not {"full_precision", "deployed"} <= one.keys() & other.keys():

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 FULL, COMPILED = "full_precision", "compiled"
 MOST_STEPS, MOST_SAMPLES = 1000, 4096
 IMAGES = 0.99
-"""Share of values in [-1, 1] from which on samples are shown as images in that range, as any viewer cuts them off."""
+"""Smallest share of values in [-1, 1] for which samples are shown as images in that range, and clipped to it."""
 COLUMNS = 8
 SIDE = 96
-"""Pixels that a picture is enlarged to, or nearly."""
+"""Smallest width, in pixels, to which pictures are enlarged by whole factors, if possible."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Drawing:
     def __post_init__(self) -> None:
         """Raise RecipeError for options that exclude each other, and for too many steps or samples."""
         if not 1 <= self.steps <= MOST_STEPS:
-            raise RecipeError(f"--steps {self.steps}: the denoising steps are 1 to {MOST_STEPS}")
+            raise RecipeError(f"--steps {self.steps}: give 1 to {MOST_STEPS}")
         if not 1 <= self.samples <= MOST_SAMPLES:
-            raise RecipeError(f"--samples {self.samples}: 1 to {MOST_SAMPLES} are drawn at once")
+            raise RecipeError(f"--samples {self.samples}: give 1 to {MOST_SAMPLES}")
         if self.prompt is not None and self.rows:
             raise RecipeError("--prompt and --class exclude each other")
         if self.prompt is not None and self.pipeline is None:
@@ -260,6 +260,6 @@ def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:
     if rows and not count:
         problems.append("--class: the model has neither classes nor recorded conditions")
     elif absent := [row for row in rows if not 0 <= row < count]:
-        problems.append(f"--class {', '.join(map(str, absent))}: there are 0 to {count - 1}")
+        problems.append(f"--class {', '.join(map(str, absent))}: give numbers from 0 to {count - 1}")
     if problems:
         raise RecipeError(*problems)

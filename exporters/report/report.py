@@ -68,13 +68,13 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
     needs: ClassVar[tuple[str, ...]] = ("diffusers", "intaglio", "onnx", "torch")  # the page names their versions
 
-    samples: int = Field(16, ge=1, le=64, description="samples shown, at most")
+    samples: int = Field(16, ge=1, le=64, description="largest number of samples that are shown")
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Write all measurements. A figure that was not measured is a dash on the page, and null in metrics."""
@@ -111,7 +111,7 @@ class WriteReport(Pass):
             heat=figures.heat_map(state[SENSITIVITY], plan) if SENSITIVITY in state else None,
             front=figures.front_figure(state[FRONT]) if FRONT in state else None,
             curve=figures.curve(state[ADAPTER].loss if ADAPTER in state else ()),
-            healed=figures.drawn_figure(state[ADAPTER]) if ADAPTER in state else None,
+            drawn=figures.drawn_figure(state[ADAPTER]) if ADAPTER in state else None,
             samples=_comparison(drawn, self.samples),
             strip=None if measured is None else figures.strip(*_decibels(drawn, measured.psnr_peak)),
             parity_shares=figures.log_shares({name: layer.rel_l2 for name, layer in parity.items()}),
@@ -161,7 +161,7 @@ def collect_metrics(
 
 
 def metrics_of_files(folder: Path) -> dict[str, object]:
-    """Return the metrics of a compiled folder without a report that its files contain; others are left out.
+    """Return the metrics of a compiled folder without a report, as far as its other files have them.
 
     Raises RecipeError for damaged files.
     """

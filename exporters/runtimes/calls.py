@@ -46,7 +46,7 @@ def opened_call(graph: Graph, opened: Opened) -> Values:
 def graph_values(graph: Graph, runtime: Runtime, names: Sequence[str]) -> Values:
     """Return a function from a call's inputs to the values of these names inside the graph, as float32.
 
-    What becomes an output is not fused away: a graph that is looked into may be executed by other kernels.
+    Values that become outputs cannot be fused away, so the runtime may use other kernels than for the graph itself.
     """
     import onnx
     import torch
@@ -77,7 +77,7 @@ def usual_shapes(graph: Graph, rows: int) -> dict[str, tuple[int, ...]]:
 def noise_feed(
     graph: Graph, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator, step: int = 0
 ) -> dict[str, NDArray[np.generic]]:
-    """Make inputs of a call that shows nothing: noise in floating point, else ones; the step and its timestep."""
+    """Make inputs without meaning, for timing: noise for floating-point inputs, else ones; a step and its timestep."""
     feed: dict[str, NDArray[np.generic]] = {}
     for name, spec in graph.inputs.items():
         if name == STEP_INPUT:
@@ -96,7 +96,7 @@ def _no_call(graph: Graph) -> str | None:
     if not graph.outputs:
         return "outputs: there is none"
     if STEP_INPUT in graph.inputs and not graph.timesteps:
-        return "timesteps: there is none, but its layers have a scale for each"
+        return f"timesteps: there is none, but the graph has the input `{STEP_INPUT}`"
     if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
         return f"timestep: {printable(graph.timestep)} is no input"
     return None

@@ -212,7 +212,10 @@ def _about(found: Found, name: str) -> Iterator[str]:
         yield from _snippet(found)
     if found.cost is not None:
         operations = found.cost.operations_per_row
-        yield from ("", f"One row of a call of the model is {operations / 1e9:,.3g} GFLOP. Steps that call it:")
+        yield from (
+            "",
+            f"One row (one sample in one call) takes {operations / 1e9:,.3g} GFLOP. Steps that call the model:",
+        )
         for step, rows in _rows(found):
             yield f"  {step:<12} {rows:>9,} rows, {rows * operations / 1e12:>10,.3g} TFLOP"
     yield ""
@@ -316,7 +319,7 @@ def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
 
 
 def _said(sampling: Sampling) -> str:
-    """Return a YAML comment on the origin of the numbers of steps and guidance."""
+    """Return a YAML comment on the origin of the number of steps."""
     if sampling.said_by:
         return f"   # default of {sampling.said_by}"
     return f"   # unknown, set the value you sample with: {sampling.unknown}" if sampling.unknown else ""

@@ -27,13 +27,13 @@ USUAL: Mapping[str, tuple[str, ...]] = {
 }
 """Schemes of a first recipe, for each kind of layer."""
 QUALITY_DB = 40
-"""Mean PSNR of the samples that a first recipe keeps, in dB: no difference is visible."""
+"""Mean PSNR of the samples that a first recipe keeps, in dB."""
 MOST_CALLS = 640
-"""Calls of the denoiser with one sample, for each implementation that `verify` compares."""
+"""Largest number of denoiser calls, with one sample, that `verify` makes with each implementation."""
 LARGE_BYTES = 10**9
 """Size of float32 weights in bytes above which activations are recomputed instead of kept."""
 MOST_VERIFIED = 6e11
-"""Operations of the denoiser, for each implementation that `verify` compares."""
+"""Largest number of operations that `verify` takes for each implementation."""
 MOST_OPERATIONS = 2e13
 """Operations of a training beyond which a first recipe leaves it out: some minutes on two CPU cores."""
 

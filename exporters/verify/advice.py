@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
 ROLES = 2
-"""Roles of layers that are named, at most."""
+"""Largest number of roles of layers that are named."""
 SHARE = 0.1
 """Least share of the predicted loss for which a role is named."""
 
@@ -41,7 +41,7 @@ def largest_losses(table: Sensitivity, plan: QuantPlan, workload: Workload, targ
     worst = sorted((role for role in share if share[role] >= SHARE), key=lambda role: -share[role])[:ROLES]
     return [
         f"{role}, in {len(roles[role])} layers, makes {share[role]:.0%} of the predicted loss"
-        f" (w8a16 there costs {_more(roles[role], plan, workload, target):.0%} of the time)"
+        f" (w8a16 there would add {_more(roles[role], plan, workload, target):.0%} to the time)"
         for role in worst
     ]
 

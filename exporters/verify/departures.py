@@ -38,7 +38,10 @@ class LayersInGraph:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[QuantizedLayer]:
-        """Yield the layer, to be called with its input in the graph, which may already contain its channel scales."""
+        """Yield the layer, ready for the input that it has in the graph.
+
+        If its channel scales are folded there, the layer does not multiply by them again.
+        """
         layer = self._layers[name]
         balance = layer.balance
         if balance is not None and self.graph.is_folded(name):

@@ -51,7 +51,7 @@ class Comparison:
         return cls(graph, layers, simulated, graph_denoise(graph, runtime), step, runtime)
 
     def in_half(self) -> set[str]:
-        """Return the layers that compute in float16 where the graph is in float16 between its layers."""
+        """Return the layers that compute in float16 themselves if the graph is in float16 between the layers."""
         return {n for n, m in self.layers.items() if m.branch or isinstance(m.scheme.input, Float)}
 
     def departures(self, call: Inputs) -> tuple[DepartureFigures, dict[str, Departure]]:

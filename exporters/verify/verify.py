@@ -69,13 +69,15 @@ class Verify(Pass):
     half_tolerance: float = Field(
         4e-3,
         gt=0,
-        description="relative L2 error of a float16 layer: eight roundings of 2^-11, of balance, weight, product, bias",
+        description="relative L2 error allowed for a layer in float16: that of about eight roundings of 2^-11",
     )
     code_tolerance: float = Field(
-        1e-4, gt=0, description="share of a layer's input codes that may differ; a difference may be 1 at most"
+        1e-4,
+        gt=0,
+        description="share of a layer's input codes that may differ by 1; one code may always, and none by more",
     )
     gap_db_tolerance: float = Field(
-        0.5, gt=0, description="simulated PSNR minus deployed PSNR, either way and beyond two standard errors, in dB"
+        0.5, gt=0, description="largest difference of simulated and deployed PSNR in dB, less two standard errors"
     )
     floor_db: float = Field(
         20, description="SQNR of the deployed samples, in dB, below which the run, its report and `show` warn"
@@ -84,7 +86,8 @@ class Verify(Pass):
         1.5, gt=0, description="PSNR in dB by which deployed samples may be worse than predicted without a warning"
     )
     bisect: bool = Field(
-        False, description="look into the whole graph as well, and name the first place where it leaves the simulation"
+        False,
+        description="look into the whole graph as well, and name the first place that differs from the simulation",
     )
 
     def forward_rows(self, model: ModelCost) -> int:
@@ -160,8 +163,8 @@ class Verify(Pass):
         scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
         return (
             f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
-            f" (verify.floor_db), and are hardly those of the model: allow more in assign.budget, list {scheme} in"
-            " sensitivity.schemes and assign.schemes, or ask for a quality by assign.budget.psnr",
+            f" (verify.floor_db): they are very different from those of the model: allow more in assign.budget, list"
+            f" {scheme} in sensitivity.schemes and assign.schemes, or ask for a quality by assign.budget.psnr",
         )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
@@ -208,8 +211,9 @@ class Verify(Pass):
         if wrong:
             name, error = wrong[0]
             problems.append(
-                f"{name}: relative L2 error {error:.2e} of the values that reach it inside the whole graph, {allowed},"
-                " compared with the simulation on the same outputs of the layers before: the fault is between those"
+                f"{name}: the values that reach it inside the whole graph differ by {error:.2e} (relative L2,"
+                f" {allowed}) from the simulation, which used the graph's outputs of all layers before: the fault is"
+                " between those"
                 f" layers and {name} ({len(wrong) - 1} later places are wrong too)"
             )
         return problems
@@ -252,12 +256,12 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
     for name, child in module.named_modules():
         if name in quantized or (name not in table and not isinstance(child, _ConvNd)):
             continue
-        found[name] = f"no scheme is for a {type(child).__name__} of its form"
+        found[name] = f"a {type(child).__name__} of its form cannot be quantized"
         if name in table:
             schemes = [s for s in admitted_schemes(table[name]) if s != FLOAT]
             reasons = [illegal(table[name], scheme, target) for scheme in schemes]
             refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
-            found[name] = refused or "the plan leaves it so"
+            found[name] = refused or "the plan leaves it in float"
     return found
 
 

@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 class AssignPrecision(Pass):
     """Choose one legal scheme, and its basis, for each layer: the least summed error within all budgets, by HiGHS.
 
-    The choice is a multiple-choice knapsack. With `budget.psnr` it is the other way round: the least time with this
-    quality, then the fewest bytes. The prediction adds up the errors of single layers; samples are drawn with the plan
-    to correct it. Besides the plan, the pass returns the front: plans from the smallest to the one with the least
-    error, within the other budgets. `point` selects one of them in place of the plan for `budget.size`.
+    The choice is a multiple-choice knapsack. With `budget.psnr`, the pass minimizes time, and of equally fast plans
+    bytes, under the condition that the samples keep this PSNR. The prediction adds up the errors of single layers;
+    samples are drawn with the plan to correct it. Besides the plan, the pass returns the front: plans from the smallest
+    to the one with the least error, within the other budgets. `point` selects one of them in place of the plan for
+    `budget.size`.
     """
 
     name: ClassVar[str] = "assign"
@@ -62,7 +63,9 @@ class AssignPrecision(Pass):
         description="target: also round the output of a convolution, if the target needs that to multiply integers",
     )
     keep: tuple[str, ...] = Field((), description="layers that stay in float, by name")
-    same_input: bool = Field(False, description="layers that read the same tensor, such as q, k and v, round it alike")
+    same_input: bool = Field(
+        False, description="layers that read the same tensor, such as q, k and v, get the same input format"
+    )
     profile: tuple[Profile, ...] = Field(
         (),
         description="files of `intaglio profile`, of plans of this model: measured times replace the roofline",
@@ -73,7 +76,9 @@ class AssignPrecision(Pass):
         16, ge=0, description="samples that are drawn with a plan for budget.psnr, to correct the prediction; 0: none"
     )
     front: int = Field(16, ge=0, description="number of further sizes to plan for; plans that gain nothing are dropped")
-    point: int | None = Field(None, ge=0, description="take this plan of the front, from 0, in place of budget.size")
+    point: int | None = Field(
+        None, ge=0, description="index of a plan of the front, counted from 0, to take in place of the best plan"
+    )
     mip_rel_gap: float = Field(
         1e-4, ge=0, lt=1, description="largest relative excess of the summed error over the optimum"
     )
@@ -219,7 +224,7 @@ class AssignPrecision(Pass):
             wanted |= {"budget.activation": self.budget.activation, "same_input": self.same_input}
             wanted |= {"budget.psnr": self.budget.psnr}
             problems += [
-                f"assign.{option}: nothing before it records what the layers are called with, as calibrate does"
+                f"assign.{option}: needs the artifact WORKLOAD: put the step `calibrate` before it"
                 for option, given in wanted.items()
                 if given
             ]
@@ -237,9 +242,10 @@ class AssignPrecision(Pass):
         return Latencies.of(self.profile, layers, bound, basis)
 
     def _choices(self, layer: Layer, table: Sensitivity, target: Target) -> dict[str, LayerScheme]:
-        """Return the layer's measured, allowed and legal schemes as the target executes them; float if there is none.
+        """Return the schemes that were measured, that the options allow and that the target executes, or else float.
 
-        Keys are the names under which they were measured, without a rounded output if that was not measured.
+        Keys are the labels of the measurements. If a rounded output was not measured, the label is that of the scheme
+        without it.
         """
         measured = table.schemes[layer.name]
         allowed = () if layer.name in self.keep else self.schemes.get(layer.op, ())
@@ -309,7 +315,7 @@ def _log(plan: QuantPlan, front: Front, limits: Mapping[str, float], ctx: Contex
     """Log what the plan costs, and the quality that is predicted of it."""
     costs = (f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items())
     ctx.log.info(
-        "%d of %d layers quantized, %.2f bits a weight; relative to float: %s; predicted %.1f dB, SQNR %.1f",
+        "%d of %d layers quantized, %.2f bits per weight; relative to float: %s; predicted PSNR %.1f dB, SQNR %.1f dB",
         plan.quantized,
         len(plan.layers),
         plan.weight_bits_mean,

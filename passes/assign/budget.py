@@ -1,4 +1,4 @@
-"""Define the budgets of a plan: limits of its costs, and the quality that it shall keep."""
+"""Define the budgets of a plan: limits of its costs, and the quality that it has to keep."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Budget(BaseModel):
         None,
         gt=0,
         description="mean PSNR of the final samples in dB that the plan keeps; if 8-bit weights with float inputs do"
-        " not reach it, what they reach",
+        " not reach it, their quality, or 3 dB below their quality with channel scales if that is higher",
     )
     activation: float | None = Field(
         None,

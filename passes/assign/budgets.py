@@ -27,7 +27,10 @@ UNITS = {"size": "bytes", "latency": "µs", "bops": "bit operations", "work": "m
 
 @dataclass(frozen=True)
 class Option:
-    """Scheme that a layer can have, in a basis of this name. `measured` is the label under which its error is known."""
+    """One option of a layer: a scheme, and the name of the basis in which the input is rounded.
+
+    `measured` is the label under which its error is known.
+    """
 
     layer: Layer
     measured: str
@@ -57,7 +60,10 @@ class Problem:
     whole: Mapping[str, float]
 
     def best(self, limits: Mapping[str, float]) -> Chosen:
-        """Return the plan with the least loss within the limits. Raises RecipeError, with the nearest, if none fits."""
+        """Return the plan with the least loss within the limits.
+
+        Raises RecipeError if no plan fits; the message has the smallest limits that work.
+        """
         chosen = self.knapsack.best(limits)
         if chosen is None:
             raise RecipeError(*self._why_not(limits))
@@ -121,7 +127,7 @@ class Problem:
         return front
 
     def point(self, chosen: Chosen, factor: float = 1.0) -> Point:
-        """Return the costs and the loss of a plan; `factor` is that of drawn samples on the predicted loss."""
+        """Return a plan's costs and loss; `factor` is the error of drawn samples divided by the predicted loss."""
         picked = [self.options[i] for i in chosen]
         return Point(
             {name: float(cost[chosen].sum()) for name, cost in self.knapsack.costs.items()},

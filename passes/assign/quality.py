@@ -28,14 +28,14 @@ SLACK = 0.02
 SLACK_BELOW = 0.1
 """Share of time, and of bytes, that is given for less loss if the wanted quality is not reached."""
 ROUNDS = 4
-"""Plans with rounded inputs for which samples are drawn, at most."""
+"""Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
-"""Layers that are rounded alone where a plan is worse than predicted, by more than NOISE_DB."""
+"""Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
 NEAR_DB = 1.5
-"""Quality above the wanted one at which no faster plan is looked for."""
+"""A plan that is at most this much better than wanted is accepted; for a better one, a faster plan is looked for."""
 REST_DB = 3.0
-"""Quality that rounded inputs may take: half of the error comes from weights, half from inputs."""
+"""Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
 BATCH = 4
 """Samples that are drawn at once."""
 FEWER = 2
@@ -76,7 +76,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
 
     If no plan has this quality, it is the plan with the least loss. Samples are drawn with each plan. If they are worse
     than predicted, they are drawn with the layers of largest predicted loss alone as well, which corrects the losses;
-    what is left corrects the next prediction as a whole.
+    the remaining ratio of measured to predicted error multiplies the next prediction.
     """
     drawing = _Drawing.of(table, aim.drawn, state, ctx)
     wanted = _wanted(problem, table, aim, drawing, ctx)
@@ -109,7 +109,9 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
     """Draw samples with a plan. Without a model, the prediction is taken for what they would have."""
     predicted_db = table.samples.psnr_db(problem.loss(chosen))
     found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
-    ctx.log.info("tried a plan: single layers predict %.1f dB, samples have %.1f dB", predicted_db, found_db)
+    ctx.log.info(
+        "tried a plan: predicted %.1f dB from single layers, drawn samples have %.1f dB", predicted_db, found_db
+    )
     time = float(problem.knapsack.costs[problem.time][chosen].sum())
     return _Tried(chosen, found_db, time)
 

@@ -34,11 +34,11 @@ class Distill(DistillOptions, Pass):
     learning rate, relative to its size at the start, in place of LSQ's factor on the gradient of scales, which Adam
     cancels too. The relative error of each step is weighted by its effect on the samples (`weighting`).
 
-    At the start and after up to four checks during the updates, the model draws samples from starts that no update is
-    trained on. Of all these states, and the start is one of them, the state whose samples are nearest to those of full
-    precision is kept. So training never makes these samples worse. With scope `block`, every eighth sample of the
-    trajectories is held out, each block keeps the state with the least output error on it, and the end is kept if its
-    drawn samples are better than those of the start.
+    At the start and at up to four checks during the updates, the model draws samples from noise that no update is
+    trained on. The state whose samples are nearest to those of full precision is kept; the start is one of these
+    states. So training never makes these samples worse. With scope `block`, every eighth sample of the trajectories is
+    held out, each block keeps the state with the least output error on it, and the end is kept if its drawn samples are
+    better than those of the start.
 
     Drawing costs 6 x drawn x steps calls of the denoiser for one sample, the updates cost 3 x samples x updates: 17 %
     of the updates' time with the default options and 20 steps.
@@ -91,8 +91,8 @@ def samples_line(adapter: Adapter) -> str:
     first, last, kept = adapter.drawn[0], adapter.drawn[-1], adapter.kept
     start = f"samples: {adapter.psnr_db(first):.1f} dB at the start"
     if kept == first:
-        return f"{start}, kept: {adapter.psnr_db(last):.1f} dB after {last.update} updates"
-    return f"{start}, {adapter.psnr_db(kept):.1f} dB after {kept.update} updates, kept"
+        return f"{start}, which is kept; {adapter.psnr_db(last):.1f} dB after {last.update} updates"
+    return f"{start}; {adapter.psnr_db(kept):.1f} dB after {kept.update} updates, which is kept"
 
 
 def train_model(task: Task, samples: DrawnSamples) -> Trained:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class DrawnSamples:
     """Compares samples of the quantized model with those that full precision drew from the same starts.
 
-    The starts are new: no update is trained on them. Every process draws its share; there may be none for some.
+    The starts are new: no update is trained on them. Every process draws its share; with more processes than
+    samples, some draw nothing.
     """
 
     def __init__(self, task: Task) -> None:

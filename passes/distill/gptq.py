@@ -1,6 +1,8 @@
 """Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
-Shapes: N out features, K in features, G scales a row, M rows of the input (tokens, or places of a convolution).
+It computes w ~= scale * q itself: a format whose codes are not evenly spaced cannot start from it.
+
+Shapes: N out features, K in features, G scales per row, M rows of the input (tokens, or places of a convolution).
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.numerics import rounding
 
 DAMPING = 0.01
-"""Value added to the diagonal of the Hessian, relative to its mean: it is zero for channels that are never used."""
+"""Share of the mean of the Hessian's diagonal that is added to it: entries of unused channels are zero."""
 
 
 def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -29,11 +31,11 @@ def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor
     return rows_MK.T @ rows_MK
 
 
-def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: affine.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
+def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
     """Round a weight to codes (N, K), int8, on the grid of the scales.
 
-    Columns are rounded one after the other, from the input with the most energy on. The columns that follow compensate
-    the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).
+    Columns are rounded one after the other, beginning with the input feature of largest energy. The columns that follow
+    compensate the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).
     """
     k = w_NK.shape[1]
     order = moment_KK.diagonal().argsort(descending=True, stable=True)
@@ -42,7 +44,7 @@ def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: affine.Grid, moment_K
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
     w = w_NK.detach().double()[:, order].clone()
-    scale_NK = affine.groups(torch.ones_like(w_NK), grid).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
+    scale_NK = rounding.groups(torch.ones_like(w_NK), grid).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
     scale_NK = scale_NK.double()[:, order]
     codes = torch.empty_like(w)
     for i in range(k):

@@ -12,7 +12,7 @@ class DistillOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    updates: int = Field(120, ge=0, description="optimizer updates; 0 keeps the rounded weights as they are")
+    updates: int = Field(120, ge=0, description="optimizer updates; 0 trains nothing: scales are fitted only")
     samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
     drawn: int = Field(
         4, ge=1, description="samples drawn at the start and at each check; the state with their least error is kept"
@@ -62,6 +62,6 @@ class DistillOptions(BaseModel):
     @property
     def distance(self) -> float:
         """Maximum distance, in weight scales, between a starting weight and its starting code."""
-        from intaglio.pipeline.numerics import rounding as affine
+        from intaglio.pipeline.numerics import rounding
 
-        return affine.NEARLY_HALF if self.base == "float" else 0.0
+        return rounding.NEARLY_HALF if self.base == "float" else 0.0

@@ -19,7 +19,7 @@ from intaglio.pipeline.model.blocks import find_blocks
 from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
-from intaglio.pipeline.numerics import rounding as affine
+from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
@@ -107,7 +107,7 @@ def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
     assert layer.input_rounding is not None  # those that learn have rounded inputs
     with torch.no_grad():
         q, amax, shift = layer.input_rounding(x)
-        rounded = q * affine.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)
+        rounded = q * rounding.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)
         return float((rounded - x).square().sum())
 
 
@@ -141,11 +141,11 @@ def start_weights(
                 advance()
     with ctx.progress("start of the weights", len(layers)) as advance:
         for name, layer in layers.items():
-            rounding = layer.weight_rounding
+            weight = layer.weight_rounding
             codes[name] = layer.weight_codes()
             if name in moments:
-                w_NK = rounding.base(layer.layer.weight)
-                codes[name] = gptq(w_NK, rounding.code_scale(), rounding.rounded_form.grid, moments[name])
+                w_NK = weight.base(layer.layer.weight)
+                codes[name] = gptq(w_NK, weight.code_scale(), weight.rounded_form.grid, moments[name])
             start_from(layer, codes[name], distance)
             advance()
     return codes

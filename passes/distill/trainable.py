@@ -1,6 +1,6 @@
 """Make quantized layers trainable, and extract the trained values.
 
-Shapes: N out features, K in features, G scales a row, T denoising steps, rank of the adapter.
+Shapes: N out features, K in features, G scales per row, T denoising steps, rank of the adapter.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _learnt_tables(layer: QuantizedLayer) -> LayerTables:
     steps = range(len(layer.clock.timesteps))
     if scheme.by_token:
         return LayerTables(factor_T=torch.stack([scales.factor(step) for step in steps]))
-    assert layer.input_rounding is not None  # a scale a step
+    assert layer.input_rounding is not None  # one scale for each step
     ranges = [layer.input_rounding.step_range(step) for step in steps]
     shifts = [shift for _, shift in ranges if shift is not None]
     return LayerTables(

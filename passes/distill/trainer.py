@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 ROUND = 20
-"""Number of updates between two checkpoints. At each one states are rolled out."""
+"""Number of updates between two checkpoints. At each, the quantized model draws new trajectories (`rollout`)."""
 CHECKS = 4
 """Number of times, at most, that the error is measured after the start."""
 
@@ -62,7 +62,7 @@ class Trainer:
         # gradients of a good start are as small as 1e-8: an epsilon of that size would be a learning rate of its own
         self.optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99), eps=1e-15)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.checkpoint = ctx.scratch / f"{name}.pt"
+        self.training_state = ctx.scratch / f"{name}.pt"
         self.tensors = {
             f"{name}:{key}": p for name, part in layers.items() for key, p in part.named_parameters() if p.requires_grad
         }
@@ -175,11 +175,11 @@ class Trainer:
 
     def _saved(self) -> dict[str, Any] | None:
         """Return the checkpoint of a stopped run; None if there is none, or if it is damaged or of another run."""
-        if not self.ctx.processes.agree(self.checkpoint.exists()):
+        if not self.ctx.processes.agree(self.training_state.exists()):
             return None
-        reason = f"{self.checkpoint.name} is of another run"
+        reason = f"{self.training_state.name} is of another run"
         try:
-            saved = load_torch_file(self.checkpoint)
+            saved = load_torch_file(self.training_state)
             if self._fits(saved):
                 return saved
         except RecipeError as error:
@@ -209,15 +209,16 @@ class Trainer:
     def _save(self, progress: Mapping[str, object]) -> None:
         if not self.ctx.processes.first:
             return
-        part = self.checkpoint.with_suffix(".part")
+        part = self.training_state.with_suffix(".part")
         torch.save({**progress, "state": self._state(), "optimizer": self.optimizer.state_dict()}, part)
-        os.replace(part, self.checkpoint)
+        os.replace(part, self.training_state)
 
 
 def _relative_size(a: torch.Tensor, weight: TrainedWeight, code_scale: float) -> float:
-    """Return the size of A relative to the weight that B A is added to, so that A moves in proportion to itself.
+    """Return the ratio of the size of A to the size of the weight that B A is added to.
 
-    A code counts as the least size of a weight. The result is near 1 for weights of the usual size, 1 / sqrt(K).
+    The learning rate of A is multiplied by it, so that A changes by the same share per update in every layer. A weight
+    smaller than one scale counts as one scale. The result is near 1 for weights of the usual size, 1 / sqrt(K).
     """
     rms_a, rms_w = (float(each.detach().square().mean().sqrt()) for each in (a, weight.start_NK))
     return rms_a / max(rms_w, code_scale)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from intaglio.passes.imports.imported import Entering, NotCarried, dtype_name, shown
+from intaglio.passes.imports.imported import ImportedInput, NotCarried, dtype_name, shown
 from intaglio.passes.imports.saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
@@ -86,7 +86,7 @@ def read_compressed_tensors(
     except ValidationError as error:
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)[:3])
         said = printable("; ".join(wrong))[:300]
-        raise RecipeError(f"config.json: its quantization_config is none of {METHOD}: {said}") from error
+        raise RecipeError(f"config.json: its quantization_config is not one of {METHOD}: {said}") from error
     parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         name, _, part = key.rpartition(".")
@@ -163,12 +163,12 @@ def _codes(parts: Mapping[str, torch.Tensor], bits: int, layer: Layer) -> torch.
             )
         return _unpacked(packed, bits, layer.k)
     if plain is None or dtype_name(plain).startswith(("float32", "float16", "bfloat16")):
-        raise NotCarried("its weight is not compressed: save it behind ModelCompressor.compress_model")
+        raise NotCarried("its weight is not compressed: save it after ModelCompressor.compress_model")
     return plain
 
 
-def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
-    """Return how an input is rounded; token scales are as engines for these files compute them."""
+def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> ImportedInput | None:
+    """Return how an input is rounded: a token's scale is max|x| / 127.5, as engines for these files compute it."""
     if args is None:
         return None
     if args.type != "int":
@@ -204,7 +204,7 @@ class _Groups:
                     self.exact.setdefault(target, (place, group))
 
     def aimed_at(self, name: str, layer: nn.Module) -> _Group | None:
-        """Return the group that aims best at a layer: at its name, by a pattern, or at its class."""
+        """Return the group whose target fits a layer best: its name, then a pattern of it, then its class."""
         if name in self.exact:
             return self.exact[name][1]
         for pattern, group in self.patterns.items():

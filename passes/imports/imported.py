@@ -1,6 +1,7 @@
 """Import a denoiser quantized elsewhere: take its integers and scales exactly, or refuse the layer.
 
-Shapes: N out features, K in features, G scales a row, T denoising steps: one entry, as these scales are of no step.
+Shapes: N out features, K in features, G scales per row, T denoising steps: one entry, as imported scales
+are the same at all steps.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class ImportPass(Pass):
             balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
         plan = plan.balanced(balances)
         bits = plan.weight_bits_mean
-        ctx.log.info("%d of %d layers from %s, %.2f bits a weight", len(taken), len(layers), origin, bits)
+        ctx.log.info("%d of %d layers from %s, %.2f bits per weight", len(taken), len(layers), origin, bits)
         for reason, names in found.in_float.items():
             ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
         # one entry, as scales do not depend on the step
@@ -154,7 +155,7 @@ class TakenLayers:
 
 
 @dataclass(frozen=True)
-class Entering:
+class ImportedInput:
     """The rounding of a layer's input, with the tables that it needs."""
 
     form: IntInput
@@ -242,7 +243,7 @@ def layer_data(
     bits: int,
     codes: torch.Tensor,
     scale_NG: torch.Tensor,
-    entering: Entering | None,
+    entering: ImportedInput | None,
     balance: Balance | None = None,
 ) -> QuantizedLayerData:
     """Make the data of a layer from codes (N, K) int8 and scales, unchanged.
@@ -255,7 +256,7 @@ def layer_data(
 
     group_NG = None
     match bits, entering:
-        case 8, None | Entering(form=IntInput(bits=8)):
+        case 8, None | ImportedInput(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
                 raise NotCarried(
                     "8-bit weights with scales for blocks cannot be imported: use one scale for each output channel"
@@ -264,11 +265,11 @@ def layer_data(
         case 4, None:
             group = _group(layer, scale_NG)
             scheme, scale_NG = w4a16(group), _split(scale_NG, layer.k // group)
-        case 4, Entering():
+        case 4, ImportedInput():
             if not (scale_NG == scale_NG[:, :1]).all():
                 raise NotCarried(
                     "4-bit weights with a float scale for each block in front of a rounded input: their product on"
-                    " integers takes one float scale a row and integers for its groups. Leave the input in float, use"
+                    " integers takes one float scale per row and integers for its groups. Leave the input in float, use"
                     " one scale for each output channel, or let `distill` round the weights"
                 )
             group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]
@@ -276,7 +277,7 @@ def layer_data(
             scheme = LayerScheme(weight=IntWeight(bits=4, granularity=TwoLevel(size=group)), input=entering.form)
         case _, None:
             raise NotCarried(f"{bits}-bit weights with a float input: only weights of 4 or 8 bits can be imported")
-        case _, Entering():
+        case _, ImportedInput():
             raise NotCarried(f"{bits}-bit weights with a {entering.form.bits}-bit input")
     tables = NO_TABLES if entering is None else entering.tables
     return QuantizedLayerData(scheme, codes, scale_NG.contiguous(), group_NG, tables, balance)

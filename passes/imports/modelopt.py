@@ -1,6 +1,6 @@
 """Take over a denoiser that NVIDIA's Model Optimizer quantized: its integers and scales, exactly or not at all.
 
-Shapes: N out features, K in features, G scales a row, C input channels.
+Shapes: N out features, K in features, G scales per row, C input channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from intaglio.passes.imports.imported import (
-    Entering,
+    ImportedInput,
     ImportPass,
     NotCarried,
     StaysFloat,
@@ -59,7 +59,7 @@ USUAL: Mapping[str, object] = {
 }
 """Attributes of a quantizer that stand for plain symmetric rounding."""
 NOT_A_MODEL = (
-    "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), behind"
+    "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), after"
     " modelopt.torch.quantization.quantize"
 )
 
@@ -68,8 +68,9 @@ class ImportModelopt(ImportPass):
     """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
     Codes are equal to the bit, scales to a rounding of float32; an input with one scale has it at every timestep. The
-    file is read without running anything from it. A layer without an exact form here is an error that names it, and
-    so is a weight outside the quantized layers that differs from the recipe's model, which makes the float graph.
+    file is read without running anything from it. A layer that cannot be imported exactly is an error that names it. So
+    is a weight outside the quantized layers that differs from the recipe's model, because the float graph is made from
+    that model.
     """
 
     name: ClassVar[str] = "import-modelopt"
@@ -327,7 +328,7 @@ def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
     return size
 
 
-def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
+def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> ImportedInput:
     """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
     bits, how = _bits("input", quantizer), quantizer.how
     if how.narrow:
@@ -336,9 +337,9 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
     by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}
     match bits:
         case 4 | 8 if how.dynamic and by_token and layer.op == "linear":
-            return Entering(IntInput(bits=bits, granularity=PerToken()))
+            return ImportedInput(IntInput(bits=bits, granularity=PerToken()))
         case 4 | 8 if not how.dynamic and how.axis is None and not how.blocks:
-            return Entering(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
+            return ImportedInput(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
     raise NotCarried(
         f"{'dynamic' if how.dynamic else 'static'} input scales along axis {shown(how.axis)}, blocks"
         f" {shown(how.blocks)}, of a {layer.op}: only one static scale, or for linear layers a dynamic one for each"
@@ -347,7 +348,7 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> Entering:
 
 
 def _bits(what: str, quantizer: _Quantizer) -> int:
-    """Return 4 or 8. Raises NotCarried for other numbers than such integers, rounded as usual."""
+    """Return 4 or 8. Raises NotCarried for any other number format, and for quantizers that do more than round."""
     if quantizer.facts.get("is_sequential_quantizer"):
         raise NotCarried(f"several quantizers in a row for its {what}")
     bits = quantizer.how.bits

@@ -1,6 +1,6 @@
 """Define the content of files of quantized weights, for every library.
 
-Shapes: N out features, K in features, G scales a row.
+Shapes: N out features, K in features, G scales per row.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from intaglio.passes.imports.imported import Entering, NotCarried, as_float32, dtype_name, shown
+from intaglio.passes.imports.imported import ImportedInput, NotCarried, as_float32, dtype_name, shown
 from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
@@ -26,7 +26,7 @@ class Weight:
     bits: int
     codes: torch.Tensor
     scale_NG: torch.Tensor
-    entering: Entering | None
+    entering: ImportedInput | None
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class SavedWeights:
 
 
 def checked(
-    layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: Entering | None
+    layer: Layer, bits: int, codes: torch.Tensor, scale: torch.Tensor, block: int | None, entering: ImportedInput | None
 ) -> Weight:
-    """Return codes and scales of one number, (N, 1) or (N, G).
+    """Return codes and scales; the scales have the shape (N, 1) or (N, G).
 
     `block`: input features that share a scale, as the file says; None where it does not. Raises NotCarried for types,
     shapes, blocks and codes that are not the layer's, and for scales that are not finite or not above zero.
@@ -72,35 +72,36 @@ def checked(
 
 
 def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None, what: str) -> None:
-    """Raise NotCarried if a zero point is another than zero, or they are not as many as scales."""
+    """Raise NotCarried if a zero point is not zero, or if the number of zero points differs from that of scales."""
     if zero_point is None:
         return
     counts = {1} | ({scale.numel()} if scale is not None else set())
     if zero_point.numel() not in counts or zero_point.is_complex():
         raise NotCarried(
-            f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}: one a scale"
+            f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}:"
+            " one for each scale is expected"
         )
     if zero_point.float().count_nonzero():  # NaN is one
         raise NotCarried(f"{what} with zero points: only symmetric codes, without zero points, can be imported")
 
 
-def by_token(bits: int) -> Entering:
+def by_token(bits: int) -> ImportedInput:
     """Return an input scaled by each token's max|x| / ((2^b - 1) / 2), which is 127.5 for 8 bits."""
     import torch
 
     width = _width(bits)
     factor = _high(width) / ((2**bits - 1) / 2)
-    return Entering(IntInput(bits=width, granularity=PerToken()), LayerTables(factor_T=torch.tensor([factor])))
+    return ImportedInput(IntInput(bits=width, granularity=PerToken()), LayerTables(factor_T=torch.tensor([factor])))
 
 
-def static(bits: int, scale: torch.Tensor | None) -> Entering:
+def static(bits: int, scale: torch.Tensor | None) -> ImportedInput:
     """Return an input with one scale at every step."""
     if scale is None or scale.numel() != 1:
         raise NotCarried(f"static input scales {None if scale is None else tuple(scale.shape)}: only one")
     width, found = _width(bits), as_float32("an input scale", scale).reshape(1)
     if found.item() <= 0:
         raise NotCarried(f"an input scale of {found.item():g}: it has to be above zero")
-    return Entering(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
+    return ImportedInput(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
 
 
 def _width(bits: int) -> Literal[4, 8]:

@@ -55,7 +55,7 @@ def check_end(path: Path) -> Path:
 
 
 def check_torch_file(path: Path) -> None:
-    """Raise RecipeError for what `torch.save` did not write as it is. Reads all of it once."""
+    """Raise RecipeError unless the file is as `torch.save` wrote it. Reads the whole file once."""
     with open_stream(path) as stream, _refused(path):
         size = _check_end(stream)
         with zipfile.ZipFile(stream) as archive:
@@ -85,12 +85,15 @@ def _check_end(stream: BinaryIO) -> int:
     if tail[-END.size - LOCATOR :].startswith(b"PK\6\7"):
         _, bytes_, _ = END64.unpack(tail[: END64.size])
     if bytes_ > MOST_DIRECTORY:
-        raise ValueError(f"its list of entries has {bytes_} bytes, the most that is read is {MOST_DIRECTORY}")
+        raise ValueError(f"its list of entries has {bytes_} bytes: at most {MOST_DIRECTORY} are read")
     return size
 
 
 def _checked_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
-    """Return the pickle of values. Raises ValueError for entries that are packed, double, or larger than the file."""
+    """Return the pickle of values.
+
+    Raises ValueError for entries that are compressed, that have the same name, or that are larger than the file.
+    """
     entries = archive.infolist()
     if len({entry.filename for entry in entries}) < len(entries):
         raise ValueError("two of its entries have one name")
@@ -102,14 +105,15 @@ def _checked_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
     if len(pickles) != 1 or len({entry.filename.partition("/")[0] for entry in entries}) > 1:
         raise ValueError("it is no zip file of torch.save: it holds no data.pkl, or several")
     if pickles[0].file_size > MOST_PICKLE:
-        raise ValueError(f"its data.pkl has {pickles[0].file_size} bytes, the most that is read is {MOST_PICKLE}")
+        raise ValueError(f"its data.pkl has {pickles[0].file_size} bytes: at most {MOST_PICKLE} are read")
     return archive.read(pickles[0])
 
 
 def _check_pickle(pickle: bytes, size: int) -> None:
     """Raise ValueError for a pickle with many operations, with other names than torch's, or with deeply nested values.
 
-    Depths are followed as pickletools describes each operation, in the place of the values that it makes.
+    Instead of the values, the check keeps the nesting depth of each value on the stack, as pickletools describes the
+    operations.
     """
     most = MOST_OPERATIONS + size // BYTES_PER_OPERATION
     stack: list[int] = []

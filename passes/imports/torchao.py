@@ -1,4 +1,4 @@
-"""Read what torchao writes to safetensors: parts of tensors, and in the file's metadata what they are parts of."""
+"""Read what torchao writes to safetensors: tensors in parts, and metadata that says which parts make a tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from intaglio.passes.imports.imported import Entering, NotCarried, shown
+from intaglio.passes.imports.imported import ImportedInput, NotCarried, shown
 from intaglio.passes.imports.saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE, parse_json, printable
@@ -79,7 +79,7 @@ def _weight(kind: object, facts: Mapping[str, Any], parts: Mapping[str, torch.Te
     return checked(layer, bits, codes, scale, block, entering)
 
 
-def _entering(kwargs: Mapping[str, Any] | None, parts: Mapping[str, torch.Tensor]) -> Entering | None:
+def _entering(kwargs: Mapping[str, Any] | None, parts: Mapping[str, torch.Tensor]) -> ImportedInput | None:
     if kwargs is None:
         return None
     facts = kwargs["_data"]

@@ -39,9 +39,10 @@ CONFIG = "config.json"
 class ImportWeights(ImportPass):
     """Import the plan and the integers from safetensors that compressed-tensors or torchao wrote.
 
-    Codes and scales of weights are equal to the bit. An input's codes come from the same scale up to one rounding in
-    float32: if a token's scale is its largest magnitude / 127.5, that entry lies exactly between two codes.
-    A layer without an exact form here is an error that names it, and so is any other difference from the model.
+    Codes and scales of weights are equal to the bit. Scales of inputs are equal up to one rounding in float32. If a
+    token's scale is its largest magnitude / 127.5, this largest value lies exactly between two codes, so it may be
+    rounded either way. A layer that cannot be imported exactly is an error that names it, and so is any other
+    difference from the model.
     """
 
     name: ClassVar[str] = "import-weights"
@@ -113,7 +114,8 @@ def read_weights(files: Iterable[Path], module: nn.Module) -> SavedWeights:
         return _torchao.read_torchao(tensors, metadata)
     if any(name.endswith((".weight._data", ".weight._data._data")) for name in tensors):
         raise RecipeError(
-            "quanto's weights have no form here: 8-bit ones are for inputs in float, and 4-bit ones have float zeros"
+            "quanto's files are not read: its 4-bit weights have zero points in float, which have no exact form here;"
+            f" save the weights with {_compressed_tensors.METHOD} or torchao"
         )
     raise RecipeError(
         f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao: only"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
 
 BALANCE = BalanceLayers()
-"""The options of `balance`: candidates, and the gain that a basis is worth, are those of its defaults."""
+"""The pass `balance` with its default options: its candidates and its smallest gain are used here."""
 COMPARED = Amounts(steps=2, rows=2, tokens=BALANCE.tokens)
 """Amounts of the recorded calls that are used to compare candidates."""
 RANGE_ROWS = 8
@@ -43,7 +43,7 @@ def find_bases(
     trajectory: Trajectory,
     ctx: Context,
 ) -> FoundBases:
-    """Find the best basis of each name for every input, if it gains as much as `balance` asks for.
+    """Find the best basis of each name for every input, if it gains at least `gain_db` of `balance`.
 
     Layers are compared in their first scheme that rounds the input. `scaled` scales each channel (SmoothQuant, Xiao et
     al. 2023, Eq. 3), `rotated` rotates blocks of channels as well (QuaRot, Ashkboos et al. 2024, section 3).

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 OUTPUTS_DB = 20
-"""Decibels by which the PSNR that is predicted from output errors exceeds that of the samples, for some layers."""
+"""Error of a PSNR that is predicted from output errors, in dB: for some layers it is that much too high.
+
+If nothing better is known, the limit below which samples are drawn is raised by it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,10 @@ class Drawn:
 
 
 def measure_drift(table: Sensitivity, drawn: Drawn, below_db: float) -> dict[str, dict[str, float]]:
-    """Measure the squared error of samples with one layer rounded at every step, if predicted to be visible."""
+    """Measure the squared error of samples with one layer rounded at every step, if it is predicted to be large.
+
+    It is large if the predicted PSNR is below `below_db`.
+    """
     from scipy.stats import spearmanr
 
     from intaglio.passes.sensitivity.study import Progress

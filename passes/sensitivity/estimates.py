@@ -25,8 +25,8 @@ Table = dict[str, dict[str, tuple[float, ...]]]
 
 
 @dataclass
-class Findings:
-    """Errors of layers in their forms, by bucket and sample, which complete a table that has everything else.
+class Estimates:
+    """Errors of layers by form, bucket and sample; `filled` puts them into the table.
 
     `metrics` has the metrics of each layer, the mean squared error first. `add` adds measured errors, which replace
     predicted ones.

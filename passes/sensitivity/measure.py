@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.passes.sensitivity.drift import Drawn
-    from intaglio.passes.sensitivity.estimates import Findings, Pair
+    from intaglio.passes.sensitivity.estimates import Estimates, Pair
     from intaglio.passes.sensitivity.rounded import Bases, RoundedLayers
     from intaglio.passes.sensitivity.study import Study
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 DRAWN = 0.15
-"""Expected share of layers for which samples are drawn in 4 bits, to estimate the time; measured on emoji-dit."""
+"""For the time estimate: share of layers for which samples are drawn in a 4-bit scheme, as measured on emoji-dit."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -63,13 +63,12 @@ class MeasureSensitivity(Pass):
     measured too. Backward passes through whole trajectories predict the error of the samples; where it is large,
     samples are drawn with that one layer rounded.
 
-    Every scheme is predicted in the basis that the layer's input has, and in those of `bases` in which its layers have
-    less error: what `balance` would do is one more choice of `assign`. After a plan with balanced layers, these are
-    rounded in the plan's bases alone.
+    Every scheme is predicted without a basis, and in each of `bases` that reduces the error; `assign` chooses between
+    them. If the step follows a plan with balanced layers, these layers are rounded in the plan's bases only.
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})
@@ -81,8 +80,8 @@ class MeasureSensitivity(Pass):
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")
     schemes: tuple[SchemeName, ...] | Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         USUAL_SCHEMES,
-        description="schemes to measure, where a layer's shape admits them, or those of each kind of layer; each takes"
-        " the same time",
+        description="names of the schemes to measure, one list or one for each kind of layer; schemes that a layer's"
+        " shape does not admit are skipped; the time grows with their number",
     )
     bases: tuple[BasisName, ...] = Field(
         ("scaled",),
@@ -96,7 +95,10 @@ class MeasureSensitivity(Pass):
         " layer is rounded alone",
     )
     samples: int = Field(
-        8, ge=0, description="samples whose errors are predicted for all layers at once, with one backward pass each"
+        8,
+        ge=0,
+        description="number of samples whose error is predicted, for all layers at once; each takes one backward pass"
+        " through its trajectory; 0: predict from the errors of outputs alone",
     )
     direct: float = Field(
         0.0,
@@ -301,21 +303,21 @@ class MeasureSensitivity(Pass):
 
     def _measured(self, table: Sensitivity, study: Study) -> Sensitivity:
         """Return the table with output errors: predicted for all, measured for some and where predictions are off."""
-        from intaglio.passes.sensitivity.estimates import Findings
+        from intaglio.passes.sensitivity.estimates import Estimates
 
         metrics, context = self._metrics(table.groups, study), study.batch.context(self.frame_axis)
-        findings = Findings(table, study.forms, metrics, study.screen(self.probes) if self.probes else {})
-        first = self._first(findings)
-        findings.add(study.measure(self._labels(first, study), metrics, context))
-        disagreeing = findings.disagreeing(self.agree)
-        second = {(name, scheme) for name, scheme in findings.pairs if name in disagreeing} - first
-        findings.add(study.measure(self._labels(second, study), metrics, context))
-        filled = findings.filled()
+        estimates = Estimates(table, study.forms, metrics, study.screen(self.probes) if self.probes else {})
+        first = self._first(estimates)
+        estimates.add(study.measure(self._labels(first, study), metrics, context))
+        disagreeing = estimates.disagreeing(self.agree)
+        second = {(name, scheme) for name, scheme in estimates.pairs if name in disagreeing} - first
+        estimates.add(study.measure(self._labels(second, study), metrics, context))
+        filled = estimates.filled()
         study.ctx.log.info(
             "measured: %d of %d pairs of layer and scheme, %d of them because the prediction for another scheme of the"
             " layer was wrong%s",
             len(first | second),
-            len(findings.pairs),
+            len(estimates.pairs),
             len(second),
             "" if (rank := filled.rank_correlation) is None else f"; rank correlation with predictions {rank:.3f}",
         )
@@ -339,15 +341,15 @@ class MeasureSensitivity(Pass):
             found[group] = {MSE: find_metric(MSE)} | ({name: metric} if applies else {})
         return {layer: found[group] for layer, group in groups.items()}
 
-    def _first(self, findings: Findings) -> set[Pair]:
+    def _first(self, estimates: Estimates) -> set[Pair]:
         """Choose the pairs that are always measured.
 
         They are a sample, evenly spaced from the worst predicted to the least, against which predictions are checked,
         and all pairs without a prediction.
         """
-        expected = {pair: findings.expected(pair) for pair in findings.pairs}
+        expected = {pair: estimates.expected(pair) for pair in estimates.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
-        unknown = {pair for pair in ordered if expected[pair] == 0 or len(findings.metrics[pair[0]]) > 1}
+        unknown = {pair for pair in ordered if expected[pair] == 0 or len(estimates.metrics[pair[0]]) > 1}
         count = math.ceil(self.direct * len(ordered))
         return {*(ordered[i * len(ordered) // count] for i in range(count)), *unknown}
 

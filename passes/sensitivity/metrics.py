@@ -81,8 +81,8 @@ class Temporal(_OfView):
 class Structure:
     """One minus the contrast and structure terms of SSIM, averaged over channels and square windows of equal weight.
 
-    (2 cov + c) / (var + var_ref + c) (Wang et al. 2004, Eq. 9 and 10). The luminance term is left out: it
-    needs values from zero on.
+    (2 cov + c) / (var + var_ref + c) (Wang et al. 2004, Eq. 9 and 10). The luminance term is left out,
+    because it is defined for values of at least 0 only.
     """
 
     def applies(self, reference: torch.Tensor, context: MetricContext) -> bool:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Recording:
+class RecordedCall:
     """Record of one call: when each module first began and last ended, outputs of the kept modules, and the output."""
 
     began: dict[str, int] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class _Over(Exception):
 
 def record(
     module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection[str], until: str | None = None
-) -> Recording:
+) -> RecordedCall:
     """Record `call`, which calls the module; `kept` names the modules whose outputs are kept.
 
     If `until` is given, the call stops when that module ends, and the recording has no output.
     """
-    recording, ticks = Recording(), itertools.count()
+    recording, ticks = RecordedCall(), itertools.count()
 
     def begin(_: nn.Module, __: object, name: str) -> None:
         recording.began.setdefault(name, next(ticks))

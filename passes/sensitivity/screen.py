@@ -33,9 +33,9 @@ class Screen:
 
     d = rounded(x) - y on the layer's real input, J = d output / d y, and v has random signs (Hutchinson 1990). This is
     the Gauss-Newton form: at full precision the gradient of the error itself is zero. One backward pass per direction
-    gives v^T J for all layers, and `products_of` the products with d. Rows are computed one at a time: values that rows
-    share could not be split by row, and the memory holds the graph of one row only. `denoise` or the caller sets the
-    clock of the rounded layers.
+    gives v^T J for all layers, and `products_of` the products with d. Rows are computed one at a time, because a value
+    that all rows share cannot be attributed to one row; so the graph of only one row is in memory. `denoise` or the
+    caller sets the clock of the rounded layers.
     """
 
     def __init__(self, rounded: RoundedLayers, denoise: Denoise, forms: Forms) -> None:

@@ -247,7 +247,10 @@ class Study:
             names = [name for name, _ in pairs] if self.repeats.get(unit, True) else []
             with replay.unit(unit, names, check=unit not in self.repeats) as exact:
                 if self.reuse and not exact and unit not in self.repeats:
-                    self.ctx.log.warning("%s: computed whole, as replaying what precedes it changes it", unit)
+                    why = (
+                        "%s: its layers are measured with the whole model: replaying the modules before it is not exact"
+                    )
+                    self.ctx.log.warning(why, unit)
                 self.repeats[unit] = exact
                 for name, label in pairs:
                     compare = partial(self._errors, replay, name, label, metrics[name], context)

@@ -17,7 +17,7 @@ COMPILED = "components.json"
 
 @dataclass(frozen=True)
 class _OfPipeline:
-    """An artifact that is the folder `pipeline`; `root` is its place."""
+    """Artifact whose content is the folder `pipeline`; `root` is the path of this folder."""
 
     root: Path
 
@@ -52,9 +52,10 @@ class Components(_OfPipeline):
     def write(
         cls, root: Path, folder: PipelineFolder, compiled: Mapping[str, Compiled], without: Collection[str]
     ) -> Self:
-        """Copy the pipeline's files but its weights into `root`, which holds the graphs, and describe both there.
+        """Copy the pipeline's files, except weights, into `root`, which already holds the graphs.
 
-        Components in `without` are left out of the pipeline.
+        The index of the pipeline and `components.json` are written there too. Components in `without` are left out of
+        the pipeline.
         """
         keep = shutil.ignore_patterns(*WEIGHTS)
         for name in folder.classes():

@@ -26,8 +26,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """Points in the order of growing size and falling loss, and the chosen one, which may lie between two of them.
+    """Points in the order of growing size and falling loss, and the chosen plan.
 
+    The chosen plan need not be one of the points: its size may lie between two of them.
     `samples` is the range of the full-precision samples.
     """
 

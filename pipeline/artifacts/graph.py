@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 MOST_ENGINE = 1 << 36
 """Largest size in bytes of a serialized engine that is read."""
 STEP_INPUT = "step"
-"""Graph input (int64 scalar): the denoising step, where some layer has a scale for each."""
+"""Graph input (int64 scalar): the index of the denoising step, if a layer of the graph has one scale for each step."""
 
 NOT_IN_GRAPH = "the graph has no product of it"
-"""Why a layer stays in float that torch's exporter has dropped, or computed as a constant."""
+"""Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Interface:
-    """The call of a graph's denoiser, so that a compiled one can take its place without its weights.
+    """Description of how the original denoiser is called, so that `load` can replace it without its weights.
 
-    `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are those of
-    its forward, in order, `sample` the one with the samples. `constants` are what was recorded beside tensors.
+    `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are the names
+    of the arguments of `forward`, in order; `sample` is the one with the samples. `constants` are the recorded
+    arguments that are no tensors.
     """
 
     kind: str = ""
@@ -47,7 +48,7 @@ class Interface:
 
 
 class ScaledBy(NamedTuple):
-    """A balanced layer, and the first channel of a value that is multiplied by the layer's channel scales."""
+    """A balanced layer whose channel scales multiply a value, from the channel `start` of the value on."""
 
     layer: str
     start: int
@@ -81,8 +82,8 @@ class Graph(_GraphFacts, _File):
 
     `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
     can be compared alone. `timesteps` are those of the `step` input's values; empty where there is no such input.
-    `timestep` names the input that tells the step, None where the model has no timestep. `sizes` gives the size of each
-    dynamic axis but the batch in the recorded call and in the other one.
+    `timestep` is the name of the timestep input; None if the model has none. `sizes` gives, for each dynamic axis
+    except the batch, its size in the recorded call and at the model's other size.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
     """

@@ -52,7 +52,7 @@ def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """One scheme for every quantizable layer, by its name in the model. Total: no default, no wildcard.
+    """One scheme for every quantizable layer, by its name in the model. Every layer is named: no default.
 
     `balances` holds the basis of each layer that is rounded in another basis of its input; every scheme but float may
     have one. `branches` holds the low-rank part of the weight that stays in float, for layers that have such a part.

@@ -22,7 +22,9 @@ class LayerTime(BaseModel):
 
 
 class Profile(BaseModel):
-    """Medians over `runs` calls with `rows` rows, measured by `made_by`; `rows` is None where that does not say it.
+    """Medians over `runs` calls with `rows` rows, measured by `made_by`.
+
+    `rows` is None if the tool `made_by` does not report the number of rows.
 
     `rest_microseconds` is the time of kernels that belong to no layer, by operator or by the runtime's name for them.
     `missing` names the plan's layers for which no kernel was found.

@@ -14,7 +14,10 @@ FILE = "provenance.json"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The recipe and the steps before the reading step; all steps, for a finished chain."""
+    """The recipe, and the steps that ran before the step that reads this artifact.
+
+    In the manifest, these are all steps of the target.
+    """
 
     recipe: Recipe
     """The recipe with every option of every step."""

@@ -26,8 +26,8 @@ class LayerAdapter:
     """The parameters that distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; scale (N, G).
 
     A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
-    `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are those that the weight started
-    from, where it was not the model's own.
+    `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are the codes from
+    which training started, if it did not start from the model's own weight (GPTQ).
     """
 
     scale_NG: torch.Tensor
@@ -54,9 +54,9 @@ class DrawnError:
 class Adapter:
     """The result of distillation for every layer with an integer weight, and the loss of every update.
 
-    `distance` is the largest distance between a weight and its code, in scales, for weights that did not start as the
-    model's own. `drawn` has the error of drawn samples at the start and at each check; the layers are those of the
-    least. `peak` is the range of the full-precision samples, which PSNR is relative to.
+    `distance` is, for weights that started from given codes, how far they may be from their code, in scales. `drawn`
+    has the error of drawn samples at the start and at each check; `layers` is the state with the least of these errors.
+    `peak` is the range of the full-precision samples: the peak of every PSNR.
     """
 
     layers: Mapping[str, LayerAdapter]

@@ -52,20 +52,22 @@ class Sensitivity(_Table):
     take the same basis.
 
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
-    `weights` is, for each bucket, the mean squared error of the final samples that a relative squared error of one in
-    the bucket's outputs would make: an error early on is partly corrected by the steps that follow, a late one is not.
-    A rounded weight pushes every step the same way, which no sum over steps predicts: `drift_screened[layer][scheme]`
-    is the error of the final samples to first order along whole trajectories. `drift[layer][scheme]` is the same error,
-    measured by drawing samples; it has only the pairs that were measured.
+    `weights[bucket]` is the mean squared error that the final samples would have if the outputs of the bucket had a
+    relative squared error of 1. It is smaller for early buckets, because later steps correct a part of an early error.
+    A rounded weight makes errors in the same direction at every step, whose effect no sum over steps predicts. So
+    `drift_screened[layer][scheme]` is the error of the final samples, predicted to first order along whole
+    trajectories. `drift[layer][scheme]` is the same error, measured by drawing samples, for the pairs that were
+    measured.
 
-    `stderr` is the standard error of each of those means, over samples; empty where there was one sample. `measured`
-    lists the schemes in which each layer was rounded alone. The errors of all other schemes are predicted to first
+    `stderr` is the standard error, over samples, of each number in `error`; empty for one sample. `measured` lists the
+    schemes in which each layer was rounded alone. The errors of all other schemes are predicted to first
     order (`screened`), and multiplied by the median ratio of measured to predicted errors of the scheme.
     `rank_correlation` is Spearman's, of measured and predicted errors. `apart[layer][scheme]` has the
     error of the `weight` alone and of the `input` alone.
 
-    `groups` is the group of each layer, `metrics` that of each group, and `ranked[layer][scheme][bucket]` its error
-    where it is another one than the mean squared error. `samples` is the range of the full-precision samples.
+    `groups` is the group of each layer, and `metrics` the metric of each group. `ranked[layer][scheme][bucket]` is the
+    layer's error by the metric of its group, if that is not the mean squared error. `samples` is the range of the
+    full-precision samples.
     """
 
     bases: Mapping[str, Mapping[str, LayerBalance]] = field(default_factory=dict, compare=False)
@@ -79,7 +81,10 @@ class Sensitivity(_Table):
         return self.bases.get(self.basis_of(layer, label), {}).get(layer)
 
     def label_of(self, plan: QuantPlan, layer: str) -> str | None:
-        """Return the label under which a layer was measured as the plan has it; None if it was not."""
+        """Return the label of the measurement that has the layer's scheme and basis in the plan.
+
+        If no measurement has this basis, it is one of the same scheme in another basis; None if there is none either.
+        """
         basis = plan.balances.get(layer)
         same = [
             label for label, scheme in self.schemes.get(layer, {}).items() if scheme.name == plan.schemes[layer].name
@@ -89,11 +94,12 @@ class Sensitivity(_Table):
         return next(iter([*exact, *same]), None)
 
     def total(self, layer: str, scheme: str) -> float:
-        """Return the mean squared error of the final samples, times the factor f of the layer by its group's metric.
+        """Return the mean squared error of the final samples times f, which the metric of the layer's group gives.
 
         f = c (sum d r) / (sum d), r = m / e, summed over the layer's schemes: d is the error of the samples, e what the
-        mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors; c keeps the
-        group's whole error what it was. A metric ranks layers, while the squared error chooses among a layer's schemes.
+        mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors. With c, the
+        sum of the group's errors does not change. A metric ranks layers, while the squared error chooses among a
+        layer's schemes.
         """
         return self.error_of_samples(layer, scheme) * self._factors.get(layer, 1.0)
 

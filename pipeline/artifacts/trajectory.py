@@ -28,10 +28,11 @@ class Trajectory:
 
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
-    output magnitude, without the bias, of each convolution; `low` and `high` are the ends of each layer's input. All
-    calls of a layer at one step count together. A layer that has no part in these calls is in none of them.
-    `samples` is the range of the samples at the end, in which every later pass measures quality.
-    `half`: files have those inputs and outputs in float16 that it holds exactly.
+    output magnitude, without the bias, of each convolution; `low` and `high` are the smallest and the largest
+    value of each layer's input. If a layer is called several times in one step, its range covers all these calls.
+    Layers that these calls do not use are in none of these mappings.
+    `samples` is the range of the final samples; every later pass uses it as the peak of PSNR.
+    `half`: files store inputs and outputs in float16, but only tensors that float16 holds exactly.
     """
 
     timesteps: tuple[float, ...]

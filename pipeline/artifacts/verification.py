@@ -74,11 +74,12 @@ class DepartureFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFigures:
-    """Distances of samples to full precision, in dB.
+    """Distances of samples to full precision, in dB, and the peak of every PSNR.
 
-    Each figure is the mean over the samples, except `psnr_db_min`, which is that of the worst sample: a trajectory that
-    departs from its reference makes one sample much worse than others.
-    The peak of every PSNR is `psnr_peak`; SQNR is relative to the mean square of each full-precision sample.
+    Each distance is a mean over the samples, except `psnr_db_min` and `sqnr_db_min`, which are those of the worst
+    sample: a trajectory that departs from its reference makes one sample much worse than others. `psnr_peak` is a
+    difference of values, not in dB, and `fidelity_gap_error_db` a standard error.
+    SQNR is relative to the mean square of each full-precision sample.
     """
 
     psnr_peak: float

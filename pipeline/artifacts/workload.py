@@ -23,8 +23,8 @@ class Workload:
     """The recorded work of the call that denoises one sample; with guidance, such a call has two rows.
 
     `rows` are tokens of a linear layer or output pixels of a convolution, by layer name, in all calls of the layer
-    together; a fraction where samples share them. `same_input` lists the layers that read the same tensor, in the order
-    of calls. `unreached` are the layers that the call does not reach.
+    together; a fraction if several samples share rows. `same_input` lists the layers that read the same tensor, in the
+    order of calls. `unreached` are the layers that the call does not reach.
     """
 
     rows: Mapping[str, float]

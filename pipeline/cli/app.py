@@ -98,7 +98,7 @@ def _told(error: Exception) -> tuple[str, int]:
         case MemoryError():
             return "there is not enough memory for this", 1
     kind = type(error).__name__
-    return f"unexpected {kind}: {shortened(str(error))}: `intaglio --debug` before the command shows where", 1
+    return f"unexpected {kind}: {shortened(str(error))}: run `intaglio --debug COMMAND` to see where", 1
 
 
 app = typer.Typer(
@@ -306,8 +306,8 @@ def targets_command(
         print_target(targets[0])
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Find what is installed on this machine, and what can be done with it. Import nothing heavy without need."""
+"""Find what is installed on this machine, and what can be done with it. No heavy package is imported without need."""
 
 import ctypes
 import os
@@ -18,9 +18,9 @@ from intaglio.pipeline.runs.versions import find_version
 
 CORE = "pip install intaglio"
 PACKAGES = (
-    Package(("torch",), "torch", "all that computes", CORE, compiles=True),
+    Package(("torch",), "torch", "calibration, training and simulation", CORE, compiles=True),
     Package(("diffusers",), "diffusers", "models and schedulers", CORE, compiles=True),
-    Package(("accelerate",), "accelerate", "models without weights, several processes", CORE, compiles=True),
+    Package(("accelerate",), "accelerate", "models without weights, runs of several processes", CORE, compiles=True),
     Package(("safetensors",), "safetensors", "weights", CORE, compiles=True),
     Package(("scipy",), "scipy", "choosing a scheme for each layer", CORE, compiles=True),
     Package(("onnx",), "onnx", "graphs", CORE, compiles=True),
@@ -78,7 +78,7 @@ def _packages(imports: bool) -> Iterator[tuple[str, Found]]:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """Return no GPU where there is no driver, without importing torch, which takes seconds."""
+    """Return the GPUs that torch finds. Without a driver, return none, and do not import torch, which takes seconds."""
     if not _has_driver():
         return ()
     import torch

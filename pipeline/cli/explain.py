@@ -184,14 +184,16 @@ def _input(scheme: LayerScheme) -> str:
         case Float():
             return "float"
         case IntInput() as form:
-            shifted = "; the middle of its range is taken off before" if form.shifted else ""
+            shifted = "; the middle of its range is subtracted before rounding" if form.shifted else ""
             return f"{form.bits} bits; {_first(_doc(type(form.granularity)))}{shifted}"
         case other:
             assert_never(other)
 
 
 def _output(scheme: LayerScheme) -> str:
-    return "float" if isinstance(scheme.output, Float) else f"{scheme.output.bits} bits; one scale a denoising step"
+    if isinstance(scheme.output, Float):
+        return "float"
+    return f"{scheme.output.bits} bits; one scale for each denoising step"
 
 
 def _of_metric(name: str) -> Explanation:

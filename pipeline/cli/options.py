@@ -66,7 +66,7 @@ def changed_recipe(path: Path, sets: list[str], inserts: list[str]) -> Recipe:
         if not (equals and option_path and all(option_path)):
             raise RecipeError(f"{named}: write it as STEP.FIELD=VALUE")
         if len(option_path) > DEEPEST:
-            raise RecipeError(f"{named}: an option {len(option_path)} names deep, the most that is read is {DEEPEST}")
+            raise RecipeError(f"{named}: an option of {len(option_path)} nested names: at most {DEEPEST} are read")
         parsed: JsonValue = read_yaml(value, named)  # type: ignore[assignment]  # plain values
         recipe = recipe.with_option(step_name, tuple(option_path), parsed)
     return recipe

@@ -17,15 +17,15 @@ LONGEST_PROBLEM = 8000
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:
-    """Print lines, to stderr where they say an error, with what a terminal would obey written as escapes.
+    """Print lines, to stderr if they are an error, with control characters written as escapes.
 
-    Names and messages come from files by anyone: every command prints through here or through `print_table`.
+    Names and messages may come from untrusted files: every command prints through here or through `print_table`.
     """
     print("\n".join(map(printable, text.split("\n"))), end=end, file=sys.stderr if error else sys.stdout)
 
 
 def shortened(problem: str) -> str:
-    """Return a message of one problem without its middle where it is longer than anyone reads."""
+    """Return the message of one problem; its middle is left out if it has more than LONGEST_PROBLEM characters."""
     if len(problem) <= LONGEST_PROBLEM:
         return problem
     left_out = len(problem) - LONGEST_PROBLEM
@@ -41,7 +41,7 @@ class EscapedFormatter(logging.Formatter):
 
 
 def print_machine(machine: Machine) -> None:
-    """Print what this machine has: processor, memory, GPUs."""
+    """Print processor, memory, GPUs, packages, and what this machine can do for each target."""
     features = machine.cpu_features
     known = "features not known" if features is None else " ".join(n for n, there in features.items() if there) or "-"
     memory = "not known" if machine.memory_bytes is None else f"{machine.memory_bytes / 1e9:.1f} GB"

@@ -43,7 +43,10 @@ Outputs: TypeAlias = Mapping[AnyKey, Artifact]
 
 
 class State(Mapping[AnyKey, Artifact]):
-    """Artifacts that one step may read: exactly those that it requires, each a copy of its own."""
+    """Artifacts that one step may read, each a fresh copy.
+
+    They are those that it requires, and those of `wants` that an earlier step provides.
+    """
 
     def __init__(self, artifacts: Mapping[AnyKey, Artifact], *, reader: str) -> None:
         self._artifacts = dict(artifacts)
@@ -55,7 +58,8 @@ class State(Mapping[AnyKey, Artifact]):
         except KeyError:
             readable = ", ".join(sorted(map(str, self._artifacts))) or "nothing"
             raise ContractError(
-                f"{self._reader}: reads {key}, but requires {readable}: add {key} to requires"
+                f"{self._reader}: reads {key}, but has {readable}: add {key} to `requires`, or to `wants` and ask"
+                f" `{key} in state` first"
             ) from None
         assert isinstance(artifact, key.type)  # the store loaded it with key.type.load
         return artifact

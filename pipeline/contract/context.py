@@ -29,7 +29,7 @@ LOG_EVERY_S = 10.0
 class Context:
     """Give a pass its randomness, device, terminal and a folder for checkpoints.
 
-    A pass that uses no other source of these gives the same result in every run.
+    A pass that takes its randomness only from here gives the same result in every run.
     """
 
     scratch: Path

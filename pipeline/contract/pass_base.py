@@ -66,7 +66,10 @@ class Pass(BaseModel, ABC):
         """Check the options against the target before anything runs. Raises RecipeError or TargetError."""
 
     def forward_rows(self, model: "ModelCost") -> int | None:
-        """Return the number of denoiser rows that the pass computes, to estimate its time; None if unknown."""
+        """Return the number of denoiser rows that the pass computes, to estimate its time; None if unknown.
+
+        A row is one sample in one call of the denoiser; with guidance, a sample has two.
+        """
         return None
 
     def plugins(self) -> Iterable[tuple[str, str]]:

@@ -153,7 +153,7 @@ def default_step_name(uses: str) -> str:
 
 
 def beside(reference: str, folder: Path) -> str:
-    """Return `file.py:name`, given relative to the current folder, as a recipe in `folder` names it.
+    """Convert `file.py:name` from a path relative to the current folder into one relative to a recipe's `folder`.
 
     Other references stay as they are.
     """
@@ -168,7 +168,7 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
     problems = []
     found = error.errors(include_url=False)
     for detail in found[:LISTED_PROBLEMS]:
-        place = ".".join(printable(part)[:80] for part in detail["loc"]) or "the whole"
+        place = ".".join(printable(part)[:80] for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
             *path, name = detail["loc"]
             problems.append(f"{place}: no such option{did_you_mean(str(name), _options(model, path))}")
@@ -176,7 +176,8 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
             problems.append(f"{place}: is missing")
         else:
             said = detail["msg"].removeprefix("Value error, ")
-            problems.append(f"{place}: {said} (got {_shortened(detail['input'])})")
+            at = f"{place}: " if place else ""
+            problems.append(f"{at}{said} (got {_shortened(detail['input'])})")
     if len(found) > LISTED_PROBLEMS:
         problems.append(f"and {len(found) - LISTED_PROBLEMS} more")
     return tuple(problems)

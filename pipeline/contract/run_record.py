@@ -9,7 +9,7 @@ DIGEST = "[0-9a-f]{64}"
 
 
 Digest: TypeAlias = Annotated[str, StringConstraints(pattern=f"^{DIGEST}$")]
-"""Digest: a sha256 in hexadecimal digits, as digests become paths in the store."""
+"""Sha256 in 64 hexadecimal digits. Other text is refused, because digests become paths in the store."""
 
 
 MOST_SECONDS = 1e9

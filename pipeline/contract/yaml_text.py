@@ -28,7 +28,7 @@ def read_yaml(text: str, source: str) -> object:
     Raises RecipeError that names `source` and the position in the text.
     """
     if len(text) > MOST_CHARACTERS:
-        raise RecipeError(f"{source}: {len(text)} characters, the most that is read is {MOST_CHARACTERS}")
+        raise RecipeError(f"{source}: {len(text)} characters: at most {MOST_CHARACTERS} are read")
     try:
         if problem := _too_much(text):
             raise RecipeError(f"{source}: {problem}")
@@ -111,11 +111,9 @@ class _Values:
     def _scalar(self, node: yaml.ScalarNode, tag: str, place: tuple[str, ...]) -> object:
         text = node.value
         if tag in ("int", "float") and len(text) > LONGEST_NUMBER:
-            raise self._error(
-                f"a number of {len(text)} characters, the most that is read is {LONGEST_NUMBER}", node, place
-            )
+            raise self._error(f"a number of {len(text)} characters: at most {LONGEST_NUMBER} are read", node, place)
         if any(each == "\0" or "\ud800" <= each <= "\udfff" for each in text):
-            raise self._error("a character that no text has", node, place)
+            raise self._error("a NUL character or half of a surrogate pair: remove it", node, place)
         try:
             value = _SCALARS[tag](node)
         except (ArithmeticError, ConstructorError, LookupError, ValueError) as e:
@@ -127,9 +125,9 @@ class _Values:
         return value
 
     def _error(self, why: str, node: yaml.Node, place: tuple[str, ...]) -> RecipeError:
-        named = ".".join(printable(part)[:80] for part in place) or "the whole"
+        named = "".join(f"{part}: " for part in [".".join(printable(each)[:80] for each in place)] if part)
         at = node.start_mark
-        return RecipeError(f"{self.source}: {named}: {why} (line {at.line + 1}, column {at.column + 1})")
+        return RecipeError(f"{self.source}: {named}{why} (line {at.line + 1}, column {at.column + 1})")
 
 
 _CONSTRUCTOR = SafeConstructor()

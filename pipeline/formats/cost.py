@@ -27,7 +27,7 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
 
     It is a lower bound: every number is moved once, and kernel launches and cached data are ignored. The weight is read
     as stored, x is (R, K) and y is (R, N). The input of a convolution with a kernel of k numbers is (R, K // k) in
-    memory: it has as many pixels as the output. An input with codes is multiplied as integers.
+    memory: it has as many pixels as the output. A rounded input is multiplied as integers.
     """
     moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
@@ -53,9 +53,10 @@ def work(
 ) -> float:
     """Return an estimate of a layer's time on R rows where no device is known, in multiplications of 8-bit integers.
 
-    It counts the product, and each pass over the input that rounding needs: one to divide by the scale and one to round
-    it, one for the magnitudes of tokens, one for a shift. `block` is that of the basis, None without one: channels are
-    scaled in one more pass (1), or rotated in blocks. `on_integers` says if a rounded input is multiplied as integers.
+    It counts the product, and the passes over the input that rounding needs: two (divide by the scale, round), one more
+    for the magnitudes of tokens, and one more for a shift. `block` is the block size of the basis: None for no basis, 1
+    for scaled channels (one more pass), more for a rotation. `on_integers` says if a rounded input is multiplied as
+    integers.
     """
     elements = rows * layer.shape[1]
     passes = 0
@@ -70,8 +71,8 @@ def work(
 def basis_s(layer: Layer, rows: float, block: int, device: Device) -> float:
     """Return the time, in seconds, in which a device brings R rows of an input into a basis with this block.
 
-    A scale is folded into what comes before where that is possible, and read once with the input elsewhere: it counts
-    as one pass. A rotation is a product of each block with a matrix.
+    A channel scale counts as one pass over the input, although it is often folded into the operator before and then
+    costs nothing. A rotation is a product of each block with a matrix.
     """
     elements = rows * layer.shape[1]
     moved_s = 2 * FLOAT_BYTES * elements / (device.bandwidth_gb_s * 1e9)

@@ -37,7 +37,11 @@ class PerStep(Value):
 
 
 class IntInput(Value):
-    """Symmetric input, x ~= scale * q with q in [-128, 127] or [-8, 7]; 4-bit codes are multiplied as 8-bit codes."""
+    """Input as integer codes, x ~= scale * q with q in [-128, 127] or [-8, 7].
+
+    If `shifted`, the middle of the input's range is added: x ~= scale * q + middle. 4-bit codes are multiplied as 8-bit
+    codes.
+    """
 
     kind: Literal["int"] = "int"
     bits: Literal[4, 8] = 8

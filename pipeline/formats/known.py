@@ -1,4 +1,7 @@
-"""List all schemes by name: options of passes and commands accept these names, and saved plans these formats."""
+"""List all schemes by name.
+
+Options of passes and commands accept these names; saved plans accept the formats of these schemes.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def _by_name(families: tuple[Family, ...], group: int) -> Mapping[str, LayerSche
 
 
 USUAL_SCHEMES = ("float", "w8a8_token", "w8a8_step", "w4a16")
-"""Names of the schemes that are measured where a recipe names none."""
+"""Names of the schemes that `sensitivity` measures if the recipe names none. A new scheme is not among them."""
 
 
 def scheme_names() -> tuple[str, ...]:

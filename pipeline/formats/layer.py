@@ -66,7 +66,8 @@ class Layer(BaseModel):
 def admitted_schemes(layer: Layer, groups: Sequence[int] = GROUPS) -> tuple[LayerScheme, ...]:
     """Return all schemes that the layer's shape admits. The first is float, which every shape admits.
 
-    The group size is the first of `groups` that divides K.
+    The group size is the first of `groups` that divides K and is not K itself. Without one, grouped schemes are left
+    out.
     """
     group = next((g for g in groups if layer.k % g == 0 and layer.k != g), None)
     schemes = (known_schemes() if group is None else known_schemes(group)).values()

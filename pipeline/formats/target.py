@@ -51,17 +51,17 @@ class Kernels(BaseModel):
 
 
 class Limits(BaseModel):
-    """Limits of a target that `lint` checks. The source of each is in the target's `facts`.
+    """Limits of a target. `lint` checks them; export and `assign` read some of them too.
 
-    A description that begins with `may` is a permission, with `must` a requirement; all others state what the runtime
-    does.
+    The source of each is in the target's `facts`.
+
+    A description that begins with `the graph may` is a permission, with `the graph must` a requirement; all others
+    state what the runtime does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ir_version_max: int | None = Field(
-        None, description="highest IR version that it reads; None: it reads every version"
-    )
+    ir_version_max: int | None = Field(None, description="highest ONNX IR version that the runtime reads; None: any")
     unsupported: tuple[str, ...] = Field(
         (),
         description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N defines it),"
@@ -80,20 +80,27 @@ class Limits(BaseModel):
     reads_domains: bool = Field(
         True, description="the runtime looks at the domain of an operator; false: at its name alone"
     )
-    float32_attention: bool = Field(True, description="may have Attention in float32 with heads as an axis of its own")
-    shared_attention: bool = Field(True, description="may have Attention with one tensor as both q and k")
+    float32_attention: bool = Field(
+        True, description="the graph may have a float32 Attention whose heads are an axis of their own"
+    )
+    shared_attention: bool = Field(True, description="the graph may have Attention with one tensor as both q and k")
     code_types: tuple[str, ...] = Field(description="types of codes that the runtime reads correctly, such as INT8")
-    symmetric: bool = Field(description="must have zero points of 0 and positive scales")
-    constant_scales: bool = Field(description="must have constant scales, or a product does not run on integers")
-    mixed_scale_types: bool = Field(description="may have a tensor and its scale in different types")
+    symmetric: bool = Field(description="the graph must have zero points of 0 and positive scales")
+    constant_scales: bool = Field(
+        description="the graph must have constant scales, or a product does not run on integers"
+    )
+    mixed_scale_types: bool = Field(description="the graph may have a tensor and its scale in different types")
     reciprocal_scales: bool = Field(
         False, description="the runtime multiplies by 1 / scale, rounded to the scale's type, when it quantizes"
     )
     codes_only_dequantized: bool = Field(
-        description="must not have another operator than DequantizeLinear that reads constant codes, such as Reshape,"
+        description="the graph must not have another operator than DequantizeLinear that reads constant"
+        " codes, such as Reshape,"
         " Transpose or Cast"
     )
-    moves_codes: bool = Field(True, description="may have operators between QuantizeLinear and DequantizeLinear")
+    moves_codes: bool = Field(
+        True, description="the graph may have operators between QuantizeLinear and DequantizeLinear"
+    )
     integer_products: Mapping[str, Literal["input", "output"]] = Field(
         description="operators that the runtime executes on integers: `input` if 8-bit operands are enough, `output` if"
         " the output has to be quantized too"
@@ -105,24 +112,29 @@ class Limits(BaseModel):
         description="kinds of layers that may multiply an 8-bit input by a 4-bit weight without groups"
     )
     same_codes: bool = Field(
-        False, description="must have codes of one type in both operands of a product, or an int8 input and int4 weight"
+        False,
+        description="the graph must have codes of one type in both operands of a product, or an int8"
+        " input and int4 weight",
     )
     mixed_pairs: bool = Field(
-        True, description="may have one scale in QuantizeLinear where DequantizeLinear has one for each channel"
+        True,
+        description="the graph may have one scale in QuantizeLinear where DequantizeLinear has one for each channel",
     )
     unscaled_half_sums: bool = Field(
         False, description="the runtime writes a float16 product before it applies the scales of channels"
     )
-    ragged_groups: bool = Field(description="may have a last group of weights that is shorter than the others")
-    trailing_groups: bool = Field(description="must have groups along the last axis or the one before it")
+    ragged_groups: bool = Field(
+        description="the graph may have a last group of weights that is shorter than the others"
+    )
+    trailing_groups: bool = Field(description="the graph must have groups along the last axis or the one before it")
     int4_rank_max: int | None = Field(None, description="largest number of axes of a 4-bit weight; None: any number")
-    int4_even: bool = Field(False, description="must have an even size of the last axis of a 4-bit weight")
+    int4_even: bool = Field(False, description="the graph must have an even size of the last axis of a 4-bit weight")
     conv_channels_multiple: int = Field(
         1, ge=1, description="numbers of input and output channels of an 8-bit convolution must be multiples of this"
     )
-    shared_zero_points: bool = Field(True, description="may have one zero point for several 8-bit weights")
+    shared_zero_points: bool = Field(True, description="the graph may have one zero point for several 8-bit weights")
     moves_int8: bool = Field(
-        True, description="may have int8 inputs that are reshaped, sliced or transposed, from opset 21 on"
+        True, description="the graph may have int8 inputs that are reshaped, sliced or transposed, from opset 21 on"
     )
 
 
@@ -133,7 +145,7 @@ def _known_runtime(name: str) -> str:
 
 
 class Target(BaseModel):
-    """Constraints of one runtime on one device, which executes only what is listed.
+    """Facts about what one runtime executes on one device. Everything that is not listed counts as not supported.
 
     A target is an artifact: after a change, only the passes that read the target run again.
     """
@@ -159,7 +171,8 @@ class Target(BaseModel):
         description="type of floating-point operators; those for which float16 lacks range or precision are float32",
     )
     conv_output: Literal["float", "int8"] = Field(
-        "float", description="int8 where convolutions run on integers only if they also give 8-bit codes"
+        "float",
+        description="int8: the runtime computes a convolution on integers only if its output is rounded to 8 bits too",
     )
     limits: Limits
     provider: str = Field(

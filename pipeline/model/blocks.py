@@ -27,7 +27,7 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_units(module: nn.Module) -> dict[str, nn.Module]:
-    """Split the model at its blocks, in order: members of module lists, and modules beside them without lists."""
+    """Split the model into units, in order: each member of a module list, and each other module without a list."""
     from torch import nn
 
     found: dict[str, nn.Module] = {}
@@ -49,7 +49,7 @@ def find_units(module: nn.Module) -> dict[str, nn.Module]:
 def recomputed(blocks: Iterable[nn.Module], clock: StepClock) -> Iterator[None]:
     """Compute the activations in these blocks again in the backward pass, instead of keeping them (Chen et al. 2016).
 
-    They are computed again at the step of the forward pass, so a forward pass needs a step of the clock.
+    They are computed again at the denoising step of the forward pass, so the clock must have a step during that pass.
     """
     from torch.utils.checkpoint import checkpoint
 

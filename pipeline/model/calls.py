@@ -89,7 +89,7 @@ def check_inputs(sampler: Sampler) -> None:
     """Call the denoiser with one sample.
 
     Raises MissingInputs if an optional input is needed after all, and RecipeError if the call fails for another reason.
-    On the meta device, an error because values are needed passes unchanged.
+    On the meta device, the error that torch raises because a tensor has no values is not changed.
     """
     model = sampler.model
     start = sampler.start(1, torch.Generator().manual_seed(0))

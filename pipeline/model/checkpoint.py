@@ -136,8 +136,9 @@ class Checkpoint:
     def _no_weights(self, others: Sequence[str]) -> RecipeError:
         folder = self._denoiser_folder
         save = f"diffusers.{self.name}.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained(...)"
-        cure = f"it holds {', '.join(others[:3])}: save it as such with {save}" if others else "get the model again"
-        return RecipeError(f"model: no safetensors in {folder}, and no other weights are read: {cure}")
+        only = f"the folder holds {', '.join(others[:3])}: save the weights as safetensors with {save}"
+        advice = only if others else "download the model again"
+        return RecipeError(f"model: no safetensors in {folder}, and no other weights are read: {advice}")
 
     def config(self) -> dict[str, object]:
         """Return the configuration of a folder's denoiser. Raises RecipeError if the file holds none."""
@@ -296,7 +297,7 @@ class Checkpoint:
         if missing := sorted(info["missing_keys"]):
             raise RecipeError(
                 f"model: {len(missing)} weights of {self.name} are not in {self._place(folder)}, such as"
-                f" {printable(missing[0])}: get it again"
+                f" {printable(missing[0])}: download it again"
             )
         return module
 

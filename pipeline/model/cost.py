@@ -100,7 +100,7 @@ def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[
 
 
 def _shares(module: nn.Module, layers: Iterable[str], call: Callable[[], object]) -> tuple[dict[str, float], int]:
-    """Return each called layer's share of the products computed from it on, and the call's operations."""
+    """Return, for each called layer, the share of the call's operations in it and after it; and their number."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from intaglio.pipeline.model.hooks import before_calls

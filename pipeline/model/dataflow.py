@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NEVER_CALLED = "it is never called"
 NO_EFFECT = "its result does not reach the output"
-WEIGHT_READ = "other code computes with its weight"
+WEIGHT_READ = "the model also uses its weight outside the layer"
 
 
 class Uses(NamedTuple):
@@ -75,8 +75,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
 def follow(module: nn.Module, layers: Iterable[str], call: Callable[[], torch.Tensor]) -> Uses:
     """Follow the tensors of one `call` of the module.
 
-    A layer counts as needed where that is uncertain: storages that are written again, values that the model's code
-    looks at.
+    If it is uncertain whether the output depends on a layer, the layer counts as needed: when memory is written again,
+    or when the model's Python code reads a value.
     """
     named = {name: module.get_submodule(name) for name in layers}
     holders: dict[int, frozenset[nn.Module]] = {}

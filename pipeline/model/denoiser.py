@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SecondSize:
-    """A second size at which a denoiser is called. What is not named is as in the usual call."""
+    """A second size at which a denoiser is called. Inputs that are not given here are those of the usual call."""
 
     sample_shape: tuple[int, ...]
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -34,12 +34,12 @@ class DenoiserModel:
     `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
 
     Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
-    `conditions`: M rows each, drawn together for the samples; `null`: the rows for guidance, as many or one for all;
-    a condition without null rows keeps its own. `shared`: tensors that the rows of a call have in common, such as
-    position tables. `constants`: arguments that are no tensors.
+    `conditions`: tensors of M rows each; for a sample, the same row of all of them is drawn. `null`: the rows that
+    guidance uses instead, M or one; a condition that is not in `null` is used for both. `shared`: tensors that the rows
+    of a call have in common, such as position tables. `constants`: arguments that are no tensors.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale`. `schedule`: what else the scheduler's `set_timesteps` is given, such as `mu`.
-    Axes whose size is another in `other` are dynamic in the graph.
+    scheduler's times `timestep_scale`. `schedule`: further arguments of the scheduler's `set_timesteps`, such as `mu`.
+    Axes whose size differs in `other` are dynamic in the graph.
     """
 
     module: nn.Module

@@ -79,7 +79,7 @@ class _Bounded(TorchFunctionMode):
     def _too_large(self, what: str, there: int) -> RecipeError:
         return RecipeError(
             f"model: {self.origin}: its configuration makes a model much larger than its weights, which have"
-            f" {there:,} {what}: the two do not belong together: get the model again"
+            f" {there:,} {what}: the two do not belong together: download the model again"
         )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Call `note` with the name of each of these modules and its arguments, named ones last, when it is called.
+    """Call `note` before each call of a module, with its name and its arguments, positional ones first.
 
     The first argument becomes what `note` returns, if that is not None.
     """
@@ -33,7 +33,7 @@ def before_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[An
 
 @contextlib.contextmanager
 def after_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any, ...], Any], Any]) -> Iterator[None]:
-    """Call `note` as `before_calls` does, when a module has been called, with its output as well.
+    """Call `note` after each call of a module, with its name, its arguments and its output.
 
     The output becomes what `note` returns, if that is not None.
     """

@@ -27,7 +27,7 @@ class InputNames:
 def input_names(model: DenoiserModel) -> InputNames:
     """Return the argument names of a denoiser.
 
-    The timestep is the argument of this name, or else the only required argument without a value.
+    The timestep is the argument `timestep`, or else the only required argument that has no value.
 
     Raises RecipeError for arguments that are required and not given.
     """

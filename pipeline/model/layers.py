@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:
-    """List every Linear and every ungrouped Conv2d, in the model's own order, under its first name.
+    """List every Linear and every ungrouped Conv2d, in the model's order.
 
+    A module that is registered several times has its first name.
     `unquantizable` names the layers with weights that are not in the table.
     """
     from torch import nn

@@ -1,6 +1,6 @@
 """Find style LoRAs beside a recipe, and fuse them into a denoiser's weights before anything is measured.
 
-Shapes: r rank, N out, K in; of a convolution, K is the input channels with the kernel behind them.
+Shapes: r rank, N out, K in; of a convolution, K is input channels times kernel size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KOHYA = re.compile(r"lora_unet_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lor
 KOHYA_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
 FLOATS = ("F16", "BF16", "F32", "F64")
 PLAIN = re.compile(r"\^?[\w.]+")
-"""Pattern of an alpha's key: the end of a layer's name, or behind ^ the whole name."""
+"""Pattern of an alpha's key: the end of a layer's name, or, after ^, the whole name."""
 LONGEST_NAME = 120
 """Largest number of characters of a name that a message prints."""
 ADAPTER = "lora"
@@ -132,7 +132,7 @@ def _update(
 ) -> Update:
     tensors = {part: tensor.float() for part, tensor in found.items()}
     if wrong := [part for part, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise RecipeError(f"{label}: {name}: {', '.join(wrong)} has NaN or Inf: the file is damaged: get it again")
+        raise RecipeError(f"{label}: {name}: {', '.join(wrong)} has NaN or Inf: the file is damaged: download it again")
     a_rK = tensors["A.weight"]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else _alpha(settings, name, len(a_rK), label)
     strength = scale * alpha / (math.sqrt(len(a_rK)) if settings.get("use_rslora") is True else len(a_rK))
@@ -148,7 +148,8 @@ def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[s
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init != "gaussian":
         raise RecipeError(
-            f"{label}: was trained beside weights that {_name(init)!r} changed: convert it to a plain LoRA"
+            f"{label}: init_lora_weights={_name(init)!r} also changes the base weights, which the file does not"
+            " contain: convert it to a plain LoRA"
         )
     alphas = settings.get("alpha_pattern") or {}
     if not isinstance(alphas, dict):
@@ -184,7 +185,7 @@ def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _fitting(keys: Iterable[str], prefix: str, layers: Mapping[str, nn.Module]) -> Mapping[str, tuple[str, str]]:
-    """Return the module and the part of each key that names a layer behind the prefix."""
+    """Return the module and the part of each key that names a layer, after the prefix."""
     found = {key: KEY.fullmatch(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
     fitting = {key: m for key, m in found.items() if m is not None and m["module"] in layers}
     return {key: (m["module"], m["part"].removeprefix("lora_")) for key, m in fitting.items()}
@@ -266,8 +267,8 @@ def _check(before: torch.Tensor, after: torch.Tensor, update: Update, place: str
     off_NK = (after.double().flatten(1) - expected_NK).abs()
     if (off_NK > TOLERANCE * size_NK).any():
         raise StepFailed(
-            f"{place}: peft's fused weight is {off_NK.max():.3g} off W + {update.strength:g} B A,"
-            f" whose largest is {expected_NK.abs().max():.3g}"
+            f"{place}: peft's fused weight differs by {off_NK.max():.3g} from W + {update.strength:g} B A,"
+            f" whose largest value is {expected_NK.abs().max():.3g}"
         )
 
 

@@ -27,7 +27,7 @@ FOREIGN = (*PICKLED, "*.msgpack", "*.h5", "*.onnx*", "*.py")
 MOST_COMPONENTS = 64
 """Largest number of a pipeline's folders that a message names."""
 OTHER_MODELS = {
-    "controlnets": "it steers a denoiser: name the folder of that UNet or transformer, and record the control inputs"
+    "controlnets": "name the folder of the UNet or transformer that it steers, and record the control inputs"
     " with intaglio.record",
     "autoencoders": "name the folder of the whole pipeline, and compile what is around the denoiser with it",
 }
@@ -234,6 +234,6 @@ def no_denoiser(folder: Path) -> str:
 def single_file_cure(path: str) -> str:
     """Explain how to convert a single-file checkpoint into a folder."""
     return (
-        "write it as one with diffusers, with the pipeline that it is of, such as"
+        "convert it with the diffusers pipeline that it belongs to, such as"
         f" StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(...)"
     )

@@ -81,7 +81,7 @@ class PipelineFolder:
     def denoiser(self) -> str:
         """Name of the component that is the denoiser."""
         if (found := next((name for name in DENOISER_FOLDERS if name in self.classes()), None)) is None:
-            raise RecipeError(f"model: {INDEX} names neither a transformer nor a unet: it is of no pipeline")
+            raise RecipeError(f"model: {INDEX} names neither a transformer nor a unet: it is no index of a denoiser")
         return found
 
     def kind(self) -> Any:
@@ -110,7 +110,9 @@ class PipelineFolder:
         for name, value in index.items():
             if _is_class(value) and Path(name).name != name:
                 place = printable(self.root / INDEX)
-                raise RecipeError(f"model: {place}: {printable(name)!r} is no name of a component: get the model again")
+                raise RecipeError(
+                    f"model: {place}: {printable(name)!r} is no name of a component: download the model again"
+                )
         return index
 
 
@@ -137,10 +139,10 @@ def output_class(returns: str) -> Any:
     module, _, name = returns.partition(":")
     try:
         if module.partition(".")[0] not in LIBRARIES:
-            raise ImportError(f"only {' and '.join(LIBRARIES)} have outputs")
+            raise ImportError(f"only classes of {' and '.join(LIBRARIES)} are loaded")
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise RecipeError(f"compiled with outputs of the class {returns}, which is not here: {e}") from e
+        raise RecipeError(f"compiled with outputs of the class {returns}, which cannot be imported: {e}") from e
 
 
 def is_generator(value: object) -> bool:

@@ -15,7 +15,7 @@ def plain_weights_(module: Module) -> Module:
 
     Weights are computed by parametrizations (weight_norm, spectral_norm, orthogonal, one's own), by the hooks of
     torch.nn.utils.weight_norm and spectral_norm, and by the masks of torch.nn.utils.prune. The module has to be in
-    evaluation mode: in training mode spectral norms change with every look.
+    evaluation mode: in training mode spectral norms change each time the weight is read.
     """
     import torch
     from torch import nn
@@ -58,7 +58,7 @@ def own_forward(layer: nn.Module) -> bool:
 
 
 def unquantizable(module: nn.Module) -> dict[str, str]:
-    """Say why layers with weights have no place in the layer table, by name: they stay in float."""
+    """Return the reason, by name, for each layer with weights that cannot be quantized."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 

@@ -92,8 +92,8 @@ def check_sample_shape(shape: object, origin: str) -> None:
         raise RecipeError(f"model: {origin}: {given} is no shape of a sample: give positive whole numbers")
     if elements > MOST_SAMPLE:
         raise RecipeError(
-            f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers,"
-            " the most that is taken"
+            f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers:"
+            " give a smaller sample"
         )
 
 
@@ -142,7 +142,7 @@ def _merged(module: nn.Module, entry: str) -> nn.Module:
     if isinstance(module, PeftModel):
         config = module.active_peft_config
         if getattr(config, "is_prompt_learning", False):
-            raise RecipeError(f"model: {entry}: {config.peft_type} adds inputs and no weights: it cannot be fused")
+            raise RecipeError(f"model: {entry}: {config.peft_type} adds inputs, not weights, so it cannot be fused")
         module = module.get_base_model()
     kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
     adapted = [name for name, each in module.named_modules() if isinstance(each, kinds)]

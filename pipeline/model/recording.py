@@ -150,7 +150,7 @@ def record(
     if denoiser is None:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
     if not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):
-        raise RecipeError(f"{type(pipe).__name__} has no scheduler, which says at which timesteps it is called")
+        raise RecipeError(f"{type(pipe).__name__} has no scheduler, so the timesteps of its calls are unknown")
     with _noting_schedule(pipe.scheduler) as schedule:
         usual = _first_calls(denoiser, pipe, call)
     sample_name = next((name for name in SAMPLES if name in usual[0]), next(iter(usual[0])))

@@ -13,7 +13,7 @@ from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise, check
 from intaglio.pipeline.model.types import Denoise, Inputs
 
 SMALL = 1e-2
-"""Standard deviation of a change small enough for a linear response; outputs are near 1."""
+"""Standard deviation of the change that `influence` makes to an output: samples respond to it linearly."""
 
 
 CLASS_LABELS = "class_labels"

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 Inputs = Mapping[str, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""A layer in another basis of its input: in exact numbers it computes the same, but what is rounded is better spread.
+"""A layer in another basis of its input: without rounding it computes the same; with rounding its error is smaller.
 
 Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps.
 """
@@ -23,7 +23,8 @@ class Balance:
     """x -> (x * d) H and w -> (w / d) H / block along the channels, which leaves x w^T as it is.
 
     H is block diagonal; its blocks are Sylvester's matrix of 1 and -1, so that H H = block. Blocks of 1 rotate nothing.
-    The signs of a random rotation are those of d, and its length is in d too: nothing is drawn again when it is used.
+    d also contains the random signs of the rotation and its factor 1 / sqrt(block), so using the basis draws no random
+    numbers.
     (Channel scale: SmoothQuant, Xiao et al. 2023, Eq. 3. Rotation: QuaRot, Ashkboos et al. 2024, section 3.)
     """
 
@@ -82,9 +83,9 @@ def hadamard(size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """The basis chosen for one layer, and the ends of its input in this basis at each step, (T,).
+    """The basis chosen for one layer, and the smallest and largest value of its input in it at each step, (T,).
 
-    `gain_db` is the gain in SQNR of the outputs of the layers on this input; None where the basis was given.
+    `gain_db` is the gain in output SQNR, together for all layers that read this input; None if the basis was imported.
     """
 
     balance: Balance

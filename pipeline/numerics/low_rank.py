@@ -33,7 +33,7 @@ class Branch:
         tall = w.shape[0] >= w.shape[1]
         vectors = torch.linalg.eigh(w.T @ w if tall else w @ w.T).eigenvectors[:, -rank:]
         down, up = (vectors.T, w @ vectors) if tall else (vectors.T @ w, vectors)
-        size = (down.norm() / up.norm().clamp_min(1e-30)).sqrt()  # as large as each other
+        size = (down.norm() / up.norm().clamp_min(1e-30)).sqrt()  # both factors get the same norm
         down, up = (down / size).half().float(), (up * size).half().float()
         if not (down.isfinite().all() and up.isfinite().all()):
             raise ValueError("the low-rank part of the weight is beyond the range of float16")

@@ -1,7 +1,8 @@
 """Scales, rounding and its inverse, in float32: x ~= scale * q.
 
-Shapes: N out features, K in features (of a convolution: channels times kernel), G scales a row (1, or K // group size).
-A weight of two levels has one scale a row and an integer for each group; their product takes the place of the scale.
+Shapes: N out features, K in features (of a convolution: channels times kernel), G scales per row (1, or K // group
+size). A weight of two levels has one scale per row and an integer for each group; their product takes the place of the
+scale.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ So two products with 8-bit inputs fit into 16 bits, in which CPUs without VNNI a
 class Grid:
     """The codes of a weight, all integers in [low, high], and which weights share a scale.
 
-    `group_size` neighbouring input features do, or all of a channel where it is None.
+    `group_size` neighbouring input features share a scale; if it is None, all of a channel.
     """
 
     low: int
@@ -215,7 +216,7 @@ def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> t
 def input_scale(bits: int = 8) -> float:
     """Return float32(1 / 127) or float32(1 / 7): the scale of an input that was divided by its largest magnitude.
 
-    A constant, so that the integer GEMM stays one.
+    It is a constant: runtimes run an integer GEMM only if the scale is constant.
     """
     return float(np.float32(1 / INPUT_HIGH[bits]))
 
@@ -284,7 +285,8 @@ def with_zero(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> tuple[t
 def with_one_zero(amax_T: torch.Tensor, shift_T: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Bring ranges to those with which the same code stands for zero at every step, at the least widening, (T,) each.
 
-    Widening is the mean square of the new half widths over the old ones. Ranges with one code stay as they are.
+    The widening that is minimized is the mean of (new half width / old half width)^2. Ranges that already share one
+    code are not changed.
 
     >>> amax, shift = with_one_zero(torch.tensor([127.0, 63.5]), torch.tensor([60.0, 40.0]))
     >>> [round(v, 2) for v in amax.tolist()], shift_codes(amax, shift).tolist()
@@ -326,6 +328,9 @@ def input_codes_around(x_unit: torch.Tensor, zero: torch.Tensor, bits: int = 8) 
 
 
 def half_table(table: torch.Tensor) -> torch.Tensor:
-    """Return each entry in float16, error <= 2^-11 of it or 2^-25; the same table if one is beyond float16."""
+    """Return the table in float16, or unchanged if an entry is too large for float16.
+
+    The error of an entry is at most 2^-11 of it, or 2^-25.
+    """
     half = table.to(torch.float16)
     return half if half.isfinite().all() else table

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
-    """Return `timesteps`, and `between` more evenly spaced between each two neighbours.
+    """Return `timesteps` and, between each two neighbours, `between` more timesteps at even distances.
 
     >>> refine((900.0, 300.0), between=2)
     (900.0, 700.0, 500.0, 300.0)
@@ -42,7 +42,7 @@ def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) ->
 
 
 def where_known(values: Sequence[float | None], choose: Callable[[list[float]], float]) -> torch.Tensor:
-    """Fill the entries of steps at which a layer is not called: `choose` picks theirs from the others, (T,).
+    """Fill in the entries of steps at which a layer is not called, (T,): `choose` computes them from the known ones.
 
     >>> where_known([1.0, None, 4.0], max).tolist()
     [1.0, 4.0, 4.0]

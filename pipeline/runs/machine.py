@@ -20,7 +20,7 @@ class Package:
     compiles: bool = False
     """Without it nothing is compiled, for any target."""
     light: bool = False
-    """It is imported in any case: whether it works depends on the machine, and its import takes no seconds."""
+    """It is imported in any case: whether it works depends on the machine, and its import is fast."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Found:
 
     @property
     def lack(self) -> str:
-        """Say what has to be done so that it works."""
+        """Command that installs it; if it is installed and does not work, the fact that it is broken."""
         return self.install if self.version is None else f"{self.module} is broken"
 
 
@@ -81,7 +81,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that was found. `faults` says, by what was asked, why there is no answer."""
+    """Everything that was found. `faults` has the error of each question that could not be answered."""
 
     python: str
     system: str
@@ -90,7 +90,7 @@ class Machine:
     cpu_features: Mapping[str, bool] | None
     """None where the system does not say."""
     memory_bytes: int | None
-    """With swap, as far as this process may have it."""
+    """Bytes of memory and swap, or less if the process is limited."""
     packages: Mapping[str, Found]
     """Packages by distribution."""
     facts: Mapping[str, Fact]

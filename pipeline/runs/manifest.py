@@ -75,8 +75,9 @@ class Manifest(BaseModel):
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(printable(part)[:80] for part in first["loc"]) or "the whole"
-            raise RecipeError(f"{printable(file)}: is no manifest: {place}: {printable(first['msg'])}") from error
+            place = ".".join(printable(part)[:80] for part in first["loc"])
+            said = f"{place}: {printable(first['msg'])}" if place else printable(first["msg"])
+            raise RecipeError(f"{printable(file)}: is no manifest: {said}") from error
 
     @property
     def digests(self) -> dict[str, str]:

@@ -70,7 +70,7 @@ def _check_ours(folder: Path, place: Path) -> None:
 
 
 def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenance: Provenance) -> None:
-    """Fill `folder`, which holds either the older or the new results at every moment; links are followed.
+    """Replace the results in `folder` atomically; links are followed.
 
     Files that its manifest does not list stay, and so do listed files that were changed. Raises RecipeError if the
     folder holds anything but results, StoreError if the disk cannot be written.

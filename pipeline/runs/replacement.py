@@ -1,8 +1,8 @@
-"""Replace a folder by a new one in one moment, and keep files in it that intaglio did not write.
+"""Replace a folder by a new one atomically, and keep files in it that intaglio did not write.
 
 Beside `TARGET`, while it is replaced, lies `.TARGET.intaglio-<random>`; the working process holds its `lock`:
 
-staged/   the new folder, while it is filled: copies of delivered files, and second names of files of the user
+staged/   the new folder, while it is filled: copies of delivered files, and hard links to the user's files
 whole/    the new folder when it is complete; after the exchange, the older folder
 older/    the older folder, on systems that cannot exchange two folders and rename them one after the other
 """
@@ -44,8 +44,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `folder` when the block ends well.
 
     At every moment `folder` is the older or the new one, whole. Files of the older one that its own manifest lists, and
-    that are as delivered, are removed. All else stays in `folder`, where it was; under NAME.kept if the new folder has
-    that name itself. Raises OSError.
+    that are as delivered, are removed. All else stays in `folder`, where it was; a file whose name the
+    new folder needs is renamed to NAME.kept. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.intaglio-"

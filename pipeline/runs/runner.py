@@ -86,7 +86,7 @@ class CompiledTarget:
 class PlannedStep:
     """Prediction of what a step would do now.
 
-    `depends`: the step runs, unless the new output of an earlier step turns out equal to its old one.
+    `depends`: it is not known yet. The step runs unless the steps before it give the same outputs as last time.
     """
 
     step: str

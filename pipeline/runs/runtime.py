@@ -55,7 +55,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def lowerings(self) -> Iterable[object]:
-        """Return the rows of the runtime's table. Each row is a `Lowering`: it writes a scheme in ONNX."""
+        """Return the rows of the runtime's table: one `Lowering` for each kind of layer and scheme.
+
+        A row names the function that writes the product of this scheme in ONNX.
+        """
 
     @abstractmethod
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:

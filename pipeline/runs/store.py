@@ -164,7 +164,7 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("another run on this store is computing the same step: waiting for it")
+            log.info("another run holds the lock %s of this store: waiting for it", path.name)
             lock.acquire()
         except OSError as error:
             raise StoreError(f"{path}: cannot be locked ({error.strerror or error})") from error

@@ -24,7 +24,7 @@ Zero: TypeAlias = Literal["exact", "one"] | None
 class InputCodes(NamedTuple):
     """A rounded input: x ~= codes * s * amax + shift, where s is `rounding.input_scale`.
 
-    `codes` are integers as floats. `amax` is the magnitude that the unit range stands for, (..., 1) or (). `shift` is
+    `codes` are integers as floats. `amax` is the number that the input was divided by, (..., 1) or (). `shift` is
     the middle of the range, in the shape of `amax`; None where the range is symmetric.
     """
 
@@ -46,8 +46,8 @@ class TrainedRange(Protocol):
 class InputRounding(nn.Module):
     """Rounds an input that is in the basis of the layer's balance. `trained`, where it is set, changes its range.
 
-    `zero` says which code of a shifted range stands for zero: "exact" for one of its own at each step, "one" for the
-    same at every step, which is a zero point that training does not change; None where zero needs no code.
+    `zero` says which code means zero if the range is shifted. "exact": each step has its own such code. "one": all
+    steps have the same code, a zero point, which training does not change. None: no code has to mean zero.
     """
 
     def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: Zero = None) -> None:

@@ -183,7 +183,7 @@ class QuantizedLayer(nn.Module):
         return y
 
     def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
-        """Return the product of the weight and the input in scales, rounded as it is before amax and bias."""
+        """Return the product of weight codes and input codes, rounded before amax multiplies it and before the bias."""
         weight_scale = self.weight_rounding.scale.reshape(-1, 1, 1)
         codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
         acc = self._product(q, codes)

@@ -1,6 +1,6 @@
 """Round the weight of a layer as it will be deployed.
 
-Shapes: N out features, K in features (of a convolution: input channels times kernel), G scales a row.
+Shapes: N out features, K in features (of a convolution: input channels times kernel), G scales per row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class WeightRounding(nn.Module):
     """Round a float weight to the deployed one. Simulation, distillation and merge use this class.
 
     The weight is put into the basis of the layer's balance, the layer's branch is subtracted, and the rest is
-    rounded onto the grid of the scales. If `trained` is set, it returns the float weight (N, K) that is rounded instead
-    of the model's own. Export writes the codes that merge made, and rounds no weight.
+    rounded onto the grid of the scales. If the attribute `trained` is set, the weight (N, K) that it returns is rounded
+    instead of the model's own. Export writes the codes that merge made, and rounds no weight.
     """
 
     def __init__(

@@ -199,12 +199,12 @@ def main(
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.begin(Path(place))
         if not as_json:
-            print(f"{'an undisturbed run takes':28} {bench.seconds:.1f} s\n{'':28} tried  held  lost")
+            print(f"{'an undisturbed run takes':28} {bench.seconds:.1f} s\n{'':28} tried  passed  failed")
         for name in only or kinds:
             tally = kinds[name](bench)
             found[name] = {"tried": tally.tried, "held": tally.held, "lost": tally.lost}
             if not as_json:
-                print(f"{name:28} {tally.tried:5}  {tally.held:4}  {len(tally.lost):4}", flush=True)
+                print(f"{name:28} {tally.tried:5}  {tally.held:6}  {len(tally.lost):6}", flush=True)
     if as_json:
         print(json.dumps(found))
     if any(each["lost"] for each in found.values()):

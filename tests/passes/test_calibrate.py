@@ -282,7 +282,7 @@ class Overflows(torch.nn.Module):
 @pytest.mark.parametrize(
     ("broken", "error", "message"),
     [
-        (None, StepFailed, "NaN or Inf at timestep 499: outlet is the first layer to read them: mend the model"),
+        (None, StepFailed, "NaN or Inf at timestep 499: outlet is the first layer to read them: correct the model"),
         ("outlet.weight", RecipeError, r"outlet\.weight: 1 of its 12 values are NaN or Inf"),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_missing_extra_names_the_command() -> None:
 
 def test_did_you_mean() -> None:
     assert did_you_mean("asign", ["assign", "merge"]) == ": did you mean 'assign'?"
-    assert did_you_mean("zzz", ["merge", "assign"]) == ": there is assign, merge"
-    assert did_you_mean("zzz", []) == ": there is none"
+    assert did_you_mean("zzz", ["merge", "assign"]) == ": known are assign, merge"
+    assert did_you_mean("zzz", []) == ": none is known"
     assert did_you_mean("PLAM", ["Plan", "merge"]) == ": did you mean 'Plan'?"
     assert did_you_mean("zzz", [f"{n:02}" for n in range(30)]).endswith("22, 23 and 6 more")

@@ -31,7 +31,7 @@ def test_a_file_up_to_the_limit_is_read_and_one_byte_more_is_refused(tmp_path: P
     file = tmp_path / "a.bin"
     file.write_bytes(b"1234")
     assert read_bytes(file, most=4) == b"1234"
-    with pytest.raises(RecipeError, match=r"a\.bin: has 4 bytes, the most that is read is 3"):
+    with pytest.raises(RecipeError, match=r"a\.bin: has 4 bytes: at most 3 are read"):
         read_bytes(file, most=3)
 
 
@@ -164,7 +164,7 @@ def test_more_values_than_are_read_are_refused_before_any_is_made(
     read: Callable[[Path], object], tmp_path: Path
 ) -> None:
     (tmp_path / "it.json").write_text("[" + "0," * 2_000_001 + "0]")
-    with pytest.raises(RecipeError, match=r"it\.json: holds up to 2000002 values, the most that is read is 2000000"):
+    with pytest.raises(RecipeError, match=r"it\.json: holds up to 2000002 values: at most 2000000 are read"):
         read(tmp_path / "it.json")
 
 
@@ -181,7 +181,7 @@ def _safetensors(path: Path, header: bytes, length: int | None = None, data: byt
 @pytest.mark.parametrize(
     ("header", "length", "said"),
     [
-        (b"{}", 1 << 60, "its header would have 1152921504606846976 bytes, the most that is read is 16777216"),
+        (b"{}", 1 << 60, "its header would have 1152921504606846976 bytes: at most 16777216 are read"),
         (b"{}", 30, "invalid header length"),
         (b"[]", None, "invalid JSON in header"),
         (b'{"a": {"dtype": "F32", "shape": [1000000], "data_offsets": [0, 4]}}', None, "for tensor"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         "TensorRT-RTX 1.7.1 does not build it in 3-D and ignores all groups but the first in 2-D; ONNX Runtime 1.31.1 "
         "fails when it runs, or multiplies in float"
     ),
-    fix="give the weight one scale a channel, or leave the input in float",
+    fix="give the weight one scale for each channel, or leave the input in float",
 )
 def check_input_by_groups(graph: Checked, target: Target) -> Problems:
     """8-bit inputs of products whose weights are scaled in groups."""
@@ -147,7 +147,7 @@ def check_requantized(graph: Checked, target: Target) -> Problems:
         "the TensorRT parser ignores block_size and takes K / rows of the scale, so that a short last group regroups "
         "all weights without a warning"
     ),
-    fix="take a group size that divides K, and write one scale a group",
+    fix="take a group size that divides K, and write one scale for each group",
 )
 def check_groups(graph: Checked, target: Target) -> Problems:
     """Groups that do not divide their axis, lie along a wrong axis, or do not match the number of scales."""
@@ -277,7 +277,7 @@ def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
     fix="write uint8 codes with zero point 128",
 )
 def check_int8_moves(graph: Checked, target: Target) -> Problems:
-    """Int8 inputs that are reshaped, sliced or transposed, which do not load."""
+    """Int8 inputs with a zero point that are moved, or multiplied by a product with a bias: they do not load."""
     if target.limits.moves_int8 or graph.opset < 21:
         return
     for node in graph.of_type("DequantizeLinear"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "zero-point",
     "error",
     why="TensorRT quantizes symmetrically (NvInfer.h); the parser refuses the node",
-    fix="subtract the offset before QuantizeLinear; behind the product it is a constant that joins the bias",
+    fix="subtract the offset before QuantizeLinear; after the product it is a constant that can be added to the bias",
 )
 def check_zero_point(graph: Checked, target: Target) -> Problems:
     """Nonzero zero points on a target with symmetric quantization."""
@@ -38,15 +38,15 @@ def check_zero_point(graph: Checked, target: Target) -> Problems:
             other = zero is not None and np.any(zero.astype(np.float32) != 0)
             seen[value] = f"zero point {zero.astype(np.float32).ravel()[0]:g}" if zero is not None and other else ""
         if seen[value]:
-            yield node, f"{seen[value]}, but {target.name} has none"
+            yield node, f"{seen[value]}, but {target.name} takes only 0"
 
 
 @rule(
     "scale",
     "error",
     why=(
-        "the parser takes positive scales alone; 1 / s of a float16 scale below 1.5e-5 is infinite, and every code the "
-        "largest or NaN"
+        "the parser accepts positive scales only; 1 / s of a float16 scale below 1.5e-5 is infinite, so every code "
+        "becomes the largest one or NaN"
     ),
     fix="bound the scale from below (2^-14 in float16), or keep it in float32",
 )
@@ -111,7 +111,7 @@ def check_scale_type(graph: Checked, target: Target) -> Problems:
     "computed-scale",
     "error",
     why="an error up to TensorRT 10.12 (NvInfer.h); TensorRT-RTX 1.7.1 multiplies in floating point without a warning",
-    fix="divide by the computed part before QuantizeLinear, and multiply by it behind the product",
+    fix="divide by the computed part before QuantizeLinear, and multiply by it after the product",
 )
 def check_computed_scale(graph: Checked, target: Target) -> Problems:
     """Scales that the graph computes, which keep a product in floating point."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @rule(
     "opset",
     "error",
-    why="ONNX Runtime 1.31.1 loads opsets up to 26 and IR versions up to 13",
+    why="the runtime refuses newer opsets and IR versions; the facts of the target have the source",
     fix="export with a lower one",
     when="always",
 )
@@ -61,7 +61,7 @@ def check_valid(graph: Checked, target: Target) -> Problems:
         if not -len(x) <= axis < len(x):
             yield node, f"scales along axis {axis} of {len(x)}"
         elif scale[0] != x[axis]:
-            yield node, f"{scale[0]} scales along axis {axis}, which has {x[axis]} places"
+            yield node, f"{scale[0]} scales along axis {axis}, which has {x[axis]} elements"
 
 
 @rule(
@@ -137,7 +137,7 @@ def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
     "error",
     why=(
         "the parser of TensorRT-RTX 1.7.1 refuses it, or makes something else of it: one group of channels is "
-        "normalized channel by channel, 0.57 from what ONNX means"
+        "normalized channel by channel, with a relative error of 0.57"
     ),
     fix=(
         "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
@@ -159,7 +159,7 @@ def _one_group_norm(node: ir.Node) -> str | None:
     channels = None if x is None or x.shape is None or len(x.shape) < 2 else x.shape[1]
     if channels == 1:
         return None
-    return f"one group of {channels if isinstance(channels, int) else 'all'} channels, each is normalized by itself"
+    return f"one group of {channels if isinstance(channels, int) else 'all'} channels: the target normalizes each alone"
 
 
 def _output_shape(node: ir.Node) -> str | None:
@@ -176,25 +176,23 @@ def _reduce_nothing(node: ir.Node) -> str | None:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
     if not node.attributes.get_int("noop_with_empty_axes", 0) or (axes is not None and shape(axes) != (0,)):
         return None
-    return f"{node.op_type} over no axis returns its input here; ONNX Runtime reduces each element by itself"
+    return f"{node.op_type} over no axis: the target returns the input, ONNX Runtime reduces each element by itself"
 
 
 def _flat_group_norm(node: ir.Node) -> str | None:
     flat = node.op_type in ("GroupNormalization", "InstanceNormalization") and _rank(node.inputs[0]) == 2
-    return f"{node.op_type} of two axes, and it takes three or more" if flat else None
+    return f"{node.op_type} of a tensor with two axes: the target needs three or more" if flat else None
 
 
 def _vector_by_batch(node: ir.Node) -> str | None:
     if node.op_type != "MatMul" or _rank(node.inputs[0]) != 1 or (_rank(node.inputs[1]) or 0) < 3:
         return None
-    return "a vector by a batch of matrices"
+    return "MatMul of a vector and a batch of matrices"
 
 
 def _reduction_of_truths(node: ir.Node) -> str | None:
     x = node.inputs[0] if node.op_type in ("ReduceMax", "ReduceMin") else None
-    return (
-        f"{node.op_type} of truth values" if x is not None and x.dtype is not None and x.dtype.name == "BOOL" else None
-    )
+    return f"{node.op_type} of booleans" if x is not None and x.dtype is not None and x.dtype.name == "BOOL" else None
 
 
 def _rank(value: ir.Value | None) -> int | None:

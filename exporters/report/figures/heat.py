@@ -18,9 +18,9 @@ from intaglio.pipeline.formats.schemes import FLOAT
 HEAT_LEVELS = 10
 """Colours of the map."""
 HEAT_DECADES_MAX = 8
-"""Powers of ten that the colours span, at most."""
+"""Largest number of powers of ten that the colours span."""
 HEAT_LABELS_MAX = 6
-"""Labels above the columns of one scheme, at most."""
+"""Largest number of labels above the columns of one scheme."""
 
 
 @dataclass(frozen=True)

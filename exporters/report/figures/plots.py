@@ -13,7 +13,7 @@ from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.quantized import Adapter
 
 CURVE_POINTS_MAX = 1000
-"""Points of the loss that are drawn, at most."""
+"""Largest number of points of the loss that are drawn."""
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,14 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
         others = [scheme for scheme in admitted_schemes(layer) if scheme != FLOAT]
         legal = any(illegal(layer, scheme, target) is None for scheme in others)
         reason = plan.reasons.get(
-            layer.name, "the plan leaves it in float" if legal else f"{target.name} has no other form for its shape"
+            layer.name,
+            "the plan leaves it in float" if legal else f"{target.name} executes only float for a layer of this shape",
         )
         found.setdefault(reason, []).append(layer.name)
     return tuple((reason, tuple(names)) for reason, names in found.items())
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Return each name once, in the order of `scheme_names`, other names behind them."""
+    """Return each name once, in the order of `scheme_names`, other names after them."""
     known = {name: place for place, name in enumerate(scheme_names())}
     return tuple(sorted(set(names), key=lambda name: (known.get(name, len(known)), name)))

@@ -29,7 +29,7 @@ LOWERINGS = with_shifts(
                 scheme,
                 per_channel,
                 True,
-                "becomes MatMulIntegerToFloat; the token's magnitude is behind it",
+                "becomes MatMulIntegerToFloat; the multiplication by the token's magnitude comes after it",
             )
             for scheme in BY_TOKEN
         ),

@@ -98,7 +98,7 @@ class OnnxRuntime(Runtime):
         return Ability(runs, target.provider if runs else f"{target.provider} does not run here")
 
     def run(self, target: Target, machine: Machine) -> Ability:
-        """Say the same as `build`: a graph that is loaded runs."""
+        """Return what `build` returns: a graph that can be loaded can be run."""
         return self.build(target, machine)
 
     def verify(self, machine: Machine) -> Ability:
@@ -107,7 +107,7 @@ class OnnxRuntime(Runtime):
         return Ability(not fault, fault or "yes, on the CPU")
 
     def latency_command(self, shapes: str) -> str:
-        """Say who times a call on a GPU."""
+        """Return where the command that times a call on a GPU is found, in words."""
         return "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"
 
 
@@ -120,7 +120,10 @@ def _opened(session: onnxruntime.InferenceSession) -> Opened:
 
 
 def _providers() -> dict[str, bool]:
-    """Say, by provider of a target, whether it runs here: a session takes one that cannot start for the CPU's."""
+    """Return whether each provider of a target runs here.
+
+    This is tried with a session, which silently uses the CPU's provider if another one cannot start.
+    """
     import onnx
     import onnxruntime
 

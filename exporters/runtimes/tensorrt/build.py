@@ -68,7 +68,7 @@ class BuildTensorRT(Pass):
         " an axis that is not listed gets the sizes of the export",
     )
     compute_capabilities: tuple[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"], ...] = Field(
-        (), description="GPUs the engine runs on (TensorRT-RTX); none listed: those of its default, SM80 and newer"
+        (), description="GPU generations for which TensorRT-RTX builds kernels; empty: its default, SM80 and newer"
     )
 
     @classmethod
@@ -111,7 +111,8 @@ class BuildTensorRT(Pass):
         sizes = {axis: (min(ends), ends[0], max(ends)) for axis, ends in graph.sizes.items()} | dict(self.dynamic)
         owners = {axis: name for name, spec in graph.inputs.items() for axis in spec.shape if isinstance(axis, str)}
         if unknown := sorted(owners.keys() - sizes.keys()):
-            raise TargetError(*(f"{owners[a]}: axis {a!r} is dynamic: give its sizes in dynamic" for a in unknown))
+            advice = "give its sizes in the option `dynamic` of the step that builds the engine"
+            raise TargetError(*(f"{owners[a]}: axis {a!r} is dynamic: {advice}" for a in unknown))
 
         def shape(axes: tuple[int | str, ...], size: int) -> tuple[int, ...]:
             return tuple(sizes[axis][size] if isinstance(axis, str) else axis for axis in axes)

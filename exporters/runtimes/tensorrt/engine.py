@@ -33,7 +33,8 @@ def engine_call(graph: Graph, runtime: str) -> Values:
         )
     if made is None or made.plan is None:
         raise RecipeError(
-            f"{folder}: no engine.plan in it: build it on the device that runs it, by `intaglio kit`, and copy it there"
+            f"{folder}: no engine.plan in it: build it on the device that runs it, with the archive of `intaglio kit`,"
+            " and copy it into this folder"
         )
     module, extra = MODULES[runtime]
     try:

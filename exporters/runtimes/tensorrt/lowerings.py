@@ -50,7 +50,7 @@ LOWERINGS = with_shifts(
                 scheme,
                 carrier,
                 True,
-                "as by token; both table look-ups join the kernels beside the product",
+                "as by token; both table look-ups are fused into the neighbouring kernels",
             )
             for scheme in (W8A8_STEP, W7A8_STEP)
         ),
@@ -65,7 +65,7 @@ LOWERINGS = with_shifts(
             for scheme in (W8A8_STEP, W7A8_STEP)
         ),
         Lowering("linear", W8A16, per_channel, False, "a float product; the weight stays 8 bit in the engine"),
-        Lowering("conv", W8A16, per_channel, False, "as of a linear layer"),
+        Lowering("conv", W8A16, per_channel, False, "as for a linear layer"),
         Lowering("linear", W4A16, blocks, False, "one kernel that reads 4 bit; only with a group smaller than K"),
         Lowering(
             "conv",

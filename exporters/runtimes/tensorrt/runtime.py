@@ -72,7 +72,7 @@ class TensorRT(Runtime):
         return {"trtexec": Fact(path, path or "not on PATH")}
 
     def build(self, target: Target, machine: Machine) -> Ability:
-        """Say whether the builder is installed, and a GPU is here that fits where it needs one."""
+        """Return whether the builder is installed, and whether this machine has a GPU of the target if it needs one."""
         found = machine.package(self.packages[0].module)
         if not self._fitting(target, machine):
             return (

@@ -151,7 +151,7 @@ def test_a_component_names_itself(tmp_path):
     call = CallInputs(graph(tmp_path), {}, "vae.decode")
     with pytest.raises(CallError, match=r"^vae\.decode: x has NaN or Inf"):
         call.tensors(USUAL | {"x": USUAL["x"] * NAN}, torch.device("cpu"))
-    with pytest.raises(CallError, match=r"^vae\.decode called without labels"):
+    with pytest.raises(CallError, match=r"^vae\.decode was called without labels"):
         call.tensors({**USUAL, "labels": None}, torch.device("cpu"))
 
 

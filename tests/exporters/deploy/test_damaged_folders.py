@@ -159,7 +159,7 @@ def _png(width: int, height: int) -> bytes:
     ("content", "said"),
     [
         (_png(50_000, 50_000), "50000 x 50000 pixels|decompression bomb"),
-        (_png(4000, 4000), "4000 x 4000 pixels, the most that is read is 8388608"),
+        (_png(4000, 4000), "4000 x 4000 pixels: at most 8388608 are read"),
         (_png(8, 8)[:44], "is not a picture that can be read"),
         (b"GIF89a" + bytes(100), "cannot identify image file"),
         (b"", "cannot identify image file"),

@@ -165,7 +165,7 @@ def test_outputs_are_as_the_original_returns_them(by_step):
         ({"hidden_states": torch.zeros(2, 4, 8, 16)}, "hidden_states has 16 at axis 3, but the graph accepts 8"),
         ({"hidden_states": torch.zeros(4, 8, 8)}, r"shape \(4, 8, 8\), but the graph accepts \(batch, 4, 8, 8\)"),
         ({"class_labels": torch.tensor([1])}, "class_labels has 1 at axis 0, but the graph accepts 2"),
-        ({"timestep": 5000}, "timestep 5000, but its scales are of 3 steps from 666 to 0"),
+        ({"timestep": 5000}, "timestep 5000: the graph has scales for 3 steps from 666 to 0"),
         ({"timestep": torch.tensor([666, 333])}, "rows at different timesteps"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, "compiled with None"),
         (

@@ -94,7 +94,7 @@ CHANGES = {
     "a table of weights": (lambda n: n.state_dict(), "its weights are in the compiled folder alone"),
     "a call inside": (
         lambda n: n.conv_in(torch.zeros(1, 4, 8, 8)),
-        "conv_in was not compiled, only the whole denoiser",
+        "conv_in was not compiled: this folder has only the whole denoiser",
     ),
 }
 

@@ -148,7 +148,7 @@ def test_a_long_attribute_is_named_and_not_printed(tmp_path):
 
 def test_more_nodes_than_any_model_has_are_refused(tmp_path):
     path = model(tmp_path, [helper.make_node("Relu", ["x"], ["y"])] * (MOST_NODES + 1))
-    with pytest.raises(RecipeError, match="has 25001 nodes, the most that is read is 25000"):
+    with pytest.raises(RecipeError, match="has 25001 nodes: at most 25000 are read"):
         read_proto(path)
 
 

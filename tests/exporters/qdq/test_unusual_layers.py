@@ -48,7 +48,7 @@ from intaglio.pipeline.simulation.model import quantize_model
 REASONS = {
     "never": "it is never called",
     "dead": "its result does not reach the output",
-    "by_value": "other code computes with its weight",
+    "by_value": "the model also uses its weight outside the layer",
     "spare": "it is never called",
 }
 CALLS = {"twice": 2, "blocks.0.up": 2, "blocks.0.down": 2, "thrice": 3, "two_sizes": 2}
@@ -151,7 +151,7 @@ def test_the_report_names_layers_in_float_with_the_reason(start, tmp_path):
         "the plan leaves it in float": ("named",),
         "it is never called": ("never", "spare"),
         "its result does not reach the output": ("dead",),
-        "other code computes with its weight": ("by_value",),
+        "the model also uses its weight outside the layer": ("by_value",),
     }
 
 

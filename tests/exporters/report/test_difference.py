@@ -97,7 +97,7 @@ def test_the_page_shows_both(both: tuple[Path, Path], store: Store, tmp_path: Pa
 def test_without_the_store_the_folders_are_enough(both: tuple[Path, Path], tmp_path: Path) -> None:
     assert diff(*both, "--store", "elsewhere", "--out", "diff.html").exit_code == 0
     page = Page((tmp_path / "diff.html").read_text("utf-8"))
-    assert "It is not in the store of both runs" in page.text("parity-1")
+    assert "At least one of the two runs has no verification in the store" in page.text("parity-1")
     assert page.found("samples-1", "img")[1]["alt"] == "A deployed, 1 samples"
 
 

@@ -61,7 +61,7 @@ def test_distances_are_of_each_sample_to_its_own_reference():
 
 @pytest.mark.parametrize("steps", [0, -1, 2000, 10**12])
 def test_steps_that_no_scheduler_has_are_refused_before_anything_is_read(steps):
-    with pytest.raises(RecipeError, match=f"--steps {steps}: the denoising steps are 1 to 1000"):
+    with pytest.raises(RecipeError, match=f"--steps {steps}: give 1 to 1000"):
         Drawing(1, steps)
 
 

@@ -130,7 +130,7 @@ def test_clips_are_lines_of_frames_and_rows_are_of_the_recording(clips):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--class", "4", "--class", "0"), "--class 4: there are 0 to 3"),
+        (("--class", "4", "--class", "0"), "--class 4: give numbers from 0 to 3"),
         (("--prompt", "a cat", "--class", "1"), "--prompt and --class exclude each other"),
         (("--prompt", "a cat"), "no text encoder: give the whole diffusers pipeline as --pipeline"),
         (("--prompt", "a cat", "--pipeline", "."), "--pipeline .: diffusers finds no whole pipeline there"),

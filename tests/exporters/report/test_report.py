@@ -371,7 +371,7 @@ def test_the_curve_falls_as_the_loss_does(made):
     assert len(raw) == len(mean) == 100
     assert raw[-1][0] == 1.0
     assert [y for _, y in raw] == sorted(y for _, y in raw)  # downwards in SVG
-    assert "training step" in page.text("distillation")
+    assert "update" in page.text("distillation")
 
 
 def test_the_error_of_drawn_samples_is_beside_the_loss_and_the_kept_state_is_marked(made):

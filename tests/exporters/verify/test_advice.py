@@ -25,8 +25,8 @@ def test_the_layers_that_lose_most_are_named_with_what_float_inputs_cost_there()
     found = largest_losses(artifacts[SENSITIVITY], artifacts[PLAN], artifacts[WORKLOAD], artifacts[TARGET])
     share = 64 * (40 - 24) / (64 * (120 + 5 * 24))
     assert found == [
-        f"l4, in 1 layers, makes 40% of the predicted loss (w8a16 there costs {share:.0%} of the time)",
-        f"l2, in 1 layers, makes 30% of the predicted loss (w8a16 there costs {0:.0%} of the time)",
+        f"l4, in 1 layers, makes 40% of the predicted loss (w8a16 there would add {share:.0%} to the time)",
+        f"l2, in 1 layers, makes 30% of the predicted loss (w8a16 there would add {0:.0%} to the time)",
     ]
 
 

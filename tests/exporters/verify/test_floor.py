@@ -31,9 +31,9 @@ steps:
 """
 FOUR_BITS = "uniform.schemes=[w4a4_token, w4a4_step]"
 WARNING = (
-    "the deployed samples have an SQNR of 3.8 dB, below the floor of 20 dB (verify.floor_db), and are hardly those of"
-    " the model: allow more in assign.budget, list w8a16 in sensitivity.schemes and assign.schemes, or ask for a"
-    " quality by assign.budget.psnr"
+    "the deployed samples have an SQNR of 3.8 dB, below the floor of 20 dB (verify.floor_db): they are very different"
+    " from those of the model: allow more in assign.budget, list w8a16 in sensitivity.schemes and assign.schemes, or"
+    " ask for a quality by assign.budget.psnr"
 )
 
 

@@ -142,7 +142,7 @@ def test_a_plan_that_leaves_all_in_float_passes_and_says_which_layers(unet, targ
     assert abs(verified.figures.fidelity_gap_db) < 0.1  # an error at the edge of float32's rounding; 70 without
     assert not verified.layers
     assert "51 of 51 layers stay in float: " in caplog.text
-    assert "the plan leaves it so (" in caplog.text
+    assert "the plan leaves it in float (" in caplog.text
     assert re.search(r" and 2\d more\)", caplog.text)
 
 
@@ -158,9 +158,9 @@ def test_layers_in_float_have_a_reason():
         }
     )
     assert layers_in_float(module, {"quantized"}, load_target("onnxruntime-cpu")) == {
-        "plain": "the plan leaves it so",
-        "grouped": "no scheme is for a Conv2d of its form",
-        "narrow": "the plan leaves it so",
+        "plain": "the plan leaves it in float",
+        "grouped": "a Conv2d of its form cannot be quantized",
+        "narrow": "the plan leaves it in float",
     }
 
 

@@ -106,10 +106,10 @@ def test_a_state_with_worse_samples_leaves_the_start(scope, measured, tmp_path, 
 def test_the_line_says_which_state_is_kept():
     errors = DrawnError(0, 0.04), DrawnError(40, 0.004), DrawnError(60, 0.4)
     assert samples_line(Adapter({}, drawn=errors, peak=2.0)) == (
-        "samples: 20.0 dB at the start, 30.0 dB after 40 updates, kept"
+        "samples: 20.0 dB at the start; 30.0 dB after 40 updates, which is kept"
     )
     assert samples_line(Adapter({}, drawn=(errors[0], errors[2]), peak=2.0)) == (
-        "samples: 20.0 dB at the start, kept: 10.0 dB after 60 updates"
+        "samples: 20.0 dB at the start, which is kept; 10.0 dB after 60 updates"
     )
 
 

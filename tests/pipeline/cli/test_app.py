@@ -277,8 +277,8 @@ def test_a_recipe_that_is_no_file_of_a_recipes_size_is_refused_at_once(make: Cal
     ("arguments", "message"),
     [
         (("--set", "append." + "a." * 2000 + "b=1"), "--set append.a.a."),
-        (("--set", "append." + "a." * 2000 + "b=1"), "an option 2001 names deep, the most that is read is 50"),
-        (("--set", "append.number=0x" + "f" * 5000), "the whole: a number of 5002 characters"),
+        (("--set", "append." + "a." * 2000 + "b=1"), "an option of 2001 nested names: at most 50 are read"),
+        (("--set", "append.number=0x" + "f" * 5000), ": a number of 5002 characters"),
         (("--set", "append.number=" + "[" * 2000), "nested in each other more than 50 deep"),
         (("--set", "append.number=2026-01-01"), "a date instead of text"),
         (("--set", "append.number=1") * 1001, "--set: given 1001 times, at most 1000"),

@@ -139,8 +139,8 @@ def test_an_index_names_files_beside_it(folder):
 def test_pickled_weights_are_refused_before_anything_is_run(folder):
     (folder / WEIGHTS).unlink()
     torch.save({}, folder / "transformer/diffusion_pytorch_model.bin")
-    cure = r"it holds diffusion_pytorch_model\.bin: save it as such with diffusers\.DiTTransformer2DModel\."
-    with pytest.raises(RecipeError, match=rf"no safetensors in .*model/transformer, .*: {cure}"):
+    advice = r"the folder holds diffusion_pytorch_model\.bin: save the weights as safetensors with diffusers\.DiT"
+    with pytest.raises(RecipeError, match=rf"no safetensors in .*model/transformer, .*: {advice}"):
         Checkpoint.resolve(ModelRef(path="model"), folder.parent)
 
 
@@ -151,7 +151,7 @@ def test_another_model_than_a_denoiser_is_named(tmp_path):
     control.save_pretrained(tmp_path / "inside/controlnet")
     AutoencoderKL(**options).save_pretrained(tmp_path / "vae")
     for path, message in {
-        "alone": "alone is a ControlNetModel, which is no denoiser: it steers a denoiser: name the folder of that UNet",
+        "alone": "alone is a ControlNetModel, which is no denoiser: name the folder of the UNet or transformer",
         "inside": r"inside holds no denoiser: .*, there is controlnet \(ControlNetModel\)",
         "vae": "vae is a AutoencoderKL, which is no denoiser: name the folder of the whole pipeline",
     }.items():

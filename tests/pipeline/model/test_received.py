@@ -164,7 +164,7 @@ def test_an_adapter_without_weights_cannot_be_fused():
     config = PromptTuningConfig(
         task_type="FEATURE_EXTRACTION", num_virtual_tokens=2, token_dim=8, num_layers=1, num_attention_heads=1
     )
-    with pytest.raises(RecipeError, match="PROMPT_TUNING adds inputs and no weights: it cannot be fused"):
+    with pytest.raises(RecipeError, match="PROMPT_TUNING adds inputs, not weights, so it cannot be fused"):
         received(get_peft_model(Prompted(), config))
 
 

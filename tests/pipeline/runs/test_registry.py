@@ -39,8 +39,8 @@ def floats(plan: QuantPlan) -> list[str]:
 
 
 def test_a_file_beside_the_recipe(plan: QuantPlan, tmp_path: Path) -> None:
-    source = find_pass("./custom_pass.py:KeepFirst", SAMPLES)
-    assert source.origin == "custom_pass.py:KeepFirst"
+    source = find_pass("./custom_pass.py:KeepEnds", SAMPLES)
+    assert source.origin == "custom_pass.py:KeepEnds"
     assert source.source_sha256 is not None
     outputs = source.pass_class().run(State({PLAN: plan}, reader="test"), Context(scratch=tmp_path))
     kept = outputs[PLAN]

@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_step_reads_only_what_it_requires(store: Store) -> None:
-    with pytest.raises(ContractError, match="peek: reads TARGET, but requires NUMBERS: add TARGET to requires"):
+    with pytest.raises(ContractError, match="peek: reads TARGET, but has NUMBERS: add TARGET to `requires`"):
         compile(toy_recipe("Peek"), store, start=START)
 
 

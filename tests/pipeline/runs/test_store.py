@@ -138,7 +138,7 @@ NOT_ITS_KEY = "its name is not the sha256 of its ingredients"
         (lambda path: path.write_bytes(b"\xff"), "Invalid JSON"),
         (lambda path: path.write_bytes(b"[" * 100_000), "Invalid JSON"),
         (lambda path: path.write_text("[]"), "Input should be an object"),
-        (sparse, "has 1073741824 bytes, the most that is read is 16777216"),
+        (sparse, "has 1073741824 bytes: at most 16777216 are read"),
         (rewritten(lambda content: content.update(outputs={})), "it names no NUMBERS"),
         (rewritten(lambda content: content.update(outputs={"NUMBERS": "../../elsewhere"})), "outputs: NUMBERS: String"),
         (rewritten(lambda content: content.update(outputs={"NUMBERS": "A" * 64})), "outputs: NUMBERS: String"),
