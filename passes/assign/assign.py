@@ -224,7 +224,7 @@ class AssignPrecision(Pass):
             wanted |= {"budget.activation": self.budget.activation, "same_input": self.same_input}
             wanted |= {"budget.psnr": self.budget.psnr}
             problems += [
-                f"assign.{option}: needs the artifact WORKLOAD: put the step `calibrate` before it"
+                f"assign.{option}: needs the records of the calls of layers: put the step `calibrate` before it"
                 for option, given in wanted.items()
                 if given
             ]

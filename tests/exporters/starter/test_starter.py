@@ -145,7 +145,7 @@ def test_a_factory_is_named_beside_the_recipe(tmp_path: Path) -> None:
 
 def test_a_recipe_for_a_target_that_runs_fewer_schemes_can_be_run_as_it_is(tmp_path: Path) -> None:
     save_folder(tiny_dit(), tmp_path / "dit")
-    for arguments in (["--target", "tensorrt-10.3-orin"], ["--target", "onnxruntime-cpu", "--target", "tensorrt-11"]):
+    for arguments in (["--target", "tensorrt-10.3-orin"], ["--target", "onnxruntime-vnni", "--target", "tensorrt-11"]):
         result = init("dit", *arguments, "--out", "recipe.yaml", "--force")
         assert result.exit_code == 0, result.stderr
         recipe = Recipe.read(tmp_path / "recipe.yaml")
@@ -156,7 +156,7 @@ def test_a_recipe_for_a_target_that_runs_fewer_schemes_can_be_run_as_it_is(tmp_p
 
 def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_them(tmp_path: Path) -> None:
     save_folder(tiny_dit(), tmp_path / "dit")
-    assert init("dit", "--target", "onnxruntime-cpu").exit_code == 0
+    assert init("dit", "--target", "onnxruntime-vnni").exit_code == 0
     recipe = Recipe.read(tmp_path / "recipe.yaml")
     _, sensitivity, assign, *_ = (step.options for step in recipe.steps)
     assert assign["budget"] == {"psnr": 40}
@@ -165,6 +165,24 @@ def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_t
     assert sensitivity["schemes"]["conv"] == [*assign["schemes"]["conv"], "w8a8o8_step", "w8a8so8_step"]
     assert init("dit", "--target", "tensorrt-rtx", "--force").exit_code == 0
     assert "conv_output" not in Recipe.read(tmp_path / "recipe.yaml").steps[2].options
+
+
+@pytest.mark.parametrize(
+    ("targets", "linear"),
+    [
+        (["onnxruntime-avx2"], ["w7a8_token", "w7a8s_token", "w8a16", "w4a16"]),
+        (
+            ["onnxruntime-avx2", "tensorrt-rtx"],
+            ["w8a8_token", "w7a8_token", "w8a8s_token", "w7a8s_token", "w8a16", "w4a16"],
+        ),
+    ],
+)
+def test_a_first_recipe_has_the_widths_of_weights_that_its_targets_multiply_fast(targets, linear, tmp_path):
+    save_folder(tiny_dit(), tmp_path / "dit")
+    assert init("dit", *(part for name in targets for part in ("--target", name))).exit_code == 0
+    recipe = Recipe.read(tmp_path / "recipe.yaml")
+    assert recipe.steps[2].options["schemes"]["linear"] == linear
+    assert bind(recipe, base=tmp_path)
 
 
 def test_a_scheduler_with_fewer_steps_is_sampled_in_these(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.formats.cost import latency_s
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, W7A8_TOKEN, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.runs.binding import bind
 
@@ -111,7 +111,7 @@ def test_a_latency_budget_needs_a_device_or_a_profile(tmp_path):
         AssignPrecision(device="rtx-4080").check(RTX)
     artifacts = given(*ERRORS)
     del artifacts[WORKLOAD]
-    with pytest.raises(RecipeError, match=r"assign\.budget\.latency: nothing before it records"):
+    with pytest.raises(RecipeError, match=r"assign\.budget\.latency: needs the records of the calls"):
         run_pass(step, artifacts, tmp_path)
 
 
@@ -368,3 +368,22 @@ def test_a_rounded_output_counts_with_its_own_error_if_that_was_measured(measure
         t = Sensitivity(((0, 1),), (1.0,), (layer,), {"c": known}, {"c": dict.fromkeys(known, (0.1,))}, samples=SAMPLES)
         choices = step._choices(layer, t, load_target("onnxruntime-cpu"))
         assert choices == {list(known)[-1]: with_output(W8A8_STEP)}
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen"),
+    [
+        ("onnxruntime-avx2", {"w7a8_token"}),  # one 8-bit weight would make all products slower
+        ("onnxruntime-vnni", {"w7a8_token", "w8a8_token"}),
+        ("tensorrt-rtx", {"w7a8_token", "w8a8_token"}),
+    ],
+)
+def test_weights_that_the_fast_kernels_cannot_multiply_give_way_to_narrower_ones(target, chosen):
+    layer = Layer(name="a", op="linear", shape=(64, 32), bias=True)
+    schemes = {scheme.name: scheme for scheme in (W8A8_TOKEN, W7A8_TOKEN)}
+    errors = {"a": dict.fromkeys(schemes, (0.1,))}
+    table = Sensitivity(((0, 1),), (1.0,), (layer,), {"a": schemes}, errors, samples=SAMPLES)
+    step = AssignPrecision(schemes={"linear": tuple(schemes)})
+    assert step._choices(layer, table, load_target(target)).keys() == chosen
+    alone = AssignPrecision(schemes={"linear": ("w8a8_token",)})
+    assert alone._choices(layer, table, load_target(target)).keys() == {"w8a8_token"}

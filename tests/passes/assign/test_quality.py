@@ -52,7 +52,7 @@ def test_without_a_device_time_is_the_work_of_products_and_passes():
 def test_a_quality_budget_needs_to_know_what_layers_are_called_with(tmp_path):
     artifacts = given(*ERRORS)
     step = AssignPrecision(budget=Budget(psnr=40), schemes=EVERY)
-    with pytest.raises(RecipeError, match=r"assign\.budget\.psnr: nothing before it records"):
+    with pytest.raises(RecipeError, match=r"assign\.budget\.psnr: needs the records of the calls"):
         run_pass(step, {SENSITIVITY: artifacts[SENSITIVITY], **_target(artifacts)}, tmp_path)
 
 
