@@ -22,6 +22,10 @@ def init_command(
         list[str],
         typer.Option(metavar="T", autocompletion=target_names, help="Target; repeat the option for several."),
     ] = [],  # noqa: B006
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="M", min=0, help="Time in which a run should end here; a call of the model is timed."),
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File for the recipe.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: Annotated[bool, json_option("the facts about the model")] = False,
@@ -34,7 +38,7 @@ def init_command(
     check_output(out)
     if out.exists() and not force:
         raise RecipeError(f"{out}: already exists: choose another --out, or pass --force")
-    found = look_at(model, tuple(target), out.parent)
+    found = look_at(model, tuple(target), out.parent, minutes)
     write_output(out, recipe_text(found, schema=(out.parent / SCHEMA_FILE).is_file(), name=out.name))
     if as_json:
         print_json({"out": str(out), **found.to_json()})

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from intaglio.exporters.starter.steps import INT8, rows_of, steps_of
+from intaglio.exporters.starter.effort import EFFORTS, Effort, choose_effort, seconds_of
+from intaglio.exporters.starter.steps import INT8, amounts_of, steps_of
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.cli.schema import editor_line
-from intaglio.pipeline.contract.recipe import Recipe, Step, beside
+from intaglio.pipeline.contract.recipe import Recipe, beside
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.layer import Layer, illegal, structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
@@ -80,6 +82,8 @@ class Found:
     """Other models of the pipeline around the model, and their classes."""
     cost: ModelCost | None
     """Cost of a call; None if it cannot be counted without weights."""
+    minutes: float | None = None
+    """Time in which a run of the recipe should end; the cost is then a timed one."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
 
@@ -127,10 +131,11 @@ class Found:
         yield f"intaglio run {recipe}"
 
 
-def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
+def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | None = None) -> Found:
     """Inspect a model. Raises RecipeError if it is no model, or has nothing to quantize.
 
-    `base`: the folder of the recipe.
+    `base`: the folder of the recipe. `minutes`: the time in which a run of the recipe should end; a call of the model
+    is timed for it, which raises RecipeError for a model without weights.
     """
     from intaglio.pipeline.model.blocks import find_blocks
     from intaglio.pipeline.model.cost import count_cost
@@ -154,7 +159,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         opened = checkpoint.open(weights=False)
         sampling = _possible(sampling, opened)
         ref = ref.model_copy(update={"sampling_steps": sampling.steps})
-        cost = count_cost(opened, ref)
+        cost = count_cost(opened, ref) if minutes is None else _timed(checkpoint, sampling)
     except MissingInputs as error:
         lacks = str(error).partition(": ")[2].partition(":")[0]
     except (NotImplementedError, RuntimeError):  # the model needs values of a tensor without values
@@ -178,6 +183,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path) -> Found:
         least=max(_relative_size(layers, name, (*INT8, "w4a16")) for name in chosen),
         components=_components(checkpoint),
         cost=cost,
+        minutes=minutes if cost is not None else None,
         has_weights=checkpoint.has_weights,
     )
 
@@ -192,7 +198,8 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
     lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
-    for step, comment in steps_of(found):
+    effort = _effort(found)
+    for step, comment in steps_of(found, effort):
         lines.append(f"  - {step}{f'   # {comment}' if comment else ''}")
         if step == "lint":
             lines += _commented_components(found)
@@ -216,8 +223,9 @@ def _about(found: Found, name: str) -> Iterator[str]:
             "",
             f"One row (one sample in one call) takes {operations / 1e9:,.3g} GFLOP. Steps that call the model:",
         )
-        for step, rows in _rows(found):
+        for step, rows in amounts_of(found, _effort(found)):
             yield f"  {step:<12} {rows:>9,} rows, {rows * operations / 1e12:>10,.3g} TFLOP"
+        yield from _about_time(found)
     yield ""
     yield f"intaglio plan {name}    # how long it takes here"
     yield f"intaglio run {name}"
@@ -242,12 +250,26 @@ def _commented_components(found: Found) -> Iterator[str]:
         yield f"  # - components: {{precision: {{{first}: w4a16}}, image_to_image: true}}"
 
 
-def _rows(found: Found) -> Iterator[tuple[str, int]]:
-    """Yield each step whose time depends on denoiser rows, with their number."""
-    assert found.cost is not None  # callers have checked this
-    for written, _ in steps_of(found):
-        if (rows := rows_of(written, found.cost)) is not None:
-            yield Step.model_validate(yaml.safe_load(written)).name, rows
+def _effort(found: Found) -> Effort:
+    return choose_effort(found, partial(amounts_of, found))
+
+
+def _about_time(found: Found) -> Iterator[str]:
+    """Yield how long the recipe takes here, and what more time buys."""
+    if found.minutes is None:
+        return
+    effort = _effort(found)
+    seconds = seconds_of(found, amounts_of(found, effort))
+    yield f"Estimated time on this machine: {_minutes(seconds)}; asked for: {found.minutes:g} minutes."
+    if seconds > 60 * found.minutes:
+        yield "This is the least that a recipe can do."
+    for more in reversed(EFFORTS[: EFFORTS.index(effort)]):
+        needed = math.ceil(seconds_of(found, amounts_of(found, more)) / 60)
+        yield f"  --minutes {needed}: {more.more_than(effort)}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{max(1, round(seconds / 60))} minutes"
 
 
 def _between(found: Found) -> float:
@@ -330,6 +352,15 @@ def _takes(model: DenoiserModel) -> str:
     if model.conditions:
         return f"{named}, of {len(next(iter(model.conditions.values())))} rows"
     return named or ("" if model.classes is None else f"class_labels, of {model.classes} classes")
+
+
+def _timed(checkpoint: Checkpoint, sampling: Sampling) -> ModelCost:
+    """Return the cost of a call with its time on this machine. Raises RecipeError for a model without weights."""
+    from intaglio.pipeline.model.cost import measure_cost
+
+    if not checkpoint.has_weights:
+        raise RecipeError("--minutes: without weights no call can be timed: add them, or leave --minutes out")
+    return measure_cost(replace(checkpoint, ref=checkpoint.ref.model_copy(update={"sampling_steps": sampling.steps})))
 
 
 def _components(checkpoint: Checkpoint) -> dict[str, str]:

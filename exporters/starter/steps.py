@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from intaglio.exporters.starter.effort import Effort, verified
 from intaglio.pipeline.contract.recipe import Step
 from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import FEW_BITS, FLOAT, W7A8_TOKEN, W8A8_TOKEN, Float, with_output
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from intaglio.exporters.starter.starter import Found
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.cost import ModelCost
 
 INT8 = ("w8a8_token", "w8a8_step")
 USUAL: Mapping[str, tuple[str, ...]] = {
@@ -28,52 +28,58 @@ USUAL: Mapping[str, tuple[str, ...]] = {
 """Schemes of a first recipe, for each kind of layer."""
 QUALITY_DB = 40
 """Mean PSNR of the samples that a first recipe keeps, in dB."""
-MOST_CALLS = 640
-"""Largest number of denoiser calls, with one sample, that `verify` makes with each implementation."""
 LARGE_BYTES = 10**9
 """Size of float32 weights in bytes above which activations are recomputed instead of kept."""
-MOST_VERIFIED = 6e11
-"""Largest number of operations that `verify` takes for each implementation."""
-MOST_OPERATIONS = 2e13
-"""Operations of a training beyond which a first recipe leaves it out: some minutes on two CPU cores."""
 
 
-def steps_of(found: Found) -> Iterator[tuple[str, str]]:
+def steps_of(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
     """Yield each step as YAML, with its comment."""
-    schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
-    measured = schemes | ({"conv": [*schemes["conv"], *_with_outputs(schemes["conv"])]} if outputs else {})
-    asked = ", conv_output: target" if outputs else ""
-    yield "calibrate: {samples: 16}", "needs no data set: records the model's own trajectories"
-    yield (
-        f"sensitivity: {{rows: 2, schemes: {_flow(measured)}}}",
-        "predicts what each format of a layer costs in quality",
-    )
-    quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}{asked}}}"
-    yield quality, "the fastest plan with this PSNR in dB"
+    yield f"calibrate: {{samples: {effort.calibrated}}}", "needs no data set: records the model's own trajectories"
+    yield from _formats(found, effort)
     large = 4 * found.parameters >= LARGE_BYTES and found.blocks
-    training = "distill: {recompute: true}" if large else "distill"
-    if (
-        found.cost is not None
-        and (rows_of(training, found.cost) or 0) * found.cost.operations_per_row > MOST_OPERATIONS
-    ):
+    if effort.updates == 0:
         yield "distill: {updates: 0}", "trains nothing: plans with 4-bit weights gain most from updates, such as 120"
     elif large:
-        yield training, "`scope: block` takes less memory still"
+        yield "distill: {recompute: true}", "`scope: block` takes less memory still"
     else:
-        yield training, "`updates: 0` leaves training out"
+        yield "distill", "`updates: 0` leaves training out"
     yield from ((step, "") for step in ("merge", "export-float", "export-qdq", "lint"))
     needed = {load_target(name).runtime for name in found.targets}
     steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
     yield from ((step, "") for step in steps)
-    samples = _verified(found)
-    yield from ((step, "") for step in (f"verify: {{samples: {samples}}}", "benchmark: {rows: 2}", "report"))
+    yield f"verify: {{samples: {verified(found, effort.verified)}}}", ""
+    yield "benchmark: {rows: 2}", ""
+    yield "report", ""
 
 
-def _verified(found: Found) -> int:
-    """Return how many samples `verify` draws: from 8 to 32, as many as take few calls and operations."""
-    calls = found.sampling.steps * (1 if found.cost is None else found.cost.rows_per_sample)
-    operations = 1.0 if found.cost is None else found.cost.operations_per_row
-    return max(8, min(32, MOST_CALLS // calls, int(MOST_VERIFIED // (calls * operations))))
+def _formats(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
+    """Yield the steps that choose a scheme for each layer."""
+    schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
+    conv = _with_outputs(schemes["conv"]) if outputs else []
+    if effort.screened is None:
+        names = [schemes["linear"][0], *(conv[:1] or schemes["conv"][:1])]
+        yield f"uniform: {{schemes: [{', '.join(names)}]}}", "no choice of formats: that takes more time"
+        return
+    measured = {**schemes, "conv": [*schemes["conv"], *conv]}
+    drawn = min(4, effort.drawn // 2)
+    amounts = f"rows: 2, buckets: {effort.buckets}, samples: {effort.screened}, drift_samples: {drawn}"
+    yield (
+        f"sensitivity: {{{amounts}, schemes: {_flow(measured)}}}",
+        "predicts what each format of a layer costs in quality",
+    )
+    asked = f"drawn: {effort.drawn}" + (", conv_output: target" if outputs else "")
+    quality = f"assign: {{budget: {{psnr: {QUALITY_DB}}}, schemes: {_flow(schemes)}, {asked}}}"
+    yield quality, "the fastest plan with this PSNR in dB"
+
+
+def amounts_of(found: Found, effort: Effort) -> Iterator[tuple[str, int]]:
+    """Yield the name of each step whose time depends on denoiser rows, with their number."""
+    assert found.cost is not None  # callers have checked this
+    for written, _ in steps_of(found, effort):
+        step = Step.model_validate(yaml.safe_load(written))
+        options = find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options))
+        if (rows := options.forward_rows(found.cost)) is not None:
+            yield step.name, rows
 
 
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
@@ -124,9 +130,3 @@ def _flow(schemes: Mapping[str, Sequence[str]]) -> str:
     """Return schemes of each kind of layer as YAML in one line."""
     written = (f"{op}: [{', '.join(names)}]" for op, names in schemes.items())
     return f"{{{', '.join(written)}}}"
-
-
-def rows_of(written: str, cost: ModelCost) -> int | None:
-    """Return the denoiser rows of a step that is written as YAML; None if its time does not depend on rows."""
-    step = Step.model_validate(yaml.safe_load(written))
-    return find_pass(step.uses, Path()).pass_class.model_validate(dict(step.options)).forward_rows(cost)

@@ -29,6 +29,7 @@ from intaglio.pipeline.formats.target import OpKind, Target
 if TYPE_CHECKING:
     from intaglio.passes.assign.budgets import Problem
     from intaglio.passes.assign.latency import Latencies
+    from intaglio.pipeline.model.cost import ModelCost
 
 
 class AssignPrecision(Pass):
@@ -124,6 +125,14 @@ class AssignPrecision(Pass):
             )
         if problems:
             raise TargetError(*problems)
+
+    def forward_rows(self, model: ModelCost) -> int | None:
+        """Return the rows of the samples that are drawn for a quality, if as many plans are tried as at most are."""
+        from intaglio.passes.assign.quality import drawn_samples
+
+        if self.budget.psnr is None or not self.drawn:
+            return None
+        return drawn_samples(self.drawn) * model.steps * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Choose the plan with the least predicted error within the budget."""

@@ -59,6 +59,12 @@ class Choice(NamedTuple):
     factor: float
 
 
+def drawn_samples(count: int) -> int:
+    """Return the number of samples that `choose` draws at most, if it draws `count` with each plan."""
+    references_and_float_inputs, alone = 3, ALONE * min(count, FEWER * BATCH)
+    return (references_and_float_inputs + ROUNDS) * count + (ROUNDS - 1) * alone
+
+
 class _Tried(NamedTuple):
     """A plan, the quality of its samples, and its time relative to float."""
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.model.ref import ModelRef
 
-ROWS = 8
+ROWS = 2
+"""Rows of the call that is counted or timed: those of one sample with guidance, or of two samples."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ModelCost:
 
 
 def measure_cost(checkpoint: Checkpoint) -> ModelCost:
-    """Time the second of two calls of eight rows, on this machine and as busy as it is now.
+    """Time the second of two calls of ROWS rows, on this machine and as busy as it is now.
 
     Raises RecipeError for a model that cannot be called.
     """
@@ -61,7 +62,7 @@ def count_cost(model: DenoiserModel, ref: ModelRef) -> ModelCost:
 
 
 def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[], object]]:
-    """Return the cost, and a function that makes one call of eight rows."""
+    """Return the cost, and a function that makes one call of ROWS rows."""
     import torch
 
     from intaglio.pipeline.model.blocks import find_units

@@ -1,0 +1,74 @@
+"""What a first recipe does in the time that there is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import save_folder, tiny_dit
+
+from intaglio.exporters.starter.effort import EFFORTS, choose_effort, seconds_of
+from intaglio.exporters.starter.starter import look_at, recipe_text
+from intaglio.exporters.starter.steps import amounts_of
+from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.runs.binding import bind
+
+
+@pytest.fixture
+def found(tmp_path):
+    save_folder(tiny_dit(), tmp_path / "dit")
+    return look_at(str(tmp_path / "dit"), ("onnxruntime-vnni",), tmp_path)
+
+
+def chosen(found, **changes):
+    found = replace(found, cost=replace(found.cost, **changes.pop("cost", {})), **changes)
+    return choose_effort(found, lambda effort: amounts_of(found, effort)), found
+
+
+def test_a_small_model_gets_everything_and_a_large_one_a_choice_of_formats_without_training(found):
+    assert chosen(found)[0] == EFFORTS[0]
+    assert chosen(found, cost={"operations_per_row": 1e9})[0].updates == 0
+    assert chosen(found, cost={"operations_per_row": 1e13})[0] == EFFORTS[-2]
+
+
+def test_efforts_take_less_and_less(found):
+    found = replace(found, cost=replace(found.cost, seconds_per_row=1.0))
+    seconds = [seconds_of(found, amounts_of(found, effort)) for effort in EFFORTS]
+    assert seconds == sorted(seconds, reverse=True)
+    assert len(set(seconds)) == len(seconds)
+
+
+def test_the_most_that_ends_in_time_is_chosen_and_the_least_if_nothing_does(found):
+    for minutes in (1, 10, 60, 600):
+        effort, timed = chosen(found, cost={"seconds_per_row": 0.5}, minutes=minutes)
+        inside = [each for each in EFFORTS if seconds_of(timed, amounts_of(timed, each)) <= 60 * minutes]
+        assert effort == (inside[0] if inside else EFFORTS[-1])
+    assert chosen(found, cost={"seconds_per_row": 1e3}, minutes=1)[0] == EFFORTS[-1]
+
+
+def test_every_effort_is_a_recipe_that_can_be_run(found, tmp_path):
+    found = replace(found, cost=replace(found.cost, seconds_per_row=0.5))
+    for effort in EFFORTS:
+        minutes = seconds_of(found, amounts_of(found, effort)) / 60 + 0.01
+        (tmp_path / "recipe.yaml").write_text(recipe_text(replace(found, minutes=minutes)))
+        recipe = Recipe.read(tmp_path / "recipe.yaml")
+        assert bind(recipe, base=tmp_path)
+        assert recipe.steps[0].options["samples"] == effort.calibrated
+        assert ("sensitivity" in [step.name for step in recipe.steps]) == (effort.screened is not None)
+
+
+def test_the_recipe_says_what_more_time_would_add(found):
+    found = replace(found, cost=replace(found.cost, seconds_per_row=10.0), minutes=1.0)
+    comments = [line for line in recipe_text(found).splitlines() if "minutes" in line]
+    assert comments[0].startswith("# Estimated time on this machine: ")
+    assert comments[0].endswith("; asked for: 1 minutes.")
+    assert "formats chosen layer by layer for a quality" in comments[1]
+    assert "training" in comments[-1]
+
+
+def test_without_weights_no_call_is_timed(tmp_path):
+    save_folder(tiny_dit(), tmp_path / "dit")
+    for file in Path(tmp_path / "dit").rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(RecipeError, match="--minutes: without weights no call can be timed: add them"):
+        look_at(str(tmp_path / "dit"), ("onnxruntime-vnni",), tmp_path, minutes=5)
