@@ -44,7 +44,7 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "psnr_db": ("PSNR, dB", "higher"),
     "psnr_db_min": ("PSNR of the worst sample, dB", "higher"),
     "psnr_simulated_db": ("PSNR simulated, dB", "higher"),
-    "psnr_predicted_db": ("PSNR that assign predicted, dB", "higher"),
+    "psnr_predicted_db": ("predicted PSNR, dB", "higher"),
     "sqnr_db": ("SQNR, dB", "higher"),
     "sqnr_db_min": ("SQNR of the worst sample, dB", "higher"),
     "sqnr_simulated_db": ("SQNR simulated, dB", "higher"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from intaglio.pipeline.artifacts.keys import (
+    ADAPTER,
     FRONT,
     GRAPH,
     MODEL,
@@ -56,9 +57,9 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
-    wants: ClassVar[frozenset[AnyKey]] = frozenset({FRONT, PLAN, SENSITIVITY, WORKLOAD})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
@@ -130,7 +131,7 @@ class Verify(Pass):
         figures = VerificationFigures(
             **vars(departed),
             **vars(_distances(samples, trajectory.samples.peak, HALF_TOLERANCE if halves else TOLERANCE)),
-            psnr_predicted_db=state[FRONT].psnr_db(state[FRONT].chosen) if FRONT in state else None,
+            psnr_predicted_db=_predicted_db(state),
             parity_rel_l2=both.parity(call),
             parity_other_rel_l2=None if other is None else both.parity(other),
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
@@ -154,7 +155,7 @@ class Verify(Pass):
         known = PLAN in state and SENSITIVITY in state and WORKLOAD in state
         worst = largest_losses(state[SENSITIVITY], state[PLAN], state[WORKLOAD], state[TARGET]) if known else []
         found = f"the deployed samples have a PSNR of {figures.psnr_db:.1f} dB"
-        return ("; ".join((f"{found}, where assign predicted {predicted_db:.1f} dB", *worst)),)
+        return ("; ".join((f"{found}, where {predicted_db:.1f} dB were predicted", *worst)),)
 
     def _low(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
         """Return a sentence where the deployed samples are below the floor; it says what would raise their quality."""
@@ -226,6 +227,16 @@ def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance)
     return samples
 
 
+def _predicted_db(state: State) -> float | None:
+    """Return the PSNR that `assign` predicted, with what training gained on samples of its own; None without `assign`.
+
+    Training is not predicted: its gain is that of the samples by which `distill` chose the state that it kept.
+    """
+    if FRONT not in state:
+        return None
+    return state[FRONT].psnr_db(state[FRONT].chosen) + (state[ADAPTER].gain_db if ADAPTER in state else 0.0)
+
+
 def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: int, ctx: Context) -> None:
     """Log the figures that a user looks at first, and the layers that stay in float."""
     ctx.log.info(
@@ -237,7 +248,7 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
         figures.parity_layer_rel_l2_max,
     )
     if figures.psnr_predicted_db is not None:
-        ctx.log.info("assign predicted a PSNR of %.2f dB", figures.psnr_predicted_db)
+        ctx.log.info("predicted PSNR: %.2f dB", figures.psnr_predicted_db)
     if in_float:
         count = len(in_float)
         ctx.log.info("%d of %d layers stay in float: %s", count, count + quantized, _by_reason(in_float))

@@ -5,6 +5,7 @@ Shapes: N out features, K in features, G scales per row, T denoising steps, rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,6 +70,16 @@ class Adapter:
     def kept(self) -> DrawnError:
         """The least error of drawn samples, the first of several. Raises ValueError if none were drawn."""
         return min(self.drawn, key=lambda error: error.mse)
+
+    @property
+    def gain_db(self) -> float:
+        """Gain in PSNR of drawn samples from the start of the training to the kept state; 0 without drawn samples.
+
+        It is also 0 where the start had no finite error, or no error at all.
+        """
+        if not self.drawn or not 0 < self.kept.mse <= self.drawn[0].mse < math.inf:
+            return 0.0
+        return 10 * math.log10(self.drawn[0].mse / self.kept.mse)
 
     def psnr_db(self, error: DrawnError) -> float:
         """Return the PSNR of drawn samples in dB; infinite without an error, minus infinite for an infinite one."""

@@ -1,12 +1,16 @@
 """What `verify` says of a plan that is worse than it was predicted to be."""
 
+import math
+
+import pytest
 from assigning import given
 
 from intaglio.exporters.verify.advice import largest_losses
-from intaglio.exporters.verify.verify import Verify
+from intaglio.exporters.verify.verify import Verify, _predicted_db
 from intaglio.pipeline.artifacts.front import Front, Point
-from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.keys import ADAPTER, FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 from intaglio.pipeline.artifacts.verification import VerificationFigures
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN
@@ -37,9 +41,26 @@ def test_samples_that_are_worse_than_predicted_are_a_warning():
     state = State(artifacts | {FRONT: front}, reader="verify")
     step = Verify()
     (warning,) = step._unpredicted(figures(38.4, 40.0), state)
-    assert warning.startswith("the deployed samples have a PSNR of 38.4 dB, where assign predicted 40.0 dB; l4, in 1")
+    assert warning.startswith("the deployed samples have a PSNR of 38.4 dB, where 40.0 dB were predicted; l4, in 1")
     assert step._unpredicted(figures(38.6, 40.0), state) == ()
     assert step._unpredicted(figures(38.6, None), state) == ()
+
+
+def test_what_training_gained_on_its_own_samples_is_added_to_the_prediction():
+    artifacts = planned()
+    samples = artifacts[SENSITIVITY].samples
+    artifacts |= {FRONT: Front((), Point({}, samples.mse(40.0), {}), samples)}
+    gained = {
+        (): 40.0,
+        (DrawnError(0, 1e-3), DrawnError(8, 1e-4), DrawnError(16, 2e-4)): 50.0,  # the kept state has a tenth
+        (DrawnError(0, 1e-3), DrawnError(8, 2e-3)): 40.0,
+        (DrawnError(0, math.inf), DrawnError(8, 1e-3)): 40.0,
+    }
+    for drawn, expected_db in gained.items():
+        state = State(artifacts | {ADAPTER: Adapter({}, drawn=drawn, peak=2.0)}, reader="verify")
+        assert _predicted_db(state) == pytest.approx(expected_db)
+    assert _predicted_db(State(artifacts, reader="verify")) == pytest.approx(40.0)
+    assert _predicted_db(State(planned(), reader="verify")) is None
 
 
 def figures(psnr_db: float, predicted_db: float | None) -> VerificationFigures:
