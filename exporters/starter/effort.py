@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from intaglio.exporters.starter.starter import Found
 
-MOST_OPERATIONS = 8e12
+MOST_OPERATIONS = 2.2e13
 """Operations of a first recipe without a time to end in: some minutes on two CPU cores."""
 MOST_TRAINING = 2e13
 """Operations of a training beyond which a recipe without a time to end in leaves it out."""

@@ -26,6 +26,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {
     "conv": ("w8a8_step", "w8a8s_step", "w8a16", "w4a16"),
 }
 """Schemes of a first recipe, for each kind of layer."""
+TIMES = "time-layers"
 QUALITY_DB = 40
 """Mean PSNR of the samples that a first recipe keeps, in dB."""
 LARGE_BYTES = 10**9
@@ -62,6 +63,8 @@ def _formats(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
         return
     measured = {**schemes, "conv": [*schemes["conv"], *conv]}
     drawn = min(4, effort.drawn // 2)
+    if any(find_pass(TIMES, Path()).pass_class.applies(load_target(name)) for name in found.targets):
+        yield f"{TIMES}: {{schemes: {_flow(measured)}}}", "times every distinct layer here, in each format"
     amounts = f"rows: 2, buckets: {effort.buckets}, samples: {effort.screened}, drift_samples: {drawn}"
     yield (
         f"sensitivity: {{{amounts}, schemes: {_flow(measured)}}}",

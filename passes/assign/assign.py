@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from intaglio.passes.assign.budget import Budget
 from intaglio.pipeline.artifacts.front import Front
-from intaglio.pipeline.artifacts.keys import FRONT, MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.artifacts.keys import FRONT, LAYER_TIMES, MODEL, PLAN, SENSITIVITY, TARGET, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan, in_float_lines
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
@@ -27,9 +27,18 @@ from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:
-    from intaglio.passes.assign.budgets import Problem
+    from intaglio.passes.assign.budgets import Option, Problem
     from intaglio.passes.assign.latency import Latencies
+    from intaglio.pipeline.artifacts.layer_times import LayerTimes
     from intaglio.pipeline.model.cost import ModelCost
+
+
+SLOWER = 1.05
+"""Time of the layers, relative to float, above which a plan is called slower."""
+SLOWER_ADVICE = (
+    "the layers of the plan take %.2f times as long as in float on this CPU: add `float` to assign.schemes if speed"
+    " matters more than size"
+)
 
 
 class AssignPrecision(Pass):
@@ -43,9 +52,9 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 13
+    version: ClassVar[int] = 15
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
-    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY, LAYER_TIMES})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
@@ -138,7 +147,8 @@ class AssignPrecision(Pass):
         """Choose the plan with the least predicted error within the budget."""
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
-        problem = self._problem(table, workload, target, ctx)
+        times = state[LAYER_TIMES] if LAYER_TIMES in state else None  # noqa: SIM401
+        problem = self._problem(table, workload, times, target, ctx)
         limits = dict(self.budget.limits)
         others = {name: limit for name, limit in limits.items() if name != "size"}
         factor = 1.0
@@ -164,6 +174,8 @@ class AssignPrecision(Pass):
         plan = QuantPlan((*table.layers, *unreached), {**problem.schemes(chosen), **left}, reasons=reasons)
         plan = plan.balanced(problem.balances(chosen))
         _log(plan, front, limits, ctx)
+        if (slower := front.chosen.costs.get("latency", 0.0)) > SLOWER and times is not None:
+            ctx.log.warning(SLOWER_ADVICE, slower)
         if workload is not None:
             share = share_on_integers(plan, workload, target)
             ctx.log.info("%.0f %% of the multiplications are on integers", 100 * share)
@@ -171,7 +183,14 @@ class AssignPrecision(Pass):
             ctx.log.info("%s", line)
         return {PLAN: plan, FRONT: front}
 
-    def _problem(self, table: Sensitivity, workload: Workload | None, target: Target, ctx: Context) -> Problem:
+    def _problem(
+        self,
+        table: Sensitivity,
+        workload: Workload | None,
+        times: LayerTimes | None,
+        target: Target,
+        ctx: Context,
+    ) -> Problem:
         """Return the options with their costs as far as known. Raises RecipeError for unknown costs that are needed."""
         from intaglio.passes.assign.budgets import Alike, Option, build_problem, within_activation
 
@@ -189,10 +208,12 @@ class AssignPrecision(Pass):
             if self.profile:
                 measured = sum(latencies.is_measured(option.layer, option.scheme) for option in options)
                 ctx.log.info("%d of %d pairs of layer and scheme were measured", measured, len(options))
+        elif workload is not None and times is not None:
+            amounts["latency"] = lambda o: 1e6 * measured_s(times, workload.rows[o.layer.name], o)
         if workload is not None:
             rows = workload.rows
             amounts["bops"] = lambda o: bit_operations(o.layer, o.scheme, rows[o.layer.name])
-            if self.budget.psnr is not None and latencies is None:
+            if self.budget.psnr is not None and "latency" not in amounts:
                 amounts["work"] = lambda o: work(
                     o.layer,
                     o.scheme,
@@ -303,6 +324,20 @@ def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str
     """Return the layers that were not measured because no recorded call needs them, with the reasons."""
     measured = {layer.name for layer in table.layers}
     return {} if workload is None else {n: why for n, why in workload.unreached if n.name not in measured}
+
+
+def measured_s(times: LayerTimes, rows: float, option: Option) -> float:
+    """Return the seconds of a layer alone, and of bringing its input into its basis. Raises RecipeError if unknown."""
+    layer, known = option.layer, times.seconds[option.layer.name]
+    if option.scheme.name not in known:
+        raise RecipeError(
+            f"time-layers.schemes: {layer.name} was not timed with {option.scheme.name}: add this scheme, which assign"
+            " may choose"
+        )
+    block = option.block
+    # a rotation multiplies each block by a matrix: as many multiplications as the block is wide
+    passes = 0 if block is None else max(1, block / 4)
+    return known[option.scheme.name] + passes * times.element_s * rows * layer.shape[1]
 
 
 def _profile(path: Path) -> Profile:

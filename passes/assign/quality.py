@@ -88,7 +88,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     wanted = _wanted(problem, table, aim, drawing, ctx)
     factor = wanted.factor
     found: list[_Tried] = []
-    for _ in range(ROUNDS):
+    for left in reversed(range(ROUNDS)):
         chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, wanted.slack)
         if chosen is None:
             chosen = problem.best(aim.limits)
@@ -96,7 +96,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             break
         found.append(_tried(problem, table, chosen, drawing, ctx))
         missing_db = wanted.psnr_db - found[-1].psnr_db
-        if drawing is None or -NEAR_DB <= missing_db <= 0:
+        if drawing is None or -NEAR_DB <= missing_db <= 0 or not left:
             break
         factor = found[-1].factor(problem, table)
         if factor > 10 ** (NOISE_DB / 10):

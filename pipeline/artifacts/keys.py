@@ -4,6 +4,7 @@ from intaglio.pipeline.artifacts.components import ComponentEngines, Components
 from intaglio.pipeline.artifacts.findings import Findings
 from intaglio.pipeline.artifacts.front import Front
 from intaglio.pipeline.artifacts.graph import Engine, Graph
+from intaglio.pipeline.artifacts.layer_times import LayerTimes
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.artifacts.provenance import Provenance
@@ -23,6 +24,7 @@ TARGET = Key("TARGET", Target)
 PROVENANCE = Key("PROVENANCE", Provenance)
 TRAJECTORY = Key("TRAJECTORY", Trajectory)
 WORKLOAD = Key("WORKLOAD", Workload)
+LAYER_TIMES = Key("LAYER_TIMES", LayerTimes)
 SENSITIVITY = Key("SENSITIVITY", Sensitivity)
 PLAN = Key("PLAN", QuantPlan, published=True)
 FRONT = Key("FRONT", Front, published=True)

@@ -27,7 +27,7 @@ def chosen(found, **changes):
 
 def test_a_small_model_gets_everything_and_a_large_one_a_choice_of_formats_without_training(found):
     assert chosen(found)[0] == EFFORTS[0]
-    assert chosen(found, cost={"operations_per_row": 1e9})[0].updates == 0
+    assert chosen(found, cost={"operations_per_row": 2e10})[0].updates == 0
     assert chosen(found, cost={"operations_per_row": 1e13})[0] == EFFORTS[-2]
 
 

@@ -1,7 +1,9 @@
 """The first recipe for a model: what it says is so, and it runs as it is."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +37,11 @@ def init(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["init", *arguments])
 
 
+def options(recipe: Recipe, name: str) -> Mapping[str, Any]:
+    (found,) = (step.options for step in recipe.steps if step.name == name)
+    return found
+
+
 def test_a_folder_without_its_weights_is_described_and_planned(tmp_path: Path) -> None:
     module = tiny_dit()
     save_folder(module, tmp_path / "models/dit")
@@ -54,7 +61,17 @@ def test_a_folder_without_its_weights_is_described_and_planned(tmp_path: Path) -
     recipe = Recipe.read(tmp_path / "recipes/dit.yaml")
     assert (recipe.model.path, recipe.targets) == ("../models/dit", ("onnxruntime-cpu",))
     assert [step.name for step in recipe.steps] == [
-        *("calibrate", "sensitivity", "assign", "distill", "merge", "export-float", "export-qdq", "lint"),
+        *(
+            "calibrate",
+            "time-layers",
+            "sensitivity",
+            "assign",
+            "distill",
+            "merge",
+            "export-float",
+            "export-qdq",
+            "lint",
+        ),
         *("onnxruntime", "verify", "benchmark", "report"),
     ]
     assert bind(recipe, base=tmp_path / "recipes")
@@ -150,7 +167,7 @@ def test_a_recipe_for_a_target_that_runs_fewer_schemes_can_be_run_as_it_is(tmp_p
         assert result.exit_code == 0, result.stderr
         recipe = Recipe.read(tmp_path / "recipe.yaml")
         linear, conv = ["w8a8_token", "w8a8s_token", "w4a16", "float"], ["w8a8_step", "w8a8s_step", "float"]
-        assert recipe.steps[2].options["schemes"] == {"linear": linear, "conv": conv}
+        assert options(recipe, "assign")["schemes"] == {"linear": linear, "conv": conv}
         assert bind(recipe, base=tmp_path)
 
 
@@ -158,13 +175,16 @@ def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_t
     save_folder(tiny_dit(), tmp_path / "dit")
     assert init("dit", "--target", "onnxruntime-vnni").exit_code == 0
     recipe = Recipe.read(tmp_path / "recipe.yaml")
-    _, sensitivity, assign, *_ = (step.options for step in recipe.steps)
+    timed, sensitivity, assign = (options(recipe, name) for name in ("time-layers", "sensitivity", "assign"))
     assert assign["budget"] == {"psnr": 40}
     assert assign["conv_output"] == "target"
     assert assign["schemes"]["conv"] == ["w8a8_step", "w8a8s_step", "w8a16", "w4a16"]
+    assert timed["schemes"] == sensitivity["schemes"]
     assert sensitivity["schemes"]["conv"] == [*assign["schemes"]["conv"], "w8a8o8_step", "w8a8so8_step"]
     assert init("dit", "--target", "tensorrt-rtx", "--force").exit_code == 0
-    assert "conv_output" not in Recipe.read(tmp_path / "recipe.yaml").steps[2].options
+    for_gpu = Recipe.read(tmp_path / "recipe.yaml")
+    assert "conv_output" not in options(for_gpu, "assign")
+    assert "time-layers" not in [step.name for step in for_gpu.steps]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +201,7 @@ def test_a_first_recipe_has_the_widths_of_weights_that_its_targets_multiply_fast
     save_folder(tiny_dit(), tmp_path / "dit")
     assert init("dit", *(part for name in targets for part in ("--target", name))).exit_code == 0
     recipe = Recipe.read(tmp_path / "recipe.yaml")
-    assert recipe.steps[2].options["schemes"]["linear"] == linear
+    assert options(recipe, "assign")["schemes"]["linear"] == linear
     assert bind(recipe, base=tmp_path)
 
 

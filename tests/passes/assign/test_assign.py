@@ -12,13 +12,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from intaglio import Recipe
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.assign.knapsack import Knapsack, _silenced
-from intaglio.pipeline.artifacts.keys import FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.keys import FRONT, LAYER_TIMES, PLAN, SENSITIVITY, TARGET, WORKLOAD
+from intaglio.pipeline.artifacts.layer_times import LayerTimes
 from intaglio.pipeline.artifacts.profile import LayerTime, Profile
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.workload import Workload
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.formats.cost import latency_s
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.formats.schemes import FLOAT, W7A8_TOKEN, W8A8_STEP, W8A8_TOKEN, w4a16, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, W7A8_TOKEN, W8A8_STEP, W8A8_TOKEN, W8A16, w4a16, with_output
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.runs.binding import bind
 
@@ -387,3 +389,34 @@ def test_weights_that_the_fast_kernels_cannot_multiply_give_way_to_narrower_ones
     assert step._choices(layer, table, load_target(target)).keys() == chosen
     alone = AssignPrecision(schemes={"linear": ("w8a8_token",)})
     assert alone._choices(layer, table, load_target(target)).keys() == {"w8a8_token"}
+
+
+def test_measured_times_of_layers_take_the_place_of_estimates(tmp_path):
+    """`a` is fast in 8 bits and slow in W8A16; without any loss to speak of, the times alone decide."""
+    layer = Layer(name="a", op="linear", shape=(64, 32), bias=True)
+    schemes = {scheme.name: scheme for scheme in (W8A8_TOKEN, W8A16)}
+    table = Sensitivity(
+        ((0, 1),), (1.0,), (layer,), {"a": schemes}, {"a": dict.fromkeys(schemes, (1e-9,))}, samples=SAMPLES
+    )
+    step = AssignPrecision(budget=Budget(psnr=20), schemes={"linear": tuple(schemes)}, drawn=0)
+    artifacts = {SENSITIVITY: table, TARGET: load_target("onnxruntime-vnni"), WORKLOAD: Workload({"a": 16.0})}
+    for fast, slow in (("w8a8_token", "w8a16"), ("w8a16", "w8a8_token")):
+        times = LayerTimes({"a": {"float": 1.0, fast: 0.5, slow: 0.75}}, 1e-9)
+        made = run_pass(step, {**artifacts, LAYER_TIMES: times}, tmp_path / fast)
+        assert made[PLAN].schemes["a"].name == fast
+        assert made[FRONT].chosen.costs["latency"] == pytest.approx(0.5)
+
+
+def test_a_plan_that_is_slower_than_float_says_so_and_an_untimed_scheme_is_an_error(tmp_path, caplog):
+    layer = Layer(name="a", op="linear", shape=(64, 32), bias=True)
+    table = Sensitivity(
+        ((0, 1),), (1.0,), (layer,), {"a": {"w8a8_token": W8A8_TOKEN}}, {"a": {"w8a8_token": (1e-9,)}}, samples=SAMPLES
+    )
+    step = AssignPrecision(budget=Budget(psnr=20), schemes={"linear": ("w8a8_token",)}, drawn=0)
+    artifacts = {SENSITIVITY: table, TARGET: load_target("onnxruntime-vnni"), WORKLOAD: Workload({"a": 16.0})}
+    times = LayerTimes({"a": {"float": 1.0, "w8a8_token": 1.25}}, 1e-9)
+    run_pass(step, {**artifacts, LAYER_TIMES: times}, tmp_path / "slow")
+    assert "the layers of the plan take 1.25 times as long as in float on this CPU: add `float`" in caplog.text
+    times = LayerTimes({"a": {"float": 1.0}}, 1e-9)
+    with pytest.raises(RecipeError, match=r"time-layers\.schemes: a was not timed with w8a8_token: add this scheme"):
+        run_pass(step, {**artifacts, LAYER_TIMES: times}, tmp_path / "untimed")

@@ -11,6 +11,7 @@ from intaglio.pipeline.artifacts.components import Compiled, Components
 from intaglio.pipeline.artifacts.findings import Finding, Findings
 from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.graph import Engine, Graph, Interface, ScaledBy, TensorSpec
+from intaglio.pipeline.artifacts.layer_times import LayerTimes
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.profile import LayerTime, Profile
 from intaglio.pipeline.artifacts.provenance import Provenance
@@ -145,6 +146,7 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT, SAMPLES),
     "graph": graph,
     "latency": lambda _: Latency(rows=8, float32_ms=30.0, compiled_ms=12.5),
+    "layer_times": lambda _: LayerTimes({"to_q": {"float": 0.5, "w8a8_token": 1e-05}}, 2.5e-10),
     "lint": lambda _: Findings((Finding("int4-shape", "warning", "node <7>", "it is odd", "make it even"),)),
     "lint_nothing": lambda _: Findings(()),
     "metrics": lambda _: Report("<html>", {"psnr_db": 31.42, "latency_ms": None, "engine": {"int8_gemm": 3}}),
