@@ -68,7 +68,10 @@ class Calibrate(Pass):
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         check_inputs(sampler)
         if ctx.processes.count > self.samples:
-            raise RecipeError(f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer")
+            raise RecipeError(
+                f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer processes, or raise"
+                " calibrate.samples"
+            )
         layers = {layer.name: layer for layer in layer_table(model.module)}
         denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)
         start = sampler.start(self.samples, ctx.torch_rng("calibrate")).part(ctx.processes.share(self.samples))

@@ -27,10 +27,11 @@ class EngineFigures(BaseModel):
 
 
 class Bench(BaseModel):
-    """Figures of engines that ran one trajectory each by turns, for `rounds` rounds.
+    """Figures of engines that were timed in turn: in each of `rounds` rounds, every engine ran one trajectory.
 
     Ratios are full precision over compiled: above one, compiled is better. Speedups are medians of each round's own
-    ratio. A figure that this machine cannot measure is None, and `filled_by` holds the command that measures it.
+    ratio. A figure that this machine cannot measure is None, and `filled_by` says how to measure it, by a command where
+    there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

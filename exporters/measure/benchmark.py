@@ -39,7 +39,7 @@ class MeasureLatency(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LATENCY})
 
     rows: int = Field(8, ge=1, description="rows of the call that is timed")
-    rounds: int = Field(15, ge=1, description="calls of each, after one that is not counted")
+    rounds: int = Field(15, ge=1, description="timed calls of each graph; one more call before them is not counted")
     threads: int = Field(
         1,
         ge=0,

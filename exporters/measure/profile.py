@@ -116,9 +116,9 @@ class ProfileLayers(Pass):
 def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None = None) -> Profile:
     """Read the profile that `trtexec --exportProfile` wrote as `times`.
 
-    `layers` is the file of `--exportLayerInfo`, which names the nodes of kernels whose own names do not. The time of a
-    kernel that computes several layers is divided among them by their numbers of weights. Raises RecipeError for other
-    files, and where no kernel belongs to a layer.
+    `layers` is the file of `--exportLayerInfo`. It names the nodes of kernels whose names in `times` do not tell the
+    nodes. The time of a kernel that computes several layers is divided among them by their numbers of weights. Raises
+    RecipeError for other files, and where no kernel belongs to a layer.
     """
     from intaglio.exporters.float_graph.onnx_file import read_proto
 
@@ -140,8 +140,8 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
             found[owner] += 1e3 * milliseconds * share / sum(shares.values())
     if not found:
         raise RecipeError(
-            f"{times}: names no node of {graph.path} in {len(took)} kernels: give what --exportLayerInfo wrote as well,"
-            " with --profilingVerbosity=detailed"
+            f"{times}: none of its {len(took)} kernels names a node of {graph.path}: run trtexec with"
+            " --profilingVerbosity=detailed and --exportLayerInfo, and give that file as --layers"
         )
     return _profile(TensorRT.name, "trtexec", runs, None, plan, found, rest)
 

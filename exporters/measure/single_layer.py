@@ -44,7 +44,10 @@ def input_shape(layer: Layer, rows: int) -> tuple[int, ...]:
 
 
 def single_layer(folder: Path, layer: Layer, rows: int, scheme: LayerScheme, target: Target) -> Graph:
-    """Write the layer with random weights, in the form of the target; return its graph, with inputs as they are."""
+    """Write a graph of this layer alone, with random weights, in the form that the target executes.
+
+    Its input is float32.
+    """
     rng = torch.Generator().manual_seed(0)
     graph = _float_graph(folder, layer, input_shape(layer, rows), torch.randn(layer.shape, generator=rng))
     if not isinstance(form := scheme.weight, RoundedWeight):

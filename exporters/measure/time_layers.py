@@ -47,13 +47,18 @@ class TimeLayers(Pass):
     needs: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     schemes: tuple[SchemeName, ...] | Mapping[OpKind, tuple[SchemeName, ...]] = Field(
-        USUAL_SCHEMES, description="schemes to time, where a layer's shape admits them, or those of each kind of layer"
+        USUAL_SCHEMES,
+        description="schemes to time, one list or one for each kind of layer; schemes that a layer's shape does not admit"
+        " are skipped",
     )
     rounds: int = Field(5, ge=1, description="calls of each graph, after one that is not counted")
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """Return True for targets whose runtime computes on this machine's CPU as it would when deployed."""
+        """Return True for targets that list kernels.
+
+        Their runtime computes on a CPU, and the times are those of this machine's CPU.
+        """
         return bool(target.kernels)
 
     def run(self, state: State, ctx: Context) -> Outputs:

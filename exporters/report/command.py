@@ -26,7 +26,10 @@ def show_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{target: metrics}")] = False,
 ) -> None:
-    """Print the metrics of every target in a folder of results; if there is no report, what the other files tell."""
+    """Print the metrics of every target in a folder of results.
+
+    Without a report, print the metrics that the other files contain.
+    """
     metrics = _read_metrics(folder)
     if as_json:
         print_json(metrics)

@@ -56,7 +56,10 @@ class ErrorMap:
 
 @dataclass(frozen=True)
 class SampleFigure:
-    """Sheets of the same layout, two of which lie on each other: at first the `pair`, by position."""
+    """Sheets of the same layout.
+
+    The page shows two of them on top of each other; `pair` holds the positions of the two that it shows first.
+    """
 
     sheets: tuple[Sheet, ...]
     errors: tuple[ErrorMap, ...]
@@ -124,7 +127,10 @@ def sample_figure(
 
 
 def _columns(count: int) -> int:
-    """Return the number of columns that leaves the fewest samples out of full rows, then the nearest to a square."""
+    """Return the number of columns with the fewest samples in an incomplete last row.
+
+    Of several such numbers, it is the one that is nearest to a square.
+    """
     square = math.ceil(math.sqrt(count))
     return max(
         range(square, max(square, min(count, 8)) + 1), key=lambda columns: (count // columns * columns, -columns)

@@ -24,13 +24,20 @@ def init_command(
     ] = [],  # noqa: B006
     minutes: Annotated[
         float | None,
-        typer.Option(metavar="M", min=0, help="Time in which a run should end here; a call of the model is timed."),
+        typer.Option(
+            metavar="M",
+            min=0,
+            help="Minutes in which a run should end on this machine. One call of the model is timed for this.",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File for the recipe.")] = Path("recipe.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: Annotated[bool, json_option("the facts about the model")] = False,
 ) -> None:
-    """Inspect a model without reading its weights, and write a recipe for it with the findings as comments."""
+    """Inspect a model and write a recipe for it, with the findings as comments.
+
+    Weights are read only with --minutes.
+    """
     from intaglio.exporters.starter.starter import look_at, recipe_text
 
     if not out.parent.is_dir():

@@ -51,8 +51,8 @@ class Effort:
 EFFORTS = (
     Effort(16, 8, 3, 16, None, 32),
     Effort(16, 8, 3, 16, 0, 32),
-    Effort(8, 4, 2, 8, 0, 8),
-    Effort(8, 2, 1, 4, 0, 4),
+    Effort(8, 4, 2, 16, 0, 8),
+    Effort(8, 2, 1, 8, 0, 8),
     Effort(4, None, 0, 0, 0, 2),
 )
 """From the most to the least. Updates of None are the default of `distill`."""

@@ -1,4 +1,4 @@
-"""Write a first recipe for a model, from facts that need no weights."""
+"""Write a first recipe for a model, from facts that need no weights, except the time of a call."""
 
 from __future__ import annotations
 

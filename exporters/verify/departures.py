@@ -83,8 +83,9 @@ def find_departures(
     """Return the errors of all layers in the order in which they run, and the error of the graph's output.
 
     After each layer, the simulation continues with the layer's output in the graph, so errors do not accumulate. The
-    error of a layer's input is then made between this layer and the ones before it. The error of its output is measured
-    against the simulated layer on its input in the graph. A layer with several calls is checked at its first call.
+    error of a layer's input then comes from the operators between this layer and the layers before it. The error of its
+    output is measured against the simulated layer on its input in the graph. A layer with several calls is checked at
+    its first call.
     """
     values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
     found: dict[str, Departure] = {}

@@ -66,7 +66,11 @@ class Verify(Pass):
 
     samples: int = Field(64, ge=1, description="samples drawn with each implementation, from the same noise")
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
-    layer_tolerance: float = Field(1e-4, gt=0, description="relative L2 error of a layer on the same input")
+    layer_tolerance: float = Field(
+        1e-4,
+        gt=0,
+        description="largest relative L2 error allowed between a deployed layer and its simulation on the same input",
+    )
     half_tolerance: float = Field(
         4e-3,
         gt=0,
@@ -78,7 +82,10 @@ class Verify(Pass):
         description="share of a layer's input codes that may differ by 1; one code may always, and none by more",
     )
     gap_db_tolerance: float = Field(
-        0.5, gt=0, description="largest difference of simulated and deployed PSNR in dB, less two standard errors"
+        0.5,
+        gt=0,
+        description="dB by which the PSNR of simulated and of deployed samples may differ; two standard errors are"
+        " subtracted from the difference first",
     )
     floor_db: float = Field(
         20, description="SQNR of the deployed samples, in dB, below which the run, its report and `show` warn"
@@ -164,8 +171,8 @@ class Verify(Pass):
         scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
         return (
             f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
-            f" (verify.floor_db): they are very different from those of the model: allow more in assign.budget, list"
-            f" {scheme} in sensitivity.schemes and assign.schemes, or ask for a quality by assign.budget.psnr",
+            " (verify.floor_db), so they differ much from the model's. To raise the quality, allow more in assign.budget,"
+            f" list {scheme} in sensitivity.schemes and assign.schemes, or set assign.budget.psnr",
         )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
@@ -212,10 +219,9 @@ class Verify(Pass):
         if wrong:
             name, error = wrong[0]
             problems.append(
-                f"{name}: the values that reach it inside the whole graph differ by {error:.2e} (relative L2,"
-                f" {allowed}) from the simulation, which used the graph's outputs of all layers before: the fault is"
-                " between those"
-                f" layers and {name} ({len(wrong) - 1} later places are wrong too)"
+                f"{name}: its input in the whole graph differs by {error:.2e} (relative L2, {allowed}) from the"
+                " simulation. The simulation used the graph's own outputs of all earlier layers, so the fault is in the"
+                f" operators between the earlier layers and {name}. {len(wrong) - 1} later places are wrong too"
             )
         return problems
 

@@ -23,7 +23,7 @@ from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations, work
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
 from intaglio.pipeline.formats.layer import Layer, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, Float, InputFormat, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class AssignPrecision(Pass):
             f"assign.profile: measured by {made_by}, but {target.name} is for {target.runtime}"
             for made_by in sorted({p.made_by for p in self.profile if not target.runtime.startswith(p.runtime)})
         ]
-        if self.budget.latency is not None and not devices and not self.profile:
+        if self.budget.latency is not None and not (devices or self.profile or target.kernels):
             problems.append(
                 f"assign.budget.latency: {target.name} lists no device to estimate times for: name files of"
                 " `intaglio profile` in assign.profile, or leave this budget out"
@@ -221,6 +221,11 @@ class AssignPrecision(Pass):
                     o.block,
                     on_integers=target.on_integers(o.layer.op, o.scheme),
                 )
+        if self.budget.latency is not None and "latency" not in amounts:
+            raise RecipeError(
+                f"assign.budget.latency: no times of layers are known for {target.name}: put the step `time-layers`"
+                " before assign, or name files of `intaglio profile` in assign.profile"
+            )
         names = {layer.name for layer in table.layers}
         groups = workload.same_input if workload is not None and self.same_input else ()
         together = [[name for name in group if name in names] for group in groups]
@@ -315,9 +320,17 @@ class AssignPrecision(Pass):
 
 
 def _fast(schemes: Mapping[str, LayerScheme], target: Target) -> dict[str, LayerScheme]:
-    """Leave out schemes that would make every product of the graph slower, if another one takes the same input."""
-    inputs = {scheme.input for scheme in schemes.values() if target.is_fast(scheme)}
-    return {label: s for label, s in schemes.items() if target.is_fast(s) or s.input not in inputs}
+    """Leave out each scheme whose codes would make all products of the graph slower, if a fast one can replace it.
+
+    That one has the same input format, and a weight of as many bytes.
+    """
+    fast = {_replaced_by(scheme) for scheme in schemes.values() if target.is_fast(scheme)}
+    return {label: s for label, s in schemes.items() if target.is_fast(s) or _replaced_by(s) not in fast}
+
+
+def _replaced_by(scheme: LayerScheme) -> tuple[InputFormat, float]:
+    weight = scheme.weight
+    return scheme.input, weight.bits if isinstance(weight, Float) else weight.bits_per_weight
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:

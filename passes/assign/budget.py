@@ -29,8 +29,9 @@ class Budget(BaseModel):
     psnr: float | None = Field(
         None,
         gt=0,
-        description="mean PSNR of the final samples in dB that the plan keeps; if 8-bit weights with float inputs do"
-        " not reach it, their quality, or 3 dB below their quality with channel scales if that is higher",
+        description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs do not"
+        " reach it, a lower PSNR is used: the one that they reach without channel scales, or the one that they reach"
+        " with channel scales minus 3 dB, whichever is higher",
     )
     activation: float | None = Field(
         None,

@@ -93,9 +93,10 @@ class Problem:
         return chosen
 
     def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
-        """Return the fastest plan within the limits that loses at most this, the smallest of these; None without one.
+        """Return a fast and small plan within the limits whose loss is at most `most_loss`; None if there is none.
 
-        Of all plans that take longer and are larger by the share `slack` at most, it is the one with the least loss.
+        First the shortest time is found, then the least size at about this time. Of all plans that exceed both by at
+        most the share `slack`, the one with the least loss is returned.
         """
         knapsack, time = self.knapsack, self.time
         lossy = replace(knapsack.with_cost("loss", knapsack.loss), gap=max(knapsack.gap, slack / 4))

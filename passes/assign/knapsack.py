@@ -26,9 +26,13 @@ Chosen = NDArray[np.intp]
 """Chosen option of each layer, in the order of layers (L)."""
 
 UNIT = 1000.0
-"""Scale of budgets and of the least loss in HiGHS, whose tolerances are 1e-6 absolute: they are met to 1e-9."""
+"""Factor on budgets and on the least loss for HiGHS.
+
+Its tolerances are 1e-6 absolute, so budgets are met to 1e-9 relative."""
 CORES = (300, 1000)
-"""Numbers of options, beyond one for each layer, that are tried before all promising ones."""
+"""How many options, besides one for each layer, the first two attempts use.
+
+The last attempt uses all that can be better."""
 INFEASIBLE = 2
 """Status of `milp` and `linprog` for a problem without a solution."""
 

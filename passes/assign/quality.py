@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 SLACK = 0.02
-"""Share of time, and of bytes, that is given for less loss."""
+"""A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
 SLACK_BELOW = 0.1
-"""Share of time, and of bytes, that is given for less loss if the wanted quality is not reached."""
+"""The same share, if the wanted quality is not reached."""
 ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
@@ -38,7 +38,7 @@ REST_DB = 3.0
 """Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
 BATCH = 4
 """Samples that are drawn at once."""
-FEWER = 2
+FEWER = 1
 """Batches that are drawn with a layer alone."""
 
 
@@ -80,9 +80,10 @@ class _Tried(NamedTuple):
 def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> Choice:
     """Return the fastest plan with the wanted quality within the limits.
 
-    If no plan has this quality, it is the plan with the least loss. Samples are drawn with each plan. If they are worse
-    than predicted, they are drawn with the layers of largest predicted loss alone as well, which corrects the losses;
-    the remaining ratio of measured to predicted error multiplies the next prediction.
+    If no plan has this quality, the plan with the least loss is returned. Samples are drawn with each plan. If they are
+    worse than predicted, samples are also drawn with single layers rounded, those of largest predicted loss, and the
+    losses of these layers are corrected. The ratio of measured to predicted error that remains is a factor on the next
+    prediction.
     """
     drawing = _Drawing.of(table, aim.drawn, state, ctx)
     wanted = _wanted(problem, table, aim, drawing, ctx)
@@ -131,9 +132,10 @@ class _Wanted(NamedTuple):
 
 
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
-    """Return what to look for: at most what 8-bit weights with float inputs reach.
+    """Return the quality to look for: the wanted one, or a lower one that 8-bit weights with float inputs reach.
 
-    That is their quality in the basis that layers have, or REST_DB below that in the best bases, if this is higher.
+    The lower one is their quality without other bases, or their quality in the best bases minus REST_DB, whichever is
+    higher.
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
@@ -143,7 +145,7 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
     if reach_db >= aim.psnr_db:
         return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
     ctx.log.info(
-        "8-bit weights with float inputs reach %.1f dB: the plan keeps %.1f dB, not %.1f",
+        "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of %.1f dB",
         max(plain.psnr_db, best.psnr_db),
         reach_db,
         aim.psnr_db,

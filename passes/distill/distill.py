@@ -29,10 +29,10 @@ class Distill(DistillOptions, Pass):
     """Train the rounded weights Q(W0 + B A; s) and their scales on the guided output, along teacher trajectories.
 
     This is QALoRA (EfficientDM section 3.2). The learning rate of a layer's adapter is proportional to its mean weight
-    scale (section 3.3; as a rate, because Adam cancels a constant factor on the gradient). Inputs with one scale per
-    step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section 3.4). Each kind of tensor has its own
-    learning rate, relative to its size at the start, in place of LSQ's factor on the gradient of scales, which Adam
-    cancels too. The relative error of each step is weighted by its effect on the samples (`weighting`).
+    scale. Inputs with one scale per step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section
+    3.4). Each kind of tensor has its own learning rate, relative to its size at the start. EfficientDM multiplies the
+    gradient by the scale (section 3.3), and LSQ also multiplies gradients of scales by a factor. Adam cancels constant
+    factors on a gradient, so both are applied to the learning rate here. The relative error of each step is weighted by its effect on the samples (`weighting`).
 
     At the start and at up to four checks during the updates, the model draws samples from noise that no update is
     trained on. The state whose samples are nearest to those of full precision is kept; the start is one of these
@@ -40,8 +40,8 @@ class Distill(DistillOptions, Pass):
     held out, each block keeps the state with the least output error on it, and the end is kept if its drawn samples are
     better than those of the start.
 
-    Drawing costs 6 x drawn x steps calls of the denoiser for one sample, the updates cost 3 x samples x updates: 17 %
-    of the updates' time with the default options and 20 steps.
+    In calls with one sample, drawing takes 6 x drawn x steps and the updates take 3 x samples x updates. With the
+    default options and 20 steps, drawing takes 17 % as many calls as the updates.
     """
 
     name: ClassVar[str] = "distill"
@@ -115,7 +115,9 @@ def train_blocks(task: Task, samples: DrawnSamples) -> Trained:
 
     parts = {b: {n: m for n, m in task.layers.items() if n.startswith(f"{b}.")} for b in task.blocks}
     if not any(parts.values()):
-        raise RecipeError("distill: the model has no lists of blocks with quantized layers: use scope model")
+        raise RecipeError(
+            "distill: the model has no lists of blocks with quantized layers: set distill.scope to `model`"
+        )
     loss: list[float] = []
     trainers: list[Trainer] = []
     before = samples.error()

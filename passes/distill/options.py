@@ -29,13 +29,13 @@ class DistillOptions(BaseModel):
     )
     start: Literal["round", "gptq"] = Field(
         "round",
-        description="codes to start from: those with the least error of the weight (round) or of the layer's output"
-        " (gptq)",
+        description="codes to start from: those with the least error of the weight (round) or, for weights of at most 4"
+        " bits, of the layer's output (gptq)",
     )
     base: Literal["float", "grid"] = Field(
         "float",
-        description="weight that the adapters are added to: the float weight (float), or the rounded weight (grid),"
-        " with which codes change only if the adapters are large",
+        description="weight that the adapters are added to: the float weight (float) or the rounded weight (grid)."
+        " With grid, a code changes only if the adapters add more than half a scale",
     )
     rollout: float = Field(
         0.0, ge=0, le=1, description="share of updates on states that the quantized model reached by itself"

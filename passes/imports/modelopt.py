@@ -67,8 +67,8 @@ NOT_A_MODEL = (
 class ImportModelopt(ImportPass):
     """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
-    Codes are equal to the bit, scales to a rounding of float32; an input with one scale has it at every timestep. The
-    file is read without running anything from it. A layer that cannot be imported exactly is an error that names it. So
+    Codes are exactly those of the file. Scales differ by one rounding of float32 at most. An input with one scale has
+    this scale at every timestep. The file is read without running anything from it. A layer that cannot be imported exactly is an error that names it. So
     is a weight outside the quantized layers that differs from the recipe's model, because the float graph is made from
     that model.
     """
@@ -324,7 +324,7 @@ def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
             f"blocks {shown(dict(blocks))} of a weight {layer.shape}: only of a linear layer, along its input"
         )
     if layer.k % size:
-        raise NotCarried(f"blocks of {shown(size)} of {layer.k} in features: only those that fill them")
+        raise NotCarried(f"blocks of {shown(size)} weights do not divide the {layer.k} input features of the layer")
     return size
 
 
@@ -332,7 +332,9 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> ImportedInput:
     """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
     bits, how = _bits("input", quantizer), quantizer.how
     if how.narrow:
-        raise NotCarried("an input with narrow_range: its smallest code would be another")
+        raise NotCarried(
+            "an input with narrow_range, whose smallest code is -127: only inputs with the code -128 can be imported"
+        )
     blocks = {key: size for key, size in (how.blocks or {}).items() if key != "type"}
     by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}
     match bits:

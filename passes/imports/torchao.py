@@ -74,7 +74,7 @@ def _weight(kind: object, facts: Mapping[str, Any], parts: Mapping[str, torch.Te
     except DAMAGE as error:
         raise NotCarried(f"facts that torchao does not write: {printable(repr(error))[:200]}") from error
     if "act_pre_scale" in parts:
-        raise NotCarried("act_pre_scale: what its input is multiplied by is not carried over")
+        raise NotCarried("act_pre_scale: factors on the input of a layer cannot be imported")
     check_symmetric(parts.get("zero_point"), scale, "weights")
     return checked(layer, bits, codes, scale, block, entering)
 

@@ -37,7 +37,10 @@ def sums(by_call: Sequence[float], buckets: tuple[tuple[int, int], ...]) -> tupl
 def bucket_weights(
     sampler: Sampler, buckets: tuple[tuple[int, int], ...], samples: int, ctx: Context
 ) -> tuple[float, ...]:
-    """Return the squared error of final samples per relative squared error of outputs, from noise in each bucket."""
+    """Add noise to the outputs of each bucket in turn, and return its effect on the final samples.
+
+    That is the squared error of the final samples, divided by the relative squared size of the noise.
+    """
     denoise = denoise_with(sampler.model.module, sampler.model)
     start = sampler.start(samples, ctx.torch_rng("start"))
 

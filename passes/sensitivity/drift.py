@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 OUTPUTS_DB = 20
-"""Error of a PSNR that is predicted from output errors, in dB: for some layers it is that much too high.
+"""A PSNR that is predicted from output errors can be too high by this many dB.
 
-If nothing better is known, the limit below which samples are drawn is raised by it."""
+So the limit below which samples are drawn is raised by it, if no errors were predicted along whole trajectories."""
 
 
 @dataclass(frozen=True)

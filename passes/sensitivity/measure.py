@@ -111,8 +111,8 @@ class MeasureSensitivity(Pass):
     agree: float = Field(
         3.0,
         gt=1,
-        description="all schemes of a layer are measured if its ratio of measured to predicted error differs from the"
-        " scheme's median ratio by more than this factor",
+        description="largest factor by which the ratio of measured to predicted error of a layer in a scheme may differ"
+        " from the median ratio of that scheme; beyond it, all schemes of the layer are measured",
     )
     apart: Literal["no", "screened", "measured"] = Field(
         "no",
@@ -128,7 +128,9 @@ class MeasureSensitivity(Pass):
     )
     frame_axis: int = Field(2, ge=1, le=2, description="axis of the frames in samples of five axes")
     drift_below_db: float = Field(
-        20, description="layers whose predicted PSNR of the samples is below this are measured on whole trajectories"
+        20,
+        description="layers whose predicted PSNR of the samples is below this are measured on whole trajectories; 20 dB"
+        " more if samples is 0, or if the sampler gives no gradient",
     )
     drift_samples: int = Field(4, ge=1, description="samples that are drawn to measure a layer on whole trajectories")
     groups: tuple[int, ...] = Field(GROUPS, description="group sizes of 4-bit weights, the preferred first")
@@ -295,7 +297,10 @@ class MeasureSensitivity(Pass):
                     progress.get(str(sample), partial(predict, sample))
                     advance(processes.count)
         except RuntimeError as e:
-            ctx.log.warning("no gradient through this sampler (%s): samples are predicted from outputs", e)
+            ctx.log.warning(
+                "this sampler gives no gradient (%s): the errors of samples are predicted from the errors of single calls",
+                e,
+            )
         done = progress.gathered()
         found = [done[str(sample)] for sample in range(self.samples) if str(sample) in done]
         if not found or len(found) < self.samples:

@@ -14,8 +14,8 @@ from intaglio.pipeline.files import read_typed, write_typed
 class LayerTimes:
     """Seconds of one call of a layer with the rows of one sample, on the machine that measured it.
 
-    `seconds` has them by the names of the layer and the scheme, `float` among these. `element_s` is the time in which
-    one number of an input is multiplied by the scale of its channel.
+    `seconds[layer][scheme]` is this time; `float` is one of the schemes. `element_s` is the time in which one number of
+    an input is multiplied by the scale of its channel.
     """
 
     seconds: Mapping[str, Mapping[str, float]]

@@ -54,8 +54,8 @@ def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
 class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Every layer is named: no default.
 
-    `balances` holds the basis of each layer that is rounded in another basis of its input; every scheme but float may
-    have one. `branches` holds the low-rank part of the weight that stays in float, for layers that have such a part.
+    `balances` holds a basis for each layer whose input is scaled or rotated, and which is rounded in this basis. Layers
+    in float have none. `branches` holds the low-rank part of the weight that stays in float, for layers that have such a part.
     `reasons` says why a layer can only stay in float.
     """
 

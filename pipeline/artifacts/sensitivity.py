@@ -48,8 +48,8 @@ class Sensitivity(_Table):
 
     `schemes` has the measured schemes by layer and label. The label of a scheme is its name, with the name of a basis
     if the layer was rounded in another basis: `in_basis[layer][label]` is that name, and `bases[basis][layer]` the
-    basis. The empty name is for bases that layers had before. Layers in a set of `same_basis` read the same input, and
-    take the same basis.
+    basis. The empty name stands for the basis that a layer already had in the plan before this step; most layers had
+    none. Layers in a set of `same_basis` read the same input, and take the same basis.
 
     `buckets` are (first step, step past the last) ranges of the trajectory. Float has error zero and is listed too.
     `weights[bucket]` is the mean squared error that the final samples would have if the outputs of the bucket had a
@@ -96,9 +96,9 @@ class Sensitivity(_Table):
     def total(self, layer: str, scheme: str) -> float:
         """Return the mean squared error of the final samples times f, which the metric of the layer's group gives.
 
-        f = c (sum d r) / (sum d), r = m / e, summed over the layer's schemes: d is the error of the samples, e what the
-        mean squared error of outputs predicts of it, m the same sum over buckets of the metric's errors. With c, the
-        sum of the group's errors does not change. A metric ranks layers, while the squared error chooses among a
+        f = c (sum d r) / (sum d), with r = m / e. The sums are over the layer's schemes. For each scheme, d is the
+        error of the samples, e is the prediction of d from the squared errors of the outputs, and m is the same
+        weighted sum of the metric's errors. The constant c keeps the sum of the group's errors as it was. A metric ranks layers, while the squared error chooses among a
         layer's schemes.
         """
         return self.error_of_samples(layer, scheme) * self._factors.get(layer, 1.0)

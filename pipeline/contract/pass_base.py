@@ -53,7 +53,9 @@ class Pass(BaseModel, ABC):
     random: ClassVar[bool] = False
     """True if the pass uses ctx.rng or ctx.torch_rng; then the seed is part of the cache key."""
     shared: ClassVar[bool] = False
-    """True if every process of a run computes its share (`ctx.processes`) and returns the whole outputs."""
+    """True if several processes can run the step together.
+
+    Each computes its share (`ctx.processes`), and all return the same, complete outputs."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions are part of the cache key."""
 

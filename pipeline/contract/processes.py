@@ -22,7 +22,10 @@ PATIENCE = timedelta(days=7)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others. All processes call every method, except properties, in the same order."""
+    """One of the processes that share a run.
+
+    All of them must call the same methods in the same order; properties can be read at any time.
+    """
 
     index: int = 0
     count: int = 1

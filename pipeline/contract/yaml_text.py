@@ -86,7 +86,7 @@ class _Values:
             return self._scalar(node, tag, place)
         if tag == "timestamp":
             raise self._error("a date instead of text: put it in quotes", node, place)
-        problem = f"the tag {printable(node.tag)[:80]} is not read: write text, numbers, lists, names"
+        problem = f"the tag {printable(node.tag)[:80]} is not read: write plain text, numbers, lists or mappings"
         raise self._error(problem, node, place)
 
     def _mapping(self, node: yaml.MappingNode, place: tuple[str, ...]) -> dict[str, object]:

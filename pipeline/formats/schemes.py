@@ -157,7 +157,9 @@ W8A16 = LayerScheme(weight=IntWeight(bits=8, granularity=PerChannel()), input=Fl
 W7A8_TOKEN = LayerScheme(weight=IntWeight(bits=7, granularity=PerChannel()), input=IntInput(granularity=PerToken()))
 W7A8_STEP = LayerScheme(weight=IntWeight(bits=7, granularity=PerChannel()), input=IntInput(granularity=PerStep()))
 FEW_BITS = 4
-"""Most bits of a weight that loses visibly by rounding to the nearest code, so that a better rounding is looked for."""
+"""Largest number of bits of weights that lose visible quality when they are rounded to the nearest code.
+
+For these weights, passes look for a better rounding."""
 
 
 def with_output(scheme: LayerScheme) -> LayerScheme:

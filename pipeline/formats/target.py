@@ -94,9 +94,8 @@ class Limits(BaseModel):
         False, description="the runtime multiplies by 1 / scale, rounded to the scale's type, when it quantizes"
     )
     codes_only_dequantized: bool = Field(
-        description="the graph must not have another operator than DequantizeLinear that reads constant"
-        " codes, such as Reshape,"
-        " Transpose or Cast"
+        description="DequantizeLinear must be the only operator that reads constant codes: no Reshape, Transpose or Cast"
+        " may read them"
     )
     moves_codes: bool = Field(
         True, description="the graph may have operators between QuantizeLinear and DequantizeLinear"
@@ -183,8 +182,8 @@ class Target(BaseModel):
     )
     fast_code: int | None = Field(
         127,
-        description="largest code of 8-bit weights that its fast kernels multiply exactly: one larger code in a graph"
-        " makes all of its products slower; None: it depends on the CPU",
+        description="largest code of 8-bit weights that the fast kernels multiply exactly; a graph with one larger code"
+        " takes slower kernels for all its products. None if it depends on the CPU",
     )
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
@@ -196,7 +195,7 @@ class Target(BaseModel):
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))
 
     def is_fast(self, scheme: LayerScheme) -> bool:
-        """Return True if the codes of the scheme's weight enter no product, or a fast one."""
+        """Return True if the product is in float, or if the fast kernels multiply the codes of this weight exactly."""
         weight = scheme.weight
         if isinstance(weight, Float) or isinstance(scheme.input, Float) or self.fast_code is None:
             return True

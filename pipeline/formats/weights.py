@@ -53,11 +53,8 @@ class RoundedWeight(Value, ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of each weight as files store it, with its share of the group scale, without the channel scale.
-
-        A format whose `pack` stores one byte for each code has 8, however few values its codes have.
-        """
-        return 8.0
+        """Bits of each weight as `pack` stores it, with its share of the group scale, without the channel scale."""
+        return float(self.bits)
 
     @property
     def scales(self) -> str:
@@ -163,7 +160,7 @@ class IntWeight(RoundedWeight):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of each weight as files store it, with its share of the group scale (float32; int8 in two levels).
+        """Bits of each weight as `pack` stores it, with its share of the group scale (float32; int8 in two levels).
 
         >>> [IntWeight(bits=4, granularity=each(size=64)).bits_per_weight for each in (PerGroup, TwoLevel)]
         [4.5, 4.125]

@@ -94,8 +94,8 @@ def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> t
     """Return g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
 
     >>> codes, grid = torch.full((1, 32), -8, dtype=torch.int8), Grid(-8, 7, group_size=16)
-    >>> eight_bit_codes(codes, torch.tensor([[2.0, 15.0]]), grid)[0, 15:17].tolist()
-    [-16, -120]
+    >>> eight_bit_codes(codes, torch.tensor([[2.0, 8.0]]), grid)[0, 15:17].tolist()
+    [-16, -64]
     """
     return (groups(q_NK, grid) * group_integers(group_NG).unsqueeze(-1)).reshape(q_NK.shape)
 

@@ -85,7 +85,9 @@ def graph_session(
         needed = found.keys() if end == "inputs" else set()
         if wrong := sorted(n for n in described.keys() | needed if not _alike(described.get(n), found.get(n))):
             file = printable(graph.path.with_name("graph.json"))
-            raise RecipeError(f"{file}: {end}: is not of the model.onnx beside it: {', '.join(map(printable, wrong))}")
+            raise RecipeError(
+                f"{file}: its {end} are not those of the model.onnx beside it: {', '.join(map(printable, wrong))}"
+            )
     return session
 
 
@@ -161,8 +163,8 @@ _MMAP_THRESHOLD = -3
 def kernels_for(model: Path | bytes, data: Path | None = None) -> Mapping[str, str]:
     """Return settings of the first kernels that multiply a graph exactly on this CPU; `data` as in `open_session`.
 
-    The weights are looked at only where kernels are exact for small codes and not for all. Raises TargetError if none
-    is exact.
+    The codes are read only on CPUs whose first kernels are exact for small codes, but not for all codes. Raises
+    TargetError if none is exact.
     """
     settings = exact_kernels()
     if settings == exact_kernels(SMALL_CODE):

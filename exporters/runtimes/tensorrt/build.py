@@ -96,7 +96,9 @@ class BuildTensorRT(Pass):
         plan, log = self._build(trt, graph.path, profile, target)
         layers = read_layers(log)
         if not layers:
-            raise StepFailed(f"{target.runtime} {trt.__version__} lists no layers: no telling what the engine executes")
+            raise StepFailed(
+                f"{target.runtime} {trt.__version__} lists no layers, so it is not known what the engine executes"
+            )
         if hazards := find_hazards(layers):
             raise TargetError(*hazards)
         integer, floating = count_products(layers, products)

@@ -155,4 +155,4 @@ def test_samples_from_another_start_are_said_not_to_pair(tmp_path: Path, store: 
     assert diff(folder, other, "--store", store.root, "--out", "diff.html").exit_code == 0
     samples = Page((tmp_path / "diff.html").read_text("utf-8")).text("samples-1")
     assert "4 samples of each" in samples
-    assert "Full precision differs" in samples
+    assert "The full-precision samples differ" in samples

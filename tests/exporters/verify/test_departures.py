@@ -139,7 +139,7 @@ def test_a_right_graph_in_half_precision_stays_within_its_roundings(in_half):
     ("fault", "message"),
     [
         (spoilt_weight, rf"{BLOCK}.ff.net.2: relative L2 error .* inside the whole graph, compared"),
-        (missing_activation, rf"{BLOCK}.ff.net.2: the values that reach it inside the whole graph differ by 8.9\de-01"),
+        (missing_activation, rf"{BLOCK}.ff.net.2: its input in the whole graph differs by 8.9\de-01"),
     ],
 )
 def test_faults_are_named_in_half_precision_too(in_half, fault, message, tmp_path):
@@ -206,9 +206,9 @@ def test_a_value_of_another_shape_has_departed_without_end(compiled):
         ),
         (
             missing_activation,
-            rf"{BLOCK}.ff.net.2: the values that reach it inside the whole graph differ by 8.9\de-01",
+            rf"{BLOCK}.ff.net.2: its input in the whole graph differs by 8.9\de-01",
         ),
-        (negated_output, r"the output: the values that reach it inside the whole graph differ by 2.00e\+00"),
+        (negated_output, r"the output: its input in the whole graph differs by 2.00e\+00"),
     ],
 )
 def test_verify_names_the_place_on_request(compiled, fault, message, tmp_path):

@@ -107,8 +107,12 @@ def test_budgets_that_cannot_be_met_together_say_the_least_common_factor(limits,
 def test_a_latency_budget_needs_a_device_or_a_profile(tmp_path):
     step = AssignPrecision(budget=Budget(latency=0.5))
     step.check(RTX)
+    cpu = load_target("onnxruntime-cpu")
     with pytest.raises(TargetError, match="onnxruntime-cpu lists no device to estimate times for"):
-        step.check(load_target("onnxruntime-cpu"))
+        step.check(cpu.model_copy(update={"kernels": ()}))
+    step.check(cpu)  # time-layers can time its layers
+    with pytest.raises(RecipeError, match=r"budget\.latency: no times of layers are known for onnxruntime-cpu"):
+        run_pass(step, given(*ERRORS) | {TARGET: cpu}, tmp_path / "untimed")
     with pytest.raises(TargetError, match=r"tensorrt-rtx has no 'rtx-4080': did you mean 'rtx-4090'\?"):
         AssignPrecision(device="rtx-4080").check(RTX)
     artifacts = given(*ERRORS)

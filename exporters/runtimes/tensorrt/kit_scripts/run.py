@@ -62,7 +62,7 @@ class Execution:
             )
         context = engine.create_execution_context()
         if context is None:
-            raise RunError(f"no memory to run the engine in: {' '.join(errors) or 'it gives no reason'}")
+            raise RunError(f"not enough GPU memory to run the engine: {' '.join(errors) or 'it gives no reason'}")
         self._engine, self._context, self._errors = engine, context, errors
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
