@@ -69,8 +69,8 @@ class Calibrate(Pass):
         check_inputs(sampler)
         if ctx.processes.count > self.samples:
             raise RecipeError(
-                f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer processes, or raise"
-                " calibrate.samples"
+                f"calibrate: {ctx.processes.count} processes share {self.samples} samples: use fewer processes, or"
+                " raise calibrate.samples"
             )
         layers = {layer.name: layer for layer in layer_table(model.module)}
         denoise = on_device(denoise_with(model.module.to(ctx.device), model), ctx.device)

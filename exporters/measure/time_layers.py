@@ -48,8 +48,8 @@ class TimeLayers(Pass):
 
     schemes: tuple[SchemeName, ...] | Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         USUAL_SCHEMES,
-        description="schemes to time, one list or one for each kind of layer; schemes that a layer's shape does not admit"
-        " are skipped",
+        description="schemes to time, one list or one for each kind of layer; schemes that a layer's shape does not"
+        " admit are skipped",
     )
     rounds: int = Field(5, ge=1, description="calls of each graph, after one that is not counted")
 

@@ -171,8 +171,8 @@ class Verify(Pass):
         scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
         return (
             f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
-            " (verify.floor_db), so they differ much from the model's. To raise the quality, allow more in assign.budget,"
-            f" list {scheme} in sensitivity.schemes and assign.schemes, or set assign.budget.psnr",
+            " (verify.floor_db), so they differ much from the model's. To raise the quality, allow more in"
+            f" assign.budget, list {scheme} in sensitivity.schemes and assign.schemes, or set assign.budget.psnr",
         )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:
@@ -218,8 +218,9 @@ class Verify(Pass):
         wrong = [(name, error) for name, error in reached.items() if not error <= tolerance]
         if wrong:
             name, error = wrong[0]
+            place = "its value" if name == "the output" else "its input"
             problems.append(
-                f"{name}: its input in the whole graph differs by {error:.2e} (relative L2, {allowed}) from the"
+                f"{name}: {place} in the whole graph differs by {error:.2e} (relative L2, {allowed}) from the"
                 " simulation. The simulation used the graph's own outputs of all earlier layers, so the fault is in the"
                 f" operators between the earlier layers and {name}. {len(wrong) - 1} later places are wrong too"
             )

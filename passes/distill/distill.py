@@ -32,7 +32,8 @@ class Distill(DistillOptions, Pass):
     scale. Inputs with one scale per step, and 4-bit inputs, learn one scale and one shift per step (TALSQ, section
     3.4). Each kind of tensor has its own learning rate, relative to its size at the start. EfficientDM multiplies the
     gradient by the scale (section 3.3), and LSQ also multiplies gradients of scales by a factor. Adam cancels constant
-    factors on a gradient, so both are applied to the learning rate here. The relative error of each step is weighted by its effect on the samples (`weighting`).
+    factors on a gradient, so learning rates take the place of both here. The relative error of each step is weighted by
+    its effect on the samples (`weighting`).
 
     At the start and at up to four checks during the updates, the model draws samples from noise that no update is
     trained on. The state whose samples are nearest to those of full precision is kept; the start is one of these

@@ -268,9 +268,9 @@ def layer_data(
         case 4, ImportedInput():
             if not (scale_NG == scale_NG[:, :1]).all():
                 raise NotCarried(
-                    "4-bit weights with a float scale for each block cannot be multiplied by a rounded input: an integer"
-                    " product needs one float scale for each row, and integers for the groups. Leave the input in"
-                    " float, use one scale for each output channel, or let `distill` round the weights"
+                    "4-bit weights with a float scale for each block cannot be multiplied by a rounded input: an"
+                    " integer product needs one float scale for each row, and integers for the groups. Leave the input"
+                    " in float, use one scale for each output channel, or let `distill` round the weights"
                 )
             group, scale_NG = _group(layer, scale_NG), scale_NG[:, :1]
             group_NG = torch.ones(layer.n, layer.k // group, dtype=torch.int8)

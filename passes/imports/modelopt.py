@@ -68,9 +68,9 @@ class ImportModelopt(ImportPass):
     """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
     Codes are exactly those of the file. Scales differ by one rounding of float32 at most. An input with one scale has
-    this scale at every timestep. The file is read without running anything from it. A layer that cannot be imported exactly is an error that names it. So
-    is a weight outside the quantized layers that differs from the recipe's model, because the float graph is made from
-    that model.
+    this scale at every timestep. The file is read without running anything from it. A layer that cannot be imported
+    exactly is an error that names it. So is a weight outside the quantized layers that differs from the recipe's model,
+    because the float graph is made from that model.
     """
 
     name: ClassVar[str] = "import-modelopt"
@@ -333,7 +333,8 @@ def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> ImportedInput:
     bits, how = _bits("input", quantizer), quantizer.how
     if how.narrow:
         raise NotCarried(
-            "an input with narrow_range, whose smallest code is -127: only inputs with the code -128 can be imported"
+            "an input with narrow_range, which leaves out the smallest code (-128 in 8 bits): only inputs that have"
+            " this code can be imported"
         )
     blocks = {key: size for key, size in (how.blocks or {}).items() if key != "type"}
     by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}

@@ -42,9 +42,9 @@ def products_of(rounded: RoundedLayers, name: str, forms: Mapping[str, Form], ca
     """Return g^T (rounded(x) - y), by the label of the form, where g is the gradient by the layer's output.
 
     W' x' - W x = (W' - W) x + W (x' - x) + (W' - W) (x' - x). The first is the product of W' - W with the gradient by
-    the weight, the second that of x' - x with the gradient by the input, and the third is left out,
-    because it is a product of two rounding errors. So one product, for the gradient by the weight, is
-    enough for any number of forms; each weight, input and output format adds passes over its numbers alone.
+    the weight, the second that of x' - x with the gradient by the input, and the third is left out, because it
+    is a product of two rounding errors. So one product, for the gradient by the weight, is enough for any number of
+    forms; each weight, input and output format adds passes over its numbers alone.
     """
     parts = _Parts(rounded, name, call)
     return {label: parts.product(form) for label, form in forms.items()}

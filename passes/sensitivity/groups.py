@@ -36,7 +36,8 @@ def layer_groups(
     Content layers read conditions alone, such as the keys and values of cross-attention: their input changes in the
     call with other `conditions`, and is equal, bit for bit, in the call with other `noise`. Apart from the
     conditions or the noise, both calls have the inputs of the call `plain`. Temporal layers read tokens along the
-    frames of one place (see `_along_frames`). `frames` has the rows of the call, and the frames of a row; None if samples have no frames.
+    frames of one place (see `_along_frames`). `frames` has the rows of the call, and the frames of a row; None if
+    samples have no frames.
     """
     seen = {what: _seen(module, partial(denoise, inputs), layers) for what, inputs in calls.items()}
 

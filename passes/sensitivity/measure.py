@@ -298,7 +298,8 @@ class MeasureSensitivity(Pass):
                     advance(processes.count)
         except RuntimeError as e:
             ctx.log.warning(
-                "this sampler gives no gradient (%s): the errors of samples are predicted from the errors of single calls",
+                "this sampler gives no gradient (%s): the errors of samples are predicted from the errors of single"
+                " calls",
                 e,
             )
         done = progress.gathered()

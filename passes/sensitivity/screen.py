@@ -69,10 +69,10 @@ class Screen:
 
         The first result has it by layer and label: |sum_t J_t d_t|^2, J_t = d samples / d y at step t. The errors of a
         rounded weight at all steps are added. The steps after an error change it, which J_t includes. There is one
-        direction only: a further sample tells more than a further direction. On the way back, calls are computed again, one at a time.
-        The second result has one number for each call: the mean squared error of the samples that white noise in the
-        call's output causes, divided by the noise's relative squared magnitude: |J_t|^2 in the same direction.
-        Raises RuntimeError if no gradient passes through the scheduler.
+        direction only: a further sample tells more than a further direction. On the way back, calls are computed again,
+        one at a time. The second result has one number for each call: the mean squared error of the samples that white
+        noise in the call's output causes, divided by the noise's relative squared magnitude: |J_t|^2 in the same
+        direction. Raises RuntimeError if no gradient passes through the scheduler.
         """
         calls: list[tuple[Inputs, torch.Tensor]] = []
 

@@ -81,10 +81,9 @@ class Graph(_GraphFacts, _File):
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
 
     `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
-    can be compared alone. `timesteps[i]` is the timestep that the value i of the input `step` stands for; `timesteps` is
-    empty where there is no such input.
-    `timestep` is the name of the timestep input; None if the model has none. `sizes` gives, for each dynamic axis
-    except the batch, its size in the recorded call and at the model's other size.
+    can be compared alone. `timesteps[i]` is the timestep that the value i of the input `step` stands for; `timesteps`
+    is empty where there is no such input. `timestep` is the name of the timestep input; None if the model has none.
+    `sizes` gives, for each dynamic axis except the batch, its size in the recorded call and at the model's other size.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
     """

@@ -55,8 +55,8 @@ class QuantPlan:
     """One scheme for every quantizable layer, by its name in the model. Every layer is named: no default.
 
     `balances` holds a basis for each layer whose input is scaled or rotated, and which is rounded in this basis. Layers
-    in float have none. `branches` holds the low-rank part of the weight that stays in float, for layers that have such a part.
-    `reasons` says why a layer can only stay in float.
+    in float have none. `branches` holds the low-rank part of the weight that stays in float, for layers that have such
+    a part. `reasons` says why a layer can only stay in float.
     """
 
     layers: tuple[Layer, ...]

@@ -98,8 +98,8 @@ class Sensitivity(_Table):
 
         f = c (sum d r) / (sum d), with r = m / e. The sums are over the layer's schemes. For each scheme, d is the
         error of the samples, e is the prediction of d from the squared errors of the outputs, and m is the same
-        weighted sum of the metric's errors. The constant c keeps the sum of the group's errors as it was. A metric ranks layers, while the squared error chooses among a
-        layer's schemes.
+        weighted sum of the metric's errors. The constant c keeps the sum of the group's errors as it was. A metric
+        ranks layers, while the squared error chooses among a layer's schemes.
         """
         return self.error_of_samples(layer, scheme) * self._factors.get(layer, 1.0)
 

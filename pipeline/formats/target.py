@@ -94,8 +94,8 @@ class Limits(BaseModel):
         False, description="the runtime multiplies by 1 / scale, rounded to the scale's type, when it quantizes"
     )
     codes_only_dequantized: bool = Field(
-        description="DequantizeLinear must be the only operator that reads constant codes: no Reshape, Transpose or Cast"
-        " may read them"
+        description="DequantizeLinear must be the only operator that reads constant codes: no Reshape, Transpose or"
+        " Cast may read them"
     )
     moves_codes: bool = Field(
         True, description="the graph may have operators between QuantizeLinear and DequantizeLinear"
@@ -195,7 +195,10 @@ class Target(BaseModel):
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))
 
     def is_fast(self, scheme: LayerScheme) -> bool:
-        """Return True if the product is in float, or if the fast kernels multiply the codes of this weight exactly."""
+        """Return True if the product is in float, or if the fast kernels multiply the codes of this weight exactly.
+
+        It is also True if this depends on the CPU.
+        """
         weight = scheme.weight
         if isinstance(weight, Float) or isinstance(scheme.input, Float) or self.fast_code is None:
             return True

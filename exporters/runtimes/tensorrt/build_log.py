@@ -81,9 +81,9 @@ def count_products(layers: Sequence[Layer], products: Collection[str]) -> tuple[
 def find_hazards(layers: Sequence[Layer]) -> tuple[str, ...]:
     """Return integer products that TensorRT-RTX builds without a warning and computes wrongly.
 
-    It sometimes applies the scales after the product (constant `folded_matmul`). The sum is then written without scales,
-    and overflows in FP16 beyond 65504. If the constant is narrower than the product, the scales of all blocks except one
-    are lost.
+    It sometimes applies the scales after the product (constant `folded_matmul`). The sum is then written without
+    scales, and overflows in FP16 beyond 65504. If the constant is narrower than the product, the scales of all blocks
+    except one are lost.
     """
     sums = {out.name: layer for layer in layers if layer.multiplies_integers for out in layer.outputs}
     problems = []

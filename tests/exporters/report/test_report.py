@@ -449,8 +449,8 @@ def test_a_look_into_the_whole_graph_is_reported(made):
     departures = {"a": Departure(2e-7, 3.1e-6), "b": Departure(5.2e-7, 1e-6)}
     made[VERIFICATION] = replace(made[VERIFICATION], departures=departures)
     parity = Page(write(made).html).text("parity")
-    assert "compared with its simulation on the same input, a layer's error is at most 3.1×10⁻⁶" in parity
-    assert "from correct layers at most 5.2×10⁻⁷" in parity
+    assert "compared with its simulation on the same input, is at most 3.1×10⁻⁶" in parity
+    assert "if all layers before it are taken as correct, is at most 5.2×10⁻⁷" in parity
 
 
 def test_tables_hold_every_layer_input_fact_and_metric(made):

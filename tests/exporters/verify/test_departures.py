@@ -208,7 +208,7 @@ def test_a_value_of_another_shape_has_departed_without_end(compiled):
             missing_activation,
             rf"{BLOCK}.ff.net.2: its input in the whole graph differs by 8.9\de-01",
         ),
-        (negated_output, r"the output: its input in the whole graph differs by 2.00e\+00"),
+        (negated_output, r"the output: its value in the whole graph differs by 2.00e\+00"),
     ],
 )
 def test_verify_names_the_place_on_request(compiled, fault, message, tmp_path):
