@@ -30,7 +30,7 @@ UNIT = 1000.0
 
 Its tolerances are 1e-6 absolute, so budgets are met to 1e-9 relative."""
 CORES = (300, 1000)
-"""How many options, besides one for each layer, the first two attempts use.
+"""Numbers of options, besides one for each layer, that the first two attempts use.
 
 The last attempt uses all that can be better."""
 INFEASIBLE = 2

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
-A_FORM = 0.3
-"""Time in which a layer's rounding in one more form is predicted, relative to a call of the layer."""
 DRAWN = 0.05
 """For the time estimate: share of layers for which samples are drawn in a 4-bit scheme, as measured on emoji-dit."""
 Group = Literal["visual", "content", "temporal"]
@@ -171,13 +169,12 @@ class MeasureSensitivity(Pass):
         forms = forms_of({form.label: form for form in every}, parts=self.apart != "no")
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
-        products = 2 + A_FORM * len(forms)  # gradients by inputs and weights
-        screening = (1 + self.probes * products) if self.probes else 0
+        screening = (1 + 2 * self.probes) if self.probes else 0  # gradients by inputs and by weights
         # the 2: the whole model is called, and all blocks are recorded
         a_bucket = screening + 2 + share * measured * model.from_layer
         drawn = DRAWN * sum(known_schemes()[name].weight_bits <= FEW_BITS for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
-        along = (2 + products) * one * self.samples
+        along = (2 + 2) * one * self.samples
         found = self._rows_for_bases(model) if self.bases else 0
         return round(self.rows * (4 + self.buckets * a_bucket + model.from_units - 1) + whole + along + drift + found)
 

@@ -306,8 +306,8 @@ def targets_command(
         print_target(targets[0])
 
 
-@app.command("verify")
-def verify_command(
+@app.command()  # named by its function: the core names no pass in a string
+def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,
 ) -> None:

@@ -3,11 +3,11 @@ import torch
 from harness import killed_at_save, run_pass
 from quantizing import output_error
 
-from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill.distill import Distill
 from intaglio.passes.distill.objective import Split, tensors
 from intaglio.passes.merge import MergeAdapters
+from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.artifacts.keys import ADAPTER, MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.contract.context import Context
@@ -22,7 +22,7 @@ from intaglio.pipeline.simulation.model import simulate
 
 @pytest.fixture(scope="module")
 def planned(measured, tmp_path_factory):
-    step = AssignPrecision(budget=Budget(size=0.42))
+    step = UniformPlan(schemes=("w4a16", "w8a8_step"))
     return measured | run_pass(step, measured, tmp_path_factory.mktemp("scratch"))
 
 

@@ -37,7 +37,7 @@ def test_schemes_follow_the_shape():
 
 def test_other_schemes_are_there_when_named():
     assert structural_schemes(LINEAR, (64,), ("w4a8_token", "w4a8_step")) == (FLOAT, w4a8_token(64), w4a8_step(64))
-    stepped = ("w8a8_step", "w4a8_step", "w4a4_step")
+    stepped = ("w8a8_step", "w7a8_step", "w4a8_step", "w4a4_step")
     rounded = tuple(name.replace("_", f"{shift}o8_") for name in stepped for shift in ("", "s"))
     shifted = tuple(name.replace("_", "s_") for name in stepped)
     known = {s.name for s in admitted_schemes(CONV)}

@@ -125,7 +125,7 @@ def test_targets_lists_all_with_a_row_for_each_device() -> None:
     first = {row[0]: row for row in rows if row}
     assert set(target_names()) <= set(first)
     assert first["tensorrt-10.3-orin"][1:] == [
-        *("21", "w8a8", "w4a16", "w8a8"),
+        *("21", "w8a8", "w4a16", "w7a8", "w8a8", "w7a8"),
         *("Jetson", "Orin", "NX", "16GB", "16", "GB", "102.4", "15", "30.1"),
     ]
     assert ["Jetson", "AGX", "Orin", "64GB", "64", "GB", "204.8", "42.5", "85"] in rows

@@ -41,7 +41,9 @@ def test_a_scheme_says_how_it_rounds_and_what_runs_it() -> None:
     assert list(facts["runs on"]) == ["linear"]
     assert "tensorrt-rtx" in facts["runs on"]["linear"]
     assert "tensorrt-10.3-orin" not in facts["runs on"]["linear"]
-    assert json.loads(said("w8a8o8_step", "--json"))["scheme"]["facts"]["runs on"] == {"conv": ["onnxruntime-cpu"]}
+    assert json.loads(said("w8a8o8_step", "--json"))["scheme"]["facts"]["runs on"] == {
+        "conv": ["onnxruntime-avx2", "onnxruntime-cpu", "onnxruntime-vnni"]
+    }
 
 
 def test_a_rule_says_what_to_do_and_why() -> None:

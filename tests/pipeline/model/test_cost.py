@@ -41,9 +41,9 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     per_row = estimate["calibrate"] / (4 * 8 * 2)
     drawn = 3 * 4 * 2 * 4  # four samples in four steps, by full precision, at the start and at the end
     assert estimate["distill"] / per_row == pytest.approx(3 * 10 * 4 * 2 + drawn)
-    along = (2 + 3 + 1) * 16  # once and again, three schemes, and back
-    sampled = along * 4 * 2 + (1 + 0.15 * 21) * 4 * 2 * 4
-    fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 + 6)  # six forms: three schemes, an 8-bit weight, two kinds of input
+    along = (2 + 2) * 16  # once and again, and back with the gradients by inputs and weights
+    sampled = along * 4 * 2 + (1 + 0.05 * 21) * 4 * 2 * 4
+    fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 * 2)  # two probes, each with both gradients
     measured = estimate["sensitivity"] / per_row - fixed
     assert 2 * 4 * (0.1 * 3 * 21 * 0.5) < measured < 2 * 4 * (0.1 * 3 * 21 * 0.8) + 4 * 3
 

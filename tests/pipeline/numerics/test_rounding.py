@@ -127,8 +127,8 @@ def test_two_level_codes_equal_the_oracle_and_fit_8_bit():
     codes = TWO_LEVEL.quantize(w, affine.product_scale(scale, group))
     assert np.array_equal(codes.numpy(), four)
     assert np.array_equal(affine.eight_bit_codes(codes, group, TWO_LEVEL.grid).numpy(), eight)
-    assert np.abs(eight).max() <= 127
-    assert eight.max() > 63  # most of the 8 bits are used
+    assert np.abs(eight).max() <= 64  # two products with 8-bit inputs fit into 16 bits
+    assert eight.max() > 48  # most of these codes are used
 
 
 def test_no_other_group_integer_is_better():
@@ -139,7 +139,7 @@ def test_no_other_group_integer_is_better():
         rounded = TWO_LEVEL.fake_quantize(w, affine.product_scale(scale, integers))
         return affine.groups((rounded - w).square(), TWO_LEVEL.grid).sum(-1)
 
-    every = torch.stack([error(torch.full_like(group, g)) for g in range(1, 16)])
+    every = torch.stack([error(torch.full_like(group, g)) for g in range(1, 9)])
     assert torch.equal(error(group), every.amin(0))
 
 
@@ -155,7 +155,7 @@ def test_two_levels_cost_little_more_than_a_float_scale_a_group_and_far_less_tha
             (channel.fit(w)[0], channel),
         )
     ]
-    assert errors[0] < 1.05 * errors[1]
+    assert errors[0] < 1.15 * errors[1]
     assert errors[0] < 0.75 * errors[2]
 
 

@@ -73,7 +73,7 @@ def chosen(monkeypatch):
 
     def choose(*exact: dict[str, str]):
         monkeypatch.setattr(
-            "intaglio.exporters.runtimes.onnxruntime.session.multiplies_exactly", lambda settings: settings in exact
+            "intaglio.exporters.runtimes.onnxruntime.session.multiplies_exactly", lambda settings, _: settings in exact
         )
         return exact_kernels.__wrapped__()
 
