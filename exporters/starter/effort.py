@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from intaglio.exporters.starter.starter import Found
 
 MOST_OPERATIONS = 2.2e13
-"""Operations of a first recipe without a time to end in: some minutes on two CPU cores."""
+"""Largest number of operations of a recipe without --minutes: some minutes on two CPU cores."""
 MOST_TRAINING = 2e13
-"""Operations of a training beyond which a recipe without a time to end in leaves it out."""
+"""Largest number of operations of the training in a recipe without --minutes; larger trainings are left out."""
 MOST_CALLS = 640
 """Largest number of denoiser calls, with one sample, that `verify` makes with each implementation."""
 MOST_VERIFIED = 6e11
@@ -59,9 +59,10 @@ EFFORTS = (
 
 
 def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Effort:
-    """Return the first effort that ends in the wanted time, else the least; `rows` gives the denoiser rows of steps.
+    """Return the largest effort that ends in the wanted time, or the smallest one; `rows` gives the rows of steps.
 
-    Without a wanted time it is the first that takes MOST_OPERATIONS at most, and the least has a sensitivity.
+    Without a wanted time, it is the largest whose training takes at most MOST_TRAINING and whose other steps take at
+    most MOST_OPERATIONS, or the smallest one that has the step `sensitivity`.
     """
     if found.cost is None:
         return EFFORTS[0]

@@ -47,8 +47,8 @@ class AssignPrecision(Pass):
     The choice is a multiple-choice knapsack. With `budget.psnr`, the pass minimizes time, and of equally fast plans
     bytes, under the condition that the samples keep this PSNR. The prediction adds up the errors of single layers;
     samples are drawn with the plan to correct it. Besides the plan, the pass returns the front: plans from the smallest
-    to the one with the least error, within the other budgets. `point` selects one of them in place of the plan for
-    `budget.size`.
+    to the one with the least error, within the other budgets. `point` selects one of them in place of the plan
+    that the budget asks for; `budget.size` then has no effect.
     """
 
     name: ClassVar[str] = "assign"
@@ -136,7 +136,7 @@ class AssignPrecision(Pass):
             raise TargetError(*problems)
 
     def forward_rows(self, model: ModelCost) -> int | None:
-        """Return the rows of the samples that are drawn for a quality, if as many plans are tried as at most are."""
+        """Return the largest number of rows that drawing samples for `budget.psnr` can take; None if none are drawn."""
         from intaglio.passes.assign.quality import drawn_samples
 
         if self.budget.psnr is None or not self.drawn:
@@ -144,7 +144,7 @@ class AssignPrecision(Pass):
         return drawn_samples(self.drawn) * model.steps * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Choose the plan with the least predicted error within the budget."""
+        """Choose the fastest plan that keeps `budget.psnr`; without it, the one with the least predicted error."""
         table, target = state[SENSITIVITY], state[TARGET]
         workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
         times = state[LAYER_TIMES] if LAYER_TIMES in state else None  # noqa: SIM401

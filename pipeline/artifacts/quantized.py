@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class LayerAdapter:
     """The parameters that distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; scale (N, G).
 
-    A weight of two levels has scales (N, 1), and (N, G) floats that the integers of its groups are rounded from.
+    A weight of two levels has scales (N, 1) and `group_NG`, floats (N, G). Rounding these gives the integers of groups.
     `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are the codes from
     which training started, if it did not start from the model's own weight (GPTQ).
     """
@@ -55,7 +55,8 @@ class DrawnError:
 class Adapter:
     """The result of distillation for every layer with an integer weight, and the loss of every update.
 
-    `distance` is, for weights that started from given codes, how far they may be from their code, in scales. `drawn`
+    `distance` is for weights that started from given codes: the largest distance of a starting weight from its code, in
+    scales. `drawn`
     has the error of drawn samples at the start and at each check; `layers` is the state with the least of these errors.
     `peak` is the range of the full-precision samples: the peak of every PSNR.
     """
