@@ -149,9 +149,9 @@ class Store:
         """Return the folder for checkpoints of an unfinished step, with the files of an earlier run of it."""
         folder = self.root / "scratch" / key
         try:
-            if folder.is_symlink() or not folder.is_dir():
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
                 remove_tree(folder)
-                folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another process of the run may have made it just now
         except OSError as error:
             raise self._unwritable("a folder for checkpoints", error) from error
         return folder
