@@ -144,7 +144,7 @@ def test_a_right_graph_in_half_precision_stays_within_its_roundings(in_half):
 )
 def test_faults_are_named_in_half_precision_too(in_half, fault, message, tmp_path):
     spoilt = in_half | {GRAPH: spoil(in_half[GRAPH], fault, tmp_path)}
-    with pytest.raises(StepFailed, match="in(side)? the whole graph") as caught:
+    with pytest.raises(StepFailed, match=r"in(side)? the whole graph") as caught:
         run_pass(Verify(samples=2, rows=4, bisect=True), spoilt, tmp_path)
     assert re.match(message, caught.value.problems[0])
 
@@ -213,6 +213,6 @@ def test_a_value_of_another_shape_has_departed_without_end(compiled):
 )
 def test_verify_names_the_place_on_request(compiled, fault, message, tmp_path):
     spoilt = compiled | {GRAPH: spoil(compiled[GRAPH], fault, tmp_path)}
-    with pytest.raises(StepFailed, match="in(side)? the whole graph") as caught:
+    with pytest.raises(StepFailed, match=r"in(side)? the whole graph") as caught:
         run_pass(Verify(samples=2, rows=4, bisect=True), spoilt, tmp_path)
     assert re.match(message, caught.value.problems[0])
