@@ -111,10 +111,11 @@ def _write_version(place: Path, delivered: Mapping[str, Path], target: Target, o
 
 
 def wide_int8_weights(model: Path) -> list[str]:
-    """Return int8 constants beyond 64 that enter an integer product: two of their products can exceed 16 bits."""
+    """Return int8 constants beyond SMALL_CODE in an integer product: two such products can exceed 16 bits."""
     import onnx
 
     from intaglio.exporters.runtimes.onnxruntime.build import INTEGER_PRODUCTS
+    from intaglio.exporters.runtimes.onnxruntime.session import SMALL_CODE
 
     graph = onnx.load(checked_file(model)).graph
     codes = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
@@ -122,7 +123,7 @@ def wide_int8_weights(model: Path) -> list[str]:
     wide = []
     for name in sorted(read & codes.keys()):
         values = onnx.numpy_helper.to_array(codes[name])
-        if max(int(values.max()), -int(values.min())) > 64:
+        if max(int(values.max()), -int(values.min())) > SMALL_CODE:
             wide.append(name)
     return wide
 

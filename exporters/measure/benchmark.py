@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from intaglio.exporters.measure.bench import Bench, EngineFigures
+from intaglio.exporters.measure.turns import spent
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, LATENCY, MODEL, TARGET, TRAJECTORY
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
@@ -58,15 +59,9 @@ class MeasureLatency(Pass):
         }
         trajectory = state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
-        times: dict[str, list[float]] = {name: [] for name in both}
         with ctx.progress("latency", self.rounds + 1) as advance:
-            for _ in range(self.rounds + 1):
-                for name, denoise in both.items():
-                    began = time.perf_counter()
-                    denoise(call)
-                    times[name].append(time.perf_counter() - began)
-                advance()
-        float_ms, compiled_ms = (1e3 * statistics.median(times[name][1:]) for name in ("float32", "compiled"))
+            seconds = spent({name: partial(denoise, call) for name, denoise in both.items()}, self.rounds, advance)
+        float_ms, compiled_ms = (1e3 * seconds[name] for name in ("float32", "compiled"))
         ctx.log.info("%d rows: %.1f ms float32, %.1f ms compiled", self.rows, float_ms, compiled_ms)
         return {LATENCY: Latency(rows=self.rows, float32_ms=float_ms, compiled_ms=compiled_ms)}
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from intaglio.exporters.measure.turns import spent
 from intaglio.pipeline.artifacts.keys import LAYER_TIMES, MODEL, TARGET, WORKLOAD
 from intaglio.pipeline.artifacts.layer_times import LayerTimes
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
-from intaglio.pipeline.formats.layer import Layer, admitted_schemes, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
-from intaglio.pipeline.formats.target import OpKind, Target
+from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
+from intaglio.pipeline.formats.layer import Layer, illegal, structural_schemes
+from intaglio.pipeline.formats.schemes import LayerScheme
+from intaglio.pipeline.formats.target import OpKind, Target, schemes_of_kind
 from intaglio.pipeline.runs.registry import find_runtime
 
 if TYPE_CHECKING:
@@ -95,21 +94,8 @@ class TimeLayers(Pass):
             return spent(calls, self.rounds)
 
     def _schemes(self, layer: Layer, target: Target) -> Iterable[LayerScheme]:
-        named = self.schemes.get(layer.op, ()) if isinstance(self.schemes, Mapping) else self.schemes
-        known = {known_schemes()[name].name for name in named} | {FLOAT.name}
-        admitted = admitted_schemes(layer, target.group_sizes)
-        return [s for s in admitted if s.name in known and illegal(layer, s, target) is None]
-
-
-def spent(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each call, after one that is not counted. All take turns."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            found[name].append(time.perf_counter() - began)
-    return {name: median(each[1:]) for name, each in found.items()}
+        admitted = structural_schemes(layer, target.group_sizes, schemes_of_kind(self.schemes, layer.op))
+        return [scheme for scheme in admitted if illegal(layer, scheme, target) is None]
 
 
 def element_time(runtime: Runtime) -> float:
@@ -131,8 +117,7 @@ def _call(runtime: Runtime, graph: Graph) -> Callable[[], object]:
     """Return a call of a graph with noise, on one thread."""
     import numpy as np
 
-    from intaglio.exporters.runtimes.calls import noise_feed
+    from intaglio.exporters.runtimes.calls import noise_feed, usual_shapes
 
-    shapes = {name: tuple(int(axis or 1) for axis in spec.shape) for name, spec in graph.inputs.items()}
-    opened, feed = runtime.open(graph, threads=1), noise_feed(graph, shapes, np.random.default_rng(0))
+    opened, feed = runtime.open(graph, threads=1), noise_feed(graph, usual_shapes(graph, 1), np.random.default_rng(0))
     return lambda: opened.run(feed)

@@ -190,15 +190,15 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
 
 def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml") -> str:
     """Return the recipe as YAML with the facts as comments. `schema`: its file lies beside the recipe."""
+    effort = choose_effort(found, partial(amounts_of, found))
     lines = [editor_line(SCHEMA_FILE)] if schema else []
-    lines += [f"# {line}" if line else "#" for line in _about(found, name)]
+    lines += [f"# {line}" if line else "#" for line in _about(found, effort, name)]
     lines += ["model:", f"  path: {_scalar(found.path)}"]
     lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
     lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance scale; 1 is none"]
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
     lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
-    effort = _effort(found)
     for step, comment in steps_of(found, effort):
         lines.append(f"  - {step}{f'   # {comment}' if comment else ''}")
         if step == "lint":
@@ -206,7 +206,7 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     return "\n".join(lines) + "\n"
 
 
-def _about(found: Found, name: str) -> Iterator[str]:
+def _about(found: Found, effort: Effort, name: str) -> Iterator[str]:
     million, float_bytes = found.parameters / 1e6, 4 * found.parameters
     held = sum(layer.n * layer.k for layer in found.layers) / found.parameters
     yield f"{found.kind}: {million:.1f} M parameters, {float_bytes / 1e6:,.1f} MB in float32."
@@ -223,9 +223,9 @@ def _about(found: Found, name: str) -> Iterator[str]:
             "",
             f"One row (one sample in one call) takes {operations / 1e9:,.3g} GFLOP. Steps that call the model:",
         )
-        for step, rows in amounts_of(found, _effort(found)):
+        for step, rows in amounts_of(found, effort):
             yield f"  {step:<12} {rows:>9,} rows, {rows * operations / 1e12:>10,.3g} TFLOP"
-        yield from _about_time(found)
+        yield from _about_time(found, effort)
     yield ""
     yield f"intaglio plan {name}    # how long it takes here"
     yield f"intaglio run {name}"
@@ -250,15 +250,10 @@ def _commented_components(found: Found) -> Iterator[str]:
         yield f"  # - components: {{precision: {{{first}: w4a16}}, image_to_image: true}}"
 
 
-def _effort(found: Found) -> Effort:
-    return choose_effort(found, partial(amounts_of, found))
-
-
-def _about_time(found: Found) -> Iterator[str]:
+def _about_time(found: Found, effort: Effort) -> Iterator[str]:
     """Yield how long the recipe takes here, and what more time buys."""
     if found.minutes is None:
         return
-    effort = _effort(found)
     seconds = seconds_of(found, amounts_of(found, effort))
     yield f"Estimated time on this machine: {_minutes(seconds)}; asked for: {found.minutes:g} minutes."
     if seconds > 60 * found.minutes:

@@ -23,11 +23,11 @@ from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations, work
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
 from intaglio.pipeline.formats.layer import Layer, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, Float, InputFormat, LayerScheme, with_output
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
 if TYPE_CHECKING:
-    from intaglio.passes.assign.budgets import Option, Problem
+    from intaglio.passes.assign.budgets import Problem
     from intaglio.passes.assign.latency import Latencies
     from intaglio.pipeline.artifacts.layer_times import LayerTimes
     from intaglio.pipeline.model.cost import ModelCost
@@ -193,6 +193,7 @@ class AssignPrecision(Pass):
     ) -> Problem:
         """Return the options with their costs as far as known. Raises RecipeError for unknown costs that are needed."""
         from intaglio.passes.assign.budgets import Alike, Option, build_problem, within_activation
+        from intaglio.passes.assign.latency import timed_s
 
         self._check_inputs(table, workload)
         options = [
@@ -209,7 +210,7 @@ class AssignPrecision(Pass):
                 measured = sum(latencies.is_measured(option.layer, option.scheme) for option in options)
                 ctx.log.info("%d of %d pairs of layer and scheme were measured", measured, len(options))
         elif workload is not None and times is not None:
-            amounts["latency"] = lambda o: 1e6 * measured_s(times, workload.rows[o.layer.name], o)
+            amounts["latency"] = lambda o: 1e6 * timed_s(times, workload.rows[o.layer.name], o.layer, o.scheme, o.block)
         if workload is not None:
             rows = workload.rows
             amounts["bops"] = lambda o: bit_operations(o.layer, o.scheme, rows[o.layer.name])
@@ -291,7 +292,7 @@ class AssignPrecision(Pass):
                 executed = self._executed(layer, scheme, target)
                 if scheme.name == name and illegal(layer, executed, target) is None:
                     legal[forms.get((executed, basis), label)] = executed
-        return _fast(legal, target) or {FLOAT.name: FLOAT}
+        return _fast(layer, legal, target) or {FLOAT.name: FLOAT}
 
     def _float_reasons(self, plan: QuantPlan, table: Sensitivity, target: Target) -> dict[str, str]:
         """Return the reason why each measured layer in float is in float, by name."""
@@ -319,38 +320,19 @@ class AssignPrecision(Pass):
         return with_output(scheme) if rounds and scheme.by_step else scheme
 
 
-def _fast(schemes: Mapping[str, LayerScheme], target: Target) -> dict[str, LayerScheme]:
+def _fast(layer: Layer, schemes: Mapping[str, LayerScheme], target: Target) -> dict[str, LayerScheme]:
     """Leave out each scheme whose codes would make all products of the graph slower, if a fast one can replace it.
 
-    That one has the same input format, and a weight of as many bytes.
+    That one has the same input format, and takes as many bytes.
     """
-    fast = {_replaced_by(scheme) for scheme in schemes.values() if target.is_fast(scheme)}
-    return {label: s for label, s in schemes.items() if target.is_fast(s) or _replaced_by(s) not in fast}
-
-
-def _replaced_by(scheme: LayerScheme) -> tuple[InputFormat, float]:
-    weight = scheme.weight
-    return scheme.input, weight.bits if isinstance(weight, Float) else weight.bits_per_weight
+    replaced = {(s.input, layer.size_bytes(s)) for s in schemes.values() if target.is_fast(s)}
+    return {k: s for k, s in schemes.items() if target.is_fast(s) or (s.input, layer.size_bytes(s)) not in replaced}
 
 
 def _unreached(table: Sensitivity, workload: Workload | None) -> dict[Layer, str]:
     """Return the layers that were not measured because no recorded call needs them, with the reasons."""
     measured = {layer.name for layer in table.layers}
     return {} if workload is None else {n: why for n, why in workload.unreached if n.name not in measured}
-
-
-def measured_s(times: LayerTimes, rows: float, option: Option) -> float:
-    """Return the seconds of a layer alone, and of bringing its input into its basis. Raises RecipeError if unknown."""
-    layer, known = option.layer, times.seconds[option.layer.name]
-    if option.scheme.name not in known:
-        raise RecipeError(
-            f"time-layers.schemes: {layer.name} was not timed with {option.scheme.name}: add this scheme, which assign"
-            " may choose"
-        )
-    block = option.block
-    # a rotation multiplies each block by a matrix: as many multiplications as the block is wide
-    passes = 0 if block is None else max(1, block / 4)
-    return known[option.scheme.name] + passes * times.element_s * rows * layer.shape[1]
 
 
 def _profile(path: Path) -> Profile:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, TypeAlias
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.formats.cost import basis_s, latency_s
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
 from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
 if TYPE_CHECKING:
+    from intaglio.pipeline.artifacts.layer_times import LayerTimes
     from intaglio.pipeline.artifacts.profile import Profile
     from intaglio.pipeline.artifacts.workload import Workload
     from intaglio.pipeline.formats.target import Device
@@ -31,6 +33,22 @@ def roofline(workload: Workload, samples: int, device: Device) -> Roofline:
 def basis_times(workload: Workload, samples: int, device: Device) -> BasisTime:
     """Return the time that a basis takes in a call that denoises this many samples."""
     return lambda layer, block: basis_s(layer, workload.rows[layer.name] * samples, block, device)
+
+
+def timed_s(times: LayerTimes, rows: float, layer: Layer, scheme: LayerScheme, block: int | None) -> float:
+    """Return the seconds of a layer alone, and of bringing its input into its basis; `block` is None without one.
+
+    Raises RecipeError for a scheme in which the layer was not timed.
+    """
+    known = times.seconds[layer.name]
+    if scheme.name not in known:
+        raise RecipeError(
+            f"time-layers.schemes: {layer.name} was not timed with {scheme.name}: add this scheme, which assign may"
+            " choose"
+        )
+    # a rotation multiplies each block by a matrix: as many multiplications as the block is wide
+    passes = 0 if block is None else max(1, block / 4)
+    return known[scheme.name] + passes * times.element_s * rows * layer.shape[1]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName, known_schemes
 from intaglio.pipeline.formats.layer import GROUPS, Layer, structural_schemes
 from intaglio.pipeline.formats.schemes import FEW_BITS, FLOAT
-from intaglio.pipeline.formats.target import OpKind
+from intaglio.pipeline.formats.target import OpKind, schemes_of_kind
 from intaglio.pipeline.model.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -241,9 +241,9 @@ class MeasureSensitivity(Pass):
             for layer in layers
         }
 
-    def _named(self, layer: Layer) -> tuple[SchemeName, ...]:
+    def _named(self, layer: Layer) -> Sequence[SchemeName]:
         """Return the names of the schemes to measure for a layer of this kind."""
-        return self.schemes.get(layer.op, ()) if isinstance(self.schemes, Mapping) else self.schemes
+        return schemes_of_kind(self.schemes, layer.op)
 
     def _study(
         self,

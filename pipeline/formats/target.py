@@ -1,6 +1,6 @@
 """Define a target: the formats and operators that one runtime executes on one device, as data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -15,6 +15,11 @@ from intaglio.pipeline.formats.known import SchemeName
 from intaglio.pipeline.formats.schemes import Float, LayerScheme
 
 OpKind: TypeAlias = Literal["linear", "conv"]
+
+
+def schemes_of_kind(schemes: Sequence[str] | Mapping[OpKind, Sequence[str]], op: OpKind) -> Sequence[str]:
+    """Return the schemes for one kind of layer, from names for all kinds or from names by kind."""
+    return schemes.get(op, ()) if isinstance(schemes, Mapping) else schemes
 
 
 class Fact(BaseModel):

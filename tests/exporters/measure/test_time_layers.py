@@ -7,7 +7,8 @@ from tiny import save_folder, tiny_dit
 
 from intaglio.exporters.measure import time_layers
 from intaglio.exporters.measure.single_layer import input_shape, single_layer
-from intaglio.exporters.measure.time_layers import TimeLayers, spent
+from intaglio.exporters.measure.time_layers import TimeLayers
+from intaglio.exporters.measure.turns import spent
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.runtimes.onnxruntime.session import open_session
 from intaglio.pipeline.artifacts.keys import LAYER_TIMES, MODEL, TARGET, WORKLOAD

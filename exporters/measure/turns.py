@@ -1,0 +1,22 @@
+"""Time calls by turns, so that a machine that gets busier disturbs all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+
+def spent(
+    calls: Mapping[str, Callable[[], object]], rounds: int, after_round: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """Return the median seconds of each call by name. Each is called once more before, which is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            found[name].append(time.perf_counter() - began)
+        if after_round is not None:
+            after_round()
+    return {name: median(each[1:]) for name, each in found.items()}
