@@ -36,8 +36,9 @@ with atheris.instrument_imports(include=["intaglio", "yaml"]):
 
 TARGET = load_target("onnxruntime-cpu")
 SECONDS, MEMORY_MB = 2.0, 500
-WARM = 10
-"""Inputs at the beginning that are not measured: what they import is not theirs."""
+KINDS, WARM = 10, 20
+"""Bytes read before all else, one for each kind of file in a folder; and inputs at the beginning that are not measured:
+what they import is not theirs."""
 KEY = hashlib.sha256(b"{}").hexdigest()
 """The key of a run record without ingredients."""
 WHOLE_MANIFEST = {"files": {}, "seed": 0, "start": {}, "steps": [], "versions": {}}
@@ -143,6 +144,8 @@ def main() -> None:
                 assert seconds < SECONDS, f"{seconds:.1f} s of CPU time"
                 assert peak - before < MEMORY_MB * 1e6, f"{(peak - before) / 1e6:.0f} MB"
 
+        for kind in range(KINDS):
+            one_input(bytes([kind]))
         atheris.Setup(sys.argv, one_input)
         atheris.Fuzz()
 

@@ -56,6 +56,6 @@ def test_no_file_raises_anything_but_the_clear_error(reader: str, tmp_path: Path
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     said = done.stderr.decode(errors="replace")
-    assert done.returncode == 0, said[-2000:]
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:] + said[-2000:]
     assert "Done" in said
     assert not list(tmp_path.glob("crash*"))
