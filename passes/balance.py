@@ -61,14 +61,13 @@ class BalanceLayers(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Choose a balance for each layer whose rounding error it lowers by more than `gain_db`."""
-        from torch.nn import Conv2d, Linear
-
         from intaglio.passes.basis_search import Amounts, branch_of, candidates, groups_of, nearest, with_ranges
         from intaglio.pipeline.model.calls import denoise_with
+        from intaglio.pipeline.model.layer_types import LayerModule
 
         model, plan, trajectory = state[MODEL].open(), state[PLAN], state[TRAJECTORY]
         schemes = {n: s for n, s in trajectory.called(plan.schemes).items() if isinstance(s.weight, RoundedWeight)}
-        layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, Linear | Conv2d)}
+        layers = {n: m for n, m in model.module.named_modules() if n in schemes and isinstance(m, LayerModule)}
         denoise = denoise_with(model.module, model)
         rows = trajectory.some_rows(self.rows)
         count = len(trajectory.timesteps)

@@ -25,14 +25,13 @@ from intaglio.pipeline.numerics.step_tables import where_known
 from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.contract.context import Context
+    from intaglio.pipeline.model.layer_types import LayerModule
     from intaglio.pipeline.model.types import Denoise
     from intaglio.pipeline.model.types import Inputs as DenoiserInputs
 
-Parts: TypeAlias = "Mapping[str, tuple[nn.Linear | nn.Conv2d, LayerScheme]]"
+Parts: TypeAlias = "Mapping[str, tuple[LayerModule, LayerScheme]]"
 """Layers on one input, and their schemes, by name."""
 Inputs: TypeAlias = "Sequence[torch.Tensor]"
 """Tensors that layers read in one call of the model."""
@@ -50,7 +49,7 @@ SMALLEST_BLOCK = 16
 """Smallest number of channels that are rotated together: fewer channels are not evened out."""
 
 
-def some_tokens(inputs: Inputs, layer: nn.Linear | nn.Conv2d, tokens: int, generator: torch.Generator) -> Inputs:
+def some_tokens(inputs: Inputs, layer: LayerModule, tokens: int, generator: torch.Generator) -> Inputs:
     """Return one tensor (tokens, C) with some tokens of a linear layer's inputs; a convolution's inputs unchanged."""
     if channel_axis(layer) != -1:
         return inputs
@@ -92,7 +91,7 @@ def nearest(parts: Parts, x: Sequence[Inputs], bases: Sequence[Balance], rank: i
 
 def with_ranges(
     chosen: Sequence[Mapping[str, tuple[Balance, float]]],
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    layers: Mapping[str, LayerModule],
     denoise: Denoise,
     calls: Iterable[DenoiserInputs],
 ) -> list[dict[str, LayerBalance]]:
@@ -143,7 +142,7 @@ class Group:
 
 
 def groups_of(
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    layers: Mapping[str, LayerModule],
     denoise: Denoise,
     trajectory: Trajectory,
     amounts: Amounts,
@@ -183,7 +182,7 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
     return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
 
 
-def branch_of(layer: nn.Linear | nn.Conv2d, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
+def branch_of(layer: LayerModule, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
     """Return the branch of a weight in its basis; None for one of more than FEW_BITS, or too small."""
     if not rank or scheme.weight_bits > FEW_BITS or min(layer.weight.flatten(1).shape) < 4 * rank:
         return None

@@ -14,7 +14,9 @@ from torch import nn
 from intaglio.passes.layer_inputs import SameInputs
 from intaglio.pipeline.artifacts.workload import Unreached, Workload
 from intaglio.pipeline.model.dataflow import NEVER_CALLED, NO_EFFECT, WEIGHT_READ, follow
+from intaglio.pipeline.model.layer_types import Conv
 from intaglio.pipeline.numerics.step_tables import where_known
+from intaglio.pipeline.simulation.layer import of_channels
 
 if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
@@ -58,10 +60,10 @@ class LayerRanges:
         low, high = expected_ends(x.detach(), self._processes)
         now.low[name] = min(now.low.get(name, low), low)
         now.high[name] = max(now.high.get(name, high), high)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, Conv):
             product = output.detach()
             if module.bias is not None:
-                product = product - module.bias.detach().reshape(-1, 1, 1)
+                product = product - of_channels(module, module.bias.detach())
             now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs(), self._processes)[1])
 
     def end_of_call(self) -> None:

@@ -63,11 +63,11 @@ def float_graph(
         bias = [] if layer.bias is None else [f"{name}.bias"]
         if layer.bias is not None:
             constants.append(numpy_helper.from_array(layer.bias.detach().numpy(), f"{name}.bias"))
-        if isinstance(layer, torch.nn.Conv2d):
-            left, right, top, bottom = layer._reversed_padding_repeated_twice
+        if not isinstance(layer, torch.nn.Linear):
+            zeros = layer._reversed_padding_repeated_twice
             ends = [x, f"{name}.weight", *bias], [f"{name}.y"]
             window = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
-            made = [helper.make_node("Conv", *ends, pads=[top, left, bottom, right], **window)]
+            made = [helper.make_node("Conv", *ends, pads=[*zeros[-2::-2], *zeros[::-2]], **window)]
         elif rank == 2 and bias:
             made = [helper.make_node("Gemm", [x, f"{name}.weight", *bias], [f"{name}.y"], transB=1)]
         else:
@@ -107,7 +107,7 @@ def make(
     table = tuple(
         Layer(
             name=n,
-            op="conv" if isinstance(m, torch.nn.Conv2d) else "linear",
+            op="linear" if isinstance(m, torch.nn.Linear) else "conv",
             shape=tuple(m.weight.shape),
             bias=m.bias is not None,
         )

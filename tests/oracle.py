@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-UNPADDED = ((0, 0), (0, 0))
+UNPADDED = ()
 
 
 class Computed(NamedTuple):
@@ -43,7 +43,7 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
     f = np.float32
     x, s = x.astype(f), f(1) / f(high)
     asymmetric = shifted and output_amax is not None
-    if shifted and not asymmetric and pads != UNPADDED:
+    if shifted and not asymmetric and pads:
         x, pads = np.pad(x, ((0, 0), (0, 0), *pads)), UNPADDED
     if ranges is None:
         half, middle = np.abs(x).max(-1, keepdims=True), f(0)
@@ -78,22 +78,21 @@ def weight_only(x, codes, scale, bias, **window):
 
 
 def product(x, w, *, stride=1, dilation=1, pads=UNPADDED):
-    """x (..., K) and w (N, K), or the convolution of (B, C, H, W) and (N, C, kh, kw); in float64, of codes exact.
+    """x (..., K) and w (N, K), or the convolution of (B, C, H, ...) and (N, C, kh, ...); in float64, of codes exact.
 
-    `pads` are zeros before and behind each of H and W.
+    `pads` are zeros before and behind along each of the axes H, ...
     """
     x, w = x.astype(np.float64), w.astype(np.float64)
     if w.ndim == 2:
         return x @ w.T
-    x = np.pad(x, ((0, 0), (0, 0), *pads))
+    x = np.pad(x, ((0, 0), (0, 0), *pads)) if pads else x
     edges = zip(x.shape[2:], w.shape[2:], strict=True)
-    height, width = ((edge - dilation * (size - 1) - 1) // stride + 1 for edge, size in edges)
-    total = np.zeros((x.shape[0], w.shape[0], height, width))
-    for i in range(w.shape[2]):
-        for j in range(w.shape[3]):
-            starts = ((dilation * i, height), (dilation * j, width))
-            rows, columns = (slice(start, start + stride * size, stride) for start, size in starts)
-            total += np.moveaxis(np.tensordot(x[:, :, rows, columns], w[:, :, i, j], axes=(1, 1)), -1, 1)
+    sizes = [(edge - dilation * (size - 1) - 1) // stride + 1 for edge, size in edges]
+    total = np.zeros((x.shape[0], w.shape[0], *sizes))
+    for place in np.ndindex(*w.shape[2:]):
+        starts = zip((dilation * i for i in place), sizes, strict=True)
+        read = tuple(slice(start, start + stride * size, stride) for start, size in starts)
+        total += np.moveaxis(np.tensordot(x[:, :, *read], w[:, :, *place], axes=(1, 1)), -1, 1)
     return total
 
 
@@ -105,4 +104,4 @@ def balanced(x, d, block, axis):
 
 
 def _of_channels(values, codes):
-    return np.asarray(values).reshape((-1, 1, 1) if codes.ndim == 4 else (-1,))
+    return np.asarray(values).reshape(-1, *[1] * (codes.ndim - 2))

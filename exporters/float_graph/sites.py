@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LAYER_KEY = "intaglio.layer"
 """Key of a node's metadata that names its layer."""
+BASIS = "balance"
+"""Part of node names for what brings the input of a layer into its basis."""
 BRANCH = "branch"
 """Part of node names for what a layer computes in float beside its product."""
 INPUT_CODES = "/input/QuantizeLinear"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
-"""Operators that torch's exporter writes for a Linear or a Conv2d."""
+"""Operators that torch's exporter writes for a Linear or a convolution."""
 Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
 """Function that calls a module: flat inputs to flat outputs, by name."""
 

@@ -5,7 +5,6 @@ Shapes: R rows (tokens, or output pixels), N out features, K in features, C inpu
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,16 +30,18 @@ _TABLES = LayerTables(torch.tensor([3.0]), torch.tensor([0.5]), torch.tensor([30
 
 
 def input_shape(layer: Layer, rows: int) -> tuple[int, ...]:
-    """Return the shape of an input from which a layer computes about R rows: (1, R, K) or (1, C, H, W).
+    """Return the shape of an input from which a layer computes about R rows: (1, R, K) or (1, C, H, ...).
 
-    A convolution's stride is taken for 1, and its output for a square.
+    A convolution's stride is taken for 1, and its output for a square or a cube.
     """
     if layer.op == "linear":
         return 1, rows, layer.k
-    height = max(1, math.isqrt(rows))
-    width = -(-rows // height)
-    grown = [0, 0] if layer.padded else [size - 1 for size in layer.shape[2:]]
-    return 1, layer.shape[1], height + grown[0], width + grown[1]
+    kernel, sides, rest = layer.shape[2:], [], rows
+    for axes in range(len(kernel), 0, -1):
+        sides.append(max(1, int(rest ** (1 / axes) + 1e-9)) if axes > 1 else rest)
+        rest = -(-rest // sides[-1])
+    grown = [0 if layer.padded else size - 1 for size in kernel]
+    return 1, layer.shape[1], *map(sum, zip(sides, grown, strict=True))
 
 
 def single_layer(folder: Path, layer: Layer, rows: int, scheme: LayerScheme, target: Target) -> Graph:

@@ -26,7 +26,7 @@ Scale: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """A multiplication of a layer's input by d: the product, and d in the shape (C,) or (1, C, 1, 1)."""
+    """A multiplication of a layer's input by d: the product, and d in the shape (C,) or (1, C, 1, ...)."""
 
     layer: str
     product: ir.Value

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from intaglio.exporters.float_graph.products import constant, dequantized, producer
-from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY
+from intaglio.exporters.float_graph.sites import BASIS, BRANCH, LAYER_KEY
 
 _HALF, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _TYPES = (_HALF, _FLOAT)
@@ -101,6 +101,7 @@ def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapp
         or not all(_fits(node, place) for place in _half_inputs(node, opset))
     }
     _add_angles(graph, wide)
+    _add_bases(graph, layers, wide)
     wide |= {n for n in graph if n.op_type in ELEMENTWISE and any(_made_by(v, STATISTICS) for v in n.inputs)}
     for node in graph:  # a Cast between DequantizeLinear and a product keeps its weight from being read as it is stored
         operands = [dequantized(value) for value in node.inputs] if node.op_type in PRODUCTS else []
@@ -119,6 +120,16 @@ def _add_angles(graph: ir.Graph, wide: set[ir.Node]) -> None:
         if maker is not None and LAYER_KEY not in maker.metadata_props:
             wide.add(maker)
             pending += [value for value in maker.inputs if _is_float(value)]
+
+
+def _add_bases(graph: ir.Graph, layers: Collection[str], wide: set[ir.Node]) -> None:
+    """Add what brings an input of `layers` into its basis, also if it was written for another layer. Changes `wide`."""
+    pending = [v for node in graph if node.metadata_props.get(LAYER_KEY) in layers for v in node.inputs]
+    while pending:
+        maker = producer(pending.pop())
+        if maker is not None and f"/{BASIS}/" in str(maker.name) and maker not in wide:
+            wide.add(maker)
+            pending += _computed(maker)
 
 
 def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:

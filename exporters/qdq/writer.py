@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from intaglio.exporters.float_graph.sites import BRANCH, LAYER_KEY, Site
+from intaglio.exporters.float_graph.sites import BASIS, BRANCH, LAYER_KEY, Site
 from intaglio.exporters.qdq.folding import ChannelScale
 from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 from intaglio.pipeline.errors import TargetError
@@ -46,6 +46,15 @@ class Call:
     def op(self) -> OpKind:
         """Kind of the layer."""
         return "conv" if self.site.product.op_type == "Conv" else "linear"
+
+    @property
+    def places(self) -> int:
+        """Number of axes that a convolution goes along; 0 for a linear layer."""
+        return 0 if self.op == "linear" else self.site.weight().ndim - 2
+
+    def of_channels(self, values_N: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return one value for each channel in the shape that broadcasts: (N,), or (1, N, 1, ...) for a convolution."""
+        return values_N if self.op == "linear" else values_N.reshape(1, -1, *[1] * self.places)
 
     @property
     def input_key(self) -> InputKey | None:
@@ -231,7 +240,8 @@ class Writer:
         down = down.reshape(-1, *call.site.weight().shape[1:])
         window = dict(call.site.product.attributes)
         low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
-        return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up[..., None, None])])
+        up = up.reshape(*up.shape, *[1] * call.places)
+        return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up)])
 
     def _rounded_input(self, call: Call) -> Rounded:
         """Write x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes.
@@ -271,8 +281,8 @@ class Writer:
         if call.basis not in self._balanced:
             channels, scale = len(balance.scale_C), balance.scale_C.numpy()
             if call.op == "conv":
-                scale = scale.reshape(1, -1, 1, 1)
-            y = self.op(call, "balance/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
+                scale = call.of_channels(scale)
+            y = self.op(call, f"{BASIS}/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
             self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
         return self._balanced[call.basis]
@@ -297,19 +307,19 @@ class Writer:
         return y
 
     def _rotated(self, call: Call, x: ir.Value, channels: int, block: int) -> ir.Value:
-        """Write x H: a product of blocks of the last axis, or a 1 x 1 convolution by groups of channels."""
+        """Write x H: a product of blocks of the last axis, or a convolution of 1 x 1 by groups of channels."""
         groups, h = channels // block, hadamard(block).numpy()
         if call.op == "conv":
-            kernel = np.tile(h, (groups, 1)).reshape(channels, block, 1, 1)
-            constant = self.constant(f"balance/hadamard/{channels}/{block}", kernel)
-            return self.op(call, "balance/Conv", [x, constant], {"group": groups})
+            kernel = np.tile(h, (groups, 1)).reshape(channels, block, *[1] * call.places)
+            constant = self.constant(f"balance/hadamard/{'x'.join(map(str, kernel.shape))}", kernel)
+            return self.op(call, f"{BASIS}/Conv", [x, constant], {"group": groups})
         assert call.site.x.shape is not None  # the exporter knows at least the number of axes of a linear layer's input
         kept = [0] * (len(call.site.x.shape) - 1)  # 0 keeps the axis's size
         shapes = {"blocks": [*kept, groups, block], "channels": [*kept, channels]}
         split, join = (self.constant(f"balance/{n}/{'x'.join(map(str, s))}", np.array(s)) for n, s in shapes.items())
-        x = self.op(call, "balance/blocks/Reshape", [x, split])
-        x = self.op(call, "balance/MatMul", [x, self.constant(f"balance/hadamard/{block}", h)])
-        return self.op(call, "balance/channels/Reshape", [x, join])
+        x = self.op(call, f"{BASIS}/blocks/Reshape", [x, split])
+        x = self.op(call, f"{BASIS}/MatMul", [x, self.constant(f"balance/hadamard/{block}", h)])
+        return self.op(call, f"{BASIS}/channels/Reshape", [x, join])
 
     def _by_token(self, call: Call, x: ir.Value, shifted: bool) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         """Write (x - c) / a; a is half the width, at least 1e-7, and c the middle of the range over the last axis.
@@ -360,17 +370,15 @@ class Writer:
         return self.op(call, "output/DequantizeLinear", [codes, *parameters])
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
-        """Return the bias, (N,), or (1, N, 1, 1) for a convolution: it is added after the multiplication by amax."""
+        """Return the bias, (N,), or (1, N, 1, ...) for a convolution: it is added after the multiplication by amax."""
         if call.op == "linear" or bias.const_value is None:
             return bias
-        return self.constant(f"{call.site.layer}/bias", bias.const_value.numpy().reshape(1, -1, 1, 1))
+        return self.constant(f"{call.site.layer}/bias", call.of_channels(bias.const_value.numpy()))
 
     def _shifted_bias(self, call: Call, shift: ir.Value, bias: ir.Value | None) -> ir.Value:
         """Write c * rowsum(w_hat) + b: the part of the product that the shift of the input removed, and the bias."""
         rowsum = (call.eight_bit_codes_NK.sum(1, dtype=np.int64) * call.scale_NG[:, 0]).astype(np.float32)
-        table = self.constant(
-            f"{call.site.layer}/rowsum", rowsum if call.op == "linear" else rowsum.reshape(1, -1, 1, 1)
-        )
+        table = self.constant(f"{call.site.layer}/rowsum", call.of_channels(rowsum))
         taken = self.op(call, "shift/Mul", [shift, table])
         return taken if bias is None else self.op(call, "shift/Add", [taken, bias])
 

@@ -167,7 +167,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
     module = checkpoint.empty() if opened is None else opened.module
     layers = layer_table(module)
     if not layers:
-        raise RecipeError(f"model: {model} has neither Linear nor Conv2d layers: there is nothing to quantize")
+        raise RecipeError(f"model: {model} has neither Linear nor ConvNd layers: there is nothing to quantize")
     return Found(
         path=path,
         kind=type(module).__name__,

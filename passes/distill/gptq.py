@@ -11,24 +11,28 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from intaglio.pipeline.model.layer_types import Conv, LayerModule
 from intaglio.pipeline.numerics import rounding
 
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it: entries of unused channels are zero."""
 
 
-def second_moment(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+def second_moment(layer: LayerModule, x: torch.Tensor) -> torch.Tensor:
     """Return sum x x^T over the rows that multiply the weight, (K, K) float64: half the Hessian of the output error."""
-    if isinstance(layer, nn.Conv2d):
-        padding = layer.padding if isinstance(layer.padding, tuple) else 0
-        if isinstance(layer.padding, str):
-            x = functional.pad(x, layer._reversed_padding_repeated_twice)
-        patches = functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-        rows_MK = patches.transpose(1, 2).flatten(0, 1)
-    else:
-        rows_MK = x.reshape(-1, x.shape[-1])
-    rows_MK = rows_MK.double()
+    rows_MK = (x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else _patches(layer, x)).double()
     return rows_MK.T @ rows_MK
+
+
+def _patches(layer: Conv, x: torch.Tensor) -> torch.Tensor:
+    """Return the input that each place of a convolution's output reads, (M, K)."""
+    x = functional.pad(x, layer._reversed_padding_repeated_twice)
+    for axis, (size, step, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
+    places = len(layer.stride)
+    return x.movedim(1, places + 1).flatten(places + 1).flatten(0, places)
 
 
 def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment_KK: torch.Tensor) -> torch.Tensor:

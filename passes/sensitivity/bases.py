@@ -10,6 +10,7 @@ from torch import nn
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.basis_search import Amounts, candidates, groups_of, nearest, with_ranges
 from intaglio.pipeline.formats.schemes import FLOAT, Float, RoundedWeight
+from intaglio.pipeline.model.layer_types import LayerModule
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.forms import BasisName
@@ -49,7 +50,7 @@ def find_bases(
     al. 2023, Eq. 3), `rotated` rotates blocks of channels as well (QuaRot, Ashkboos et al. 2024, section 3).
     """
     compared = {name: first for name, by in schemes.items() if (first := _first(by)) is not None}
-    layers = {n: m for n in compared if isinstance(m := module.get_submodule(n), nn.Linear | nn.Conv2d)}
+    layers = {n: m for n in compared if isinstance(m := module.get_submodule(n), LayerModule)}
     if not names or not layers:
         return FoundBases({}, ())
     groups = groups_of(layers, denoise, trajectory, COMPARED, ctx)

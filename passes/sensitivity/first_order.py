@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.model.layer_types import Conv
 from intaglio.pipeline.simulation.layer import channel_axis
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.simulation.layer import QuantizedLayer
 
 T = TypeVar("T")
+_BY_WEIGHT: Mapping[int, Callable[..., torch.Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+"""Gradients by a convolution's weight, by the number of axes of its places."""
 
 
 class Call(NamedTuple):
@@ -89,14 +92,12 @@ class _Parts:
         layer, g, x = self.rounded.module.get_submodule(self.name), self.call.by_y, self.call.x
         if isinstance(layer, nn.Linear):
             return g.flatten(0, -2).T @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
-        assert isinstance(layer, nn.Conv2d)  # others have no forms
+        assert isinstance(layer, Conv)  # others have no forms
         padded = functional.pad(x, layer._reversed_padding_repeated_twice)
-        if padded.dim() == 3:
+        if padded.dim() < layer.weight.dim():
             padded, g = padded[None], g[None]
-        by: torch.Tensor = conv2d_weight(  # type: ignore[no-untyped-call]  # torch's has no types
-            padded, layer.weight.shape, g, layer.stride, 0, layer.dilation
-        )
-        return by
+        by_weight = _BY_WEIGHT[len(layer.stride)]
+        return by_weight(padded, layer.weight.shape, g, layer.stride, 0, layer.dilation)
 
     def _of_input(self, form: Form) -> float:
         layer = self.rounded.layer(self.name, form)

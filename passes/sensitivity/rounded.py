@@ -13,6 +13,7 @@ from torch import nn
 from intaglio.passes.sensitivity.forms import Form
 from intaglio.pipeline.formats.layer_tables import NO_TABLES
 from intaglio.pipeline.formats.schemes import Float, RoundedWeight
+from intaglio.pipeline.model.layer_types import LayerModule
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
 from intaglio.pipeline.simulation.weight import WeightRounding
@@ -49,7 +50,7 @@ class RoundedLayers:
         key = (name, form)
         if key not in self._made:
             layer, balances = self.module.get_submodule(name), self.bases.get(form.basis, {})
-            assert isinstance(layer, nn.Linear | nn.Conv2d)  # others have no forms
+            assert isinstance(layer, LayerModule)  # others have no forms
             tables = self.trajectory.tables({name: form.scheme}, balances).get(name, NO_TABLES)
             balance = balances[name].balance if name in balances else None
             fit = (name, form.scheme.weight, form.basis)

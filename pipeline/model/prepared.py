@@ -43,7 +43,7 @@ def plain_weights_(module: Module) -> Module:
 
 
 def own_forward(layer: nn.Module) -> bool:
-    """Return True if a Linear or Conv2d overrides torch's `forward`, in its class or in itself."""
+    """Return True if a Linear or a convolution overrides torch's `forward`, in its class or in itself."""
     from torch import nn
 
     if "forward" in vars(layer):
@@ -51,9 +51,10 @@ def own_forward(layer: nn.Module) -> bool:
     match layer:
         case nn.Linear():
             return type(layer).forward is not nn.Linear.forward
-        case nn.Conv2d():
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(layer, kind):
             theirs = (type(layer).forward, type(layer)._conv_forward)
-            return theirs != (nn.Conv2d.forward, nn.Conv2d._conv_forward)
+            return theirs != (kind.forward, kind._conv_forward)
     return False
 
 
@@ -66,13 +67,13 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
     for name, layer in module.named_modules():
         kind = type(layer).__name__
         match layer:
-            case nn.Linear() | nn.Conv2d() if own_forward(layer):
+            case nn.Linear() | nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if own_forward(layer):
                 found[name] = f"a {kind} has a forward of its own"
-            case nn.Conv2d(groups=1):
+            case nn.Conv1d(groups=1) | nn.Conv2d(groups=1) | nn.Conv3d(groups=1):
                 if layer.padding_mode != "zeros":
-                    found[name] = f"a Conv2d with padding_mode {layer.padding_mode}"
-            case nn.Conv2d():
-                found[name] = "a grouped Conv2d"
+                    found[name] = f"a {kind} with padding_mode {layer.padding_mode}"
+            case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+                found[name] = f"a grouped {kind}"
             case _ConvNd():
                 found[name] = f"a {kind}"
             case nn.MultiheadAttention():

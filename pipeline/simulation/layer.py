@@ -5,6 +5,7 @@ Shapes: N out features, T denoising steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import Float
+from intaglio.pipeline.model.layer_types import LayerModule
 from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.simulation.cache import WeightCache
 from intaglio.pipeline.simulation.input import InputCodes, InputRounding, Zero
@@ -25,13 +27,18 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.low_rank import Branch
 
 
-def channel_axis(layer: nn.Linear | nn.Conv2d) -> int:
-    """Return the channel axis of a layer's input and output: last for Linear, third from last for Conv2d."""
-    return -1 if isinstance(layer, nn.Linear) else -3
+def channel_axis(layer: LayerModule) -> int:
+    """Return the channel axis of a layer's input and output: the last one of a Linear, else that before the places."""
+    return -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
+
+
+def of_channels(layer: LayerModule, values_N: torch.Tensor) -> torch.Tensor:
+    """Return one value for each output channel in the shape that broadcasts over the layer's output."""
+    return values_N.reshape(-1, *[1] * (-1 - channel_axis(layer)))
 
 
 class QuantizedLayer(nn.Module):
-    """A Linear or Conv2d whose weight, input and output are rounded as its scheme says.
+    """A Linear or a convolution whose weight, input and output are rounded as its scheme says.
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     `weight_rounding` and `input_rounding` round, and hold what is trained; `cache` keeps the rounded weight. This class
@@ -43,7 +50,7 @@ class QuantizedLayer(nn.Module):
 
     def __init__(
         self,
-        layer: nn.Linear | nn.Conv2d,
+        layer: LayerModule,
         scheme: LayerScheme,
         clock: StepClock,
         tables: LayerTables = NO_TABLES,
@@ -58,7 +65,7 @@ class QuantizedLayer(nn.Module):
         """
         super().__init__()
         rounded = not isinstance(scheme.output, Float)
-        if rounded and not isinstance(layer, nn.Conv2d):
+        if rounded and isinstance(layer, nn.Linear):
             raise ValueError("only a convolution can have a rounded output")
         self.zeros = _padding(layer) if scheme.shifted and not rounded else ()
         needed = tables.needed_by(scheme, padded=bool(self.zeros))
@@ -136,13 +143,12 @@ class QuantizedLayer(nn.Module):
         rounded = q * rounding.input_scale(bits) * amax + (0.0 if shift is None else shift)
         if not self.zeros:
             return rounded
-        left, _, top, _ = self.zeros
-        return rounded[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+        return functional.pad(rounded, [-zeros for zeros in self.zeros])
 
     def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
         """Return an output as it is after its product is rounded, which a scheme with a rounded output does."""
         assert self.input_rounding is not None  # only the products of codes are rounded
-        bias = 0.0 if self.layer.bias is None else self._of_channels(self.layer.bias)
+        bias = 0.0 if self.layer.bias is None else of_channels(self.layer, self.layer.bias)
         amax, _ = self.input_rounding.step_range(self.clock.step)
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
         sums = (y - bias) / (amax * rounding.input_scale())
@@ -169,8 +175,8 @@ class QuantizedLayer(nn.Module):
         if self.branch is not None:
             y = y + self._branched(x, self.branch)
         if shift is not None:
-            y = y + shift * self._of_channels(weight.flatten(1).sum(1))
-        return y if self.layer.bias is None else y + self._of_channels(self.layer.bias)
+            y = y + shift * of_channels(self.layer, weight.flatten(1).sum(1))
+        return y if self.layer.bias is None else y + of_channels(self.layer, self.layer.bias)
 
     def _product(self, x: torch.Tensor, weight: torch.Tensor, *, padded: bool = False) -> torch.Tensor:
         """Return the product without its bias; `padded`: x already has the zeros around it."""
@@ -178,13 +184,13 @@ class QuantizedLayer(nn.Module):
             return functional.linear(x, weight)
         if padded:
             conv = self.layer
-            return functional.conv2d(x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
+            return _CONVOLVE[len(conv.stride)](x, weight, None, conv.stride, 0, conv.dilation, conv.groups)
         y: torch.Tensor = self.layer._conv_forward(x, weight, None)
         return y
 
     def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
         """Return the product of weight codes and input codes, rounded before amax multiplies it and before the bias."""
-        weight_scale = self.weight_rounding.scale.reshape(-1, 1, 1)
+        weight_scale = of_channels(self.layer, self.weight_rounding.scale)
         codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
         acc = self._product(q, codes)
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
@@ -194,16 +200,22 @@ class QuantizedLayer(nn.Module):
         """Return (x down^T) up^T, of an input in its basis."""
         down, up = branch.down_RK.to(x), branch.up_NR.to(x)
         low = self._product(x, down.reshape(-1, *self.layer.weight.shape[1:]))
-        return low @ up.T if isinstance(self.layer, nn.Linear) else functional.conv2d(low, up[..., None, None])
-
-    def _of_channels(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Return one value for each output channel in the shape that broadcasts over the output."""
-        return values_N if isinstance(self.layer, nn.Linear) else values_N.reshape(-1, 1, 1)
+        if isinstance(self.layer, nn.Linear):
+            return low @ up.T
+        return _CONVOLVE[len(self.layer.stride)](low, up.reshape(*up.shape, *[1] * len(self.layer.stride)))
 
 
-def _padding(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-    """Return the zeros that a layer adds around its input, (left, right, top, bottom); () if it adds none."""
-    padding = layer._reversed_padding_repeated_twice if isinstance(layer, nn.Conv2d) else ()
+_CONVOLVE: Mapping[int, Callable[..., torch.Tensor]] = {
+    1: functional.conv1d,
+    2: functional.conv2d,
+    3: functional.conv3d,
+}
+"""Convolutions of torch by the number of their places' axes."""
+
+
+def _padding(layer: LayerModule) -> tuple[int, ...]:
+    """Return the zeros that a layer adds around its input, before and after, the last axis first; () if none."""
+    padding = () if isinstance(layer, nn.Linear) else layer._reversed_padding_repeated_twice
     return tuple(padding) if any(padding) else ()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from intaglio.pipeline.formats.layer_tables import NO_TABLES
 from intaglio.pipeline.formats.schemes import FLOAT, RoundedWeight
+from intaglio.pipeline.model.layer_types import LayerModule
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.simulation.layer import QuantizedLayer, places_of
@@ -51,7 +52,7 @@ def quantize_model(
     are balanced, `branches` the parts of weights that stay in float. Returns the new layers by name.
     """
 
-    def make(name: str, layer: nn.Linear | nn.Conv2d) -> QuantizedLayer:
+    def make(name: str, layer: LayerModule) -> QuantizedLayer:
         balance, branch = balances.get(name), branches.get(name)
         return QuantizedLayer(layer, schemes[name], clock, tables.get(name, NO_TABLES), balance=balance, branch=branch)
 
@@ -72,7 +73,7 @@ def simulate(model: nn.Module, quantized: Quantized) -> StepClock:
     return clock
 
 
-def _from_integers(layer: nn.Linear | nn.Conv2d, data: QuantizedLayerData, clock: StepClock) -> QuantizedLayer:
+def _from_integers(layer: LayerModule, data: QuantizedLayerData, clock: StepClock) -> QuantizedLayer:
     """Return the layer that computes with these codes. Changes `layer`, whose float weight is freed."""
     grid = WeightRounding(data.scheme.weight, data.balance, data.branch)
     if isinstance(data.scheme.weight, RoundedWeight):
@@ -84,15 +85,17 @@ def _from_integers(layer: nn.Linear | nn.Conv2d, data: QuantizedLayerData, clock
 
 
 def _replace_layers(
-    model: nn.Module, names: Iterable[str], make: Callable[[str, nn.Linear | nn.Conv2d], QuantizedLayer]
+    model: nn.Module, names: Iterable[str], make: Callable[[str, LayerModule], QuantizedLayer]
 ) -> dict[str, QuantizedLayer]:
     """Replace each of these layers by the result of `make`, wherever it is registered. Changes `model`."""
     replaced: dict[str, QuantizedLayer] = {}
     places = places_of(model)
     for name in names:
         layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
-            raise ValueError(f"{name} is a {type(layer).__name__}: only Linear and Conv2d can be quantized")
+        if not isinstance(layer, LayerModule):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}: only Linear, Conv1d, Conv2d and Conv3d can be quantized"
+            )
         replaced[name] = make(name, layer)
         for parent, child in places[layer]:
             setattr(parent, child, replaced[name])

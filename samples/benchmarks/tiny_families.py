@@ -447,6 +447,46 @@ class _Decoder(nn.Module):
         return picture
 
 
+def policy_unet() -> DenoiserModel:
+    """Actions of a robot over time: convolutions along one axis."""
+    module = _make(
+        lambda: diffusers.UNet1DModel(
+            sample_size=16,
+            in_channels=8,
+            out_channels=8,
+            down_block_types=("DownResnetBlock1D",) * 2,
+            up_block_types=("UpResnetBlock1D",),
+            mid_block_type="MidResTemporalBlock1D",
+            out_block_type="OutConv1DBlock",
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            act_fn="mish",
+            use_timestep_embedding=True,
+            time_embedding_type="positional",
+            downsample_each_block=False,
+        )
+    )
+    return DenoiserModel(module, _noise(), (8, 16))
+
+
+def video_unet() -> DenoiserModel:
+    """Convolutions along time behind those along height and width."""
+    module = _make(
+        lambda: diffusers.UNet3DConditionModel(
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+        )
+    )
+    return DenoiserModel(module, _noise(), (4, 3, 8, 8), conditions={"encoder_hidden_states": _rows(5, 32)})
+
+
 def vae_decoder() -> DenoiserModel:
     module = _make(
         lambda: _Decoder(
@@ -480,8 +520,11 @@ FAMILIES: Mapping[str, Callable[[], DenoiserModel]] = {
         wan,
         hunyuan_video,
         latte,
+        policy_unet,
         vae_decoder,
     )
 }
-NEWER: Mapping[str, Callable[[], DenoiserModel]] = {made.__name__: made for made in (auraflow, cogview4, flux2)}
+NEWER: Mapping[str, Callable[[], DenoiserModel]] = {
+    made.__name__: made for made in (auraflow, cogview4, flux2, video_unet)
+}
 """For the benchmark alone: tests have no time for them."""

@@ -81,6 +81,8 @@ def test_a_large_layer_is_timed_on_a_part_of_its_rows(tmp_path, monkeypatch):
         (CONV, 16, (1, 64, 4, 4)),
         (CONV, 32, (1, 64, 5, 7)),  # 35 pixels: the smallest such image with 32 or more
         (CONV.model_copy(update={"padded": False}), 16, (1, 64, 6, 6)),
+        (CONV.model_copy(update={"shape": (64, 64, 5)}), 9, (1, 64, 9)),
+        (CONV.model_copy(update={"shape": (64, 64, 3, 3, 3)}), 27, (1, 64, 3, 3, 3)),
     ],
 )
 def test_an_input_gives_about_the_rows_that_are_asked_for(layer, rows, shape):

@@ -33,6 +33,7 @@ class Typed:
         for node in self.float32.graph.node:
             if node.name:
                 node.metadata_props.add(key=LAYER_KEY, value=node.name.partition("_")[0])
+                node.name = node.name.replace("__", "/")  # which the parser takes in no name
         model = ir.from_proto(self.float32)
         type_half(model, layers, amax or {})
         self.half = ir.to_proto(model)
@@ -211,6 +212,19 @@ def test_a_sum_of_two_layers_is_half_and_a_function_of_one_goes_on_in_float32():
     casts = [(node.input[0], node.output[0]) for node in typed.half.graph.node if node.op_type == "Cast"]
     assert len({source for source, _ in casts}) == len(casts)
     assert not {source for source, _ in casts} & {made for _, made in casts}
+
+
+def test_a_basis_that_a_rounded_layer_shares_with_a_float_one_is_exact():
+    text = """g (float[4, 8] x) => (float[4, 8] y) {
+        [a__balance__Mul] s = Mul (x, d)
+        [a__balance__MatMul] r = MatMul (s, h)
+        [a_m] a = MatMul (r, w)
+        [b_m] b = MatMul (r, w)
+        y = Add (a, b) }"""
+    typed = Typed(text, layers=("b",), d=draw(8), h=draw(8, 8), w=draw(8, 8))
+    made = {node.name: {typed.types[name] for name in node.input} for node in typed.half.graph.node if node.name}
+    assert made["a/balance/Mul"] == made["a/balance/MatMul"] == made["b_m"] == {FLOAT32}
+    assert made["a_m"] == {HALF}
 
 
 def test_what_only_moves_a_value_between_float32_nodes_does_not_round_it():

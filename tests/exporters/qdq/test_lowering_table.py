@@ -37,6 +37,8 @@ TOLERANCE = 1e-5
 class Case:
     """A layer (K, N), or (C, N, kernel, stride, padding), and its input, whose ranges are `magnitude` times RANGES.
 
+    A convolution goes along as many axes as the input has behind B and C.
+
     A padding of "same" is one zero before and two behind with a kernel of 4, as the stride is 1.
     """
 
@@ -56,7 +58,8 @@ class Case:
             case (k, n):
                 return torch.nn.Linear(k, n, self.bias)
             case (c, n, kernel, stride, padding):
-                return torch.nn.Conv2d(c, n, kernel, stride, padding, self.dilation, bias=self.bias)
+                kinds = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}
+                return kinds[len(self.shape)](c, n, kernel, stride, padding, self.dilation, bias=self.bias)
 
 
 def eighths(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -92,6 +95,10 @@ CONV = {
     "branch": Case((32, 48, 3, 2, 1), (2, 32, 6, 6), balance=Balance(powers_of_two(32)), rank=16),
     "same": Case((32, 16, 4, 1, "same"), (2, 32, 5, 4), step=1),
     "dilated": Case((32, 16, 3, 1, 2), (2, 32, 6, 5), step=2, bias=False, dilation=2),
+    "line": Case((64, 32, 5, 2, 2), (2, 64, 9), rank=4),
+    "line-rotated": Case((64, 16, 3, 1, 1), (2, 64, 7), step=1, balance=Balance(powers_of_two(64), 16)),
+    "volume": Case((32, 16, 3, 1, 1), (1, 32, 3, 4, 5), step=2),
+    "volume-same": Case((32, 48, 2, 1, "same"), (2, 32, 2, 3, 4), balance=Balance(powers_of_two(32)), rank=8),
 }
 
 
@@ -147,9 +154,9 @@ def write(row: Lowering, runtime: str, folder: Path) -> Written:
 def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Computed]:
     """The weight's codes and what the layer computes, from its float weight and its scales alone."""
     form, window = layer.scheme.weight, {}
-    if isinstance(layer.layer, torch.nn.Conv2d):
-        left, right, top, bottom = layer.layer._reversed_padding_repeated_twice
-        pads = ((top, bottom), (left, right))
+    if not isinstance(layer.layer, torch.nn.Linear):
+        zeros = layer.layer._reversed_padding_repeated_twice
+        pads = tuple(zip(zeros[-2::-2], zeros[::-2], strict=True))
         window = {"stride": layer.layer.stride[0], "dilation": layer.layer.dilation[0], "pads": pads}
     x, w = x.numpy(), layer.layer.weight.detach().numpy()
     shape = w.shape

@@ -52,7 +52,7 @@ REASONS = {
     "spare": "it is never called",
 }
 CALLS = {"twice": 2, "blocks.0.up": 2, "blocks.0.down": 2, "thrice": 3, "two_sizes": 2}
-QUANTIZED_LAYERS = {*CALLS, "first", "one", "tied", "named", "last"}
+QUANTIZED_LAYERS = {*CALLS, "first", "side", "one", "tied", "named", "last"}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_plan_names_them_and_counts_what_is_quantized(start, tmp_path, caplo
         plan = planned(start, ("w8a8_token", "w8a8_step"), "onnxruntime-cpu", tmp_path)[PLAN]
     assert plan.reasons == REASONS
     assert plan.quantized == len(QUANTIZED_LAYERS)
-    assert "10 of 14 layers quantized" in caplog.text
+    assert "11 of 15 layers quantized" in caplog.text
     assert "2 layers stay in float, it is never called: never, spare" in caplog.text
     plan.save(tmp_path)
     assert QuantPlan.load(tmp_path) == plan
@@ -139,7 +139,7 @@ def test_measured_plans_name_them_too_and_may_keep_them(start, tmp_path, caplog)
         made = made | run_pass(AssignPrecision(keep=("never", "named")), made, tmp_path / "assign")
     assert made[PLAN].reasons == REASONS
     assert {layer.name for layer in made[PLAN].layers} == QUANTIZED_LAYERS | REASONS.keys()
-    assert "9 of 14 layers quantized" in caplog.text
+    assert "10 of 15 layers quantized" in caplog.text
     assert "1 layer stays in float, assign.keep names it: named" in caplog.text
     assert set(written(made, tmp_path)[GRAPH].nodes) == QUANTIZED_LAYERS - {"named"}
 

@@ -234,7 +234,7 @@ def test_the_line_for_editors_is_there_where_the_schema_is(tmp_path: Path) -> No
         (("nowhere",), "no folder nowhere: give a diffusers folder"),
         (("owner/name",), "or `hub:owner/name` to download it"),
         (("net.py:mak",), "net.py has no function mak: did you mean 'make'"),
-        (("net.py:plain",), "net.py:plain has neither Linear nor Conv2d layers"),
+        (("net.py:plain",), "net.py:plain has neither Linear nor ConvNd layers"),
         (("net.py:broken",), "net.py:broken raised ModuleNotFoundError: No module named 'no_such_module'"),
         (("net.py:make", "--target", "onnxruntime-cup"), "did you mean 'onnxruntime-cpu'"),
         (("net.py:make", "--out", "there.yaml"), "there.yaml: already exists: choose another --out, or pass --force"),

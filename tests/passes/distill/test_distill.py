@@ -401,10 +401,14 @@ def test_gptq_codes_lose_less_of_the_output_than_the_nearest_ones():
     assert error(found) < 0.5 * error(nearest)
 
 
-def test_the_second_moment_of_a_convolution_is_that_of_its_patches():
+@pytest.mark.parametrize(
+    ("kind", "padding", "dilation"),
+    [(torch.nn.Conv1d, 1, 1), (torch.nn.Conv2d, 1, 2), (torch.nn.Conv3d, "valid", 1)],
+)
+def test_the_second_moment_of_a_convolution_is_that_of_its_patches(kind, padding, dilation):
     generator = torch.Generator().manual_seed(0)
-    conv = torch.nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False)
-    x = torch.randn(2, 3, 8, 8, generator=generator)
+    conv = kind(3, 5, 3, stride=2, padding=padding, dilation=dilation, bias=False)
+    x = torch.randn(2, 3, *[8] * len(conv.stride), generator=generator)
     moment = second_moment(conv, x)
     w_NK = conv.weight.detach().flatten(1).double()
     energy = (w_NK @ moment @ w_NK.T).diagonal().sum()

@@ -51,6 +51,20 @@ def test_a_linear_model_is_predicted_exactly(name):
         assert predicted[name][label] == pytest.approx(measured, rel=3e-2 if label == "w8a8" else 1e-2)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_a_convolution_along_any_number_of_axes_is_predicted_exactly(kind):
+    torch.manual_seed(0)
+    inner = kind(32, 16, 3, 2, 1)
+    sizes = [5] * len(inner.stride)
+    module = nn.Sequential(inner, nn.Flatten(), nn.Linear(16 * 3 ** len(sizes), 1)).requires_grad_(False).eval()
+    inputs, form = {"input": torch.randn(1, 32, *sizes)}, Form(W8A16)
+    rounded = RoundedLayers(module, NONE)
+    screen = Screen(rounded, lambda i: module(**i), {"0": {"w8": form}})
+    predicted, output = screen.errors(inputs, [torch.Generator().manual_seed(1)])
+    with rounded.alone("0", form), torch.no_grad():
+        assert predicted["0"]["w8"] == pytest.approx(float((module(**inputs) - output).square().sum()), rel=1e-2)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

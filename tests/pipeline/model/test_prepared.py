@@ -70,23 +70,29 @@ class Scaled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class OwnLine(nn.Conv1d):
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
 def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
     model = nn.ModuleDict(
         {
             "linear": nn.Linear(4, 4),
             "conv": nn.Conv2d(4, 4, 1),
             "line": nn.Conv1d(4, 4, 1),
-            "volume": nn.Conv3d(4, 4, 1),
+            "volume": nn.Conv3d(4, 4, 1, padding_mode="circular"),
+            "own_line": OwnLine(4, 4, 1),
             "back": nn.ConvTranspose2d(4, 4, 1),
             "grouped": nn.Conv2d(4, 4, 1, groups=2),
             "mirrored": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "own": Scaled(4, 4),
         }
     )
-    assert [layer.name for layer in layer_table(model)] == ["linear", "conv"]
+    assert [layer.name for layer in layer_table(model)] == ["linear", "conv", "line"]
     assert unquantizable(model) == {
-        "line": "a Conv1d",
-        "volume": "a Conv3d",
+        "volume": "a Conv3d with padding_mode circular",
+        "own_line": "a OwnLine has a forward of its own",
         "back": "a ConvTranspose2d",
         "grouped": "a grouped Conv2d",
         "mirrored": "a Conv2d with padding_mode reflect",

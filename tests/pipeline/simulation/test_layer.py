@@ -153,7 +153,7 @@ def test_quantize_model_replaces_what_the_schemes_say():
 
 
 def test_other_modules_cannot_be_quantized():
-    with pytest.raises(ValueError, match="0 is a SiLU: only Linear and Conv2d"):
+    with pytest.raises(ValueError, match="0 is a SiLU: only Linear, Conv1d, Conv2d and Conv3d"):
         quantize_model(nn.Sequential(nn.SiLU()), {"0": W8A8_TOKEN}, CLOCK)
 
 
