@@ -56,7 +56,7 @@ class DepartureFigures:
     """Relative L2 errors inside the whole graph; None where `verify` did not look into it."""
 
     departure_output_rel_l2: Annotated[float | None, OPTIONAL] = None
-    """Error of what reaches the graph's output."""
+    """Error of the graph's output, if all layers before it are taken as correct."""
     departure_own_rel_l2_max: Annotated[float | None, OPTIONAL] = None
     """Largest `own_rel_l2` of a layer's `Departure`."""
     departure_input_rel_l2_max: Annotated[float | None, OPTIONAL] = None
@@ -87,13 +87,13 @@ class SampleFigures:
     psnr_db: float
     """PSNR of the deployed samples."""
     psnr_db_min: float
-    """PSNR of the worst deployed sample."""
+    """Lowest PSNR of a deployed sample."""
     psnr_simulated_db: float
     """PSNR of the simulated samples."""
     sqnr_db: float
     """SQNR of the deployed samples."""
     sqnr_db_min: float
-    """SQNR of the deployed sample with the lowest."""
+    """Lowest SQNR of a deployed sample."""
     sqnr_simulated_db: float
     """SQNR of the simulated samples."""
     fidelity_gap_db: float

@@ -73,7 +73,7 @@ def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenanc
     """Replace the results in `folder` atomically; links are followed.
 
     Files that its manifest does not list stay, and so do listed files that were changed. Raises RecipeError if the
-    folder holds anything but results, StoreError if the disk cannot be written.
+    folder holds files and no manifest, StoreError if the disk cannot be written.
     """
     place = check_folder(folder)
     with store.lock(f"publish-{hashlib.sha256(os.fsencode(place)).hexdigest()}"):

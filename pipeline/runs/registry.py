@@ -1,7 +1,7 @@
 """Find the class of a pass: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
 
-A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
-in the group `intaglio.metrics`, and so have runtimes, in the group `intaglio.runtimes`.
+A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics are found by name
+only, in the group `intaglio.metrics`, and so are runtimes, in the group `intaglio.runtimes`.
 """
 
 import hashlib

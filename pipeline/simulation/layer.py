@@ -35,7 +35,7 @@ class QuantizedLayer(nn.Module):
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     `weight_rounding` and `input_rounding` round, and hold what is trained; `cache` keeps the rounded weight. This class
-    computes the product, beside it the product of the branch, and adds the bias.
+    computes the product and the product of the branch, and adds them and the bias.
 
     Attributes that this class does not define (`weight`, `bias`, `in_features`, `stride`) are those of the replaced
     layer. After `set_codes`, `weight` is the rounded weight in its basis; its type, shape and device stay the same.
@@ -124,7 +124,7 @@ class QuantizedLayer(nn.Module):
         return codes
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the codes of an input stand for; both are in the layer's basis.
+        """Return the rounded input that the codes of an input stand for; both are in the layer's basis.
 
         Raises ValueError for a layer whose input stays in float.
         """
@@ -140,7 +140,7 @@ class QuantizedLayer(nn.Module):
         return rounded[..., top : top + x.shape[-2], left : left + x.shape[-1]]
 
     def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Return an output as it is after its product is rounded, which a scheme with a rounded output does."""
+        """Return an output after its product is rounded, as a scheme with a rounded output rounds it."""
         assert self.input_rounding is not None  # only the products of codes are rounded
         bias = 0.0 if self.layer.bias is None else self._of_channels(self.layer.bias)
         amax, _ = self.input_rounding.step_range(self.clock.step)
