@@ -113,7 +113,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
 
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
-    """Draw samples with a plan. Without a model, the prediction is taken for what they would have."""
+    """Draw samples with a plan, and return their quality; without a model, return the predicted quality."""
     predicted_db = table.samples.psnr_db(problem.loss(chosen))
     found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
     ctx.log.info(
@@ -124,7 +124,7 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
 
 
 class _Wanted(NamedTuple):
-    """The quality to look for in dB, the first factor on predicted losses, and the share of time for less loss."""
+    """The quality to look for in dB, the first factor on predicted losses, and the SLACK in time and bytes."""
 
     psnr_db: float
     factor: float

@@ -32,7 +32,7 @@ class RoundedLayers:
     """Rounded versions of a model's layers, made for each form on request.
 
     Scales are fitted once. Rounded weights are kept up to KEPT_BYTES in all; others are rounded for every call.
-    `bases` has the bases of layers by the basis's name; the empty name is for the bases that layers have already.
+    `bases` has the bases of layers by the basis's name; the empty name stands for the bases that layers already have.
     """
 
     def __init__(self, module: nn.Module, trajectory: Trajectory, bases: Bases = MappingProxyType({})) -> None:

@@ -110,11 +110,11 @@ class Screen:
         }
 
     def _pulled_back(self, inputs: Inputs, sample: str, by_output: torch.Tensor) -> torch.Tensor:
-        """Return the gradient by a call's sample, from the gradient by its output. Adds to all layers' products."""
+        """Return the gradient with respect to the sample, given that to the output. Adds to all layers' products."""
         self._leaves = []
         x = inputs[sample].detach().requires_grad_()
         with torch.enable_grad(), self._noted():
-            output = self.denoise({**inputs, sample: x.clone()})  # which the model may write into
+            output = self.denoise({**inputs, sample: x.clone()})  # a copy, as the model may write into it
         by_sample, *_ = torch.autograd.grad(output, [x, *self._leaves], by_output, allow_unused=True)
         return by_sample
 
