@@ -131,7 +131,7 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     It is slower: weights have no special layout for kernels, and blocks of memory are mapped one by one.
     """
     options = _options(kernels_for(path), threads=0)
-    # the level above lays convolutions' weights out anew
+    # the next level changes the layout of convolutions' weights
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
     # the default order executes a node such as ReduceMax last, and so keeps its large input in memory
