@@ -1,6 +1,6 @@
-"""Read an ONNX file that anyone may have written, in bounded memory, without following it out of its folder.
+"""Read an ONNX file that anyone may have written, in bounded memory, without reading files outside its folder.
 
-A model without its weights is small. So weights are not loaded: they stay in their files. The rest is checked against
+A model without its weights is small. So weights are not loaded: they stay in their files. All else is checked against
 limits before protobuf parses it, because protobuf needs up to 200 times the size of the text.
 """
 
@@ -40,14 +40,14 @@ def read_model(path: Path) -> ir.Model:
     proto = read_proto(path)
     try:
         model = ir.from_proto(proto)
-    except Exception as e:  # they raise whatever a model that decodes, but says something impossible, leads to
+    except Exception as e:  # any kind, if the file decodes but its content is impossible
         raise RecipeError(f"{printable(path)}: is no ONNX model: {printable(e)[:300]}") from e
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """Read a model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
+    """Read a model; larger tensors stay in their files, even in the model's own file. Raises RecipeError."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -153,7 +153,7 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
     except RecipeError as e:
         return f"{name}: its data is in {where}: {e}"
     if offset < 0 or length != size or offset + length > end:
-        said = f", not the {length} that the model says" if length != size else ""
+        said = f", not the {length} that the model names" if length != size else ""
         return f"{name}: {size} bytes at {offset}{said}, but {_short(file.name)} ends at {end}"
     return None
 
@@ -206,7 +206,7 @@ class _Structure:
     def _message(self, kind: str, start: int, end: int, depth: int) -> bytes | None:
         """Return the bytes that replace the message; None if it stays unchanged."""
         if depth > _DEEPEST:
-            raise self._error(f"has more than {_DEEPEST} messages in each other")
+            raise self._error(f"has messages that are nested more than {_DEEPEST} deep")
         pieces: list[bytes] = []
         begin = done = start
         name, listed, place = b"", 0, b""
@@ -226,7 +226,7 @@ class _Structure:
                     pieces += [self.file[done:behind_key], _varint(len(changed)), changed]
                     done = at
             begin = at
-        # the last value of a field is the one that is read: the tensor may say by itself where its data is
+        # protobuf reads the last value of a field, so this place overrides one that the tensor has already
         return b"".join([*pieces, self.file[done:end], place]) if pieces else None
 
     def _inner(self, kind: str, first: int, at: int, depth: int) -> bytes | None:

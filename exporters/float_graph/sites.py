@@ -50,9 +50,9 @@ class Site:
         return self.product.inputs[2] if len(self.product.inputs) > 2 else None
 
     def weight(self) -> NDArray[np.float32]:
-        """Return weight in torch's layout: (N, K), or (N, C, kh, kw)."""
+        """Return the weight in torch's layout: (N, K), or (N, C, kh, kw)."""
         constant = _given(self.product.inputs[1]).const_value
-        assert constant is not None  # `find_sites` made sure
+        assert constant is not None  # `find_sites` checked it
         w: NDArray[np.float32] = constant.numpy()
         transposed = self.product.op_type == "MatMul" or (
             self.product.op_type == "Gemm" and not self.product.attributes.get_int("transB", 0)

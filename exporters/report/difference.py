@@ -76,7 +76,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse`, said of B, or `same`; empty where that is not known, or neither direction is better."""
+        """`better` or `worse` for B, or `same`; empty if that is not known, or if neither direction is better."""
         if self.delta is None:
             return ""
         if self.delta == 0:

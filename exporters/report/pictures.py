@@ -249,7 +249,7 @@ def _check_steps(model: DenoiserModel, steps: int) -> None:
         model.scheduler.set_timesteps(steps, **model.schedule)
     except Exception as e:  # each scheduler has its own
         kind = type(model.scheduler).__name__
-        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses so many steps: {e}") from e
+        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses this number of steps: {e}") from e
 
 
 def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:

@@ -55,7 +55,7 @@ EFFORTS = (
     Effort(8, 2, 1, 8, 0, 8),
     Effort(4, None, 0, 0, 0, 2),
 )
-"""From the most to the least. Updates of None are the default of `distill`."""
+"""Efforts from the largest to the smallest; `updates` of None stands for the default of `distill`."""
 
 
 def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Effort:

@@ -251,7 +251,7 @@ def _commented_components(found: Found) -> Iterator[str]:
 
 
 def _about_time(found: Found, effort: Effort) -> Iterator[str]:
-    """Yield how long the recipe takes here, and what more time buys."""
+    """Yield how long the recipe takes here, and what more time would add."""
     if found.minutes is None:
         return
     seconds = seconds_of(found, amounts_of(found, effort))
@@ -328,7 +328,7 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
 
 
 def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
-    """Return the sampling with at most as many steps as the model's scheduler makes, which may be a short list."""
+    """Return the sampling with its steps limited to those that the model's scheduler makes."""
     scheduler = copy.deepcopy(model.scheduler)
     scheduler.set_timesteps(sampling.steps, **model.schedule)
     made = len(scheduler.timesteps)

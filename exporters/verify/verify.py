@@ -79,7 +79,7 @@ class Verify(Pass):
     code_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="share of a layer's input codes that may differ by 1; one code may always, and none by more",
+        description="share of a layer's input codes that may differ by 1; one code always may, and no code by more",
     )
     gap_db_tolerance: float = Field(
         0.5,
