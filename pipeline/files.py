@@ -243,7 +243,7 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
 
 
 def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
-    """Raise `error` for more than MOST_VALUES values: each takes up to a hundred bytes of memory, whatever its text."""
+    """Raise `error` for more than MOST_VALUES values: each takes up to a hundred bytes of memory, even as a digit."""
     count = text.count(",") + text.count("[") + text.count("{")
     if count > MOST_VALUES:
         raise error(f"{source}: holds up to {count} values: at most {MOST_VALUES} are read")

@@ -116,7 +116,7 @@ def nbytes(tensor: onnx.TensorProto) -> int | None:
 
     try:
         bits: int = prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
-    except (TypeError, ValueError):  # strings, and numbers of no type
+    except (TypeError, ValueError):  # strings, and numbers that stand for no type
         return None
     return -(-bits // 8)
 
@@ -198,7 +198,7 @@ class _Structure:
         left = self.file if found is None else found
         if len(left) > MOST_STRUCTURE:
             raise self._error(
-                f"has {len(left)} bytes beside the raw data of its tensors: at most {MOST_STRUCTURE} are read:"
+                f"has {len(left)} bytes besides the raw data of its tensors: at most {MOST_STRUCTURE} are read:"
                 " save it again with onnx.save, and without doc strings"
             )
         return left
@@ -213,7 +213,7 @@ class _Structure:
         while begin < end:
             field, behind_key, first, at = self._field(begin, end)
             if field in _NUMBERS.get(kind, ()):
-                listed += at - begin  # one by one, or all at once
+                listed += at - begin  # one number for each field, or all numbers in one field
                 self._count_numbers(kind, name, listed, at - begin)
             elif field == _NAME.get(kind):
                 name = self.file[first : min(at, first + 100)]
@@ -232,7 +232,7 @@ class _Structure:
     def _inner(self, kind: str, first: int, at: int, depth: int) -> bytes | None:
         if kind != "value":
             return self._message(kind, first, at, depth + 1)
-        self._count((at - first) // 8)  # a name, and some axes
+        self._count((at - first) // 8)  # its bytes are a name and some axes
         return None
 
     def _field(self, begin: int, end: int) -> tuple[int, int, int, int]:

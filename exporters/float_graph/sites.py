@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LAYER_KEY = "intaglio.layer"
 """Key of a node's metadata that names its layer."""
 BRANCH = "branch"
-"""Part of node names for what a layer computes in float beside its product."""
+"""Part of the names of the nodes that compute a layer's branch in float."""
 INPUT_CODES = "/input/QuantizeLinear"
 """End of the name of the node that makes the codes of a layer's input."""
 

@@ -144,7 +144,7 @@ def _write(stream: IO[bytes], header: dict[str, Any], content: bytes) -> None:
 
 
 def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """Read one message; None if the other side is gone."""
+    """Read one message; None if the other side has closed the pipe."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         return None

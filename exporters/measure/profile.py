@@ -130,7 +130,7 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
     found: dict[str, float] = defaultdict(float)
     rest: dict[str, float] = defaultdict(float)
     for name, milliseconds in took:
-        text = name if _RANGE not in name else ""  # it names the ends of a range of nodes, not those between
+        text = name if _RANGE not in name else ""  # a range names its first and last node only
         executed = [nodes[token] for token in _NO_NAME.split(f"{text} {nodes_of.get(name, '')}") if token in nodes]
         owners = _owners(node for node in executed if node.op_type in PRODUCTS) or _owners(executed)
         shares = {owner: weights[owner] for owner in owners if owner in weights}

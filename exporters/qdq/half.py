@@ -61,7 +61,7 @@ CAREFUL = STATISTICS | {
     "Sin",
     "Softmax",
 }
-"""Operators that compute in float32; those beside STATISTICS have results that float16 holds."""
+"""Operators that compute in float32; all except STATISTICS have results that float16 holds."""
 EXPONENTIAL = frozenset({"Exp", "LogSoftmax", "Softmax"})
 PERIODIC = frozenset({"Sin", "Cos"})
 """An angle of 1000 is only known to 0.5 in float16: all that leads to it from the graph's inputs is float32."""

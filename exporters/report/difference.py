@@ -236,7 +236,7 @@ class Difference:
     def sensitivity(self) -> dict[str, Change]:
         """Layer -> predicted mean squared error of the samples with this layer alone quantized as planned.
 
-        Only layers for which both sides have it.
+        It has only the layers that both sides predict.
         """
         found = [
             {

@@ -205,8 +205,8 @@ def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 class Colours:
     """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference.
 
-    Images whose values are in [-1, 1] (a share of `IMAGES` of them) are black at -1 and white at 1. The range of other
-    images is their own, that of latents is each channel's own.
+    Images whose values are in [-1, 1] (a share of `IMAGES` of them) are black at -1 and white at 1. Other images
+    have the range of the reference, and latents have one range for each channel.
     """
 
     def __init__(self, reference_BCHW: torch.Tensor) -> None:

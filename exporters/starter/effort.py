@@ -88,7 +88,7 @@ def seconds_of(found: Found, rows: Iterator[tuple[str, int]]) -> float:
 
 
 def verified(found: Found, most: int) -> int:
-    """Return how many samples `verify` draws: at most this number, as many as take few calls and operations."""
+    """Return how many samples `verify` draws: at most this number, fewer if its calls are many or costly."""
     if found.cost is None:
         return most
     calls = found.sampling.steps * found.cost.rows_per_sample

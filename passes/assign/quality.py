@@ -33,7 +33,7 @@ ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
 NEAR_DB = 1.5
-"""A plan that is at most this much better than wanted is accepted; for a better one, a faster plan is looked for."""
+"""A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
 REST_DB = 3.0
 """Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
 BATCH = 4

@@ -186,7 +186,7 @@ def problems_of(
 ) -> Iterator[str]:
     """Yield the refusals, and where `rest` differs from the model.
 
-    `rest` is what the file holds beside quantized weights. `quantized` are the layers whose weight is not compared.
+    `rest` is what the file holds besides quantized weights. `quantized` are the layers whose weight is not compared.
     """
     yield from (f"{some(names)}: {reason}" for reason, names in found.refused.items())
     weights = {f"{name}.weight" for name in quantized}

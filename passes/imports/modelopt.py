@@ -124,7 +124,7 @@ class ImportModelopt(ImportPass):
         on = [name for name, q in saved.quantizers.items() if q.on]
         for pattern in self.ignore:
             if not any(fnmatchcase(name, pattern) for name in on):
-                yield f"ignore: {pattern!r} fits none of its {len(on)} quantizers that are on"
+                yield f"ignore: {pattern!r} fits none of its {len(on)} enabled quantizers"
         own = {f"{layer.name}.{part}_quantizer" for layer in layers for part in ("weight", "input")}
         if others := [name for name in on if name not in own and not self._ignores(name)]:
             yield (

@@ -31,7 +31,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest` as it is.
+    """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest`, unchanged.
 
     `problems` are those of the files as a whole.
     """

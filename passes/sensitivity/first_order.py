@@ -89,7 +89,7 @@ class _Parts:
         layer, g, x = self.rounded.module.get_submodule(self.name), self.call.by_y, self.call.x
         if isinstance(layer, nn.Linear):
             return g.flatten(0, -2).T @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
-        assert isinstance(layer, nn.Conv2d)  # others have no forms
+        assert isinstance(layer, nn.Conv2d)  # only these types have forms
         padded = functional.pad(x, layer._reversed_padding_repeated_twice)
         if padded.dim() == 3:
             padded, g = padded[None], g[None]
@@ -109,7 +109,7 @@ class _Parts:
 
     def _of_output(self, form: Form) -> float:
         y = self.call.y
-        assert y is not None  # `Call` has it where a form rounds it
+        assert y is not None  # a call records y if a form rounds it
         return _dot(self.call.by_y, self.rounded.layer(self.name, form).rounded_output(y) - y)
 
 

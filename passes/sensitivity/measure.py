@@ -170,7 +170,7 @@ class MeasureSensitivity(Pass):
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
         screening = (1 + 2 * self.probes) if self.probes else 0  # gradients with respect to inputs and to weights
-        # the 2: the whole model is called, and all blocks are recorded
+        # 2 calls are added: one of the whole model, and one that records all blocks
         a_bucket = screening + 2 + share * measured * model.from_layer
         drawn = DRAWN * sum(known_schemes()[name].weight_bits <= FEW_BITS for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples

@@ -49,7 +49,7 @@ class RoundedLayers:
         key = (name, form)
         if key not in self._made:
             layer, balances = self.module.get_submodule(name), self.bases.get(form.basis, {})
-            assert isinstance(layer, nn.Linear | nn.Conv2d)  # others have no forms
+            assert isinstance(layer, nn.Linear | nn.Conv2d)  # only these types have forms
             tables = self.trajectory.tables({name: form.scheme}, balances).get(name, NO_TABLES)
             balance = balances[name].balance if name in balances else None
             fit = (name, form.scheme.weight, form.basis)

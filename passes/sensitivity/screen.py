@@ -84,7 +84,7 @@ class Screen:
 
         with torch.enable_grad():
             *_, samples = sampler.followed(denoise, start)
-        assert isinstance(samples, torch.Tensor)  # the samples come last
+        assert isinstance(samples, torch.Tensor)  # `followed` yields the samples last
         self._products = {}
         # tensors that depend on an output through the scheduler alone, and the gradients with respect to them
         ends, gradients = [samples], [_signs(samples, probe)]
@@ -94,7 +94,7 @@ class Screen:
             weights.append(float(by_output.square().sum() * output.detach().square().mean()) / samples.numel())
             x = inputs[sampler.names.sample]
             by_sample = self._pulled_back(inputs, sampler.names.sample, by_output)
-            if x.requires_grad:  # all but the noise at the start
+            if x.requires_grad:  # true for all states except the noise at the start
                 ends.append(x)
                 gradients.append(by_sample)
         return self._mean_squares([self._products], samples.numel()), weights[::-1]

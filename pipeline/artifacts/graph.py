@@ -63,7 +63,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _GraphFacts:
-    """The content of graph.json: what `Graph` has beside its path."""
+    """The content of graph.json: everything in `Graph` except its path."""
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
@@ -113,7 +113,7 @@ class Graph(_GraphFacts, _File):
 
 @dataclass(frozen=True)
 class _EngineFacts:
-    """The content of engine.json: what `Engine` has beside its plan."""
+    """The content of engine.json: everything in `Engine` except its plan."""
 
     runtime: str
     version: str

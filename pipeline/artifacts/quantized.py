@@ -40,7 +40,7 @@ class LayerAdapter:
 
 
 ADAPTER_PARTS = ("scale_NG", "a", "b", "group_NG", "codes")
-"""Tensors of a `LayerAdapter` beside its tables."""
+"""Tensors of a `LayerAdapter`, except its tables."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class _Commands(TyperGroup):
         alone.command(name)(point.load())
         return typer.main.get_command(alone)
 
-    def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
+    def invoke(self, ctx: Any) -> Any:  # the Context of typer's own click
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # nobody reads the output any more: typer ends without a message
@@ -86,7 +86,7 @@ class _Commands(TyperGroup):
 
 
 def _told(error: Exception) -> tuple[str, int]:
-    """Return the message and the exit code of what ended a command."""
+    """Return the message and the exit code for the exception that ended a command."""
     match error:
         case IntaglioError():
             problems = [shortened(problem) for problem in error.problems]

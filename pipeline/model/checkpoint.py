@@ -181,7 +181,7 @@ class Checkpoint:
         (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
 
     def _save_folder(self, files: Path) -> None:
-        """Copy what is read of a diffusers folder, and nothing else: settings and weights."""
+        """Copy the files of a diffusers folder that are read, settings and weights, and no others."""
         folder = self._denoiser_folder
         assert folder is not None  # `resolve` checked it
         if self._weights is None:
@@ -272,7 +272,7 @@ class Checkpoint:
     def _place(self, folder: Path | None) -> str:
         assert folder is not None  # `resolve` checked it
         inner = folder.relative_to(self.root).as_posix()
-        if self.ref.path == STORED:  # a copy, which knows no other path
+        if self.ref.path == STORED:  # the copy in the store has no path of the user
             return "the model's folder" if inner == "." else f"the model's folder {inner}"
         return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
 

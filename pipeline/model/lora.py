@@ -139,7 +139,7 @@ def _update(
     return Update(a_rK, tensors["B.weight"], tensors.get("magnitude_vector"), strength)
 
 
-def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # JSON
+def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # parsed JSON
     """Read the adapter's configuration from the file's metadata. Raises RecipeError for unsupported settings."""
     written = parse_json(metadata.get("lora_adapter_metadata", "{}"), source=f"{label}: lora_adapter_metadata")
     if not isinstance(written, dict):

@@ -114,7 +114,7 @@ class Faults(dict[str, str]):
     """Questions that failed, with the reason."""
 
     def ask(self, what: str, ask: Callable[[], T]) -> T | None:
-        """Return the answer; None where asking raises, which is a fault."""
+        """Return the answer; None if the query raises, which is a fault."""
         try:
             return ask()
         except Exception as error:  # a broken installation can raise anything

@@ -18,7 +18,7 @@ from intaglio.pipeline.runs.versions import find_version
 
 RECIPE = "recipe.yaml"
 VERSIONS = ("intaglio", "torch", "diffusers", "onnx")
-"""Distributions whose versions are in a manifest, beside those that runtimes need to compile anything."""
+"""Distributions whose versions are in a manifest, besides those that runtimes need to compile anything."""
 
 
 def check_folders(folders: Collection[Path], store: Store) -> None:

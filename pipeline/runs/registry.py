@@ -99,7 +99,7 @@ def find_metric(name: str) -> Metric:
     made = _object_of(name, points, "metric")
     if missing := [method for method in ("applies", "compare") if not callable(getattr(made, method, None))]:
         raise ContractError(f"metric {name}: {points[name].value} does not define {', '.join(missing)}")
-    assert made is not None  # it has the methods
+    assert made is not None  # None has no such methods
     metric: Metric = made()
     return metric
 
