@@ -94,5 +94,5 @@ class BalanceLayers(Pass):
             sum(gains) / max(1, len(gains)),
         )
         if branches:
-            ctx.log.info("%d have a branch of rank %d", len(branches), self.branch)
+            ctx.log.info("%d layers have a branch of rank %d", len(branches), self.branch)
         return {PLAN: plan.balanced(balances, branches)}

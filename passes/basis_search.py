@@ -46,7 +46,7 @@ class Amounts(NamedTuple):
 
 
 SMALLEST_BLOCK = 16
-"""Smallest number of channels that are rotated together: fewer channels are not evened out."""
+"""Smallest number of channels that are rotated together: rotating fewer does not even them out."""
 
 
 def some_tokens(inputs: Inputs, layer: LayerModule, tokens: int, generator: torch.Generator) -> Inputs:
@@ -60,7 +60,7 @@ def some_tokens(inputs: Inputs, layer: LayerModule, tokens: int, generator: torc
 def candidates(
     parts: Parts, x: Sequence[Inputs], exponents: Sequence[float], block: int, ctx: Context
 ) -> Iterator[Balance]:
-    """Yield every scaling of the channels, without and with a rotation after it; never the present basis.
+    """Yield every scaling of the channels, without and with a rotation after it, but not the present basis.
 
     d = max|w|^(1 - a) / max|x|^a, its geometric mean 1 (SmoothQuant Eq. 4, inverted), for each exponent a.
     """
@@ -183,7 +183,7 @@ def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def branch_of(layer: LayerModule, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
-    """Return the branch of a weight in its basis; None for one of more than FEW_BITS, or too small."""
+    """Return the branch of a weight in its basis; None for a weight of more than FEW_BITS bits, or a small one."""
     if not rank or scheme.weight_bits > FEW_BITS or min(layer.weight.flatten(1).shape) < 4 * rank:
         return None
     w = layer.weight if basis is None else basis.weight(layer.weight)

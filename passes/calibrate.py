@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Calibrate(Pass):
     """Sample from noise with the float denoiser, and record every call and every layer's range at each step.
 
-    The first call also gives the number of rows that each layer sees, and the layers that read the same input. Layers
-    that no call reaches, or whose result affects no output, stay in float; the log names them.
+    It also records the number of rows that each layer sees in a call, and the layers that read the same input in the
+    first call. Layers that no call reaches, or whose result affects no output, stay in float; the log names them.
     """
 
     name: ClassVar[str] = "calibrate"

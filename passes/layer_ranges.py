@@ -118,7 +118,7 @@ def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
 def unreached_layers(
     module: nn.Module, denoise: Denoise, trajectory: Trajectory, layers: Mapping[str, Layer], rows: Sequence[int]
 ) -> tuple[Unreached, ...]:
-    """Find the layers that have no part in recorded calls, and say why.
+    """Find the layers that no recorded call reaches, that have no effect, or whose weight other code reads; say why.
 
     The first call is followed on these rows; later calls are followed only while some layer seems to have no effect.
     """

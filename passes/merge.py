@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class MergeAdapters(Pass):
     """Round each weight as it was trained: codes = Q(W0 + B A; s). The merged model computes what the trained one did.
 
-    Layers without a part in the recorded calls stay in float. Tables with one scale for each step can have entries at
+    Layers that the recorded calls do not reach stay in float. Tables with one scale for each step can have entries at
     timesteps that were not calibrated; these entries are interpolated.
     """
 

@@ -21,7 +21,7 @@ class UniformPlan(Pass):
     """Give every layer the first of the wanted schemes that its shape and the target allow, or else float.
 
     EfficientDM (section 4.1) leaves the first and the last layer at 8 bits: `ends` names the schemes wanted for those
-    two. After `calibrate`, layers without a part in the recorded calls stay in float, and count as neither first nor
+    two. After `calibrate`, layers that the recorded calls do not reach stay in float, and count as neither first nor
     last.
     """
 

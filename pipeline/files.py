@@ -67,7 +67,7 @@ def read_bytes(path: Path, *, most: int, inside: Path | None = None, error: type
     descriptor, size = _opened(path, most, inside, error)
     try:
         with os.fdopen(descriptor, "rb") as stream:
-            content = stream.read(size + 1)  # Python takes the memory for as many bytes as are asked for
+            content = stream.read(size + 1)  # Python allocates as many bytes as are requested
     except OSError as e:
         raise error(f"{printable(path)}: cannot be read: {e.strerror}") from e
     if len(content) > size:
@@ -87,7 +87,7 @@ def read_text(path: Path, *, most: int, inside: Path | None = None, error: type[
 def read_json(
     path: Path, *, most: int = MOST_JSON, inside: Path | None = None, error: type[IntaglioError] = RecipeError
 ) -> object:
-    """Return what a JSON file says. Raises `error` as `parse_json` does."""
+    """Return the content of a JSON file. Raises `error` as `parse_json` does."""
     return parse_json(read_text(path, most=most, inside=inside, error=error), source=printable(path), error=error)
 
 
@@ -110,7 +110,7 @@ def read_typed(
     error: type[IntaglioError] = RecipeError,
     may_lack: Collection[str] | None = None,
 ) -> T:
-    """Return what a JSON file says as a value of `kind`: a dataclass, a TypedDict, a model of pydantic or a generic.
+    """Return a JSON file's content as a value of `kind`: a dataclass, a TypedDict, a model of pydantic or a generic.
 
     Types are exact: a text is no number. The file may lack every field that has a default, or only those fields of
     dataclasses that `may_lack` names. Raises `error` with the first places of another type.
@@ -150,7 +150,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 @cache
 def _validator(kind: Any, may_lack: frozenset[str] | None) -> SchemaValidator:
-    """Return what checks a value of `kind`, and stops at the first wrong element of a list or mapping."""
+    """Return the validator of values of `kind`, which stops at the first wrong element of a list or mapping."""
     schema = copy.deepcopy(_adapter(kind).core_schema)
     parts: list[Any] = [schema]
     while parts:
@@ -201,7 +201,7 @@ def open_safetensors(
     """Open a safetensors file, which is a regular file with a header of at most `MOST_HEADER` bytes.
 
     Yields safetensors' own reader: `keys()`, `metadata()`, `get_slice(name)`, `get_tensor(name)`. Raises `error` for
-    other files, and where the block reads a tensor that the reader cannot give.
+    other files, and where the block reads a tensor that the reader cannot return.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -227,7 +227,7 @@ def load_tensors(
 
 
 def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeError) -> object:
-    """Return what a JSON text says; `source` names it in the message.
+    """Return the content of a JSON text; `source` names it in the message.
 
     Raises `error` if it is no JSON, is nested too deep, or has a number of too many digits.
     """
@@ -243,7 +243,7 @@ def parse_json(text: str, *, source: str, error: type[IntaglioError] = RecipeErr
 
 
 def _check_count(text: str, source: str, error: type[IntaglioError]) -> None:
-    """Raise `error` for more values than are read: each takes up to a hundred bytes of memory, whatever its text."""
+    """Raise `error` for more than MOST_VALUES values: each takes up to a hundred bytes of memory, even as a digit."""
     count = text.count(",") + text.count("[") + text.count("{")
     if count > MOST_VALUES:
         raise error(f"{source}: holds up to {count} values: at most {MOST_VALUES} are read")

@@ -24,7 +24,7 @@ def check_output(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{printable(path)}: cannot be written: {getattr(error, 'strerror', error)}") from error
     if mode is not None and not stat.S_ISREG(mode):
-        raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not written over: choose another --out")
+        raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not overwritten: choose another --out")
     if mode is None and not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
@@ -41,10 +41,10 @@ def kind_of(mode: int) -> str:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name, whose file takes the place of `path` when the block ends well.
+    """Yield a path of the same name, whose file takes the place of `path` when the block ends without an error.
 
-    A kill leaves the old file, and at worst a hidden folder beside it. Raises what `check_output` does, and OSError
-    that names `path` where the disk does not take it.
+    A killed process leaves the old file, and at worst a hidden folder beside it. Raises what `check_output` does, and
+    OSError that names `path` if the disk cannot be written.
     """
     check_output(path)
     prefix = f".{path.name[:100]}."

@@ -1,7 +1,7 @@
 """Deployment compiler for diffusion models.
 
-Everything that users import is here, and is imported when it is first asked for: `import intaglio` alone brings neither
-torch nor onnxruntime with it. All other modules may move between versions.
+Everything that users import is here, and is imported when it is first used: `import intaglio` alone imports neither
+torch nor onnxruntime. All other modules may move between versions.
 """
 
 from importlib import import_module
@@ -147,7 +147,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for. Raises AttributeError for any other name."""
+    """Import a public name when it is first used. Raises AttributeError for any other name."""
     if name not in _PLACES:
         raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
     found = getattr(import_module(_PLACES[name]), name)

@@ -61,7 +61,7 @@ def record_calls(pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, 
     return [_method_calls(models[name], name, method, seen[name, method]) for name, method in order]
 
 
-def picture_for(pipe: Any) -> Any:  # a picture of Pillow
+def picture_for(pipe: Any) -> Any:  # an image of Pillow
     """Return a picture of the size that the pipeline draws by default: colors that run from side to side."""
     from PIL import Image
 

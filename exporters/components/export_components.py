@@ -97,7 +97,7 @@ class ExportComponents(Pass):
                 raise TargetError(f"opset {self.opset}, but {each.name} reads up to {each.opset_max}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Export the components. Raises StepFailed if a graph differs from torch, RecipeError for uncompilable ones."""
+        """Export the components. Raises StepFailed if a graph differs from torch, RecipeError if one is not called."""
         from intaglio.exporters.components.calls import output_with
         from intaglio.pipeline.artifacts.components import Compiled, Components
 
@@ -105,7 +105,7 @@ class ExportComponents(Pass):
         without = [name for name, precision in self.precision.items() if precision == "none"]
         self._check_names(folder)
         models, usual, other = self._opened(folder, state[MODEL], without, ctx)
-        gc.collect()  # the denoiser
+        gc.collect()  # frees the denoiser
         written, work = ctx.scratch / "pipeline", ctx.scratch / "work"
         shutil.rmtree(written, ignore_errors=True)
         compiled: dict[str, Compiled] = {}
@@ -130,7 +130,7 @@ class ExportComponents(Pass):
         return {COMPONENTS: Components.write(written, folder, compiled, without)}
 
     def _check_names(self, folder: PipelineFolder) -> None:
-        """Raise RecipeError for precisions and targets of what is no model around the denoiser, or is left out."""
+        """Raise RecipeError for the precision or target of a component that cannot be compiled, or is left out."""
         from torch import nn
 
         there, denoiser = folder.classes(), folder.denoiser
@@ -146,7 +146,7 @@ class ExportComponents(Pass):
                     origin = "the plan" if option == "precision" else "the recipe"
                     why = f"{origin} sets the {option.removesuffix('s')} of the denoiser: remove this entry"
                 elif option == "targets" and self.precision.get(name) == "none":
-                    why = f"precision.{name} leaves it out: give one of the two"
+                    why = f"precision.{name} leaves it out: remove one of the two entries"
                 elif name not in models and value != "none":
                     why = f"it has no weights{did_you_mean(name, models)}"
                 else:
@@ -160,7 +160,7 @@ class ExportComponents(Pass):
     def _opened(
         self, folder: PipelineFolder, model: Checkpoint, without: Collection[str], ctx: Context
     ) -> tuple[dict[str, nn.Module], list[MethodCalls], dict[str, MethodCalls]]:
-        """Return the models to compile with their calls in one run of the pipeline, and in another, by method.
+        """Return the models to compile, their calls in one run of the pipeline, and those in another run by method.
 
         Components that are left out are opened only where the pipeline cannot be called without them. Raises
         RecipeError where it cannot be called at all.

@@ -53,7 +53,7 @@ class CallInputs:
             raise CallError(f"{called} with {len(args)} arguments, but it takes {', '.join(known)}")
         given = dict(zip(known, args, strict=False))
         if twice := sorted(given.keys() & kwargs.keys()):
-            raise CallError(f"{called} with {', '.join(twice)} twice: by place and by name")
+            raise CallError(f"{called} with {', '.join(twice)} twice: by position and by name")
         return given | dict(kwargs)
 
     def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ class CallInputs:
         except IntaglioError:
             raise
         except Exception as e:  # each runtime raises its own
-            raise CallError(f"{self._sizes(inputs)}: the graph does not take them: {e}") from e
+            raise CallError(f"{self._sizes(inputs)}: the graph does not accept these inputs: {e}") from e
 
     def check_outputs(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Raise CallError if an output has other sizes than the inputs' axes of the same names."""
@@ -99,7 +99,7 @@ class CallInputs:
         return f"{self._called} with {shapes}" + (f", but compiled for {', '.join(compiled)}" if compiled else "")
 
     def _tensor(self, name: str, value: object) -> torch.Tensor:
-        """Return a tensor, also for a number. Raises CallError for a value that the graph cannot take."""
+        """Return the value as a tensor; it may be a number. Raises CallError for a value that the graph cannot take."""
         if isinstance(value, Real):
             try:
                 value = torch.as_tensor(value)
@@ -194,7 +194,7 @@ def check_others(
     compiled_with: Mapping[str, object],
     called: str = "the denoiser was called",
 ) -> None:
-    """Raise CallError for arguments that a graph knows nothing of, unless they are what it was compiled with."""
+    """Raise CallError for arguments that are no inputs of the graph, unless it was compiled with their values."""
     problems = []
     for argument, value in given.items():
         if value is None or argument in inputs:
@@ -216,7 +216,7 @@ def _differs(value: object, compiled: object) -> bool:
 
 
 def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Tensor], name: str = "") -> None:
-    """Raise CallError for sizes that a graph does not take."""
+    """Raise CallError for sizes that a graph does not accept."""
     before = f"{name}: " if name else ""
     sizes: dict[str, int] = {}
     problems = []

@@ -30,7 +30,9 @@ def target_folder(folder: Path, target: str | None, runtimes: Collection[str], *
         there = sorted(path.parent for path in folder.glob("*/graph.json")) if folder.is_dir() else []
         found = {path.name: path for path in there}
     if not found:
-        raise RecipeError(f"{folder}: no graph.json in it or in a folder of it: give what `intaglio run` wrote")
+        raise RecipeError(
+            f"{folder}: no graph.json in it or in a folder of it: give a folder that `intaglio run` wrote"
+        )
     if target is not None:
         if target not in found:
             raise RecipeError(f"{folder}: no target {target!r} in it{did_you_mean(target, found)}")
@@ -52,7 +54,7 @@ def delivered_name(place: Path) -> str:
 def delivered_files(place: Path, *, built_there: Collection[str] = ()) -> Mapping[str, Path]:
     """Return the files of one target's folder that its manifest lists, by name, after checking each by its digest.
 
-    built_there: names of files that may have been made since, such as an engine; those that are there are among them.
+    built_there: names of files that may have been made since, such as an engine; those that exist are returned too.
     Raises RecipeError, which names all that is missing or changed, and every link, pipe and device in the folder.
     """
     manifest = Manifest.read(place)

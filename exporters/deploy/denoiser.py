@@ -74,7 +74,7 @@ class CompiledDenoiser(Standin):
         return DenoiserOutput(sample=output) if whole else (output,)
 
     def _check_timestep(self, given: torch.Tensor) -> None:
-        """Raise CallError if the timestep is over one step outside the range of the scales, or rows differ in it."""
+        """Raise CallError if the timestep is over one step outside the range of the scales, or differs between rows."""
         timesteps = self.graph.timesteps
         if len(timesteps) == 1:
             return
@@ -139,7 +139,7 @@ def size_bound(folder: Path) -> ModelSize:
 def _original(graph: Graph) -> nn.Module | None:
     """Make the original model without weights, for its attributes; None if it is not of a diffusers class.
 
-    Raises RecipeError that names graph.json if its configuration fits no such model, or one too large for the graph.
+    Raises RecipeError that names graph.json if its configuration fits no diffusers model, or one that is too large.
     """
     interface, channels = graph.interface, next(iter(graph.outputs.values())).shape[1]
     if not interface.kind:

@@ -1,4 +1,4 @@
-"""Pack a compiled TensorRT target into one archive, for a device that has TensorRT and no intaglio."""
+"""Pack a compiled TensorRT target into one archive, for a device that has TensorRT, but not intaglio."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MOST_README = 1 << 16
 """Bytes at the beginning of a file that show whether it is a kit."""
 SEED = 0
 NEIGHBOURS = 3
-"""Number of calls with slightly moved inputs, for all cases together; there are at most three cases."""
+"""Number of calls with slightly changed inputs, for all cases together; there are at most three cases."""
 TOLERANCE_FACTOR = 3
 """Largest allowed ratio of the engine's error to the change of the outputs that one rounding of the inputs causes.
 
@@ -54,7 +54,7 @@ TOLERANCE_REASON = (
     f"{TOLERANCE_FACTOR} times what one float16 rounding of the inputs changes, and at least {TOLERANCE_MIN:g}"
 )
 
-_EPOCH = 315532800  # 1980-01-01: of time 0 some versions of tar warn
+_EPOCH = 315532800  # 1980-01-01: some versions of tar warn about time 0
 _EXECUTABLE = frozenset({"build.sh", "build.py", "run.py"})
 
 Content: TypeAlias = Path | bytes
@@ -151,7 +151,7 @@ def _content(folder: Path, name: str) -> dict[str, Content]:
 
 @dataclass(frozen=True)
 class Case:
-    """Call with its outputs in ONNX Runtime on the CPU, and their change when inputs move by a rounding."""
+    """Call with its outputs in ONNX Runtime on the CPU, and their change when inputs change by one rounding."""
 
     inputs: Arrays
     outputs: Arrays
@@ -212,7 +212,7 @@ def _written(shape: tuple[int, ...]) -> str:
 
 
 def _call_flags(profile: Profile, raw: Mapping[str, str]) -> list[str]:
-    """Return trtexec's flags for a call of the usual size on the files of its inputs: noise is no valid index."""
+    """Return trtexec's flags for a call of the usual size on the files of its inputs: random numbers are no indices."""
     shapes = ",".join(f"{name}:{'x'.join(map(str, usual))}" for name, (_, usual, _) in profile.items())
     inputs = ",".join(f"{name}:{file}" for file, name in raw.items())
     return [*([f"--shapes={shapes}"] if shapes else []), f"--loadInputs={inputs}"]

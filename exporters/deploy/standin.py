@@ -1,4 +1,4 @@
-"""Define modules that replace a compiled model: they can be read and not changed.
+"""Define modules that replace a compiled model: they can be read, but not changed.
 
 A runtime computes what was compiled. A later change of the model (a LoRA, an attention processor, a weight) would have
 no effect, so the attributes and tables of the modules refuse every change.
@@ -38,7 +38,7 @@ HARMLESS = (
     "set_chunk_feed_forward",
     "set_use_memory_efficient_attention_xformers",
 )
-"""Methods that change how a model computes and not its result: they do nothing here."""
+"""Methods that change how a model computes, but not its result: they do nothing here."""
 READ = frozenset(
     (
         "device",

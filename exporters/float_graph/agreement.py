@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
 
 TOLERANCE = 1e-4
-"""Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph is far above."""
+"""Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph has far more."""
 HALF_TOLERANCE = 1e-2
 """Relative L2 error allowed for a graph with float16 values: a network may amplify an error of 2^-11 several times."""
 
@@ -48,7 +48,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
     Magnitudes have three digits: the order of a sum changes further digits, and with them the digest of the artifact.
     Raises StepFailed if the graph differs from torch in a call.
     """
-    beside = path.with_name("ranges.onnx")  # so that it reads the weights that are there
+    beside = path.with_name("ranges.onnx")  # in the same folder, so that it finds the weights
     names = _write_with_ends(path, beside)
     amax = np.zeros(len(names), np.float32)
     with lean_session(beside) as session:
@@ -62,7 +62,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
 
 
 def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[np.float32]]:
-    """Return all outputs for a call, of which the graph may read only a part."""
+    """Return all outputs for a call; the graph may read only some of the call's inputs."""
     found: list[NDArray[np.float32]] = session.run(
         None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
     )
@@ -70,14 +70,15 @@ def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[
 
 
 def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: float) -> None:
-    """Raise StepFailed unless what the graph returned is what torch did."""
+    """Raise StepFailed unless the graph returned the same as torch."""
     for y, expected in zip(found, call.outputs.values(), strict=True):
         if y.shape != expected.shape:
             raise StepFailed(f"{call.where}: the exported graph returns {y.shape}, torch {tuple(expected.shape)}")
         error = float((torch.from_numpy(y) - expected).norm() / expected.norm().clamp_min(1e-12))
-        if not error <= tolerance:  # NaN is not
+        if not error <= tolerance:  # also for NaN
             raise StepFailed(
-                f"{call.where}: the exported graph is {error:.1e} from torch, relative L2 ({tolerance:.0e} allowed)"
+                f"{call.where}: the exported graph differs from torch by {error:.1e},"
+                f" relative L2 ({tolerance:.0e} allowed)"
             )
 
 
@@ -85,7 +86,7 @@ def _write_with_ends(path: Path, beside: Path) -> list[str]:
     """Write the graph with the extremes of each floating-point value as further outputs; return the values' names."""
     model = read_model(path)
     made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
-    for node, value in made:  # two ends and not one magnitude: that is first a copy of the value, which may be large
+    for node, value in made:  # both extremes, not the magnitude: Abs would first copy the value, which may be large
         ends = [ir.node(op, [value], {"keepdims": 0}, name=f"{value.name}/{op}") for op in ("ReduceMax", "ReduceMin")]
         for end in ends:
             end.outputs[0].dtype, end.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.denoiser import DenoiserModel
 
 OUTPUT = "output"
-"""Name of what the denoiser's graph returns."""
+"""Name of the output of the denoiser's graph."""
 RANGE_STEPS, RANGE_ROWS = 5, 4
 """Number of recorded calls, and of rows of each, from which magnitudes are taken; float16 keeps a margin."""
 
@@ -68,7 +68,7 @@ class ExportFloat(Pass):
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
 
         graph, expected = self._write_graph(state, ctx)
-        gc.collect()  # the wrapped module is in a cycle
+        gc.collect()  # the wrapped module is part of a reference cycle
         tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
         amax = _magnitudes(graph.path, state[TRAJECTORY], tolerance, ctx)
         if expected is not None:
@@ -83,7 +83,7 @@ class ExportFloat(Pass):
         from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
-        recorded = trajectory.call(0, slice(2))  # a wide call takes minutes in a full-size model, and shows no more
+        recorded = trajectory.call(0, slice(2))  # a wider call takes minutes in a full-size model, and adds nothing
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
         calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
         expected = _at_other_size(model, calls)
@@ -143,7 +143,7 @@ def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Conte
 
     rows = range(trajectory.outputs.shape[1])[trajectory.some_rows(RANGE_ROWS)]
     steps = np.unique(np.linspace(0, len(trajectory.timesteps) - 1, RANGE_STEPS).round().astype(int)).tolist()
-    # one at a time, as scores of attention are large; the first one twice in its call, to see that rows are apart
+    # one row at a time, as attention scores are large; the first row twice, to test that rows do not affect each other
     first, *others = ((step, [row]) for step, row in itertools.product(steps, rows))
     taken = [(first[0], first[1] * 2), *others]
     with ctx.progress("ranges", len(taken)) as advance:

@@ -1,6 +1,6 @@
-"""Read an ONNX file that anyone may have written, in bounded memory, without following it out of its folder.
+"""Read an ONNX file that anyone may have written, in bounded memory, without reading files outside its folder.
 
-A model without its weights is small. So weights are not loaded: they stay in their files. The rest is checked against
+A model without its weights is small. So weights are not loaded: they stay in their files. All else is checked against
 limits before protobuf parses it, because protobuf needs up to 200 times the size of the text.
 """
 
@@ -40,14 +40,14 @@ def read_model(path: Path) -> ir.Model:
     proto = read_proto(path)
     try:
         model = ir.from_proto(proto)
-    except Exception as e:  # they raise whatever a model that decodes, but says something impossible, leads to
+    except Exception as e:  # any kind, if the file decodes but its content is impossible
         raise RecipeError(f"{printable(path)}: is no ONNX model: {printable(e)[:300]}") from e
     ir.external_data.set_base_dir(model.graph, path.parent)
     return model
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """Read a model; larger tensors stay in their files, also those in the model's own. Raises RecipeError."""
+    """Read a model; larger tensors stay in their files, even in the model's own file. Raises RecipeError."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
@@ -116,7 +116,7 @@ def nbytes(tensor: onnx.TensorProto) -> int | None:
 
     try:
         bits: int = prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
-    except (TypeError, ValueError):  # strings, and numbers of no type
+    except (TypeError, ValueError):  # strings, and numbers that stand for no type
         return None
     return -(-bits // 8)
 
@@ -153,7 +153,7 @@ def _external_problem(tensor: onnx.TensorProto, path: Path) -> str | None:
     except RecipeError as e:
         return f"{name}: its data is in {where}: {e}"
     if offset < 0 or length != size or offset + length > end:
-        said = f", not the {length} that the model says" if length != size else ""
+        said = f", not the {length} that the model names" if length != size else ""
         return f"{name}: {size} bytes at {offset}{said}, but {_short(file.name)} ends at {end}"
     return None
 
@@ -198,7 +198,7 @@ class _Structure:
         left = self.file if found is None else found
         if len(left) > MOST_STRUCTURE:
             raise self._error(
-                f"has {len(left)} bytes beside the raw data of its tensors: at most {MOST_STRUCTURE} are read:"
+                f"has {len(left)} bytes besides the raw data of its tensors: at most {MOST_STRUCTURE} are read:"
                 " save it again with onnx.save, and without doc strings"
             )
         return left
@@ -206,14 +206,14 @@ class _Structure:
     def _message(self, kind: str, start: int, end: int, depth: int) -> bytes | None:
         """Return the bytes that replace the message; None if it stays unchanged."""
         if depth > _DEEPEST:
-            raise self._error(f"has more than {_DEEPEST} messages in each other")
+            raise self._error(f"has messages that are nested more than {_DEEPEST} deep")
         pieces: list[bytes] = []
         begin = done = start
         name, listed, place = b"", 0, b""
         while begin < end:
             field, behind_key, first, at = self._field(begin, end)
             if field in _NUMBERS.get(kind, ()):
-                listed += at - begin  # one by one, or all at once
+                listed += at - begin  # one number for each field, or all numbers in one field
                 self._count_numbers(kind, name, listed, at - begin)
             elif field == _NAME.get(kind):
                 name = self.file[first : min(at, first + 100)]
@@ -226,13 +226,13 @@ class _Structure:
                     pieces += [self.file[done:behind_key], _varint(len(changed)), changed]
                     done = at
             begin = at
-        # the last value of a field is the one that is read: the tensor may say by itself where its data is
+        # protobuf reads the last value of a field, so this place overrides one that the tensor has already
         return b"".join([*pieces, self.file[done:end], place]) if pieces else None
 
     def _inner(self, kind: str, first: int, at: int, depth: int) -> bytes | None:
         if kind != "value":
             return self._message(kind, first, at, depth + 1)
-        self._count((at - first) // 8)  # a name, and some axes
+        self._count((at - first) // 8)  # its bytes are a name and some axes
         return None
 
     def _field(self, begin: int, end: int) -> tuple[int, int, int, int]:

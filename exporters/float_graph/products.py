@@ -32,7 +32,7 @@ CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
 
 @dataclass(frozen=True)
 class Operand:
-    """Operand of a product: the DequantizeLinear that made it, and the nodes between, nearest to the product first."""
+    """Operand of a product: the DequantizeLinear that made it, and the nodes after it, nearest to the product first."""
 
     dequantize: ir.Node
     between: tuple[ir.Node, ...]

@@ -81,6 +81,6 @@ def _sizes_are_of_the_shape(context: Any, x: ir.Value, **numbers: ir.Value) -> b
 
 
 def _one_transpose(op: Any, x: ir.Value, **_: ir.Value) -> Any:
-    assert x.shape is not None  # it was looked at
+    assert x.shape is not None  # `_sizes_are_of_the_shape` checked it
     *first, rows, columns = range(len(x.shape))
     return op.Transpose(x, perm=[*first, columns, rows])

@@ -21,7 +21,7 @@ LAYER_KEY = "intaglio.layer"
 BASIS = "balance"
 """Part of node names for what brings the input of a layer into its basis."""
 BRANCH = "branch"
-"""Part of node names for what a layer computes in float beside its product."""
+"""Part of the names of the nodes that compute a layer's branch in float."""
 INPUT_CODES = "/input/QuantizeLinear"
 """End of the name of the node that makes the codes of a layer's input."""
 
@@ -52,9 +52,9 @@ class Site:
         return self.product.inputs[2] if len(self.product.inputs) > 2 else None
 
     def weight(self) -> NDArray[np.float32]:
-        """Return weight in torch's layout: (N, K), or (N, C, kh, kw)."""
+        """Return the weight in torch's layout: (N, K), or (N, C, kh, kw)."""
         constant = _given(self.product.inputs[1]).const_value
-        assert constant is not None  # `find_sites` made sure
+        assert constant is not None  # `find_sites` checked it
         w: NDArray[np.float32] = constant.numpy()
         transposed = self.product.op_type == "MatMul" or (
             self.product.op_type == "Gemm" and not self.product.attributes.get_int("transB", 0)

@@ -1,4 +1,4 @@
-"""Export one call with torch's exporter, and clean up its graph: names, axes, no leftovers.
+"""Export one call with torch's exporter, then correct names and axes in its graph and remove unused nodes.
 
 Shapes: R rows of one call.
 """
@@ -124,7 +124,7 @@ def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
 
 
 class _Called(nn.Module):
-    """Call as a module with the arguments `names`; those at `with_rows` have an axis of rows."""
+    """Module whose forward makes the call: its arguments are `names`; those at `with_rows` have an axis of rows."""
 
     def __init__(self, module: nn.Module, compute: Compute, names: Sequence[str], with_rows: Sequence[int]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def _export(
     """Run torch's exporter on one call with its dynamic axes, without simplification. Raises StepFailed."""
     names = list(calls.usual)
     with_rows = [place for place, name in enumerate(names) if name not in calls.shared]
-    # AUTO and not DYNAMIC: an axis that has to be constant is named below, all of them together
+    # AUTO and not DYNAMIC, so that `_check_dynamic` names all axes that have to be constant in one error
     axes = tuple(dict.fromkeys(calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in names)
     try:
         with _silent(), torch.no_grad():
@@ -161,14 +161,14 @@ def _export(
             )
     except torch.onnx.errors.OnnxExporterError as e:
         raise StepFailed(f"torch cannot export {called} called with {shapes(calls.traced)}: {_first_cause(e)}") from e
-    assert program is not None  # it is, with dynamo
+    assert program is not None  # always true with dynamo
     assert program.exported_program is not None
     _check_dynamic(program.exported_program, calls)
     return program.model
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
-    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not tell."""
+    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
     constant = []
@@ -235,7 +235,7 @@ def _simplify(model: ir.Model) -> None:
             common.DeduplicateInitializersPass(),
         )(model)
         products = [node for node in model.graph if node.op_type in PRODUCTS]
-        for node in products:  # two layers with equal weights on one input are two
+        for node in products:  # two layers with equal weights on one input stay separate
             node.attributes["layer"] = ir.AttrString("layer", _module_path(node))
         common.CommonSubexpressionEliminationPass()(model)
         for node in products:
@@ -249,7 +249,7 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _scope(node: ir.Node, of: str) -> str:
-    """Return the innermost module's entry in one of the lists that the exporter leaves at a node."""
+    """Return the innermost module's entry in one of the lists that the exporter attaches to a node."""
     scopes = ast.literal_eval(node.metadata_props.get(f"pkg.torch.onnx.{of}", "[]"))
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
@@ -287,7 +287,7 @@ def _name_calls(model: ir.Model, module: nn.Module) -> None:
         made = weight.producer()
         source = made.inputs[0] if made is not None and made.op_type == "Transpose" else weight
         parameter = None if source is None else parameters.get(str(source.name).removeprefix("module."))
-        if parameter is None:  # not a plain weight: what it becomes is compared with the layer's later
+        if parameter is None:  # not a plain weight: `_check_weights` compares it with the layer's
             continue
         path, kind, held = _module_path(node), _scope(node, "class_hierarchy"), holders.get(parameter, [])
         alike = [n for n in held if kind == f"{type(layers[n]).__module__}.{type(layers[n]).__qualname__}"]

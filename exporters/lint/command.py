@@ -30,7 +30,7 @@ def lint_command(
     as_json: Annotated[bool, json_option("the findings")] = False,
     rules: Annotated[bool, typer.Option("--rules", help="List the rules and what each finds.")] = False,
 ) -> None:
-    """Find what the target would refuse, compute wrongly or not on integers. Exits with 1 if there are errors."""
+    """Find what the target would refuse, compute wrongly or compute in float. Exits with 1 if there are errors."""
     if rules:
         _print_rules(as_json)
         return

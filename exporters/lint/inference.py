@@ -94,7 +94,7 @@ class _Process:
         atexit.register(self._end)
 
     def ask(self, header: dict[str, Any], content: bytes) -> tuple[str | None, bytes] | None:
-        """Ask the process; None if it reached its limits."""
+        """Return the answer of the process; None if it reached its limits."""
         with self._lock:
             for _ in range(MOST_STARTS):
                 running = self._start()
@@ -104,7 +104,7 @@ class _Process:
                     _write(running.stdin, header, content)
                 if (found := _read(running.stdout)) is not None:
                     return found[0]["complaint"], found[1]
-                idle = running.wait() == 0  # it ended for want of questions when this one was on its way
+                idle = running.wait() == 0  # it ended without questions just before this one arrived
                 self._end()
                 if not idle:
                     return None
@@ -144,7 +144,7 @@ def _write(stream: IO[bytes], header: dict[str, Any], content: bytes) -> None:
 
 
 def _read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """Read one message; None if the other side is gone."""
+    """Read one message; None if the other side has closed the pipe."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         return None
@@ -171,7 +171,7 @@ def serve() -> None:
 
 
 def _import_libraries(question: Question) -> None:
-    """Import what answers a question, which does not count as time or memory of its graph."""
+    """Import the libraries that answer a question; this does not count as time or memory of its graph."""
     import onnx.shape_inference  # noqa: F401
     import onnx_ir  # noqa: F401
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Lint(Pass):
-    """Check a graph with all RULES. A graph without errors builds and, where it says so, runs on integers."""
+    """Check a graph with all RULES. A graph without errors builds and computes what it should."""
 
     name: ClassVar[str] = "lint"
     version: ClassVar[int] = 5
@@ -51,7 +51,7 @@ class Lint(Pass):
 
 
 def lint(path: Path, target: Target) -> Iterator[Finding]:
-    """Yield all findings of all rules. Raises RecipeError if the file cannot be read or keeps its data elsewhere."""
+    """Yield all findings of all rules. Raises RecipeError if the file cannot be read or has data outside its folder."""
     graph, errors = Checked.read(path), False
     for rule in RULES:
         if (rule.when != "always" and not graph.standard) or (rule.when == "no errors" and errors):

@@ -36,7 +36,7 @@ class Checked:
     """Reason why the model is not valid, or why its types and shapes do not fit together."""
 
     proto: onnx.ModelProto
-    """Model as it was read; its larger tensors are in files."""
+    """Model as it was read; its larger tensors stay in files."""
 
     @cached_property
     def functions(self) -> frozenset[tuple[str, str]]:
@@ -45,7 +45,7 @@ class Checked:
 
     @classmethod
     def read(cls, path: Path) -> Checked:
-        """Read a model. Raises RecipeError if it cannot be read, is no graph, or keeps its data elsewhere."""
+        """Read a model. Raises RecipeError if it cannot be read, is no graph, or has data outside its folder."""
         import onnx_ir as ir
 
         proto = read_proto(path)
@@ -87,12 +87,12 @@ def _expansion(proto: onnx.ModelProto) -> str | None:
         size[name] = sum(count * size.get(each, 1) for each, count in called[name].items())
     total = sum(size.get((node.domain, node.op_type), 1) for node in all_nodes(proto.graph.node))
     if total > MOST_NODES:
-        return f"functions that call each other stand for {total:.3g} nodes: at most {MOST_NODES} are looked at"
+        return f"functions that call each other stand for {total:.3g} nodes: at most {MOST_NODES} are checked"
     return None
 
 
 def _long_range(proto: onnx.ModelProto) -> str | None:
-    """Describe a Range too long for inference to write down; None if there is none."""
+    """Describe a Range that is too long for inference; None if there is none."""
     import onnx
 
     numbers = {tensor.name: tensor for tensor in tensors(proto) if not tensor.dims}

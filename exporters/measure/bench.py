@@ -1,4 +1,4 @@
-"""Results of `intaglio bench`: time, memory and size of a compiled graph beside full precision."""
+"""Define the results of `intaglio bench`: time, memory and size of a compiled graph beside full precision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bench(BaseModel):
     """Figures of engines that were timed in turn: in each of `rounds` rounds, every engine ran one trajectory.
 
     Ratios are full precision over compiled: above one, compiled is better. Speedups are medians of each round's own
-    ratio. A figure that this machine cannot measure is None, and `filled_by` says how to measure it, by a command where
+    ratio. A figure that this machine cannot measure is None, and `filled_by` says how to measure it, with a command if
     there is one.
     """
 

@@ -1,4 +1,4 @@
-"""The commands `intaglio bench` and `intaglio profile`."""
+"""Define the commands `intaglio bench` and `intaglio profile`."""
 
 import tempfile
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def profile_command(
         check_output(out)
     with tempfile.TemporaryDirectory() as scratch:
         if not (folder / "graph.json").exists():
-            raise RecipeError(f"{folder}: no graph.json in it: give one target's folder of what `intaglio run` wrote")
+            raise RecipeError(f"{folder}: no graph.json in it: give the folder of one target that `intaglio run` wrote")
         found = find_pass("profile", Path()).pass_class
         graph, plan, target = Graph.load(folder), QuantPlan.load(folder), load_target(target_name(folder))
         if trtexec is not None:

@@ -35,7 +35,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 _NO_NAME = re.compile(r" \+ | \|\| |\.\.\.|[\s()\[\]{},\x1e]+")
 """Text between the names of nodes in the names of TensorRT's kernels."""
 MOST_TRTEXEC = 64 * MIB
-"""Bytes of what trtexec writes that are read."""
+"""Largest size in bytes of a file of trtexec that is read."""
 _RANGE = "..."
 _KERNEL = "_kernel_time"
 
@@ -104,7 +104,7 @@ class ProfileLayers(Pass):
             {operator: statistics.median(times) for operator, times in rest.items()},
         )
         ctx.log.info(
-            "%.0f µs in %d layers, %.0f µs in what belongs to none, %d layers without a kernel",
+            "%.0f µs in %d layers, %.0f µs in kernels of no layer, %d layers without a kernel",
             sum(time.microseconds for time in found.layers.values()),
             len(found.layers),
             sum(found.rest_microseconds.values()),
@@ -130,7 +130,7 @@ def read_trtexec(graph: Graph, plan: QuantPlan, times: Path, layers: Path | None
     found: dict[str, float] = defaultdict(float)
     rest: dict[str, float] = defaultdict(float)
     for name, milliseconds in took:
-        text = name if _RANGE not in name else ""  # names the ends of a range of nodes, not what is between
+        text = name if _RANGE not in name else ""  # a range names its first and last node only
         executed = [nodes[token] for token in _NO_NAME.split(f"{text} {nodes_of.get(name, '')}") if token in nodes]
         owners = _owners(node for node in executed if node.op_type in PRODUCTS) or _owners(executed)
         shares = {owner: weights[owner] for owner in owners if owner in weights}
@@ -186,7 +186,7 @@ def _kernels(events: Iterable[Mapping[str, Any]], calls: int) -> Iterator[tuple[
         if event.get("cat") == "Node" and name.endswith(_KERNEL):
             took[name.removesuffix(_KERNEL), str(about["op_name"]), str(about["node_index"])].append(event["dur"])
     for (name, operator, _), times in took.items():
-        each = len(times) // calls  # more than once a call in the body of a loop
+        each = len(times) // calls  # a kernel in a loop runs several times in each call
         yield name, operator, [sum(times[i * each : (i + 1) * each]) for i in range(calls)]
 
 

@@ -32,7 +32,7 @@ _TABLES = LayerTables(torch.tensor([3.0]), torch.tensor([0.5]), torch.tensor([30
 def input_shape(layer: Layer, rows: int) -> tuple[int, ...]:
     """Return the shape of an input from which a layer computes about R rows: (1, R, K) or (1, C, H, ...).
 
-    A convolution's stride is taken for 1, and its output for a square or a cube.
+    A convolution is assumed to have a stride of 1, and an output that is a square or a cube.
     """
     if layer.op == "linear":
         return 1, rows, layer.k

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 MOST_PRODUCTS = 300_000_000
-"""Multiplications of a timed call, about 20 ms; times of larger calls are taken as proportional to their rows."""
+"""Multiplications of a timed call, about 20 ms; larger calls are timed on fewer rows, and their times scaled up."""
 
 
 class TimeLayers(Pass):
     """Time every distinct layer alone: one call with the rows of one sample, in float and in each scheme.
 
     Layers of equal shape and rows are timed once, large ones on a part of their rows. The time includes rounding the
-    input, and multiplying by the scale and adding the bias after the product. Fusions with neighbours are not seen, and
-    a convolution is timed with a stride of 1. One thread is used.
+    input, and multiplying by the scale and adding the bias after the product. Fusions with other layers are not
+    included, and a convolution is timed with a stride of 1. One thread is used.
     """
 
     name: ClassVar[str] = "time-layers"

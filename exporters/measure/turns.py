@@ -10,7 +10,7 @@ from statistics import median
 def spent(
     calls: Mapping[str, Callable[[], object]], rounds: int, after_round: Callable[[], object] | None = None
 ) -> dict[str, float]:
-    """Return the median seconds of each call by name. Each is called once more before, which is not counted."""
+    """Return the median seconds of each call by name. One call of each before these is not counted."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():

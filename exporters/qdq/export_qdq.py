@@ -162,7 +162,7 @@ def _remove_unused(graph: ir.Graph) -> None:
 
 
 def _halve_tables(graph: ir.Graph) -> None:
-    """Store tables (rows, features) that only Gather reads in float16, and cast the rows. Changes `graph`."""
+    """Store in float16 the tables (rows, features) that only Gather reads, and cast the rows. Changes `graph`."""
     import onnx_ir as ir
     import torch
 

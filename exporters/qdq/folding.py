@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Scale: TypeAlias = "NDArray[np.float32]"
-"""Broadcast against a value from its last axis on, without leading axes of 1."""
+"""Scale that broadcasts against a value from its last axis on, without leading axes of 1."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def fold_scales(
     factors: dict[str, float] = {}
     for each in scales:
         node = each.product.producer()
-        assert node is not None  # a Mul, first of what is scaled
+        assert node is not None  # the Mul that the writer made
         x = node.inputs[0]
         assert x is not None
         fold = _Folder(graph, str(node.name), symmetric).into_output(x, _least_rank(each.scale))
@@ -79,7 +79,7 @@ def fold_scales(
 
 
 def _origin(each: ChannelScale, scale: Scale) -> ScaledBy | None:
-    """Return where the channels with the layer's scale begin in a value; None where their order is another."""
+    """Return where the channels with the layer's scale begin in a value; None if they are in another order."""
     flat, own = scale.ravel(), each.scale.ravel()
     count = len(own)
     for start in range(0, len(flat) - count + 1, count):
@@ -121,7 +121,7 @@ class _Folder:
             case "GroupNormalization" if scale.ndim > 1 and scale.size == len(scale):
                 return self._affine(node, scale.ravel())
             case "MatMul" if scale.ndim == 1 or scale.shape[-2] == 1:
-                return self._into(node, 1, scale, None)  # a factor between codes and product would make floats of them
+                return self._into(node, 1, scale, None)  # a factor after the codes would keep the product in float
             case "DequantizeLinear" if scale.ndim == 1 and not (self.symmetric and (scale < 0).any()):
                 return self._weight(node, scale)
             case "Split":
@@ -245,7 +245,7 @@ def _moved_back(node: ir.Node, value: ir.Value, scale: Scale) -> Scale | None:
         whole = scale.reshape((1,) * (len(value.shape) - scale.ndim) + scale.shape)
         order = node.attributes.get_ints("perm", None) or tuple(reversed(range(whole.ndim)))
         return _least_rank(whole.transpose(np.argsort(order)))
-    if tuple(value.shape[-scale.ndim :]) != scale.shape:  # it is the same along an axis between: others may join it
+    if tuple(value.shape[-scale.ndim :]) != scale.shape:  # an axis of 1, which Reshape may merge with others
         return None
     for axes in range(1, len(before) + 1):
         last = [size for size in before[-axes:] if isinstance(size, int)]

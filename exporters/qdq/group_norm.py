@@ -1,4 +1,4 @@
-"""Group normalization in older operators, for parsers that do not know it, or take it for another.
+"""Write group normalization in older operators, for parsers that do not know or misread the operator.
 
 Shapes: B batch, C channels, G groups.
 """

@@ -61,7 +61,7 @@ CAREFUL = STATISTICS | {
     "Sin",
     "Softmax",
 }
-"""Operators that compute in float32; those beside STATISTICS have results that float16 holds."""
+"""Operators that compute in float32; all except STATISTICS have results that float16 holds."""
 EXPONENTIAL = frozenset({"Exp", "LogSoftmax", "Softmax"})
 PERIODIC = frozenset({"Sin", "Cos"})
 """An angle of 1000 is only known to 0.5 in float16: all that leads to it from the graph's inputs is float32."""
@@ -77,7 +77,7 @@ def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float
 
     Changes `model`.
 
-    `amax`: the largest magnitude of values that were seen, by name.
+    `amax`: the largest recorded magnitude of each value, by name.
     """
     common.ShapeInferencePass(data_prop=False)(model)
     graph, opset = model.graph, model.opset_imports[""]
@@ -163,7 +163,7 @@ def _go_on(graph: ir.Graph, wide: set[ir.Node]) -> None:
 
 
 def _computed(node: ir.Node) -> list[ir.Value]:
-    """Return the floating-point values that it reads, without constants."""
+    """Return the floating-point values that a node reads, without constants."""
     return [value for value in node.inputs if value is not None and _is_float(value) and constant(value) is None]
 
 
@@ -192,7 +192,7 @@ def _fits(node: ir.Node, place: int) -> bool:
     if (tensor := constant(node.inputs[place])) is None:
         return True
     if LAYER_KEY in node.metadata_props and (node.op_type == "Add" or place == 2):
-        # a bias: what is lost of it below 2^-14 is within the rounding of any sum that is not below it as well
+        # a bias: float16 loses digits below 2^-14, which the rounding of a larger sum loses as well
         return bool(np.abs(tensor.numpy()).max(initial=0) <= HALF_MAX)
     return holds(tensor.numpy(), each=node.op_type == "DequantizeLinear")
 
@@ -200,8 +200,8 @@ def _fits(node: ir.Node, place: int) -> bool:
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
     """Return True if float16 holds a constant as exactly as a normal number, as a whole or each element.
 
-    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts, and what stands
-    for infinity becomes it.
+    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts; a value that
+    stands for infinity becomes infinity.
     """
     finite = array[np.abs(array) < MASKING].astype(np.float32)
     error = np.abs(_halved(finite).astype(np.float32) - finite)
@@ -218,7 +218,7 @@ def _halved(array: NDArray[np.float32]) -> NDArray[np.float16]:
 
 
 def _half_inputs(node: ir.Node, opset: int) -> Iterator[int]:
-    """Return places of the floating-point inputs that the operator takes in float16."""
+    """Yield the places of the floating-point inputs that the operator accepts in float16."""
     formals = _schema(node.op_type, opset).inputs
     for place, value in enumerate(node.inputs):
         formal = formals[min(place, len(formals) - 1)]  # the last may stand for any number of inputs
@@ -269,7 +269,7 @@ class _Typer:
 
     def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         name, shape = f"{value.name}/half", ir.Shape(tensor.shape.numpy())
-        # read when it is written: a model need not be in memory twice
+        # read when the file is written, so that the model is not in memory twice
         half = ir.LazyTensor(lambda: ir.Tensor(_halved(tensor.numpy()), name=name), _HALF, shape, name=name)
         made = ir.Value(name=name, type=ir.TensorType(_HALF), shape=shape, const_value=half)
         self.graph.register_initializer(made)

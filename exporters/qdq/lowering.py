@@ -30,18 +30,18 @@ from intaglio.pipeline.runs.registry import find_runtime
 
 _GROUP = 64
 W4A16 = w4a16(_GROUP)
-"""Scheme of 4-bit weights in groups. A row with this scheme is for every group size."""
+"""Scheme of 4-bit weights in groups. A row with this scheme serves every group size."""
 TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
-"""Schemes with two-level weights and one input scale for each step. A row is for every group size."""
+"""Schemes with two-level weights and one input scale for each step. A row serves every group size."""
 TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *TWO_LEVEL_STEP)
-"""All schemes with two-level weights. A row is for every group size."""
+"""All schemes with two-level weights. A row serves every group size."""
 
 
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write x @ DQ(Wq, s_w); s_w has the shape (N,).
 
-    For any weight with one scale for each output channel and codes that fit in int8, 6-bit codes too: they are stored
-    as int8.
+    It serves any weight with one scale for each output channel and codes that fit in int8, such as 6-bit codes: they
+    are stored as int8.
     """
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
     weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
@@ -108,7 +108,7 @@ def _unpacked(w: Writer, call: Call) -> ir.Value:
 def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write x @ DQ(Wq, s_w) with 4-bit codes and one scale for each group of neighbours along K.
 
-    Only for codes in [-8, 7], which are stored as INT4; so are those of the `two_level_*` functions.
+    The codes must be in [-8, 7]: they are stored as INT4, and so are those of the `two_level_*` functions.
     """
     return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
 
@@ -143,7 +143,7 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
 class Lowering:
     """Row of a runtime's table: the function that writes the product of a scheme, and the reason for this form.
 
-    One row is for every group size of the scheme's weight.
+    One row serves every group size of the scheme's weight.
     """
 
     op: OpKind
@@ -174,7 +174,7 @@ def table(runtime: str) -> tuple[Lowering, ...]:
     rows = []
     for row in find_runtime(runtime).lowerings():
         if not isinstance(row, Lowering):
-            raise ContractError(f"runtime {runtime}: lowerings gives a {type(row).__name__}, which is no Lowering")
+            raise ContractError(f"runtime {runtime}: lowerings yields a {type(row).__name__}, which is no Lowering")
         rows.append(row)
     return tuple(rows)
 

@@ -293,7 +293,7 @@ class Writer:
         return self.constant(name, self.input_zero.dtype.type(int(self.input_zero) + code))
 
     def _padded(self, call: Call, x: ir.Value) -> ir.Value:
-        """Return x with the zeros of the convolution around it where x is shifted: shifted zeros are codes."""
+        """Return x with the convolution's zeros around it if x is shifted, so that they are shifted and rounded too."""
         if not call.zeros:
             return x
         half = len(call.zeros) // 2

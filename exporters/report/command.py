@@ -1,4 +1,4 @@
-"""The commands `intaglio show`, `intaglio diff` and `intaglio sample`."""
+"""Define the commands `intaglio show`, `intaglio diff` and `intaglio sample`."""
 
 import tempfile
 from pathlib import Path

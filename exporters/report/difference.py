@@ -76,7 +76,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse`, said of B, or `same`; empty where that is not known, or neither direction is better."""
+        """`better` or `worse` for B, or `same`; empty if that is not known, or if neither direction is better."""
         if self.delta is None:
             return ""
         if self.delta == 0:
@@ -236,7 +236,7 @@ class Difference:
     def sensitivity(self) -> dict[str, Change]:
         """Layer -> predicted mean squared error of the samples with this layer alone quantized as planned.
 
-        Only layers for which both sides have it.
+        It has only the layers that both sides predict.
         """
         found = [
             {

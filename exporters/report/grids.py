@@ -87,7 +87,7 @@ def sample_figure(
     """Lay out the first `count` samples of each implementation; None where samples are no images.
 
     A sheet has at most `pixels_max` pixels: larger ones show fewer or smaller samples. `pairs` are the implementations
-    whose difference is shown, second minus first; the sheets of the first pair lie on each other at first.
+    whose difference is shown, second minus first; the page first shows those of the first pair.
     """
     if not drawn or any(each.samples.ndim not in (4, 5) for each in drawn.values()):
         return None

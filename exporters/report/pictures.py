@@ -205,8 +205,8 @@ def lines(x_NCHW: torch.Tensor, columns: int) -> torch.Tensor:
 class Colours:
     """Maps samples (B, C, H, W) to colours (B, 1 or 3, H, W) in [0, 1], always by the ranges of one reference.
 
-    Images whose values are in [-1, 1] (a share of `IMAGES` of them) are black at -1 and white at 1. The range of other
-    images is their own, that of latents is each channel's own.
+    Images whose values are in [-1, 1] (a share of `IMAGES` of them) are black at -1 and white at 1. Other images
+    have the range of the reference, and latents have one range for each channel.
     """
 
     def __init__(self, reference_BCHW: torch.Tensor) -> None:
@@ -249,7 +249,7 @@ def _check_steps(model: DenoiserModel, steps: int) -> None:
         model.scheduler.set_timesteps(steps, **model.schedule)
     except Exception as e:  # each scheduler has its own
         kind = type(model.scheduler).__name__
-        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses so many steps: {e}") from e
+        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses this number of steps: {e}") from e
 
 
 def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:

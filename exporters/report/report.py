@@ -284,7 +284,7 @@ def _latencies(latency: Latency) -> tuple[Bar, ...]:
 
 
 def _bars(amounts: Mapping[str, float | None], text: Callable[[float], str]) -> tuple[Bar, ...]:
-    """Return a bar for each amount that is known. Ratios are to the first amount, known or not."""
+    """Return a bar for each amount that is known. Ratios are relative to the first of all amounts, if it is known."""
     known = {label: amount for label, amount in amounts.items() if amount is not None}
     largest, first = max(known.values(), default=0.0), next(iter(amounts.values()))
     return tuple(

@@ -1,4 +1,4 @@
-"""The command `intaglio init`."""
+"""Define the command `intaglio init`."""
 
 from pathlib import Path
 from typing import Annotated

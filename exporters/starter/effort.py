@@ -55,7 +55,7 @@ EFFORTS = (
     Effort(8, 2, 1, 8, 0, 8),
     Effort(4, None, 0, 0, 0, 2),
 )
-"""From the most to the least. Updates of None are the default of `distill`."""
+"""Efforts from the largest to the smallest; `updates` of None stands for the default of `distill`."""
 
 
 def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Effort:
@@ -88,7 +88,7 @@ def seconds_of(found: Found, rows: Iterator[tuple[str, int]]) -> float:
 
 
 def verified(found: Found, most: int) -> int:
-    """Return how many samples `verify` draws: at most this number, as many as take few calls and operations."""
+    """Return how many samples `verify` draws: at most this number, fewer if its calls are many or costly."""
     if found.cost is None:
         return most
     calls = found.sampling.steps * found.cost.rows_per_sample

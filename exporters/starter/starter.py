@@ -53,7 +53,7 @@ class Sampling:
     guidance: float = 1.0
     said_by: str | None = None
     unknown: str | None = None
-    """Reason why the pipeline does not tell its settings; None without a pipeline."""
+    """Reason why the settings of the pipeline are unknown; None without a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
     lines += [f"# {line}" if line else "#" for line in _about(found, effort, name)]
     lines += ["model:", f"  path: {_scalar(found.path)}"]
     lines += [f"  sampling_steps: {found.sampling.steps}{_said(found.sampling)}"]
-    lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance scale; 1 is none"]
+    lines += [f"  guidance: {found.sampling.guidance:g}   # classifier-free guidance scale; 1 means none"]
     if found.conditions is not None:
         lines.append(f"  conditions: {_scalar(found.conditions)}")
     lines += [f"targets: [{', '.join(found.targets)}]   # see `intaglio targets`", "seed: 0", "steps:"]
@@ -251,7 +251,7 @@ def _commented_components(found: Found) -> Iterator[str]:
 
 
 def _about_time(found: Found, effort: Effort) -> Iterator[str]:
-    """Yield how long the recipe takes here, and what more time buys."""
+    """Yield how long the recipe takes here, and what more time would add."""
     if found.minutes is None:
         return
     seconds = seconds_of(found, amounts_of(found, effort))
@@ -328,7 +328,7 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
 
 
 def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
-    """Return the sampling with at most as many steps as the model's scheduler makes, which may be a short list."""
+    """Return the sampling with its steps limited to those that the model's scheduler makes."""
     scheduler = copy.deepcopy(model.scheduler)
     scheduler.set_timesteps(sampling.steps, **model.schedule)
     made = len(scheduler.timesteps)

@@ -99,7 +99,7 @@ def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _for_kernels(names: Sequence[str], targets: Sequence[Target]) -> list[str]:
-    """Return the schemes with the widest weights that each target multiplies fast, where there are such."""
+    """Return the schemes with the widest weights that each target multiplies fast, if there are any."""
     known = known_schemes()
     found: dict[str, None] = {}
     for name in names:
@@ -123,7 +123,7 @@ def _with_outputs(names: Sequence[str]) -> list[str]:
 
 
 def _rounds_outputs(found: Found) -> bool:
-    """Return True if the model has convolutions, and a target that multiplies them as integers only to codes."""
+    """Return True if the model has convolutions that a target runs on integers only if their output is rounded."""
     return any(layer.op == "conv" for layer in found.layers) and any(
         load_target(name).conv_output == "int8" for name in found.targets
     )

@@ -23,7 +23,7 @@ SHARE = 0.1
 
 
 def largest_losses(table: Sensitivity, plan: QuantPlan, workload: Workload, target: Target) -> list[str]:
-    """Return a clause for each role of layers with rounded inputs that makes most of the predicted loss.
+    """Return a clause for each role of layers with rounded inputs that makes a large part of the predicted loss.
 
     The role of a layer is the last part of its name that is not a number, such as `to_q`.
     """

@@ -79,7 +79,7 @@ class Verify(Pass):
     code_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="share of a layer's input codes that may differ by 1; one code may always, and none by more",
+        description="share of a layer's input codes that may differ by 1; one code always may, and no code by more",
     )
     gap_db_tolerance: float = Field(
         0.5,
@@ -115,7 +115,7 @@ class Verify(Pass):
         checkpoint, trajectory = state[MODEL], state[TRAJECTORY]
         model = checkpoint.open()
         in_float = layers_in_float(model.module, state[QUANTIZED].layers, target)
-        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # before the simulation adds scales
+        fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # the simulation adds scales
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         start = sampler.start(self.samples, ctx.torch_rng("verify"))
         with ctx.progress("samples", 3) as advance:

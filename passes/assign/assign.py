@@ -42,13 +42,13 @@ SLOWER_ADVICE = (
 
 
 class AssignPrecision(Pass):
-    """Choose one legal scheme, and its basis, for each layer: the least summed error within all budgets, by HiGHS.
+    """Choose one legal scheme, and its basis, for each layer, with the least summed error within all budgets.
 
-    The choice is a multiple-choice knapsack. With `budget.psnr`, the pass minimizes time, and of equally fast plans
-    bytes, under the condition that the samples keep this PSNR. The prediction adds up the errors of single layers;
-    samples are drawn with the plan to correct it. Besides the plan, the pass returns the front: plans from the smallest
-    to the one with the least error, within the other budgets. `point` selects one of them in place of the plan
-    that the budget asks for; `budget.size` then has no effect.
+    The choice is a multiple-choice knapsack, which HiGHS solves. With `budget.psnr`, the pass minimizes time, and of
+    equally fast plans bytes, under the condition that the samples keep this PSNR. The prediction adds up the errors of
+    single layers; samples are drawn with the plan to correct it. Besides the plan, the pass returns the front: plans
+    from the smallest to the one with the least error, within the other budgets. `point` selects one of them in place of
+    the plan that the budget asks for; `budget.size` then has no effect.
     """
 
     name: ClassVar[str] = "assign"
@@ -146,7 +146,7 @@ class AssignPrecision(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Choose the fastest plan that keeps `budget.psnr`; without it, the one with the least predicted error."""
         table, target = state[SENSITIVITY], state[TARGET]
-        workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - a state knows no default
+        workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - State.get raises
         times = state[LAYER_TIMES] if LAYER_TIMES in state else None  # noqa: SIM401
         problem = self._problem(table, workload, times, target, ctx)
         limits = dict(self.budget.limits)
@@ -253,7 +253,9 @@ class AssignPrecision(Pass):
             for name in sorted(set(self.keep) - layers)
         ]
         if self.profile and not any(profile.layers.keys() & layers for profile in self.profile):
-            problems.append(f"assign.profile: has none of the model's {len(layers)} layers: it is of another model")
+            problems.append(
+                f"assign.profile: has none of the model's {len(layers)} layers: it belongs to another model"
+            )
         if workload is None:
             estimated = self.budget.latency is not None and not self.profile
             wanted = {"budget.latency": estimated, "budget.bops": self.budget.bops}
@@ -323,7 +325,7 @@ class AssignPrecision(Pass):
 def _fast(layer: Layer, schemes: Mapping[str, LayerScheme], target: Target) -> dict[str, LayerScheme]:
     """Leave out each scheme whose codes would make all products of the graph slower, if a fast one can replace it.
 
-    That one has the same input format, and takes as many bytes.
+    The fast one has the same input format, and takes as many bytes.
     """
     replaced = {(s.input, layer.size_bytes(s)) for s in schemes.values() if target.is_fast(s)}
     return {k: s for k, s in schemes.items() if target.is_fast(s) or (s.input, layer.size_bytes(s)) not in replaced}
@@ -351,7 +353,7 @@ def share_on_integers(plan: QuantPlan, workload: Workload, target: Target) -> fl
 
 
 def _log(plan: QuantPlan, front: Front, limits: Mapping[str, float], ctx: Context) -> None:
-    """Log what the plan costs, and the quality that is predicted of it."""
+    """Log what the plan costs, and the quality that is predicted for it."""
     costs = (f"{n} {cost:.3f}{f' of {limits[n]:g}' if n in limits else ''}" for n, cost in front.chosen.costs.items())
     ctx.log.info(
         "%d of %d layers quantized, %.2f bits per weight; relative to float: %s; predicted PSNR %.1f dB, SQNR %.1f dB",

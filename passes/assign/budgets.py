@@ -1,4 +1,4 @@
-"""State the choice of schemes as a knapsack: costs of options relative to float, and advice if none fit."""
+"""Formulate the choice of schemes as a knapsack: costs of options relative to float, and advice if none fit."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def build_problem(
     alike: Alike,
     gap: float,
 ) -> Problem:
-    """Build the knapsack. `loss` and `costs` are of each option, in the unit of `whole`.
+    """Build the knapsack. `loss` and `costs` are given for each option, in the unit of `whole`.
 
     Raises RecipeError if layers that take the same input format have none in common.
     """
@@ -221,7 +221,7 @@ def build_problem(
 
 
 Equal: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""Two sets of options, of which a plan takes equally many."""
+"""Two sets of options; a plan takes the same number from both."""
 
 
 def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
@@ -244,7 +244,7 @@ def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> I
 
 
 def _same_basis(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
-    """Yield the same for bases. A layer that can only stay in float reads its input in any basis."""
+    """Yield the same for bases instead of input formats. A layer that can only stay in float takes any basis."""
     by_layer = _places(options, lambda option: option.basis)
     quantizable = {option.layer.name for option in options if option.scheme != FLOAT}
     for names in groups:

@@ -1,4 +1,4 @@
-"""Estimate the time of layers in each scheme, from profiles, and else from the device's roofline."""
+"""Estimate the time of layers in each scheme, from profiles, or else from the device's roofline."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def timed_s(times: LayerTimes, rows: float, layer: Layer, scheme: LayerScheme, b
             f"time-layers.schemes: {layer.name} was not timed with {scheme.name}: add this scheme, which assign may"
             " choose"
         )
-    # a rotation multiplies each block by a matrix: as many multiplications as the block is wide
+    # a rotation multiplies each block by a matrix: for each number, as many multiplications as the block has channels
     passes = 0 if block is None else max(1, block / 4)
     return known[scheme.name] + passes * times.element_s * rows * layer.shape[1]
 

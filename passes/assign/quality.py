@@ -33,7 +33,7 @@ ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
 NEAR_DB = 1.5
-"""A plan that is at most this much better than wanted is accepted; for a better one, a faster plan is looked for."""
+"""A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
 REST_DB = 3.0
 """Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
 BATCH = 4
@@ -113,7 +113,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
 
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
-    """Draw samples with a plan. Without a model, the prediction is taken for what they would have."""
+    """Draw samples with a plan, and return their quality; without a model, return the predicted quality."""
     predicted_db = table.samples.psnr_db(problem.loss(chosen))
     found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
     ctx.log.info(
@@ -124,7 +124,7 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
 
 
 class _Wanted(NamedTuple):
-    """The quality to look for in dB, the first factor on predicted losses, and the share of time for less loss."""
+    """The quality to look for in dB, the first factor on predicted losses, and the SLACK in time and bytes."""
 
     psnr_db: float
     factor: float

@@ -43,7 +43,7 @@ class DrawnSamples:
         for samples, reference in zip(self._draw(), self._reference, strict=True):
             sums += torch.tensor([float((samples - reference).double().square().sum()), float(samples.numel())])
         for layer in self.task.layers.values():
-            layer.cache.clear()  # the weights are trained on
+            layer.cache.clear()  # training will change the weights
         self.task.ctx.processes.add([sums])
         mse = float(sums[0] / sums[1])
         return mse if math.isfinite(mse) else math.inf

@@ -68,7 +68,7 @@ class Split:
 
     @classmethod
     def of(cls, count: int) -> Split:
-        """Split `count` samples. Of fewer than eight the first is held out; a single sample is also trained on."""
+        """Split `count` samples. Of fewer than eight samples, the first is held out; a single one is trained on too."""
         held_out = tuple(range(7, count, 8)) or (0,)
         return cls(tuple(i for i in range(count) if i not in held_out) or (0,), held_out)
 
@@ -98,7 +98,7 @@ class Task:
 
     @property
     def training(self) -> Sequence[int]:
-        """Recorded samples that updates are made of. Only the training of blocks holds some of them out."""
+        """Recorded samples that updates draw from. Only the training of blocks holds some of them out."""
         return self.split.training if self.options.scope == "block" else range(self.count)
 
     @property

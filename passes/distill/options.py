@@ -19,13 +19,14 @@ class DistillOptions(BaseModel):
     )
     rank: int = Field(16, ge=1, description="rank of the adapters")
     rate: float = Field(0.02, gt=0, description="learning rate of the adapters, in weight scales per update")
-    scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to themselves")
+    scale_rate: float = Field(0.001, ge=0, description="learning rate of the weight scales, relative to their size")
     input_rate: float = Field(
-        0.01, ge=0, description="learning rate of the input scales, relative to themselves; 0 leaves them as calibrated"
+        0.01, ge=0, description="learning rate of the input scales, relative to their size; 0 leaves them as calibrated"
     )
     scale_aware: Literal["rate", "gradient", "off"] = Field(
         "rate",
-        description="rate: multiply a layer's learning rate by its weight scale; gradient: its gradient; off: neither",
+        description="quantity that a layer's weight scale multiplies: the learning rate (rate), the gradient (gradient)"
+        " or nothing (off)",
     )
     start: Literal["round", "gptq"] = Field(
         "round",

@@ -104,7 +104,7 @@ def _alike(group: Sequence[str], layers: Mapping[str, QuantizedLayer]) -> Iterat
 def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
     """Return the squared error of the input, in its basis, when its range is cut to this share."""
     learn_input(layer, InputScales(torch.full((len(layer.clock.timesteps),), share)))
-    assert layer.input_rounding is not None  # those that learn have rounded inputs
+    assert layer.input_rounding is not None  # only rounded inputs learn
     with torch.no_grad():
         q, amax, shift = layer.input_rounding(x)
         rounded = q * rounding.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)

@@ -1,6 +1,6 @@
 """Make quantized layers trainable, and extract the trained values.
 
-Shapes: N out features, K in features, G scales per row, T denoising steps, rank of the adapter.
+Shapes: N out features, K in features, G scales per row, T denoising steps, `rank` of the adapter.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InputScales(nn.Module):
         return factor
 
     def offset(self, step: int) -> torch.Tensor:
-        """Return the shift of the middle, in magnitudes, ()."""
+        """Return the shift of the middle, in units of the magnitude, ()."""
         offset: torch.Tensor = self.offset_T[step]
         return offset
 

@@ -59,7 +59,7 @@ class Trainer:
         self.name = name
         self.errors: dict[int, float] = {}
         """Error at the start, which is update 0, and at each check so far."""
-        # gradients of a good start are as small as 1e-8: an epsilon of that size would be a learning rate of its own
+        # gradients of a good start are as small as 1e-8: an epsilon of that size would shrink the updates
         self.optimizer = torch.optim.Adam(self._groups(), betas=(0.9, 0.99), eps=1e-15)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.training_state = ctx.scratch / f"{name}.pt"
@@ -132,11 +132,11 @@ class Trainer:
 
     def _measure(self, update: int) -> None:
         self.errors[update] = self.error()
-        self._invalidate()  # weights that were rounded without gradients
+        self._invalidate()  # drops the weights that were rounded without gradients
 
     @property
     def kept(self) -> int:
-        """Number of updates with the least error so far, the smallest of several."""
+        """Number of updates with the least error so far, the smallest of equal ones."""
         return min(self.errors, key=self.errors.__getitem__)
 
     def _update(self, update: int) -> float:
@@ -174,10 +174,10 @@ class Trainer:
         self._invalidate()
 
     def _saved(self) -> dict[str, Any] | None:
-        """Return the checkpoint of a stopped run; None if there is none, or if it is damaged or of another run."""
+        """Return the checkpoint of a stopped run; None if it is missing, damaged or from another run."""
         if not self.ctx.processes.agree(self.training_state.exists()):
             return None
-        reason = f"{self.training_state.name} is of another run"
+        reason = f"{self.training_state.name} belongs to another run"
         try:
             saved = load_torch_file(self.training_state)
             if self._fits(saved):
@@ -190,7 +190,7 @@ class Trainer:
         return None
 
     def _fits(self, saved: Any) -> TypeGuard[dict[str, Any]]:
-        """Return True if a checkpoint is of this training: its parameters, optimizer and number of updates match."""
+        """Return True if a checkpoint fits this training: its parameters, optimizer and number of updates match."""
         own = {name: parameter.shape for name, parameter in self.tensors.items()}
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         state, groups = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]

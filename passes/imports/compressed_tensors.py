@@ -233,7 +233,7 @@ class _Groups:
 
 
 def _unpacked(packed: torch.Tensor, bits: int, k: int) -> torch.Tensor:
-    """Unpack int32 (N, K * bits / 32) to codes (N, K); the first code is lowest in a word, all with an offset."""
+    """Unpack int32 (N, K * bits / 32) to codes (N, K); a word's lowest bits have its first code; each has an offset."""
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)

@@ -1,7 +1,7 @@
 """Import a denoiser quantized elsewhere: take its integers and scales exactly, or refuse the layer.
 
-Shapes: N out features, K in features, G scales per row, T denoising steps: one entry, as imported scales
-are the same at all steps.
+Shapes: N out features, K in features, G scales per row, T denoising steps: one entry, as
+imported scales are the same at all steps.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ImportPass(Pass):
 
     @classmethod
     def files(cls, place: Path) -> list[Path]:
-        """Return the files that are read of what `path` names. Raises RecipeError for those that cannot be."""
+        """Return the files to read at the place that `path` names. Raises RecipeError if one cannot be read."""
         raise NotImplementedError
 
     @model_validator(mode="before")
@@ -77,7 +77,7 @@ class ImportPass(Pass):
         return {**written, "sha256": found}
 
     def model_post_init(self, context: Mapping[str, Path] | None) -> None:
-        """Keep the path from the folder of the recipe."""
+        """Keep the path, resolved from the folder of the recipe."""
         self._place = _base(context) / self.path
 
     def _outputs(
@@ -176,7 +176,7 @@ def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerD
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:
-    """Raise StaysFloat if the recorded calls never reach the layer: the graph has no product of it."""
+    """Raise StaysFloat if the recorded calls never reach the layer: then the graph does not compute it."""
     if layer.name not in trajectory.amax:
         raise StaysFloat("it is never called")
 
@@ -186,7 +186,7 @@ def problems_of(
 ) -> Iterator[str]:
     """Yield the refusals, and where `rest` differs from the model.
 
-    `rest` is what the file holds beside quantized weights. `quantized` are the layers whose weight is not compared.
+    `rest` is what the file holds besides quantized weights. `quantized` are the layers whose weight is not compared.
     """
     yield from (f"{some(names)}: {reason}" for reason, names in found.refused.items())
     weights = {f"{name}.weight" for name in quantized}
@@ -195,7 +195,7 @@ def problems_of(
     if ours.keys() != theirs.keys():
         missing, surplus = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
         parts = [f"has no {some(missing)}"] * bool(missing) + [f"has {some(surplus)}"] * bool(surplus)
-        yield f"is of another model: it {' and '.join(parts)}"
+        yield f"belongs to another model: it {' and '.join(parts)}"
     reasons = defaultdict(list)
     for name in ours.keys() & theirs.keys():
         if (reason := _difference(ours[name], theirs[name])) is not None:

@@ -82,11 +82,11 @@ class ImportModelopt(ImportPass):
 
     @classmethod
     def files(cls, place: Path) -> list[Path]:
-        """Return the one file that is read. Raises RecipeError for what is no file of torch.save."""
+        """Return the one file that is read. Raises RecipeError if torch.save did not write it."""
         return [check_end(place)]
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Import the file. Raises RecipeError with everything in it that has no form here."""
+        """Import the file. Raises RecipeError that lists everything in it that cannot be imported exactly."""
         from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], read_modelopt(self._place)
@@ -106,7 +106,7 @@ class ImportModelopt(ImportPass):
             w = saved.tensors.get(f"{layer.name}.weight")
             if w is None or tuple(w.shape) != layer.shape:
                 held = "no weight" if w is None else f"a weight {tuple(w.shape)}"
-                raise NotCarried(f"the file has {held}, the model one of {layer.shape}")
+                raise NotCarried(f"the file has {held}, but the model has one of {layer.shape}")
             bits, codes, scale_NG = _codes(layer, as_float32("a weight", w), weight)
             rounded = None if entering is None else _input(layer, entering, ranks.get(layer.name, 0))
             return layer_data(layer, bits, codes, scale_NG, rounded, balance)
@@ -124,7 +124,7 @@ class ImportModelopt(ImportPass):
         on = [name for name, q in saved.quantizers.items() if q.on]
         for pattern in self.ignore:
             if not any(fnmatchcase(name, pattern) for name in on):
-                yield f"ignore: {pattern!r} fits none of its {len(on)} quantizers that are on"
+                yield f"ignore: {pattern!r} fits none of its {len(on)} enabled quantizers"
         own = {f"{layer.name}.{part}_quantizer" for layer in layers for part in ("weight", "input")}
         if others := [name for name in on if name not in own and not self._ignores(name)]:
             yield (
@@ -135,7 +135,7 @@ class ImportModelopt(ImportPass):
         unknown = defaultdict(list)
         for name, q in saved.quantizers.items():
             if parts := sorted(q.tensors.keys() - held.get(name, {"_amax"})):
-                unknown[f"{some(parts)} has no place here"].append(name)
+                unknown[f"{some(parts)}: intaglio does not use it"].append(name)
             if q.facts.get("_rotate", False) not in (False, None):
                 unknown["its rotation is not carried over"].append(name)
         yield from (f"{some(names)}: {what}" for what, names in unknown.items())
@@ -209,7 +209,7 @@ def read_modelopt(file: Path) -> _Saved:
     if others := [name for name, each in facts.items() if not isinstance(each, dict)]:
         raise RecipeError(f"{where}: {some(others)}: no attributes of a quantizer")
     if others := [name for name, value in tensors.items() if not _is_plain(value)]:
-        raise RecipeError(f"{where}: {some(others)}: no plain tensor in memory of its size")
+        raise RecipeError(f"{where}: {some(others)}: not a dense tensor whose values are all in the file")
     buffers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     rest = {}
     for key, value in tensors.items():
@@ -314,7 +314,7 @@ def _weight_amax(layer: Layer, quantizer: _Quantizer) -> torch.Tensor:
 
 
 def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
-    """Return the size of blocks of neighbouring input features that fill them. Raises NotCarried for other blocks."""
+    """Return the size of blocks that split the input features evenly. Raises NotCarried for other blocks."""
     rank = len(layer.shape)
     (axis, size), *others = blocks.items()
     if type(size) is not int or size < 1:

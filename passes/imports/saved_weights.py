@@ -31,7 +31,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest` as it is.
+    """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest`, unchanged.
 
     `problems` are those of the files as a whole.
     """
@@ -81,7 +81,7 @@ def check_symmetric(zero_point: torch.Tensor | None, scale: torch.Tensor | None,
             f"zero points {tuple(zero_point.shape)} of its {what} in {dtype_name(zero_point)}:"
             " one for each scale is expected"
         )
-    if zero_point.float().count_nonzero():  # NaN is one
+    if zero_point.float().count_nonzero():  # NaN counts as nonzero
         raise NotCarried(f"{what} with zero points: only symmetric codes, without zero points, can be imported")
 
 

@@ -48,7 +48,7 @@ def load_torch_file(path: Path) -> object:
 
 
 def check_end(path: Path) -> Path:
-    """Return the path of a file that ends as `torch.save` ends one. Raises RecipeError for others; reads no more."""
+    """Return the path of a file that ends as `torch.save` ends one; only the end is read. Raises RecipeError."""
     with open_stream(path) as stream, _refused(path):
         _check_end(stream)
     return path
@@ -66,7 +66,7 @@ def check_torch_file(path: Path) -> None:
 
 @contextmanager
 def _refused(path: Path) -> Iterator[None]:
-    """Raise RecipeError for whatever zipfile, pickletools and torch raise for damaged files, which is anything."""
+    """Raise RecipeError for every exception: zipfile, pickletools and torch raise any kind for damaged files."""
     try:
         yield
     except Exception as error:
@@ -100,7 +100,7 @@ def _checked_pickle(archive: zipfile.ZipFile, size: int) -> bytes:
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
         raise ValueError("its entries are compressed, which torch.save does not do")
     if (held := sum(entry.file_size for entry in entries)) > size:
-        raise ValueError(f"its entries have {held} bytes, the whole file {size}")
+        raise ValueError(f"its entries have {held} bytes, but the whole file has {size}")
     pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
     if len(pickles) != 1 or len({entry.filename.partition("/")[0] for entry in entries}) > 1:
         raise ValueError("it is no zip file of torch.save: it holds no data.pkl, or several")
@@ -138,7 +138,7 @@ def _check_pickle(pickle: bytes, size: int) -> None:
 
 
 def _apply(operation: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
-    """Put the depth of what an operation makes in the place of the depths of what it takes."""
+    """Replace the depths of the values that an operation takes by the depth of the values that it makes."""
     before, made = operation.stack_before, len(operation.stack_after)
     first = len(stack) - len(before)
     if pickletools.markobject in before:

@@ -47,7 +47,7 @@ def read_torchao(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def _said(metadata: Mapping[str, str], name: str) -> Any:
-    """Return what JSON in the metadata says under a name."""
+    """Return the content of the JSON text that the metadata has under a name."""
     return parse_json(metadata[name], source=f"its metadata of {printable(name)[:120]}")
 
 

@@ -64,7 +64,7 @@ class ImportWeights(ImportPass):
         return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Import the files. Raises RecipeError with everything in them that has no form here."""
+        """Import the files. Raises RecipeError that lists everything in them that cannot be imported exactly."""
         from intaglio.pipeline.model.layers import layer_table
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]

@@ -1,4 +1,4 @@
-"""Find bases of layers' inputs whose errors are predicted beside those of the basis that a layer has."""
+"""Find other bases of layers' inputs, in which `sensitivity` also predicts the errors of every scheme."""
 
 from __future__ import annotations
 

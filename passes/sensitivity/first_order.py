@@ -1,4 +1,4 @@
-"""Predict to first order how a layer's rounding changes a number, from the gradients by its input and its output.
+"""Predict to first order how a layer's rounding changes a number, from gradients at the layer's input and output.
 
 Shapes: x input, y output, N out features, K in features of a layer.
 """
@@ -30,7 +30,7 @@ _BY_WEIGHT: Mapping[int, Callable[..., torch.Tensor]] = {1: conv1d_weight, 2: co
 
 
 class Call(NamedTuple):
-    """Input and output of one call of a layer, and the gradients by both of the number that is predicted.
+    """Input and output of one call of a layer, and the gradients of the predicted number with respect to both.
 
     The output is None where no form rounds it.
     """
@@ -42,12 +42,12 @@ class Call(NamedTuple):
 
 
 def products_of(rounded: RoundedLayers, name: str, forms: Mapping[str, Form], call: Call) -> dict[str, float]:
-    """Return g^T (rounded(x) - y), by the label of the form, where g is the gradient by the layer's output.
+    """Return g^T (rounded(x) - y), by the label of the form, where g is the gradient with respect to y.
 
-    W' x' - W x = (W' - W) x + W (x' - x) + (W' - W) (x' - x). The first is the product of W' - W with the gradient by
-    the weight, the second that of x' - x with the gradient by the input, and the third is left out, because it
-    is a product of two rounding errors. So one product, for the gradient by the weight, is enough for any number of
-    forms; each weight, input and output format adds passes over its numbers alone.
+    W' x' - W x = (W' - W) x + W (x' - x) + (W' - W) (x' - x). The first term is the product of W' - W with the gradient
+    with respect to the weight, the second is that of x' - x with the gradient with respect to the input. The third is
+    left out, because it is a product of two rounding errors. So one matrix product, for the gradient of the weight, is
+    enough for any number of forms; each weight, input and output format only adds passes over its numbers.
     """
     parts = _Parts(rounded, name, call)
     return {label: parts.product(form) for label, form in forms.items()}
@@ -88,11 +88,11 @@ class _Parts:
         return _dot(gradient, self.rounded.weight(self.name, form) - plain)
 
     def _by_weight(self) -> torch.Tensor:
-        """Return the gradient by the weight, in the layer's shape."""
+        """Return the gradient with respect to the weight, in the layer's shape."""
         layer, g, x = self.rounded.module.get_submodule(self.name), self.call.by_y, self.call.x
         if isinstance(layer, nn.Linear):
             return g.flatten(0, -2).T @ x.flatten(0, -2) if g.dim() > 1 else torch.outer(g, x)
-        assert isinstance(layer, Conv)  # others have no forms
+        assert isinstance(layer, Conv)  # only these types have forms
         padded = functional.pad(x, layer._reversed_padding_repeated_twice)
         if padded.dim() < layer.weight.dim():
             padded, g = padded[None], g[None]
@@ -110,7 +110,7 @@ class _Parts:
 
     def _of_output(self, form: Form) -> float:
         y = self.call.y
-        assert y is not None  # `Call` has it where a form rounds it
+        assert y is not None  # a call records y if a form rounds it
         return _dot(self.call.by_y, self.rounded.layer(self.name, form).rounded_output(y) - y)
 
 

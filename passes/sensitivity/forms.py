@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from intaglio.pipeline.formats.schemes import FLOAT, Float, LayerScheme
 
 BasisName: TypeAlias = Literal["scaled", "rotated"]
-"""Name of a basis that is looked for: channels are scaled, or scaled and rotated in blocks."""
+"""Name of a basis that `sensitivity` searches: channels are scaled, or scaled and rotated in blocks."""
 
 
 class Form(NamedTuple):

@@ -58,10 +58,10 @@ relative squared error of each call's output. Both are empty if not known."""
 class MeasureSensitivity(Pass):
     """Measure the relative squared error of the output for each layer, scheme and part of the trajectory.
 
-    A few backward passes on recorded inputs predict it for all layers at once. Some layers are then rounded alone, and
-    the model is computed again from that layer on. If the two estimates of a layer disagree, its other schemes are
-    measured too. Backward passes through whole trajectories predict the error of the samples; where it is large,
-    samples are drawn with that one layer rounded.
+    A few backward passes on recorded inputs predict this error for all layers at once. Some layers are then rounded
+    alone, and the model is computed again from that layer on. If the two estimates of a layer disagree, its other
+    schemes are measured too. Backward passes through whole trajectories predict the error of the samples; where it is
+    large, samples are drawn with that one layer rounded.
 
     Every scheme is predicted without a basis, and in each of `bases` that reduces the error; `assign` chooses between
     them. If the step follows a plan with balanced layers, these layers are rounded in the plan's bases only.
@@ -158,7 +158,7 @@ class MeasureSensitivity(Pass):
     def forward_rows(self, model: ModelCost) -> int:
         """Return the rows of predictions, of calls from every layer on, and of samples for some 4-bit layers.
 
-        A backward pass counts as one forward pass: it has as many products, since weights need no gradients.
+        A backward pass counts as two forward passes: it computes gradients with respect to inputs and to weights.
         """
         one = model.steps * model.rows_per_sample
         whole = 0 if self.samples else (1 + self.buckets) * one * max(1, self.rows // 2)
@@ -169,8 +169,8 @@ class MeasureSensitivity(Pass):
         forms = forms_of({form.label: form for form in every}, parts=self.apart != "no")
         measured = len(forms if self.apart == "measured" else schemes) * model.layers
         share = self.direct if self.probes else 1.0
-        screening = (1 + 2 * self.probes) if self.probes else 0  # gradients by inputs and by weights
-        # the 2: the whole model is called, and all blocks are recorded
+        screening = (1 + 2 * self.probes) if self.probes else 0  # gradients with respect to inputs and to weights
+        # 2 calls are added: one of the whole model, and one that records all blocks
         a_bucket = screening + 2 + share * measured * model.from_layer
         drawn = DRAWN * sum(known_schemes()[name].weight_bits <= FEW_BITS for name in schemes) * model.layers
         drift = (drawn + (drawn > 0)) * one * self.drift_samples
@@ -232,7 +232,7 @@ class MeasureSensitivity(Pass):
         return {SENSITIVITY: replace(table, drift=measure_drift(table, drawn, self.drift_below_db))}
 
     def _layers(self, module: nn.Module, trajectory: Trajectory) -> tuple[tuple[Layer, ...], Schemes]:
-        """Return the layers with a part in the recorded calls, and the schemes to measure, by layer and scheme name."""
+        """Return the layers that the recorded calls reach, and the schemes to measure, by layer and scheme name."""
         from intaglio.pipeline.model.layers import layer_table
 
         layers = tuple(layer for layer in layer_table(module) if layer.name in trajectory.amax)
@@ -351,7 +351,7 @@ class MeasureSensitivity(Pass):
         """Choose the pairs that are always measured.
 
         They are a sample, evenly spaced from the worst predicted to the least, against which predictions are checked,
-        and all pairs without a prediction.
+        and all pairs that have no prediction or that are ranked by another metric.
         """
         expected = {pair: estimates.expected(pair) for pair in estimates.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))
@@ -372,7 +372,7 @@ class MeasureSensitivity(Pass):
 
 
 def _forms(schemes: Schemes, bases: Bases) -> dict[str, dict[str, Form]]:
-    """Return every scheme of a layer in the basis that the layer has, and in the others; float in none of these."""
+    """Return every scheme of a layer in the basis that the layer has, and in the others, where float is left out."""
     found = {}
     for name, by in schemes.items():
         others = [basis for basis, layers in bases.items() if name in layers]

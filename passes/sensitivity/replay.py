@@ -95,7 +95,7 @@ def replayed(module: nn.Module, returned: Mapping[str, Sequence[object]]) -> Ite
 class Replay:
     """Repeat a call with one layer changed, computed from that layer on; the result equals that of the whole model.
 
-    The results are equal bit for bit. Outputs of units (blocks) are kept as long as this object lives, those of the
+    The results are equal bit for bit. Outputs of units (blocks) are kept as long as this object lives, and those of the
     modules inside one unit while `unit` is open. In full precision a replayed call must repeat the recorded output. If
     it does not, as with modules that have side effects, the whole model is computed for the layers of that unit.
     """

@@ -33,7 +33,7 @@ class RoundedLayers:
     """Rounded versions of a model's layers, made for each form on request.
 
     Scales are fitted once. Rounded weights are kept up to KEPT_BYTES in all; others are rounded for every call.
-    `bases` has the bases of layers by the basis's name; the empty name is for the bases that layers have already.
+    `bases` has the bases of layers by the basis's name; the empty name stands for the bases that layers already have.
     """
 
     def __init__(self, module: nn.Module, trajectory: Trajectory, bases: Bases = MappingProxyType({})) -> None:
@@ -50,7 +50,7 @@ class RoundedLayers:
         key = (name, form)
         if key not in self._made:
             layer, balances = self.module.get_submodule(name), self.bases.get(form.basis, {})
-            assert isinstance(layer, LayerModule)  # others have no forms
+            assert isinstance(layer, LayerModule)  # only these types have forms
             tables = self.trajectory.tables({name: form.scheme}, balances).get(name, NO_TABLES)
             balance = balances[name].balance if name in balances else None
             fit = (name, form.scheme.weight, form.basis)

@@ -84,7 +84,7 @@ class Screen:
 
         with torch.enable_grad():
             *_, samples = sampler.followed(denoise, start)
-        assert isinstance(samples, torch.Tensor)  # the samples come last
+        assert isinstance(samples, torch.Tensor)  # `followed` yields the samples last
         self._products = {}
         # tensors that depend on an output through the scheduler alone, and the gradients with respect to them
         ends, gradients = [samples], [_signs(samples, probe)]
@@ -94,7 +94,7 @@ class Screen:
             weights.append(float(by_output.square().sum() * output.detach().square().mean()) / samples.numel())
             x = inputs[sampler.names.sample]
             by_sample = self._pulled_back(inputs, sampler.names.sample, by_output)
-            if x.requires_grad:  # all but the noise at the start
+            if x.requires_grad:  # true for all states except the noise at the start
                 ends.append(x)
                 gradients.append(by_sample)
         return self._mean_squares([self._products], samples.numel()), weights[::-1]
@@ -110,11 +110,11 @@ class Screen:
         }
 
     def _pulled_back(self, inputs: Inputs, sample: str, by_output: torch.Tensor) -> torch.Tensor:
-        """Return the gradient by a call's sample, from the gradient by its output. Adds to all layers' products."""
+        """Return the gradient with respect to the sample, given that to the output. Adds to all layers' products."""
         self._leaves = []
         x = inputs[sample].detach().requires_grad_()
         with torch.enable_grad(), self._noted():
-            output = self.denoise({**inputs, sample: x.clone()})  # which the model may write into
+            output = self.denoise({**inputs, sample: x.clone()})  # a copy, as the model may write into it
         by_sample, *_ = torch.autograd.grad(output, [x, *self._leaves], by_output, allow_unused=True)
         return by_sample
 

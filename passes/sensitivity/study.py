@@ -42,8 +42,8 @@ Errors = dict[str, dict[str, list[list[float]]]]
 class Batch:
     """The rows on which every layer is measured, the same ones at every step.
 
-    With guidance every sample has its conditional and its null row. Without, it has one, or with `swapped` a second one
-    under the condition of another sample. All first rows come before all second ones.
+    With guidance, every sample has its conditional and its null row. Without guidance, it has one row or, if `swapped`,
+    a second row under the condition of another sample. All first rows come before all second ones.
     """
 
     sampler: Sampler
@@ -120,12 +120,14 @@ class Progress:
                     name, value = measured
                     if not isinstance(name, str) or not fits(value):
                         raise ValueError(name)
-                except (RecipeError, *DAMAGE):  # the run was stopped while writing, or it is of another run
+                except (RecipeError, *DAMAGE):  # the run was stopped while writing, or the line is from another run
                     damaged += 1
                 else:
                     self._done[name] = value
             if damaged:
-                ctx.log.warning("%s: %d lines are damaged, or of another run: measured again", file.name, damaged)
+                ctx.log.warning(
+                    "%s: %d lines are damaged or from another run: measuring them again", file.name, damaged
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._done

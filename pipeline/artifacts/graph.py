@@ -63,7 +63,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _GraphFacts:
-    """The content of graph.json: what `Graph` has beside its path."""
+    """The content of graph.json: everything in `Graph` except its path."""
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
@@ -80,7 +80,7 @@ class _GraphFacts:
 class Graph(_GraphFacts, _File):
     """An ONNX model in a folder: model.onnx, and model.onnx.data where its tensors are kept outside.
 
-    `nodes` gives, by layer name, the names of the values that enter and leave what the layer became, so that a layer
+    `nodes` gives, by layer name, the names of the input and the output of the nodes that compute the layer, so that it
     can be compared alone. `timesteps[i]` is the timestep that the value i of the input `step` stands for; `timesteps`
     is empty where there is no such input. `timestep` is the name of the timestep input; None if the model has none.
     `sizes` gives, for each dynamic axis except the batch, its size in the recorded call and at the model's other size.
@@ -102,7 +102,7 @@ class Graph(_GraphFacts, _File):
         return cls(root / "model.onnx", **vars(facts))
 
     def is_folded(self, layer: str) -> bool:
-        """Return whether the channel scales of a layer's input are folded into what precedes the layer."""
+        """Return whether the channel scales of a layer's input are folded into the operators before the layer."""
         return layer in self.nodes and self.nodes[layer][0] in self.scaled
 
     @property
@@ -113,7 +113,7 @@ class Graph(_GraphFacts, _File):
 
 @dataclass(frozen=True)
 class _EngineFacts:
-    """The content of engine.json: what `Engine` has beside its plan."""
+    """The content of engine.json: everything in `Engine` except its plan."""
 
     runtime: str
     version: str

@@ -52,7 +52,7 @@ def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """One scheme for every quantizable layer, by its name in the model. Every layer is named: no default.
+    """One scheme for every quantizable layer, by its name in the model. No layer has a default scheme.
 
     `balances` holds a basis for each layer whose input is scaled or rotated, and which is rounded in this basis. Layers
     in float have none. `branches` holds the low-rank part of the weight that stays in float, for layers that have such

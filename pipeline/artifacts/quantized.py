@@ -1,6 +1,6 @@
 """Trained adapters, and the integer model that they are merged into.
 
-Shapes: N out features, K in features, G scales per row, T denoising steps, rank of the adapter.
+Shapes: N out features, K in features, G scales per row, T denoising steps, `rank` of the adapter.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LayerAdapter:
 
 
 ADAPTER_PARTS = ("scale_NG", "a", "b", "group_NG", "codes")
-"""Tensors of a `LayerAdapter` beside its tables."""
+"""Tensors of a `LayerAdapter`, except its tables."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,8 @@ class Adapter:
     """The result of distillation for every layer with an integer weight, and the loss of every update.
 
     `distance` is for weights that started from given codes: the largest distance of a starting weight from its code, in
-    scales. `drawn`
-    has the error of drawn samples at the start and at each check; `layers` is the state with the least of these errors.
-    `peak` is the range of the full-precision samples: the peak of every PSNR.
+    units of the scale. `drawn` has the error of drawn samples at the start and at each check; `layers` is the state
+    with the least of these errors. `peak` is the range of the full-precision samples: the peak of every PSNR.
     """
 
     layers: Mapping[str, LayerAdapter]
@@ -69,7 +68,7 @@ class Adapter:
 
     @property
     def kept(self) -> DrawnError:
-        """The least error of drawn samples, the first of several. Raises ValueError if none were drawn."""
+        """The least error of drawn samples, the first of equal ones. Raises ValueError if none were drawn."""
         return min(self.drawn, key=lambda error: error.mse)
 
     @property

@@ -60,7 +60,7 @@ class Trajectory:
         """Return the calibrated tables of these layers, at `timesteps` or at those of the trajectory, by layer name.
 
         Ranges are around their middle where the scheme shifts the input, else around zero, and in the basis of the
-        layer's balance. All calls at one timestep share a range. Layers without a part in the calls are left out.
+        layer's balance. All calls at one timestep share a range. Layers that the calls do not reach are left out.
         """
         return {
             name: self._tables_of(name, scheme, balances.get(name)).resampled(

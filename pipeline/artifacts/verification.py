@@ -53,10 +53,10 @@ class Departure:
 
 @dataclass(frozen=True, kw_only=True)
 class DepartureFigures:
-    """Relative L2 errors inside the whole graph; None where `verify` did not look into it."""
+    """Relative L2 errors inside the whole graph; None if `verify` did not look into it."""
 
     departure_output_rel_l2: Annotated[float | None, OPTIONAL] = None
-    """Error of what reaches the graph's output."""
+    """Error of the graph's output, if all layers before it are taken as correct."""
     departure_own_rel_l2_max: Annotated[float | None, OPTIONAL] = None
     """Largest `own_rel_l2` of a layer's `Departure`."""
     departure_input_rel_l2_max: Annotated[float | None, OPTIONAL] = None
@@ -87,13 +87,13 @@ class SampleFigures:
     psnr_db: float
     """PSNR of the deployed samples."""
     psnr_db_min: float
-    """PSNR of the worst deployed sample."""
+    """Lowest PSNR of a deployed sample."""
     psnr_simulated_db: float
     """PSNR of the simulated samples."""
     sqnr_db: float
     """SQNR of the deployed samples."""
     sqnr_db_min: float
-    """SQNR of the deployed sample with the lowest."""
+    """Lowest SQNR of a deployed sample."""
     sqnr_simulated_db: float
     """SQNR of the simulated samples."""
     fidelity_gap_db: float
@@ -120,7 +120,7 @@ class VerificationFigures(SampleFigures, DepartureFigures):
 
 @dataclass(frozen=True)
 class _Measured:
-    """The content of verification.json: what `Verification` has beside its samples."""
+    """The content of verification.json: everything in `Verification` except its samples."""
 
     figures: VerificationFigures
     layers: Mapping[str, LayerParity]
@@ -132,7 +132,7 @@ class _Measured:
 class Verification(_Measured):
     """The measurements of `verify`. `samples`: (B, ...) of full precision, the simulation and the deployed graph.
 
-    `departures` has the layers in the order in which they run; empty where the whole graph was not looked into.
+    `departures` has the layers in the order in which they run; empty if `verify` did not run the whole graph.
     `warnings` are sentences for the user about a graph that computes what it should, such as one of low quality.
     """
 

@@ -67,10 +67,10 @@ class _Commands(TyperGroup):
         alone.command(name)(point.load())
         return typer.main.get_command(alone)
 
-    def invoke(self, ctx: Any) -> Any:  # a Context of the click inside typer
+    def invoke(self, ctx: Any) -> Any:  # the Context of typer's own click
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of the output has stopped: typer ends quietly
+        except BrokenPipeError:  # nobody reads the output any more: typer ends without a message
             raise
         except KeyboardInterrupt:
             goes_on = ": run the same command again to continue" if ctx.invoked_subcommand == "run" else ""
@@ -86,7 +86,7 @@ class _Commands(TyperGroup):
 
 
 def _told(error: Exception) -> tuple[str, int]:
-    """Return the message and the exit code of what ended a command."""
+    """Return the message and the exit code for the exception that ended a command."""
     match error:
         case IntaglioError():
             problems = [shortened(problem) for problem in error.problems]
@@ -111,8 +111,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. The list of commands itself can fail, before a command is invoked."""
-    # Threads of torch that wait for others give their core away. By default they wait busily: beside another job, a
-    # model's call took ten times as long. It is read when torch is imported.
+    # Threads of torch that wait for others release their core. By default they spin: beside another job, a call of a
+    # model took ten times as long. Torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
@@ -268,7 +268,7 @@ def schema_command(
     if as_json:
         print_json({"out": str(out)})
     else:
-        say(f"{out}: begin recipes beside it with `{editor_line(out.name)}`")
+        say(f"{out}: start each recipe in its folder with the line `{editor_line(out.name)}`")
 
 
 @app.command("passes")
@@ -306,7 +306,7 @@ def targets_command(
         print_target(targets[0])
 
 
-@app.command()  # named by its function: the core names no pass in a string
+@app.command()  # its function gives its name: no string of the core is the name of a pass
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run, or of one of its targets.")],
     as_json: Annotated[bool, json_option("{folder: missing, changed and added files}")] = False,

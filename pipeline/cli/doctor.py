@@ -39,7 +39,7 @@ def all_packages() -> tuple[Package, ...]:
 
 
 def examine(imports: bool = False) -> Machine:
-    """Look at the machine. Never raises for what is broken.
+    """Examine the machine. Broken packages and drivers are reported as faults and raise no error.
 
     imports: import every installed package, not only the light ones.
     """

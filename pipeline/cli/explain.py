@@ -97,7 +97,7 @@ def _in_a_line(fact: object) -> str:
 
 
 def explain_pass(name: str) -> Explanation:
-    """Explain a pass by its name, or by its file or module as a recipe here names it. Raises as `find_pass` does."""
+    """Explain a pass by its name, or by its file or module, from the current folder. Raises as `find_pass` does."""
     found = find_pass(name, Path())
     kind = found.pass_class
     facts: Facts = {

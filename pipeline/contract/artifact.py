@@ -58,7 +58,7 @@ class State(Mapping[AnyKey, Artifact]):
         except KeyError:
             readable = ", ".join(sorted(map(str, self._artifacts))) or "nothing"
             raise ContractError(
-                f"{self._reader}: reads {key}, but has {readable}: add {key} to `requires`, or to `wants` and ask"
+                f"{self._reader}: reads {key}, but may read {readable}: add {key} to `requires`, or to `wants` and ask"
                 f" `{key} in state` first"
             ) from None
         assert isinstance(artifact, key.type)  # the store loaded it with key.type.load

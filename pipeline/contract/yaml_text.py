@@ -100,7 +100,7 @@ class _Values:
                     merged = self._mapping(each, place) | merged
                 continue
             if key.tag != f"{_TAG}str":
-                said = printable(key.value)[:80] if isinstance(key, yaml.ScalarNode) else "what stands here"
+                said = printable(key.value)[:80] if isinstance(key, yaml.ScalarNode) else "this key"
                 raise self._error(f"{said} is no name: put names that look like numbers in quotes", key, place)
             name = str(self.read(key, place))
             if name in own:

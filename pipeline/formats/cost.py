@@ -71,7 +71,7 @@ def work(
 def basis_s(layer: Layer, rows: float, block: int, device: Device) -> float:
     """Return the time, in seconds, in which a device brings R rows of an input into a basis with this block.
 
-    A channel scale counts as one pass over the input, although it is often folded into the operator before and then
+    A channel scale counts as one pass over the input, although it is often folded into the preceding operator and then
     costs nothing. A rotation is a product of each block with a matrix.
     """
     elements = rows * layer.shape[1]

@@ -58,7 +58,7 @@ class IntInput(Value):
 
 
 class IntOutput(Value):
-    """Symmetric 8-bit product before the bias, y ~= scale * q, q in [-128, 127]; one scale for each denoising step."""
+    """Product before the bias as 8-bit codes, y ~= scale * q, q in [-128, 127]; one scale for each denoising step."""
 
     bits: ClassVar[int] = 8
     kind: Literal["int"] = "int"

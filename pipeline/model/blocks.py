@@ -63,4 +63,4 @@ def recomputed(blocks: Iterable[nn.Module], clock: StepClock) -> Iterator[None]:
         yield
     finally:
         for block in changed:
-            del block.forward  # the class's own is behind it
+            del block.forward  # the method of the class takes its place

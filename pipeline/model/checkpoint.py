@@ -130,7 +130,7 @@ class Checkpoint:
     @cached_property
     def _weights(self) -> Weights | None:
         """Return the weights of a folder's denoiser."""
-        assert self._denoiser_folder is not None  # `resolve` made sure
+        assert self._denoiser_folder is not None  # `resolve` checked it
         return find_weights(self._denoiser_folder, self._inside)
 
     def _no_weights(self, others: Sequence[str]) -> RecipeError:
@@ -142,7 +142,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, object]:
         """Return the configuration of a folder's denoiser. Raises RecipeError if the file holds none."""
-        assert self._denoiser_folder is not None  # `resolve` made sure
+        assert self._denoiser_folder is not None  # `resolve` checked it
         return self._read(self._denoiser_folder / "config.json")
 
     @property
@@ -181,9 +181,9 @@ class Checkpoint:
         (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
 
     def _save_folder(self, files: Path) -> None:
-        """Copy what is read of a diffusers folder, and nothing else: settings and weights."""
+        """Copy the files of a diffusers folder that are read, settings and weights, and no others."""
         folder = self._denoiser_folder
-        assert folder is not None  # `resolve` made sure
+        assert folder is not None  # `resolve` checked it
         if self._weights is None:
             raise self._no_weights(pickled(folder))
         place = files if folder == self.root / "." else files / folder.name
@@ -259,7 +259,7 @@ class Checkpoint:
         return ANY_MODEL if self._weights is None else self._weights.size
 
     def _diffusers_class(self) -> Any:
-        """Diffusers class of the denoiser."""
+        """Return the diffusers class of the denoiser."""
         import diffusers
 
         return class_of(self.name, diffusers.ModelMixin)
@@ -270,9 +270,9 @@ class Checkpoint:
         return f"{self.name} of {self._place(self._denoiser_folder)}"
 
     def _place(self, folder: Path | None) -> str:
-        assert folder is not None  # `resolve` made sure
+        assert folder is not None  # `resolve` checked it
         inner = folder.relative_to(self.root).as_posix()
-        if self.ref.path == STORED:  # a copy, which knows no other path
+        if self.ref.path == STORED:  # the copy in the store has no path of the user
             return "the model's folder" if inner == "." else f"the model's folder {inner}"
         return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
 
@@ -287,10 +287,10 @@ class Checkpoint:
         import torch
 
         kind, folder, weights = self._diffusers_class(), self._denoiser_folder, self._weights
-        assert folder is not None  # `resolve` made sure
+        assert folder is not None  # `resolve` checked it
         if weights is None:
             raise self._no_weights(pickled(folder))
-        self.empty()  # no larger than the weights
+        self.empty()  # raises if the model would be much larger than its weights
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
         with blamed(self._called, {str(folder): self._place(folder)}):
             module, info = kind.from_pretrained(folder, output_loading_info=True, variant=weights.variant, **settings)

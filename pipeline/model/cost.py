@@ -23,8 +23,8 @@ class ModelCost:
     """Cost of one denoiser call. A row is one sample in one call; guidance needs two rows for a sample.
 
     `from_layer` is the share of a call's products that a layer and all later layers compute, the mean over layers;
-    `from_units` is the same for the first layer of each unit (block), summed over units. An
-    operation is a multiplication or an addition.
+    `from_units` is the same for the first layer of each unit (block), summed over units. An operation is a
+    multiplication or an addition.
     """
 
     layers: int
@@ -37,7 +37,7 @@ class ModelCost:
 
 
 def measure_cost(checkpoint: Checkpoint) -> ModelCost:
-    """Time the second of two calls of ROWS rows, on this machine and as busy as it is now.
+    """Time the second of two calls of ROWS rows, on this machine under its present load.
 
     Raises RecipeError for a model that cannot be called.
     """
@@ -101,7 +101,7 @@ def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[
 
 
 def _shares(module: nn.Module, layers: Iterable[str], call: Callable[[], object]) -> tuple[dict[str, float], int]:
-    """Return, for each called layer, the share of the call's operations in it and after it; and their number."""
+    """Return the share of the call's operations in and after each called layer, and the number of all operations."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from intaglio.pipeline.model.hooks import before_calls

@@ -65,7 +65,9 @@ class DenoiserModel:
             if name not in counts:
                 problems.append(f"model: null rows for {name}, which is no condition")
             elif len(rows) not in (1, counts[name]):
-                problems.append(f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} as it has itself")
+                problems.append(
+                    f"model: {len(rows)} null rows for {name}: give 1, or {counts[name]} like the condition"
+                )
         if problems:
             raise RecipeError(*problems)
 

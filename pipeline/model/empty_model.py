@@ -68,7 +68,7 @@ class _Bounded(TorchFunctionMode):
         if self._calls > self._most_calls:
             raise self._too_large("tensors", self.size.tensors)
         made = _made(func, args, given)
-        if func is torch.empty:  # takes no memory until written to, and parameters never are
+        if func is torch.empty:  # an empty tensor takes no memory until it is written, and parameters are not
             self._elements += made
             if self._elements > self._most_elements:
                 raise self._too_large("numbers", self.size.elements)
@@ -97,6 +97,6 @@ def _made(func: Any, args: Sequence[Any], given: Mapping[str, Any]) -> int:
     try:
         with torch.device("meta"):
             made = func(*there, **named)
-    except Exception:  # it needs values or fails: the call itself will raise
+    except Exception:  # the function needs values or fails: then the call itself raises
         return 0
     return max((each.numel() for each in tree_iter(made) if isinstance(each, torch.Tensor)), default=0)

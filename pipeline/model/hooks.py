@@ -1,4 +1,4 @@
-"""Watches modules while a model is called. No hook outlives its `with`, whatever is raised inside."""
+"""Watch modules while a model is called. No hook outlives its `with`, whatever is raised inside."""
 
 from __future__ import annotations
 

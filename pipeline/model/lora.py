@@ -66,10 +66,10 @@ def find_lora(given: str, base: Path) -> Path:
         raise RecipeError(f"model.loras: {e} (no other kind is read)") from e
     others = [key for key in keys if TEXT_ENCODER.match(key)]
     if len(others) == len(keys):
-        raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} is of a denoiser: {_some(keys)}")
+        raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} belongs to a denoiser: {_some(keys)}")
     if others:
         logging.getLogger(__name__).warning(
-            "%s: %d of %d keys are of text encoders, which are not compiled: %s",
+            "%s: %d of %d keys belong to text encoders, which are not compiled: %s",
             given,
             len(others),
             len(keys),
@@ -85,7 +85,7 @@ def fuse_lora_(module: nn.Module, file: Path, scale: float, label: str) -> None:
     module, and StepFailed if a fused weight is wrong.
     """
     try:
-        import peft  # noqa: F401  # what fuses
+        import peft  # noqa: F401  # `_fuse_alike_` needs it
     except ImportError as e:
         raise MissingExtra("lora", "fusing model.loras") from e
     updates = _updates(module, file, scale, label)
@@ -139,7 +139,7 @@ def _update(
     return Update(a_rK, tensors["B.weight"], tensors.get("magnitude_vector"), strength)
 
 
-def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # JSON
+def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[str, Any]:  # parsed JSON
     """Read the adapter's configuration from the file's metadata. Raises RecipeError for unsupported settings."""
     written = parse_json(metadata.get("lora_adapter_metadata", "{}"), source=f"{label}: lora_adapter_metadata")
     if not isinstance(written, dict):

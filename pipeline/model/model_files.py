@@ -27,7 +27,7 @@ FOREIGN = (*PICKLED, "*.msgpack", "*.h5", "*.onnx*", "*.py")
 MOST_COMPONENTS = 64
 """Largest number of a pipeline's folders that a message names."""
 OTHER_MODELS = {
-    "controlnets": "name the folder of the UNet or transformer that it steers, and record the control inputs"
+    "controlnets": "name the folder of the UNet or transformer that it controls, and record the control inputs"
     " with intaglio.record",
     "autoencoders": "name the folder of the whole pipeline, and compile what is around the denoiser with it",
 }
@@ -168,7 +168,7 @@ def copy_model(folder: Path, to: Path, inside: Path) -> None:
 
 
 def check_settings(file: Path, inside: Path) -> None:
-    """Raise RecipeError for a scheduler's settings with a whole number that no schedule has."""
+    """Raise RecipeError if a whole number in a scheduler's settings is larger than MOST_SETTING."""
     for name, value in read_json_object(file, inside=inside).items():
         if isinstance(value, int) and abs(value) > MOST_SETTING:
             raise RecipeError(

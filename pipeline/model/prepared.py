@@ -1,4 +1,4 @@
-"""Bring a module of the user's into the form that the compiler works on."""
+"""Bring a module of the user into the form that the compiler works on."""
 
 from __future__ import annotations
 

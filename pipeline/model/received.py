@@ -114,14 +114,14 @@ def _unwrapped(module: Any, entry: str) -> nn.Module:
     from torch import nn
 
     inner, outer = module, None
-    while isinstance(inner, nn.Module) and inner is not outer:  # wrappers nest in any order
+    while isinstance(inner, nn.Module) and inner is not outer:  # wrappers can be nested in any order
         outer, inner = inner, extract_model_from_parallel(inner, keep_fp32_wrapper=False, keep_torch_compile=False)
     if not isinstance(inner, nn.Module):
         raise RecipeError(
             f"model: {entry}: its DenoiserModel has a {type(module).__name__} as module, not a torch.nn.Module"
         )
     compiled: list[tuple[str, Any]] = [(n, each) for n, each in inner.named_modules() if hasattr(each, "_orig_mod")]
-    for name, block in reversed(compiled):  # the inner ones first
+    for name, block in reversed(compiled):  # inner blocks first
         inner.set_submodule(name, block._orig_mod)
     for child in inner.modules():
         if getattr(child, "_compiled_call_impl", None) is not None:  # `module.compile()`

@@ -132,7 +132,7 @@ def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
 
 
 def record(
-    pipe: Any,  # a diffusers pipeline, or what is called like one
+    pipe: Any,  # a diffusers pipeline, or an object that is called like one
     call: Mapping[str, Any],
     null: Mapping[str, Any] | None = None,
     *,

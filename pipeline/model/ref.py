@@ -25,7 +25,7 @@ class ModelRef(BaseModel):
 
     path: str = Field(description="a diffusers folder, `./file.py:factory`, or a hub id as `hub:owner/name`")
     sampling_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sampler")
-    guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance; 1.0 is none")
+    guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance scale; 1.0 means none")
     conditions: str | None = Field(
         None,
         description="inputs of a folder's denoiser besides sample and timestep: a file that intaglio.record wrote",

@@ -46,7 +46,7 @@ class Start:
 class Sampler:
     """Runs a model's scheduler around any implementation of its denoiser: torch, simulated or deployed.
 
-    Deterministic: the same start and the same `denoise` give the same samples, also where the scheduler adds noise
+    It is deterministic: the same start and the same `denoise` give the same samples, even if the scheduler adds noise
     (`SeededScheduler`). The model's own scheduler is never stepped. Without null rows there is no guidance.
     """
 
@@ -137,7 +137,7 @@ class Sampler:
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
-        """Return the sensitivity of the final samples to a small change of each step's output, one number a step.
+        """Return the sensitivity of the final samples to a small change of the output, one number for each step.
 
         `x` (B, ...) is the start of the trajectories, `outputs` (B, ...) are the denoiser's outputs at each step. The
         denoiser is not called, so changes of later outputs are left out. For DDIM the result is the step's |d sigma|.

@@ -42,7 +42,7 @@ class SeededScheduler:
     """Scheduler from noise (B, ...) to samples, whose draws are seeded by each sample's noise and the step.
 
     Where the scheduler adds noise (`apart`), every sample is stepped alone, by a copy of its own: what is drawn for it
-    does not depend on the samples beside it, and two runs from the same noise draw the same. Other schedulers step all
+    does not depend on the other samples, and two runs from the same noise draw the same. Other schedulers step all
     samples in one call. The global generator is left as it was.
     """
 
@@ -132,7 +132,7 @@ def _previous(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[Callable[[], bool]]:
-    """Seed torch's global generator and restore it at the end. Yields a function that tells if anything was drawn."""
+    """Seed torch's global generator and restore it at the end. Yields a function that says if numbers were drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         state = torch.get_rng_state()

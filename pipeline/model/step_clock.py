@@ -10,8 +10,8 @@ class StepClock:
     """The denoising step of the call that is running, shared by all layers of a model.
 
     `with clock.at(step):` sets the step for the calls inside. Outside of it there is no step, so that no layer reads
-    the step of an earlier call. The step is found from the timestep and never by counting calls: split guidance,
-    second-order solvers and partial trajectories work.
+    the step of an earlier call. The step is found from the timestep and never by counting calls, so split guidance,
+    second-order solvers and partial trajectories work too.
     """
 
     def __init__(self, timesteps: tuple[float, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A layer in another basis of its input: without rounding it computes the same; with rounding its error is smaller.
+"""Define the basis of a layer's input: the output without rounding stays the same, and rounding can cost less.
 
 Shapes: C input channels (the K in features of a linear layer), N out features, T denoising steps.
 """
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Balance:
-    """x -> (x * d) H and w -> (w / d) H / block along the channels, which leaves x w^T as it is.
+    """Basis of an input: x -> (x * d) H and w -> (w / d) H / block along the channels; x w^T stays as it is.
 
     H is block diagonal; its blocks are Sylvester's matrix of 1 and -1, so that H H = block. Blocks of 1 rotate nothing.
     d also contains the random signs of the rotation and its factor 1 / sqrt(block), so using the basis draws no random
-    numbers.
-    (Channel scale: SmoothQuant, Xiao et al. 2023, Eq. 3. Rotation: QuaRot, Ashkboos et al. 2024, section 3.)
+    numbers. (Channel scale: SmoothQuant, Xiao et al. 2023, Eq. 3. Rotation: QuaRot, Ashkboos et al. 2024, section 3.)
     """
 
     scale_C: torch.Tensor
@@ -46,7 +45,7 @@ class Balance:
 
     @property
     def key(self) -> bytes:
-        """Equal for equal bases, also when they were stored and read apart."""
+        """Bytes that are equal for equal bases, even if these were stored and read separately."""
         return self.block.to_bytes(4, "little") + self.scale_C.numpy().tobytes()
 
     def input(self, x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -58,12 +57,12 @@ class Balance:
         return self._rotate(w / self.scale_C.to(w).reshape(-1, *[1] * (w.dim() - 2)), 1 - w.dim()) / self.block
 
     def by_input(self, gradient: torch.Tensor, axis: int) -> torch.Tensor:
-        """Return the gradient by `input(x)` from that by x, the channels along `axis`, which is negative."""
+        """Return the gradient with respect to `input(x)`, given that with respect to x; `axis` of channels < 0."""
         scaled = gradient / self.scale_C.to(gradient).reshape(-1, *[1] * (-1 - axis))
         return self._rotate(scaled, axis) / self.block
 
     def by_weight(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient by `weight(w)` from that by w: (N, C), or (N, C, kh, kw)."""
+        """Return the gradient with respect to `weight(w)`, (N, C) or (N, C, kh, kw), given that with respect to w."""
         return self.input(gradient, 1 - gradient.dim())
 
     def _rotate(self, x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -83,9 +82,9 @@ def hadamard(size: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """The basis chosen for one layer, and the smallest and largest value of its input in it at each step, (T,).
+    """The basis chosen for one layer, and the ends of its input's range in this basis at each step, (T,).
 
-    `gain_db` is the gain in output SQNR, together for all layers that read this input; None if the basis was imported.
+    `gain_db` is the gain in SQNR of the outputs of all layers that read this input; None if the basis was imported.
     """
 
     balance: Balance

@@ -1,4 +1,4 @@
-"""The part of a weight that stays in float: its few largest directions, beside a product on integers.
+"""Define the branch: the low-rank part of a weight that stays in float, beside a product on integers.
 
 Shapes: N out features, K in features (of a convolution: input channels times kernel), R rank.
 """
@@ -16,10 +16,10 @@ from intaglio.pipeline.files import damage_of, load_tensors
 
 @dataclass(frozen=True)
 class Branch:
-    """w = (w - up down) + up down, of which the first is rounded: y = x_hat w_hat^T + (x down^T) up^T.
+    """Branch of a weight w = (w - up down) + up down, whose first term is rounded: y = x_hat w_hat^T + (x down^T) up^T.
 
-    In the basis of the layer's balance; `down` (R, K) and `up` (N, R) are float32 numbers that float16 holds exactly.
-    (SVDQuant, Li et al. 2025, section 4.2.)
+    Both factors are in the basis of the layer's balance; `down` (R, K) and `up` (N, R) are float32 numbers that float16
+    holds exactly. (SVDQuant, Li et al. 2025, section 4.2.)
     """
 
     down_RK: torch.Tensor
@@ -27,9 +27,9 @@ class Branch:
 
     @classmethod
     def of(cls, w_NK: torch.Tensor, rank: int) -> Branch:
-        """Return the nearest matrix of this rank, its factors rounded. Raises ValueError for factors beyond float16."""
+        """Return the nearest branch of this rank, its factors rounded. Raises ValueError for factors beyond float16."""
         w = w_NK.detach().double()
-        # the eigenvectors of the smaller square are the singular vectors of that side, and need no random start
+        # singular vectors as eigenvectors of the smaller of w^T w and w w^T, which need no random start
         tall = w.shape[0] >= w.shape[1]
         vectors = torch.linalg.eigh(w.T @ w if tall else w @ w.T).eigenvectors[:, -rank:]
         down, up = (vectors.T, w @ vectors) if tall else (vectors.T @ w, vectors)

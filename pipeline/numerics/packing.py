@@ -1,4 +1,4 @@
-"""Two 4-bit codes per byte, low nibble first: the layout of ONNX INT4."""
+"""Pack two 4-bit codes into each byte, low nibble first: the layout of ONNX INT4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances of samples to their reference, in decibels.
+"""Compute distances of samples to their reference, in decibels.
 
 Nothing is clamped: the peak of a PSNR is the range of the full-precision samples. Shapes: B samples.
 """
@@ -38,13 +38,13 @@ class SampleRange:
 
     @classmethod
     def joined(cls, parts: Sequence[Self], counts: Sequence[int]) -> Self:
-        """Return the range of all samples together, from those of parts with so many samples."""
+        """Return the range of all samples together, from the range and the number of samples of each part."""
         energy = sum(part.energy * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
         return cls(min(part.low for part in parts), max(part.high for part in parts), energy)
 
     @property
     def peak(self) -> float:
-        """Largest sample minus smallest: the peak of every PSNR. It is 1 for constant samples, which have no range."""
+        """Largest value minus smallest: the peak of every PSNR. It is 1 for constant samples, which have no range."""
         return self.high - self.low or 1.0
 
     def psnr_db(self, mse: float) -> float:

@@ -1,4 +1,4 @@
-"""Scales, rounding and its inverse, in float32: x ~= scale * q.
+"""Compute scales, rounding and its inverse, in float32: x ~= scale * q.
 
 Shapes: N out features, K in features (of a convolution: channels times kernel), G scales per row (1, or K // group
 size). A weight of two levels has one scale per row and an integer for each group; their product takes the place of the
@@ -15,13 +15,13 @@ import torch
 INPUT_HIGH = {8: 127, 4: 7}
 """Code of an input's largest magnitude, by bits. The smallest code is one further from zero."""
 NEARLY_HALF = 0.45
-"""Distance from a code, in scales.
+"""Distance from a code, in units of the scale.
 
 A weight at this distance still rounds to the code, and a small update moves it to the next one."""
 TOKEN_EPS = 1e-7
 """Smallest magnitude a token is divided by: an all-zero token stays zero."""
 ROWS_ELEMENTS = 1 << 18
-"""Weights that are fitted or rounded together: what is made of them stays in the processor's cache."""
+"""Number of weights that are fitted or rounded together, so that the results stay in the processor's cache."""
 CLIPPING = tuple(1.0 - 0.02 * i for i in range(21))
 """Shares of the largest magnitude at which weights are clipped to find the scale of least squared error."""
 SCALE_EPS = 1e-9
@@ -37,7 +37,7 @@ So two products with 8-bit inputs fit into 16 bits, in which CPUs without VNNI a
 class Grid:
     """The codes of a weight, all integers in [low, high], and which weights share a scale.
 
-    `group_size` neighbouring input features share a scale; if it is None, all of a channel.
+    `group_size` neighbouring input features share a scale; if it is None, all weights of a channel do.
     """
 
     low: int
@@ -46,7 +46,7 @@ class Grid:
 
 
 class _RoundStraightThrough(torch.autograd.Function):
-    """Round half to even; the gradient passes as if it had not."""
+    """Round half to even; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def groups(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
 def product_scale(scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
     """Return the scale of a 4- or 8-bit code, (N, G): s, or s * clip(round(g), 1, 8) if the groups have integers g.
 
-    Differentiable in both, straight through the rounding of g.
+    It is differentiable in both, straight through the rounding of g.
     """
     if group_NG is None:
         return scale_NG
@@ -91,7 +91,7 @@ def group_integers(group_NG: torch.Tensor) -> torch.Tensor:
 
 
 def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return g * q of two levels, int8 (N, K): what the product takes, w ~= s * (g * q).
+    """Return g * q of two levels, int8 (N, K): the codes that the product multiplies, w ~= s * (g * q).
 
     >>> codes, grid = torch.full((1, 32), -8, dtype=torch.int8), Grid(-8, 7, group_size=16)
     >>> eight_bit_codes(codes, torch.tensor([[2.0, 8.0]]), grid)[0, 15:17].tolist()
@@ -127,10 +127,10 @@ def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.
 
 
 def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Round w to the grid and back. Idempotent. Error <= scale / 2 inside the range.
+    """Round w to the grid and back. It is idempotent; the error inside the range is at most scale / 2.
 
-    The gradient to w is 1 inside the range and 0 outside; to s it is round(w/s) - w/s inside and the bound outside
-    (LSQ, Esser et al. 2020, Eq. 3).
+    The gradient with respect to w is 1 inside the range and 0 outside; to s it is round(w/s) - w/s inside and the bound
+    outside (LSQ, Esser et al. 2020, Eq. 3).
     """
     return (codes_float(w_NK, scale_NG, grid) * scale_NG.unsqueeze(-1)).reshape(w_NK.shape)
 
@@ -233,7 +233,7 @@ def input_codes(x_unit: torch.Tensor, bits: int = 8) -> torch.Tensor:
 
 
 def output_scale(output_amax_T: torch.Tensor, amax_T: torch.Tensor) -> torch.Tensor:
-    """Return (T,) scales of the codes of a product whose input was divided by `amax_T`: the largest is 127."""
+    """Return (T,) scales of the codes of a product whose input was divided by `amax_T`; the largest code is 127."""
     return (output_amax_T / amax_T / 127).clamp_min(SCALE_EPS)
 
 
@@ -269,7 +269,8 @@ def with_zero(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> tuple[t
     """Bring half widths and middles of ranges to values with which one code stands for zero exactly.
 
     The middle becomes a multiple of the scale, which moves both ends by at most half a scale. A range without zero is
-    widened up to zero. Ranges that have been brought there stay as they are, to the bit. Straight-through in `shift`.
+    widened up to zero. Ranges that have such a code stay as they are, to the bit. The gradient passes straight through
+    the rounding of `shift`.
 
     >>> amax, shift = with_zero(torch.tensor([127.0, 1.0]), torch.tensor([-41.3, 4.0]))
     >>> amax.tolist(), shift.tolist()
@@ -306,7 +307,7 @@ def with_one_zero(amax_T: torch.Tensor, shift_T: torch.Tensor, bits: int = 8) ->
 
 
 def shift_codes(amax: torch.Tensor, shift: torch.Tensor, bits: int = 8) -> torch.Tensor:
-    """Return middles of ranges in scales, rounded to integers as floats.
+    """Return middles of ranges divided by the scale, rounded to integers, as floats.
 
     After `with_zero` they are minus the code of zero.
 

@@ -32,7 +32,7 @@ def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
 
 
 def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) -> torch.Tensor:
-    """Return for each entry the largest at its timestep, (T,): solvers of second order call the model twice at some.
+    """Return the largest entry at each entry's timestep, (T,): second-order solvers call the model twice at some.
 
     >>> largest_of_repeated(torch.tensor([1.0, 4.0, 2.0]), (900.0, 900.0, 300.0)).tolist()
     [4.0, 4.0, 2.0]

@@ -76,7 +76,7 @@ def bind(recipe: Recipe, *, start: Iterable[AnyKey] | None = None, base: Path = 
         for target in targets
     )
     for chain in chains:
-        if len(steps) == len(recipe.steps):  # not otherwise: outputs of a missing pass are unknown
+        if len(steps) == len(recipe.steps):  # otherwise the outputs of a missing pass are unknown
             found.collect_wiring(chain, given)
         for bound in chain.steps:
             with found.collect(f"{bound.name}, {chain.target.name}: "):
@@ -136,9 +136,9 @@ class _Problems:
         for position, step in enumerate(chain.steps):
             for key in sorted(step.requires - available, key=str):
                 later = [other.name for other in chain.steps[position + 1 :] if key in other.provides]
-                advice = f"move it after {later[0]!r}" if later else "put a step that provides it before"
+                advice = f"move it after {later[0]!r}" if later else "put a step that provides it before this one"
                 there = ", ".join(sorted(map(str, available)))
-                problem = f"{step.name}, {chain.target.name}: needs {key}, but only {there} are there: {advice}"
+                problem = f"{step.name}, {chain.target.name}: needs {key}, but only {there} exist there: {advice}"
                 self._found[problem] = RecipeError
             available |= step.provides
 

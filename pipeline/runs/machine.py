@@ -1,4 +1,4 @@
-"""Facts about the machine that intaglio runs on: packages, GPUs, and the abilities of each target."""
+"""Define facts about the machine that intaglio runs on: packages, GPUs, and the abilities of each target."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -114,9 +114,9 @@ class Faults(dict[str, str]):
     """Questions that failed, with the reason."""
 
     def ask(self, what: str, ask: Callable[[], T]) -> T | None:
-        """Return the answer; None where asking raises, which is a fault."""
+        """Return the answer; None if the query raises, which is a fault."""
         try:
             return ask()
-        except Exception as error:  # whatever a broken installation raises is what is looked for
+        except Exception as error:  # a broken installation can raise anything
             self[what] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return None

@@ -68,7 +68,7 @@ class Manifest(BaseModel):
         file = folder / MANIFEST
         if not file.exists():
             raise RecipeError(
-                f"{printable(folder)}: no {MANIFEST}: give one target's folder of what `intaglio run` wrote"
+                f"{printable(folder)}: no {MANIFEST}: give the folder of one target that `intaglio run` wrote"
             )
         content = read_bytes(file, most=MOST_JSON, inside=folder)
         try:
@@ -127,12 +127,12 @@ class Manifest(BaseModel):
         if not stat.S_ISREG(found.st_mode):
             return f"is {kind_of(found.st_mode)}, where a file was delivered"
         if found.st_size != delivered.size_bytes:
-            return f"has {found.st_size} bytes, delivered were {delivered.size_bytes}"
+            return f"has {found.st_size} bytes, but {delivered.size_bytes} were delivered"
         try:
             digest = file_digest(file)
         except StoreError as error:
             return str(error)
-        return None if digest == delivered.sha256 else f"has the sha256 {digest}, delivered was {delivered.sha256}"
+        return None if digest == delivered.sha256 else f"has the sha256 {digest}, not {delivered.sha256}"
 
 
 def intact_files(folder: Path) -> set[Path]:
@@ -155,5 +155,5 @@ def compiled_folders(folder: Path) -> list[Path]:
         return [folder]
     found = sorted(file.parent for file in folder.glob(f"*/{MANIFEST}"))
     if not found:
-        raise RecipeError(f"{folder}: no {MANIFEST} in it or below: give a folder of what `intaglio run` wrote")
+        raise RecipeError(f"{folder}: no {MANIFEST} in it or below: give a folder that `intaglio run` wrote")
     return found

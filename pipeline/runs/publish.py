@@ -18,7 +18,7 @@ from intaglio.pipeline.runs.versions import find_version
 
 RECIPE = "recipe.yaml"
 VERSIONS = ("intaglio", "torch", "diffusers", "onnx")
-"""Distributions whose versions are in a manifest, beside those that runtimes need to compile anything."""
+"""Distributions whose versions are in a manifest, besides those that runtimes need to compile anything."""
 
 
 def check_folders(folders: Collection[Path], store: Store) -> None:
@@ -73,7 +73,7 @@ def publish(folder: Path, store: Store, outputs: Mapping[AnyKey, str], provenanc
     """Replace the results in `folder` atomically; links are followed.
 
     Files that its manifest does not list stay, and so do listed files that were changed. Raises RecipeError if the
-    folder holds anything but results, StoreError if the disk cannot be written.
+    folder holds files and no manifest, StoreError if the disk cannot be written.
     """
     place = check_folder(folder)
     with store.lock(f"publish-{hashlib.sha256(os.fsencode(place)).hexdigest()}"):

@@ -1,7 +1,7 @@
 """Find the class of a pass: a name, `package.module:Class`, or `./file.py:Class` beside the recipe.
 
-A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics have names alone,
-in the group `intaglio.metrics`, and so have runtimes, in the group `intaglio.runtimes`.
+A name is an entry point of the group `intaglio.passes`, of this distribution or of any other. Metrics are found by name
+only, in the group `intaglio.metrics`, and so are runtimes, in the group `intaglio.runtimes`.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ def find_metric(name: str) -> Metric:
     made = _object_of(name, points, "metric")
     if missing := [method for method in ("applies", "compare") if not callable(getattr(made, method, None))]:
         raise ContractError(f"metric {name}: {points[name].value} does not define {', '.join(missing)}")
-    assert made is not None  # it has the methods
+    assert made is not None  # None has no such methods
     metric: Metric = made()
     return metric
 

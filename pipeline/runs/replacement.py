@@ -41,11 +41,11 @@ _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block ends well.
+    """Yield an empty folder that takes the place of `folder` when the block ends without an error.
 
-    At every moment `folder` is the older or the new one, whole. Files of the older one that its own manifest lists, and
-    that are as delivered, are removed. All else stays in `folder`, where it was; a file whose name the
-    new folder needs is renamed to NAME.kept. Raises OSError.
+    At every moment `folder` is either the complete older folder or the complete new one. Files that the older folder's
+    own manifest lists, and that were not changed, are removed. All other files stay in `folder`, where they were; a
+    file whose name the new folder needs is renamed to NAME.kept. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.intaglio-"
@@ -164,7 +164,7 @@ def _empty(tree: Path, folder: Path) -> None:
     folders, others = entries_below(tree)
     for each in folders:
         each.chmod(each.stat().st_mode | stat.S_IRWXU)  # files cannot leave a read-only folder
-    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last: it tells whose files are whose
+    for path in sorted(others, key=lambda path: path == tree / MANIFEST):  # last: it lists the delivered files
         if path in own or _identity(path) in there:
             path.unlink()
         else:

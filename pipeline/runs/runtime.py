@@ -86,7 +86,7 @@ class Runtime(ABC):
         return target
 
     def prepare(self) -> None:
-        """Do the work that is needed once in a process, so that it is not measured with an open graph."""
+        """Do the work that is needed once in a process, so that it is not measured when a graph is opened."""
         return
 
     def usual_targets(self) -> tuple[str, ...]:

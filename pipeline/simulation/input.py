@@ -40,7 +40,7 @@ class TrainedRange(Protocol):
         """Return the factor on the magnitude, ()."""
 
     def offset(self, step: int) -> torch.Tensor:
-        """Return the shift of the middle, in magnitudes, ()."""
+        """Return the shift of the middle, in units of the magnitude, ()."""
 
 
 class InputRounding(nn.Module):

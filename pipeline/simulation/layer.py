@@ -42,7 +42,7 @@ class QuantizedLayer(nn.Module):
 
     Invariant: with the same input it makes the same integer codes as the exported node.
     `weight_rounding` and `input_rounding` round, and hold what is trained; `cache` keeps the rounded weight. This class
-    computes the product, beside it the product of the branch, and adds the bias.
+    computes the product and the product of the branch, and adds them and the bias.
 
     Attributes that this class does not define (`weight`, `bias`, `in_features`, `stride`) are those of the replaced
     layer. After `set_codes`, `weight` is the rounded weight in its basis; its type, shape and device stay the same.
@@ -131,7 +131,7 @@ class QuantizedLayer(nn.Module):
         return codes
 
     def rounded_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the codes of an input stand for; both are in the layer's basis.
+        """Return the rounded input that the codes of an input stand for; both are in the layer's basis.
 
         Raises ValueError for a layer whose input stays in float.
         """
@@ -146,7 +146,7 @@ class QuantizedLayer(nn.Module):
         return functional.pad(rounded, [-zeros for zeros in self.zeros])
 
     def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Return an output as it is after its product is rounded, which a scheme with a rounded output does."""
+        """Return an output after its product is rounded, as a scheme with a rounded output rounds it."""
         assert self.input_rounding is not None  # only the products of codes are rounded
         bias = 0.0 if self.layer.bias is None else of_channels(self.layer, self.layer.bias)
         amax, _ = self.input_rounding.step_range(self.clock.step)

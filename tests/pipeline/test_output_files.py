@@ -35,7 +35,7 @@ def test_what_is_no_file_is_neither_replaced_nor_written_through(kind: str) -> N
     path = odd(kind)
     before = os.lstat(path)
     with pytest.raises(
-        RecipeError, match=f"{path}: is a {kind.split()[0]}.*, and is not written over: choose another --out"
+        RecipeError, match=f"{path}: is a {kind.split()[0]}.*, and is not overwritten: choose another --out"
     ):
         write_output(path, "text")
     assert os.lstat(path) == before
@@ -59,5 +59,5 @@ def test_commands_refuse_a_link_before_they_work(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--out", "out.json"])
     assert (result.exit_code, result.stderr) == (
         2,
-        "intaglio: out.json: is a link, and is not written over: choose another --out\n",
+        "intaglio: out.json: is a link, and is not overwritten: choose another --out\n",
     )

@@ -79,7 +79,7 @@ def _pairs(graph: Checked, target: Target) -> Iterator[tuple[ir.Node, tuple[Oper
 
 
 def _factored(value: ir.Value | None) -> Operand | None:
-    """Return the operand as `dequantized` does, also through one constant factor, which joins the scale."""
+    """Return the operand as `dequantized` does, also through one constant factor, which is merged into the scale."""
     found, node = dequantized(value), producer(value)
     if found is not None or node is None or node.op_type not in ("Mul", "Div"):
         return found
@@ -277,7 +277,7 @@ def check_shared_zero_point(graph: Checked, target: Target) -> Problems:
     fix="write uint8 codes with zero point 128",
 )
 def check_int8_moves(graph: Checked, target: Target) -> Problems:
-    """Int8 inputs with a zero point that are moved, or multiplied by a product with a bias: they do not load."""
+    """Int8 inputs with a zero point that another operator moves, or that enter a product with a bias."""
     if target.limits.moves_int8 or graph.opset < 21:
         return
     for node in graph.of_type("DequantizeLinear"):

@@ -69,7 +69,7 @@ def check_between(graph: Checked, target: Target) -> Problems:
 
 
 def _harmless(node: ir.Node) -> bool:
-    """Return True for a constant factor, which joins the scale, and for parts that share one scale."""
+    """Return True for a constant factor, which is merged into the scale, and for parts that share one scale."""
     if node.op_type == "Mul":
         return any(shape(value) == () and constant(value) is not None for value in node.inputs)
     if node.op_type == "Concat":

@@ -72,7 +72,7 @@ def _scale_problems(scale: NDArray[np.generic] | None, *, positive: bool) -> tup
         return "", ""
     s = scale.astype(np.float64).ravel()
     bad = s[~(np.isfinite(s) & ((s > 0) if positive else (s != 0)))]
-    largest = 65504  # of float16; in types with more range every reciprocal fits
+    largest = 65504  # float16 ends here; the reciprocals fit in types of more range
     tiny = s[(s > 0) & (s < 1 / largest)] if scale.dtype == np.float16 else s[:0]
     return (
         f"{bad.size} of {s.size} scales cannot be divided by, such as {bad[0]:g}" if bad.size else "",

@@ -1,7 +1,7 @@
-"""The colour scale of heat maps and error maps."""
+"""Define the colour scale of heat maps and error maps."""
 
 MAGMA = ("000004", "180f3d", "440f76", "721f81", "9e2f7f", "cd4071", "f1605d", "fd9668", "feca8d", "fcfdbf")
-"""Ten equally spaced colours of matplotlib's magma, dark for small. Their order shows without colour vision too."""
+"""Ten equally spaced colours of matplotlib's magma, dark for small values and visibly ordered without colour vision."""
 
 
 def magma_palette() -> list[int]:

@@ -1,4 +1,4 @@
-"""The heat map of sensitivity: the error of each layer, scheme and bucket of steps."""
+"""Compute the heat map of sensitivity: the error of each layer, scheme and bucket of steps."""
 
 from __future__ import annotations
 

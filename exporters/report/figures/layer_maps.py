@@ -1,4 +1,4 @@
-"""Maps of all layers, one cell a layer: their schemes, and the gain of balanced ones."""
+"""Compute maps of all layers, one cell for each layer: their schemes, and the gain of balanced ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTSIDE = "Outside the blocks"
 
 @dataclass(frozen=True)
 class Cell:
-    """One coloured square: its CSS class, its text, the tip that pointing at it shows, and a second line of text."""
+    """One coloured square: its CSS class, its text, the tip shown under the pointer, and a second line of text."""
 
     css: str
     text: str

@@ -1,4 +1,4 @@
-"""Plots: the front of plans, the loss of the training and its samples, the PSNR of every sample, and bars."""
+"""Compute plots: the front of plans, the loss of the training and its samples, the PSNR of every sample, and bars."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CURVE_POINTS_MAX = 1000
 
 @dataclass(frozen=True)
 class Dot:
-    """A dot at its place in [0, 1] of the plot, y downwards, and the tip that pointing at it shows."""
+    """A dot at its place in [0, 1] of the plot, y downwards, and the tip shown under the pointer."""
 
     left: float
     top: float

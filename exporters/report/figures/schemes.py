@@ -1,4 +1,4 @@
-"""Schemes as the page shows them: colours, codes and phrases, and tables of the layers that have each scheme."""
+"""Describe schemes as the page shows them: colours, codes, phrases, and tables of the layers with each scheme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers, sizes and shares as the page writes them."""
+"""Write numbers, sizes and shares for the page."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ LARGEST = 128
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MOVED = ("Cast", "Identity", "Reshape", "Transpose")
 _PASSED = (*_MOVED, "Expand", "Flatten", "MaxPool", "Slice", "Squeeze", "Unsqueeze")
-"""Operators that ONNX Runtime moves in front of DequantizeLinear, so that codes enter what follows."""
+"""Operators that ONNX Runtime moves in front of DequantizeLinear, so that the operators after them read codes."""
 _DEPTH = 8
-"""Most operators between the constant codes of a weight and its product."""
+"""Largest number of operators between the constant codes of a weight and its product."""
 
 
 def largest_code(model: Path | bytes, data: Path | None = None) -> int:
@@ -34,7 +34,7 @@ def largest_code(model: Path | bytes, data: Path | None = None) -> int:
     try:
         graph = _read(model, data).graph
         return max((_entering(node) for node in ir.traversal.RecursiveGraphIterator(graph)), default=0)
-    except Exception:  # what is wrong with a file is said by the session that opens it
+    except Exception:  # the session that opens the file reports its fault
         return LARGEST
 
 

@@ -44,7 +44,7 @@ LOWERINGS = with_shifts(
             for scheme in BY_STEP
         ),
         *(
-            Lowering("conv", scheme, per_channel, False, "exact, but in float: an output in codes is needed")
+            Lowering("conv", scheme, per_channel, False, "exact, but in float: integers need a rounded output")
             for scheme in BY_STEP
         ),
         *(Lowering("conv", with_output(scheme), per_channel, True, "becomes QLinearConv") for scheme in BY_STEP),

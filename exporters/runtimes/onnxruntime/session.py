@@ -131,13 +131,13 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     It is slower: weights have no special layout for kernels, and blocks of memory are mapped one by one.
     """
     options = _options(kernels_for(path), threads=0)
-    # the level above lays convolutions' weights out anew
+    # the next level changes the layout of convolutions' weights
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.add_session_config_entry("session.disable_prepacking", "1")
     # the default order executes a node such as ReduceMax last, and so keeps its large input in memory
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.enable_cpu_mem_arena = False  # which doubles when it grows, and gives nothing back
-    options.enable_mem_reuse = False  # a buffer that a later value of its shape takes over is kept until then
+    options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
+    options.enable_mem_reuse = False  # memory that is to be reused later is not released before
     with _giving_back():
         yield onnxruntime.InferenceSession(str(path), options, providers=[CPU])
 

@@ -29,7 +29,7 @@ def engine_call(graph: Graph, runtime: str) -> Values:
     made = Engine.load(folder) if (folder / "engine.json").is_file() else None
     if made is not None and made.runtime != runtime:
         raise RecipeError(
-            f"{folder}: its engine is of {made.runtime}, not of {runtime}: give the backend {made.runtime!r}"
+            f"{folder}: its engine was built by {made.runtime}, not by {runtime}: give the backend {made.runtime!r}"
         )
     if made is None or made.plan is None:
         raise RecipeError(

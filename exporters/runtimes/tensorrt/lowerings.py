@@ -50,7 +50,7 @@ LOWERINGS = with_shifts(
                 scheme,
                 carrier,
                 True,
-                "as by token; both table look-ups are fused into the neighbouring kernels",
+                "as for w8a8_token; both table look-ups are fused into the neighbouring kernels",
             )
             for scheme in (W8A8_STEP, W7A8_STEP)
         ),

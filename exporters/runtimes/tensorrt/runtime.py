@@ -61,7 +61,7 @@ class TensorRT(Runtime):
         AS_WRITTEN.prepare()
 
     def load(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Values:
-        """Return what runs engine.plan on torch's current GPU. Raises as `Runtime.load` does."""
+        """Return the function that runs engine.plan on torch's current GPU. Raises as `Runtime.load` does."""
         from intaglio.exporters.runtimes.tensorrt.engine import engine_call
 
         return engine_call(graph, self.name)

@@ -305,7 +305,7 @@ def test_an_engine_that_is_wrong_fails(orin, driver):
 def test_an_engine_of_another_version_says_so(orin, driver):
     done = run_py(orin, driver, "1.0")
     assert done.returncode == 2
-    assert "tensorrt 10.3.0 does not take the engine" in done.stderr
+    assert "tensorrt 10.3.0 cannot load the engine" in done.stderr
     assert "incompatible serialization version" in done.stderr
 
 
@@ -323,7 +323,7 @@ def test_without_an_engine_or_a_gpu_it_says_so(orin):
     done = python(orin / "run.py")
     assert (done.returncode, done.stderr) == (
         2,
-        "run.py: no engine.plan beside it: build it first, as README.md says\n",
+        "run.py: no engine.plan beside this script: build it first, as README.md says\n",
     )
     if ctypes.util.find_library("cuda") is not None:
         pytest.skip("there is a CUDA driver here")
@@ -422,7 +422,7 @@ def linked(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (flipped, r"model\.onnx\.data: has the sha256 .*, delivered was"),
+        (flipped, r"model\.onnx\.data: has the sha256 .*, not "),
         (lambda folder: linked(folder, "model.onnx_more"), r"model\.onnx_more: is a link, which no run delivers"),
         (lambda folder: linked(folder, "model.onnx"), r"model\.onnx: is a link, where a file was delivered"),
         (lambda folder: linked(folder, "recipe.yaml"), r"recipe\.yaml: is a link, where a file was delivered"),
@@ -475,7 +475,7 @@ def test_a_kit_takes_the_place_of_an_earlier_kit_alone(kind, folder, archives, m
     monkeypatch.setattr(kit, "_content", lambda folder, name: pytest.fail("it is refused before any work"))
     out = odd_output(kind, archives["tensorrt-10.3-orin"])
     before = os.lstat(out)
-    message = f"{out}: exists and is no kit: move it, or choose another --out|{out}: is a .* is not written over"
+    message = f"{out}: exists and is no kit: move it, or choose another --out|{out}: is a .* is not overwritten"
     with pytest.raises(RecipeError, match=message):
         kit.write_kit(folder, out)
     assert os.lstat(out) == before

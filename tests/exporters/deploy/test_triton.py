@@ -214,7 +214,7 @@ def test_versions_stand_beside_each_other_and_nothing_is_overwritten(engine):
 
 def test_what_cannot_be_written_leaves_nothing(cpu):
     (cpu / "model.onnx.data").write_bytes(b"half of it")
-    with pytest.raises(RecipeError, match=r"model\.onnx\.data: has 10 bytes, delivered were 4096: run"):
+    with pytest.raises(RecipeError, match=r"model\.onnx\.data: has 10 bytes, but 4096 were delivered: run"):
         write_model(cpu, Path("models/repository"))
     assert list(Path("models").rglob("*")) == []
 

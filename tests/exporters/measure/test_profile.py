@@ -214,4 +214,4 @@ def test_the_command_reads_trtexec(for_tensorrt, tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     result = intaglio("profile", str(tmp_path))
     assert result.exit_code == 2
-    assert "no graph.json in it: give one target's folder" in result.stderr
+    assert "no graph.json in it: give the folder of one target" in result.stderr

@@ -69,7 +69,9 @@ def test_steps_that_the_models_scheduler_does_not_have_are_refused(tmp_path):
     save_folder(tiny_dit(), tmp_path / "dit")
     diffusers.DDIMScheduler(num_train_timesteps=10).save_pretrained(tmp_path / "dit/scheduler")
     checkpoint = Checkpoint.resolve(ModelRef(path="dit"), tmp_path)
-    with pytest.raises(RecipeError, match="--steps 11: DDIMScheduler, the model's scheduler, refuses so many steps"):
+    with pytest.raises(
+        RecipeError, match="--steps 11: DDIMScheduler, the model's scheduler, refuses this number of steps"
+    ):
         draw(checkpoint, tiny_dit(), Drawing(1, 11), Context(tmp_path))
 
 

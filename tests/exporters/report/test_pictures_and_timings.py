@@ -154,7 +154,7 @@ def test_a_store_or_folder_of_something_else_is_told(command, folder, tmp_path):
     assert "name the store of its run with --store" in elsewhere.stderr
     nothing = intaglio(name, tmp_path, *arguments, store=tmp_path)
     assert nothing.exit_code == 2
-    assert "no manifest.json: give one target's folder" in nothing.stderr
+    assert "no manifest.json: give the folder of one target" in nothing.stderr
 
 
 def test_engines_are_timed_by_turns_each_in_its_own_process(folder):

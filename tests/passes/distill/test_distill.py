@@ -66,7 +66,7 @@ def test_killed_distillation_resumes_to_the_same_result(planned, distilled, tmp_
         assert torch.equal(resumed.layers[name].b, layer.b)
 
 
-SAID = {"cut": "its end is missing", "flipped": "is damaged", "foreign": "of another run", "empty": "of another run"}
+SAID = {"cut": "its end is missing", "flipped": "is damaged", "foreign": "to another run", "empty": "to another run"}
 
 
 @pytest.mark.parametrize("damage", SAID)

@@ -204,7 +204,9 @@ REFUSED = {
 LEFT_OVER = {
     "output_quantizer: neither weight nor input": setting("output", _disabled=False),
     "input_quantizer: its rotation is not carried over": setting("input", _rotate=True),
-    "weight_quantizer: _svdquant_lora_a has no place": buffer("weight_quantizer._svdquant_lora_a", torch.ones(1)),
+    "weight_quantizer: _svdquant_lora_a: intaglio does not use it": buffer(
+        "weight_quantizer._svdquant_lora_a", torch.ones(1)
+    ),
     "bias: different from the recipe's model": lambda _, tensors, name: tensors[f"{name}.bias"].add_(1),
 }
 
@@ -244,7 +246,7 @@ NO_NUMBERS = {
     "a weight in bool": weight_of(torch.bool),
     "a weight in float8_e4m3fn": weight_of(torch.float8_e4m3fn),
     "a weight in complex64": weight_of(torch.complex64),
-    r"the file has a weight \(2, 2\), the model one of \(\d+, \d+\)": buffer("weight", torch.ones(2, 2)),
+    r"the file has a weight \(2, 2\), but the model has one of \(\d+, \d+\)": buffer("weight", torch.ones(2, 2)),
     "weight scales with NaN or Inf": buffer("weight_quantizer._amax", torch.full((64, 1), torch.inf)),
     "weight scales below 0": buffer("weight_quantizer._amax", torch.full((64, 1), -1.0)),
     "weight scales of 0 for weights that are not 0": buffer("weight_quantizer._amax", torch.zeros(64, 1)),
@@ -368,7 +370,7 @@ def test_a_pipe_a_folder_and_a_sparse_file_are_no_files_of_weights(tmp_path):
 
 def test_a_file_of_another_model(saved, dit, tmp_path):
     file = changed(saved, lambda _, tensors: tensors.pop("proj_out_2.bias"), tmp_path / "saved.pt")
-    with pytest.raises(RecipeError, match=r"is of another model: it has no proj_out_2\.bias"):
+    with pytest.raises(RecipeError, match=r"belongs to another model: it has no proj_out_2\.bias"):
         take(dit, file)
 
 
@@ -390,7 +392,7 @@ def test_ignored_quantizers_are_left_out(saved, dit, tmp_path):
     with pytest.raises(RecipeError, match=r"norm_out.input_quantizer: neither .* in `ignore`"):
         take(dit, file)
     assert take(dit, file, ignore=("norm*.input_quantizer",))[QUANTIZED].layers.keys() >= {LAYER}
-    with pytest.raises(RecipeError, match=r"ignore: 'norm_on' fits none of its 41 quantizers"):
+    with pytest.raises(RecipeError, match=r"ignore: 'norm_on' fits none of its 41 enabled quantizers"):
         take(dit, file, ignore=("norm_on", "norm_out*"))
 
 

@@ -106,7 +106,7 @@ def test_lines_that_are_damaged_or_of_another_run_are_measured_again(tmp_path, c
     context = Context(scratch=tmp_path, seed=0, log=logging.getLogger("test"))
     progress = Progress(context, "measured", lambda value: value["mse"] == [1.0])
     assert progress.gathered() == {"0:a:w4a16": {"mse": [1.0]}}
-    assert "measured.0.jsonl: 10 lines are damaged, or of another run: measured again" in caplog.text
+    assert "measured.0.jsonl: 10 lines are damaged or from another run: measuring them again" in caplog.text
 
 
 def test_total_weighs_buckets(measured):

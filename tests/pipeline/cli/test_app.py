@@ -247,7 +247,7 @@ def test_a_damaged_file_is_one_message(tmp_path: Path) -> None:
 def test_show_without_results_says_what_to_give() -> None:
     result = intaglio("show", ".")
     assert result.exit_code == 2
-    assert "give a folder of what `intaglio run` wrote" in result.stderr
+    assert "give a folder that `intaglio run` wrote" in result.stderr
 
 
 def _fifo(path: Path) -> None:

@@ -47,7 +47,7 @@ DOUBLED = "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 40))
         ("a: !!set {b, c}", "a: the tag tag:yaml.org,2002:set is not read"),
         ("a: !!python/object/apply:os.system ['true']", "a: the tag tag:yaml.org,2002:python/object/apply:os.system"),
         ("a: !x b", "a: the tag !x is not read"),
-        ("? [a]\n: b", "what stands here is no name"),
+        ("? [a]\n: b", "this key is no name"),
         ("steps: [{1: {}}]", "steps.0: 1 is no name: put names"),
         ("{" + ", ".join(f"{n * (2**61 - 1)}: a" for n in range(9_000)) + "}", "0 is no name"),  # all of one hash
         ("seed: 1\nseed: 2", r"seed: is given twice \(line 2, column 1\)"),

@@ -193,7 +193,7 @@ def test_rows_that_cannot_be_drawn_together_are_refused_at_once():
         nested(conditions=given, null={"added.text": torch.zeros(2, 3), "mask": torch.zeros(1)})
     assert caught.value.problems == (
         "model: conditions have different numbers of rows: {'added.text': 5, 'rotary.0': 4}",
-        "model: 2 null rows for added.text: give 1, or 5 as it has itself",
+        "model: 2 null rows for added.text: give 1, or 5 like the condition",
         "model: null rows for mask, which is no condition",
     )
 

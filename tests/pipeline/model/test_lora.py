@@ -128,7 +128,7 @@ def test_a_unet_from_save_lora_weights_is_the_one_by_hand_without_its_text_encod
     )
     with caplog.at_level(logging.WARNING):
         fused = with_loras(tmp_path, ("style", -0.5), conditions="c.safetensors").open().module
-    assert f"style: 1 of {len(keys)} keys are of text encoders" in caplog.text
+    assert f"style: 1 of {len(keys)} keys belong to text encoders" in caplog.text
     assert isinstance(fused, UNet2DConditionModel)
     assert_same(fused, by_hand(plain, tensors, -0.5 * 8 / 4))
     assert {name: type(each) for name, each in fused.named_modules()} == {
@@ -302,7 +302,7 @@ def test_a_module_that_takes_no_lora_is_one_clear_error(tmp_path):
         ("pickle.bin", r"pickle\.bin: is not a safetensors file.*\(no other kind is read\)"),
         (
             "text.safetensors",
-            r"none of 1 keys in text\.safetensors is of a denoiser: text_encoder_2\.q\.lora_A\.weight",
+            r"none of 1 keys in text\.safetensors belongs to a denoiser: text_encoder_2\.q\.lora_A\.weight",
         ),
     ],
 )

@@ -40,9 +40,9 @@ def test_every_departure_is_named(delivered: Path, tmp_path: Path) -> None:
     digest = hashlib.sha256(b"[1, 2]").hexdigest()
     before = hashlib.sha256(b"[1, 1]").hexdigest()
     assert departures(delivered) == [
-        f"numbers.json: has the sha256 {digest}, delivered was {before}",
+        f"numbers.json: has the sha256 {digest}, not {before}",
         "recipe.yaml: is missing",
-        "text.json: has 2 bytes, delivered were 7",
+        "text.json: has 2 bytes, but 7 were delivered",
         "deeper/more.txt: was not delivered",
     ]
     (delivered / "recipe.yaml").symlink_to(tmp_path / "elsewhere.yaml")
@@ -84,7 +84,7 @@ def test_a_manifest_does_not_lead_out_of_its_folder(name: str, delivered: Path) 
 
 
 def test_a_folder_without_manifest_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no manifest\.json: give one target's folder"):
+    with pytest.raises(RecipeError, match=r"no manifest\.json: give the folder of one target"):
         Manifest.read(tmp_path)
     with pytest.raises(RecipeError, match=r"no manifest\.json in it or below: give a folder"):
         compiled_folders(tmp_path)

@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_step_reads_only_what_it_requires(store: Store) -> None:
-    with pytest.raises(ContractError, match="peek: reads TARGET, but has NUMBERS: add TARGET to `requires`"):
+    with pytest.raises(ContractError, match="peek: reads TARGET, but may read NUMBERS: add TARGET to `requires`"):
         compile(toy_recipe("Peek"), store, start=START)
 
 
@@ -141,11 +141,11 @@ def test_bind_reports_everything_at_once() -> None:
 
 def test_bind_finds_a_missing_input_and_says_where_it_comes_from() -> None:
     with pytest.raises(
-        RecipeError, match="add, onnxruntime-cpu: needs NUMBERS, but only PROVENANCE, TARGET are there: put a step"
+        RecipeError, match="add, onnxruntime-cpu: needs NUMBERS, but only PROVENANCE, TARGET exist there: put a step"
     ):
         bind(toy_recipe("Add"), start={})
     with pytest.raises(
-        RecipeError, match="needs SUM, but only NUMBERS, PROVENANCE, TARGET are there: move it after 'add'"
+        RecipeError, match="needs SUM, but only NUMBERS, PROVENANCE, TARGET exist there: move it after 'add'"
     ) as caught:
         bind(toy_recipe("ReadSum", "Add", targets=TWO_TARGETS), start=START)
     assert len(caught.value.problems) == 2

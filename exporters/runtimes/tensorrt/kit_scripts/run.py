@@ -57,7 +57,7 @@ class Execution:
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise RunError(
-                f"{module.__name__} {trt.__version__} does not take the engine, which {built_by} built: build it again"
+                f"{module.__name__} {trt.__version__} cannot load the engine, which {built_by} built: build it again"
                 f" here: {' '.join(errors) or 'it gives no reason'}"
             )
         context = engine.create_execution_context()
@@ -76,7 +76,7 @@ class Execution:
     def resize(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Set the shapes of the inputs and return those of the outputs. Raises RunError for unsupported shapes."""
         if absent := sorted(set(self.inputs) - shapes.keys()):
-            raise RunError(f"the engine takes {', '.join(absent)} as well")
+            raise RunError(f"the engine also needs {', '.join(absent)}")
         problems = []
         for name in self.inputs:
             shape, built = shapes[name], _shape(self._engine.get_tensor_shape(name))
@@ -207,7 +207,7 @@ def run_case(execution: Execution, cuda: Cuda, inputs: dict[str, Array], outputs
     shapes = execution.resize({name: array.shape for name, array in inputs.items()})
     wrong = {name: shape for name, shape in shapes.items() if name not in outputs or outputs[name].shape != shape}
     if wrong:
-        raise RunError(f"the engine's outputs are {wrong}, not those of selftest/: it is of another model")
+        raise RunError(f"the engine's outputs are {wrong}, not those of selftest/: it was built from another model")
     addresses = {name: cuda.upload(array) for name, array in inputs.items()}
     addresses |= {name: cuda.allocate(outputs[name].nbytes) for name in shapes}
     try:
@@ -243,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(here: Path, kit: dict[str, Any], runs: int) -> int:
     plan = here / "engine.plan"
     if not plan.is_file():
-        raise RunError("no engine.plan beside it: build it first, as README.md says")
+        raise RunError("no engine.plan beside this script: build it first, as README.md says")
     cuda = Cuda()
     try:
         module = import_module(kit["module"])

@@ -93,14 +93,14 @@ def test_an_engine_of_another_version_is_to_be_built_again(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_standin)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     message = (
-        r"10\.3\.0 does not take the engine, which tensorrt 10\.16\.2 built: build it again here: incompatible serial"
+        r"10\.3\.0 cannot load the engine, which tensorrt 10\.16\.2 built: build it again here: incompatible serial"
     )
     with pytest.raises(TargetError, match=message):
         intaglio.load(tmp_path / "tensorrt-10.3-orin", backend="tensorrt")
 
 
 def test_a_folder_without_an_engine_of_the_backend_is_told_so(folder, tmp_path, monkeypatch):
-    with pytest.raises(RecipeError, match=r"its engine is of tensorrt, not of tensorrt-rtx"):
+    with pytest.raises(RecipeError, match=r"its engine was built by tensorrt, not by tensorrt-rtx"):
         intaglio.load(folder, backend="tensorrt-rtx")
     with pytest.raises(RecipeError, match=r"no engine.plan in it: build it on the device"):
         intaglio.load(compiled(tmp_path / "tensorrt-rtx"), backend="tensorrt-rtx")
