@@ -114,13 +114,13 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
     """Draw samples with a plan, and return their quality; without a model, return the predicted quality."""
-    predicted_db = table.samples.psnr_db(problem.loss(chosen))
-    found_db = predicted_db if drawing is None else drawing.psnr_db([problem.options[i] for i in chosen])
-    ctx.log.info(
-        "tried a plan: predicted %.1f dB from single layers, drawn samples have %.1f dB", predicted_db, found_db
-    )
+    psnr_db = table.samples.psnr_db(problem.loss(chosen))
+    ctx.log.info("tried a plan: predicted %.1f dB from single layers", psnr_db)
+    if drawing is not None:
+        psnr_db = drawing.psnr_db([problem.options[i] for i in chosen])
+        ctx.log.info("its drawn samples have %.1f dB", psnr_db)
     time = float(problem.knapsack.costs[problem.time][chosen].sum())
-    return _Tried(chosen, found_db, time)
+    return _Tried(chosen, psnr_db, time)
 
 
 class _Wanted(NamedTuple):

@@ -128,7 +128,7 @@ class ImportModelopt(ImportPass):
         own = {f"{layer.name}.{part}_quantizer" for layer in layers for part in ("weight", "input")}
         if others := [name for name in on if name not in own and not self._ignores(name)]:
             yield (
-                f"{some(others)}: neither weight nor input of a linear layer or an ungrouped 2-D convolution, which is"
+                f"{some(others)}: neither weight nor input of a linear layer or an ungrouped convolution, which is"
                 " all that is rounded here: switch them off in Model Optimizer, or name them in `ignore`"
             )
         held = {name: {"_amax", "_pre_quant_scale"} if name.endswith(".input_quantizer") else {"_amax"} for name in own}

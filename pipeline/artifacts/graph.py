@@ -19,7 +19,7 @@ MOST_ENGINE = 1 << 36
 STEP_INPUT = "step"
 """Graph input (int64 scalar): the index of the denoising step, if a layer of the graph has one scale for each step."""
 
-NOT_IN_GRAPH = "the graph has no product of it"
+NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
 
 

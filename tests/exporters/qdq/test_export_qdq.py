@@ -234,9 +234,9 @@ def test_a_planned_layer_that_the_graph_does_not_have_stays_in_float_and_is_name
     with caplog.at_level("INFO"):
         made = run_pass(ExportQdq(), artifacts, tmp_path / "qdq")
     assert made[PLAN].schemes["proj_out_1"] == FLOAT
-    assert made[PLAN].reasons == {"proj_out_1": "the graph has no product of it"}
+    assert made[PLAN].reasons == {"proj_out_1": "the exported graph does not compute it"}
     assert made[PLAN].quantized == len(made[GRAPH].nodes)
-    assert "1 layer stays in float, the graph has no product of it: proj_out_1" in caplog.text
+    assert "1 layer stays in float, the exported graph does not compute it: proj_out_1" in caplog.text
 
 
 def test_integers_that_the_plan_does_not_have_are_refused(dit, tmp_path):

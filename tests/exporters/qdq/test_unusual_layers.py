@@ -128,7 +128,7 @@ def test_a_plan_that_was_made_before_calibration_ends_in_the_same_graph(start, t
     made = written(made, tmp_path)
     assert set(made[QUANTIZED].layers) == set(made[GRAPH].nodes) == QUANTIZED_LAYERS
     assert {name for name, scheme in made[PLAN].schemes.items() if scheme == FLOAT} == REASONS.keys()
-    assert set(made[PLAN].reasons.values()) == {"the graph has no product of it"}
+    assert set(made[PLAN].reasons.values()) == {"the exported graph does not compute it"}
 
 
 def test_measured_plans_name_them_too_and_may_keep_them(start, tmp_path, caplog):
