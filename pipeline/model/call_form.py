@@ -156,8 +156,11 @@ def _variants(model: DenoiserModel) -> Iterator[DenoiserModel]:
         (1, *counts),
         ((), apart),
     )
-    forms = [CallForm(float_timestep=f, lists=l, apart=a, repeats=_all(model, k)) for f, l, k, a in ways]
-    for form in sorted(forms, key=lambda f: (f.lists + f.float_timestep + bool(f.repeats) + 2 * bool(f.apart))):
+    forms = [
+        CallForm(float_timestep=floating, lists=lists, apart=rows, repeats=_all(model, count))
+        for floating, lists, count, rows in ways
+    ]
+    for form in sorted(forms, key=lambda f: f.lists + f.float_timestep + bool(f.repeats) + 2 * bool(f.apart)):
         conditions, null = model.conditions, model.null
         for name, count in form.repeats.items():
             conditions = {**conditions, name: _repeated(conditions[name], count)}

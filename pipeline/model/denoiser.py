@@ -43,8 +43,9 @@ class DenoiserModel:
     a mask; without it, noise is joined. `steps`: conditions that differ from step to step, (M, T, ...), and their
     timesteps (T,) in the denoiser's scale; a call takes the nearest.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`: further arguments of the scheduler's `set_timesteps`, such as `mu`.
-    Axes whose size differs in `other` are dynamic in the graph.
+    scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
+    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic in
+    the graph.
     """
 
     module: nn.Module

@@ -171,8 +171,9 @@ class Sampler:
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
         """Return the sensitivity of the final samples to a small change of each step's output, one number a step.
 
-        `x` (B, ...) is the start of the trajectories, or the samples of their first call, `outputs` (B, ...) are the denoiser's outputs at each step. The
-        denoiser is not called, so changes of later outputs are left out. For DDIM the result is the step's |d sigma|.
+        `x` (B, ...) is the start of the trajectories, or the samples of their first call; `outputs` (B, ...) are the
+        denoiser's outputs at each step. The denoiser is not called, so changes of later outputs are left out. For DDIM
+        the result is the step's |d sigma|.
         """
         x, outputs = self.state(x), [self.state(output) for output in outputs]
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
