@@ -88,7 +88,7 @@ class CallInputs:
             return value
         if len(value) % count:
             raise CallError(f"{self._place(name)} has {len(value)} rows: give {count} for each row of the sample")
-        return value.unflatten(0, (-1, count))
+        return value.reshape(-1, count, *value.shape[1:])
 
     def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
         """Return the graph's inputs, except the step, by name on the device, from arguments by flat name."""

@@ -44,8 +44,7 @@ class DenoiserModel:
     timesteps (T,) in the denoiser's scale; a call takes the nearest.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
     scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
-    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic in
-    the graph.
+    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
     """
 
     module: nn.Module

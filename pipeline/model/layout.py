@@ -53,7 +53,7 @@ class Layout:
             sample, None, CallForm(apart=apart if sample in apart else (), fields=first.fields), frozenset(shared)
         )
         flat = made.flat(first)
-        x = flat.get(sample)
+        x: Any = flat.get(sample)
         if not _is_tensor(x):
             kind = type(denoiser).__name__
             raise RecipeError(f"{kind} gets its samples as {sample}, which is no tensor: they cannot be recorded")
@@ -87,7 +87,7 @@ class Layout:
         if name == self.sample:
             assert self.form.part is not None  # else the sample is no condition
             return self.form.part.rest(value)
-        return value.unflatten(0, (-1, self.form.repeats[name])) if name in self.form.repeats else value
+        return value.reshape(-1, self.form.repeats[name], *value.shape[1:]) if name in self.form.repeats else value
 
     def others(self, call: SeenCall) -> Iterator[tuple[str, Any]]:
         """Yield the inputs of a call besides the moved sample and the timestep, by flat name."""

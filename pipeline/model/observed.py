@@ -35,7 +35,8 @@ class SeenCall:
 class SeenStep:
     """Calls of a denoiser before one step of the scheduler, and the step's timestep.
 
-    `state` are the samples (R, ...) that enter the scheduler's first step, None at later steps. Both are None if the pipeline did not step its scheduler.
+    `state` are the samples (R, ...) that enter the scheduler's first step, None at later steps. Both are None if the
+    pipeline did not step its scheduler.
     """
 
     calls: list[SeenCall]

@@ -10,7 +10,7 @@ import torch
 
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise, check_scheduler
+from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
@@ -67,8 +67,9 @@ class Sampler:
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
         self.model.scheduler.set_timesteps(steps, **model.schedule)
-        self.timesteps = tuple(float(self._timestep(t)) for t in self.model.scheduler.timesteps)
-        self._adds_noise: bool | None = None
+        like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
+        self._stepping = find_stepping(model.scheduler, like, steps)
+        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[: self._stepping.count])
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's timestep in the denoiser's scale."""
@@ -163,9 +164,7 @@ class Sampler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
         fresh.set_timesteps(self.steps, **self.model.schedule)
-        if self._adds_noise is None:
-            self._adds_noise = adds_noise(fresh, noise[:1])
-        return SeededScheduler(fresh, noise, apart=self._adds_noise)
+        return SeededScheduler(fresh, noise, self._stepping)
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
