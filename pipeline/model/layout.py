@@ -59,7 +59,10 @@ class Layout:
             raise RecipeError(f"{kind} gets its samples as {sample}, which is no tensor: they cannot be recorded")
         timestep = _timestep_name(denoiser, given, sample, len(x))
         part = _part(x, state, first.output)
-        _, cut = ends(x.shape[1:] if part is None else part.shape(x.shape[1:]), first.output.shape[1:])
+        shape, output = x.shape[1:], first.output.shape[1:]
+        _, cut = ends(shape if part is None else part.shape(shape), output)
+        if part is not None and shape == output:  # the joined part comes out too
+            cut = None
         floating = whole_steps and timestep is not None and _is_floating(given[timestep])
         form = replace(made.form, part=part, cut=cut, float_timestep=floating)
         return replace(made, timestep=timestep, form=form)._with_rows(denoiser, first)

@@ -42,9 +42,9 @@ def check_scheduler(scheduler: object) -> None:
 class SeededScheduler:
     """Scheduler from noise (B, ...) to samples, whose draws are seeded by each sample's noise and the step.
 
-    Where the scheduler adds noise (`Stepping.apart`), every sample is stepped alone, by a copy of its own: what is drawn
-    for it does not depend on the samples beside it, and two runs from the same noise draw the same. Other schedulers
-    step all samples in one call. The global generator is left as it was.
+    Where the scheduler adds noise (`Stepping.apart`), every sample is stepped alone, by a copy of its own: its draws do
+    not depend on the samples beside it, and two runs from the same noise draw the same. Other schedulers step all
+    samples in one call. The global generator is left as it was.
     """
 
     def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> None:
