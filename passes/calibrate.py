@@ -125,7 +125,8 @@ class Calibrate(Pass):
         from intaglio.pipeline.artifacts.trajectory import Trajectory
         from intaglio.pipeline.numerics.quality import SampleRange
 
-        varying = [name for name in (sampler.names.sample, sampler.names.timestep) if name is not None]
+        steps = (name for name in sampler.model.steps if name != sampler.names.sample)
+        varying = [name for name in (sampler.names.sample, sampler.names.timestep, *steps) if name is not None]
         shared = dict(sampler.model.shared)
         low, high = seen.table("low", min), seen.table("high", max)
         return Trajectory(

@@ -14,6 +14,8 @@ import torch
 
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec
 from intaglio.pipeline.errors import CallError, IntaglioError
+from intaglio.pipeline.model.arguments import flatten, plain_name
+from intaglio.pipeline.model.call_form import CallForm
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +46,8 @@ class CallInputs:
         self._graph, self._compiled_with, self._name = graph, compiled_with, name
         self._names = [input_name for input_name in graph.inputs if input_name != STEP_INPUT]
         tables = table_sizes(read_proto(graph.path).graph)
+        self._form = graph.interface.form or CallForm()
+        self._flat = {plain_name(n): n for n in (*compiled_with, *self._names)}
         self._tables = {n: size for n, size in tables.items() if n in self._names}
 
     def arguments(self, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -55,6 +59,36 @@ class CallInputs:
         if twice := sorted(given.keys() & kwargs.keys()):
             raise CallError(f"{called} with {', '.join(twice)} twice: by position and by name")
         return given | dict(kwargs)
+
+    def flat(self, given: Mapping[str, object]) -> dict[str, object]:
+        """Return the arguments by the flat names of the graph's inputs; a list, a tuple and a dict count as the same.
+
+        Raises CallError for lists whose tensors do not fit together.
+        """
+        whole = {
+            name: self._stacked(name, value) if name in self._form.apart else value for name, value in given.items()
+        }
+        found = {self._flat.get(plain_name(name), name): value for name, value in flatten(whole)}
+        return {
+            name: self._grouped(name, value) if name in self._form.repeats else value for name, value in found.items()
+        }
+
+    def _stacked(self, name: str, value: object) -> object:
+        """Return the rows of a list as one tensor (R, ...)."""
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(row, torch.Tensor) for row in value):
+            return value
+        if len(shapes := {tuple(row.shape) for row in value}) > 1:
+            raise CallError(f"{self._place(name)} has rows of the shapes {sorted(shapes)}: give rows of one shape")
+        return torch.stack(list(value))
+
+    def _grouped(self, name: str, value: object) -> object:
+        """Return rows (R k, ...) as (R, k, ...)."""
+        count = self._form.repeats[name]
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        if len(value) % count:
+            raise CallError(f"{self._place(name)} has {len(value)} rows: give {count} for each row of the sample")
+        return value.reshape(-1, count, *value.shape[1:])
 
     def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
         """Return the graph's inputs, except the step, by name on the device, from arguments by flat name."""
@@ -210,9 +244,14 @@ def check_others(
 def _differs(value: object, compiled: object) -> bool:
     """Return True if two arguments differ; an array always counts as different."""
     try:
-        return bool(value != compiled)
+        return bool(_as_lists(value) != _as_lists(compiled))
     except (TypeError, ValueError, RuntimeError):
         return True
+
+
+def _as_lists(value: object) -> object:
+    """Return a constant with lists in the place of tuples."""
+    return [_as_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def check_shapes(specs: Mapping[str, TensorSpec], inputs: Mapping[str, torch.Tensor], name: str = "") -> None:

@@ -6,6 +6,7 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import inspect
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.model.arguments import flatten
+from intaglio.pipeline.model.call_form import CallForm
 from intaglio.pipeline.model.model_files import ModelSize
 from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import files_below
@@ -33,6 +35,12 @@ class DenoiserOutput(NamedTuple):
     """Output of a denoiser, as in diffusers."""
 
     sample: torch.Tensor
+
+
+def _output_class(graph: Graph) -> Any:
+    """Return the class of outputs, a tuple whose item has the name that the original's first output has."""
+    name = CallForm.fields[0] if graph.interface.form is None else graph.interface.form.fields[0]
+    return DenoiserOutput if name in DenoiserOutput._fields else namedtuple("DenoiserOutput", [name])
 
 
 class CompiledDenoiser(Standin):
@@ -52,6 +60,7 @@ class CompiledDenoiser(Standin):
         own = self.__dict__  # attributes cannot be set in the usual way
         own["graph"], own["_call"], own["_device"] = graph, call, device or torch.device("cpu")
         own["_call_inputs"] = CallInputs(graph, compiled_with)
+        own["_output"] = _output_class(graph)
 
     @property
     def device(self) -> torch.device:
@@ -59,19 +68,21 @@ class CompiledDenoiser(Standin):
         device: torch.device = self.__dict__["_device"]
         return device
 
-    def forward(self, *args: Any, **kwargs: Any) -> DenoiserOutput | tuple[torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         """Call the denoiser like the original. Raises CallError for inputs that the graph was not compiled for."""
         graph, called = self.graph, self._call_inputs
         given = called.arguments(args, kwargs)
         whole = given.pop("return_dict", True)
-        inputs = called.tensors(dict(flatten(given)), self.device)
+        flat = called.flat(given)
+        inputs = called.tensors(flat, self.device)
         if STEP_INPUT in graph.inputs and graph.timestep is not None:
             self._check_timestep(inputs[graph.timestep])
         with called.blamed(inputs):
             outputs = self._call(inputs)
         called.check_outputs(inputs, outputs)
-        output = outputs[next(iter(graph.outputs))].to(given[graph.interface.sample].dtype)
-        return DenoiserOutput(sample=output) if whole else (output,)
+        sample: Any = flat[graph.interface.sample]
+        output = outputs[next(iter(graph.outputs))].to(sample.dtype)
+        return self.__dict__["_output"](output) if whole else (output,)
 
     def _check_timestep(self, given: torch.Tensor) -> None:
         """Raise CallError if the timestep is over one step outside the range of the scales, or differs between rows."""
@@ -141,7 +152,7 @@ def _original(graph: Graph) -> nn.Module | None:
 
     Raises RecipeError that names graph.json if its configuration fits no diffusers model, or one that is too large.
     """
-    interface, channels = graph.interface, next(iter(graph.outputs.values())).shape[1]
+    interface = graph.interface
     if not interface.kind:
         return None
     import diffusers
@@ -157,6 +168,6 @@ def _original(graph: Graph) -> nn.Module | None:
         name = printable(interface.kind)[:100]
         raise RecipeError(f"{file}: compiled from {name}, which diffusers {diffusers.__version__} does not have")
     module = empty_model(kind, dict(interface.config), size_bound(graph.path.parent), file)
-    if "out_channels" in interface.config and isinstance(channels, int):
-        module.register_to_config(out_channels=channels)  # type: ignore[operator]  # a method of diffusers
+    if "out_channels" in interface.config and interface.form is not None and interface.form.cut is not None:
+        module.register_to_config(out_channels=interface.form.cut[1])  # type: ignore[operator]  # a method of diffusers
     return module

@@ -107,13 +107,16 @@ def _interface(model: DenoiserModel) -> Interface:
     """Return the model's interface, with the configuration of a diffusers class but not its origin."""
     import diffusers
 
+    from intaglio.pipeline.model.call_form import CallForm
+
     module: Any = model.module
     arguments = tuple(inspect.signature(module.forward).parameters)
     kind = type(module).__name__
     config: dict[str, object] = {}
     if getattr(diffusers, kind, None) is type(module):
         config = {n: v for n, v in json.loads(module.to_json_string()).items() if not n.startswith("_")}
-    return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants))
+    form = None if model.form == CallForm() else model.form
+    return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants), form)
 
 
 def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:

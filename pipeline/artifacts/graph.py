@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
-from intaglio.pipeline.files import read_bytes, read_typed, write_typed
+from intaglio.pipeline.files import OPTIONAL, read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
+from intaglio.pipeline.model.call_form import CallForm
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs
@@ -37,7 +38,7 @@ class Interface:
 
     `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are the names
     of the arguments of `forward`, in order; `sample` is the one with the samples. `constants` are the recorded
-    arguments that are no tensors.
+    arguments that are no tensors. `form` is the form of its calls, None for the plain form.
     """
 
     kind: str = ""
@@ -45,6 +46,7 @@ class Interface:
     arguments: tuple[str, ...] = ()
     sample: str = "sample"
     constants: Mapping[str, object] = field(default_factory=dict)
+    form: Annotated[CallForm | None, OPTIONAL] = None
 
 
 class ScaledBy(NamedTuple):
@@ -98,7 +100,7 @@ class Graph(_GraphFacts, _File):
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants"))
+        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants", "form"))
         return cls(root / "model.onnx", **vars(facts))
 
     def is_folded(self, layer: str) -> bool:

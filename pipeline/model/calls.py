@@ -12,7 +12,7 @@ import torch
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import one_line
-from intaglio.pipeline.model.arguments import nest
+from intaglio.pipeline.model.call_form import CallForm, first_output
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.inputs import missing_inputs, unmet
 from intaglio.pipeline.model.sampler import Sampler
@@ -29,18 +29,17 @@ def denoise_with(module: nn.Module, model: DenoiserModel) -> Denoise:
 
     Nothing is cut off for a model without a timestep, or if the sample's first axis varies in size.
     """
-    channels: int | None = model.sample_shape[0]
-    if model.names.timestep is None or (model.other is not None and model.other.sample_shape[0] != channels):
+    form = model.form or CallForm()
+    channels: int | None = model.state_shape[0]
+    varies = model.other is not None and model.other.sample_shape[0] != model.sample_shape[0]
+    if model.names.timestep is None or varies or (form.part is not None and form.part.start > 0):
         channels = None
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        output = module(**nest({**inputs, **model.constants}))
-        if isinstance(output, tuple):
-            output = output[0]
-        elif not isinstance(output, torch.Tensor):
-            output = output.sample
-        kept: torch.Tensor = output if channels is None else output[:, :channels]
-        return kept
+        output = first_output(form.call(module, inputs, model.constants))
+        if form.cut is not None and form.cut[0] > 0:
+            output = output.narrow(form.cut[0] + 1, 0, form.cut[1])
+        return output if channels is None else output[:, :channels]
 
     return denoise
 
@@ -81,6 +80,8 @@ def other_call(model: DenoiserModel, call: Inputs) -> dict[str, torch.Tensor] | 
     noise = torch.randn(rows, *other.sample_shape, generator=torch.Generator().manual_seed(0))
     changed[model.names.sample] = noise
     for name, tensor in other.conditions.items():
+        if name == model.names.sample:  # what is joined to samples is noise, as they are
+            continue
         changed[name] = tensor[torch.arange(rows) % len(tensor)]
     return changed | dict(other.shared)
 

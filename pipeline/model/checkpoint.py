@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, printable, read_json_object
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.hub import download
 from intaglio.pipeline.model.inputs import MissingInputs
@@ -227,7 +228,7 @@ class Checkpoint:
         elif isinstance(self.ref.other_size, tuple):
             made = replace(made, other=SecondSize(self.ref.other_size))
         _ = made.names  # reports missing inputs now, before anything runs
-        return made
+        return formed(made, self.ref.sampling_steps)
 
     def layers(self) -> tuple[Layer, ...]:
         """Return the layer table, without reading a folder's weights. Raises RecipeError as `open` does."""

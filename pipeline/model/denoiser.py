@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.call_form import CallForm
 from intaglio.pipeline.model.inputs import InputNames, input_names
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ class DenoiserModel:
     `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
     `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
 
-    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`, `image_rotary_emb.0`.
+    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`; items of a tuple
+    `image_rotary_emb.0`, of a list `image_embeds.[0]`.
     `conditions`: tensors of M rows each; for a sample, the same row of all of them is drawn. `null`: the rows that
     guidance uses instead, M or one; a condition that is not in `null` is used for both. `shared`: tensors that the rows
     of a call have in common, such as position tables. `constants`: arguments that are no tensors.
+    A condition with the sample's own name is what is joined to the part of the sample that the scheduler moves, such as
+    a mask; without it, noise is joined. `steps`: conditions that differ from step to step, (M, T, ...), and their
+    timesteps (T,) in the denoiser's scale; a call takes the nearest.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale`. `schedule`: further arguments of the scheduler's `set_timesteps`, such as `mu`.
-    Axes whose size differs in `other` are dynamic in the graph.
+    scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
+    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
     """
 
     module: nn.Module
@@ -55,6 +60,9 @@ class DenoiserModel:
     timestep_scale: float = 1.0
     schedule: Mapping[str, float] = field(default_factory=dict)
     other: SecondSize | None = None
+    form: CallForm | None = None
+    steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    timestep_offset: float = 0.0
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}
@@ -70,6 +78,12 @@ class DenoiserModel:
                 )
         if problems:
             raise RecipeError(*problems)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of what the scheduler moves of one sample."""
+        part = None if self.form is None else self.form.part
+        return tuple(self.sample_shape) if part is None else part.shape(self.sample_shape)
 
     @cached_property
     def names(self) -> InputNames:

@@ -5,12 +5,9 @@ Shapes: M recorded rows, R rows of one call.
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,24 +15,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_safetensors, parse_json, printable
-from intaglio.pipeline.model.arguments import flatten
+from intaglio.pipeline.model.call_form import CallForm
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.model_files import blamed
+from intaglio.pipeline.model.layout import Layout
+from intaglio.pipeline.model.observed import Observation, SeenStep, find_denoiser, observe
 from intaglio.pipeline.model.received import check_sample_shape
-from intaglio.pipeline.model.ref import DENOISER_FOLDERS
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.output_files import whole_file
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
-SAMPLES = ("hidden_states", "sample")
-"""Names of the argument with the noisy sample in diffusers."""
+TUPLE, DICT = "()", "{}"
+"""Keys of tuples, and of dicts whose keys are no texts, in the constants of a file."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Recorded inputs of a denoiser, except sample and timestep, and the shape of one sample."""
+    """Recorded inputs of a denoiser, except sample and timestep, and the shape of one sample, as in `DenoiserModel`."""
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
@@ -44,6 +41,9 @@ class Recording:
     null: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
     constants: Mapping[str, object] = field(default_factory=dict)
+    form: CallForm | None = None
+    steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    timestep_offset: float = 0.0
 
     def given_to(self, model: DenoiserModel) -> DenoiserModel:
         """Return the model with the recorded inputs in place of its own."""
@@ -56,6 +56,9 @@ class Recording:
             null=self.null,
             shared=self.shared,
             constants=self.constants,
+            form=self.form,
+            steps=self.steps,
+            timestep_offset=self.timestep_offset,
         )
 
     def save(self, path: Path) -> None:
@@ -70,8 +73,10 @@ class Recording:
             **{f"null.{name}": tensor for name, tensor in self.null.items()},
             **{f"shared.{name}": tensor for name, tensor in self.shared.items()},
         }
-        settings = {name: getattr(self, name) for name in ("sample_shape", "timestep_scale", "schedule", "constants")}
-        text = json.dumps(settings, sort_keys=True)
+        named = {name: getattr(self, name) for name in _Settings.model_fields}
+        constants = {name: _as_json(name, value) for name, value in self.constants.items()}
+        settings = _Settings.model_validate({**named, "constants": constants})
+        text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
         with whole_file(Path(path)) as partial:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"intaglio": text})
 
@@ -95,7 +100,10 @@ class Recording:
             parts[""],
             parts["null"],
             parts["shared"],
-            settings.constants,
+            {name: _restored(value) for name, value in settings.constants.items()},
+            settings.form,
+            settings.steps,
+            settings.timestep_offset,
         )
 
     @staticmethod
@@ -114,6 +122,9 @@ class _Settings(BaseModel):
     timestep_scale: float
     schedule: dict[str, float]
     constants: dict[str, object]
+    form: CallForm | None = None
+    steps: dict[str, tuple[float, ...]] = {}
+    timestep_offset: float = 0.0
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
@@ -140,105 +151,122 @@ def record(
 ) -> Recording:
     """Record the denoiser's inputs in `pipe(**call)`, and its null rows in `pipe(**null)`.
 
-    Switch guidance off in both calls. The calls at the first timestep of each run are kept. A tensor with as many rows
-    as the sample is a condition, unless `shared` names it; any other tensor is shared by all rows. Raises RecipeError
-    for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that cannot be kept.
+    Switch guidance off in both calls. A tensor with as many rows as the sample is a condition, unless `shared` names
+    it, and so are values that the denoiser takes several times for each row; any other tensor is shared by all rows.
+    Conditions that differ from step to step are kept for each step, other inputs are those of the first step. If the
+    scheduler moves only a part of the denoiser's sample, the rest is a condition with the sample's name. Raises
+    RecipeError for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that cannot be
+    kept.
+    """
+    denoiser = find_denoiser(pipe, call)
+    seen = observe(pipe, denoiser, call)
+    times = pipe.scheduler.timesteps
+    layout = Layout.of(denoiser, seen, shared, whole_steps=not times.is_floating_point())
+    scale, offset = layout.affine(seen, float(times[0]))
+    usual = _conditions(layout, seen)
+    without = {} if null is None else _conditions(layout, observe(pipe, denoiser, null))
+    common, constants = _others(layout, seen)
+    return Recording(
+        tuple(layout.flat(seen.first)[layout.sample].shape[1:]),
+        scale,
+        seen.schedule,
+        *_tables(usual, without),
+        common,
+        constants,
+        form=layout.form,
+        steps={name: times for name in usual if len(times := _timeline(name, usual, without)) > 1},
+        timestep_offset=offset,
+    )
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """Rows (M, ...) of a condition at timesteps of the denoiser; only the first if they stay the same."""
+
+    rows: Sequence[torch.Tensor]
+    timesteps: tuple[float, ...]
+
+    def at(self, timestep: float) -> torch.Tensor:
+        """Return the rows at the nearest timestep."""
+        return self.rows[StepClock(self.timesteps).index(timestep)]
+
+
+def _conditions(layout: Layout, seen: Observation) -> dict[str, _Condition]:
+    """Return the rows of all conditions by name."""
+    import torch
+
+    found = {}
+    for name, value in layout.others(seen.first):
+        if not isinstance(value, torch.Tensor) or name in layout.shared or not value.ndim:
+            continue
+        known: dict[float, torch.Tensor] = {}
+        for step in seen.steps:
+            time = 0.0 if layout.timestep is None else layout.time(step)
+            if time not in known and (rows := _rows(layout, step, name, known)) is not None:
+                known[time] = rows
+        first, *later = known.values()
+        changes = any(not torch.equal(rows, first) for rows in later)
+        found[name] = (
+            _Condition((first, *later), tuple(known)) if changes else _Condition((first,), (next(iter(known)),))
+        )
+    return found
+
+
+def _rows(layout: Layout, step: SeenStep, name: str, known: Mapping[float, torch.Tensor]) -> torch.Tensor | None:
+    """Return the rows (M, ...) of a condition in all calls of a step; None if they do not fit those that are known.
+
+    Raises RecipeError if they do not fit together in the first step.
     """
     import torch
 
-    denoiser = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
-    if denoiser is None:
-        raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
-    if not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):
-        raise RecipeError(f"{type(pipe).__name__} has no scheduler, so the timesteps of its calls are unknown")
-    with _noting_schedule(pipe.scheduler) as schedule:
-        usual = _first_calls(denoiser, pipe, call)
-    sample_name = next((name for name in SAMPLES if name in usual[0]), next(iter(usual[0])))
-    sample, timestep = usual[0][sample_name], usual[0].get("timestep")
-    if not isinstance(sample, torch.Tensor):
-        raise RecipeError(
-            f"{type(denoiser).__name__} gets its samples as {sample_name}, which is no tensor: they cannot be recorded"
-        )
-    rows, common, constants = _divide(usual, sample_name, shared)
-    null_rows = {} if null is None else _divide(_first_calls(denoiser, pipe, null), sample_name, shared)[0]
-    scale = 1.0
-    if timestep is not None and float(pipe.scheduler.timesteps[0]):
-        scale = _first(timestep) / float(pipe.scheduler.timesteps[0])
-    return Recording(tuple(sample.shape[1:]), scale, schedule, rows, null_rows, common, constants)
+    given = [layout.flat(call).get(name) for call in step.calls]
+    tensors = [layout.rows(name, value) for value in given if isinstance(value, torch.Tensor)]
+    fit = len(tensors) == len(given) and len({rows.shape[1:] for rows in tensors}) == 1
+    if not known and not fit:
+        raise RecipeError(f"{name} has another shape in each call of the denoiser: record without guidance")
+    joined = torch.cat([_kept(rows) for rows in tensors]) if fit else None
+    alike = joined is not None and all(joined.shape == rows.shape for rows in known.values())
+    return joined if alike else None
 
 
-def _first_calls(denoiser: nn.Module, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Run the pipeline and return the flat inputs of the denoiser's calls at the first timestep."""
-    signature = inspect.signature(denoiser.forward)
-    seen: list[dict[str, Any]] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(dict(flatten(signature.bind(*args, **kwargs).arguments)))
-
-    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-    with hook, blamed(f"a call of {type(pipe).__name__}"):
-        pipe(**call)
-    if not seen:
-        raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}")
-    return [inputs for inputs in seen if _same(inputs.get("timestep"), seen[0].get("timestep"))]
+def _timeline(name: str, usual: Mapping[str, _Condition], without: Mapping[str, _Condition]) -> tuple[float, ...]:
+    """Return the timesteps at which a condition or its null rows differ; one where they stay the same."""
+    either = [part[name].timesteps for part in (usual, without) if name in part]
+    return max(either, key=len)
 
 
-@contextmanager
-def _noting_schedule(scheduler: Any) -> Iterator[dict[str, float]]:
-    """Yield a dict that collects the float arguments of `set_timesteps`, such as `mu`."""
-    noted: dict[str, float] = {}
-    original = scheduler.set_timesteps
-
-    @wraps(original)  # pipelines look at its signature
-    def noting(*args: Any, **kwargs: Any) -> None:
-        noted.update({n: v for n, v in kwargs.items() if isinstance(v, float)})
-        original(*args, **kwargs)
-
-    scheduler.set_timesteps = noting
-    try:
-        yield noted
-    finally:
-        del scheduler.set_timesteps
-
-
-def _same(a: object, b: object) -> bool:
-    return a is b or (a is not None and b is not None and _first(a) == _first(b))
-
-
-def _first(timestep: Any) -> float:  # a tensor or a number
+def _tables(
+    usual: Mapping[str, _Condition], without: Mapping[str, _Condition]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return conditions and null rows: (M, ...), or (M, T, ...) at the timesteps of `_timeline`."""
     import torch
 
-    return float(torch.as_tensor(timestep).reshape(-1)[0])
+    def table(part: Mapping[str, _Condition], name: str) -> torch.Tensor:
+        times = _timeline(name, usual, without)
+        rows = [part[name].at(time) for time in times]
+        return torch.stack(rows, 1) if len(times) > 1 else rows[0]
+
+    return {name: table(usual, name) for name in usual}, {name: table(without, name) for name in without}
 
 
-def _divide(
-    calls: Sequence[Mapping[str, Any]], sample_name: str, shared: Sequence[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, object]]:
-    """Return the rows of all calls, the tensors that all rows share, and the constants."""
+def _others(layout: Layout, seen: Observation) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return the tensors that all rows share, and the constants, of the first call."""
     import torch
 
-    rows: dict[str, torch.Tensor] = {}
-    common: dict[str, torch.Tensor] = {}
-    constants: dict[str, object] = {}
-    for name, first in calls[0].items():
-        if name in (sample_name, "timestep", "return_dict") or first is None:
-            continue
-        if not isinstance(first, torch.Tensor):
-            constants[name] = as_constant(name, first)
-        elif name in shared or first.ndim == 0 or len(first) != len(calls[0][sample_name]):
-            common[name] = _kept(first)
-        else:
-            found = [call.get(name) for call in calls]
-            if not all(isinstance(each, torch.Tensor) and each.shape[1:] == first.shape[1:] for each in found):
-                raise RecipeError(f"{name} has another shape in each call of the denoiser: record without guidance")
-            rows[name] = torch.cat([_kept(each) for each in found if each is not None])
-    return rows, common, constants
+    common, constants = {}, {}
+    for name, value in layout.others(seen.first):
+        if isinstance(value, torch.Tensor):
+            if name in layout.shared:
+                common[name] = _kept(value)
+        elif value is not None or "." in name:  # None has its place in a list
+            constants[name] = _restored(_as_json(name, value))
+    return common, constants
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor to the CPU, in float32 if it is floating point."""
     kept = tensor.detach().cpu()
-    return kept.float() if kept.is_floating_point() else kept
+    return kept.float() if kept.is_floating_point() else kept.clone()
 
 
 def as_constant(name: str, value: object) -> object:
@@ -247,3 +275,35 @@ def as_constant(name: str, value: object) -> object:
         return json.loads(json.dumps(value))
     except TypeError as e:
         raise RecipeError(f"{name} is a {type(value).__name__}: only numbers, texts and their lists can be kept") from e
+
+
+def _as_json(name: str, value: object) -> object:
+    """Return a constant as JSON holds it, with marks at tuples and at dicts whose keys are no texts."""
+
+    def marked(value: object) -> object:
+        match value:
+            case tuple():
+                return {TUPLE: [marked(each) for each in value]}
+            case list():
+                return [marked(each) for each in value]
+            case dict() if all(isinstance(key, str) for key in value):
+                return {key: marked(each) for key, each in value.items()}
+            case dict():
+                return {DICT: [[marked(key), marked(each)] for key, each in value.items()]}
+        return value
+
+    return as_constant(name, marked(value))
+
+
+def _restored(value: object) -> Any:
+    """Return a constant from what `_as_json` made of it."""
+    match value:
+        case list():
+            return [_restored(each) for each in value]
+        case dict() if len(value) == 1 and TUPLE in value and isinstance(value[TUPLE], list):
+            return tuple(_restored(each) for each in value[TUPLE])
+        case dict() if len(value) == 1 and DICT in value and isinstance(value[DICT], list):
+            return {_restored(key): _restored(each) for key, each in value[DICT]}
+        case dict():
+            return {key: _restored(each) for key, each in value.items()}
+    return value

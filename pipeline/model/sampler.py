@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, adds_noise, check_scheduler
+from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
+from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
 SMALL = 1e-2
@@ -31,7 +33,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Start:
-    """Start of trajectories: noise (B, ...), drawn conditions (B, ...) by name, and the null rows for guidance."""
+    """Start of trajectories: noise (B, ...), drawn conditions (B, ...) by name, and the null rows for guidance.
+
+    The noise has the shape of what the scheduler moves; a condition with the sample's name is joined to it.
+    """
 
     noise: torch.Tensor
     conditions: Inputs
@@ -52,20 +57,27 @@ class Sampler:
 
     def __init__(self, model: DenoiserModel, steps: int, guidance: float) -> None:
         check_scheduler(model.scheduler)
-        self.model, self.steps = model, steps
+        self.model, self.steps = formed(model, steps), steps
+        model = self.model
         self.names = model.names
+        self._part = None if model.form is None else model.form.part
         self._conditions, self._null = model.conditions, model.null
         if model.classes is not None and not model.conditions:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
         self.model.scheduler.set_timesteps(steps, **model.schedule)
-        self.timesteps = tuple(float(self._timestep(t)) for t in self.model.scheduler.timesteps)
-        self._adds_noise: bool | None = None
+        like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
+        self._stepping = find_stepping(model.scheduler, like, steps)
+        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[: self._stepping.count])
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's timestep in the denoiser's scale."""
-        return t if self.model.timestep_scale == 1.0 else t * self.model.timestep_scale
+        model = self.model
+        if model.form is not None and model.form.float_timestep:
+            t = t.float()
+        t = t if model.timestep_scale == 1.0 else t * model.timestep_scale
+        return t + model.timestep_offset if model.timestep_offset else t
 
     @property
     def condition_rows(self) -> int:
@@ -74,15 +86,18 @@ class Sampler:
 
     def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
         """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn."""
-        noise = torch.randn(batch, *self.model.sample_shape, generator=generator)
-        if not self._conditions:
-            return Start(noise, {}, {})
-        if rows:
-            drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
-        else:
-            drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
-        conditions = {name: table[drawn] for name, table in self._conditions.items()}
-        null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
+        noise = torch.randn(batch, *self.model.state_shape, generator=generator)
+        conditions, null = {}, {}
+        if self._conditions:
+            if rows:
+                drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
+            else:
+                drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
+            conditions = {name: table[drawn] for name, table in self._conditions.items()}
+            null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
+        if self._part is not None and self.names.sample not in conditions:
+            shape = self._part.rest_shape(self.model.sample_shape)
+            conditions[self.names.sample] = torch.randn(batch, *shape, generator=generator)
         return Start(noise, conditions, null)
 
     def rows(self, x: torch.Tensor, t: torch.Tensor, start: Start) -> dict[str, torch.Tensor]:
@@ -90,10 +105,28 @@ class Sampler:
         inputs = {self.names.sample: x}
         if self.names.timestep is not None:
             inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
-        inputs |= start.conditions
+        conditions = {name: self._now(name, value, t) for name, value in start.conditions.items()}
+        rest = conditions.pop(self.names.sample, None)
+        inputs |= conditions
         if self.guidance != 1.0:
-            inputs = {name: torch.cat([value, start.null.get(name, value)]) for name, value in inputs.items()}
+            null = {name: self._now(name, value, t) for name, value in start.null.items()}
+            null_rest = null.pop(self.names.sample, rest)
+            inputs = {name: torch.cat([value, null.get(name, value)]) for name, value in inputs.items()}
+            rest = rest if rest is None or null_rest is None else torch.cat([rest, null_rest])
+        if self._part is not None and rest is not None:
+            inputs[self.names.sample] = self._part.joined(inputs[self.names.sample], rest)
         return inputs | dict(self.model.shared)
+
+    def _now(self, name: str, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return a condition (B, ...) at the scheduler's timestep t, from (B, T, ...) if it differs between steps."""
+        if name not in self.model.steps:
+            return rows
+        return rows[:, StepClock(self.model.steps[name]).index(float(self._timestep(t)))]
+
+    def state(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part of samples or outputs (R, ...) that the scheduler moves: all of it unless more is joined."""
+        part = self._part
+        return x if part is None or x.shape[part.axis + 1] == part.size else part.of(x)
 
     @property
     def rows_per_sample(self) -> int:
@@ -124,24 +157,24 @@ class Sampler:
             inputs = self.rows(scheduler.scaled(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
-            x = scheduler.step(self.guided(output), t, x)
+            x = scheduler.step(self.state(self.guided(output)), t, x)
         yield x
 
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
         fresh.set_timesteps(self.steps, **self.model.schedule)
-        if self._adds_noise is None:
-            self._adds_noise = adds_noise(fresh, noise[:1])
-        return SeededScheduler(fresh, noise, apart=self._adds_noise)
+        return SeededScheduler(fresh, noise, self._stepping)
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
         """Return the sensitivity of the final samples to a small change of the output, one number for each step.
 
-        `x` (B, ...) is the start of the trajectories, `outputs` (B, ...) are the denoiser's outputs at each step. The
-        denoiser is not called, so changes of later outputs are left out. For DDIM the result is the step's |d sigma|.
+        `x` (B, ...) is the start of the trajectories, or the samples of their first call; `outputs` (B, ...) are the
+        denoiser's outputs at each step. The denoiser is not called, so changes of later outputs are left out. For DDIM
+        the result is the step's |d sigma|.
         """
+        x, outputs = self.state(x), [self.state(output) for output in outputs]
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
         def end(changed: int | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,15 +42,16 @@ def check_scheduler(scheduler: object) -> None:
 class SeededScheduler:
     """Scheduler from noise (B, ...) to samples, whose draws are seeded by each sample's noise and the step.
 
-    Where the scheduler adds noise (`apart`), every sample is stepped alone, by a copy of its own: what is drawn for it
-    does not depend on the other samples, and two runs from the same noise draw the same. Other schedulers step all
-    samples in one call. The global generator is left as it was.
+    Where the scheduler adds noise (`Stepping.apart`), every sample is stepped alone, by a copy of its own: what is
+    drawn for it does not depend on the other samples, and two runs from the same noise draw the same. Other schedulers
+    step all samples in one call. The global generator is left as it was.
     """
 
-    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, *, apart: bool) -> None:
+    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> None:
         """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here."""
-        self.timesteps = scheduler.timesteps
+        self.timesteps = scheduler.timesteps[: stepping.count]
         self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
+        self._stepping, apart = stepping, stepping.apart
         self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
         self._seeds = [_digest(sample.detach().cpu()) for sample in noise] if apart else [b""]
         self._step = 0
@@ -58,7 +60,8 @@ class SeededScheduler:
         """Return samples (B, ...) scaled for the denoiser at timestep t."""
 
         def scale(scheduler: Any, _: int, x: torch.Tensor) -> torch.Tensor:
-            scaled: torch.Tensor = getattr(scheduler, "scale_model_input", lambda x, _: x)(x, t)
+            at = self._stepping.timestep(t, x)
+            scaled: torch.Tensor = getattr(scheduler, "scale_model_input", lambda x, _: x)(x, at)
             return scaled
 
         return self._each(scale, x)
@@ -69,7 +72,7 @@ class SeededScheduler:
         def step(scheduler: Any, seed: int, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
             with seeded(seed):
-                return _previous(scheduler, output, t, x, generator)
+                return _previous(scheduler, output, self._stepping.timestep(t, x), x, generator)
 
         stepped = self._each(step, output, x)
         self._step += 1
@@ -90,29 +93,60 @@ class SeededScheduler:
         return int.from_bytes(digest[:7], "little")
 
 
-@torch.no_grad()
-def adds_noise(scheduler: Scheduler, noise: torch.Tensor) -> bool:
-    """Return True if a scheduler draws random numbers in a step, or treats equal samples differently.
+@dataclass(frozen=True)
+class Stepping:
+    """How a scheduler is stepped.
 
-    A copy makes all its steps on two equal samples like `noise` (1, ...). A scheduler that fails in them counts as one
-    that draws.
+    `count` is the number of timesteps that it steps from; some list the end of the schedule too. With `by_row` it takes
+    one timestep for each sample. `apart`: it draws random numbers in a step, or treats equal samples differently.
+    """
+
+    count: int
+    by_row: bool = False
+    apart: bool = False
+
+    def timestep(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the timestep t, a scalar, in the form that the scheduler takes for samples x (B, ...)."""
+        return t.expand(len(x)) if self.by_row else t
+
+
+def find_stepping(scheduler: Scheduler, noise: torch.Tensor, steps: int) -> Stepping:
+    """Return how a scheduler with `steps` steps is stepped: a copy steps two samples like `noise` (1, ...).
+
+    A scheduler that fails in both forms counts as one that draws: the run itself will raise the error.
+    """
+    total = len(scheduler.timesteps)
+    for by_row in (False, True):
+        done, apart = _tried(scheduler, noise, Stepping(total, by_row))
+        if done == total or (done == steps == total - 1 > 0):
+            return Stepping(done, by_row, apart)
+    return Stepping(total, apart=True)
+
+
+@torch.no_grad()
+def _tried(scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> tuple[int, bool]:
+    """Return the number of steps that succeed, and True if they draw random numbers or treat equal samples differently.
+
+    A copy steps two equal samples like `noise` (1, ...).
     """
     tried: Any = copy.deepcopy(scheduler)
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
     output = torch.cat([noise, noise])
+    done, apart = 0, False
     try:
         with seeded(0) as drawn:
             x = output * getattr(tried, "init_noise_sigma", 1.0)
             for t in tried.timesteps:
-                getattr(tried, "scale_model_input", lambda x, _: x)(x, t)
-                x = _previous(tried, output, t, x, generator)
+                at = stepping.timestep(t, x)
+                getattr(tried, "scale_model_input", lambda x, _: x)(x, at)
+                x = _previous(tried, output, at, x, generator)
                 first, second = x.nan_to_num().chunk(2)
-                if drawn() or not torch.equal(generator.get_state(), state) or not torch.equal(first, second):
-                    return True
-    except Exception:  # the run itself will raise it too
-        return True
-    return False
+                apart |= drawn() or not torch.equal(generator.get_state(), state) or not torch.equal(first, second)
+                done += 1
+    except Exception:  # whatever a scheduler raises: the run itself will raise it too
+        return done, apart
+    return done, apart
 
 
 def _previous(

@@ -227,7 +227,6 @@ CANNOT_RUN = {
     "BlockRefinementScheduler": "fills in tokens",
     "CogVideoXDPMScheduler": "also takes the prediction of the step before",
     "CosineDPMSolverMultistepScheduler": "needs torchsde",
-    "DDPMWuerstchenScheduler": "takes a timestep for each sample",
     "DPMSolverSDEScheduler": "needs torchsde",
     "DiscreteDDIMScheduler": "fills in tokens",
     "EntropyBoundScheduler": "fills in tokens",
