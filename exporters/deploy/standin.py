@@ -181,9 +181,12 @@ class Standin(nn.Module):
         """Return itself, as it cannot be changed."""
         return self
 
-    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
+    def cache_context(self, name: str, **_: Any) -> contextlib.AbstractContextManager[None]:
         """Return a context without effect: no cache can be enabled, but pipelines open one around every call."""
         return contextlib.nullcontext()
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Do nothing: there is no cache, but pipelines reset it after every run."""
 
     def _called(self, name: str) -> str:
         return f"{self._name}.{name}" if self._name else name

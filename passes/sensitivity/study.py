@@ -87,7 +87,7 @@ class Batch:
         """Return the inputs of three calls: `plain`, with other `noise` as the samples, and with other `conditions`."""
         plain = self.inputs(step)
         sample = self.sampler.names.sample
-        noise = torch.randn(plain[sample].shape, generator=generator)
+        noise = self.sampler.with_state(plain[sample], torch.randn(plain[sample].shape, generator=generator))
         conditions = {name: plain[name].flip(0) for name in self.trajectory.conditions}
         return {"plain": plain, "noise": {**plain, sample: noise}, "conditions": {**plain, **conditions}}
 

@@ -161,11 +161,9 @@ def _variants(model: DenoiserModel) -> Iterator[DenoiserModel]:
         for floating, lists, count, rows in ways
     ]
     for form in sorted(forms, key=lambda f: f.lists + f.float_timestep + bool(f.repeats) + 2 * bool(f.apart)):
-        conditions, null = model.conditions, model.null
-        for name, count in form.repeats.items():
-            conditions = {**conditions, name: _repeated(conditions[name], count)}
-            null = {**null, name: _repeated(null[name], count)} if name in null else null
-        yield replace(model, form=form, conditions=conditions, null=null)
+        other = model.other and replace(model.other, conditions=_repeated(model.other.conditions, form.repeats))
+        conditions, null = _repeated(model.conditions, form.repeats), _repeated(model.null, form.repeats)
+        yield replace(model, form=form, conditions=conditions, null=null, other=other)
 
 
 def _flat_names(model: DenoiserModel) -> tuple[str, ...]:
@@ -176,9 +174,9 @@ def _all(model: DenoiserModel, count: int) -> dict[str, int]:
     return {} if count == 1 else dict.fromkeys(model.conditions, count)
 
 
-def _repeated(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Return rows (M, ...) as (M, count, ...)."""
-    return rows[:, None].expand(-1, count, *rows.shape[1:])
+def _repeated(tables: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> Mapping[str, torch.Tensor]:
+    """Return rows (M, ...) as (M, count, ...) where there is a count."""
+    return {n: t[:, None].expand(-1, counts[n], *t.shape[1:]) if n in counts else t for n, t in tables.items()}
 
 
 def _tried(model: DenoiserModel, steps: int) -> CallForm | None:

@@ -46,7 +46,7 @@ class SeenStep:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one run of a pipeline showed: its steps, and the float arguments of `set_timesteps`, such as `mu`."""
+    """Record of one run of a pipeline: its steps, and the float arguments of `set_timesteps`, such as `mu`."""
 
     steps: list[SeenStep]
     schedule: Mapping[str, float] = field(default_factory=dict)
@@ -65,8 +65,7 @@ def find_denoiser(pipe: Any, call: Mapping[str, Any]) -> nn.Module:
     from torch import nn
 
     named = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
-    parts = {} if named is not None else getattr(pipe, "components", {})
-    models = [part for part in parts.values() if isinstance(part, nn.Module)]
+    models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
     if named is None and not models:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
     if not hasattr(getattr(pipe, "scheduler", None), "set_timesteps"):

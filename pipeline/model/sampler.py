@@ -144,6 +144,11 @@ class Sampler:
         cond, null = output.chunk(2)
         return null + self.guidance * (cond - null)
 
+    def with_state(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Return samples (R, ...) that have what the scheduler moves from `other` (R, ...), and the rest from x."""
+        part = self._part
+        return other if part is None else part.joined(part.of(other), part.rest(x))
+
     @torch.no_grad()
     def drive(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """Yield every call, and last the samples (B, ...)."""

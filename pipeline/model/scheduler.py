@@ -95,7 +95,7 @@ class SeededScheduler:
 
 @dataclass(frozen=True)
 class Stepping:
-    """How a scheduler is stepped.
+    """Form of a scheduler's steps.
 
     `count` is the number of timesteps that it steps from; some list the end of the schedule too. With `by_row` it takes
     one timestep for each sample. `apart`: it draws random numbers in a step, or treats equal samples differently.

@@ -15,6 +15,7 @@ from intaglio.exporters.deploy.call_inputs import CallInputs, table_sizes
 from intaglio.exporters.deploy.denoiser import CompiledDenoiser
 from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
 from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.model.call_form import CallForm
 
 TABLES = """
 <ir_version: 10, opset_import: ["": 21]>
@@ -168,3 +169,22 @@ def test_a_model_that_cannot_be_made_is_said(tmp_path, changes: dict[str, Any], 
     made = replace(graph(tmp_path), interface=Interface(**changes))
     with pytest.raises(RecipeError, match=message):
         CompiledDenoiser(made, lambda given: {"y": given["x"]})
+
+
+def test_lists_tuples_and_dicts_are_one_for_a_graph_and_rows_are_grouped(tmp_path):
+    interface = Interface(
+        arguments=("x", "timestep", "labels", "text", "mask", "sizes"),
+        sample="x",
+        constants={"sizes": [[1, 2]]},
+        form=CallForm(repeats={"text": 2}, apart=("x",)),
+    )
+    made = graph(tmp_path)
+    inputs = CallInputs(replace(made, interface=interface), {"sizes": [[1, 2]], "added.0": 3})
+    flat = inputs.flat({"x": [torch.ones(2, 8)] * 3, "text": torch.arange(6), "added": [torch.ones(1)]})
+    assert flat["x"].shape == (3, 2, 8)
+    assert flat["text"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert flat["added.0"].shape == (1,)
+    with pytest.raises(CallError, match="text has 5 rows: give 2 for each row of the sample"):
+        inputs.flat({"text": torch.arange(5)})
+    with pytest.raises(CallError, match=r"x has rows of the shapes \[\(2,\), \(3,\)\]: give rows of one shape"):
+        inputs.flat({"x": [torch.ones(2), torch.ones(3)]})

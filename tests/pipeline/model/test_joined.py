@@ -1,11 +1,14 @@
 """What a pipeline joins to its samples, repeats for frames or changes from step to step is recorded so."""
 
+import copy
+
 import diffusers
 import joined_pipelines as joined
 import pytest
 import torch
 from joined_pipelines import ROWS, call_of, seeded
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import CallForm, Part, formed
 from intaglio.pipeline.model.calls import check_inputs, denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
@@ -240,3 +243,83 @@ def test_an_output_is_its_first_field_whatever_its_name():
     assert model.form.fields == ("predicted", "other")
     output = denoise_with(model.module, model)({"sample": torch.zeros(1, 3, 4, 4), "timestep": torch.ones(1)})
     assert output.unique().tolist() == [1.0]
+
+
+class RowsApart(torch.nn.Module):
+    """Takes one tensor for each row, and gives one; its timestep runs from 0 to 1."""
+
+    def forward(self, x, t, texts, sizes=None, blocks=None, return_dict=True):
+        assert isinstance(sizes, tuple)
+        assert isinstance(blocks, dict)
+        return ([a * 0.1 + b.mean() + s + blocks[0] for a, b, s in zip(x, texts, t, strict=True)],)
+
+
+class OwnPipeline:
+    """A pipeline of somebody's own."""
+
+    def __init__(self) -> None:
+        self.transformer, self.scheduler = RowsApart(), diffusers.FlowMatchEulerDiscreteScheduler()
+
+    def __call__(self, texts, latents, steps=4):
+        self.scheduler.set_timesteps(steps)
+        unwatched = copy.deepcopy(self.scheduler)
+        for t in self.scheduler.timesteps:
+            times = (1 - t / 1000).expand(len(latents))
+            given = {"sizes": ((8, 8),), "blocks": {0: torch.tensor(0.5)}, "return_dict": False}
+            (found,) = self.transformer(list(latents.unbind()), times, texts, **given)
+            unwatched.step(torch.zeros(1), t, torch.zeros(1))
+            latents = self.scheduler.step(torch.stack(found), t, latents).prev_sample
+        return latents
+
+
+def test_lists_of_rows_tuples_dicts_and_a_timestep_that_runs_the_other_way(tmp_path):
+    pipe, texts = OwnPipeline(), [torch.full((5,), float(row)) for row in range(3)]
+    latents = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    made = record(pipe, {"texts": texts, "latents": latents})
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert made.form == CallForm(apart=("x", "texts"))
+    assert torch.equal(made.conditions["texts"], torch.stack(texts))
+    assert made.shared == {"blocks.{0}": torch.tensor(0.5)}
+    assert made.constants == {"sizes": ((8, 8),)}
+    assert (made.timestep_scale, made.timestep_offset) == pytest.approx((-1e-3, 1.0))
+    made.save(tmp_path / "c.safetensors")
+    loaded = Recording.load(tmp_path / "c.safetensors")
+    assert loaded.constants == made.constants
+    model = loaded.given_to(DenoiserModel(pipe.transformer, pipe.scheduler, made.sample_shape))
+    sampler = Sampler(model, 4, 1.0)
+    assert model.names.timestep == "t"
+    found = sampler.sample(denoise_with(pipe.transformer, model), Start(latents, dict(model.conditions), {}))
+    torch.testing.assert_close(found, pipe(texts, latents))
+
+
+def test_texts_of_different_lengths_cannot_be_rows():
+    pipe, texts = OwnPipeline(), [torch.zeros(5), torch.zeros(4)]
+    with pytest.raises(RecipeError, match=r"texts has rows of the shapes \[\(4,\), \(5,\)\]: record with texts of one"):
+        record(pipe, {"texts": texts, "latents": torch.zeros(2, 2, 4, 4)})
+
+
+def test_a_part_that_is_not_the_first_is_found_by_the_scheduler():
+    class Last(torch.nn.Module):
+        def forward(self, sample, timestep):
+            return sample[:, 3:] * 0.1
+
+    class Behind:
+        def __init__(self) -> None:
+            self.unet, self.scheduler = Last(), diffusers.EulerDiscreteScheduler()
+
+        def __call__(self, picture):
+            self.scheduler.set_timesteps(2)
+            x = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * self.scheduler.init_noise_sigma
+            for t in self.scheduler.timesteps:
+                found = self.unet(torch.cat([picture, self.scheduler.scale_model_input(x, t)], 1), t)
+                x = self.scheduler.step(found, t, x).prev_sample
+            return x
+
+    pipe, picture = Behind(), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    made = record(pipe, {"picture": picture})
+    assert made.form == CallForm(Part(axis=0, start=3, size=2))
+    assert torch.equal(made.conditions["sample"], picture)
+    model = made.given_to(DenoiserModel(pipe.unet, pipe.scheduler, made.sample_shape))
+    noise = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = Sampler(model, 2, 1.0).sample(denoise_with(pipe.unet, model), Start(noise, dict(model.conditions), {}))
+    torch.testing.assert_close(found, pipe(picture))

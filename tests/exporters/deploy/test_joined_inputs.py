@@ -1,0 +1,88 @@
+"""Pipelines that join, repeat or list what they give their denoiser draw the same with the graph in its place."""
+
+import diffusers
+import joined_pipelines as joined
+import pytest
+import torch
+from harness import run_pass
+from joined_pipelines import call_of
+
+import intaglio
+from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.passes.calibrate import Calibrate
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.recording import record
+from intaglio.pipeline.model.ref import ModelRef
+
+STEPS = 2
+GUIDED = {
+    joined.inpainting: {"guidance_scale": 4.0},
+    joined.instruct_pix2pix: {"guidance_scale": 4.0, "image_guidance_scale": 1.5},  # three calls' rows in one
+    joined.controlnet: {"guidance_scale": 4.0},
+    joined.t2i_adapter: {"guidance_scale": 4.0},
+    joined.animatediff: {"guidance_scale": 4.0},
+    joined.flux_control: {},
+    joined.flux_kontext: {},
+}
+
+
+@pytest.mark.parametrize("make", GUIDED, ids=lambda make: make.__name__)
+def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, tmp_path):
+    pipe, given = make()
+    pipe.set_progress_bar_config(disable=True)
+    place = "transformer" if hasattr(pipe, "transformer") else "unet"
+    getattr(pipe, place).save_pretrained(tmp_path / "model" / place)
+    pipe.scheduler.save_pretrained(tmp_path / "model/scheduler")
+    record(pipe, call_of(given, STEPS), call_of(given, STEPS)).save(tmp_path / "c.safetensors")
+    ref = ModelRef(path="model", conditions="c.safetensors", sampling_steps=STEPS, guidance=2.0)
+    start = {MODEL: Checkpoint.resolve(ref, tmp_path), TARGET: load_target("onnxruntime-cpu")}
+    start |= run_pass(Calibrate(samples=2), start, tmp_path / "calibrate")
+    if make is joined.controlnet:
+        first, second = start[TRAJECTORY].inputs["mid_block_additional_residual"]
+        assert not torch.equal(first, second)
+    (tmp_path / "float").mkdir()
+    run_pass(ExportFloat(), start, tmp_path / "export")[FLOAT_GRAPH].save(tmp_path / "float")
+
+    def drawn() -> torch.Tensor:
+        found = pipe(**(call_of(given, STEPS) | GUIDED[make]))
+        return found.frames if hasattr(found, "frames") else found.images
+
+    expected = drawn()
+    setattr(pipe, place, intaglio.load(tmp_path / "float", threads=1))
+    torch.testing.assert_close(drawn(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_output_has_the_name_that_the_original_gives_it(tmp_path):
+    module = diffusers.PriorTransformer(
+        num_layers=1,
+        embedding_dim=32,
+        num_embeddings=5,
+        additional_embeddings=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+    )
+    joined.seeded(lambda: module).save_pretrained(tmp_path / "model/transformer")
+    scheduler = diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample")
+    source = f"""
+import diffusers, torch
+from intaglio import DenoiserModel
+
+def make():
+    module = diffusers.PriorTransformer.from_pretrained({str(tmp_path / "model/transformer")!r})
+    given = {{"proj_embedding": torch.ones(2, 32), "encoder_hidden_states": torch.ones(2, 5, 32)}}
+    scheduler = diffusers.UnCLIPScheduler.from_config({dict(scheduler.config)!r})
+    return DenoiserModel(module, scheduler, (32,), conditions=given)
+"""
+    (tmp_path / "prior.py").write_text(source)
+    ref = ModelRef(path="./prior.py:make", sampling_steps=STEPS)
+    start = {MODEL: Checkpoint.resolve(ref, tmp_path), TARGET: load_target("onnxruntime-cpu")}
+    start |= run_pass(Calibrate(samples=1), start, tmp_path / "calibrate")
+    (tmp_path / "float").mkdir()
+    run_pass(ExportFloat(), start, tmp_path / "export")[FLOAT_GRAPH].save(tmp_path / "float")
+    x, text = torch.randn(2, 32), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        expected = module.eval()(x, 7, text[:, 0], text).predicted_image_embedding
+    found = intaglio.load(tmp_path / "float", threads=1)(x, 7, text[:, 0], text)
+    torch.testing.assert_close(found.predicted_image_embedding, expected, rtol=1e-4, atol=1e-4)
