@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 MEASURED = (
+    "samples_drawn",
     "psnr_db",
     "psnr_db_min",
     "psnr_simulated_db",
@@ -68,7 +69,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
