@@ -299,7 +299,7 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
 
 
-def _distances(samples: dict[str, torch.Tensor], peak: float, rounding: float = 0.0) -> SampleFigures:
+def _distances(samples: Mapping[str, torch.Tensor], peak: float, rounding: float = 0.0) -> SampleFigures:
     """Return the distances of simulated and deployed samples to those of full precision; `peak` is that of PSNRs.
 
     An error below `rounding`, relative to full precision, comes from the order of summation. If the errors of both
