@@ -1,4 +1,4 @@
-# make demo   compile the sample model and name its reports
+# make demo   compile the sample model with 8 bits, and with 8 and 4 bits, and compare both
 # make test   lint, type check and test
 # make docs   the reference of the Python API, build/docs/index.html
 # make sbom   the wheel, and what it is made of as CycloneDX, dist/intaglio.cdx.json
@@ -12,7 +12,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 .PHONY: demo test types suite docs sbom audit
 
 demo: .venv/.base
-	$(BIN)/intaglio run samples/emoji-dit.yaml --out build/emoji-dit
+	$(BIN)/intaglio run samples/demo.yaml --set assign.budget.size=1 --out build/demo-w8a8
+	$(BIN)/intaglio run samples/demo.yaml --out build/demo
+	$(BIN)/intaglio diff build/demo-w8a8 build/demo --out build/demo.html
 
 test: .venv/.dev
 	$(BIN)/ruff check .

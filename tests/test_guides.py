@@ -61,6 +61,10 @@ MODELS: Mapping[str, Callable[[Path], None]] = {
 }
 
 
+RECIPES = ("samples/emoji-dit.yaml", "samples/demo.yaml")
+"""Recipes of the model of samples."""
+
+
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models, and one store for all documents: what one has compiled, the next takes from there."""
@@ -84,7 +88,7 @@ def place(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def put_models(text: str, kept: Path, place: Path) -> None:
     """Put the models into the folder that a document mentions."""
     for name, save in MODELS.items():
-        if name in text or (name.startswith("samples") and "samples/emoji-dit.yaml" in text):
+        if name in text or (name.startswith("samples") and any(recipe in text for recipe in RECIPES)):
             if not (kept / name).exists():
                 save(kept / name)
             (place / name).parent.mkdir(parents=True, exist_ok=True)

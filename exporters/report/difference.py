@@ -41,6 +41,7 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "size_ratio_fp16": ("times smaller than float16", "higher"),
     "latency_ms": ("latency, ms", "lower"),
     "latency_ratio_fp32": ("speed relative to float32 in the same run", "higher"),
+    "samples_drawn": ("samples drawn", "neither"),
     "psnr_db": ("PSNR, dB", "higher"),
     "psnr_db_min": ("PSNR of the worst sample, dB", "higher"),
     "psnr_simulated_db": ("PSNR simulated, dB", "higher"),

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     import torch
 
 MEASURED = (
+    "samples_drawn",
     "psnr_db",
     "psnr_db_min",
     "psnr_simulated_db",

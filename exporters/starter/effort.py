@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intaglio.pipeline.runs.effort import SIMULATED, other_steps_s
+from intaglio.pipeline.runs.registry import find_pass
 
 if TYPE_CHECKING:
     from intaglio.exporters.starter.starter import Found
 
+STEPS = ("calibrate", "sensitivity", "assign", "distill", "verify")
+"""Steps whose amounts are chosen."""
 MOST_OPERATIONS = 2.2e13
 """Largest number of operations of a recipe without --minutes: some minutes on two CPU cores."""
 MOST_TRAINING = 2e13
@@ -17,21 +23,17 @@ MOST_CALLS = 640
 """Largest number of denoiser calls, with one sample, that `verify` makes with each implementation."""
 MOST_VERIFIED = 6e11
 """Largest number of operations that `verify` takes for each implementation."""
-SIMULATED = 1.6
-"""Time of a denoiser row in a step of a recipe, relative to one in full precision, on average."""
-A_LAYER_S, A_PARAMETER_S, START_S = 0.25, 1.2e-7, 20.0
-"""Seconds of the steps that make no calls: for each layer, each parameter, and each recipe, for one target."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Amounts of a recipe: samples, rows and updates. `screened` of None is a recipe without sensitivity."""
+    """Amounts of a recipe: samples, parts of trajectories and updates. `screened` of None leaves sensitivity out."""
 
     calibrated: int
     screened: int | None
     buckets: int
     drawn: int
-    updates: int | None
+    updates: int
     verified: int
 
     def more_than(self, other: Effort) -> str:
@@ -48,14 +50,25 @@ class Effort:
         return ", ".join(gained)
 
 
-EFFORTS = (
-    Effort(16, 8, 3, 16, None, 32),
-    Effort(16, 8, 3, 16, 0, 32),
-    Effort(8, 4, 2, 16, 0, 8),
-    Effort(8, 2, 1, 8, 0, 8),
-    Effort(4, None, 0, 0, 0, 2),
-)
-"""Efforts from the largest to the smallest; `updates` of None stands for the default of `distill`."""
+def _efforts() -> Iterator[Effort]:
+    """Yield the efforts of the passes, from the most to the least; the last one is without sensitivity."""
+    tables = {name: find_pass(name, Path()).pass_class.efforts for name in STEPS}
+    levels = max(map(len, tables.values()))
+    for level in range(levels):
+        at: dict[str, Any] = {name: table[min(level, len(table) - 1)] for name, table in tables.items()}
+        screened, updates = at["sensitivity"], at["distill"]["updates"]
+        yield Effort(
+            at["calibrate"]["samples"],
+            None if level == levels - 1 else screened["samples"],
+            screened["buckets"],
+            at["assign"]["drawn"],
+            updates,
+            at["verify"]["samples"],
+        )
+
+
+EFFORTS = tuple(_efforts())
+"""Efforts from the largest to the smallest."""
 
 
 def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Effort:
@@ -83,8 +96,7 @@ def seconds_of(found: Found, rows: Iterator[tuple[str, int]]) -> float:
     """Return the estimated seconds of a recipe on this machine; the cost of the model has to be timed."""
     assert found.cost is not None  # callers have checked this
     calls_s = SIMULATED * found.cost.seconds_per_row * sum(count for _, count in rows)
-    others_s = A_LAYER_S * len(found.layers) + A_PARAMETER_S * found.parameters
-    return START_S + calls_s + others_s * len(found.targets)
+    return calls_s + other_steps_s(len(found.layers), found.parameters, len(found.targets))
 
 
 def verified(found: Found, most: int) -> int:

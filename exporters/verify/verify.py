@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from intaglio.exporters.verify.parity import Comparison
     from intaglio.pipeline.artifacts.verification import (
         Departure,
         DepartureFigures,
@@ -40,10 +41,7 @@ if TYPE_CHECKING:
         Verification,
         VerificationFigures,
     )
-    from intaglio.pipeline.contract.context import Advance
     from intaglio.pipeline.formats.target import Target
-    from intaglio.pipeline.model.sampler import Sampler, Start
-    from intaglio.pipeline.model.types import Denoise
 
 BETWEEN_HALVES = 10 * 2.0**-11
 """Relative L2 error allowed between two layers in float16: ten roundings, as in an attention with its neighbours."""
@@ -53,18 +51,31 @@ class Verify(Pass):
     """Compare the graph in its runtime with the simulation, and fail if they differ by more than the tolerances.
 
     Two correct implementations may round a tie differently, and every later layer then rounds other values. So each
-    layer is compared alone, on the same input, and whole models by their distance to full precision.
+    layer is compared alone, on the same input, and whole models by their distance to full precision. Samples are drawn
+    until the difference of both distances is known.
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
+    efforts = ({"samples": 32}, {"samples": 32}, {"samples": 8}, {"samples": 8}, {"samples": 2})
 
-    samples: int = Field(64, ge=1, description="samples drawn with each implementation, from the same noise")
+    samples: int = Field(
+        64,
+        ge=1,
+        description="most samples drawn with each implementation, from the same noise; fewer are drawn if they already"
+        " tell the PSNR of simulated and of deployed samples apart (gap_error_db)",
+    )
+    gap_error_db: float = Field(
+        0.25,
+        ge=0,
+        description="standard error in dB of the difference between simulated and deployed PSNR at which no further"
+        " samples are drawn; 0: all `samples` are drawn",
+    )
     rows: int = Field(8, ge=1, description="rows of a recorded call on which layers are compared")
     layer_tolerance: float = Field(
         1e-4,
@@ -99,16 +110,16 @@ class Verify(Pass):
     )
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Return the rows of all calls: each sample is drawn three times, in all steps."""
+        """Return the rows of all calls, at most: each sample is drawn three times, in all steps."""
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Compare the graph with the model: per layer, per call and over whole samples."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE
+        from intaglio.exporters.verify.drawing import draw_until
         from intaglio.exporters.verify.parity import Comparison
         from intaglio.pipeline.artifacts.verification import DepartureFigures, Verification, VerificationFigures
-        from intaglio.pipeline.model.calls import denoise_with, other_call
-        from intaglio.pipeline.model.sampler import Sampler
+        from intaglio.pipeline.model.calls import other_call
         from intaglio.pipeline.runs.registry import find_runtime
 
         quantized, graph, target = state[QUANTIZED].only(state[GRAPH].nodes), state[GRAPH], state[TARGET]
@@ -116,17 +127,17 @@ class Verify(Pass):
         model = checkpoint.open()
         in_float = layers_in_float(model.module, state[QUANTIZED].layers, target)
         fp16_bytes = float(2 * sum(p.numel() for p in model.module.parameters()))  # the simulation adds scales
-        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-        start = sampler.start(self.samples, ctx.torch_rng("verify"))
-        with ctx.progress("samples", 3) as advance:
-            full_precision = _samples(sampler, denoise_with(model.module, model), start, advance)
-            both = Comparison.of(model, quantized, graph, find_runtime(target.runtime))
-            samples = {
-                "full_precision": full_precision,
-                "simulated": _samples(sampler, both.simulated, start, advance),
-                "deployed": _samples(sampler, both.deployed, start, advance),
-            }
         halves = target.float_type == "float16"
+        rounding = HALF_TOLERANCE if halves else TOLERANCE
+
+        def compare() -> Comparison:
+            return Comparison.of(model, quantized, graph, find_runtime(target.runtime))
+
+        def enough(samples: Mapping[str, torch.Tensor]) -> bool:
+            error_db = _distances(samples, trajectory.samples.peak, rounding).fidelity_gap_error_db
+            return not error_db >= self.gap_error_db  # also for NaN, which is an error below
+
+        both, samples = draw_until(enough, model, checkpoint, self.samples, compare, ctx)
         call = trajectory.call(len(trajectory.timesteps) // 2, trajectory.some_rows(self.rows))
         departed, departures = both.departures(call) if self.bisect else (DepartureFigures(), {})
         bad = [name for name, images in samples.items() if not images.isfinite().all()]
@@ -137,7 +148,7 @@ class Verify(Pass):
         parity, other = both.layer_parity(call, ctx), other_call(model, call)
         figures = VerificationFigures(
             **vars(departed),
-            **vars(_distances(samples, trajectory.samples.peak, HALF_TOLERANCE if halves else TOLERANCE)),
+            **vars(_distances(samples, trajectory.samples.peak, rounding)),
             psnr_predicted_db=_predicted_db(state),
             parity_rel_l2=both.parity(call),
             parity_other_rel_l2=None if other is None else both.parity(other),
@@ -227,13 +238,6 @@ class Verify(Pass):
         return problems
 
 
-def _samples(sampler: Sampler, denoise: Denoise, start: Start, advance: Advance) -> torch.Tensor:
-    """Draw samples, as the scheduler returns them."""
-    samples = sampler.sample(denoise, start)
-    advance()
-    return samples
-
-
 def _predicted_db(state: State) -> float | None:
     """Return the PSNR that `assign` predicted, with what training gained on samples of its own; None without `assign`.
 
@@ -247,11 +251,14 @@ def _predicted_db(state: State) -> float | None:
 def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: int, ctx: Context) -> None:
     """Log the figures that a user looks at first, and the layers that stay in float."""
     ctx.log.info(
-        "PSNR %.2f dB (SQNR %.2f) deployed, %.2f dB (%.2f) simulated; worst layer %.1e on the same input",
+        "%d samples: PSNR %.2f dB (SQNR %.2f) deployed, %.2f dB (%.2f) simulated; gap known to %.2f dB; worst layer"
+        " %.1e on the same input",
+        figures.samples_drawn,
         figures.psnr_db,
         figures.sqnr_db,
         figures.psnr_simulated_db,
         figures.sqnr_simulated_db,
+        figures.fidelity_gap_error_db,
         figures.parity_layer_rel_l2_max,
     )
     if figures.psnr_predicted_db is not None:
@@ -292,7 +299,7 @@ def _by_reason(in_float: Mapping[str, str]) -> str:
     return "; ".join(f"{reason} ({', '.join(them[:LISTED])}{more[reason]})" for reason, them in names.items())
 
 
-def _distances(samples: dict[str, torch.Tensor], peak: float, rounding: float = 0.0) -> SampleFigures:
+def _distances(samples: Mapping[str, torch.Tensor], peak: float, rounding: float = 0.0) -> SampleFigures:
     """Return the distances of simulated and deployed samples to those of full precision; `peak` is that of PSNRs.
 
     An error below `rounding`, relative to full precision, comes from the order of summation. If the errors of both
@@ -307,6 +314,7 @@ def _distances(samples: dict[str, torch.Tensor], peak: float, rounding: float = 
     gap = decibels(deployed.maximum(floor) / simulated.maximum(floor))
     psnr_B, sqnr_B = psnr_db(deployed, peak), sqnr_db(deployed, reference)
     return SampleFigures(
+        samples_drawn=len(reference),
         psnr_peak=peak,
         psnr_db=float(psnr_B.mean()),
         psnr_db_min=float(psnr_B.min()),

@@ -52,12 +52,13 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 15
+    version: ClassVar[int] = 16
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY, LAYER_TIMES})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("scipy",)
+    efforts = ({"drawn": 16}, {"drawn": 16}, {"drawn": 16}, {"drawn": 8})
 
     budget: Budget = Field(
         Budget(),

@@ -36,10 +36,8 @@ NEAR_DB = 1.5
 """A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
 REST_DB = 3.0
 """Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
-BATCH = 4
-"""Samples that are drawn at once."""
 FEWER = 1
-"""Batches that are drawn with a layer alone."""
+"""Parts of the samples that are drawn with a layer alone."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,9 @@ class Choice(NamedTuple):
 
 def drawn_samples(count: int) -> int:
     """Return the number of samples that `choose` draws at most, if it draws `count` with each plan."""
-    references_and_float_inputs, alone = 3, ALONE * min(count, FEWER * BATCH)
+    from intaglio.pipeline.simulation.references import PART
+
+    references_and_float_inputs, alone = 3, ALONE * min(count, FEWER * PART)
     return (references_and_float_inputs + ROUNDS) * count + (ROUNDS - 1) * alone
 
 
@@ -180,15 +180,15 @@ class _Drawing:
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.model.calls import clocked, denoise_with
         from intaglio.pipeline.model.sampler import Sampler
+        from intaglio.pipeline.simulation.references import CHOICE, draw_starts, full_precision_samples
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         rounded = RoundedLayers(model.module, state[TRAJECTORY], table.bases)
         denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
-        start = sampler.start(samples, ctx.torch_rng("drawn"))
-        parts = [start.part(slice(first, first + BATCH)) for first in range(0, samples, BATCH)]
-        references = [sampler.sample(denoise, part) for part in parts]
+        parts = draw_starts(sampler, samples, ctx, CHOICE)
+        references = [full_precision_samples(sampler, denoise, part, ctx) for part in parts]
         return cls(sampler, rounded, denoise, parts, references, table.samples.peak, ctx)
 
     def psnr_db(self, options: Sequence[Option]) -> float:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     Trained: TypeAlias = tuple[tuple[float, ...], Mapping[int, float]]
 
 
+ENOUGH = "nothing to heal: the samples have %.1f dB at the start, and %g dB are enough (distill.enough_db)"
+
+
 class Distill(DistillOptions, Pass):
     """Train the rounded weights Q(W0 + B A; s) and their scales on the guided output, along teacher trajectories.
 
@@ -41,17 +44,21 @@ class Distill(DistillOptions, Pass):
     held out, each block keeps the state with the least output error on it, and the end is kept if its drawn samples are
     better than those of the start.
 
+    Nothing is trained if the samples at the start have the PSNR `enough_db` already, and the training ends after two
+    checks in a row without better samples.
+
     In calls with one sample, drawing takes 6 x drawn x steps and the updates take 3 x samples x updates. With the
     default options and 20 steps, drawing takes 17 % as many calls as the updates.
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
+    efforts = ({"updates": 120}, {"updates": 0})
 
     def forward_rows(self, model: ModelCost) -> int:
         """Return the rows of all updates, roll-outs and drawn samples; a backward pass counts as two forward passes."""
@@ -74,15 +81,23 @@ class Distill(DistillOptions, Pass):
         task, codes = begin(self, state[MODEL], state[PLAN], state[TRAJECTORY], ctx)
         loss: tuple[float, ...] = ()
         errors: tuple[DrawnError, ...] = ()
-        if self.updates and task.layers:
+        if self.updates and not task.layers:
+            ctx.log.info("nothing to heal: the plan rounds no weights")
+        elif self.updates:
             task.check_shares()
             samples = DrawnSamples(task)
-            with recomputed(task.blocks.values() if self.recompute else (), task.clock):
-                loss, measured = (train_blocks if self.scope == "block" else train_model)(task, samples)
+            measured: Mapping[int, float] = {0: samples.error()}
+            start_db = state[TRAJECTORY].samples.psnr_db(measured[0])
+            if start_db >= self.enough_db:
+                ctx.log.info(ENOUGH, start_db, self.enough_db)
+            else:
+                with recomputed(task.blocks.values() if self.recompute else (), task.clock):
+                    train = train_blocks if self.scope == "block" else train_model
+                    loss, measured = train(task, samples, measured[0])
             errors = tuple(DrawnError(*each) for each in measured.items())
         layers = {name: learnt(layer.cpu(), codes.get(name)) for name, layer in task.layers.items()}
         adapter = Adapter(layers, loss, self.distance, errors, state[TRAJECTORY].samples.peak)
-        if errors:
+        if loss:
             ctx.log.info("%s", samples_line(adapter))
         return {ADAPTER: adapter}
 
@@ -96,20 +111,21 @@ def samples_line(adapter: Adapter) -> str:
     return f"{start}; {adapter.psnr_db(kept):.1f} dB after {kept.update} updates, which is kept"
 
 
-def train_model(task: Task, samples: DrawnSamples) -> Trained:
-    """Train all layers on the output of the denoiser."""
+def train_model(task: Task, samples: DrawnSamples, before: float) -> Trained:
+    """Train all layers on the output of the denoiser. `before` is the error of the samples at the start."""
     from intaglio.passes.distill.objective import WholeOutput
     from intaglio.passes.distill.trainer import Trainer
 
     task.add_adapters(task.layers)
     trainer = Trainer(task.options, task.layers, WholeOutput(task), samples.error, task.ctx)
+    trainer.errors[0] = before
     return trainer.train(), trainer.errors
 
 
-def train_blocks(task: Task, samples: DrawnSamples) -> Trained:
+def train_blocks(task: Task, samples: DrawnSamples, before: float) -> Trained:
     """Train the layers of each block on its output, in the order of the model, and compare the end with the start.
 
-    Raises RecipeError if no block of the model has quantized layers.
+    `before` is the error of the samples at the start. Raises RecipeError if no block of the model has quantized layers.
     """
     from intaglio.passes.distill.objective import BlockOutput, block_calls
     from intaglio.passes.distill.trainer import Trainer
@@ -121,7 +137,6 @@ def train_blocks(task: Task, samples: DrawnSamples) -> Trained:
         )
     loss: list[float] = []
     trainers: list[Trainer] = []
-    before = samples.error()
     for name, layers in parts.items():
         if layers and (calls := block_calls(task, name)):
             task.add_adapters(layers)

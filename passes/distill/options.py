@@ -12,7 +12,16 @@ class DistillOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    updates: int = Field(120, ge=0, description="optimizer updates; 0 trains nothing: scales are fitted only")
+    updates: int = Field(
+        120,
+        ge=0,
+        description="optimizer updates, at most; 0 trains nothing: scales are fitted only. Training ends earlier if two"
+        " checks in a row find no state with better samples",
+    )
+    enough_db: float = Field(
+        45,
+        description="PSNR of the drawn samples in dB from which nothing is trained, because there is nothing to heal",
+    )
     samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
     drawn: int = Field(
         4, ge=1, description="samples drawn at the start and at each check; the state with their least error is kept"

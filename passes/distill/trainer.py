@@ -26,6 +26,8 @@ ROUND = 20
 """Number of updates between two checkpoints. At each, the quantized model draws new trajectories (`rollout`)."""
 CHECKS = 4
 """Number of times, at most, that the error is measured after the start."""
+PATIENCE = 2
+"""Number of checks in a row without a smaller error after which the training ends."""
 
 
 def checks(updates: int) -> tuple[int, ...]:
@@ -102,13 +104,17 @@ class Trainer:
         return groups
 
     def train(self) -> tuple[float, ...]:
-        """Train the layers, and leave the state with the least error in them. Returns the loss of every update."""
+        """Train the layers, and leave the state with the least error in them. Returns the loss of every update.
+
+        The training ends before the last update if the error has stopped falling.
+        """
         loss: list[float] = []
         best = self.start
         ctx, updates = self.ctx, self.options.updates
         saved = self._saved()
         if saved is None:
-            self._measure(0)
+            if 0 not in self.errors:
+                self._measure(0)
         else:
             self.restore(saved["state"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -116,6 +122,8 @@ class Trainer:
         with ctx.progress(self.name, updates) as advance:
             advance(len(loss))
             for update in range(len(loss), updates):
+                if self.stalled:
+                    break
                 if update % ROUND == 0:
                     self.objective.prepare(update)
                     self._invalidate()
@@ -138,6 +146,12 @@ class Trainer:
     def kept(self) -> int:
         """Number of updates with the least error so far, the smallest of equal ones."""
         return min(self.errors, key=self.errors.__getitem__)
+
+    @property
+    def stalled(self) -> bool:
+        """True if the last PATIENCE checks found no error smaller than those before them."""
+        errors = list(self.errors.values())
+        return len(errors) > PATIENCE and min(errors[-PATIENCE:]) >= min(errors[:-PATIENCE])
 
     def _update(self, update: int) -> float:
         processes = self.ctx.processes

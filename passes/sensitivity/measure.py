@@ -75,6 +75,10 @@ class MeasureSensitivity(Pass):
     random: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "scipy")
+    efforts = tuple(
+        {"rows": 2, "buckets": buckets, "samples": samples, "drift_samples": 4}
+        for buckets, samples in ((3, 8), (3, 8), (2, 4), (1, 2))
+    )
 
     buckets: int = Field(3, ge=1, description="parts of the trajectory that are measured separately")
     rows: int = Field(4, ge=1, description="rows of a recorded call that are used")

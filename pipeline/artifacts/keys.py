@@ -9,6 +9,7 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.profile import Profile
 from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.artifacts.quantized import Adapter, Quantized
+from intaglio.pipeline.artifacts.samples import Samples
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.artifacts.verification import Latency, Report, Verification
@@ -24,6 +25,8 @@ TARGET = Key("TARGET", Target)
 PROVENANCE = Key("PROVENANCE", Provenance)
 TRAJECTORY = Key("TRAJECTORY", Trajectory)
 WORKLOAD = Key("WORKLOAD", Workload)
+SAMPLES = Key("SAMPLES", Samples)
+"""Samples of full precision. No step provides them: steps that draw them share them (`Context.keep`)."""
 LAYER_TIMES = Key("LAYER_TIMES", LayerTimes)
 SENSITIVITY = Key("SENSITIVITY", Sensitivity)
 PLAN = Key("PLAN", QuantPlan, published=True)

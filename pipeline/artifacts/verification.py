@@ -82,6 +82,8 @@ class SampleFigures:
     SQNR is relative to the mean square of each full-precision sample.
     """
 
+    samples_drawn: Annotated[int | None, OPTIONAL] = None
+    """Number of samples from which these figures are; None where it was not counted."""
     psnr_peak: float
     """Range of the full-precision samples of calibration: the largest value minus the smallest."""
     psnr_db: float

@@ -17,6 +17,7 @@ from intaglio.pipeline.cli.explain import Explanation, explain, explain_pass, na
 from intaglio.pipeline.cli.options import (
     DEFAULT_STORE,
     InsertOption,
+    MinutesOption,
     RecipePath,
     SetOption,
     StoreOption,
@@ -36,6 +37,7 @@ from intaglio.pipeline.cli.printing import (
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.contract.context import terminal
 from intaglio.pipeline.contract.processes import processes
+from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.entry_points import named_commands
 from intaglio.pipeline.errors import INTERRUPTED, IntaglioError, exit_codes, numbered
 from intaglio.pipeline.formats.target import load_target, target_names
@@ -133,6 +135,7 @@ def run_command(
     recipe: RecipePath,
     set_: SetOption = [],  # noqa: B006 - typer reads it, nothing changes it
     insert: InsertOption = [],  # noqa: B006
+    minutes: MinutesOption = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for the results.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("{target: its folder, report, steps and warnings}")] = False,
@@ -140,6 +143,8 @@ def run_command(
     """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
     changed = changed_recipe(recipe, set_, insert)
+    if minutes is not None:
+        changed = _in_time(changed, minutes, recipe.parent)
     folder = Path("build") / recipe.stem if out is None else out
     events: list[StepEvent] = []
 
@@ -158,6 +163,18 @@ def run_command(
         say(f"{target}: {results.report or results.folder}")
         for warning in results.warnings:
             say(f"{target}: WARNING: {warning}")
+
+
+def _in_time(recipe: Recipe, minutes: float, base: Path) -> Recipe:
+    """Return the recipe with amounts that end in time, and say what was chosen; all processes run the same one."""
+    from intaglio.pipeline.runs.effort import choose_effort
+
+    every = processes()
+    choice = every.agree(choose_effort(recipe, minutes, base) if every.first else None)
+    assert choice is not None  # the first process has made it
+    for line in choice.lines():
+        logging.getLogger(__name__).info("%s", line)
+    return choice.taken.recipe
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,17 @@ SetOption = Annotated[list[str], typer.Option("--set", metavar="STEP.FIELD=V", h
 InsertOption = Annotated[list[str], typer.Option("--insert", metavar="after:STEP=PASS", help="Insert a step.")]
 
 
+MinutesOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="M",
+        min=0,
+        help="Minutes in which the run should end on this machine: amounts that the recipe does not give, such as"
+        " samples and updates, are chosen for it. One call of the model is timed.",
+    ),
+]
+
+
 StoreOption = Annotated[
     Path, typer.Option("--store", metavar="DIR", envvar="INTAGLIO_STORE", help="Folder that keeps finished steps.")
 ]

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from intaglio.pipeline.contract.artifact import A, Key
 from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.errors import ContractError
 
@@ -23,6 +24,18 @@ Advance: TypeAlias = Callable[..., None]
 """Function that moves a progress bar by n: advance(n: int = 1)."""
 
 LOG_EVERY_S = 10.0
+
+
+class Keep(Protocol):
+    """Returns an artifact that depends on the step's model and on `about` alone, made by `make` if nobody has it."""
+
+    def __call__(self, key: Key[A], about: Mapping[str, object], make: Callable[[], A]) -> A:
+        """Return the artifact. `about` can be written as JSON."""
+
+
+def make_anew(key: Key[A], about: Mapping[str, object], make: Callable[[], A]) -> A:
+    """Make the artifact: the `keep` of a step without a store."""
+    return make()
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,9 @@ class Context:
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("intaglio"))
     processes: Processes = field(default_factory=Processes)
     """Processes that run the step together; more than one only for a `shared` pass."""
+    keep: Keep = make_anew
+    """Function that shares what depends on the model alone with all steps that ask for the same, in this and in later
+    runs with the store: `ctx.keep(SAMPLES, {"start": digest}, draw)`."""
 
     @cached_property
     def device(self) -> str:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 
@@ -58,6 +58,10 @@ class Pass(BaseModel, ABC):
     Each computes its share (`ctx.processes`), and all return the same, complete outputs."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions are part of the cache key."""
+    efforts: ClassVar[tuple[Mapping[str, JsonValue], ...]] = ()
+    """Amounts for a run in limited time, such as `{"samples": 8}`: the first for the most time, each next one for less.
+
+    `intaglio run --minutes` takes the same place of every pass, or its last, and keeps options that a recipe gives."""
 
     @classmethod
     def applies(cls, target: "Target") -> bool:

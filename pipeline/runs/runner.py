@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.contract.artifact import A, AnyKey, Key, Outputs, State
-from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.contract.context import Context, Keep, make_anew
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.contract.processes import Processes, processes
 from intaglio.pipeline.contract.recipe import Recipe
@@ -22,6 +22,7 @@ from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
+from intaglio.pipeline.runs.kept import StoreKeep
 from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
 from intaglio.pipeline.runs.registry import plugin_source
@@ -219,6 +220,7 @@ def _run_step(
                 seed=seed if step.configured.random else None,
                 log=logging.getLogger(f"intaglio.{step.name}"),
                 processes=every if step.configured.shared else Processes(),
+                keep=_keep(step, inputs, store, every),
             )
             outputs = _outputs(step, state, context)
         if every.first:
@@ -237,6 +239,14 @@ def _run_step(
         assert record is not None  # the first process has made it
     tell(StepEvent(place, "done", record.seconds))
     return record
+
+
+def _keep(step: BoundStep, inputs: Digests, store: Store, every: Processes) -> Keep:
+    """Return how the step shares what depends on its model alone; processes that each compute a part share nothing."""
+    from intaglio.pipeline.artifacts.keys import MODEL
+
+    alone = every.count == 1 or not step.configured.shared
+    return StoreKeep(store, inputs[MODEL]) if alone and MODEL in step.requires else make_anew
 
 
 def _outputs(step: BoundStep, state: State, context: Context) -> Outputs:

@@ -138,6 +138,7 @@ def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog)
     from intaglio.pipeline.model.step_clock import StepClock
     from intaglio.pipeline.numerics.basis import bases_of
     from intaglio.pipeline.simulation.model import quantize_model
+    from intaglio.pipeline.simulation.references import draw_starts
 
     schemes = {"linear": ("w8a8_token", "w8a16"), "conv": ("w8a8_step", "w8a16")}
     step = AssignPrecision(budget=Budget(psnr=30), schemes=schemes, drawn=4, front=0)
@@ -145,7 +146,7 @@ def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog)
     plan, checkpoint, trajectory = made[PLAN], with_outlier[MODEL], with_outlier[TRAJECTORY]
     model = checkpoint.open()
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-    start = sampler.start(4, Context(tmp_path, 0, None).torch_rng("drawn"))
+    (start,) = draw_starts(sampler, 4, Context(tmp_path, 0, None), "choice")
     denoise, clock = denoise_with(model.module, model), StepClock(trajectory.timesteps)
     reference = sampler.sample(denoise, start)
     tables = trajectory.tables(plan.schemes, plan.balances)

@@ -19,15 +19,16 @@ from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.formats.layer import structural_schemes
-from intaglio.pipeline.formats.schemes import W8A8_STEP, LayerScheme, with_shift
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, with_shift
 from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler, Start
 from intaglio.pipeline.simulation.model import simulate
+from intaglio.pipeline.simulation.references import draw_starts
 
-OUTLIERS = Distill(updates=40, drawn=16, weighting="output")
+OUTLIERS = Distill(updates=40, drawn=16, weighting="output", enough_db=1000)
 
 
 def outliers(scratch: Path, factory: str = "make", scheme: LayerScheme = W8A8_STEP) -> Artifacts:
@@ -47,11 +48,11 @@ def sample_error(artifacts: Artifacts, scratch: Path) -> float:
     """Mean squared error of the merged model's samples, from the starts that the guard draws."""
     model = artifacts[MODEL].open()
     sampler, denoise = Sampler(model, 2, 1.0), denoise_with(model.module, model)
-    start: Start = sampler.start(16, Context(scratch=scratch, seed=0).torch_rng("drawn samples"))
+    starts: list[Start] = draw_starts(sampler, 16, Context(scratch=scratch, seed=0), "choice")
     with torch.no_grad():
-        expected = sampler.sample(denoise, start)
+        expected = torch.cat([sampler.sample(denoise, start) for start in starts])
         clock = simulate(model.module, run_pass(MergeAdapters(), artifacts, scratch)[QUANTIZED])
-        samples = sampler.sample(clocked(denoise, clock, "timestep"), start)
+        samples = torch.cat([sampler.sample(clocked(denoise, clock, "timestep"), start) for start in starts])
     return float((samples - expected).square().mean())
 
 
@@ -86,6 +87,29 @@ def test_the_errors_of_the_adapter_are_those_of_its_samples(hard, tmp_path, capl
     assert sample_error(hard | {ADAPTER: adapter}, tmp_path / "b") == pytest.approx(least, rel=1e-3)  # float32
     start = 10 * math.log10(adapter.peak**2 / adapter.drawn[0].mse)
     assert f"samples: {start:.1f} dB at the start" in caplog.text
+
+
+def test_a_plan_with_nothing_to_heal_is_not_trained(hard, tmp_path, caplog):
+    caplog.set_level("INFO")
+    adapter = run_pass(Distill(updates=40, drawn=4, enough_db=50), hard, tmp_path / "a")[ADAPTER]
+    start = adapter.psnr_db(adapter.drawn[0])
+    assert start > 50
+    assert (adapter.loss, len(adapter.drawn), adapter.gain_db) == ((), 1, 0.0)
+    assert f"nothing to heal: the samples have {start:.1f} dB at the start, and 50 dB are enough" in caplog.text
+    trained = run_pass(Distill(updates=2, drawn=4, enough_db=start + 1), hard, tmp_path / "b")[ADAPTER]
+    assert len(trained.loss) == 2
+    float_only = with_plan(hard, lambda _: FLOAT)
+    assert run_pass(Distill(updates=40), float_only, tmp_path / "c")[ADAPTER].drawn == ()
+    assert "nothing to heal: the plan rounds no weights" in caplog.text
+
+
+def test_training_ends_when_two_checks_in_a_row_find_no_better_samples(hard, tmp_path, monkeypatch):
+    errors = iter([1.0, 0.5, 0.7, 0.5, 0.1])
+    monkeypatch.setattr(DrawnSamples, "error", lambda _: next(errors))
+    adapter = run_pass(Distill(updates=80, drawn=1), hard, tmp_path / "a")[ADAPTER]
+    assert adapter.drawn == (DrawnError(0, 1.0), DrawnError(20, 0.5), DrawnError(40, 0.7), DrawnError(60, 0.5))
+    assert len(adapter.loss) == 60
+    assert adapter.kept.update == 20
 
 
 @pytest.mark.parametrize("scope", ["model", "block"])

@@ -1,0 +1,134 @@
+"""Choose how much the steps of a recipe compute, so that a run ends in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from pydantic import JsonValue
+
+from intaglio.pipeline.contract.recipe import Recipe
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.runs.binding import Chain, bind
+from intaglio.pipeline.runs.registry import find_pass
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.contract.artifact import AnyKey
+    from intaglio.pipeline.model.cost import ModelCost
+
+SIMULATED = 1.6
+"""Time of a denoiser row in a step of a recipe, relative to one in full precision, on average."""
+A_LAYER_S, A_PARAMETER_S, START_S = 0.25, 1.2e-7, 20.0
+"""Seconds of the steps that make no calls: for each layer, each parameter, and each recipe, for one target."""
+
+Amounts: TypeAlias = Mapping[str, JsonValue]
+"""Value of each option that was chosen or given, by `step.option`."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """A recipe with amounts that were chosen, and its estimated time."""
+
+    recipe: Recipe
+    amounts: Amounts
+    seconds: float
+
+    @property
+    def minutes(self) -> int:
+        """Estimated time in whole minutes, rounded up."""
+        return math.ceil(self.seconds / 60)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The effort that was taken, those that take more time, the least first, and the amounts that the recipe gives."""
+
+    minutes: float
+    taken: Effort
+    more: Sequence[Effort]
+    given: Amounts
+
+    def lines(self) -> Iterator[str]:
+        """Yield what was chosen, what the recipe gives, and what more time would change."""
+        sets = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
+        yield f"estimated time on this machine: {self.taken.minutes} minutes, with {sets}"
+        if self.taken.seconds > 60 * self.minutes:
+            yield f"these are the smallest amounts, and take more than the {self.minutes:g} minutes asked for"
+        if self.given:
+            yield f"the recipe's own amounts stay: {', '.join(f'{name}={v}' for name, v in self.given.items())}"
+        for effort in self.more:
+            changed = [f"{n}={v}" for n, v in effort.amounts.items() if v != self.taken.amounts[n]]
+            yield f"--minutes {effort.minutes} would take {', '.join(changed)}"
+
+
+def choose_effort(recipe: Recipe, minutes: float, base: Path) -> Choice:
+    """Return the largest amounts with which a run of the recipe ends in this time, or the smallest ones.
+
+    A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays.
+    Steps that the store already has are not counted as done. Raises RecipeError if there is nothing to choose.
+    """
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+    from intaglio.pipeline.model.cost import measure_cost
+
+    bind(recipe, base=base)  # its problems first
+    tables = {step.name: find_pass(step.uses, base).pass_class.efforts for step in recipe.steps}
+    given: dict[str, JsonValue] = {}
+    for step in recipe.steps:
+        known = {option for level in tables[step.name] for option in level}
+        given |= {f"{step.name}.{option}": step.options[option] for option in step.options if option in known}
+    levels = range(max(map(len, tables.values())))
+    amounts = [_amounts(tables, given, level) for level in levels]
+    if not any(amounts):
+        raise RecipeError("--minutes: the recipe gives every amount itself: leave out those that may be chosen")
+    checkpoint = Checkpoint.resolve(recipe.model, base)
+    cost = measure_cost(checkpoint)
+    efforts: list[Effort] = []
+    for each in amounts:
+        changed = _changed(recipe, each)
+        seconds = estimated_s(bind(changed, base=base), cost, checkpoint.parameter_count())
+        if not efforts or each != efforts[-1].amounts:
+            efforts.append(Effort(changed, each, seconds))
+    place = next((i for i, each in enumerate(efforts) if each.seconds <= 60 * minutes), len(efforts) - 1)
+    return Choice(minutes, efforts[place], efforts[:place][::-1], given)
+
+
+def other_steps_s(layers: int, parameters: int, targets: int) -> float:
+    """Return the estimated seconds of the steps that make no calls of the denoiser."""
+    return START_S + (A_LAYER_S * layers + A_PARAMETER_S * parameters) * targets
+
+
+def estimated_s(chains: Iterable[Chain], cost: ModelCost, parameters: int) -> float:
+    """Return the estimated seconds of a run; `cost` is a timed one. Steps that read no target run once for all."""
+    from intaglio.pipeline.artifacts.keys import TARGET
+
+    rows: dict[tuple[str, str], int] = {}
+    chains = list(chains)
+    for chain in chains:
+        own: set[AnyKey] = {TARGET}
+        for step in chain.steps:
+            differs = bool(step.requires & own)
+            own = own | step.provides if differs else own - step.provides
+            rows[step.name, chain.target.name if differs else ""] = step.configured.forward_rows(cost) or 0
+    calls_s = SIMULATED * cost.seconds_per_row * sum(rows.values())
+    return calls_s + other_steps_s(cost.layers, parameters, len(chains))
+
+
+def _amounts(tables: Mapping[str, Sequence[Mapping[str, JsonValue]]], given: Amounts, level: int) -> Amounts:
+    """Return the amounts of a level that the recipe does not give; a step without this level has its last one."""
+    found = {
+        f"{step}.{option}": value
+        for step, table in tables.items()
+        if table
+        for option, value in table[min(level, len(table) - 1)].items()
+    }
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def _changed(recipe: Recipe, amounts: Amounts) -> Recipe:
+    for name, value in amounts.items():
+        step, _, option = name.rpartition(".")
+        recipe = recipe.with_option(step, (option,), value)
+    return recipe
