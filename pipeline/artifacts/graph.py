@@ -12,6 +12,8 @@ from intaglio.pipeline.files import read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
 
 if TYPE_CHECKING:
+    import torch
+
     from intaglio.pipeline.model.types import Inputs
 
 MOST_ENGINE = 1 << 36
@@ -37,7 +39,7 @@ class Interface:
 
     `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are the names
     of the arguments of `forward`, in order; `sample` is the one with the samples. `constants` are the recorded
-    arguments that are no tensors.
+    arguments that are no tensors, and the tensors whose values are constants of the graph (`fixed_constant`).
     """
 
     kind: str = ""
@@ -45,6 +47,22 @@ class Interface:
     arguments: tuple[str, ...] = ()
     sample: str = "sample"
     constants: Mapping[str, object] = field(default_factory=dict)
+
+
+FIXED = "fixed"
+"""Key of a constant of the interface that is a tensor: its rows, as lists of numbers."""
+
+
+def fixed_constant(value: torch.Tensor) -> dict[str, object]:
+    """Return a tensor as a constant of the interface; one row stands for all rows."""
+    return {FIXED: value.tolist()}
+
+
+def fixed_tensor(constant: object) -> torch.Tensor | None:
+    """Return the tensor that a constant of the interface stands for, if it is one."""
+    import torch
+
+    return torch.tensor(constant[FIXED]) if isinstance(constant, dict) and constant.keys() == {FIXED} else None
 
 
 class ScaledBy(NamedTuple):
