@@ -40,8 +40,8 @@ def merged(two: ir.Model, three: ir.Model, sample: str) -> ir.Model:
         raise StepFailed(_DIFFERENT)
     for a, b in ((two.graph.inputs, three.graph.inputs), (two.graph.outputs, three.graph.outputs)):
         _merge_shapes(a, b)
-    for a, b in nodes:
-        _merge_shapes(a.outputs, b.outputs)
+    for node, other in nodes:
+        _merge_shapes(node.outputs, other.outputs)
     _compute_sizes(two.graph, three.graph, next(value for value in two.graph.inputs if value.name == sample))
     return two
 
@@ -79,16 +79,17 @@ def _compute_sizes(two: ir.Graph, three: ir.Graph, sample: ir.Value) -> None:
             raise StepFailed(_DIFFERENT)
         slope = b.numpy() - a.numpy()
         offset = a.numpy() - ROWS[0] * slope
-        source = scalar if not slope.shape else rows
+        source = (rows if slope.shape else scalar).outputs[0]
         for operation, numbers, neutral in (("Mul", slope, 1), ("Add", offset, 0)):
             if (numbers == neutral).all() and numbers.shape in ((), (1,)):
                 continue
             constant = ir.val(f"{name}_{operation.lower()}", const_value=ir.Tensor(numbers.astype(np.int64)))
             two.register_initializer(constant)
-            source = ir.node(operation, [source.outputs[0], constant], name=f"{name}_{operation}")
-            source.outputs[0].dtype, source.outputs[0].shape = ir.DataType.INT64, ir.Shape(numbers.shape)
-            before.append(source)
-        replaced.append((value, source.outputs[0]))
+            node = ir.node(operation, [source, constant], name=f"{name}_{operation}")
+            source = node.outputs[0]
+            source.dtype, source.shape = ir.DataType.INT64, ir.Shape(numbers.shape)
+            before.append(node)
+        replaced.append((value, source))
     two.insert_before(two[0], before)
     for value, source in replaced:
         ir.convenience.replace_all_uses_with(value, source)

@@ -208,7 +208,8 @@ class _Export:
         return merged(two, three, called.with_rows[0])
 
     def _program(self, called: _Called, call: Inputs, axes: Any) -> torch.export.ExportedProgram:
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # as torch.onnx.export itself does
+        oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with oblivious:  # as torch.onnx.export itself does
             program = torch.export.export(called, called.given(call), dynamic_shapes=axes, strict=False)
         return with_pairs(program)
 

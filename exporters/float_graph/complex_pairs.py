@@ -103,7 +103,7 @@ class _Pairs:
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node for an operator, with the metadata of the node that is rewritten."""
-        new = self.graph.call_function(operation, args, kwargs)
+        new: Node = self.graph.call_function(operation, args, kwargs)
         new.meta = dict(self.at.meta)
         values = map_arg((args, kwargs), lambda node: node.meta["val"])
         new.meta["val"] = operation(*values[0], **values[1])

@@ -6,7 +6,7 @@ the sizes of the inputs alone. If the mask is the same in all calls, it can be a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +43,7 @@ class _Origins(TorchFunctionMode):
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.origins = WeakTensorKeyDictionary()
+        self.origins: MutableMapping[torch.Tensor, frozenset[str]] = WeakTensorKeyDictionary()
         self.found: set[str] = set()
         for name, value in inputs.items():
             self.origins[value] = frozenset((name,))
@@ -66,19 +66,18 @@ class _Origins(TorchFunctionMode):
             self.origins[value] = names | self.origins.get(value, frozenset())
         return made
 
-
     def _names(self, values: Iterable[torch.Tensor]) -> frozenset[str]:
-        return frozenset[str]().union(*(self.origins.get(value, ()) for value in values))
+        return frozenset[str]().union(*(self.origins.get(value, frozenset()) for value in values))
 
 
-class _ValuesRead(TorchDispatchMode):
+class _ValuesRead(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """See whether an operator runs whose output's size depends on values, or whose output is no tensor.
 
     `masked`: the values are those of a mask, which chooses from the first tensor.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.read = self.masked = False
 
     def __torch_dispatch__(
@@ -99,7 +98,7 @@ class Fixed(TorchFunctionMode):
 
     def __init__(self, constants: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.known = WeakTensorKeyDictionary()
+        self.known: MutableMapping[torch.Tensor, bool] = WeakTensorKeyDictionary()
         for value in constants:
             self.known[value] = True
 

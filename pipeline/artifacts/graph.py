@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
 
@@ -59,10 +60,15 @@ def fixed_constant(value: torch.Tensor) -> dict[str, object]:
 
 
 def fixed_tensor(constant: object) -> torch.Tensor | None:
-    """Return the tensor that a constant of the interface stands for, if it is one."""
+    """Return the tensor that a constant of the interface stands for, if it is one. Raises RecipeError if damaged."""
     import torch
 
-    return torch.tensor(constant[FIXED]) if isinstance(constant, dict) and constant.keys() == {FIXED} else None
+    if not isinstance(constant, dict) or constant.keys() != {FIXED}:
+        return None
+    try:
+        return torch.tensor(constant[FIXED])
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise RecipeError(f"graph.json: is damaged: a constant of its interface is no tensor: {e}") from e
 
 
 class ScaledBy(NamedTuple):
