@@ -38,8 +38,7 @@ def merged(two: ir.Model, three: ir.Model, sample: str) -> ir.Model:
     nodes = list(zip(two.graph, three.graph, strict=False))
     if len(two.graph) != len(three.graph) or any(_kind(a) != _kind(b) for a, b in nodes):
         raise StepFailed(_DIFFERENT)
-    for a, b in ((two.graph.inputs, three.graph.inputs), (two.graph.outputs, three.graph.outputs)):
-        _merge_shapes(a, b)
+    _merge_shapes(two.graph.inputs, three.graph.inputs)
     for node, other in nodes:
         _merge_shapes(node.outputs, other.outputs)
     _compute_sizes(two.graph, three.graph, next(value for value in two.graph.inputs if value.name == sample))

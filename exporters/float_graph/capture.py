@@ -148,12 +148,13 @@ def capture(
 ) -> tuple[ir.Model, Inputs]:
     """Run torch's exporter on one call with its dynamic axes, without simplification.
 
-    If the usual way fails, the model is traced with one row, and inputs whose values decide what it computes become
-    constants if they are the same in all recorded rows; they are returned, by name. Raises StepFailed.
+    If the usual way fails, complex numbers become pairs, and inputs whose values decide what the model computes become
+    constants if they are the same in all recorded rows; they are returned, by name. If that fails too, the model is
+    traced with one row. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
     try:
-        return task.any_rows({}), {}
+        return task.usual(), {}
     except StepFailed as error:
         usual = error
     decide = deciding_inputs(compute, calls.with_rows(calls.usual, 1))
@@ -166,7 +167,7 @@ def capture(
             " sizes: record rows with the same values, such as texts that fill all their tokens",
         ) from usual
     fixed = {name: calls.recorded[name] for name in decide}
-    ways = [task.any_rows] if fixed and fixed.keys() <= calls.shared else []
+    ways = [task.any_rows] if fixed.keys() <= calls.shared else []  # an axis of constant rows would be constant
     ways += [task.row_by_row] if calls.one_size else []
     for way in ways:
         with contextlib.suppress(StepFailed):  # the usual way failed first, and its error is the one to show
@@ -185,14 +186,29 @@ class _Export:
     opset: int
     called: str
 
-    def any_rows(self, fixed: Inputs) -> ir.Model:
-        """Export with symbols for the dynamic axes. Raises StepFailed."""
-        called = _Called(self.module, self.compute, self.calls, fixed).eval()
-        # AUTO and not DYNAMIC: an axis that has to be constant is named below, all of them together
-        axes = tuple(dict.fromkeys(self.calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in called.names)
+    def usual(self) -> ir.Model:
+        """Export as torch does by itself, with symbols for the dynamic axes. Raises StepFailed."""
+        called = self._module({})
         with self._blamed():
-            made = self._converted(self._program(called, self.calls.traced, (axes,)), called)
-        assert made.exported_program is not None  # it was given
+            made = self._converted(called, called, called.given(self.calls.traced), self._axes(called))
+        return self._checked(made, called)
+
+    def any_rows(self, fixed: Inputs) -> ir.Model:
+        """Export with symbols for the dynamic axes, and pairs for complex numbers. Raises StepFailed."""
+        called = self._module(fixed)
+        with self._blamed():
+            made = self._converted(self._program(called, self.calls.traced, self._axes(called)), called)
+        return self._checked(made, called)
+
+    def _module(self, fixed: Inputs) -> _Called:
+        return _Called(self.module, self.compute, self.calls, fixed).eval()
+
+    def _axes(self, called: _Called) -> Any:
+        # AUTO and not DYNAMIC: an axis that has to be constant is named later, all of them together
+        return (tuple(dict.fromkeys(self.calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in called.names),)
+
+    def _checked(self, made: torch.onnx.ONNXProgram, called: _Called) -> ir.Model:
+        assert made.exported_program is not None  # it is, with dynamo
         _check_dynamic(made.exported_program, self.calls, called.names)
         return made.model
 
@@ -213,13 +229,21 @@ class _Export:
             program = torch.export.export(called, called.given(call), dynamic_shapes=axes, strict=False)
         return with_pairs(program)
 
-    def _converted(self, program: torch.export.ExportedProgram, called: _Called) -> torch.onnx.ONNXProgram:
+    def _converted(
+        self,
+        program: torch.export.ExportedProgram | nn.Module,
+        called: _Called,
+        args: tuple[torch.Tensor, ...] = (),
+        axes: Any = None,
+    ) -> torch.onnx.ONNXProgram:
         made = torch.onnx.export(
             program,
+            args,
             dynamo=True,
             opset_version=self.opset,
             input_names=called.names,
             output_names=list(self.outputs),
+            dynamic_shapes=axes,
             verbose=False,
             optimize=False,
         )

@@ -205,7 +205,7 @@ class _Pairs:
     def _axis(self, axis: Any, of: Any, more: int = 0) -> Any:
         """Return an axis counted from the front, so that the axis of the two parts stays the last one."""
         found = of[0] if isinstance(of, list | tuple) else of
-        rank = found.meta["val"].dim() + more
+        rank = found.meta["val"].dim() + more - (self.made.get(found) is found)  # constants are pairs already
         return [a % rank for a in axis] if isinstance(axis, list | tuple) else axis % rank
 
     def _moved(self, node: Node, name: str) -> Node:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ READS = frozenset(
     ["__bool__", "__float__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item", "numpy", "tolist"]
 )
 """Functions that turn a tensor's values into values of Python."""
+NEW = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
+"""Functions that make tensors of values that depend on no tensor."""
 _BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MASKS = (torch.bool, torch.uint8)
 
@@ -60,7 +62,7 @@ class _Origins(TorchFunctionMode):
             self.found |= self._names(given[1:] if seen.masked else given)
         if not (names := self._names(given)):
             return made
-        changed = given[:1] if called == "__setitem__" or (called.endswith("_") and called[:1] != "_") else []
+        changed = given[:1] if _changes_first(func) else []
         bases = [value._base for value in changed if value._base is not None]
         for value in (*_tensors(made), *changed, *bases):
             self.origins[value] = names | self.origins.get(value, frozenset())
@@ -94,13 +96,16 @@ class _ValuesRead(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
 
 class Fixed(TorchFunctionMode):
-    """Compute at once what depends on constants alone, while torch traces the rest, so that its values can be read."""
+    """Compute at once what depends on constants alone, while torch traces the rest, so that its values can be read.
+
+    `known` are the values of tensors: of constants and what is computed from them, and of new tensors such as zeros.
+    """
 
     def __init__(self, constants: Iterable[torch.Tensor]) -> None:
         super().__init__()
-        self.known: MutableMapping[torch.Tensor, bool] = WeakTensorKeyDictionary()
+        self.known: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
         for value in constants:
-            self.known[value] = True
+            self.known[value] = value
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -108,18 +113,29 @@ class Fixed(TorchFunctionMode):
         kwargs = kwargs or {}
         given = list(_tensors((args, kwargs)))
         symbolic = any(isinstance(leaf, torch.SymInt | torch.SymFloat) for leaf in tree_leaves((args, kwargs)))
-        if not given or symbolic or not all(value in self.known for value in given):
-            if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-                args = (args[0], self._places(args[1]), *args[2:])
-            return func(*args, **kwargs)
-        return self._at_once(func, *args, **kwargs)
+        changed = given[:1] if _changes_first(func) else []
+        if not symbolic and given and all(value in self.known for value in given):
+            made = self._at_once(func, args, kwargs)
+            if not any(self.known[value] is not value for value in changed):
+                return made
+            return func(*args, **kwargs)  # a new tensor, which is traced too
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], self._places(args[1]), *args[2:])
+        made = func(*args, **kwargs)
+        if func in NEW and not given and not symbolic:
+            with _disable_current_modes():
+                self.known[made] = func(*args, **kwargs)
+        for value in changed:
+            self.known.pop(value, None)
+        return made
 
-    def _at_once(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function of known tensors while nothing is traced, and know what it returns."""
+    def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function with the values of known tensors while nothing is traced, and know what it returns."""
+        values = tree_map_only(torch.Tensor, lambda value: self.known[value], (args, kwargs))
         with _disable_current_modes():
-            made = func(*args, **kwargs)
+            made = func(*values[0], **values[1])
         for value in _tensors(made):
-            self.known[value] = True
+            self.known[value] = value
         return made
 
     def _places(self, index: object) -> object:
@@ -127,10 +143,16 @@ class Fixed(TorchFunctionMode):
         found: list[object] = []
         for each in index if isinstance(index, tuple) else (index,):
             if isinstance(each, torch.Tensor) and each in self.known and each.dtype in _MASKS and each.dim():
-                found += self._at_once(torch.nonzero, each, as_tuple=True)
+                found += self._at_once(torch.nonzero, (each,), {"as_tuple": True})
             else:
                 found.append(each)
         return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
+
+
+def _changes_first(func: Any) -> bool:
+    """Return True for a function that changes its first tensor, such as `add_`."""
+    name = getattr(func, "__name__", "")
+    return name in ("__setitem__", "__iadd__", "__imul__", "__iand__", "__ior__") or name.rstrip("_") + "_" == name
 
 
 def _tensors(values: object) -> Iterator[torch.Tensor]:

@@ -105,5 +105,5 @@ def compare_layer(
         if isinstance(layer.scheme.input, Float) or codes is None:
             return LayerParity(error, 0, 0, 0)
         simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
-    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
+    distance = codes.astype(np.int32).ravel() - (128 if codes.dtype == np.uint8 else 0) - simulated.ravel()
     return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))

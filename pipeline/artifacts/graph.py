@@ -50,23 +50,25 @@ class Interface:
     constants: Mapping[str, object] = field(default_factory=dict)
 
 
-FIXED = "fixed"
-"""Key of a constant of the interface that is a tensor: its rows, as lists of numbers."""
+FIXED = frozenset({"values", "shape"})
+"""Keys of a constant of the interface that is a tensor: its numbers in order, or one for all, and its shape."""
 
 
 def fixed_constant(value: torch.Tensor) -> dict[str, object]:
     """Return a tensor as a constant of the interface; one row stands for all rows."""
-    return {FIXED: value.tolist()}
+    flat = value.reshape(-1)
+    return {"values": flat[:1].tolist() if bool((flat == flat[:1]).all()) else flat.tolist(), "shape": [*value.shape]}
 
 
 def fixed_tensor(constant: object) -> torch.Tensor | None:
     """Return the tensor that a constant of the interface stands for, if it is one. Raises RecipeError if damaged."""
     import torch
 
-    if not isinstance(constant, dict) or constant.keys() != {FIXED}:
+    if not isinstance(constant, dict) or constant.keys() != FIXED:
         return None
     try:
-        return torch.tensor(constant[FIXED])
+        values = torch.tensor(constant["values"])
+        return (values if len(values) > 1 else values.expand(constant["shape"])).reshape(constant["shape"])
     except (TypeError, ValueError, RuntimeError) as e:
         raise RecipeError(f"graph.json: is damaged: a constant of its interface is no tensor: {e}") from e
 
