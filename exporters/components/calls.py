@@ -20,7 +20,7 @@ from intaglio.pipeline.model.recording import as_constant
 if TYPE_CHECKING:
     from torch import nn
 
-    from intaglio.exporters.float_graph.torch_export import Compute
+    from intaglio.exporters.float_graph.capture import Compute
     from intaglio.pipeline.model.types import Inputs
 
 PARAMETERS = "parameters"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.components.calls import MethodCalls
     from intaglio.exporters.float_graph.agreement import Expected
-    from intaglio.exporters.float_graph.torch_export import Calls, Compute
+    from intaglio.exporters.float_graph.capture import Calls, Compute
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.pipeline_folder import PipelineFolder
@@ -254,7 +254,8 @@ class ExportComponents(Pass):
         """Write one method's graph as the target executes it, and compare it with torch."""
         from intaglio.exporters.components.calls import compute_with
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs, find_magnitudes
-        from intaglio.exporters.float_graph.torch_export import Calls, write_graph
+        from intaglio.exporters.float_graph.capture import Calls
+        from intaglio.exporters.float_graph.torch_export import write_graph
         from intaglio.exporters.qdq.export_qdq import write_lowered
         from intaglio.pipeline.artifacts.quantized import Quantized
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec, fixed_tensor
 from intaglio.pipeline.errors import CallError, IntaglioError
 from intaglio.pipeline.model.arguments import flatten, plain_name
 from intaglio.pipeline.model.call_form import CallForm
@@ -39,12 +39,14 @@ class CallInputs:
 
         `compiled_with`: arguments that are no inputs of the graph. `name`: prefix of messages, for a component.
 
-        Raises RecipeError if model.onnx cannot be read.
+        Raises RecipeError if model.onnx cannot be read, or graph.json is damaged.
         """
         from intaglio.exporters.float_graph.onnx_file import read_proto
 
         self._graph, self._compiled_with, self._name = graph, compiled_with, name
         self._names = [input_name for input_name in graph.inputs if input_name != STEP_INPUT]
+        constants = {name: fixed_tensor(constant) for name, constant in graph.interface.constants.items()}
+        self._fixed = {name: tensor for name, tensor in constants.items() if tensor is not None}
         tables = table_sizes(read_proto(graph.path).graph)
         self._form = graph.interface.form or CallForm()
         self._flat = {plain_name(n): n for n in (*compiled_with, *self._names)}
@@ -93,9 +95,11 @@ class CallInputs:
     def tensors(self, given: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor]:
         """Return the graph's inputs, except the step, by name on the device, from arguments by flat name."""
         specs, sample, timestep = self._graph.inputs, self._graph.interface.sample, self._graph.timestep
-        if absent := [name for name in self._names if given.get(name) is None]:
+        if absent := [name for name in (*self._names, *self._fixed) if given.get(name) is None]:
             raise CallError(f"{self._called} without {', '.join(absent)}, which it was compiled with")
-        check_others(given, self._names, self._compiled_with, self._called)
+        for name, constant in self._fixed.items():
+            self._check_fixed(name, self._tensor(name, given[name]), constant)
+        check_others(given, (*self._names, *self._fixed), self._compiled_with, self._called)
         found = {name: self._tensor(name, given[name]) for name in self._names}
         if sample in found and not found[sample].is_floating_point():
             raise CallError(f"{self._place(sample)} is of {found[sample].dtype}: give floating-point numbers")
@@ -152,6 +156,9 @@ class CallInputs:
                 f"{self._place(name)} requires a gradient, and none goes through a compiled graph: call it under"
                 " torch.no_grad()"
             )
+        spec = self._graph.inputs.get(name)
+        if value.is_complex() and spec is not None and len(spec.shape) == value.dim() + 1:
+            return torch.view_as_real(value.detach())
         return value.detach()
 
     def _for_rows(self, timestep: torch.Tensor, sample: torch.Tensor | None) -> torch.Tensor:
@@ -165,6 +172,23 @@ class CallInputs:
                 f"{self._place(name)} has {len(flat)} values for {len(sample)} rows: give 1 or {len(sample)}"
             )
         return flat.expand(len(sample))
+
+    def _check_fixed(self, name: str, value: torch.Tensor, constant: torch.Tensor) -> None:
+        """Raise CallError for a value that differs from the graph's constant, whose one row stands for all rows."""
+        one_row = value.dim() > 0 and constant.shape == (1, *value.shape[1:])
+        rows = constant.expand(value.shape) if one_row else constant
+        advice = "its values decide what the model computes, so they are constants of the graph: compile for these"
+        if value.shape != rows.shape:
+            raise CallError(
+                f"{self._place(name)} has the shape {tuple(value.shape)}, but compiled with {tuple(constant.shape)}:"
+                f" {advice}"
+            )
+        for place in (value.cpu() != rows).nonzero().tolist()[:1]:
+            given, compiled = value[tuple(place)].item(), rows[tuple(place)].item()
+            raise CallError(
+                f"{self._place(name)} has {given:g} at {tuple(place)}, but the graph was compiled with {compiled:g}:"
+                f" {advice}"
+            )
 
     def _check_indices(self, name: str, value: torch.Tensor, size: int) -> None:
         """Raise CallError for indices outside 0 to size - 1; torch refuses negative ones too."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from intaglio.exporters.float_graph.onnx_file import read_model
+from intaglio.exporters.runtimes.calls import as_array
 from intaglio.exporters.runtimes.onnxruntime.session import lean_session
 from intaglio.pipeline.errors import StepFailed
 
@@ -64,7 +65,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
 def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[np.float32]]:
     """Return all outputs for a call; the graph may read only some of the call's inputs."""
     found: list[NDArray[np.float32]] = session.run(
-        None, {each.name: inputs[each.name].numpy() for each in session.get_inputs()}
+        None, {each.name: as_array(inputs[each.name]) for each in session.get_inputs()}
     )
     return found
 

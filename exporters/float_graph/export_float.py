@@ -27,10 +27,13 @@ from intaglio.pipeline.formats.target import Target
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from intaglio.exporters.float_graph.agreement import Expected
-    from intaglio.exporters.float_graph.torch_export import Calls
+    from intaglio.exporters.float_graph.capture import Calls
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.model.denoiser import DenoiserModel
+    from intaglio.pipeline.model.types import Inputs
 
 OUTPUT = "output"
 """Name of the output of the denoiser's graph."""
@@ -77,7 +80,8 @@ class ExportFloat(Pass):
 
     def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, Expected | None]:
         """Write the graph's files; return it with torch's outputs at the other size, if there is one."""
-        from intaglio.exporters.float_graph.torch_export import Calls, write_graph
+        from intaglio.exporters.float_graph.capture import Calls
+        from intaglio.exporters.float_graph.torch_export import write_graph
         from intaglio.pipeline.model.arguments import in_order
         from intaglio.pipeline.model.calls import denoise_with, other_call
         from intaglio.pipeline.model.layers import layer_table
@@ -85,7 +89,8 @@ class ExportFloat(Pass):
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         recorded = trajectory.call(0, slice(2))  # a wider call takes minutes in a full-size model, and adds nothing
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
-        calls = Calls(call, other_call(model, call), frozenset(trajectory.shared))
+        other = other_call(model, call)
+        calls = Calls(call, other, frozenset(trajectory.shared), _recorded(model, call, other))
         expected = _at_other_size(model, calls)
         denoise = denoise_with(model.module, model)
         graph = write_graph(
@@ -100,7 +105,26 @@ class ExportFloat(Pass):
         if absent := [layer.name for layer in layer_table(model.module) if layer.name not in graph.nodes]:
             for line in in_float_lines(dict.fromkeys(absent, NOT_IN_GRAPH)):
                 ctx.log.info("%s", line)
-        return replace(graph, timestep=model.names.timestep, interface=_interface(model)), expected
+        if fixed := graph.interface.constants:
+            ctx.log.info("the graph holds for %s as recorded: the values decide what is computed", ", ".join(fixed))
+        interface = _interface(model)
+        interface = replace(interface, constants={**interface.constants, **fixed})
+        return replace(graph, timestep=model.names.timestep, interface=interface), expected
+
+
+def _recorded(model: DenoiserModel, call: Inputs, other: Inputs | None) -> dict[str, torch.Tensor]:
+    """Return the inputs that have the same values in all recorded rows and at both sizes: one row, or the whole."""
+    import torch
+
+    alike = {}
+    for name, rows in model.conditions.items():
+        if all(bool((each == rows[:1]).all()) for each in (rows, model.null.get(name, rows))):
+            alike[name] = rows[:1]
+    return {
+        name: value
+        for name, value in {**alike, **model.shared}.items()
+        if name in call and (other is None or torch.equal(other[name][: len(value)], value))
+    }
 
 
 def _interface(model: DenoiserModel) -> Interface:
@@ -124,7 +148,7 @@ def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
     import torch
 
     from intaglio.exporters.float_graph.agreement import Expected
-    from intaglio.exporters.float_graph.torch_export import shapes
+    from intaglio.exporters.float_graph.capture import shapes
     from intaglio.pipeline.model.calls import denoise_with
 
     if calls.other is None:

@@ -6,85 +6,30 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import Sequential, common
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
+from intaglio.exporters.float_graph.capture import Calls, Compute, capture, silent
 from intaglio.exporters.float_graph.repair import repair, transposed_keys
 from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
-from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
+from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec, fixed_constant
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.model.layers import layer_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from intaglio.pipeline.model.types import Inputs
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 """Operators that torch's exporter writes for a Linear or a convolution."""
-Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
-"""Function that calls a module: flat inputs to flat outputs, by name."""
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Recorded call, and one where every dynamic axis has another size, by input name.
-
-    `shared` names the inputs that have no axis of rows.
-    """
-
-    usual: Inputs
-    other: Inputs | None
-    shared: frozenset[str]
-
-    @property
-    def traced(self) -> Inputs:
-        """Call to trace: the larger one, with more than one row, as an axis of size 1 would become a constant."""
-        both = (self.usual,) if self.other is None else (self.usual, self.other)
-        larger = max(both, key=lambda call: sum(value.numel() for value in call.values()))
-        return self.with_rows(larger, max(2, self.rows))
-
-    @property
-    def rows(self) -> int:
-        """Return the number of rows of the usual call."""
-        return next(len(value) for name, value in self.usual.items() if name not in self.shared)
-
-    def with_rows(self, call: Inputs, rows: int) -> dict[str, torch.Tensor]:
-        """Return the call with this number of rows, repeated if it has fewer."""
-        return {
-            name: value.contiguous() if name in self.shared else value[torch.arange(rows) % len(value)]
-            for name, value in call.items()
-        }
-
-    def dynamic_axes(self, name: str) -> tuple[int, ...]:
-        """Return the dynamic axes of an input: the rows, then those whose size differs in the other call."""
-        shape, other = self.usual[name].shape, (self.other or self.usual)[name].shape
-        if len(shape) != len(other):
-            raise StepFailed(f"{name}: {len(shape)} axes in the recorded call, {len(other)} at the other size")
-        varying = tuple(axis for axis, (a, b) in enumerate(zip(shape, other, strict=True)) if a != b)
-        return varying if name in self.shared else tuple(dict.fromkeys((0, *varying)))
-
-    def sizes(self, axes: Mapping[str, tuple[str, str, int]]) -> dict[str, tuple[int, int]]:
-        """Return the size of each dynamic axis except the batch, in the recorded call and in the other, by name."""
-        other = self.other or self.usual
-        found = {name: (owner, axis) for name, owner, axis in axes.values() if name != "batch"}
-        return {
-            name: (self.usual[owner].shape[axis], other[owner].shape[axis]) for name, (owner, axis) in found.items()
-        }
 
 
 def write_graph(
@@ -93,9 +38,10 @@ def write_graph(
     """Export `module`, as `compute` calls it, as a float32 graph in files of its own.
 
     `called` is the name of the module in error messages. The graph has these outputs and the dynamic axes of `calls`.
-    The metadata of every node of a layer has the layer's name. Raises StepFailed.
+    The metadata of every node of a layer has the layer's name. Inputs that are constants of the graph, because their
+    values decide what is computed, are constants of its interface. Raises StepFailed.
     """
-    exported = _export(module, compute, calls, outputs, opset, called)
+    exported, fixed = capture(module, compute, calls, outputs, opset, called)
     weights = list(exported.graph.initializers.values())
     _name_calls(exported, module)
     repair(exported.graph)
@@ -111,7 +57,8 @@ def write_graph(
         weight.const_value = None
     nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
     ends = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
-    return Graph(path, *ends, nodes=nodes, timestep=None, sizes=calls.sizes(axes))
+    interface = Interface(constants={name: fixed_constant(value) for name, value in fixed.items()})
+    return Graph(path, *ends, nodes=nodes, timestep=None, sizes=calls.sizes(axes), interface=interface)
 
 
 def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
@@ -121,91 +68,6 @@ def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:
         for v in values
         if v.dtype is not None and v.shape is not None
     }
-
-
-class _Called(nn.Module):
-    """Module whose forward makes the call: its arguments are `names`; those at `with_rows` have an axis of rows."""
-
-    def __init__(self, module: nn.Module, compute: Compute, names: Sequence[str], with_rows: Sequence[int]) -> None:
-        super().__init__()
-        self.module = module
-        self.compute, self.names, self.with_rows = compute, names, with_rows
-
-    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = values[self.with_rows[0]].shape[0]
-        for place in self.with_rows[1:]:  # one symbol for the batch: masks and latents are combined in some models
-            torch._check(values[place].shape[0] == rows)  # type: ignore[no-untyped-call]  # torch
-        return tuple(self.compute(dict(zip(self.names, values, strict=True))).values())
-
-
-def _export(
-    module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], opset: int, called: str
-) -> ir.Model:
-    """Run torch's exporter on one call with its dynamic axes, without simplification. Raises StepFailed."""
-    names = list(calls.usual)
-    with_rows = [place for place, name in enumerate(names) if name not in calls.shared]
-    # AUTO and not DYNAMIC, so that `_check_dynamic` names all axes that have to be constant in one error
-    axes = tuple(dict.fromkeys(calls.dynamic_axes(name), torch.export.Dim.AUTO) for name in names)
-    try:
-        with _silent(), torch.no_grad():
-            program = torch.onnx.export(
-                _Called(module, compute, names, with_rows).eval(),
-                tuple(calls.traced.values()),
-                dynamo=True,
-                opset_version=opset,
-                input_names=names,
-                output_names=list(outputs),
-                dynamic_shapes=(axes,),
-                verbose=False,
-                optimize=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as e:
-        raise StepFailed(f"torch cannot export {called} called with {shapes(calls.traced)}: {_first_cause(e)}") from e
-    assert program is not None  # always true with dynamo
-    assert program.exported_program is not None
-    _check_dynamic(program.exported_program, calls)
-    return program.model
-
-
-def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls) -> None:
-    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
-    constant = []
-    for name, user_input in zip(calls.usual, program.graph_signature.user_inputs, strict=True):
-        for axis in calls.dynamic_axes(name):
-            size = values[user_input].shape[axis]
-            least, only = (size, True) if isinstance(size, int) else limits.get(str(size), (0, False))
-            if only:
-                constant.append(
-                    f"{name}: the size of axis {axis} is fixed at {least}, because the model computes a constant from"
-                    " it, such as a position table: use one size only, or make that constant an input of the model"
-                )
-    if constant:
-        raise StepFailed(*constant)
-
-
-def _first_cause(error: BaseException) -> str:
-    """Return the first cause of an error, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silence the exporter's progress, warnings and log lines."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def _simplify(model: ir.Model) -> None:
@@ -225,7 +87,7 @@ def _simplify(model: ir.Model) -> None:
         rules.materialize_reshape_shape_rule,
         transposed_keys(),
     )
-    with _silent():
+    with silent():
         for _ in range(2):
             optimizer.fold_constants(model, onnx_shape_inference=True)
             rewriter.rewrite(model, nothing)
@@ -340,8 +202,3 @@ def _check_weights(module: nn.Module, sites: dict[str, list[Site]]) -> None:
     ]
     if problems:
         raise StepFailed(*problems)
-
-
-def shapes(inputs: Inputs) -> str:
-    """Write the shapes of all inputs in one line."""
-    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())

@@ -102,9 +102,17 @@ def _no_call(graph: Graph) -> str | None:
     return None
 
 
+def as_array(value: torch.Tensor) -> NDArray[np.generic]:
+    """Return a tensor as a graph takes it: with complex numbers as pairs of real numbers."""
+    import torch
+
+    array: NDArray[np.generic] = (torch.view_as_real(value) if value.is_complex() else value).numpy()
+    return array
+
+
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
     """Return what the graph takes: a call's inputs, and the step whose timestep is nearest."""
-    feed = {name: inputs[name].numpy() for name in graph.inputs if name != STEP_INPUT}
+    feed = {name: as_array(inputs[name]) for name in graph.inputs if name != STEP_INPUT}
     if STEP_INPUT in graph.inputs:
         feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
     return feed

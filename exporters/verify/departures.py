@@ -95,19 +95,26 @@ def find_departures(
         layer, x = layers[name], args[0]
         left = [ends.leaving(name, values[output], output) for output in outputs[name]]
         if name not in found:
-            entered, own = values[graph.nodes[name][0]], math.inf
+            entered, own = in_shape_of(x, values[graph.nodes[name][0]]), math.inf
             if entered.shape == x.shape:
                 with ends.reading(name):
-                    own = rel_l2(left[0], layer.forward(entered))
+                    made = layer.forward(entered)
+                own = rel_l2(in_shape_of(made, left[0]), made)
             found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
         calls[name] += 1
-        again = left[min(calls[name], len(left)) - 1]  # the exporter merges equal calls into one
+        again = in_shape_of(y, left[min(calls[name], len(left)) - 1])  # the exporter merges equal calls into one
         return again if again.shape == y.shape else y
 
     there = {name: layer for name, layer in layers.items() if name in graph.nodes}
     with torch.no_grad(), after_calls(there, take_over):
         output = simulated(call)
     return found, rel_l2(values[next(iter(graph.outputs))], output)
+
+
+def in_shape_of(reference: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return a value of the graph in the shape that it has in the simulation, whose rows may be on other axes."""
+    same_channels = value.shape[-1:] == reference.shape[-1:] and value.numel() == reference.numel()
+    return value.reshape(reference.shape) if same_channels else value
 
 
 def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -46,11 +46,17 @@ def _loaded(path: Path, _: int) -> ir.Model:
 def run_layer(
     graph: Graph, layer: str, x: NDArray[np.float32], runtime: Runtime, step: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
-    """Return the layer's output on x at `step` in the runtime, and the codes of its input if it is quantized."""
+    """Return the layer's output on x at `step` in the runtime, and the codes of its input if it is quantized.
+
+    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C).
+    """
     import numpy as np
 
     model = layer_model(graph, layer)
     inputs, outputs = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
+    sizes = [axis.dim_value or -1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    if len(sizes) != x.ndim and sizes.count(-1) <= 1:
+        x = x.reshape(sizes)
     feed = {inputs[0]: x.astype(entry_type(graph, layer)), STEP_INPUT: np.array(step, np.int64)}
     found = runtime.open_model(model.SerializeToString()).run({name: feed[name] for name in inputs})
     y, *codes = (found[name] for name in outputs)

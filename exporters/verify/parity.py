@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
-from intaglio.exporters.verify.departures import LayersInGraph, find_departures, rel_l2, value_names
+from intaglio.exporters.verify.departures import LayersInGraph, find_departures, in_shape_of, rel_l2, value_names
 from intaglio.exporters.verify.layer_run import entry_type, run_layer
 from intaglio.pipeline.artifacts.verification import DepartureFigures, LayerParity
 from intaglio.pipeline.formats.schemes import Float
@@ -100,9 +100,10 @@ def compare_layer(
         x = x.half().float()
     deployed, codes = run_layer(graph, name, x.numpy(), runtime, step)
     with ends.reading(name) as layer, layer.clock.at(step):
-        error = rel_l2(ends.leaving(name, torch.from_numpy(deployed)), layer.forward(x) if half else y)
+        left = in_shape_of(y, torch.from_numpy(deployed))
+        error = rel_l2(ends.leaving(name, left), layer.forward(x) if half else y)
         if isinstance(layer.scheme.input, Float) or codes is None:
             return LayerParity(error, 0, 0, 0)
         simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
-    distance = (codes.astype(np.int32) - (128 if codes.dtype == np.uint8 else 0) - simulated).ravel()
+    distance = codes.astype(np.int32).ravel() - (128 if codes.dtype == np.uint8 else 0) - simulated.ravel()
     return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import OPTIONAL, read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
 from intaglio.pipeline.model.call_form import CallForm
 
 if TYPE_CHECKING:
+    import torch
+
     from intaglio.pipeline.model.types import Inputs
 
 MOST_ENGINE = 1 << 36
@@ -38,7 +41,8 @@ class Interface:
 
     `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are the names
     of the arguments of `forward`, in order; `sample` is the one with the samples. `constants` are the recorded
-    arguments that are no tensors. `form` is the form of its calls, None for the plain form.
+    arguments that are no tensors, and the tensors whose values are constants of the graph (`fixed_constant`). `form` is
+    the form of its calls, None for the plain form.
     """
 
     kind: str = ""
@@ -47,6 +51,29 @@ class Interface:
     sample: str = "sample"
     constants: Mapping[str, object] = field(default_factory=dict)
     form: Annotated[CallForm | None, OPTIONAL] = None
+
+
+FIXED = frozenset({"values", "shape"})
+"""Keys of a constant of the interface that is a tensor: its numbers in order, or one for all, and its shape."""
+
+
+def fixed_constant(value: torch.Tensor) -> dict[str, object]:
+    """Return a tensor as a constant of the interface; one row stands for all rows."""
+    flat = value.reshape(-1)
+    return {"values": flat[:1].tolist() if bool((flat == flat[:1]).all()) else flat.tolist(), "shape": [*value.shape]}
+
+
+def fixed_tensor(constant: object) -> torch.Tensor | None:
+    """Return the tensor that a constant of the interface stands for, if it is one. Raises RecipeError if damaged."""
+    import torch
+
+    if not isinstance(constant, dict) or constant.keys() != FIXED:
+        return None
+    try:
+        values = torch.tensor(constant["values"])
+        return (values if len(values) > 1 else values.expand(constant["shape"])).reshape(constant["shape"])
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise RecipeError(f"graph.json: is damaged: a constant of its interface is no tensor: {e}") from e
 
 
 class ScaledBy(NamedTuple):

@@ -435,6 +435,148 @@ def latte() -> DenoiserModel:
     return DenoiserModel(module, _noise(), (4, 2, 8, 8), conditions=conditions, other=other)
 
 
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
+
+
+def qwen_image() -> DenoiserModel:
+    # one size: the sizes of the image are an argument that is no tensor
+    module = _make(
+        lambda: diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=1,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+            **_HEADS,
+        )
+    )
+    conditions = {"encoder_hidden_states": _rows(5, 64), "encoder_hidden_states_mask": _mask(5)}
+    sizes = {"img_shapes": [[[1, 4, 4]]]}
+    return DenoiserModel(module, _flow(), (16, 16), conditions=conditions, constants=sizes, timestep_scale=1e-3)
+
+
+def lumina2() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=64,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=32,
+            axes_dim_rope=(8, 12, 12),
+            axes_lens=(64, 16, 16),
+            cap_feat_dim=64,
+        )
+    )
+    # one size, as for all models that torch traces row by row
+    conditions = {"encoder_hidden_states": _rows(5, 64), "encoder_attention_mask": _mask(5)}
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=conditions)
+
+
+def chroma() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+            approximator_num_channels=16,
+            approximator_hidden_dim=64,
+            approximator_layers=1,
+            **_HEADS,
+        )
+    )
+    conditions = {"encoder_hidden_states": _rows(5, 64), "attention_mask": torch.ones(ROWS, 21)}
+    shared = _flux_ids(5, 4, 4)
+    return DenoiserModel(module, _flow(), (16, 16), conditions=conditions, shared=shared, timestep_scale=1e-3)
+
+
+def hunyuan_image() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=64,
+            text_embed_2_dim=32,
+            rope_axes_dim=(16, 16),
+            **_HEADS,
+        )
+    )
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=_two_texts())
+
+
+def _two_texts() -> Mapping[str, torch.Tensor]:
+    first = {"encoder_hidden_states": _rows(5, 64), "encoder_attention_mask": _mask(5)}
+    return {**first, "encoder_hidden_states_2": _rows(4, 32), "encoder_attention_mask_2": _mask(4)}
+
+
+def hunyuan_video15() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=64,
+            text_embed_2_dim=32,
+            image_embed_dim=48,
+            rope_axes_dim=(8, 12, 12),
+            patch_size=1,
+            target_size=8,
+            task_type="t2v",
+            **_HEADS,
+        )
+    )
+    conditions = {**_two_texts(), "image_embeds": torch.zeros(ROWS, 3, 48)}
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions=conditions)
+
+
+def mochi() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.MochiTransformer3DModel(
+            num_layers=2,
+            pooled_projection_dim=32,
+            in_channels=4,
+            text_embed_dim=64,
+            time_embed_dim=32,
+            max_sequence_length=8,
+            **_HEADS,
+        )
+    )
+    conditions = {"encoder_hidden_states": _rows(8, 64), "encoder_attention_mask": _mask(8)}
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions=conditions)
+
+
+def glm_image() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.GlmImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            text_embed_dim=64,
+            time_embed_dim=64,
+            condition_dim=32,
+            prior_vq_quantizer_codebook_size=32,
+            **_HEADS,
+        )
+    )
+    conditions = {
+        "encoder_hidden_states": _rows(5, 64),
+        "prior_token_id": torch.ones(ROWS, 16, dtype=torch.int64),
+        "prior_token_drop": torch.zeros(ROWS, 16, dtype=torch.bool),
+        "target_size": torch.full((ROWS, 2), 64.0),
+        "crop_coords": torch.zeros(ROWS, 2),
+    }
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=conditions)
+
+
 class _Decoder(nn.Module):
     """The half of an autoencoder that turns latents into pictures."""
 
@@ -522,9 +664,12 @@ FAMILIES: Mapping[str, Callable[[], DenoiserModel]] = {
         latte,
         policy_unet,
         vae_decoder,
+        qwen_image,
+        lumina2,
     )
 }
 NEWER: Mapping[str, Callable[[], DenoiserModel]] = {
-    made.__name__: made for made in (auraflow, cogview4, flux2, video_unet)
+    made.__name__: made
+    for made in (auraflow, cogview4, flux2, chroma, hunyuan_image, hunyuan_video15, mochi, glm_image, video_unet)
 }
 """For the benchmark alone: tests have no time for them."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from intaglio.exporters.deploy.call_inputs import CallInputs, table_sizes
 from intaglio.exporters.deploy.denoiser import CompiledDenoiser
-from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
+from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec, fixed_constant
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.model.call_form import CallForm
 
@@ -188,3 +188,32 @@ def test_lists_tuples_and_dicts_are_one_for_a_graph_and_rows_are_grouped(tmp_pat
         inputs.flat({"text": torch.arange(5)})
     with pytest.raises(CallError, match=r"x has rows of the shapes \[\(2,\), \(3,\)\]: give rows of one shape"):
         inputs.flat({"x": [torch.ones(2), torch.ones(3)]})
+
+
+FIXED = {"text_mask": torch.tensor([[True, False]]), "grid": torch.tensor([4, 6])}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "text_mask",
+            torch.tensor([[1, 0], [1, 1]]),
+            r"^text_mask has 1 at \(1, 1\), but the graph was compiled with 0",
+        ),
+        ("text_mask", torch.ones(2, 3), r"^text_mask has the shape \(2, 3\), but compiled with \(1, 2\): its values"),
+        ("grid", torch.tensor([4, 8]), r"^grid has 8 at \(1,\), but the graph was compiled with 6: its values decide"),
+        ("grid", None, "without grid, which it was compiled with"),
+    ],
+)
+def test_an_input_that_is_a_constant_of_the_graph_has_its_value(tmp_path, name, value, message):
+    made = graph(tmp_path)
+    constants = {**made.interface.constants, **{n: fixed_constant(tensor) for n, tensor in FIXED.items()}}
+    made = replace(made, interface=replace(made.interface, constants=constants))
+    (tmp_path / "saved").mkdir()
+    made.save(tmp_path / "saved")
+    inputs = CallInputs(Graph.load(tmp_path / "saved"), {}, "")
+    right = {**USUAL, "text_mask": torch.tensor([[1, 0], [1, 0]]), "grid": torch.tensor([4.0, 6.0])}
+    assert set(inputs.tensors(right, torch.device("cpu"))) == set(USUAL)
+    with pytest.raises(CallError, match=message):
+        inputs.tensors({**right, name: value}, torch.device("cpu"))

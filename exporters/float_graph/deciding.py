@@ -1,0 +1,159 @@
+"""Find the inputs whose values decide what a module computes, and compute with fixed values while torch exports.
+
+A model may read how many tokens a mask keeps, and build tensors of that size. A graph cannot: there, sizes follow from
+the sizes of the inputs alone. If the mask is the same in all calls, it can be a constant of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.model.types import Inputs
+
+aten = torch.ops.aten
+READS = frozenset(
+    ["__bool__", "__float__", "__index__", "__int__", "allclose", "equal", "is_nonzero", "item", "numpy", "tolist"]
+)
+"""Functions that turn a tensor's values into values of Python."""
+NEW = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
+"""Functions that make tensors of values that depend on no tensor."""
+_BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_MASKS = (torch.bool, torch.uint8)
+
+
+def deciding_inputs(compute: Callable[[Inputs], object], inputs: Inputs) -> tuple[str, ...]:
+    """Return the names of the inputs whose values `compute` reads to choose sizes or branches, in order.
+
+    `compute` is called once. A value that is computed from an input counts as that input.
+    """
+    fresh = {name: value.clone() for name, value in inputs.items()}
+    with torch.no_grad(), _Origins(fresh) as mode:
+        compute(fresh)
+    return tuple(name for name in inputs if name in mode.found)
+
+
+class _Origins(TorchFunctionMode):
+    """Follow the inputs of a call through its tensors; `found` are the names of those whose values are read."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.origins: MutableMapping[torch.Tensor, frozenset[str]] = WeakTensorKeyDictionary()
+        self.found: set[str] = set()
+        for name, value in inputs.items():
+            self.origins[value] = frozenset((name,))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        with _ValuesRead() as seen:
+            made = func(*args, **kwargs)
+        called = getattr(func, "__name__", "")
+        if seen.read or called in READS:
+            self.found |= self._names(given[1:] if seen.masked else given)
+        if not (names := self._names(given)):
+            return made
+        changed = given[:1] if _changes_first(func) else []
+        bases = [value._base for value in changed if value._base is not None]
+        for value in (*_tensors(made), *changed, *bases):
+            self.origins[value] = names | self.origins.get(value, frozenset())
+        return made
+
+    def _names(self, values: Iterable[torch.Tensor]) -> frozenset[str]:
+        return frozenset[str]().union(*(self.origins.get(value, frozenset()) for value in values))
+
+
+class _ValuesRead(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
+    """See whether an operator runs whose output's size depends on values, or whose output is no tensor.
+
+    `masked`: the values are those of a mask, which chooses from the first tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        self.read = self.masked = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is aten.index.Tensor:  # has the tag of a size that depends on values, but only masks make it so
+            self.masked |= any(each is not None and each.dtype in _MASKS for each in args[1])
+        elif func is aten.masked_select.default:
+            self.masked = True
+        else:
+            self.read |= any(tag in func.tags for tag in _BY_VALUES)
+        self.read |= self.masked
+        return func(*args, **(kwargs or {}))
+
+
+class Fixed(TorchFunctionMode):
+    """Compute at once what depends on constants alone, while torch traces the rest, so that its values can be read.
+
+    `known` are the values of tensors: of constants and what is computed from them, and of new tensors such as zeros.
+    """
+
+    def __init__(self, constants: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.known: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
+        for value in constants:
+            self.known[value] = value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        symbolic = any(isinstance(leaf, torch.SymInt | torch.SymFloat) for leaf in tree_leaves((args, kwargs)))
+        changed = given[:1] if _changes_first(func) else []
+        if not symbolic and given and all(value in self.known for value in given):
+            made = self._at_once(func, args, kwargs)
+            if not any(self.known[value] is not value for value in changed):
+                return made
+            return func(*args, **kwargs)  # a new tensor, which is traced too
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            args = (args[0], self._places(args[1]), *args[2:])
+        made = func(*args, **kwargs)
+        if func in NEW and not given and not symbolic:
+            with _disable_current_modes():
+                self.known[made] = func(*args, **kwargs)
+        for value in changed:
+            self.known.pop(value, None)
+        return made
+
+    def _at_once(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function with the values of known tensors while nothing is traced, and know what it returns."""
+        values = tree_map_only(torch.Tensor, lambda value: self.known[value], (args, kwargs))
+        with _disable_current_modes():
+            made = func(*values[0], **values[1])
+        for value in _tensors(made):
+            self.known[value] = value
+        return made
+
+    def _places(self, index: object) -> object:
+        """Return an index with the places that known masks keep instead of the masks."""
+        found: list[object] = []
+        for each in index if isinstance(index, tuple) else (index,):
+            if isinstance(each, torch.Tensor) and each in self.known and each.dtype in _MASKS and each.dim():
+                found += self._at_once(torch.nonzero, (each,), {"as_tuple": True})
+            else:
+                found.append(each)
+        return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
+
+
+def _changes_first(func: Any) -> bool:
+    """Return True for a function that changes its first tensor, such as `add_`."""
+    name = getattr(func, "__name__", "")
+    return name in ("__setitem__", "__iadd__", "__imul__", "__iand__", "__ior__") or name.rstrip("_") + "_" == name
+
+
+def _tensors(values: object) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))

@@ -1,0 +1,167 @@
+"""Models that torch exports for no number of rows in its usual way: their graphs compute what torch does at any."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from quantizing import rel_l2
+from torch import nn
+
+from intaglio.exporters.float_graph.by_row import merged
+from intaglio.exporters.float_graph.capture import Calls
+from intaglio.exporters.float_graph.deciding import deciding_inputs
+from intaglio.exporters.float_graph.torch_export import write_graph
+from intaglio.exporters.runtimes.calls import graph_denoise
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
+from intaglio.pipeline.artifacts.graph import Graph, fixed_tensor
+from intaglio.pipeline.errors import StepFailed
+
+KEPT = torch.tensor([[True, False, True, True, False]])
+
+
+class Toy(nn.Module):
+    """A layer whose output on the sample is moved by what `text` returns for the texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, sample, text, mask):
+        return self.layer(sample) + self.text(sample, text, mask)
+
+
+class Listed(Toy):
+    """Multiplies a list by the number of rows."""
+
+    def text(self, sample, text, mask):
+        return torch.tensor([0.5] * len(sample))[:, None, None] * self.other(text).mean(1, keepdim=True)
+
+
+class Picked(Toy):
+    """Takes each row's tokens by its mask, and attends to them."""
+
+    def text(self, sample, text, mask):
+        kept = torch.stack([self.other(row[there]) for row, there in zip(text, mask, strict=True)])
+        return nn.functional.scaled_dot_product_attention(sample, kept, kept)
+
+
+class Counted(Toy):
+    """Reads the lengths of texts, and writes into a tensor of that length."""
+
+    def text(self, sample, text, mask):
+        lengths = mask.sum(1).tolist()
+        joined = text.new_zeros(len(text), max(lengths), 6)
+        for row, length in enumerate(lengths):
+            joined[row, :length] = self.other(text[row, :length])
+        return joined.sum(1, keepdim=True) / len(set(lengths))
+
+
+class Built(Toy):
+    """Builds a mask of its own, and decides by the values of another."""
+
+    def text(self, sample, text, mask):
+        own = torch.zeros(len(text), 5, dtype=torch.bool)
+        own[:, :2] = True
+        if not bool(mask[:, 1].any()):
+            own[:, 4:] = True
+        return torch.stack([self.other(row[there]).mean(0, keepdim=True) for row, there in zip(text, own, strict=True)])
+
+
+class Turned(Toy):
+    """Turns pairs of channels by complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(8.0), torch.tensor([1.0, 0.1, 0.01]))
+        self.turns = torch.polar(torch.ones_like(angles), angles)
+
+    def text(self, sample, text, mask):
+        pairs = torch.view_as_complex(self.other(text).unflatten(-1, (3, 2)))
+        turned = pairs * self.turns[: text.shape[1]].unsqueeze(0)
+        return torch.view_as_real(turned).flatten(2).mean(1, keepdim=True) + turned.abs().mean()
+
+
+def call(rows: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(rows)
+    sample, text = (torch.randn(rows, tokens, 6, generator=rng) for tokens in (4, 5))
+    return {"sample": sample, "text": text, "mask": KEPT.expand(rows, 5).clone()}
+
+
+def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], **given: torch.Tensor) -> Graph:
+    calls = Calls({**call(2), **given}, None, frozenset(), recorded)
+    compute = lambda inputs: {"output": module(**inputs)}  # noqa: E731
+    return write_graph(folder / "model.onnx", module, compute, calls, ("output",), opset=21, called="the toy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fixed"), [(Listed, []), (Picked, ["mask"]), (Counted, ["mask"]), (Built, ["mask"]), (Turned, [])]
+)
+def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, tmp_path, capfd):
+    module = kind().eval()
+    graph = export(module, tmp_path, {"mask": KEPT})
+    assert list(graph.interface.constants) == fixed
+    assert set(graph.inputs) == {"sample", "text", "mask"} - set(fixed)
+    assert {spec.shape[0] for spec in (*graph.inputs.values(), *graph.outputs.values())} == {"batch"}
+    assert set(graph.nodes) == {"layer", "other"}
+    if fixed:
+        torch.testing.assert_close(fixed_tensor(graph.interface.constants["mask"]), KEPT)
+    denoise = graph_denoise(graph, OnnxRuntime())
+    for rows in (1, 2, 5):
+        with torch.no_grad():
+            expected = module(**call(rows))
+        assert rel_l2(denoise(call(rows)), expected) < 1e-6
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_values_that_decide_and_differ_between_rows_are_named(tmp_path, capfd):
+    differing = torch.tensor([[True, True, True, True, False], [True, False, True, True, True]])
+    with pytest.raises(StepFailed, match=r"(?s)torch cannot export the toy .*mask: the values decide what the model"):
+        export(Picked().eval(), tmp_path, {}, mask=differing)
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_a_model_that_reads_its_sample_is_refused_as_torch_does(tmp_path):
+    class Reads(Toy):
+        def text(self, sample, text, mask):
+            return text[:, : 1 + int(sample.mean() > 0)].mean(1, keepdim=True)
+
+    with pytest.raises(StepFailed, match=r"^torch cannot export the toy called with sample \(2, 4, 6\)"):
+        export(Reads().eval(), tmp_path, {"mask": KEPT})
+
+
+def test_inputs_whose_values_decide_are_found():
+    def compute(inputs):
+        length = int((inputs["mask"] * 2).sum())
+        sizes = inputs["sizes"].clone()
+        held = torch.zeros(2)
+        held[0] = sizes[0]
+        x = inputs["x"][inputs["choice"]] * inputs["scale"]
+        return x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
+
+    inputs = {
+        "x": torch.ones(4),
+        "mask": torch.tensor([1, 0]),
+        "choice": torch.tensor([True, True, False, False]),
+        "scale": torch.tensor(2.0),
+        "sizes": torch.tensor([3.0]),
+        "places": torch.tensor([0, 1]),
+    }
+    assert deciding_inputs(compute, inputs) == ("mask", "choice", "sizes")
+
+
+@pytest.mark.parametrize("difference", ["nodes", "weights"])
+def test_graphs_that_differ_in_more_than_rows_are_not_merged(difference):
+    def graph(rows: int, operator: str, weight: float) -> ir.Model:
+        text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[{rows}, 4] x) => (float[{rows}, 4] y)
+        <float[1] w = {{{weight}}}> {{ z = {operator} (x, w)  y = Relu (z) }}"""
+        return ir.from_onnx_text(text)
+
+    two, other = graph(2, "Add", 1.5), graph(3, "Add", 1.5)
+    assert [str(size) for size in merged(two, other, "x").graph.outputs[0].shape] == ["batch", "4"]
+    changed = graph(3, "Sub", 1.5) if difference == "nodes" else graph(3, "Add", 2.5)
+    with pytest.raises(StepFailed, match="differ in more than the number of rows"):
+        merged(graph(2, "Add", 1.5), changed, "x")
