@@ -25,8 +25,6 @@ from intaglio.pipeline.errors import StepFailed, TargetError
 from intaglio.pipeline.formats.target import Target
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from intaglio.exporters.float_graph.agreement import Expected
@@ -48,7 +46,7 @@ class ExportFloat(Pass):
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -73,7 +71,7 @@ class ExportFloat(Pass):
         graph, expected = self._write_graph(state, ctx)
         gc.collect()  # the wrapped module is part of a reference cycle
         tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
-        amax = _magnitudes(graph.path, state[TRAJECTORY], tolerance, ctx)
+        amax = _magnitudes(graph, state[TRAJECTORY], tolerance, ctx)
         if expected is not None:
             check_outputs(graph.path, [expected], tolerance)
         return {FLOAT_GRAPH: replace(graph, amax=amax)}
@@ -89,6 +87,7 @@ class ExportFloat(Pass):
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         recorded = trajectory.call(0, slice(2))  # a wider call takes minutes in a full-size model, and adds nothing
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
+        call = _with_floating_timestep(model, call)
         other = other_call(model, call)
         calls = Calls(call, other, frozenset(trajectory.shared), _recorded(model, call, other))
         expected = _at_other_size(model, calls)
@@ -110,6 +109,27 @@ class ExportFloat(Pass):
         interface = _interface(model)
         interface = replace(interface, constants={**interface.constants, **fixed})
         return replace(graph, timestep=model.names.timestep, interface=interface), expected
+
+
+def _with_floating_timestep(model: DenoiserModel, call: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the call with a floating-point timestep where the model computes the same from it.
+
+    The timesteps of some schedulers are whole, those of others are not, and users change schedulers. A model that looks
+    its timestep up in a table keeps whole ones.
+    """
+    import torch
+
+    from intaglio.pipeline.model.calls import denoise_with
+
+    name = model.names.timestep
+    if name is None or name not in call or call[name].is_floating_point():
+        return call
+    floating, denoise = {**call, name: call[name].float()}, denoise_with(model.module, model)
+    try:
+        with torch.no_grad():
+            return floating if torch.equal(denoise(floating), denoise(call)) else call
+    except (IndexError, RuntimeError, TypeError):  # which a table raises for an index that is no integer
+        return call
 
 
 def _recorded(model: DenoiserModel, call: Inputs, other: Inputs | None) -> dict[str, torch.Tensor]:
@@ -162,7 +182,7 @@ def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
     return Expected("at the other size", calls.other, {OUTPUT: found})
 
 
-def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
+def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
     """Return the magnitudes that `find_magnitudes` finds in some rows of some recorded calls, by name."""
     import numpy as np
 
@@ -178,7 +198,11 @@ def _magnitudes(path: Path, trajectory: Trajectory, tolerance: float, ctx: Conte
         def calls() -> Iterator[Expected]:
             for step, some in taken:
                 where = f"at {len(some)} row{'s' * (len(some) > 1)}"
-                yield Expected(where, trajectory.call(step, some), {OUTPUT: trajectory.outputs[step][some]})
+                call = {
+                    name: value.float() if name == graph.timestep and graph.inputs[name].dtype == "float32" else value
+                    for name, value in trajectory.call(step, some).items()
+                }
+                yield Expected(where, call, {OUTPUT: trajectory.outputs[step][some]})
                 advance()
 
-        return find_magnitudes(path, calls(), tolerance)
+        return find_magnitudes(graph.path, calls(), tolerance)

@@ -112,7 +112,11 @@ def as_array(value: torch.Tensor) -> NDArray[np.generic]:
 
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:
     """Return what the graph takes: a call's inputs, and the step whose timestep is nearest."""
-    feed = {name: as_array(inputs[name]) for name in graph.inputs if name != STEP_INPUT}
+    feed = {  # whole timesteps may be floating point in the graph
+        name: as_array(inputs[name]).astype(spec.dtype, copy=False)
+        for name, spec in graph.inputs.items()
+        if name != STEP_INPUT
+    }
     if STEP_INPUT in graph.inputs:
         feed[STEP_INPUT] = np.array(step_index(graph, inputs), np.int64)
     return feed
