@@ -50,6 +50,7 @@ LAYERS = (
 )
 SCHEMES = (FLOAT, W8A8_TOKEN, w4a16(64), W8A8_STEP, W8A8_TOKEN)
 FIGURES = VerificationFigures(
+    samples_drawn=16,
     psnr_peak=2.0,
     psnr_db=31.42,
     psnr_db_min=24.1,

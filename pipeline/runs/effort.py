@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from pydantic import JsonValue
 
 from intaglio.pipeline.contract.recipe import Recipe
-from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.runs.binding import Chain, bind
 from intaglio.pipeline.runs.registry import find_pass
 
@@ -53,8 +52,8 @@ class Choice:
 
     def lines(self) -> Iterator[str]:
         """Yield what was chosen, what the recipe gives, and what more time would change."""
-        sets = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
-        yield f"estimated time on this machine: {self.taken.minutes} minutes, with {sets}"
+        chosen = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
+        yield f"estimated time on this machine: {self.taken.minutes} minutes, with {chosen or 'nothing left to choose'}"
         if self.taken.seconds > 60 * self.minutes:
             yield f"these are the smallest amounts, and take more than the {self.minutes:g} minutes asked for"
         if self.given:
@@ -68,7 +67,7 @@ def choose_effort(recipe: Recipe, minutes: float, base: Path) -> Choice:
     """Return the largest amounts with which a run of the recipe ends in this time, or the smallest ones.
 
     A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays.
-    Steps that the store already has are not counted as done. Raises RecipeError if there is nothing to choose.
+    Steps that the store already has are not counted as done.
     """
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost
@@ -79,10 +78,8 @@ def choose_effort(recipe: Recipe, minutes: float, base: Path) -> Choice:
     for step in recipe.steps:
         known = {option for level in tables[step.name] for option in level}
         given |= {f"{step.name}.{option}": step.options[option] for option in step.options if option in known}
-    levels = range(max(map(len, tables.values())))
+    levels = range(max(1, *map(len, tables.values())))
     amounts = [_amounts(tables, given, level) for level in levels]
-    if not any(amounts):
-        raise RecipeError("--minutes: the recipe gives every amount itself: leave out those that may be chosen")
     checkpoint = Checkpoint.resolve(recipe.model, base)
     cost = measure_cost(checkpoint)
     efforts: list[Effort] = []

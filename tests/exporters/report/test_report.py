@@ -86,6 +86,7 @@ def test_metrics_are_those_of_the_artifacts(made):
         "latency_ms": 12.0,
         "latency_fp32_ms": 30.0,
         "latency_ratio_fp32": 2.5,
+        "samples_drawn": 16,
         "psnr_db": 31.42,
         "psnr_db_min": 24.1,
         "psnr_simulated_db": 31.54,

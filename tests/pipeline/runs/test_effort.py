@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from intaglio import Recipe
 from intaglio.pipeline.cli.app import app
-from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model import cost as cost_module
 from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.runs.effort import A_LAYER_S, START_S, choose_effort, estimated_s
@@ -77,8 +76,11 @@ def test_steps_that_read_the_target_count_for_each_target(recipe, tmp_path):
 
 def test_a_recipe_that_gives_every_amount_leaves_nothing_to_choose(recipe, tmp_path):
     given = recipe.with_option("distill", ("updates",), 0).with_option("verify", ("samples",), 2)
-    with pytest.raises(RecipeError, match="--minutes: the recipe gives every amount itself"):
-        choose_effort(given, 5, tmp_path)
+    choice = choose_effort(given, 5, tmp_path)
+    assert (choice.taken.recipe, choice.more) == (given, [])
+    first, second = choice.lines()
+    assert first.endswith(" minutes, with nothing left to choose")
+    assert second == "the recipe's own amounts stay: calibrate.samples=3, distill.updates=0, verify.samples=2"
 
 
 def test_the_command_runs_what_was_chosen(recipe, tmp_path):
