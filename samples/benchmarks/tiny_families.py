@@ -664,12 +664,22 @@ FAMILIES: Mapping[str, Callable[[], DenoiserModel]] = {
         latte,
         policy_unet,
         vae_decoder,
-        qwen_image,
         lumina2,
     )
 }
 NEWER: Mapping[str, Callable[[], DenoiserModel]] = {
     made.__name__: made
-    for made in (auraflow, cogview4, flux2, chroma, hunyuan_image, hunyuan_video15, mochi, glm_image, video_unet)
+    for made in (
+        auraflow,
+        qwen_image,
+        cogview4,
+        flux2,
+        chroma,
+        hunyuan_image,
+        hunyuan_video15,
+        mochi,
+        glm_image,
+        video_unet,
+    )
 }
 """For the benchmark alone: tests have no time for them."""
