@@ -54,6 +54,6 @@ def test_all_that_is_public_is_in_the_reference_and_nothing_private(tmp_path: Pa
         page: absent for page in names if (absent := {n for n in names[page] if f'id="{n}"' not in pages[page]})
     } == {}
     assert "largest magnitude" in pages["intaglio/pipeline/numerics/rounding.html"]  # a docstring
-    assert "optimizer updates; 0 trains nothing" in pages["intaglio/passes/distill/options.html"]  # an option
+    assert "0 trains nothing: scales are fitted only" in pages["intaglio/passes/distill/options.html"]  # an option
     assert 'id="_' not in "".join(pages.values())
     assert 'href="pipeline/contract.html"' in pages["intaglio/pipeline.html"]

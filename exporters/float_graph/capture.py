@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.model.types import Inputs
 
-Compute: TypeAlias = Callable[["Inputs"], Mapping[str, torch.Tensor]]
+Compute: TypeAlias = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 """Function that calls a module: flat inputs to flat outputs, by name."""
 
 
@@ -264,7 +264,7 @@ class _Export:
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: Sequence[str]) -> None:
-    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not tell."""
+    """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
     constant = []

@@ -142,7 +142,7 @@ def test_kernels_are_in_the_graph_as_the_server_is_told_none(dit, monkeypatch):
     feed = noise_feed(graph, shapes, np.random.default_rng(0))
     config, schema = parsed(model / "config.pbtxt")
     assert config.max_batch_size == 8
-    assert facts(config.input[1], schema) == ("timestep", "TYPE_INT64", [1], [])
+    assert facts(config.input[1], schema) == ("timestep", "TYPE_FP32", [1], [])
     assert config.HasField("dynamic_batching")
     (expected,) = open_session(graph.path).run(None, feed)
     (found,) = served(model, 1, feed)

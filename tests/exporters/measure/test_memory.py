@@ -20,6 +20,7 @@ from intaglio.exporters.float_graph.export_float import ExportFloat, _magnitudes
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.runtimes.onnxruntime.session import lean_session
 from intaglio.passes.calibrate import Calibrate
+from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.contract.artifact import AnyKey
@@ -138,7 +139,8 @@ def record_chain(count: int, value_bytes: int, folder: Path) -> None:
     trajectory = Trajectory(
         (0.0,), {"sample": sample}, sample, {}, {}, {}, {}, {}, {}, samples=SampleRange(-1.0, 1.0, 0.25)
     )
-    _magnitudes(folder / "chain.onnx", trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
+    chain = Graph(folder / "chain.onnx", {"sample": TensorSpec("float32", ("batch", value_bytes // 4))}, {}, ())
+    _magnitudes(chain, trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
 
 
 def run(step: str, folder: Path) -> None:

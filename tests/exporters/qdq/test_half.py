@@ -302,7 +302,7 @@ def test_a_float_model_takes_two_bytes_a_weight_and_computes_the_same(dit, tmp_p
     made = with_plan(dit, lambda layer: FLOAT) | {TARGET: load_target("tensorrt-rtx")}
     graph = run_pass(ExportQdq(), made, tmp_path)[GRAPH]
     assert graph.size_bytes < 0.55 * dit[FLOAT_GRAPH].size_bytes  # names and shapes stay
-    call = {name: value.numpy() for name, value in dit[TRAJECTORY].call(1).items()}
+    call = {n: v.numpy().astype(graph.inputs[n].dtype) for n, v in dit[TRAJECTORY].call(1).items()}
     found = ReferenceEvaluator(str(graph.path)).run(None, {name: call[name] for name in graph.inputs})[0]
     assert rel_l2(found, dit[TRAJECTORY].outputs[1].numpy()) < 2**-9  # 2^-11 for each of some ten layers, at random
 

@@ -43,7 +43,7 @@ def test_tensors_are_found_in_whatever_a_module_returns():
 
 
 def test_blocks_are_healed_one_after_the_other(planned, tmp_path):
-    step = Distill(updates=40, samples=2, rank=4, scope="block")
+    step = Distill(updates=40, samples=2, rank=4, scope="block", drawn=16)  # four samples of random weights do not tell
     rounded = planned | run_pass(Distill(updates=0), planned, tmp_path / "a")
     healed = planned | run_pass(step, planned, tmp_path / "b")
     assert healed_error(healed, tmp_path / "c") < 0.95 * healed_error(rounded, tmp_path / "d")
