@@ -279,9 +279,7 @@ class Writer:
         if balance is None:
             return call.site.x
         if call.basis not in self._balanced:
-            channels, scale = len(balance.scale_C), balance.scale_C.numpy()
-            if call.op == "conv":
-                scale = call.of_channels(scale)
+            channels, scale = len(balance.scale_C), call.of_channels(balance.scale_C.numpy())
             y = self.op(call, f"{BASIS}/Mul", [call.site.x, self.constant(f"{call.site.layer}/balance", scale)])
             self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)

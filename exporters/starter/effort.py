@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intaglio.pipeline.runs.effort import SIMULATED, other_steps_s
+from intaglio.pipeline.runs.effort import SIMULATED, at_level, other_steps_s
 from intaglio.pipeline.runs.registry import find_pass
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _efforts() -> Iterator[Effort]:
     tables = {name: find_pass(name, Path()).pass_class.efforts for name in STEPS}
     levels = max(map(len, tables.values()))
     for level in range(levels):
-        at: dict[str, Any] = {name: table[min(level, len(table) - 1)] for name, table in tables.items()}
+        at: dict[str, Any] = {name: at_level(table, level) for name, table in tables.items()}
         screened, updates = at["sensitivity"], at["distill"]["updates"]
         yield Effort(
             at["calibrate"]["samples"],

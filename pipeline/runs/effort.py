@@ -113,13 +113,18 @@ def estimated_s(chains: Iterable[Chain], cost: ModelCost, parameters: int) -> fl
     return calls_s + other_steps_s(cost.layers, parameters, len(chains))
 
 
+def at_level(table: Sequence[Mapping[str, JsonValue]], level: int) -> Mapping[str, JsonValue]:
+    """Return the amounts of a level of `Pass.efforts`; the last ones of a pass with fewer levels."""
+    return table[min(level, len(table) - 1)]
+
+
 def _amounts(tables: Mapping[str, Sequence[Mapping[str, JsonValue]]], given: Amounts, level: int) -> Amounts:
     """Return the amounts of a level that the recipe does not give; a step without this level has its last one."""
     found = {
         f"{step}.{option}": value
         for step, table in tables.items()
         if table
-        for option, value in table[min(level, len(table) - 1)].items()
+        for option, value in at_level(table, level).items()
     }
     return {name: value for name, value in found.items() if name not in given}
 
