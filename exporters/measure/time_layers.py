@@ -54,11 +54,14 @@ class TimeLayers(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """Return True for targets that list kernels.
+        """Return True for targets that list kernels and mean a CPU of this machine's kind.
 
         Their runtime computes on a CPU, and the times are those of this machine's CPU.
         """
-        return bool(target.kernels)
+        if not target.kernels or target.fast_code is None:
+            return bool(target.kernels)
+        unknown = target.model_copy(update={"fast_code": None})
+        return find_runtime(target.runtime).here(unknown).fast_code == target.fast_code
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Time the layers that the recorded calls reach."""

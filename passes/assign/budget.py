@@ -30,8 +30,7 @@ class Budget(BaseModel):
         None,
         gt=0,
         description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs do not"
-        " reach it, a lower PSNR is used: the one that they reach without channel scales, or the one that they reach"
-        " with channel scales minus 3 dB, whichever is higher",
+        " reach it without channel scales, a PSNR up to 1.5 dB above what they reach is used if it is lower",
     )
     activation: float | None = Field(
         None,

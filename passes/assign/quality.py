@@ -49,6 +49,16 @@ class Aim:
     drawn: int
 
 
+def reachable_db(plain_db: float, best_db: float) -> float:
+    """Return the PSNR in dB to look for on a network whose 8-bit weights alone lose more than is wanted.
+
+    `plain_db`, `best_db`: the PSNR of the samples with 8-bit weights and float inputs, without other bases and in the
+    best ones. The result lies NEAR_DB above `plain_db`, as predictions may be wrong by as much, if this is at least
+    REST_DB below `best_db`. It is never lower than `plain_db`.
+    """
+    return max(plain_db, min(plain_db + NEAR_DB, best_db - REST_DB))
+
+
 class Choice(NamedTuple):
     """A plan, the problem with losses as drawn samples corrected them, and the factor on the plan's loss."""
 
@@ -134,19 +144,18 @@ class _Wanted(NamedTuple):
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
     """Return the quality to look for: the wanted one, or a lower one that 8-bit weights with float inputs reach.
 
-    The lower one is their quality without other bases, or their quality in the best bases minus REST_DB, whichever is
-    higher.
+    `reachable_db` tells the lower one.
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
         return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)), SLACK)
     best = _tried(problem, table, problem.least(lambda option: _precision(option) < 2), drawing, ctx)
-    reach_db = max(plain.psnr_db, best.psnr_db - REST_DB)
+    reach_db = reachable_db(plain.psnr_db, best.psnr_db)
     if reach_db >= aim.psnr_db:
         return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
     ctx.log.info(
         "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of %.1f dB",
-        max(plain.psnr_db, best.psnr_db),
+        plain.psnr_db,
         reach_db,
         aim.psnr_db,
     )

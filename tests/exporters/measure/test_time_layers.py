@@ -119,3 +119,9 @@ def test_only_targets_of_the_cpu_are_timed_here():
     assert not TimeLayers.applies(load_target("onnxruntime-cuda"))
     assert not TimeLayers.applies(load_target("tensorrt-rtx"))
     assert OnnxRuntime().here(CPU).fast_code in (64, 127)
+
+
+def test_a_target_of_another_kind_of_cpu_has_no_times_of_this_one():
+    kinds = [load_target(name) for name in ("onnxruntime-avx2", "onnxruntime-vnni")]
+    here = OnnxRuntime().here(CPU).fast_code
+    assert [kind.fast_code for kind in kinds if TimeLayers.applies(kind)] == [here]

@@ -60,6 +60,15 @@ def _target(artifacts: Artifacts) -> Artifacts:
     return {key: artifacts[key] for key in AssignPrecision.requires if key != SENSITIVITY}
 
 
+@pytest.mark.parametrize(
+    ("plain_db", "best_db", "looked_for_db"), [(36.8, 49.3, 38.3), (36.8, 40.0, 37.0), (33.0, 34.0, 33.0)]
+)
+def test_a_network_that_loses_by_its_weights_alone_keeps_at_least_their_quality(plain_db, best_db, looked_for_db):
+    from intaglio.passes.assign.quality import reachable_db
+
+    assert reachable_db(plain_db, best_db) == pytest.approx(looked_for_db)
+
+
 def test_a_size_budget_goes_before_the_quality(tmp_path, caplog):
     """0.4 of the bytes allow no plan of 60 dB: the plan with the least loss is taken."""
     artifacts = given(*ERRORS)
