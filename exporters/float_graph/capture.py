@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from intaglio.exporters.float_graph.by_row import ROWS, merged
 from intaglio.exporters.float_graph.complex_pairs import with_pairs
 from intaglio.exporters.float_graph.deciding import Fixed, deciding_inputs
+from intaglio.exporters.float_graph.spelled import Spelled
 from intaglio.pipeline.errors import IntaglioError, StepFailed
 
 if TYPE_CHECKING:
@@ -121,8 +123,9 @@ class _Called(nn.Module):
         """Call the module, with fixed inputs if any."""
         given = {n: torch.view_as_complex(value) if n in self.complex else value for n, value in inputs.items()}
         if not self.fixed:
-            return self.compute(given)
-        with Fixed(self.fixed.values()):
+            with Spelled():
+                return self.compute(given)
+        with Fixed(self.fixed.values()), Spelled():
             return self.compute({**given, **self.fixed})
 
 
@@ -248,6 +251,7 @@ class _Export:
             optimize=False,
         )
         assert made is not None  # it is, with dynamo
+        _rename_other_values(made.model)
         return made
 
     @contextlib.contextmanager
@@ -261,6 +265,18 @@ class _Export:
         except Exception as e:  # the model's own code runs, and raises any exception
             called = f"{self.called} called with {shapes(self.calls.traced)}"
             raise StepFailed(f"torch cannot export {called}: {_first_cause(e)}") from e
+
+
+def _rename_other_values(model: ir.Model) -> None:
+    """Rename inner values that have the name of an input: torch names inputs last, and looks at no other name."""
+    taken = {value.name for value in model.graph.inputs}
+    made = [value for node in model.graph for value in node.outputs]
+    inner = [value for value in (*model.graph.initializers.values(), *made) if not value.is_graph_input()]
+    names = taken | {value.name for value in inner}
+    for value in inner:
+        if value.name in taken:
+            value.name = next(name for i in itertools.count() if (name := f"{value.name}_inner_{i}") not in names)
+            names.add(value.name)
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: Sequence[str]) -> None:

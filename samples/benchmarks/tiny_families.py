@@ -577,6 +577,24 @@ def glm_image() -> DenoiserModel:
     return DenoiserModel(module, _flow(), (4, 8, 8), conditions=conditions)
 
 
+def z_image() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.ZImageTransformer2DModel(
+            in_channels=4,
+            dim=64,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=64,
+            axes_dims=[8, 12, 12],
+            axes_lens=[64, 16, 16],
+        )
+    )
+    conditions = {"cap_feats": _rows(5, 64)}
+    return DenoiserModel(module, _flow(), (4, 1, 8, 8), conditions=conditions, timestep_name="t", timestep_scale=1e-3)
+
+
 class _Decoder(nn.Module):
     """The half of an autoencoder that turns latents into pictures."""
 
@@ -680,6 +698,7 @@ NEWER: Mapping[str, Callable[[], DenoiserModel]] = {
         mochi,
         glm_image,
         video_unet,
+        z_image,
     )
 }
 """For the benchmark alone: tests have no time for them."""

@@ -11,6 +11,7 @@ from torch import nn
 from intaglio.exporters.float_graph.by_row import merged
 from intaglio.exporters.float_graph.capture import Calls
 from intaglio.exporters.float_graph.deciding import deciding_inputs
+from intaglio.exporters.float_graph.spelled import padded
 from intaglio.exporters.float_graph.torch_export import write_graph
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
@@ -83,6 +84,15 @@ class Turned(Toy):
         return torch.view_as_real(turned).flatten(2).mean(1, keepdim=True) + turned.abs().mean()
 
 
+class Padded(Turned):
+    """Turns each row alone, and pads all rows to one length."""
+
+    def text(self, sample, text, mask):
+        rows = [torch.view_as_complex(self.other(row).unflatten(-1, (3, 2))) for row in text]
+        turned = nn.utils.rnn.pad_sequence([row * self.turns[: len(row)] for row in rows], batch_first=True)
+        return torch.view_as_real(turned).flatten(2).mean(1, keepdim=True)
+
+
 def call(rows: int) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(rows)
     sample, text = (torch.randn(rows, tokens, 6, generator=rng) for tokens in (4, 5))
@@ -96,7 +106,8 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
 
 
 @pytest.mark.parametrize(
-    ("kind", "fixed"), [(Listed, []), (Picked, ["mask"]), (Counted, ["mask"]), (Built, ["mask"]), (Turned, [])]
+    ("kind", "fixed"),
+    [(Listed, []), (Picked, ["mask"]), (Counted, ["mask"]), (Built, ["mask"]), (Turned, []), (Padded, [])],
 )
 def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, tmp_path, capfd):
     module = kind().eval()
@@ -114,6 +125,28 @@ def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, t
         assert rel_l2(denoise(call(rows)), expected) < 1e-6
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+def test_an_input_may_have_the_name_that_torch_gives_to_an_inner_value(tmp_path):
+    module = Counted().eval()
+    names = {"sample": "sample", "t": "text", "mask": "mask"}
+    given = {name: call(2)[meant] for name, meant in names.items()}
+    compute = lambda inputs: {"output": module(*(inputs[name] for name in names))}  # noqa: E731
+    calls = Calls(given, None, frozenset(), {"mask": KEPT})
+    graph = write_graph(tmp_path / "model.onnx", module, compute, calls, ("output",), opset=21, called="the toy")
+    with torch.no_grad():
+        expected = module(*given.values())
+    assert set(graph.inputs) == {"sample", "t"}
+    assert rel_l2(graph_denoise(graph, OnnxRuntime())(given), expected) < 1e-6
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_is_that_of_torch(side, batch_first):
+    rows = [torch.randn(length, 3, generator=torch.Generator().manual_seed(length)) for length in (2, 5, 4)]
+    torch.testing.assert_close(
+        padded(rows, batch_first, 0.5, side), nn.utils.rnn.pad_sequence(rows, batch_first, 0.5, side), rtol=0, atol=0
+    )
 
 
 def test_values_that_decide_and_differ_between_rows_are_named(tmp_path, capfd):

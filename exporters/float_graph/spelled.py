@@ -1,0 +1,45 @@
+"""Compute functions of torch by others, for which torch has rules for many rows and for complex numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+def padded(
+    sequences: Sequence[torch.Tensor],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: Literal["left", "right"] = "right",
+) -> torch.Tensor:
+    """Return B sequences (T, ...) as one tensor (B, T, ...) or, without `batch_first`, (T, B, ...).
+
+    Sequences that are shorter than the longest are padded, as `torch.nn.utils.rnn.pad_sequence` does it.
+    """
+    longest = max(each.shape[0] for each in sequences)
+
+    def of_full_length(each: torch.Tensor) -> torch.Tensor:
+        missing = longest - each.shape[0]
+        if not missing:
+            return each
+        sides = [0, missing] if padding_side == "right" else [missing, 0]
+        return functional.pad(each, [0, 0] * (each.dim() - 1) + sides, value=padding_value)
+
+    return torch.stack([of_full_length(each) for each in sequences], dim=0 if batch_first else 1)
+
+
+SPELLED: Mapping[Any, Callable[..., torch.Tensor]] = {torch._C._nn.pad_sequence: padded}
+"""Functions of torch, and what replaces them."""
+
+
+class Spelled(TorchFunctionMode):
+    """Call the replacements of SPELLED while this mode is entered."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return SPELLED.get(func, func)(*args, **(kwargs or {}))
