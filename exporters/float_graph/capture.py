@@ -156,6 +156,8 @@ def capture(
     traced with one row. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
+    with torch.no_grad():  # models keep tables from their first call: those made while torch traces have no values
+        compute(calls.usual)
     try:
         return task.usual(), {}
     except StepFailed as error:
