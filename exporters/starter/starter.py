@@ -83,7 +83,7 @@ class Found:
     cost: ModelCost | None
     """Cost of a call; None if it cannot be counted without weights."""
     minutes: float | None = None
-    """Time in which a run of the recipe should end; the cost is then a timed one."""
+    """Time in which a run of the recipe should end; the cost, if there is one, is then a timed one."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
 
@@ -123,6 +123,8 @@ class Found:
             yield f"put the weights in safetensors into {self.path}: a run needs them"
         if self.lacks is not None:
             yield f"record {self.conditions}, as the recipe says: {self.lacks}"
+            if self.minutes is not None:
+                yield f"run `intaglio init` once more, with --force: it chooses steps for {self.minutes:g} minutes then"
         try:
             bind(Recipe.parse(recipe_text(self)), base=Path(recipe).parent)
         except IntaglioError as error:
@@ -183,7 +185,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
         least=max(_relative_size(layers, name, (*INT8, "w4a16")) for name in chosen),
         components=_components(checkpoint),
         cost=cost,
-        minutes=minutes if cost is not None else None,
+        minutes=minutes,
         has_weights=checkpoint.has_weights,
     )
 
