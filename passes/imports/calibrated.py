@@ -37,8 +37,6 @@ CONFIGS: Mapping[str, bool] = {
     "INT4_AWQ_CFG": True,
 }
 """Configurations whose codes are plain integers; True where the recorded calls decide about scales."""
-BLOCK = 128
-"""Block size of Model Optimizer's INT4 configurations."""
 
 
 class QuantizeWithModelopt(Pass):
@@ -59,7 +57,7 @@ class QuantizeWithModelopt(Pass):
         "INT8_DEFAULT_CFG", description=f"Model Optimizer's name of the configuration: {', '.join(CONFIGS)}"
     )
     block: Literal[32, 64, 128] = Field(
-        BLOCK, description="neighbouring weights that share a scale, in INT4 configurations"
+        128, description="neighbouring weights that share a scale, in INT4 configurations"
     )
     ignore: tuple[str, ...] = Field((), description="quantizers to switch off, such as `proj_out*`")
 
