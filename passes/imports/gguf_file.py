@@ -114,6 +114,22 @@ def _places(stream: BufferedReader) -> tuple[dict[str, _Place], int]:
         raise ValueError(f"its version is {version}: {' and '.join(map(str, VERSIONS))} are read, little-endian")
     if count > MOST_TENSORS or pairs > MOST_TENSORS:
         raise ValueError(f"it lists {count} tensors and {pairs} values: at most {MOST_TENSORS} of each are read")
+    alignment = _alignment(header, pairs)
+    places: dict[str, _Place] = {}
+    for _ in range(count):
+        name = header.text()
+        if name in places:
+            raise ValueError(f"{printable(name)[:120]} is there twice")
+        places[name] = header.place(name)
+    start = -(-stream.tell() // alignment) * alignment
+    ends = (place.offset + place.size for place in places.values())
+    if max(sum(place.size for place in places.values()), *ends, 0) > size - start:
+        raise ValueError(f"its tensors have more bytes than the {max(size - start, 0)} that follow the header")
+    return places, start
+
+
+def _alignment(header: _Header, pairs: int) -> int:
+    """Skip the metadata, and return the alignment of the tensors that it names."""
     alignment = 32
     for _ in range(pairs):
         key, kind = header.text(), header.number("I")
@@ -124,16 +140,7 @@ def _places(stream: BufferedReader) -> tuple[dict[str, _Place], int]:
             raise ValueError(f"{key}: tensors that are stored in another shape are not read")
     if not 0 < alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment}: a power of two up to {MOST_ALIGNMENT} is expected")
-    places: dict[str, _Place] = {}
-    for _ in range(count):
-        name = header.text()
-        if name in places:
-            raise ValueError(f"{printable(name)[:120]} is there twice")
-        places[name] = header.place(name)
-    start = -(-stream.tell() // alignment) * alignment
-    if sum(place.size for place in places.values()) > size - start:
-        raise ValueError(f"its tensors have more bytes than the {size - start} that follow the header")
-    return places, start
+    return alignment
 
 
 class _Header:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from intaglio.passes.imports.imported import some
 from intaglio.pipeline.errors import RecipeError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Prefixes before the names of a denoiser in files that may hold a whole pipeline."""
 WEIGHT = ".weight"
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Stored:
         return min((len(value) for value in self.rows.values()), default=0)
 
 
-def denoiser_only(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def denoiser_only(tensors: Mapping[str, Held]) -> dict[str, Held]:
     """Return the tensors of the denoiser without a prefix; text encoders and autoencoders beside it are left out."""
     prefix = next((each for each in PREFIXES if any(name.startswith(each) for name in tensors)), "")
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

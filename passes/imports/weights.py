@@ -55,7 +55,7 @@ class ImportWeights(ImportPass):
     )
     requantize: bool = Field(
         False,
-        description="round weights again that have no exact form here: Q8_0 of GGUF, to one scale for each output channel",
+        description="round weights again that have no exact form here: Q8_0 of GGUF, to one scale for each channel",
     )
 
     @classmethod
@@ -138,5 +138,5 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
         )
     raise RecipeError(
         f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao or"
-        f" ComfyUI: only what {_compressed_tensors.METHOD}, torchao or ComfyUI wrote is read, and GGUF files (*{_gguf.SUFFIX})"
+        f" ComfyUI: only what {_compressed_tensors.METHOD}, torchao or ComfyUI wrote is read, and *{_gguf.SUFFIX} files"
     )
