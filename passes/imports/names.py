@@ -5,6 +5,7 @@ Shapes: N rows of a weight, out features.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Prefixes before the names of a denoiser in files that may hold a whole pipeline."""
 WEIGHT = ".weight"
+LARGE = re.compile(r"\d{5}")
+"""Number in a name up to which a conversion would count blocks."""
 Held = TypeVar("Held")
 
 
@@ -58,6 +61,8 @@ def in_names_of(
     named = rest.keys() | {f"{name}{WEIGHT}" for name in weights}
     if 2 * len(named & module.state_dict().keys()) >= len(named):
         return dict(weights), dict(rest)
+    if large := [name for name in named if LARGE.search(name)]:
+        raise RecipeError(f"{some(large)}: has a number of five digits or more, which no block of a model has")
     convert, first, places = _conversion(module, [*weights, *rest]), 0, {}
     given = dict(rest)
     for name, stored in weights.items():
@@ -66,7 +71,7 @@ def in_names_of(
         first += len(stored)
     try:
         converted = convert(checkpoint=given, config=dict(getattr(module, "config", {})))
-    except (*DAMAGE, RuntimeError) as error:
+    except (*DAMAGE, AssertionError, NameError, RuntimeError) as error:
         said = printable(f"{type(error).__name__}: {error}")[:200]
         raise RecipeError(
             f"its names are not those of the {type(module).__name__}, and diffusers cannot convert them: {said}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from intaglio.passes.imports import comfy as _comfy
+from intaglio.passes.imports import compressed_tensors as _compressed_tensors
 from intaglio.passes.imports import gguf as _gguf
+from intaglio.passes.imports import torchao as _torchao
 from intaglio.passes.imports.gguf_file import check_gguf
 from intaglio.passes.imports.imported import (
     ImportPass,
@@ -104,10 +107,6 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
 
     `requantize`: round weights again that have no exact form here.
     """
-    from intaglio.passes.imports import comfy as _comfy
-    from intaglio.passes.imports import compressed_tensors as _compressed_tensors
-    from intaglio.passes.imports import torchao as _torchao
-
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
@@ -131,12 +130,23 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
         return _comfy.read_comfy(tensors, metadata, module)
     if _torchao.NAMES in metadata:
         return _torchao.read_torchao(tensors, metadata)
-    if any(name.endswith((".weight._data", ".weight._data._data")) for name in tensors):
-        raise RecipeError(
+    raise RecipeError(_refusal(tensors, method))
+
+
+def _refusal(names: Collection[str], method: object) -> str:
+    """Say which library's files these are, if that is known, why they are not read, and which files are."""
+    if any(name.endswith((".weight._data", ".weight._data._data")) for name in names):
+        return (
             "quanto's files are not read: its 4-bit weights have zero points in float, which have no exact form here;"
             f" save the weights with {_compressed_tensors.METHOD} or torchao"
         )
-    raise RecipeError(
+    if {"qweight", "wscales"} <= {name.rpartition(".")[2] for name in names}:
+        return (
+            "nunchaku's SVDQuant files are not read: they round inputs to 4 bits with a scale for every 64 features of"
+            " a token, which has no form here, and their AWQ layers have zero points; the step balance with a `branch`"
+            " makes weights of the same kind from the model in full precision"
+        )
+    return (
         f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao or"
         f" ComfyUI: only what {_compressed_tensors.METHOD}, torchao or ComfyUI wrote is read, and *{_gguf.SUFFIX} files"
     )

@@ -37,6 +37,8 @@ UP = re.compile(r"[._]lora([._]up|_B)(\.default)?(\.weight)?$")
 """End of the name of the factor that has a layer's out features."""
 PART = re.compile(r"(\.alpha|\.dora_scale|[._]lora[._]\w+(\.\w+)*)$")
 """End of the name of any tensor of one layer."""
+LARGE = re.compile(r"\d{5}")
+"""Number in a name up to which loaders would count blocks."""
 ALPHA = re.compile(r"(\.lora_A\.weight)?\.alpha")
 
 
@@ -97,6 +99,8 @@ def converted(
 
     The loaders know the layouts of other trainers, such as kohya's for SDXL and Flux.
     """
+    if any(LARGE.search(key) for key in tensors):
+        return None
     for state in _conversions(tensors, module):
         if state and len(fitting(state.keys(), layers)[1]) == len(state) and _is_complete(tensors, state):
             return state
@@ -120,7 +124,7 @@ def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iter
     from diffusers.loaders import lora_pipeline
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-    loaders = [
+    loaders: list[Any] = [
         kind for kind in vars(lora_pipeline).values() if inspect.isclass(kind) and "lora_state_dict" in vars(kind)
     ]
     for loader in loaders:
@@ -128,7 +132,7 @@ def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iter
             made: Any = loader.lora_state_dict(
                 dict(tensors), unet_config=getattr(module, "config", None), return_alphas=True
             )
-        except (*DAMAGE, AssertionError, RuntimeError):  # made for another layout
+        except (*DAMAGE, AssertionError, NameError, RuntimeError):  # made for another layout
             continue
         state, alphas = (made[0], made[1] or {}) if isinstance(made, tuple) else (made, {})
         values = {
