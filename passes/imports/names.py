@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from intaglio.passes.imports.imported import some
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import DAMAGE, printable
+from intaglio.pipeline.model.lora_formats import quiet_diffusers
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,8 @@ def in_names_of(
         places[first] = name
         first += len(stored)
     try:
-        converted = convert(checkpoint=given, config=dict(getattr(module, "config", {})))
+        with quiet_diffusers():
+            converted = convert(checkpoint=given, config=dict(getattr(module, "config", {})))
     except (*DAMAGE, AssertionError, NameError, RuntimeError) as error:
         said = printable(f"{type(error).__name__}: {error}")[:200]
         raise RecipeError(

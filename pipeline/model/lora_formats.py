@@ -6,6 +6,7 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from intaglio.pipeline.errors import RecipeError
@@ -118,6 +119,19 @@ def _is_complete(given: Mapping[str, torch.Tensor], made: Mapping[str, torch.Ten
     return rows[0] == rows[1] and not others and any("dora" in k for k in given) == any("magnitude" in k for k in made)
 
 
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Keep diffusers from printing names of a file, which anyone may have written."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Yield what each LoRA loader of diffusers makes of the tensors, with each layer's alpha as a tensor."""
     import torch
@@ -129,9 +143,10 @@ def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iter
     ]
     for loader in loaders:
         try:
-            made: Any = loader.lora_state_dict(
-                dict(tensors), unet_config=getattr(module, "config", None), return_alphas=True
-            )
+            with quiet_diffusers():
+                made: Any = loader.lora_state_dict(
+                    dict(tensors), unet_config=getattr(module, "config", None), return_alphas=True
+                )
         except (*DAMAGE, AssertionError, NameError, RuntimeError):  # made for another layout
             continue
         state, alphas = (made[0], made[1] or {}) if isinstance(made, tuple) else (made, {})

@@ -142,6 +142,21 @@ def test_every_layer_has_its_own_alpha(layout, tmp_path):
         torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_names_that_no_loader_knows_are_one_error_and_nothing_else_is_printed(tmp_path, capfd):
+    tensors = {"lora_unet_double_blocks_0_\x1b[31m.lora_down.weight": torch.ones(4, 64)}
+    save_file(
+        tensors | {"lora_unet_double_blocks_99999_a.lora_up.weight": torch.ones(64, 4)}, tmp_path / "a.safetensors"
+    )
+    save_file(tensors, tmp_path / "b.safetensors")
+    for name in "ab":
+        with pytest.raises(
+            RecipeError, match=r"keys fit no layer of the FluxTransformer2DModel: lora_unet_double"
+        ) as raised:
+            fuse_lora_(flux().module, tmp_path / f"{name}.safetensors", 1.0, LABEL)
+        assert "\x1b" not in str(raised.value)
+    assert "".join(capfd.readouterr()) == ""
+
+
 @pytest.mark.parametrize("lost", ["lora_up.weight", "lora_down.weight", None])
 @pytest.mark.parametrize("layout", ["sdxl", "flux"])
 def test_a_layer_that_a_conversion_would_lose_is_an_error(layout, lost, tmp_path):
