@@ -118,7 +118,7 @@ def _stored(form: _Form, parts: Mapping[str, torch.Tensor]) -> Stored:
         raise NotCarried(f"no {'weight' if codes is None else 'weight_scale'}")
     if "input_scale" in parts:
         raise NotCarried(f"input_scale: in {FORMAT} inputs are rounded with a scale for each token")
-    if codes.dtype != torch.int8 or codes.dim() != 2:
+    if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
         raise NotCarried(f"a weight {tuple(codes.shape)} in {dtype_name(codes)}: codes are (N, K) in int8")
     if scale.numel() not in (1, len(codes)):
         raise NotCarried(f"weight_scale {tuple(scale.shape)} for a weight {tuple(codes.shape)}: one, or one a row")

@@ -64,6 +64,8 @@ def in_names_of(
         return dict(weights), dict(rest)
     if large := [name for name in named if LARGE.search(name)]:
         raise RecipeError(f"{some(large)}: has a number of five digits or more, which no block of a model has")
+    if numbers := [name for name, value in rest.items() if value.dtype == torch.int64]:
+        raise RecipeError(f"{some(numbers)}: in int64, which the conversion of names by diffusers does not take")
     convert, first, places = _conversion(module, [*weights, *rest]), 0, {}
     given = dict(rest)
     for name, stored in weights.items():

@@ -46,7 +46,10 @@ class Update:
 
 
 def find_lora(given: str, base: Path) -> Path:
-    """Return the LoRA file that a recipe in `base` names. Raises RecipeError if it has no keys for a denoiser."""
+    """Return the LoRA file that a recipe in `base` names.
+
+    Raises RecipeError if it has no keys for a denoiser, or if it is an adapter of another kind.
+    """
     path = (base / given).resolve()
     if not path.exists():
         raise RecipeError(f"model.loras: no {given} beside the recipe")
@@ -63,6 +66,7 @@ def find_lora(given: str, base: Path) -> Path:
     others = [key for key in keys if TEXT_ENCODER.match(key)]
     if len(others) == len(keys):
         raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} belongs to a denoiser: {_some(keys)}")
+    refuse_other_kinds([key for key in keys if not TEXT_ENCODER.match(key)], f"model.loras: {given}")
     if others:
         logging.getLogger(__name__).warning(
             "%s: %d of %d keys belong to text encoders, which are not compiled: %s",

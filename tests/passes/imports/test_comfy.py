@@ -238,5 +238,14 @@ def test_names_that_diffusers_cannot_convert_are_an_error(dit, tmp_path):
     name = "joint_blocks.0.x_block.attn.qkv"
     tensors = checkpoint({n: v for n, v in original.items() if "final_layer" not in n}, [name], 16)
     save_file(tensors, tmp_path / "d.safetensors")
+    for changed, why in {
+        "joint_blocks.0.x_block.attn.qkv.bias": (torch.ones(5, dtype=torch.int64), r"qkv\.bias: in int64, which"),
+        "joint_blocks.123456789.x": (torch.ones(1), r"joint_blocks\.123456789\.x: has a number of five digits"),
+        f"{name}.weight": (torch.ones(0, 64, dtype=torch.int8), r"qkv: a weight \(0, 64\) in int8: codes are"),
+        f"{name}.weight_scale": (torch.ones(7), r"qkv: weight_scale \(7,\) for a weight \(192, 64\)"),
+    }.items():
+        save_file(tensors | {changed: why[0]}, tmp_path / "e.safetensors")
+        with pytest.raises(RecipeError, match=why[1]):
+            read_weights([tmp_path / "e.safetensors"], module)
     with pytest.raises(RecipeError, match=r"names are not those of the SD3Transformer2DModel, .* 'final_layer"):
         read_weights([tmp_path / "d.safetensors"], module)

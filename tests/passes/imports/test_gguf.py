@@ -1,6 +1,7 @@
 """GGUF files, written here as their documentation says, and one that the library gguf 0.19 wrote."""
 
 import base64
+import os
 import struct
 import time
 import zlib
@@ -200,6 +201,14 @@ def test_damaged_files_are_refused_in_one_line_before_anything_is_read(why, tmp_
     assert time.process_time() - started < 2
     with pytest.raises(ValidationError, match="cannot be read as GGUF"):
         ImportWeights.model_validate({"path": "c.gguf"}, context={"base": tmp_path})
+
+
+def test_a_pipe_and_a_folder_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    for name, why in (("pipe.gguf", "is not a regular file"), ("folder.gguf", "is a folder, not a file")):
+        with pytest.raises(ValidationError, match=f"{name}: {why}"):
+            ImportWeights.model_validate({"path": name}, context={"base": tmp_path})
 
 
 def test_a_long_list_of_texts_takes_seconds_at_most(tmp_path):

@@ -15,7 +15,7 @@ from tiny import tiny_dit
 from tiny_families import flux, sd15, sdxl
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.lora import fuse_lora_
+from intaglio.pipeline.model.lora import find_lora, fuse_lora_
 
 RANK, SCALE, LABEL = 6, 0.7, "model.loras[0]"
 WIDTH = 64
@@ -200,3 +200,5 @@ def test_adapters_of_other_kinds_are_refused_by_name_with_what_to_do(kind, prefi
     assert f"keys belong to {kind}, and only LoRA is fused here: merge the adapter into the model" in said
     assert said.endswith("name that folder as model.path")
     assert "\n" not in said
+    with pytest.raises(RecipeError, match=r"model\.loras: k\.safetensors: \d of \d keys belong to"):
+        find_lora("k.safetensors", tmp_path)
