@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -89,34 +89,9 @@ class ImportPass(Pass):
         trajectory: Trajectory,
         ctx: Context,
     ) -> Outputs:
-        """Return the plan and the integers; layers that were not taken stay in float, and the log says why.
-
-        Raises RecipeError with the first problems, and how many more there are.
-        """
-        from intaglio.pipeline.artifacts.quantized import Quantized
-        from intaglio.pipeline.numerics.basis import LayerBalance
-
-        if said := [f"{printable(self.path)}: {problem}" for problem in problems]:
-            more = len(said) - LISTED_PROBLEMS
-            raise RecipeError(*said[:LISTED_PROBLEMS], *([f"and {more} more problems"] if more > 0 else []))
-        taken = found.taken
-        plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
-        balances = {}
-        for name, data in taken.items():
-            if data.balance is None:
-                continue
-            if data.tables.amax_T is None:  # no entry is larger
-                amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max()
-            else:
-                amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))
-            balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
-        plan = plan.balanced(balances)
-        bits = plan.weight_bits_mean
-        ctx.log.info("%d of %d layers from %s, %.2f bits per weight", len(taken), len(layers), origin, bits)
-        for reason, names in found.in_float.items():
-            ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
-        # one entry, as scales do not depend on the step
-        return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
+        """Return what `outputs_of` does; problems are those of the file at `path`."""
+        said = [f"{printable(self.path)}: {problem}" for problem in problems]
+        return outputs_of(origin, layers, found, said, trajectory, ctx)
 
 
 def _base(context: Mapping[str, Path] | None) -> Path:
@@ -173,6 +148,44 @@ def take_layers(layers: Iterable[Layer], take: Callable[[Layer], QuantizedLayerD
         except NotCarried as reason:
             found.refused[str(reason)].append(layer.name)
     return found
+
+
+def outputs_of(
+    origin: str,
+    layers: tuple[Layer, ...],
+    found: TakenLayers,
+    problems: Sequence[str],
+    trajectory: Trajectory,
+    ctx: Context,
+) -> Outputs:
+    """Return the plan and the integers; layers that were not taken stay in float, and the log says why.
+
+    Raises RecipeError with the first problems, and how many more there are.
+    """
+    from intaglio.pipeline.artifacts.quantized import Quantized
+    from intaglio.pipeline.numerics.basis import LayerBalance
+
+    if problems:
+        more = len(problems) - LISTED_PROBLEMS
+        raise RecipeError(*problems[:LISTED_PROBLEMS], *([f"and {more} more problems"] if more > 0 else []))
+    taken = found.taken
+    plan = QuantPlan(layers, {n.name: taken[n.name].scheme if n.name in taken else FLOAT for n in layers})
+    balances = {}
+    for name, data in taken.items():
+        if data.balance is None:
+            continue
+        if data.tables.amax_T is None:  # no entry is larger
+            amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max() * data.balance.block
+        else:
+            amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))
+        balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
+    plan = plan.balanced(balances)
+    bits = plan.weight_bits_mean
+    ctx.log.info("%d of %d layers from %s, %.2f bits per weight", len(taken), len(layers), origin, bits)
+    for reason, names in found.in_float.items():
+        ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
+    # one entry, as scales do not depend on the step
+    return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:

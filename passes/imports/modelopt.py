@@ -1,33 +1,23 @@
-"""Take over a denoiser that NVIDIA's Model Optimizer quantized: its integers and scales, exactly or not at all.
-
-Shapes: N out features, K in features, G scales per row, C input channels.
-"""
+"""Take over a denoiser that NVIDIA's Model Optimizer quantized: its integers and scales, exactly or not at all."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from intaglio.passes.imports.imported import (
-    ImportedInput,
     ImportPass,
-    NotCarried,
-    StaysFloat,
-    as_float32,
-    check_called,
-    layer_data,
     problems_of,
     shown,
     some,
     take_layers,
 )
+from intaglio.passes.imports.quantizers import SavedQuantizers, grouped, taker
 from intaglio.passes.imports.torch_file import check_end, load_torch_file
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.contract.artifact import Outputs, State
@@ -35,29 +25,10 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.formats.layer_tables import LayerTables
-from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-    from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
-    from intaglio.pipeline.artifacts.trajectory import Trajectory
-    from intaglio.pipeline.model.denoiser import DenoiserModel
-    from intaglio.pipeline.numerics.basis import Balance
-
-ZERO_AMAX = 2.0**-24
-"""Largest magnitude at which Model Optimizer still rounds everything to zero."""
-USUAL: Mapping[str, object] = {
-    "_if_quant": True,
-    "_if_calib": False,
-    "_fake_quant": True,
-    "_unsigned": False,
-    "_bias": None,
-    "_use_constant_amax": False,
-    "backend": None,
-}
-"""Attributes of a quantizer that stand for plain symmetric rounding."""
 NOT_A_MODEL = (
     "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), after"
     " modelopt.torch.quantization.quantize"
@@ -92,25 +63,7 @@ class ImportModelopt(ImportPass):
         model, trajectory, saved = state[MODEL].open(), state[TRAJECTORY], read_modelopt(self._place)
         layers = layer_table(model.module)
         on = {name: q for name, q in saved.quantizers.items() if q.on and not self._ignores(name)}
-        dynamic = [n.name for n in layers if (q := on.get(f"{n.name}.input_quantizer")) and q.dynamic]
-        ranks = _ranks(model, trajectory, dynamic) if dynamic else {}
-
-        def take(layer: Layer) -> QuantizedLayerData:
-            weight, entering = (on.get(f"{layer.name}.{part}_quantizer") for part in ("weight", "input"))
-            balance = _balance(layer, saved.quantizers.get(f"{layer.name}.input_quantizer"))
-            if weight is None:
-                name = f"{layer.name}.weight_quantizer"
-                _check_float(entering, balance)
-                raise StaysFloat("its weight quantizer is off" if name in saved.quantizers else "it has no quantizer")
-            check_called(layer, trajectory)
-            w = saved.tensors.get(f"{layer.name}.weight")
-            if w is None or tuple(w.shape) != layer.shape:
-                held = "no weight" if w is None else f"a weight {tuple(w.shape)}"
-                raise NotCarried(f"the file has {held}, but the model has one of {layer.shape}")
-            bits, codes, scale_NG = _codes(layer, as_float32("a weight", w), weight)
-            rounded = None if entering is None else _input(layer, entering, ranks.get(layer.name, 0))
-            return layer_data(layer, bits, codes, scale_NG, rounded, balance)
-
+        take = taker(saved, on, layers, model, trajectory)
         found = take_layers(layers, take)
         quantized = [layer.name for layer in layers if f"{layer.name}.weight_quantizer" in on]
         problems = [*self._left_over(saved, layers), *problems_of(model.module, saved.tensors, found, quantized)]
@@ -119,7 +72,7 @@ class ImportModelopt(ImportPass):
     def _ignores(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
-    def _left_over(self, saved: _Saved, layers: Iterable[Layer]) -> Iterator[str]:
+    def _left_over(self, saved: SavedQuantizers, layers: Iterable[Layer]) -> Iterator[str]:
         """Yield a problem for each quantizer in the file that no layer uses."""
         on = [name for name, q in saved.quantizers.items() if q.on]
         for pattern in self.ignore:
@@ -141,56 +94,7 @@ class ImportModelopt(ImportPass):
         yield from (f"{some(names)}: {what}" for what, names in unknown.items())
 
 
-class _Facts(BaseModel):
-    """Attributes of a TensorQuantizer that say how it rounds, under Model Optimizer's names."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    bits: int | tuple[int, int] = Field(alias="_num_bits")
-    axis: int | tuple[int, ...] | None = Field(None, alias="_axis")
-    blocks: dict[int | str, object] | None = Field(None, alias="_block_sizes")
-    dynamic: bool = Field(False, alias="_dynamic")
-    narrow: bool = Field(False, alias="_narrow_range")
-
-
-@dataclass(frozen=True)
-class _Quantizer:
-    """TensorQuantizer: its attributes and its buffers."""
-
-    facts: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def on(self) -> bool:
-        """True if it rounds. Anything but `True` under `_disabled` leaves it on, and fails later."""
-        return self.facts.get("_disabled", False) is not True
-
-    @property
-    def dynamic(self) -> bool:
-        """True if it computes its scales at run time."""
-        return self.facts.get("_dynamic") is True
-
-    @cached_property
-    def how(self) -> _Facts:
-        """Attributes that say how it rounds. Raises NotCarried for types other than Model Optimizer's."""
-        try:
-            return _Facts.model_validate(dict(self.facts))
-        except ValidationError as error:
-            names = dict.fromkeys(str(each["loc"][0]) for each in error.errors(include_input=False, include_url=False))
-            said = ", ".join(f"{name} is {shown(self.facts.get(name))}" for name in names)
-            raise NotCarried(f"attributes that Model Optimizer does not write: {said}") from error
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """Content of a file of `modelopt.torch.opt.save`: the denoiser's tensors and all quantizers, by name."""
-
-    tensors: Mapping[str, torch.Tensor]
-    quantizers: Mapping[str, _Quantizer]
-    version: str
-
-
-def read_modelopt(file: Path) -> _Saved:
+def read_modelopt(file: Path) -> SavedQuantizers:
     """Read a file of `modelopt.torch.opt.save`. Raises RecipeError for all other files; nothing in it is run."""
     where = printable(file)
     saved = load_torch_file(file)
@@ -210,15 +114,7 @@ def read_modelopt(file: Path) -> _Saved:
         raise RecipeError(f"{where}: {some(others)}: no attributes of a quantizer")
     if others := [name for name, value in tensors.items() if not _is_plain(value)]:
         raise RecipeError(f"{where}: {some(others)}: not a dense tensor whose values are all in the file")
-    buffers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    rest = {}
-    for key, value in tensors.items():
-        name, _, part = key.rpartition(".")
-        if name in facts:
-            buffers[name][part] = value.detach()
-        else:
-            rest[key] = value.detach()
-    return _Saved(rest, {name: _Quantizer(each, buffers[name]) for name, each in facts.items()}, version)
+    return grouped(tensors, facts, version)
 
 
 def _is_plain(value: object) -> bool:
@@ -231,163 +127,3 @@ def _is_plain(value: object) -> bool:
         and value.device.type == "cpu"
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
-
-
-def _ranks(model: DenoiserModel, trajectory: Trajectory, names: Collection[str]) -> dict[str, int]:
-    """Return the number of axes of each of these layers' inputs."""
-    import torch
-
-    from intaglio.pipeline.model.calls import denoise_with
-    from intaglio.pipeline.model.hooks import before_calls
-
-    found: dict[str, int] = {}
-    modules = {name: model.module.get_submodule(name) for name in names}
-    with before_calls(modules, lambda name, args: found.update({name: args[0].dim()})), torch.no_grad():
-        denoise_with(model.module, model)(trajectory.call(0, slice(1)))
-    return found
-
-
-def _balance(layer: Layer, entering: _Quantizer | None) -> Balance | None:
-    """Return the factors on the input, which apply even if its quantizer is off."""
-    from intaglio.pipeline.numerics.basis import Balance
-
-    if entering is None or not entering.facts.get("_enable_pre_quant_scale", True):
-        return None
-    scale = entering.tensors.get("_pre_quant_scale")
-    if scale is None:
-        return None
-    if layer.op != "linear" or scale.numel() != layer.k:
-        raise NotCarried(f"a pre_quant_scale {tuple(scale.shape)} in front of a {layer.op} of {layer.k} in features")
-    try:
-        return Balance(as_float32("a pre_quant_scale", scale).flatten())
-    except ValueError as error:
-        raise NotCarried(f"its pre_quant_scale: {error}") from error
-
-
-def _check_float(entering: _Quantizer | None, balance: Balance | None) -> None:
-    """Raise NotCarried if a layer with a float weight differs from that of the model."""
-    if entering is not None:
-        raise NotCarried("a rounded input in front of a float weight: save before fold_weight, or round neither")
-    if balance is not None:
-        raise NotCarried("a pre_quant_scale in front of a float weight")
-
-
-def _codes(layer: Layer, w: torch.Tensor, quantizer: _Quantizer) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Return bits, codes (N, K) int8 and scales (N, G) as Model Optimizer has them.
-
-    It computes q = clip(round(w * (high / amax))).
-    """
-    import torch
-
-    from intaglio.pipeline.numerics.rounding import SCALE_EPS
-
-    bits, how = _bits("weight", quantizer), quantizer.how
-    if how.dynamic:
-        raise NotCarried("weight scales that are found when it is called (dynamic)")
-    amax_NG = _weight_amax(layer, quantizer)
-    high = 2 ** (bits - 1) - 1
-    low = -high if how.narrow else -high - 1
-    inverse_NG = torch.where(amax_NG <= ZERO_AMAX, 0.0, high / amax_NG)
-    w_NGS = w.reshape(layer.n, amax_NG.shape[1], -1)
-    if ((inverse_NG == 0) & (w_NGS.abs().amax(-1) > ZERO_AMAX)).any():
-        raise NotCarried("weight scales of 0 for weights that are not 0")
-    codes = torch.clamp((w_NGS * inverse_NG.unsqueeze(-1)).round(), low, high).to(torch.int8)
-    return bits, codes.reshape(layer.n, layer.k), (amax_NG / high).clamp_min(SCALE_EPS)
-
-
-def _weight_amax(layer: Layer, quantizer: _Quantizer) -> torch.Tensor:
-    """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried if they are not the layer's."""
-    amax, axis, blocks = _amax("weight", quantizer), quantizer.how.axis, _blocks(quantizer.how)
-    count = 1
-    if blocks:
-        count = layer.k // _block_size(layer, blocks)
-        fits = amax.numel() == layer.n * count
-    elif axis is None:
-        fits = amax.numel() == 1
-    else:
-        fits = axis in (0, (0,)) and amax.numel() == layer.n and (amax.dim() == 0 or len(amax) == layer.n)
-    if not fits:
-        raise NotCarried(f"weight scales {tuple(amax.shape)} along axis {axis}" + f" in blocks {blocks}" * bool(blocks))
-    if (amax < 0).any():
-        raise NotCarried("weight scales below 0")
-    return amax.reshape(-1, count).expand(layer.n, count)
-
-
-def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
-    """Return the size of blocks that split the input features evenly. Raises NotCarried for other blocks."""
-    rank = len(layer.shape)
-    (axis, size), *others = blocks.items()
-    if type(size) is not int or size < 1:
-        raise NotCarried(f"blocks of {shown(size)} weights: a whole number above 0 is needed")
-    if others or axis not in (1, 1 - rank) or layer.op != "linear":
-        raise NotCarried(
-            f"blocks {shown(dict(blocks))} of a weight {layer.shape}: only of a linear layer, along its input"
-        )
-    if layer.k % size:
-        raise NotCarried(f"blocks of {shown(size)} weights do not divide the {layer.k} input features of the layer")
-    return size
-
-
-def _input(layer: Layer, quantizer: _Quantizer, rank: int) -> ImportedInput:
-    """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
-    bits, how = _bits("input", quantizer), quantizer.how
-    if how.narrow:
-        raise NotCarried(
-            "an input with narrow_range, which leaves out the smallest code (-128 in 8 bits): only inputs that have"
-            " this code can be imported"
-        )
-    blocks = {key: size for key, size in (how.blocks or {}).items() if key != "type"}
-    by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}
-    match bits:
-        case 4 | 8 if how.dynamic and by_token and layer.op == "linear":
-            return ImportedInput(IntInput(bits=bits, granularity=PerToken()))
-        case 4 | 8 if not how.dynamic and how.axis is None and not how.blocks:
-            return ImportedInput(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
-    raise NotCarried(
-        f"{'dynamic' if how.dynamic else 'static'} input scales along axis {shown(how.axis)}, blocks"
-        f" {shown(how.blocks)}, of a {layer.op}: only one static scale, or for linear layers a dynamic one for each"
-        " token"
-    )
-
-
-def _bits(what: str, quantizer: _Quantizer) -> int:
-    """Return 4 or 8. Raises NotCarried for any other number format, and for quantizers that do more than round."""
-    if quantizer.facts.get("is_sequential_quantizer"):
-        raise NotCarried(f"several quantizers in a row for its {what}")
-    bits = quantizer.how.bits
-    if bits not in (4, 8):
-        form = f"E{shown(bits[0])}M{shown(bits[1])}" if isinstance(bits, tuple) else f"{shown(bits)} bits"
-        raise NotCarried(f"{what} in {form}: only integers of 4 or 8 bits")
-    facts = quantizer.facts
-    if other := [name for name, usual in USUAL.items() if name in facts and facts[name] is not usual]:
-        said = ", ".join(f"{name.removeprefix('_')} is {shown(facts[name])}" for name in other)
-        raise NotCarried(f"the quantizer of its {what} does more than round: {said}")
-    assert isinstance(bits, int)  # 4 or 8
-    return bits
-
-
-def _blocks(how: _Facts) -> dict[int, object]:
-    """Return sizes by axis. Raises NotCarried for scales that are rounded, or found when the quantizer is called."""
-    written = how.blocks or {}
-    if extra := {key: v for key, v in written.items() if not isinstance(key, int) and (key, v) != ("type", "static")}:
-        raise NotCarried(f"weight blocks with {shown(extra)}")
-    return {key: size for key, size in written.items() if isinstance(key, int) and size is not None}
-
-
-def _amax(what: str, quantizer: _Quantizer) -> torch.Tensor:
-    amax = quantizer.tensors.get("_amax")
-    if amax is None:
-        raise NotCarried(f"no scales of its {what}: the quantizer was never calibrated")
-    return as_float32(f"{what} scales", amax, ": the quantizer was never calibrated, or they are damaged")
-
-
-def _static_amax(quantizer: _Quantizer) -> torch.Tensor:
-    """Return the largest magnitude of the input, (1,). Raises NotCarried for other than one number above 0."""
-    from intaglio.pipeline.numerics.rounding import TOKEN_EPS
-
-    amax = _amax("input", quantizer)
-    if amax.numel() != 1:
-        raise NotCarried(f"input scales {tuple(amax.shape)}: only one")
-    if amax.item() <= 0:
-        raise NotCarried(f"an input scale of {amax.item():g}: it was calibrated on nothing but zeros, or is damaged")
-    return amax.reshape(1).clamp_min(TOKEN_EPS)

@@ -17,29 +17,35 @@ if TYPE_CHECKING:
     import torch
 
     from intaglio.pipeline.formats.layer import Layer
+    from intaglio.pipeline.numerics.basis import Balance
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Codes (N, K) int8 of one layer, scales (N, G) float32, and how its input is rounded, None if it is not."""
+    """Codes (N, K) int8 of one layer, scales (N, G) float32, and how its input is rounded, None if it is not.
+
+    Codes are in the basis of `balance`.
+    """
 
     bits: int
     codes: torch.Tensor
     scale_NG: torch.Tensor
     entering: ImportedInput | None
+    balance: Balance | None = None
 
 
 @dataclass(frozen=True)
 class SavedWeights:
     """Content of one library's files: `weights` by module, read on call, which may raise NotCarried; `rest`, unchanged.
 
-    `problems` are those of the files as a whole.
+    `problems` are those of the files as a whole; `remarks` are for the log.
     """
 
     origin: str
     weights: Mapping[str, Callable[[Layer], Weight]]
     rest: Mapping[str, torch.Tensor]
     problems: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def checked(

@@ -1,13 +1,18 @@
-"""Take over weights that compressed-tensors or torchao quantized: their codes and scales, exactly or not at all."""
+"""Take over weights that other libraries quantized: their codes and scales, exactly or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from intaglio.passes.imports import comfy as _comfy
+from intaglio.passes.imports import compressed_tensors as _compressed_tensors
+from intaglio.passes.imports import gguf as _gguf
+from intaglio.passes.imports import torchao as _torchao
+from intaglio.passes.imports.gguf_file import check_gguf
 from intaglio.passes.imports.imported import (
     ImportPass,
     NotCarried,
@@ -37,7 +42,7 @@ CONFIG = "config.json"
 
 
 class ImportWeights(ImportPass):
-    """Import the plan and the integers from safetensors that compressed-tensors or torchao wrote.
+    """Import the plan and the integers from files of compressed-tensors, torchao or ComfyUI, or from a GGUF file.
 
     Codes and scales of weights are equal to the bit. Scales of inputs are equal up to one rounding in float32. If a
     token's scale is its largest magnitude / 127.5, this largest value lies exactly between two codes, so it may be
@@ -48,12 +53,19 @@ class ImportWeights(ImportPass):
     name: ClassVar[str] = "import-weights"
 
     path: str = Field(
-        description="the denoiser's folder, with config.json and safetensors, or one such file, beside the recipe"
+        description="the denoiser's folder, with config.json and safetensors, or one such file or one GGUF file, beside"
+        " the recipe"
+    )
+    requantize: bool = Field(
+        False,
+        description="round weights again that have no exact form here: Q8_0 of GGUF, to one scale for each channel",
     )
 
     @classmethod
     def files(cls, place: Path) -> list[Path]:
         """Return the files of tensors, and config.json where it is beside them. Raises RecipeError for others."""
+        if place.suffix == _gguf.SUFFIX:
+            return [check_gguf(place)]
         found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
         if not found:
             raise RecipeError(f"{printable(place)}: no *.safetensors in it: name the folder of the denoiser itself")
@@ -69,7 +81,9 @@ class ImportWeights(ImportPass):
 
         model, trajectory = state[MODEL].open(), state[TRAJECTORY]
         layers = layer_table(model.module)
-        saved = read_weights(self.files(self._place), model.module)
+        saved = read_weights(self.files(self._place), model.module, requantize=self.requantize)
+        for remark in saved.remarks:
+            ctx.log.warning("%s: %s", printable(self.path), remark)
 
         def take(layer: Layer) -> QuantizedLayerData:
             read = saved.weights.get(layer.name)
@@ -79,7 +93,7 @@ class ImportWeights(ImportPass):
                 raise NotCarried(f"the weight of a {layer.op}: only those of linear layers can be imported")
             check_called(layer, trajectory)
             weight = read(layer)
-            return layer_data(layer, weight.bits, weight.codes, weight.scale_NG, weight.entering)
+            return layer_data(layer, weight.bits, weight.codes, weight.scale_NG, weight.entering, weight.balance)
 
         found = take_layers(layers, take)
         if others := sorted(saved.weights.keys() - {layer.name for layer in layers}):
@@ -88,15 +102,17 @@ class ImportWeights(ImportPass):
         return self._outputs(saved.origin, layers, found, problems, trajectory, ctx)
 
 
-def read_weights(files: Iterable[Path], module: nn.Module) -> SavedWeights:
-    """Read what compressed-tensors or torchao wrote for a module. Raises RecipeError for all other files."""
-    from intaglio.passes.imports import compressed_tensors as _compressed_tensors
-    from intaglio.passes.imports import torchao as _torchao
+def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool = False) -> SavedWeights:
+    """Read what a library wrote for a module. Raises RecipeError for all other files.
 
+    `requantize`: round weights again that have no exact form here.
+    """
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
     for file in files:
+        if file.suffix == _gguf.SUFFIX:
+            return _gguf.read_gguf(file, module, requantize)
         if file.name == CONFIG:
             config = read_json_object(file)
             continue
@@ -110,14 +126,27 @@ def read_weights(files: Iterable[Path], module: nn.Module) -> SavedWeights:
     method = written.get("quant_method") if isinstance(written, dict) else None
     if isinstance(written, dict) and method == _compressed_tensors.METHOD:
         return _compressed_tensors.read_compressed_tensors(tensors, written, module)
+    if _comfy.is_comfy(tensors, metadata):
+        return _comfy.read_comfy(tensors, metadata, module)
     if _torchao.NAMES in metadata:
         return _torchao.read_torchao(tensors, metadata)
-    if any(name.endswith((".weight._data", ".weight._data._data")) for name in tensors):
-        raise RecipeError(
+    raise RecipeError(_refusal(tensors, method))
+
+
+def _refusal(names: Collection[str], method: object) -> str:
+    """Say which library's files these are, if that is known, why they are not read, and which files are."""
+    if any(name.endswith((".weight._data", ".weight._data._data")) for name in names):
+        return (
             "quanto's files are not read: its 4-bit weights have zero points in float, which have no exact form here;"
             f" save the weights with {_compressed_tensors.METHOD} or torchao"
         )
-    raise RecipeError(
-        f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao: only"
-        f" what {_compressed_tensors.METHOD} or torchao wrote is read"
+    if {"qweight", "wscales"} <= {name.rpartition(".")[2] for name in names}:
+        return (
+            "nunchaku's SVDQuant files are not read: they round inputs to 4 bits with a scale for every 64 features of"
+            " a token, which has no form here, and their AWQ layers have zero points; the step balance with a `branch`"
+            " makes weights of the same kind from the model in full precision"
+        )
+    return (
+        f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao or"
+        f" ComfyUI: only what {_compressed_tensors.METHOD}, torchao or ComfyUI wrote is read, and *{_gguf.SUFFIX} files"
     )

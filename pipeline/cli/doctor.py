@@ -26,7 +26,9 @@ PACKAGES = (
     Package(("onnx",), "onnx", "graphs", CORE, compiles=True),
     Package(("onnx-ir",), "onnx_ir", "graphs", CORE, compiles=True),
     Package(("onnxscript",), "onnxscript", "export from torch", CORE, compiles=True),
-    Package(("nvidia-modelopt",), "modelopt", "writing files of Model Optimizer", "pip install nvidia-modelopt"),
+    Package(
+        ("nvidia-modelopt",), "modelopt.torch", "quantizing with Model Optimizer", "pip install 'intaglio[modelopt]'"
+    ),
     Package(("transformers",), "transformers", "text encoders of whole pipelines", "pip install transformers"),
     Package(("peft",), "peft", "model.loras", "pip install 'intaglio[lora]'"),
 )

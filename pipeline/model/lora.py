@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
 from intaglio.pipeline.files import open_safetensors, parse_json, printable
+from intaglio.pipeline.model.lora_formats import canonical, converted, fitting, refuse_other_kinds
 from intaglio.pipeline.model.model_files import boundary
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PREFIXES = ("", "transformer.", "unet.")
-"""Prefixes that diffusers writes before the names of a denoiser's modules."""
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?\.|lora_te\d?_")
-KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
-KOHYA = re.compile(r"lora_unet_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)")
-"""Names that kohya's trainer gives to layers, with underscores for dots."""
-KOHYA_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
-FLOATS = ("F16", "BF16", "F32", "F64")
+FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+"""Types that are read, as torch and as safetensors name them."""
 PLAIN = re.compile(r"\^?[\w.]+")
 """Pattern of an alpha's key: the end of a layer's name, or, after ^, the whole name."""
 LONGEST_NAME = 120
@@ -50,7 +46,10 @@ class Update:
 
 
 def find_lora(given: str, base: Path) -> Path:
-    """Return the LoRA file that a recipe in `base` names. Raises RecipeError if it has no keys for a denoiser."""
+    """Return the LoRA file that a recipe in `base` names.
+
+    Raises RecipeError if it has no keys for a denoiser, or if it is an adapter of another kind.
+    """
     path = (base / given).resolve()
     if not path.exists():
         raise RecipeError(f"model.loras: no {given} beside the recipe")
@@ -67,6 +66,7 @@ def find_lora(given: str, base: Path) -> Path:
     others = [key for key in keys if TEXT_ENCODER.match(key)]
     if len(others) == len(keys):
         raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} belongs to a denoiser: {_some(keys)}")
+    refuse_other_kinds([key for key in keys if not TEXT_ENCODER.match(key)], f"model.loras: {given}")
     if others:
         logging.getLogger(__name__).warning(
             "%s: %d of %d keys belong to text encoders, which are not compiled: %s",
@@ -104,27 +104,67 @@ def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping
     """Read the file's updates by module. No tensor is read before its shape is known to fit."""
     layers = _layers(module)
     with open_safetensors(file, framework="pt") as opened:
-        keys = _canonical([key for key in opened.keys() if not TEXT_ENCODER.match(key)], layers)  # noqa: SIM118  # no dict
-        prefix = max(PREFIXES, key=lambda each: len(_fitting(keys, each, layers)))
-        fitting = _fitting(keys, prefix, layers)
-        if unfit := sorted(keys.keys() - fitting.keys()):
-            there = f"its layers are {_some(layers)}" if layers else "it has no layer that takes a LoRA"
-            raise RecipeError(
-                f"{label}: {len(unfit)} of {len(keys)} keys fit no layer of the {type(module).__name__}:"
-                f" {_some(unfit)}; {there}: load the file with diffusers into the model that it was trained for, and"
-                " write it with save_lora_adapter"
-            )
+        names = [key for key in opened.keys() if not TEXT_ENCODER.match(key)]  # noqa: SIM118  # no dict
+        refuse_other_kinds(names, label)
+        keys, held = canonical(names, layers), opened
+        prefix, fits = fitting(keys.keys(), layers)
+        if unfit := sorted(keys.keys() - fits.keys()):
+            made = None
+            if not fits:  # the layout of another trainer
+                made = converted({name: _float32(opened.get_tensor(name)) for name in names}, module, layers)
+            if made is None:
+                raise RecipeError(_unfit(unfit, len(keys), module, layers, label))
+            keys, held = {key: key for key in made}, _Tensors(made)
+            prefix, fits = fitting(keys.keys(), layers)
         parts: dict[str, dict[str, str]] = defaultdict(dict)
-        for key, (name, part) in sorted(fitting.items()):
+        for key, (name, part) in sorted(fits.items()):
             parts[name][part] = keys[key]
-        slices = {name: {part: opened.get_slice(key) for part, key in found.items()} for name, found in parts.items()}
+        slices = {name: {part: held.get_slice(key) for part, key in found.items()} for name, found in parts.items()}
         if problems := [f"{label}: {p}" for name, found in slices.items() if (p := _misfit(name, found, layers[name]))]:
             raise RecipeError(*problems)
         settings = _settings(opened.metadata() or {}, prefix, label)
         return {
-            name: _update({part: opened.get_tensor(key) for part, key in found.items()}, scale, settings, name, label)
+            name: _update({part: held.get_tensor(key) for part, key in found.items()}, scale, settings, name, label)
             for name, found in parts.items()
         }
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of a type that is read in float32, so that a conversion rounds nothing in half precision."""
+    return tensor.float() if str(tensor.dtype).removeprefix("torch.") in FLOATS else tensor
+
+
+def _unfit(unfit: Sequence[str], count: int, module: nn.Module, layers: Collection[str], label: str) -> str:
+    """Say that keys name no layer of the module, and what to do."""
+    there = f"its layers are {_some(layers)}" if layers else "it has no layer that takes a LoRA"
+    return (
+        f"{label}: {len(unfit)} of {count} keys fit no layer of the {type(module).__name__}: {_some(unfit)}; {there}:"
+        " load the file with diffusers into the model that it was trained for, and write it with save_lora_adapter"
+    )
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Tensors in memory, read as those of a safetensors file are."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self.tensors[name])
+
+
+@dataclass(frozen=True)
+class _Slice:
+    tensor: torch.Tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return FLOATS.get(str(self.tensor.dtype).removeprefix("torch."), str(self.tensor.dtype))
 
 
 def _update(
@@ -135,7 +175,7 @@ def _update(
         raise RecipeError(f"{label}: {name}: {', '.join(wrong)} has NaN or Inf: the file is damaged: download it again")
     a_rK = tensors["A.weight"]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else _alpha(settings, name, len(a_rK), label)
-    strength = scale * alpha / (math.sqrt(len(a_rK)) if settings.get("use_rslora") is True else len(a_rK))
+    strength = alpha / (math.sqrt(len(a_rK)) if settings.get("use_rslora") is True else len(a_rK)) * scale
     return Update(a_rK, tensors["B.weight"], tensors.get("magnitude_vector"), strength)
 
 
@@ -159,22 +199,6 @@ def _settings(metadata: Mapping[str, str], prefix: str, label: str) -> Mapping[s
     return settings | {"alpha_pattern": alphas}
 
 
-def _canonical(keys: Sequence[str], layers: Collection[str]) -> Mapping[str, str]:
-    """Return the keys of the file under the names that peft uses."""
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-
-    flat = {name.replace(".", "_"): name for name in layers}
-    named = {}
-    for key in keys:
-        kohya = KOHYA.fullmatch(key)
-        if kohya is not None and kohya["module"] in flat:
-            named[f"{flat[kohya['module']]}.{KOHYA_PARTS[kohya['part']]}"] = key
-        else:
-            named[key] = key
-    renamed: Mapping[str, str] = convert_unet_state_dict_to_peft(named)  # UNets may be spelt `to_q.lora.down`
-    return renamed
-
-
 def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
     """Return linear layers and convolutions, except grouped ones, whose updates peft cannot merge."""
     from torch import nn
@@ -182,13 +206,6 @@ def _layers(module: nn.Module) -> Mapping[str, nn.Module]:
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     found = {name: each for name, each in module.named_modules() if isinstance(each, kinds)}
     return {name: each for name, each in found.items() if getattr(each, "groups", 1) == 1}
-
-
-def _fitting(keys: Iterable[str], prefix: str, layers: Mapping[str, nn.Module]) -> Mapping[str, tuple[str, str]]:
-    """Return the module and the part of each key that names a layer, after the prefix."""
-    found = {key: KEY.fullmatch(key.removeprefix(prefix)) for key in keys if key.startswith(prefix)}
-    fitting = {key: m for key, m in found.items() if m is not None and m["module"] in layers}
-    return {key: (m["module"], m["part"].removeprefix("lora_")) for key, m in fitting.items()}
 
 
 def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None:  # slices of safetensors
@@ -205,8 +222,12 @@ def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None
         return f"{math.prod(magnitude)} magnitudes do not fit {name}, whose weight is {shape}"
     if math.prod(shapes.get("alpha", ())) != 1:
         return f"{math.prod(shapes['alpha'])} alphas for {name}, which has one"
-    kinds = sorted({each.get_dtype() for each in found.values()} - set(FLOATS))
-    return f"{name} has tensors of the type {', '.join(kinds)}: only {', '.join(FLOATS)} are read" if kinds else None
+    kinds = sorted({each.get_dtype() for each in found.values()} - set(FLOATS.values()))
+    return (
+        f"{name} has tensors of the type {', '.join(kinds)}: only {', '.join(FLOATS.values())} are read"
+        if kinds
+        else None
+    )
 
 
 def _alpha(settings: Mapping[str, Any], name: str, rank: int, label: str) -> float:
@@ -246,6 +267,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         adapted: Any = module.get_submodule(name)  # a layer of peft
         layer = adapted.get_base_layer()
         before = layer.weight.detach().clone()
+        adapted.scaling[ADAPTER] = update.strength  # not divided by the rank and multiplied by it again
         adapted.merge()
         module.set_submodule(name, layer)
         _check(before, layer.weight.detach(), update, f"{label}: {name}")

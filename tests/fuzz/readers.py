@@ -1,6 +1,8 @@
 """Coverage-guided fuzzing of all that reads files by anyone.
 
-    python tests/fuzz/readers.py recipe|manifest|record|lint|lora|modelopt|folder [CORPUS_DIR] [-max_total_time=600]
+    python tests/fuzz/readers.py READER [CORPUS_DIR] [-max_total_time=600]
+
+READER is recipe, manifest, record, lint, lora, modelopt, weights or folder.
 
 Ends with the input that raised anything but the one clear error, or took more than `SECONDS` of CPU time or `MEMORY_MB`
 beyond what the process held before, and writes it to a file; the options are libFuzzer's.
@@ -84,6 +86,24 @@ def read_modelopt(content: bytes, folder: Path) -> None:
     read(folder / "quantized.pt")
 
 
+def read_weights(content: bytes, folder: Path) -> None:
+    import torch
+
+    from intaglio.passes.imports.imported import NotCarried
+    from intaglio.passes.imports.weights import ImportWeights
+    from intaglio.passes.imports.weights import read_weights as read
+    from intaglio.pipeline.model.layers import layer_table
+
+    file = folder / ("c.gguf" if content.startswith(b"GGUF") else "c.safetensors")
+    file.write_bytes(content)
+    module = torch.nn.ModuleDict({"to_q": torch.nn.Linear(64, 4)})
+    saved = read(ImportWeights.files(file), module, requantize=True)
+    for layer in layer_table(module):
+        if layer.name in saved.weights:
+            with suppress(NotCarried):
+                saved.weights[layer.name](layer)
+
+
 def read_folder(content: bytes, folder: Path) -> None:
     """Read the bytes in the place of each file of a compiled folder, the first of which says which file."""
     kinds = {
@@ -123,6 +143,7 @@ READERS: dict[str, Callable[[bytes, Path], None]] = {
     "lint": read_model,
     "lora": read_lora,
     "modelopt": read_modelopt,
+    "weights": read_weights,
     "folder": read_folder,
 }
 

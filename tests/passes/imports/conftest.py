@@ -1,3 +1,3 @@
-from exported import dit
+from exported import dit, unet
 
-__all__ = ["dit"]
+__all__ = ["dit", "unet"]

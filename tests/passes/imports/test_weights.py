@@ -473,6 +473,10 @@ def test_files_of_others(dit, tmp_path):
     save_file({"proj.weight._data": torch.ones(1)}, tmp_path / WEIGHTS)
     with pytest.raises(RecipeError, match="quanto's files are not read"):
         take(dit, tmp_path)
+    nunchaku = ("qweight", "wscales", "proj_down", "proj_up", "smooth_factor")
+    save_file({f"transformer_blocks.0.qkv_proj.{part}": torch.ones(1) for part in nunchaku}, tmp_path / WEIGHTS)
+    with pytest.raises(RecipeError, match="nunchaku's SVDQuant files are not read: they round inputs to 4 bits"):
+        take(dit, tmp_path)
     save_file({"proj.weight": torch.ones(1)}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(RecipeError, match=r"'gptq' as quantization_config\.quant_method"):

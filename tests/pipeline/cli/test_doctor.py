@@ -120,7 +120,8 @@ def test_the_command_shows_every_package_and_target(monkeypatch: pytest.MonkeyPa
 def test_the_extras_it_names_are_there_and_hold_the_package() -> None:
     extras = PYPROJECT["project"]["optional-dependencies"]
     named = {p.distributions[0]: found[1] for p in all_packages() if (found := re.search(r"\[(\w+)\]", p.install))}
-    assert named == {"peft": "lora", "tensorrt-rtx-cu12": "rtx", "tensorrt-cu12": "tensorrt"}
+    extra = {"peft": "lora", "nvidia-modelopt": "modelopt", "tensorrt-rtx-cu12": "rtx", "tensorrt-cu12": "tensorrt"}
+    assert named == extra
     assert all(name in extras[extra] for name, extra in named.items())
 
 
