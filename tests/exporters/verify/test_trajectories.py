@@ -34,10 +34,8 @@ class Policy(nn.Module):
 
 def make():
     torch.manual_seed(0)
-    observations = torch.randn(32, 4)
-    return DenoiserModel(
-        Policy(), FlowMatchEulerDiscreteScheduler(num_train_timesteps=4), (2, 8), conditions={"observation": observations}
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=4)
+    return DenoiserModel(Policy(), scheduler, (2, 8), conditions={"observation": torch.randn(32, 4)})
 """
 RECIPE = """
 model: {path: ./policy.py:make, sampling_steps: 4}
