@@ -44,7 +44,7 @@ library_name: diffusers
 # policy
 
 A transformer (`policy.py`) of {parameters:.2f} M parameters that draws the next 16 target positions of a gripper. It
-moves in a plane to a goal, around a round obstacle; it sees the goal and the obstacle.
+moves in a plane to a goal ahead, around a round obstacle; it sees the goal and the obstacle.
 
 - **Data**: trajectories of an expert in closed form (`samples/train_policy.py`), new ones in each step of the training.
   With the obstacle in the middle of the way, the expert passes on its left or on its right, by chance.
@@ -59,17 +59,24 @@ moves in a plane to a goal, around a round obstacle; it sees the goal and the ob
 """
 
 
+def places(seen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the places that observations (B, 5) name.
+
+    These are the goal (B, 2), the direction to the left of the way to it (B, 2), and of the obstacle the part of the
+    way, the distance to the left of it, and the radius, (B,) each.
+    """
+    distance, angle, part, beside, radius = (TASK["LOW"] + (TASK["HIGH"] - TASK["LOW"]) * (seen + 1) / 2).unbind(1)
+    goal = distance[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    return goal, torch.stack([-angle.sin(), angle.cos()], 1), part, beside, radius
+
+
 def expert(seen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a trajectory (B, 2, L) of the expert for each observation (B, 5).
 
     The gripper moves along the line to the goal with the least jerk (Flash and Hogan 1985), u = 10 t^3 - 15 t^4 + 6
     t^5, and beside it by A sin(pi u), which keeps it MARGIN from the obstacle.
     """
-    goal, obstacle, radius = seen[:, :2], seen[:, 2:4], seen[:, 4]
-    distance = goal.norm(dim=1)
-    left = torch.stack([-goal[:, 1], goal[:, 0]], 1) / distance[:, None]
-    part = (obstacle * goal).sum(1) / distance**2
-    beside = (obstacle * left).sum(1)
+    goal, left, part, beside, radius = places(seen)
     coin = torch.randint(0, 2, beside.shape, generator=generator) * 2.0 - 1
     side = torch.where(beside.abs() < MIDDLE, coin, -beside.sign())
     amplitude = (1.1 * (radius + MARGIN) + side * beside).clamp(min=0) / (math.pi * part).sin()
@@ -80,7 +87,8 @@ def expert(seen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def succeeded(trajectories: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Return which trajectories (B, 2, L) end near the goal and touch no obstacle between two waypoints, (B,)."""
-    goal, obstacle, radius = seen[:, :2], seen[:, 2:4], seen[:, 4]
+    goal, left, part, beside, radius = places(seen)
+    obstacle = part[:, None] * goal + beside[:, None] * left
     path = torch.cat([torch.zeros_like(trajectories[..., :1]), trajectories], 2)
     between = torch.linspace(0, 1, 9)
     ways = path[..., :-1, None] * (1 - between) + path[..., 1:, None] * between
@@ -127,7 +135,9 @@ def save_panels(trajectories: torch.Tensor, seen: torch.Tensor, path: Path, colu
     rows = -(-len(seen) // columns)
     page = Image.new("RGB", (columns * PANEL * SMOOTH, rows * PANEL * SMOOTH), "white")
     pen, scale = ImageDraw.Draw(page), PANEL * SMOOTH / FRAME
-    for i, (many, (goal_x, goal_y, x, y, radius)) in enumerate(zip(trajectories, seen.tolist(), strict=True)):
+    goal, left, part, beside, radii = places(seen)
+    shown = torch.cat([goal, part[:, None] * goal + beside[:, None] * left, radii[:, None]], 1).tolist()
+    for i, (many, (goal_x, goal_y, x, y, radius)) in enumerate(zip(trajectories, shown, strict=True)):
         middle_x, middle_y = (PANEL * SMOOTH * (place + 0.5) for place in (i % columns, i // columns))
         origin = middle_x - scale * goal_x / 2, middle_y + scale * goal_y / 2
 
@@ -147,9 +157,9 @@ def save_panels(trajectories: torch.Tensor, seen: torch.Tensor, path: Path, colu
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="optimizer updates")] = 4000,
-    batch: Annotated[int, typer.Option(help="trajectories in an update")] = 64,
-    rate: Annotated[float, typer.Option(help="learning rate of AdamW")] = 1e-3,
+    steps: Annotated[int, typer.Option(help="optimizer updates")] = 2400,
+    batch: Annotated[int, typer.Option(help="trajectories in an update")] = 48,
+    rate: Annotated[float, typer.Option(help="learning rate of AdamW")] = 2e-3,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="folder for the model's weights, its card and its picture")] = MODEL,
     threads: int = 1,

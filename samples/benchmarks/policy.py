@@ -38,7 +38,8 @@ COLUMNS = {
 
 def side(trajectories: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Return True for trajectories (B, 2, L) whose waypoint nearest to the obstacle has it on the right, (B,)."""
-    goal, obstacle = seen[:, :2], seen[:, 2:4]
+    goal, left, part, beside, _ = TRAINING["places"](seen)
+    obstacle = part[:, None] * goal + beside[:, None] * left
     apart = trajectories - obstacle[:, :, None]
     nearest = apart[torch.arange(len(seen)), :, apart.norm(dim=1).argmin(1)]
     return goal[:, 0] * nearest[:, 1] - goal[:, 1] * nearest[:, 0] > 0

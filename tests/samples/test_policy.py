@@ -15,8 +15,8 @@ SAMPLES = Path(__file__).parents[2] / "samples"
 TRAINING = runpy.run_path(str(SAMPLES / "train_policy.py"))
 BENCHMARK = runpy.run_path(str(SAMPLES / "benchmarks" / "policy.py"))
 TASK = TRAINING["TASK"]
-SEEN = torch.tensor([[1.0, 0.0, 0.5, 0.0, 0.1]])
-"""A goal on the right, and an obstacle in the middle of the way."""
+SEEN = torch.tensor([[1.0, 0.0, 0.0, 0.0, -0.5]])
+"""A goal straight ahead at the distance 1, and an obstacle of radius 0.1 in the middle of the way."""
 
 
 @pytest.mark.parametrize("schemes", ["[w8a8_token, w8a8_step]", "[w4a8_token, w8a8_token, w8a8_step]"])
@@ -65,9 +65,9 @@ def test_observations_differ_between_samples() -> None:
 
 def test_the_trained_policy_reaches_its_goals() -> None:
     model = TASK["make"]()
-    seen = TASK["situations"](64, torch.Generator().manual_seed(7))
+    seen = TASK["situations"](200, torch.Generator().manual_seed(7))
     trajectories = TRAINING["drawn"](model, seen)
-    assert float(TRAINING["succeeded"](trajectories, seen).float().mean()) > 0.9
+    assert float(TRAINING["succeeded"](trajectories, seen).float().mean()) > 0.75  # its card says 0.856 of 1000
     several = TRAINING["drawn"](model, SEEN.expand(64, 5))
     left = BENCHMARK["side"](several, SEEN.expand(64, 5)).float().mean()
     assert 0.2 < float(left) < 0.8  # both ways

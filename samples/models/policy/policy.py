@@ -1,8 +1,8 @@
 """A robot's policy as a model factory: `model: {path: models/policy/policy.py:make, sampling_steps: 10}`.
 
-A gripper moves in a plane to a goal, around a round obstacle. The policy sees both and draws the next 16 target
-positions (`sample`). It is a transformer trained by flow matching: 10 Euler steps lead from noise to a trajectory.
-Where the obstacle is in the middle of the way, half of the trajectories pass on its left and half on its right.
+A gripper moves in a plane to a goal ahead, around a round obstacle. The policy sees both (`observation`) and draws the
+next 16 target positions (`sample`). It is a transformer trained by flow matching: 10 Euler steps lead from noise to a
+trajectory. Where the obstacle is in the middle of the way, trajectories pass on its left or on its right.
 
 Shapes: B batch, L waypoints, T tokens, D channels of a token. Lengths are relative to the reach of the gripper, and
 positions to its present position.
@@ -20,22 +20,17 @@ from intaglio import DenoiserModel
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 WAYPOINTS, STEPS = 16, 10
-WIDTH, BLOCKS, HEADS = 128, 3, 4
+WIDTH, BLOCKS, HEADS = 128, 2, 4
 OBSERVATIONS = 1024
 """Situations from which calibration, distillation and verification draw."""
+LOW, HIGH = torch.tensor([0.5, -0.6, 0.4, -0.2, 0.08]), torch.tensor([1.0, 0.6, 0.6, 0.2, 0.16])
+"""Smallest and largest distance of the goal, its direction in radians, the part of the way to the goal at which the
+obstacle is, its distance to the left of that way, and its radius."""
 
 
 def situations(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw observations (B, 5): the goal's x and y, the obstacle's x and y, and the obstacle's radius.
-
-    The obstacle is near the middle of the way to the goal, up to 0.2 beside it.
-    """
-    low, high = torch.tensor([0.5, -math.pi, 0.4, -0.2, 0.08]), torch.tensor([1.0, math.pi, 0.6, 0.2, 0.16])
-    distance, angle, part, beside, radius = (low + (high - low) * torch.rand(count, 5, generator=generator)).unbind(1)
-    ahead = torch.stack([angle.cos(), angle.sin()], 1)
-    left = torch.stack([-angle.sin(), angle.cos()], 1)
-    goal = distance[:, None] * ahead
-    return torch.cat([goal, part[:, None] * goal + beside[:, None] * left, radius[:, None]], 1)
+    """Draw observations (B, 5): five numbers in the order of LOW, each scaled to the range from -1 to 1."""
+    return 2 * torch.rand(count, 5, generator=generator) - 1
 
 
 class Block(nn.Module):
