@@ -54,8 +54,14 @@ def text_to_image(folder: Path) -> None:
     sd().save_pretrained(folder)
 
 
+def policy(folder: Path) -> None:
+    """Copy the sample policy, which is small enough to be compiled as it is."""
+    shutil.copytree(ROOT / "samples/models/policy", folder)
+
+
 MODELS: Mapping[str, Callable[[Path], None]] = {
     "samples/models/emoji-dit": dit,
+    "samples/models/policy": policy,
     "path/to/model": dit,
     "path/to/pipeline": text_to_image,
 }

@@ -109,6 +109,7 @@ def sample_command(
         if compare:
             say(", PSNR {psnr_db:.2f} dB to full precision, {psnr_db_min:.2f} at worst".format(**distances), end="")
             say(" (SQNR {sqnr_db:.2f} and {sqnr_db_min:.2f})".format(**distances), end="")
+            say(", cosine similarity {cosine:.6f} and {cosine_min:.6f}".format(**distances), end="")
         say("")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from intaglio.exporters.report import figures as figures
-from intaglio.exporters.report.grids import SHEET_PIXELS_MAX, Drawn, SampleFigure, sample_figure
+from intaglio.exporters.report.grids import SHEET_PIXELS_MAX, CurveFigure, Drawn, SampleFigure, laid_out
 from intaglio.exporters.report.page import render
 from intaglio.pipeline.artifacts.keys import SENSITIVITY, VERIFICATION
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -49,6 +49,9 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "sqnr_db": ("SQNR, dB", "higher"),
     "sqnr_db_min": ("SQNR of the worst sample, dB", "higher"),
     "sqnr_simulated_db": ("SQNR simulated, dB", "higher"),
+    "cosine": ("cosine similarity", "higher"),
+    "cosine_min": ("cosine similarity of the worst sample", "higher"),
+    "error_max": ("largest error of a value", "lower"),
     "fidelity_gap_db": ("simulated minus deployed PSNR, dB", "neither"),
     "parity_layer_rel_l2_max": ("worst layer on the same input, relative L2", "lower"),
     "parity_rel_l2": ("whole denoiser on the same input, relative L2", "lower"),
@@ -267,10 +270,16 @@ class Difference:
         pairs = {name: (found[0].get(name, "-"), found[1].get(name, "-")) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-    def comparison(self, pixels_max: int) -> SampleFigure | None:
+    @cached_property
+    def paired(self) -> bool:
+        """True if full precision drew the same samples on both sides, or if a side has none."""
+        one, other = (side.samples.get("full_precision") for side in (self.a, self.b))
+        return one is None or other is None or one.equal(other)
+
+    def comparison(self, pixels_max: int) -> SampleFigure | CurveFigure | None:
         """Return the deployed samples of both sides, beside full precision.
 
-        If their full-precision samples differ, both are shown. None where the samples are no images or have different
+        If their full-precision samples differ, both are shown. None where samples can not be shown, or have different
         shapes. `pixels_max`: pixels of one sheet.
         """
         one, other = self.a.samples, self.b.samples
@@ -284,11 +293,11 @@ class Difference:
             "a": Drawn("A deployed", str(self.a.folder), one["deployed"]),
             "b": Drawn("B deployed", str(self.b.folder), other["deployed"]),
         }
-        if not one["full_precision"].equal(other["full_precision"]):
+        if not self.paired:
             drawn["full"] = Drawn("A full precision", "the model of A", one["full_precision"])
             drawn["full_b"] = Drawn("B full precision", "the model of B", other["full_precision"])
         pairs = [("a", "b"), ("full", "a"), ("full_b" if "full_b" in drawn else "full", "b")]
-        return sample_figure(drawn, pairs, SAMPLES, pixels_max)
+        return laid_out(drawn, pairs, SAMPLES, pixels_max)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the table that a terminal shows."""

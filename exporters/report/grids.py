@@ -1,6 +1,6 @@
-"""Lay samples out for comparison: a sheet for each implementation, and maps of the error between two of them.
+"""Lay samples out for comparison: sheets of pictures with maps of their errors, or plots of trajectories.
 
-Shapes: B samples, C channels, F frames, H W pixels; N pictures in R rows of K.
+Shapes: B samples, C channels, F frames, H W pixels, L points in time; N pictures in R rows of K.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from intaglio.exporters.report.curves import ends, is_trajectory, over_time, plots
 from intaglio.exporters.report.figures import MINUS, magma_palette
 from intaglio.exporters.report.pictures import Colours, as_image, frames, lines, png
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+CURVE_COLUMNS = 4
+"""Plots of trajectories in a line."""
 SHEET_PIXELS_MAX = 384 * 384
 """Pixels of one sheet. Five sheets stay below 3 MB as text even where they are noise, which PNG cannot compress."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples (B, C, H, W), or clips (B, C, F, H, W), of one implementation."""
+    """Samples (B, C, H, W), clips (B, C, F, H, W) or trajectories (B, C, L) or (B, L, C) of one implementation."""
 
     title: str
     note: str
@@ -79,6 +82,62 @@ class SampleFigure:
     def latent(self) -> bool:
         """True where the samples are latents, which a decoder makes images from."""
         return self.channels not in (1, 3)
+
+
+@dataclass(frozen=True)
+class CurvePair:
+    """Plots of two implementations on top of each other, and of their difference, as data URIs.
+
+    `largest` is the largest difference of all samples' values; plots of the difference end there, above and below.
+    """
+
+    below: str
+    above: str
+    image: str
+    errors: str
+    largest: float
+
+    @property
+    def difference(self) -> str:
+        """Name of the difference."""
+        return f"{self.above} {MINUS} {self.below}"
+
+
+@dataclass(frozen=True)
+class CurveFigure:
+    """Plots of trajectories. `span` is the range of every plot: that of the first implementation, with some room."""
+
+    curves: tuple[CurvePair, ...]
+    shown: int
+    total: int
+    channels: int
+    points: int
+    span: tuple[float, float]
+
+
+def laid_out(
+    drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]], count: int, pixels_max: int = SHEET_PIXELS_MAX
+) -> SampleFigure | CurveFigure | None:
+    """Lay out samples as pictures or as trajectories; None where they are neither. See both functions for arguments."""
+    if drawn and all(is_trajectory(each.samples.shape[1:]) for each in drawn.values()):
+        return curve_figure(drawn, pairs, count)
+    return sample_figure(drawn, pairs, count, pixels_max)
+
+
+def curve_figure(drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]], count: int) -> CurveFigure:
+    """Plot the first `count` trajectories of each pair: the first implementation below, the second above."""
+    every = over_time([each.samples.float() for each in drawn.values()])
+    found = dict(zip(drawn, every, strict=True))
+    total, channels, points = every[0].shape
+    span, shown, curves = ends(every[0]), min(count, total), []
+    columns = min(CURVE_COLUMNS, shown)
+    for one, other in pairs:
+        error_BCL = (found[other] - found[one]).nan_to_num(0.0)
+        largest = float(error_BCL.abs().max())
+        image = plots([found[other][:shown]], span, columns, below=found[one][:shown])
+        errors = plots([error_BCL[:shown]], (-largest, largest), columns)
+        curves.append(CurvePair(drawn[one].title, drawn[other].title, _png(image), _png(errors), largest))
+    return CurveFigure(tuple(curves), shown, total, channels, points, span)
 
 
 def sample_figure(

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from intaglio.exporters.report.curves import ends, is_trajectory, over_time, plots
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
-from intaglio.pipeline.numerics.quality import SampleRange, mean_squared_error, psnr_db, sqnr_db
+from intaglio.pipeline.numerics.quality import (
+    SampleRange,
+    cosine_similarity,
+    largest_error,
+    mean_squared_error,
+    psnr_db,
+    sqnr_db,
+)
 from intaglio.pipeline.output_files import check_output, whole_file
 
 if TYPE_CHECKING:
@@ -69,7 +77,7 @@ class Drawing:
 
 
 def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Context) -> Mapping[str, torch.Tensor]:
-    """Draw samples (B, C, H, W) or (B, C, F, H, W) with the recipe's scheduler and guidance.
+    """Draw samples (B, ...) with the recipe's scheduler and guidance.
 
     Returns those of the compiled denoiser as COMPILED, and those of full precision as FULL where `wanted` compares.
     Raises RecipeError for samples that cannot be drawn, CallError for steps that the denoiser was not compiled for.
@@ -139,16 +147,19 @@ def _piped(
 
 
 def distances(drawn: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Return PSNR and SQNR of compiled samples to full precision in dB, mean and worst; empty without full precision.
+    """Return distances of compiled samples to full precision, mean and worst; empty without full precision.
 
-    The peak of the PSNR is the range of the full-precision samples that were drawn.
+    These are PSNR and SQNR in dB, the cosine similarity and the largest error of a value. The peak of the PSNR is the
+    range of the full-precision samples that were drawn.
     """
     if FULL not in drawn:
         return {}
     mse_B = mean_squared_error(drawn[COMPILED], drawn[FULL])
     psnr_B, sqnr_B = psnr_db(mse_B, SampleRange.of(drawn[FULL]).peak), sqnr_db(mse_B, drawn[FULL])
-    found = {"psnr_db": psnr_B.mean(), "psnr_db_min": psnr_B.min(), "sqnr_db": sqnr_B.mean()}
-    return {name: float(db) for name, db in (found | {"sqnr_db_min": sqnr_B.min()}).items()}
+    cosine_B = cosine_similarity(drawn[COMPILED], drawn[FULL])
+    every = {"psnr_db": psnr_B, "sqnr_db": sqnr_B, "cosine": cosine_B}
+    found = {n: float(x) for name, x_B in every.items() for n, x in ((name, x_B.mean()), (f"{name}_min", x_B.min()))}
+    return found | {"error_max": float(largest_error(drawn[COMPILED], drawn[FULL]).max())}
 
 
 def check_file(path: Path) -> None:
@@ -173,11 +184,16 @@ def picture(parts: Sequence[torch.Tensor], columns: int = COLUMNS, enlarged: int
     """Lay out samples (B, C, H, W), or clips (B, C, F, H, W), each with its frames in one line.
 
     Below each line of the first part are the same lines of the other parts. Channels that are no colours are mapped to
-    colours as those of the first part.
+    colours as those of the first part. Trajectories, (B, C, L) or (B, L, C), are plotted over time, above pale lines
+    of the first part; `enlarged` is not used for them.
     """
     import torch
     from PIL.Image import Resampling
 
+    if is_trajectory(parts[0].shape[1:]):
+        curves = over_time(parts)
+        below = curves[0] if len(curves) > 1 else None
+        return plots(curves, ends(curves[0]), min(columns, len(curves[0])), below)
     if parts[0].ndim == 5:
         columns = parts[0].shape[2]
         parts = [frames(x) for x in parts]
@@ -255,7 +271,7 @@ def _check_steps(model: DenoiserModel, steps: int) -> None:
 def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:
     """Raise RecipeError for samples that are no pictures, and for rows that do not exist."""
     problems = []
-    if len(model.sample_shape) not in (3, 4):
+    if len(model.sample_shape) not in (3, 4) and not is_trajectory(model.sample_shape):
         problems.append(f"samples of the shape {model.sample_shape} are no pictures: draw a text, --prompt TEXT")
     if rows and not count:
         problems.append("--class: the model has neither classes nor recorded conditions")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from intaglio.exporters.report import figures as figures
-from intaglio.exporters.report.grids import Drawn, SampleFigure, sample_figure
+from intaglio.exporters.report.curves import is_trajectory
+from intaglio.exporters.report.grids import CurveFigure, Drawn, SampleFigure, laid_out
 from intaglio.exporters.report.page import render
 from intaglio.exporters.report.pictures import picture, png
 from intaglio.pipeline.artifacts.graph import Engine, Graph
@@ -59,6 +60,9 @@ MEASURED = (
     "sqnr_db",
     "sqnr_db_min",
     "sqnr_simulated_db",
+    "cosine",
+    "cosine_min",
+    "error_max",
     "parity_layer_rel_l2_max",
     "parity_rel_l2",
 )
@@ -69,7 +73,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -183,10 +187,10 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | None:
+def _comparison(samples: Mapping[str, torch.Tensor], count: int) -> SampleFigure | CurveFigure | None:
     drawn = {key: Drawn(*about, samples[key]) for key, about in _IMPLEMENTATIONS.items() if key in samples}
     pairs = [pair for pair in (("full_precision", "deployed"), ("simulated", "deployed")) if {*pair} <= drawn.keys()]
-    return sample_figure(drawn, pairs, count)
+    return laid_out(drawn, pairs, count)
 
 
 def _decibels(
@@ -206,10 +210,10 @@ def _decibels(
 def _picture(samples: Mapping[str, torch.Tensor], count: int) -> bytes | None:
     """Return a PNG file of the first `count` samples in full precision, with the deployed ones below.
 
-    None where samples are no images.
+    None where samples are neither images nor trajectories.
     """
     found = [samples[key][:count].float() for key in ("full_precision", "deployed") if key in samples]
-    if not found or any(x.ndim != 4 for x in found):
+    if not found or any(x.ndim != 4 and not is_trajectory(x.shape[1:]) for x in found):
         return None
     return png(picture(found, columns=count))
 

@@ -56,7 +56,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
@@ -261,6 +261,12 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
         figures.fidelity_gap_error_db,
         figures.parity_layer_rel_l2_max,
     )
+    ctx.log.info(
+        "cosine similarity to full precision: %.6f in the mean, %.6f at worst; largest error of a value: %.4g",
+        figures.cosine,
+        figures.cosine_min,
+        figures.error_max,
+    )
     if figures.psnr_predicted_db is not None:
         ctx.log.info("predicted PSNR: %.2f dB", figures.psnr_predicted_db)
     if in_float:
@@ -306,22 +312,26 @@ def _distances(samples: Mapping[str, torch.Tensor], peak: float, rounding: float
     implementations are below it, the gap is zero.
     """
     from intaglio.pipeline.artifacts.verification import SampleFigures
-    from intaglio.pipeline.numerics.quality import LEAST_MSE, decibels, mean_squared_error, psnr_db, sqnr_db
+    from intaglio.pipeline.numerics import quality
 
     reference = samples["full_precision"]
-    simulated, deployed = (mean_squared_error(samples[name], reference) for name in ("simulated", "deployed"))
-    floor = (rounding**2 * reference.flatten(1).square().mean(1)).clamp_min(LEAST_MSE)
-    gap = decibels(deployed.maximum(floor) / simulated.maximum(floor))
-    psnr_B, sqnr_B = psnr_db(deployed, peak), sqnr_db(deployed, reference)
+    simulated, deployed = (quality.mean_squared_error(samples[name], reference) for name in ("simulated", "deployed"))
+    floor = (rounding**2 * reference.flatten(1).square().mean(1)).clamp_min(quality.LEAST_MSE)
+    gap = quality.decibels(deployed.maximum(floor) / simulated.maximum(floor))
+    psnr_B, sqnr_B = quality.psnr_db(deployed, peak), quality.sqnr_db(deployed, reference)
+    cosine_B = quality.cosine_similarity(samples["deployed"], reference)
     return SampleFigures(
         samples_drawn=len(reference),
         psnr_peak=peak,
         psnr_db=float(psnr_B.mean()),
         psnr_db_min=float(psnr_B.min()),
-        psnr_simulated_db=float(psnr_db(simulated, peak).mean()),
+        psnr_simulated_db=float(quality.psnr_db(simulated, peak).mean()),
         sqnr_db=float(sqnr_B.mean()),
         sqnr_db_min=float(sqnr_B.min()),
-        sqnr_simulated_db=float(sqnr_db(simulated, reference).mean()),
+        sqnr_simulated_db=float(quality.sqnr_db(simulated, reference).mean()),
+        cosine=float(cosine_B.mean()),
+        cosine_min=float(cosine_B.min()),
+        error_max=float(quality.largest_error(samples["deployed"], reference).max()),
         fidelity_gap_db=float(gap.mean()),
         fidelity_gap_error_db=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
     )

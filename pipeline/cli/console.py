@@ -33,7 +33,7 @@ def figure(found: object) -> str:
     """Write a value of metrics.json as text."""
     match found:
         case float():
-            return f"{found:.4g}"
+            return f"{found:.6f}" if 0.999 <= found < 1 else f"{found:.4g}"  # a cosine similarity is nearly 1
         case str():
             return found
         case _:

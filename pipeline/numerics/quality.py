@@ -1,4 +1,4 @@
-"""Compute distances of samples to their reference, in decibels.
+"""Compute distances of samples to their reference: in decibels, as a cosine, and as the largest error.
 
 Nothing is clamped: the peak of a PSNR is the range of the full-precision samples. Shapes: B samples.
 """
@@ -100,3 +100,18 @@ def sqnr_db(mse_B: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 def mean_squared_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the mean squared error of each sample (B, ...) to its reference, (B,), at least `LEAST_MSE`."""
     return (samples - reference).flatten(1).square().mean(1).clamp_min(LEAST_MSE)
+
+
+def cosine_similarity(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the cosine of the angle between each sample (B, ...) and its reference, (B,), in float64.
+
+    It is x.y / (|x| |y|) over all values of a sample. A sample of zeros has 1 to a reference of zeros, and 0 to others.
+    """
+    x, y = samples.flatten(1).double(), reference.flatten(1).double()
+    norms = x.norm(dim=1) * y.norm(dim=1)
+    return ((x * y).sum(1) / norms.where(norms > 0, 1.0)).where(norms > 0, (x == y).all(1).double())
+
+
+def largest_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute difference of a value of each sample (B, ...) to its reference, (B,)."""
+    return (samples - reference).flatten(1).abs().amax(1)

@@ -1,6 +1,6 @@
 """Compute the figures of the report from artifacts, as plain values that a template only has to lay out."""
 
-from intaglio.exporters.report.figures.colours import magma_palette
+from intaglio.exporters.report.figures.colours import CHANNEL_COLOURS, magma_palette
 from intaglio.exporters.report.figures.heat import heat_colours, heat_map
 from intaglio.exporters.report.figures.layer_maps import bit_maps, gain_maps, split_name
 from intaglio.exporters.report.figures.plots import curve, drawn_figure, front_figure, log_shares, strip
@@ -8,6 +8,7 @@ from intaglio.exporters.report.figures.schemes import float_rows, scheme_code, s
 from intaglio.exporters.report.figures.text import DASH, MINUS, amount, number, percent, short_size, size
 
 __all__ = [
+    "CHANNEL_COLOURS",
     "DASH",
     "MINUS",
     "amount",

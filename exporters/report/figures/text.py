@@ -9,7 +9,10 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(quantity: float | None, digits: int = 3) -> str:
-    """Return a number rounded to significant digits: `0.0312`, `3.1×10⁻⁷`; a dash for None, which was not measured."""
+    """Return a number rounded to significant digits: `0.0312`, `3.1×10⁻⁷`; a dash for None, which was not measured.
+
+    A number that is nearly 1, such as a cosine similarity, has six decimals: `0.999874`.
+    """
     if quantity is None:
         return DASH
     if math.isnan(quantity):
@@ -18,6 +21,8 @@ def number(quantity: float | None, digits: int = 3) -> str:
         return "∞" if quantity > 0 else f"{MINUS}∞"
     if quantity == 0:
         return "0"
+    if 0.999 <= quantity < 1:
+        return f"{quantity:.6f}"
     mantissa, exponent = f"{quantity:.{digits - 1}e}".split("e")
     power = int(exponent)
     if -4 < power < 6:

@@ -55,6 +55,9 @@ def test_distances_are_of_each_sample_to_its_own_reference():
         "psnr_db_min": pytest.approx(20),
         "sqnr_db": pytest.approx(24.95, abs=0.01),  # 10 log10(5 / 0.4^2) = 14.95, and 34.95
         "sqnr_db_min": pytest.approx(14.95, abs=0.01),
+        "cosine": pytest.approx(0.99254, abs=1e-5),  # the mean with (1.04 + 3 * 2.96) / sqrt(10 (1.04^2 + 2.96^2))
+        "cosine_min": pytest.approx(0.98521, abs=1e-5),  # (1.4 + 3 * 2.6) / sqrt(10 (1.4^2 + 2.6^2))
+        "error_max": pytest.approx(0.4),
     }
     assert distances({COMPILED: compiled}) == {}
 

@@ -100,13 +100,15 @@ def test_full_precision_is_above_the_compiled_samples(folder):
     own, others = (np.abs(full.astype(int) - x).mean() for x in (below, np.roll(below, side, axis=1)))
     assert 0 < own < others / 3  # from the same noise
     figures = json.loads(intaglio("sample", folder, "--out", "x.png", "--samples", "3", "--compare", "--json").stdout)
-    assert figures.keys() == {"out", "samples", "steps", "seed", "psnr_db", "psnr_db_min", "sqnr_db", "sqnr_db_min"}
+    distances = {"psnr_db", "psnr_db_min", "sqnr_db", "sqnr_db_min", "cosine", "cosine_min", "error_max"}
+    assert figures.keys() == {"out", "samples", "steps", "seed"} | distances
     assert (figures["samples"], figures["steps"], figures["seed"]) == (3, 3, 0)
     apart = (full.astype(float) - below).reshape(side, 3, -1)
     psnr = 10 * np.log10(255**2 / np.square(apart).mean((0, 2)))
     assert figures["psnr_db"] == pytest.approx(psnr.mean(), abs=0.5)  # the picture's levels are rounded
     assert figures["psnr_db_min"] <= figures["psnr_db"]
     assert figures["sqnr_db_min"] <= figures["sqnr_db"] < figures["psnr_db"]
+    assert 0 < figures["cosine_min"] <= figures["cosine"] < 1
 
 
 def test_class_seed_and_steps_are_those_that_were_asked_for(folder):

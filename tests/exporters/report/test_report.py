@@ -97,6 +97,9 @@ def test_metrics_are_those_of_the_artifacts(made):
         "sqnr_db": 28.9,
         "sqnr_db_min": 21.6,
         "sqnr_simulated_db": 29.02,
+        "cosine": 0.99934,
+        "cosine_min": 0.9967,
+        "error_max": 0.125,
         "parity_layer_rel_l2_max": 4.1e-7,
         "parity_rel_l2": 0.013,
         "engine": {
@@ -548,13 +551,15 @@ def test_a_thousand_layers_and_noise_stay_below_five_megabytes(made):
         (9.996, "10.0"),
         (1234.5, "1,230"),
         (-0.5, "−0.500"),
+        (0.9984, "0.998"),
+        (0.9998741, "0.999874"),
         (3.1e-7, "3.10×10⁻⁷"),
         (2.5e9, "2.50×10⁹"),
         (math.inf, "∞"),
         (math.nan, "not a number"),
     ],
 )
-def test_numbers_have_three_digits(quantity, text):
+def test_numbers_have_three_digits_and_those_near_one_have_six_decimals(quantity, text):
     assert number(quantity) == text
 
 

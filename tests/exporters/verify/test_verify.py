@@ -122,6 +122,15 @@ def test_samples_outside_of_minus_one_to_one_are_compared_as_they_are():
     assert (figures.sqnr_db, figures.sqnr_db_min) == (pytest.approx(24.95, abs=0.01), pytest.approx(14.95, abs=0.01))
 
 
+def test_cosine_and_largest_error_are_of_the_deployed_samples():
+    full = torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]]])
+    deployed = torch.tensor([[[4.0, 3.0]], [[0.0, 2.5]]])  # 24 / 25, and the same direction
+    figures = _distances({"full_precision": full, "simulated": full, "deployed": deployed}, peak=4.0)
+    assert figures.cosine == pytest.approx(0.98, abs=1e-12)
+    assert figures.cosine_min == pytest.approx(0.96, abs=1e-12)
+    assert figures.error_max == 1.0
+
+
 def test_errors_within_the_rounding_of_float32_are_no_gap():
     full = torch.full((1, 1, 1, 2), 0.5)
     found = {"full_precision": full, "simulated": full, "deployed": full + 4e-6}

@@ -1,11 +1,19 @@
-"""Decibels of hand-made samples."""
+"""Distances of hand-made samples."""
 
 import math
 
 import pytest
 import torch
 
-from intaglio.pipeline.numerics.quality import SampleRange, decibels, mean_squared_error, psnr_db, sqnr_db
+from intaglio.pipeline.numerics.quality import (
+    SampleRange,
+    cosine_similarity,
+    decibels,
+    largest_error,
+    mean_squared_error,
+    psnr_db,
+    sqnr_db,
+)
 
 
 def test_the_peak_is_the_range_of_the_samples():
@@ -57,3 +65,17 @@ def test_errors_outside_of_minus_one_to_one_count():
     mse = mean_squared_error(reference + 10.0, reference)
     assert psnr_db(mse, 100.0).tolist() == pytest.approx([20.0], abs=1e-4)
     assert sqnr_db(mse, reference).tolist() == pytest.approx([14.15], abs=0.01)  # 10 log10(2600 / 100)
+
+
+def test_the_cosine_is_that_of_all_values_of_a_sample():
+    reference = torch.tensor([[[3.0], [4.0]], [[1.0], [0.0]], [[0.0], [0.0]], [[0.0], [0.0]]])
+    samples = torch.tensor([[[4.0], [3.0]], [[-2.0], [0.0]], [[0.0], [0.0]], [[1.0], [0.0]]])
+    found = cosine_similarity(samples, reference)
+    assert found.tolist() == pytest.approx([0.96, -1.0, 1.0, 0.0], abs=1e-12)  # 24 / 25; opposite; zeros; one of zeros
+    assert largest_error(samples, reference).tolist() == [1.0, 3.0, 0.0, 1.0]
+
+
+def test_a_cosine_that_float32_would_round_to_one_is_below_one():
+    reference = torch.tensor([[1.0, 0.0]])
+    (cosine,) = cosine_similarity(reference + torch.tensor([[0.0, 1e-4]]), reference).tolist()
+    assert 1 - cosine == pytest.approx(5e-9, rel=1e-3)  # 1 - 1 / sqrt(1 + 1e-8)
