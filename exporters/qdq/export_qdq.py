@@ -146,7 +146,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     carriers = {key: carrier_scale([c for c in calls if c.input_key == key]) for key in keys if key is not None}
     writer = Writer(graph, step, np.uint8(128) if target.activation_dtype == "uint8" else np.int8(0), carriers)
     for call, row in zip(calls, rows, strict=True):
-        old, new = call.site.y, writer.write(call, row.product)
+        old, new = call.site.y, writer.write(call, row.product, row.entering)
         new.type, new.shape = old.type, old.shape
         name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -56,7 +56,8 @@ class Layer(BaseModel):
         """
         match scheme.weight:
             case RoundedWeight() as form:
-                return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)
+                weight_bytes = math.ceil(self.n * self.k * form.bits_per_weight / 8) + form.scale_bytes(self.n)
+                return weight_bytes + 4 * self.n * self.bias
             case Float():
                 return float_bytes * self.n * (self.k + self.bias)
             case other:
@@ -85,7 +86,9 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     """Return why the target cannot execute the layer in this scheme, or None."""
     allowed = target.formats[layer.op]
     if scheme.name not in allowed:
-        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
+        lack = target.lacks(scheme.weight)
+        why = f": {lack}" if lack else ""
+        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}{why}"
     if problem := _misfit(layer, scheme):
         return f"{layer.name}: {problem}"
     multiple = target.limits.conv_channels_multiple

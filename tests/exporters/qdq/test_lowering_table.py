@@ -6,6 +6,7 @@ Simulation, numpy oracle, ONNX Runtime as written and ONNX Runtime optimized; Te
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -23,7 +24,8 @@ from intaglio.exporters.verify.layer_run import run_layer
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.entry_points import named_runtimes
-from intaglio.pipeline.formats.schemes import Float, IntInput, PerStep
+from intaglio.pipeline.formats.fp8 import Fp8Input, Fp8Weight
+from intaglio.pipeline.formats.schemes import Float, IntInput, PerStep, PerToken
 from intaglio.pipeline.numerics.basis import Balance
 from intaglio.pipeline.numerics.low_rank import Branch
 from intaglio.pipeline.numerics.rounding import group_integers
@@ -175,9 +177,19 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
     scale = layer.weight_rounding.scale.detach().numpy()
     if (group := layer.weight_rounding.group) is not None:
         four, eight = oracle.two_level_codes(w, scale[:, 0], group_integers(group).numpy(), 32)
-    else:
+    elif not isinstance(form, Fp8Weight):
         four = eight = oracle.weight_codes(w, scale, form.low, form.high, form.group_size or k)
     match layer.scheme.input:
+        case Fp8Input(granularity=granularity):
+            numbers = oracle.nearest(w / scale, ml_dtypes.float8_e4m3fn)
+            tables = layer.tables
+            amax = None
+            if not isinstance(granularity, PerToken):
+                amax = tables.amax_T[case.step] if isinstance(granularity, PerStep) else tables.amax_T
+                amax = amax.item()
+            computed = oracle.fp8_layer(x, numbers.reshape(shape), scale[:, 0], bias, amax=amax, **window)
+            codes = oracle.places(numbers, ml_dtypes.float8_e4m3fn)
+            return codes, computed._replace(y=computed.y + beside)
         case Float():
             spread = np.repeat(scale, form.group_size or k, axis=1)
             y = oracle.weight_only(x, eight.reshape(shape), spread, bias, **window)
@@ -200,6 +212,8 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
             return four, computed._replace(y=computed.y + beside)
 
 
+BUILT_FOR = {"8.9": ("SM89", "SM120")}
+"""Generations of GPUs for which engines are built, by the least compute capability of a row's codes."""
 TABLES = {name: table(name) for name in named_runtimes()}
 RUNTIMES = {row: [name for name in TABLES if row in TABLES[name]] for rows in TABLES.values() for row in rows}
 """By row, the runtimes that have it."""
@@ -216,11 +230,12 @@ def test_codes_are_the_same_everywhere(written):
         layer, x = written.made[name], written.x[name]
         codes, computed = expected(layer, case, x)
         assert np.array_equal(layer.weight_codes().numpy(), codes), name
-        rounds_input = isinstance(layer.scheme.input, IntInput)
+        rounds_input = not isinstance(layer.scheme.input, Float)
         with torch.no_grad(), layer.clock.at(case.step):
             assert rel_l2(layer(x).numpy(), computed.y) < TOLERANCE, name
             assert not rounds_input or np.array_equal(layer.input_codes(x)[0].numpy(), computed.x_codes), name
-        for optimize in (False, True):
+        # ONNX Runtime 1.31 makes integer products of FP8 codes when it optimizes, which it then does not load
+        for optimize in (False, True) if layer.scheme.weight.compute_capability is None else (False,):
             y, x_codes = run_layer(written.graph, name, x.numpy(), OnnxRuntime(optimize), case.step)
             if not optimize and computed.unrounded is not None:
                 y = without_ties(y, computed)
@@ -230,7 +245,7 @@ def test_codes_are_the_same_everywhere(written):
             assert rel_l2(y, computed.y) < tolerance, (name, optimize)
             if rounds_input:
                 zero = 128 if x_codes.dtype == np.uint8 else 0
-                assert np.array_equal(x_codes.astype(int) - zero, computed.x_codes), (name, optimize)
+                assert np.array_equal(x_codes.astype(float) - zero, computed.x_codes), (name, optimize)
 
 
 def without_ties(y: np.ndarray, computed: oracle.Computed) -> np.ndarray:
@@ -255,6 +270,8 @@ def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
     build = BuildOnnxRuntime() if target.runtime == "onnxruntime" else BuildTensorRT()
     if target.runtime != "onnxruntime":
         pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    if (least := written.row.scheme.weight.compute_capability) is not None:
+        target = target.model_copy(update={"generations": BUILT_FOR[least]})
     engine = run_pass(build, {GRAPH: written.graph, TARGET: target}, tmp_path)[ENGINE]
     rotations = sum(c.balance is not None and c.balance.block > 1 for c in written.cases.values())
     beside = rotations + sum(2 for c in written.cases.values() if c.rank)
