@@ -63,6 +63,23 @@ def fp8_layer(x, w, scale, bias, *, amax=None, **window):
     return Computed(numbers, product(numbers, w, **window) * float(s) * scale * amax + bias)
 
 
+def nvfp4_weight(w, scale, group):
+    """E2M1 numbers of w (N, K), and what each is worth, from the scale () and block scales (N, K // 16) in E4M3."""
+    worth = np.repeat(np.float32(scale) * group.astype(np.float32), 16, axis=1)
+    return nearest(w / worth, ml_dtypes.float4_e2m1fn), worth
+
+
+def nvfp4_input(x, amax):
+    """E2M1 numbers of x (..., K), and what each is worth: blocks of 16 have an E4M3 scale each."""
+    f = np.float32
+    unit = x.astype(f) * (f(1) / f(amax))
+    blocks, one = unit.reshape(*unit.shape[:-1], -1, 16), f(1 / 2688)
+    scale = nearest(np.abs(blocks).max(-1, keepdims=True) / (one * f(6)), ml_dtypes.float8_e4m3fn) * one
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = nearest(np.where(scale == 0, 0, blocks / scale), ml_dtypes.float4_e2m1fn)
+    return numbers.reshape(x.shape), np.broadcast_to(scale, blocks.shape).reshape(x.shape) * np.float64(amax)
+
+
 def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, pads=UNPADDED, **window):
     """An 8-bit product: x rounded by token, or with `ranges`, (half the width, middle); codes (N, K) or (N, C, kh, kw).
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from intaglio.exporters.qdq.writer import Call, Entering, Product, Writer
@@ -27,7 +28,7 @@ from intaglio.pipeline.formats.schemes import (
     with_shift,
 )
 from intaglio.pipeline.formats.target import OpKind
-from intaglio.pipeline.numerics.minifloat import E4M3
+from intaglio.pipeline.numerics.minifloat import BLOCK, BLOCK_UNIT, E4M3
 from intaglio.pipeline.numerics.packing import pack_int4
 from intaglio.pipeline.numerics.rounding import INPUT_HIGH, input_scale
 from intaglio.pipeline.runs.registry import find_runtime
@@ -160,6 +161,53 @@ def fp8_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> 
     scale = w.constant("input/scale/fp8", np.float32(E4M3.unit))
     zero = w.constant("input/zero/fp8", np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()))
     return _quantize_dequantize(w, call, unit, shape, [scale, zero])
+
+
+TRT_DOMAIN = "trt"
+"""Domain of TensorRT's own operators."""
+FP4_QUANTIZE = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator that rounds an input to NVFP4: its E2M1 numbers, and their block scales in E4M3."""
+
+
+def nvfp4_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
+    """Write DQ(x4, DQ(s8, 1/2688)): E2M1 numbers x4, and their block scales s8 that TensorRT's operator measures.
+
+    The operator takes two or three axes: an input with more becomes rows (R, K), until after the product.
+    """
+    if _many_axes(call):
+        k = call.codes_NK.shape[1]
+        unit = w.op(call, "input/rows/Reshape", [unit, w.constant(f"input/rows/{k}", np.array([-1, k]))])
+        shape = ir.Shape([None, k])
+    one = w.constant("input/scale/nvfp4", np.float32(BLOCK_UNIT))
+    how = {"axis": -1, "block_size": BLOCK, "scale_type": ir.DataType.FLOAT8E4M3FN.value}
+    numbers, blocks = w.node(call, f"input/{FP4_QUANTIZE}", [unit, one], how, domain=TRT_DOMAIN, outputs=2)
+    numbers.type, numbers.shape = ir.TensorType(ir.DataType.FLOAT4E2M1), shape
+    blocks.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    scale = w.op(call, "input/scale/DequantizeLinear", [blocks, one])
+    return w.op(call, "input/DequantizeLinear", [numbers, scale], {"axis": -1, "block_size": BLOCK})
+
+
+def nvfp4_blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """Write x @ Transpose(DQ(Wq, DQ(s8, s))): E2M1 numbers (N, K), block scales s8 (N, G), one scale s."""
+    layer, owner = call.site.layer, w.owner(call, in_blocks=True)
+    assert call.data.group_NG is not None  # only rows for such weights read it
+    blocks = call.data.group_NG.view(torch.uint8).numpy().view(ir.DataType.FLOAT8E4M3FN.numpy())
+    one = w.constant(f"{layer}/scale", call.scale_NG.reshape(()))
+    scale = w.op(call, "weight/scale/DequantizeLinear", [w.constant(f"{owner}/group", blocks), one])
+    numbers = w.constant(f"{owner}/weight", call.codes_NK)
+    weight = w.op(call, "weight/DequantizeLinear", [numbers, scale], {"axis": 1, "block_size": BLOCK})
+    across = ir.AttrInt64s("perm", [1, 0])
+    y = _product(w, call, x, w.op(call, "weight/Transpose", [weight], {"perm": across}))
+    if call.input_key is None or not _many_axes(call):
+        return y
+    axes = w.op(call, "rows/Shape", [call.site.x], {"end": -1})
+    n = w.constant(f"rows/{len(call.codes_NK)}", np.array([len(call.codes_NK)]))
+    return w.op(call, "rows/Reshape", [y, w.op(call, "rows/Concat", [axes, n], {"axis": 0})])
+
+
+def _many_axes(call: Call) -> bool:
+    """Return True for an input of more axes than TensorRT's operator takes."""
+    return call.site.x.shape is not None and len(call.site.x.shape) > 3
 
 
 def _quantize_dequantize(

@@ -184,13 +184,33 @@ class Writer:
 
     def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
         """Write the node `prefix/role` and return its only output. The last part of `role` names the operator."""
-        name = f"{call.prefix}/{role}"
+        return self.node(call, role, inputs, attributes)[0]
+
+    def node(
+        self,
+        call: Call,
+        role: str,
+        inputs: Sequence[ir.Value],
+        attributes: Attributes | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Sequence[ir.Value]:
+        """Write the node `prefix/role` and return its outputs. The last part of `role` names the operator."""
+        name, known = f"{call.prefix}/{role}", {LAYER_KEY: call.site.layer}
         node = ir.node(
-            role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
+            role.rpartition("/")[2],
+            inputs,
+            attributes,
+            domain=domain,
+            num_outputs=outputs,
+            name=name,
+            metadata_props=known,
         )
-        node.outputs[0].name = f"{name}:0"
+        for place, value in enumerate(node.outputs):
+            value.name = f"{name}:{place}"
         self.graph.insert_before(call.site.product, node)
-        return node.outputs[0]
+        return node.outputs
 
     def constant(
         self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]

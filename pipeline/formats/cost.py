@@ -66,8 +66,8 @@ def work(
     if not isinstance(scheme.input, Float):
         passes += 2 + scheme.by_token + scheme.shifted
     moved = 0.0 if block is None else ELEMENT + (0 if block == 1 else block * FLOAT_PRODUCT)
-    in_float = isinstance(scheme.input, Float) or not on_integers
-    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if in_float else CODE_PRODUCT[scheme.input.multiplied])
+    codes = None if isinstance(scheme.input, Float) or not on_integers else scheme.input.multiplied
+    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if codes is None else CODE_PRODUCT[codes])
     return product + elements * (passes * ELEMENT + moved)
 
 

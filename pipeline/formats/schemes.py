@@ -106,6 +106,11 @@ class LayerScheme(Value):
         return self.input.bits
 
     @property
+    def group_size(self) -> int | None:
+        """Group size that was chosen; None for weights without groups, and for those whose format fixes the size."""
+        return None if isinstance(self.weight, Float) or self.weight.fixed_group else self.weight.group_size
+
+    @property
     def by_token(self) -> bool:
         """True where the input has a scale for each token."""
         return isinstance(self.input, RoundedInput) and isinstance(self.input.granularity, PerToken)

@@ -33,6 +33,10 @@ class RoundedWeight(Value, ABC):
 
     compute_capability: ClassVar[str | None] = None
     """Least CUDA compute capability of the GPUs that multiply such weights; None: any."""
+    fixed_group: ClassVar[bool] = False
+    """True if the format fixes the group size, so that neither layer nor target chooses it."""
+    linear_only: ClassVar[bool] = False
+    """True if convolutions have no such weights."""
 
     kind: str
     bits: int
@@ -85,6 +89,18 @@ class RoundedWeight(Value, ABC):
     @abstractmethod
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the scales (N, G) and None; for two levels, the scales (N, 1) and the group integers (N, G)."""
+
+    def code_scale(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
+        """Return the value of a code of 1, (N, G), from the scales and groups of `fit`; differentiable in both."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.product_scale(scale_NG, group_NG)
+
+    def stored_groups(self, group_NG: torch.Tensor) -> torch.Tensor:
+        """Return the groups of `fit` as files store them, int8 (N, G)."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.group_integers(group_NG)
 
     def quantize(self, w_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
         """Return the codes, int8 (N, K)."""

@@ -35,6 +35,11 @@ class MiniFloat:
         return int(self.encode(torch.tensor([self.largest])))
 
     @property
+    def smallest(self) -> float:
+        """Smallest positive number."""
+        return 2.0 ** (self.exponent - self.mantissa)
+
+    @property
     def unit(self) -> float:
         """float32(1 / largest): the scale of values that were divided by their largest magnitude."""
         return float(torch.tensor(1 / self.largest))
@@ -86,3 +91,24 @@ E4M3 = MiniFloat(mantissa=3, exponent=-6, largest=448.0)
 """FP8 as ONNX's FLOAT8E4M3FN: without infinities, up to 448, evenly spaced by 2^-9 below 2^-6."""
 E2M1 = MiniFloat(mantissa=1, exponent=0, largest=6.0)
 """FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+BLOCK = 16
+"""Input features that share a block scale in NVFP4."""
+BLOCK_UNIT = float(torch.tensor(1 / (E2M1.largest * E4M3.largest)))
+"""float32(1 / 2688): the scale of the block scales of an input that was divided by its largest magnitude."""
+
+
+def round_blocks(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round x in [-1, 1] to E2M1 numbers, and return the scale of each too: both (..., K), for K a multiple of 16.
+
+    The scale is that of its block: E4M3 of the largest magnitude / 6, times BLOCK_UNIT. A block whose scale is rounded
+    to zero is zero. The gradient passes through the numbers alone.
+
+    >>> numbers, scale = round_blocks(torch.tensor([[1.0, 0.5, -0.25] + 13 * [0.0]]))
+    >>> numbers[0, :3].tolist(), [round(v, 4) for v in (numbers * scale)[0, :3].tolist()]
+    ([6.0, 3.0, -1.5], [1.0, 0.5, -0.25])
+    """
+    blocks = unit.reshape(*unit.shape[:-1], -1, BLOCK)
+    one = torch.tensor(BLOCK_UNIT)
+    scale = E4M3.nearest(blocks.detach().abs().amax(-1, keepdim=True) / (one * E2M1.largest)) * one
+    numbers = E2M1.nearest(blocks / torch.where(scale == 0, torch.inf, scale))
+    return numbers.flatten(-2), scale.expand_as(blocks).flatten(-2)

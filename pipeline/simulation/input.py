@@ -72,7 +72,7 @@ class InputRounding(nn.Module):
                     amax = amax * factor
                 unit = (x if shift is None else x - shift) / amax
             case PerStep() | Static():
-                amax, shift = self.step_range(self.clock.step)
+                amax, shift = self.step_range(0 if self._for_all_steps else self.clock.step)
                 if self.zero == "one" and shift is not None:
                     code = rounding.shift_codes(amax, shift, self.form.bits)
                     codes = rounding.input_codes_around(x * (1 / amax), code, self.form.bits)
@@ -81,6 +81,11 @@ class InputRounding(nn.Module):
             case other:
                 assert_never(other)
         return InputCodes(*self.form.round(unit), amax, shift)
+
+    @property
+    def _for_all_steps(self) -> bool:
+        """True where one calibrated magnitude serves all steps, so that no step has to be set."""
+        return self.amax_T is not None and not self.amax_T.ndim
 
     def _token_factor(self) -> torch.Tensor | None:
         """Return the factor on the magnitude of every token, (), at the clock's step; None if there is none."""
@@ -91,7 +96,7 @@ class InputRounding(nn.Module):
     def step_range(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return magnitude and middle of the input's range, both (), at a denoising step; no middle if symmetric."""
         assert self.amax_T is not None  # `LayerTables.needed_by` ensures it
-        amax = self.amax_T[step] if self.amax_T.ndim else self.amax_T
+        amax = self.amax_T if self._for_all_steps else self.amax_T[step]
         shift = None if self.shift_T is None else self.shift_T[step]
         if self.trained is None:
             return amax, shift
