@@ -73,10 +73,9 @@ def _integers(
 ) -> QuantizedLayerData:
     """Round a layer's weight as it was trained. Raises StepFailed for NaN, Inf, and scales that are not positive."""
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
-    from intaglio.pipeline.numerics.rounding import group_integers
 
     if not all(end.isfinite() for end in grid.float_weight(weight).aminmax()) or not (grid.scale > 0).all():
         raise StepFailed(f"{name}: the merged weight has NaN or Inf, or a scale that is not positive")
-    group_NG = None if grid.group is None else group_integers(grid.group)
+    group_NG = None if grid.group is None else grid.rounded_form.stored_groups(grid.group)
     codes, scale_NG = grid.codes(weight), grid.scale.detach()
     return QuantizedLayerData(scheme, codes, scale_NG, group_NG, tables, grid.balance, grid.branch)

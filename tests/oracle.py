@@ -5,6 +5,7 @@ Shapes: N out features, K in features, C input channels, kh kw kernel.
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 UNPADDED = ()
@@ -32,6 +33,51 @@ def two_level_codes(w, scale, group, size):
     """w (N, K), scale (N,), group (N, K // size) of integers: the 4-bit codes, and the 8-bit ones they stand for."""
     four = weight_codes(w, scale.astype(np.float32)[:, None] * group.astype(np.float32), -8, 7, size)
     return four, four * np.repeat(np.rint(group).astype(np.int64), size, axis=1)
+
+
+def nearest(x, dtype):
+    """The numbers of a type of ml_dtypes nearest to x, float32; larger ones become its largest."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    return np.clip(x.astype(np.float32), -largest, largest).astype(dtype).astype(np.float32)
+
+
+def places(numbers, dtype):
+    """The place of each number among all of a type of ml_dtypes, from its bits: a sign, and a magnitude that counts."""
+    sign = 1 << (ml_dtypes.finfo(dtype).bits - 1)
+    bits = numbers.astype(dtype).view(np.uint8).astype(np.int64) & (2 * sign - 1)
+    return np.where(bits & sign, -(bits - sign), bits)
+
+
+def fp8_layer(x, w, scale, bias, *, amax=None, **window):
+    """A product of E4M3 numbers: x rounded by token, or with one magnitude; w (N, K) or (N, C, kh, kw), scale (N,)."""
+    f, dtype = np.float32, ml_dtypes.float8_e4m3fn
+    x, s = x.astype(f), f(1) / f(448)
+    if amax is None:
+        amax = np.maximum(np.abs(x).max(-1, keepdims=True), f(1e-7))
+        unit = x / amax
+    else:
+        amax = f(amax)
+        unit = x * (f(1) / amax)
+    numbers = nearest(unit / s, dtype)
+    scale, bias = (_of_channels(v, w).astype(np.float64) for v in (scale, bias))
+    return Computed(numbers, product(numbers, w, **window) * float(s) * scale * amax + bias)
+
+
+def nvfp4_weight(w, scale, group):
+    """E2M1 numbers of w (N, K), and what each is worth, from the scale () and block scales (N, K // 16) in E4M3."""
+    worth = np.repeat(np.float32(scale) * group.astype(np.float32), 16, axis=1)
+    return nearest(w / worth, ml_dtypes.float4_e2m1fn), worth
+
+
+def nvfp4_input(x, amax):
+    """E2M1 numbers of x (..., K), and what each is worth: blocks of 16 have an E4M3 scale each."""
+    f = np.float32
+    unit = x.astype(f) * (f(1) / f(amax))
+    blocks, one = unit.reshape(*unit.shape[:-1], -1, 16), f(1 / 2688)
+    scale = nearest(np.abs(blocks).max(-1, keepdims=True) / (one * f(6)), ml_dtypes.float8_e4m3fn) * one
+    with np.errstate(divide="ignore", invalid="ignore"):
+        numbers = nearest(np.where(scale == 0, 0, blocks / scale), ml_dtypes.float4_e2m1fn)
+    return numbers.reshape(x.shape), np.broadcast_to(scale, blocks.shape).reshape(x.shape) * np.float64(amax)
 
 
 def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, pads=UNPADDED, **window):

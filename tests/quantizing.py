@@ -19,7 +19,6 @@ from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance, bases_of
-from intaglio.pipeline.numerics.rounding import group_integers
 from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
 from intaglio.pipeline.simulation.model import quantize_model, simulate
 
@@ -77,7 +76,7 @@ def integers(layers: Mapping[str, QuantizedLayer], timesteps: tuple[float, ...])
                 m.scheme,
                 m.weight_codes(),
                 m.weight_rounding.scale.detach(),
-                None if m.weight_rounding.group is None else group_integers(m.weight_rounding.group),
+                None if m.weight_rounding.group is None else m.scheme.weight.stored_groups(m.weight_rounding.group),
                 m.tables,
                 m.balance,
                 m.branch,

@@ -27,7 +27,7 @@ _FARTHEST = 64
 """Largest number of nodes to look back: long chains before many products would take hours."""
 _MOST_ELEMENTS = 1 << 23
 """Largest number of elements of a constant that is read: scales of groups of 16 in a weight of 10^8."""
-CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4"})
+CODES = frozenset({"INT8", "UINT8", "INT4", "UINT4", "FLOAT8E4M3FN"})
 
 
 @dataclass(frozen=True)

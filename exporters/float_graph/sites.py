@@ -22,8 +22,8 @@ BASIS = "balance"
 """Part of node names for what brings the input of a layer into its basis."""
 BRANCH = "branch"
 """Part of the names of the nodes that compute a layer's branch in float."""
-INPUT_CODES = "/input/QuantizeLinear"
-"""End of the name of the node that makes the codes of a layer's input."""
+INPUT_CODES = ("/input/QuantizeLinear", "/input/TRT_FP4DynamicQuantize")
+"""Ends of the names of nodes that make the codes of a layer's input."""
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,13 @@ def single_layer(folder: Path, layer: Layer, rows: int, scheme: LayerScheme, tar
         return graph
     groups = 1 if form.group_size is None else layer.k // form.group_size
     two_levels = isinstance(form, IntWeight) and isinstance(form.granularity, TwoLevel)
+    scale_NG = torch.full((1 if form.fixed_group else layer.n, 1 if two_levels or form.fixed_group else groups), 0.01)
+    group_NG = torch.full((layer.n, groups), float(GROUP_HIGH)) if two_levels or form.fixed_group else None
     data = QuantizedLayerData(
         scheme,
         torch.randint(form.low, form.high + 1, (layer.n, layer.k), generator=rng, dtype=torch.int8),
-        torch.full((layer.n, 1 if two_levels else groups), 0.01),
-        torch.full((layer.n, groups), GROUP_HIGH, dtype=torch.int8) if two_levels else None,
+        scale_NG,
+        None if group_NG is None else form.stored_groups(group_NG),
         _TABLES.needed_by(scheme, padded=layer.padded),
     )
     (folder / "lowered").mkdir()

@@ -81,6 +81,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
     ends = {str(end.name) for call in calls for end in (call.site.x, call.site.y)}
     scales = _rewrite(model.graph, calls, target)
+    _declare(model)
     scaled, factors = fold_scales(model.graph, scales, ends, symmetric=target.limits.symmetric)
     amax = {name: largest * factors.get(name, 1.0) for name, largest in graph.amax.items()}
     if target.float_type == "float16":
@@ -146,13 +147,25 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     carriers = {key: carrier_scale([c for c in calls if c.input_key == key]) for key in keys if key is not None}
     writer = Writer(graph, step, np.uint8(128) if target.activation_dtype == "uint8" else np.int8(0), carriers)
     for call, row in zip(calls, rows, strict=True):
-        old, new = call.site.y, writer.write(call, row.product)
+        old, new = call.site.y, writer.write(call, row.product, row.entering)
         new.type, new.shape = old.type, old.shape
         name = old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove([n for n in (call.site.add, call.site.product) if n is not None], safe=True)
         new.name = name
     return writer.scales
+
+
+def _declare(model: ir.Model) -> None:
+    """Declare the domains of all operators, and the opset and IR version that FP4 numbers came with."""
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if node.domain not in model.opset_imports:
+            model.opset_imports[node.domain] = 1
+    if any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values()):
+        model.opset_imports[""] = max(model.opset_imports[""] or 0, 23)
+        model.ir_version = max(model.ir_version, 11)
 
 
 def _remove_unused(graph: ir.Graph) -> None:

@@ -1,4 +1,6 @@
-"""Write the product of each scheme as ONNX operators, so that a runtime multiplies integers where it can.
+"""Write the product of each scheme, and the rounding of its input, as ONNX operators.
+
+They are written so that a runtime multiplies codes where it can.
 
 Shapes: N out features, K in features, G = K // size groups, C input channels, kh kw kernel.
 """
@@ -10,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
-from intaglio.exporters.qdq.writer import Call, Product, Writer
+from intaglio.exporters.qdq.writer import Call, Entering, Product, Writer
 from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.formats.schemes import (
     Float,
@@ -25,7 +28,9 @@ from intaglio.pipeline.formats.schemes import (
     with_shift,
 )
 from intaglio.pipeline.formats.target import OpKind
+from intaglio.pipeline.numerics.minifloat import BLOCK, BLOCK_UNIT, E4M3
 from intaglio.pipeline.numerics.packing import pack_int4
+from intaglio.pipeline.numerics.rounding import INPUT_HIGH, input_scale
 from intaglio.pipeline.runs.registry import find_runtime
 
 _GROUP = 64
@@ -40,8 +45,7 @@ TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *TWO_LEVEL_STEP)
 def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write x @ DQ(Wq, s_w); s_w has the shape (N,).
 
-    It serves any weight with one scale for each output channel and codes that fit in int8, such as 6-bit codes: they
-    are stored as int8.
+    It serves any weight with one scale for each output channel, in the type of its codes: int8 for 6-bit codes.
     """
     codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
     weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
@@ -70,7 +74,8 @@ def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
     # one for each call: with x64quantprecision ONNX Runtime 1.31 refuses two weights that share a zero point
-    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, np.int8))
+    assert codes.dtype is not None  # constants have a type, and so has what is written for 4-bit codes
+    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, codes.dtype.numpy()))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
 
@@ -132,6 +137,87 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
     return w.op(call, "weight/Reshape", [weight, shape])
 
 
+def integer_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
+    """Write DQ(Q(x)) with the constant scale S = 1/127, or 1/7 for 4-bit codes.
+
+    In front of a rounded product the zero point of Q and DQ shifts, so that the product adds the zeros itself.
+    """
+    bits, code = call.data.scheme.input_bits, call.zero_point
+    scale = np.float32(input_scale(bits))
+    zero = w.input_zero.dtype.type(int(w.input_zero) + code)
+    constants = [
+        w.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
+        w.constant(f"input/zero/{code}" if code else "input/zero", zero),
+    ]
+    if bits < 8 and call.data.tables.stepped:  # a token's codes need no Clip, unless its range is clipped
+        ends = [end - code for end in (-INPUT_HIGH[bits] - 1, INPUT_HIGH[bits])]
+        bounds = [w.constant(f"input/bound/{bits}/{end}", scale * np.float32(end)) for end in ends]
+        unit = w.op(call, "input/Clip", [unit, *bounds])
+    return _quantize_dequantize(w, call, unit, shape, constants)
+
+
+def fp8_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
+    """Write DQ(Q(x)) with E4M3 codes and the constant scale 1/448; Q saturates."""
+    scale = w.constant("input/scale/fp8", np.float32(E4M3.unit))
+    zero = w.constant("input/zero/fp8", np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()))
+    return _quantize_dequantize(w, call, unit, shape, [scale, zero])
+
+
+TRT_DOMAIN = "trt"
+"""Domain of TensorRT's own operators."""
+FP4_QUANTIZE = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator that rounds an input to NVFP4: its E2M1 numbers, and their block scales in E4M3."""
+
+
+def nvfp4_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
+    """Write DQ(x4, DQ(s8, 1/2688)): E2M1 numbers x4, and their block scales s8 that TensorRT's operator measures.
+
+    The operator takes two or three axes: an input with more becomes rows (R, K), until after the product.
+    """
+    if _many_axes(call):
+        k = call.codes_NK.shape[1]
+        unit = w.op(call, "input/rows/Reshape", [unit, w.constant(f"input/rows/{k}", np.array([-1, k]))])
+        shape = ir.Shape([None, k])
+    one = w.constant("input/scale/nvfp4", np.float32(BLOCK_UNIT))
+    how = {"axis": -1, "block_size": BLOCK, "scale_type": ir.DataType.FLOAT8E4M3FN.value}
+    numbers, blocks = w.node(call, f"input/{FP4_QUANTIZE}", [unit, one], how, domain=TRT_DOMAIN, outputs=2)
+    numbers.type, numbers.shape = ir.TensorType(ir.DataType.FLOAT4E2M1), shape
+    blocks.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+    scale = w.op(call, "input/scale/DequantizeLinear", [blocks, one])
+    return w.op(call, "input/DequantizeLinear", [numbers, scale], {"axis": -1, "block_size": BLOCK})
+
+
+def nvfp4_blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
+    """Write x @ Transpose(DQ(Wq, DQ(s8, s))): E2M1 numbers (N, K), block scales s8 (N, G), one scale s."""
+    layer, owner = call.site.layer, w.owner(call, in_blocks=True)
+    assert call.data.group_NG is not None  # only rows for such weights read it
+    blocks = call.data.group_NG.view(torch.uint8).numpy().view(ir.DataType.FLOAT8E4M3FN.numpy())
+    one = w.constant(f"{layer}/scale", call.scale_NG.reshape(()))
+    scale = w.op(call, "weight/scale/DequantizeLinear", [w.constant(f"{owner}/group", blocks), one])
+    numbers = w.constant(f"{owner}/weight", call.codes_NK)
+    weight = w.op(call, "weight/DequantizeLinear", [numbers, scale], {"axis": 1, "block_size": BLOCK})
+    across = ir.AttrInt64s("perm", [1, 0])
+    y = _product(w, call, x, w.op(call, "weight/Transpose", [weight], {"perm": across}))
+    if call.input_key is None or not _many_axes(call):
+        return y
+    axes = w.op(call, "rows/Shape", [call.site.x], {"end": -1})
+    n = w.constant(f"rows/{len(call.codes_NK)}", np.array([len(call.codes_NK)]))
+    return w.op(call, "rows/Reshape", [y, w.op(call, "rows/Concat", [axes, n], {"axis": 0})])
+
+
+def _many_axes(call: Call) -> bool:
+    """Return True for an input of more axes than TensorRT's operator takes."""
+    return call.site.x.shape is not None and len(call.site.x.shape) > 3
+
+
+def _quantize_dequantize(
+    w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None, constants: list[ir.Value]
+) -> ir.Value:
+    codes = w.op(call, "input/QuantizeLinear", [unit, *constants])
+    codes.type, codes.shape = constants[1].type, shape
+    return w.op(call, "input/DequantizeLinear", [codes, *constants])
+
+
 def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
     """Write x @ w, or the convolution, without a bias."""
     if call.op == "linear":
@@ -141,7 +227,7 @@ def _product(w: Writer, call: Call, x: ir.Value, weight: ir.Value) -> ir.Value:
 
 @dataclass(frozen=True)
 class Lowering:
-    """Row of a runtime's table: the function that writes the product of a scheme, and the reason for this form.
+    """Row of a runtime's table: the functions that write a scheme's product and input, and the reason for this form.
 
     One row serves every group size of the scheme's weight.
     """
@@ -150,8 +236,9 @@ class Lowering:
     scheme: LayerScheme
     product: Product
     integer: bool
-    """True where the runtime multiplies integers."""
+    """True where the runtime multiplies codes."""
     why: str
+    entering: Entering = integer_input
 
 
 def with_shifts(rows: Sequence[Lowering]) -> tuple[Lowering, ...]:

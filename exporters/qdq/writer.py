@@ -17,21 +17,19 @@ from intaglio.exporters.float_graph.sites import BASIS, BRANCH, LAYER_KEY, Site
 from intaglio.exporters.qdq.folding import ChannelScale
 from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 from intaglio.pipeline.errors import TargetError
-from intaglio.pipeline.formats.schemes import Float, IntInput, RoundedWeight
+from intaglio.pipeline.formats.schemes import Float, RoundedInput, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.basis import hadamard
 from intaglio.pipeline.numerics.low_rank import Branch
 from intaglio.pipeline.numerics.rounding import (
-    INPUT_HIGH,
     TOKEN_EPS,
     eight_bit_codes,
-    input_scale,
     output_scale,
     shift_codes,
 )
 
 Attributes: TypeAlias = Mapping[str, int | ir.Attr]
-InputKey: TypeAlias = tuple[str, IntInput, bytes]
+InputKey: TypeAlias = tuple[str, RoundedInput, bytes]
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,15 @@ class Call:
         return str(self.site.x.name), b"" if balance is None else balance.key
 
     @property
-    def codes_NK(self) -> NDArray[np.int8]:
-        """Codes of the weight, (N, K)."""
-        codes: NDArray[np.int8] = self.data.codes.numpy()
-        return codes
+    def form(self) -> RoundedWeight:
+        """Format of the weight."""
+        assert isinstance(self.data.scheme.weight, RoundedWeight)  # only rounded weights have calls
+        return self.data.scheme.weight
+
+    @property
+    def codes_NK(self) -> NDArray[np.generic]:
+        """Codes of the weight, (N, K), in the type in which graphs have them."""
+        return self.form.elements(self.data.codes)
 
     @property
     def scale_NG(self) -> NDArray[np.float32]:
@@ -132,11 +135,8 @@ class Call:
     @property
     def eight_bit_codes_NK(self) -> NDArray[np.int8]:
         """Codes that the product multiplies, (N, K); for two levels, codes times the integers of their groups."""
-        form = self.data.scheme.weight
-        assert isinstance(form, RoundedWeight)  # only rounded weights have calls
-        if self.data.group_NG is None:
-            return self.codes_NK
-        codes: NDArray[np.int8] = eight_bit_codes(self.data.codes, self.data.group_NG, form.grid).numpy()
+        own, group = self.data.codes, self.data.group_NG
+        codes: NDArray[np.int8] = (own if group is None else eight_bit_codes(own, group, self.form.grid)).numpy()
         return codes
 
     @property
@@ -184,13 +184,33 @@ class Writer:
 
     def op(self, call: Call, role: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None) -> ir.Value:
         """Write the node `prefix/role` and return its only output. The last part of `role` names the operator."""
-        name = f"{call.prefix}/{role}"
+        return self.node(call, role, inputs, attributes)[0]
+
+    def node(
+        self,
+        call: Call,
+        role: str,
+        inputs: Sequence[ir.Value],
+        attributes: Attributes | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Sequence[ir.Value]:
+        """Write the node `prefix/role` and return its outputs. The last part of `role` names the operator."""
+        name, known = f"{call.prefix}/{role}", {LAYER_KEY: call.site.layer}
         node = ir.node(
-            role.rpartition("/")[2], inputs, attributes, name=name, metadata_props={LAYER_KEY: call.site.layer}
+            role.rpartition("/")[2],
+            inputs,
+            attributes,
+            domain=domain,
+            num_outputs=outputs,
+            name=name,
+            metadata_props=known,
         )
-        node.outputs[0].name = f"{name}:0"
+        for place, value in enumerate(node.outputs):
+            value.name = f"{name}:{place}"
         self.graph.insert_before(call.site.product, node)
-        return node.outputs[0]
+        return node.outputs
 
     def constant(
         self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
@@ -215,9 +235,9 @@ class Writer:
         unsigned = self.input_zero.dtype == np.uint8
         return call.prefix if unsigned != in_blocks else call.site.layer
 
-    def write(self, call: Call, product: Product) -> ir.Value:
+    def write(self, call: Call, product: Product, entering: Entering) -> ir.Value:
         """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms."""
-        rounded = self._rounded_input(call)
+        rounded = self._rounded_input(call, entering)
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
             y = self._rounded_output(call, y)
@@ -243,11 +263,8 @@ class Writer:
         up = up.reshape(*up.shape, *[1] * call.places)
         return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up)])
 
-    def _rounded_input(self, call: Call) -> Rounded:
-        """Write x_hat = DQ(Q((x - shift) / amax)) with the constant scale S = 1/127, or 1/7 for 4-bit codes.
-
-        In front of a rounded product the zero point of Q and DQ shifts, so that the product adds the zeros itself.
-        """
+    def _rounded_input(self, call: Call, entering: Entering) -> Rounded:
+        """Write the rounding of (x - shift) / amax, once for all layers that read the input."""
         key, x = call.input_key, self._input(call)
         if key is None:
             return Rounded(x)
@@ -258,19 +275,8 @@ class Writer:
                 if call.data.tables.amax_T is None
                 else self._by_step(call, x, call.data.tables.amax_T.numpy())
             )
-            bits = key[1].bits
-            scale = np.float32(input_scale(bits))
-            constants = [
-                self.constant("input/scale" if bits == 8 else f"input/scale/{bits}", scale),
-                self._zero(call.zero_point),
-            ]
-            if bits < 8 and call.data.tables.stepped:  # a token's codes need no Clip, unless its range is clipped
-                ends = [code - call.zero_point for code in (-INPUT_HIGH[bits] - 1, INPUT_HIGH[bits])]
-                bounds = [self.constant(f"input/bound/{bits}/{end}", scale * np.float32(end)) for end in ends]
-                unit = self.op(call, "input/Clip", [unit, *bounds])
-            codes = self.op(call, "input/QuantizeLinear", [unit, *constants])
-            codes.type, codes.shape = constants[1].type, (x if call.zeros else call.site.x).shape
-            self._inputs[key] = Rounded(self.op(call, "input/DequantizeLinear", [codes, *constants]), amax, shift)
+            shape = (x if call.zeros else call.site.x).shape
+            self._inputs[key] = Rounded(entering(self, call, unit, shape), amax, shift)
         return self._inputs[key]
 
     def _input(self, call: Call) -> ir.Value:
@@ -284,11 +290,6 @@ class Writer:
             self.scales.append(ChannelScale(call.site.layer, y, scale))
             self._balanced[call.basis] = y if balance.block == 1 else self._rotated(call, y, channels, balance.block)
         return self._balanced[call.basis]
-
-    def _zero(self, code: int) -> ir.Value:
-        """Return the zero point of inputs with which `code` stands for zero."""
-        name = f"input/zero/{code}" if code else "input/zero"
-        return self.constant(name, self.input_zero.dtype.type(int(self.input_zero) + code))
 
     def _padded(self, call: Call, x: ir.Value) -> ir.Value:
         """Return x with the convolution's zeros around it if x is shifted, so that they are shifted and rounded too."""
@@ -344,7 +345,10 @@ class Writer:
     def _by_step(
         self, call: Call, x: ir.Value, amax_T: NDArray[np.float32]
     ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-        """Write (x - c_t) * r_t and return it with a_t and c_t; r_t = float32(1 / a_t)."""
+        """Write (x - c_t) * r_t and return it with a_t and c_t; r_t = float32(1 / a_t).
+
+        If there is one magnitude for all steps, a and r are constants, and no step is read.
+        """
         shift = None
         amax_T = np.maximum(amax_T, np.float32(TOKEN_EPS))
         inverse = self.constant(f"{call.site.layer}/inverse", np.float32(1) / amax_T)
@@ -353,6 +357,8 @@ class Writer:
             middle = self.constant(f"{call.site.layer}/shift", call.data.tables.shift_T.numpy())
             shift = self.op(call, "shift/Gather", [middle, self.step])
             x = self.op(call, "shift/Sub", [x, shift])
+        if not amax_T.ndim:
+            return self.op(call, "Mul", [x, inverse]), table, shift
         r = self.op(call, "inverse/Gather", [inverse, self.step])
         return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
 
@@ -383,3 +389,5 @@ class Writer:
 
 Product: TypeAlias = Callable[[Writer, Call, ir.Value], ir.Value]
 """Function that writes the product of a call and its rounded input."""
+Entering: TypeAlias = Callable[[Writer, Call, ir.Value, ir.Shape | None], ir.Value]
+"""Function that writes the rounding of a call's input, which was divided by its magnitude and has this shape."""

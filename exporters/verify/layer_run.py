@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     """Return a model of the layer alone, from its input, and `step` if the layer reads that, to its output.
 
-    The codes of a quantized input are a second output. Raises KeyError for a layer not in `graph.nodes`.
+    The codes of a quantized input are a second output: codes of floating-point formats as the numbers that they are, in
+    float32. Raises KeyError for a layer not in `graph.nodes`.
     """
     before, after = graph.nodes[layer]
     model = _loaded(graph.path, graph.path.stat().st_mtime_ns)
@@ -32,9 +33,21 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     for value in list(alone.inputs):
         if value.name == STEP_INPUT and not value.uses():
             alone.inputs.remove(value)
-    alone.outputs.extend(node.outputs[0] for node in alone if str(node.name).endswith(INPUT_CODES))
+    for node in [node for node in alone if str(node.name).endswith(INPUT_CODES)]:
+        alone.outputs.append(_numbers(alone, node.outputs[0]))
     proto: onnx.ModelProto = ir.to_proto(ir.external_data.load_to_model(ir.Model(alone, ir_version=model.ir_version)))
     return proto
+
+
+def _numbers(graph: ir.Graph, codes: ir.Value) -> ir.Value:
+    """Return codes that NumPy has no type for in float32, which holds them exactly; other codes as they are."""
+    if codes.dtype is None or not codes.dtype.is_floating_point():
+        return codes
+    cast = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT.value}, name=f"{codes.name}/Cast")
+    graph.append(cast)
+    numbers = cast.outputs[0]
+    numbers.name, numbers.type, numbers.shape = f"{codes.name}/numbers", ir.TensorType(ir.DataType.FLOAT), codes.shape
+    return numbers
 
 
 @lru_cache(maxsize=1)
@@ -47,6 +60,8 @@ def run_layer(
     graph: Graph, layer: str, x: NDArray[np.float32], runtime: Runtime, step: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
     """Return the layer's output on x at `step` in the runtime, and the codes of its input if it is quantized.
+
+    Codes are as `layer_model` has them.
 
     The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C).
     """

@@ -104,6 +104,9 @@ def compare_layer(
         error = rel_l2(ends.leaving(name, left), layer.forward(x) if half else y)
         if isinstance(layer.scheme.input, Float) or codes is None:
             return LayerParity(error, 0, 0, 0)
-        simulated = layer.input_codes(x)[0].numpy().astype(np.int32)
+        form = layer.scheme.input
+        simulated = form.codes(layer.input_codes(x).codes).numpy().astype(np.int32)
+    if codes.dtype == np.float32:
+        codes = form.codes(torch.from_numpy(codes)).numpy()
     distance = codes.astype(np.int32).ravel() - (128 if codes.dtype == np.uint8 else 0) - simulated.ravel()
     return LayerParity(error, distance.size, int(np.count_nonzero(distance)), int(np.abs(distance).max()))

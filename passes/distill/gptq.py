@@ -1,7 +1,5 @@
 """Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
-It computes w ~= scale * q itself: a format whose codes are not evenly spaced cannot start from it.
-
 Shapes: N out features, K in features, G scales per row, M rows of the input (tokens, or places of a convolution).
 """
 
@@ -50,11 +48,11 @@ def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment
     w = w_NK.detach().double()[:, order].clone()
     scale_NK = rounding.groups(torch.ones_like(w_NK), grid).mul(scale_NG.detach().unsqueeze(-1)).reshape(w_NK.shape)
     scale_NK = scale_NK.double()[:, order]
-    codes = torch.empty_like(w)
+    numbers = torch.empty_like(w)
     for i in range(k):
-        codes[:, i] = torch.clamp(torch.round(w[:, i] / scale_NK[:, i]), grid.low, grid.high)
-        error = (w[:, i] - codes[:, i] * scale_NK[:, i]) / factor[i, i]
+        numbers[:, i] = grid.nearest(w[:, i] / scale_NK[:, i])
+        error = (w[:, i] - numbers[:, i] * scale_NK[:, i]) / factor[i, i]
         w[:, i:] -= error.unsqueeze(1) * factor[i, i:].unsqueeze(0)
-    in_place = torch.empty_like(codes)
-    in_place[:, order] = codes
-    return in_place.to(torch.int8)
+    in_place = torch.empty_like(w_NK)
+    in_place[:, order] = numbers.to(w_NK.dtype)
+    return grid.encode(in_place)

@@ -19,7 +19,6 @@ from intaglio.pipeline.model.blocks import find_blocks
 from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
-from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
 
@@ -59,8 +58,11 @@ def begin(
 
 
 def learns_input(scheme: LayerScheme) -> bool:
-    """Return True if a layer's input gets trainable scales: all but 8-bit inputs with a scale for each token."""
-    return scheme.by_step or scheme.input_bits < 8
+    """Return True if a layer's input gets trainable scales.
+
+    Neither 8-bit inputs with a scale for each token do, nor inputs with one scale for all calls.
+    """
+    return scheme.by_step or (scheme.by_token and scheme.input_bits < 8)
 
 
 def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
@@ -106,8 +108,8 @@ def _input_error(layer: QuantizedLayer, x: torch.Tensor, share: float) -> float:
     learn_input(layer, InputScales(torch.full((len(layer.clock.timesteps),), share)))
     assert layer.input_rounding is not None  # only rounded inputs learn
     with torch.no_grad():
-        q, amax, shift = layer.input_rounding(x)
-        rounded = q * rounding.input_scale(layer.scheme.input_bits) * amax + (0 if shift is None else shift)
+        q, scale, amax, shift = layer.input_rounding(x)
+        rounded = q * scale * amax + (0 if shift is None else shift)
         return float((rounded - x).square().sum())
 
 

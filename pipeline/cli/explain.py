@@ -16,7 +16,7 @@ from intaglio.pipeline.contract.pass_base import Rule
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, known_schemes, scheme_names
 from intaglio.pipeline.formats.layer import Layer, admitted_schemes
-from intaglio.pipeline.formats.schemes import Float, IntInput, LayerScheme, RoundedWeight
+from intaglio.pipeline.formats.schemes import Float, LayerScheme, RoundedInput, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind, load_target, target_names
 from intaglio.pipeline.runs.registry import (
     find_metric,
@@ -183,7 +183,7 @@ def _input(scheme: LayerScheme) -> str:
     match scheme.input:
         case Float():
             return "float"
-        case IntInput() as form:
+        case RoundedInput() as form:
             shifted = "; the middle of its range is subtracted before rounding" if form.shifted else ""
             return f"{form.bits} bits; {_first(_doc(type(form.granularity)))}{shifted}"
         case other:

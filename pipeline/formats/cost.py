@@ -5,9 +5,10 @@ Shapes: R rows (tokens, or output pixels of a convolution), N out features, K in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from intaglio.pipeline.formats.inputs import Float, IntInput
+from intaglio.pipeline.formats.inputs import Float, Multiplied
 
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.layer import Layer
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 FLOAT_PRODUCT = 2
 """Time of a multiplication in float, relative to one of 8-bit integers."""
+CODE_PRODUCT: Mapping[Multiplied, float] = {"int8": 1, "fp8": 1, "fp4": 0.5}
+"""Time of a multiplication of codes, relative to one of 8-bit integers."""
 ELEMENT = 8
 """Time to read, change and write one number, relative to a multiplication of 8-bit integers in a product."""
 FLOAT_BYTES = 2
@@ -27,18 +30,18 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
 
     It is a lower bound: every number is moved once, and kernel launches and cached data are ignored. The weight is read
     as stored, x is (R, K) and y is (R, N). The input of a convolution with a kernel of k numbers is (R, K // k) in
-    memory: it has as many pixels as the output. A rounded input is multiplied as integers.
+    memory: it has as many pixels as the output. A rounded input is multiplied as codes.
     """
     moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
-    tera = device.fp16_tflops if isinstance(scheme.input, Float) else device.int8_tops
+    tera = device.fp16_tflops if isinstance(scheme.input, Float) else device.rate(scheme.input.multiplied)
     return max(moved_bytes / (device.bandwidth_gb_s * 1e9), operations / (tera * 1e12))
 
 
 def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
-    """Return the bytes of x and y; a quantized number takes one byte."""
+    """Return the bytes of x and y; an integer takes one byte."""
     kernel = layer.k // layer.shape[1]
-    x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else 1
+    x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else scheme.input.bits_stored / 8
     y_bytes = FLOAT_BYTES if isinstance(scheme.output, Float) else 1
     return rows * (layer.k // kernel * x_bytes + layer.n * y_bytes)
 
@@ -60,11 +63,11 @@ def work(
     """
     elements = rows * layer.shape[1]
     passes = 0
-    if isinstance(scheme.input, IntInput):
+    if not isinstance(scheme.input, Float):
         passes += 2 + scheme.by_token + scheme.shifted
     moved = 0.0 if block is None else ELEMENT + (0 if block == 1 else block * FLOAT_PRODUCT)
-    in_float = isinstance(scheme.input, Float) or not on_integers
-    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if in_float else 1)
+    codes = None if isinstance(scheme.input, Float) or not on_integers else scheme.input.multiplied
+    product = rows * layer.n * layer.k * (FLOAT_PRODUCT if codes is None else CODE_PRODUCT[codes])
     return product + elements * (passes * ELEMENT + moved)
 
 

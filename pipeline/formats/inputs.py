@@ -1,10 +1,17 @@
-"""Define formats of a layer's input and output: float, or integer codes with a scale for each token or step."""
+"""Define formats of a layer's input and output: float, or codes with a scale for each token or step, or with one scale.
+
+The arithmetic is in `numerics`, imported inside the functions that use it: this module imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Value(BaseModel):
@@ -36,7 +43,56 @@ class PerStep(Value):
     kind: Literal["per_step"] = "per_step"
 
 
-class IntInput(Value):
+class Static(Value):
+    """One scale for all calls, x: (...) -> scale: ()."""
+
+    label: ClassVar[str] = "static"
+    kind: Literal["static"] = "static"
+
+
+Multiplied: TypeAlias = Literal["int8", "fp8", "fp4"]
+"""Type of the operands of a product of codes."""
+
+
+class RoundedInput(Value, ABC):
+    """Input that is divided by its largest magnitude and rounded to codes: x ~= scale * number * magnitude.
+
+    Each subclass is a format. A format is known once a scheme in `known.py` uses it. The scale is a constant, as
+    runtimes multiply codes only then.
+    """
+
+    multiplied: ClassVar[Multiplied] = "int8"
+
+    kind: str
+    bits: int
+    granularity: PerToken | PerStep | Static
+    shifted: bool = False
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The input's part of a scheme's name, such as a8; empty if its weight has one kind of quantized inputs."""
+
+    @property
+    def bits_stored(self) -> float:
+        """Bits of a number in memory."""
+        return 8.0
+
+    @abstractmethod
+    def round(self, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Round x / magnitude, (...), to the numbers that its codes stand for, as floats, and return their scale too.
+
+        The scale is one number, or has the shape of the input. The gradient passes straight through the rounding.
+        """
+
+    def codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the codes of these numbers, int8: neighbouring numbers have neighbouring codes."""
+        import torch
+
+        return numbers.to(torch.int8)
+
+
+class IntInput(RoundedInput):
     """Input as integer codes, x ~= scale * q with q in [-128, 127] or [-8, 7].
 
     If `shifted`, the middle of the input's range is added: x ~= scale * q + middle. 4-bit codes are multiplied as 8-bit
@@ -56,6 +112,12 @@ class IntInput(Value):
         """The input's part of a scheme's name, such as a8, or a8s where it is shifted."""
         return f"a{self.bits}{'s' if self.shifted else ''}"
 
+    def round(self, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return the codes, as floats, and their scale, 1/127 or 1/7."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.input_codes(unit, self.bits), rounding.input_scale(self.bits)
+
 
 class IntOutput(Value):
     """Product before the bias as 8-bit codes, y ~= scale * q, q in [-128, 127]; one scale for each denoising step."""
@@ -64,5 +126,4 @@ class IntOutput(Value):
     kind: Literal["int"] = "int"
 
 
-InputFormat: TypeAlias = Annotated[Float | IntInput, Field(discriminator="kind")]
 OutputFormat: TypeAlias = Annotated[Float | IntOutput, Field(discriminator="kind")]

@@ -13,6 +13,8 @@ from typing import Annotated, TypeAlias
 from pydantic import AfterValidator, WithJsonSchema
 
 from intaglio.pipeline.errors import did_you_mean
+from intaglio.pipeline.formats.fp8 import fp8_schemes
+from intaglio.pipeline.formats.nvfp4 import nvfp4_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, int_schemes
 
 Family: TypeAlias = Callable[[int], Iterator[LayerScheme]]
@@ -21,7 +23,7 @@ Family: TypeAlias = Callable[[int], Iterator[LayerScheme]]
 
 def scheme_families() -> tuple[Family, ...]:
     """List the families of schemes, one for each weight format."""
-    return (int_schemes,)
+    return (int_schemes, fp8_schemes, nvfp4_schemes)
 
 
 def known_schemes(group: int = 64) -> Mapping[str, LayerScheme]:

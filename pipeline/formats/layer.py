@@ -56,7 +56,8 @@ class Layer(BaseModel):
         """
         match scheme.weight:
             case RoundedWeight() as form:
-                return math.ceil(self.n * self.k * form.bits_per_weight / 8) + 4 * self.n * (1 + self.bias)
+                weight_bytes = math.ceil(self.n * self.k * form.bits_per_weight / 8) + form.scale_bytes(self.n)
+                return weight_bytes + 4 * self.n * self.bias
             case Float():
                 return float_bytes * self.n * (self.k + self.bias)
             case other:
@@ -71,7 +72,7 @@ def admitted_schemes(layer: Layer, groups: Sequence[int] = GROUPS) -> tuple[Laye
     """
     group = next((g for g in groups if layer.k % g == 0 and layer.k != g), None)
     schemes = (known_schemes() if group is None else known_schemes(group)).values()
-    return tuple(s for s in schemes if s.weight.group_size in (None, group) and _misfit(layer, s) is None)
+    return tuple(s for s in schemes if s.group_size in (None, group) and _misfit(layer, s) is None)
 
 
 def structural_schemes(
@@ -85,7 +86,9 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     """Return why the target cannot execute the layer in this scheme, or None."""
     allowed = target.formats[layer.op]
     if scheme.name not in allowed:
-        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}"
+        lack = target.lacks(scheme.weight)
+        why = f": {lack}" if lack else ""
+        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}{why}"
     if problem := _misfit(layer, scheme):
         return f"{layer.name}: {problem}"
     multiple = target.limits.conv_channels_multiple
@@ -93,7 +96,7 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     if layer.op == "conv" and rounded and (layer.n % multiple or layer.shape[1] % multiple):
         channels = f"{layer.shape[1]} channels in and {layer.n} out"
         return f"{layer.name}: {channels}, but {target.name} takes multiples of {multiple} where it rounds the input"
-    size = scheme.weight.group_size
+    size = scheme.group_size
     if size is not None and size not in target.group_sizes:
         return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
     return None
@@ -104,6 +107,8 @@ def _misfit(layer: Layer, scheme: LayerScheme) -> str | None:
     if layer.op == "conv" and scheme.by_token:
         by_step = scheme.input.model_copy(update={"granularity": PerStep()})
         return f"a convolution has no tokens: use {scheme.model_copy(update={'input': by_step}).name}"
+    if layer.op == "conv" and not isinstance(scheme.weight, Float) and scheme.weight.linear_only:
+        return f"a convolution has no {scheme.weight.kind} weight"
     if layer.op == "linear" and not isinstance(scheme.output, Float):
         return "only the output of a convolution is rounded"
     size = scheme.weight.group_size

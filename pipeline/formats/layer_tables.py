@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class LayerTables:
     """The tables of one layer, float32 (T,) each: one entry for each denoising step. None: the layer has no such table.
 
-    `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input.
+    `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input. It is ()
+    where the scheme has one scale for all steps.
     `shift_T`: middle of the input's range, where the scheme shifts the input.
     `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output.
     `factor_T`: factor on each token's magnitude, if the range of tokens is clipped.
@@ -34,7 +35,7 @@ class LayerTables:
     @property
     def stepped(self) -> bool:
         """Return whether a layer with these tables needs to know its denoising step."""
-        return self.amax_T is not None or self.factor_T is not None
+        return (self.amax_T is not None and self.amax_T.ndim > 0) or self.factor_T is not None
 
     def needed_by(self, scheme: LayerScheme, *, padded: bool = False) -> LayerTables:
         """Return the tables that this scheme needs. Raises ValueError if one of them is missing.
@@ -44,10 +45,10 @@ class LayerTables:
         """
         from intaglio.pipeline.numerics.rounding import TOKEN_EPS, with_one_zero, with_zero
 
-        stepped, rounded = scheme.by_step, not isinstance(scheme.output, Float)
+        stepped, rounded = scheme.by_step or scheme.static, not isinstance(scheme.output, Float)
         shifted = stepped and scheme.shifted
         if stepped and self.amax_T is None:
-            raise ValueError("a scale for each step needs the calibrated input ranges")
+            raise ValueError("a scale that is not measured at run time needs the calibrated input ranges")
         if shifted and self.shift_T is None:
             raise ValueError("a shifted input needs the middle of its range at each step")
         if rounded and self.output_amax_T is None:
@@ -56,6 +57,8 @@ class LayerTables:
         shift_T = self.shift_T if shifted else None
         if (padded or rounded) and amax_T is not None and shift_T is not None:
             amax_T, shift_T = (with_one_zero if rounded else with_zero)(amax_T, shift_T, scheme.input_bits)
+        if scheme.static and amax_T is not None:
+            amax_T = amax_T.amax()
         return LayerTables(
             amax_T=amax_T,
             shift_T=shift_T,
@@ -68,7 +71,9 @@ class LayerTables:
         from intaglio.pipeline.numerics.step_tables import resample_linear, resample_magnitude
 
         def magnitude(values_T: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values_T is None else resample_magnitude(values_T, timesteps, wanted)
+            if values_T is None or not values_T.ndim:
+                return values_T
+            return resample_magnitude(values_T, timesteps, wanted)
 
         shift_S = None if self.shift_T is None else resample_linear(self.shift_T, timesteps, wanted)
         return LayerTables(magnitude(self.amax_T), shift_S, magnitude(self.output_amax_T), magnitude(self.factor_T))

@@ -6,19 +6,20 @@ The name of a scheme is derived from its value, and no name is parsed: `known.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, TypeAlias, assert_never
+from typing import Annotated, Literal, TypeAlias, assert_never
 
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from intaglio.pipeline.files import damaged_places, printable
 from intaglio.pipeline.formats.inputs import (
     Float,
-    InputFormat,
     IntInput,
     IntOutput,
     OutputFormat,
     PerStep,
     PerToken,
+    RoundedInput,
+    Static,
     Value,
 )
 from intaglio.pipeline.formats.weights import IntWeight, PerChannel, PerGroup, RoundedWeight, TwoLevel
@@ -42,7 +43,9 @@ __all__ = [
     "PerGroup",
     "PerStep",
     "PerToken",
+    "RoundedInput",
     "RoundedWeight",
+    "Static",
     "TwoLevel",
     "WeightFormat",
     "int_schemes",
@@ -58,13 +61,23 @@ __all__ = [
 
 def _weight(written: object) -> object:
     """Return the weight format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
+    return _format(written, "weight")
+
+
+def _input(written: object) -> object:
+    """Return the input format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
+    return _format(written, "input")
+
+
+def _format(written: object, part: Literal["weight", "input"]) -> object:
     if not isinstance(written, dict):
         return written
     from intaglio.pipeline.formats.known import known_schemes  # known.py imports this module
 
-    formats = {scheme.weight.kind: type(scheme.weight) for scheme in known_schemes().values()}
+    known = [getattr(scheme, part) for scheme in known_schemes().values()]
+    formats = {form.kind: type(form) for form in known}
     if (kind := written.get("kind")) not in formats:
-        raise ValueError(f"no weight format of kind {printable(kind)!r}: {', '.join(formats)}")
+        raise ValueError(f"no {part} format of kind {printable(kind)!r}: {', '.join(formats)}")
     try:
         return formats[kind].model_validate(written, strict=True)
     except ValidationError as e:
@@ -72,6 +85,7 @@ def _weight(written: object) -> object:
 
 
 WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weight), SerializeAsAny()]
+InputFormat: TypeAlias = Annotated[Float | RoundedInput, BeforeValidator(_input), SerializeAsAny()]
 
 
 class LayerScheme(Value):
@@ -92,19 +106,29 @@ class LayerScheme(Value):
         return self.input.bits
 
     @property
+    def group_size(self) -> int | None:
+        """Group size that was chosen; None for weights without groups, and for those whose format fixes the size."""
+        return None if isinstance(self.weight, Float) or self.weight.fixed_group else self.weight.group_size
+
+    @property
     def by_token(self) -> bool:
         """True where the input has a scale for each token."""
-        return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerToken)
+        return isinstance(self.input, RoundedInput) and isinstance(self.input.granularity, PerToken)
 
     @property
     def by_step(self) -> bool:
         """True where the input has a scale for each denoising step."""
-        return isinstance(self.input, IntInput) and isinstance(self.input.granularity, PerStep)
+        return isinstance(self.input, RoundedInput) and isinstance(self.input.granularity, PerStep)
+
+    @property
+    def static(self) -> bool:
+        """True where the input has one scale for all calls."""
+        return isinstance(self.input, RoundedInput) and isinstance(self.input.granularity, Static)
 
     @property
     def shifted(self) -> bool:
         """True if the middle of the input's range is subtracted before rounding."""
-        return isinstance(self.input, IntInput) and self.input.shifted
+        return isinstance(self.input, RoundedInput) and self.input.shifted
 
     @property
     def label(self) -> str:
@@ -127,7 +151,7 @@ class LayerScheme(Value):
         match self.input:
             case Float():
                 return self.label
-            case IntInput() as form:
+            case RoundedInput() as form:
                 output = "" if isinstance(self.output, Float) else f"o{self.output.bits}"
                 return f"{self.weight.label}{form.label}{output}_{form.granularity.label}"
             case other:

@@ -11,10 +11,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from intaglio.pipeline.entry_points import named_runtimes, runtime_folders
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import read_typed
+from intaglio.pipeline.formats.inputs import Multiplied
 from intaglio.pipeline.formats.known import SchemeName
-from intaglio.pipeline.formats.schemes import Float, LayerScheme
+from intaglio.pipeline.formats.schemes import Float, LayerScheme, RoundedWeight
 
 OpKind: TypeAlias = Literal["linear", "conv"]
+Generation: TypeAlias = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"]
+"""GPU generation, as TensorRT-RTX names it."""
 
 
 def schemes_of_kind(schemes: Sequence[str] | Mapping[OpKind, Sequence[str]], op: OpKind) -> Sequence[str]:
@@ -43,7 +46,14 @@ class Device(BaseModel):
     bandwidth_gb_s: float = Field(gt=0, description="10^9 bytes per second between memory and GPU")
     fp16_tflops: float = Field(gt=0, description="10^12 float16 operations per second; a multiply-add counts as two")
     int8_tops: float = Field(gt=0, description="10^12 int8 operations per second; a multiply-add counts as two")
+    fp8_tflops: float | None = Field(None, gt=0, description="10^12 FP8 operations per second; None: it has none")
+    fp4_tflops: float | None = Field(None, gt=0, description="10^12 FP4 operations per second; None: it has none")
     source: str
+
+    def rate(self, multiplied: Multiplied) -> float:
+        """Return the 10^12 operations per second on such codes: those of float16 for codes without products."""
+        rates = {"int8": self.int8_tops, "fp8": self.fp8_tflops, "fp4": self.fp4_tflops}
+        return rates[multiplied] or self.fp16_tflops
 
 
 class Kernels(BaseModel):
@@ -178,6 +188,15 @@ class Target(BaseModel):
         "float",
         description="int8: the runtime computes a convolution on integers only if its output is rounded to 8 bits too",
     )
+    compute_capability: str | None = Field(
+        None,
+        pattern=r"^\d+\.\d$",
+        description="least CUDA compute capability of the GPUs that the target is for; None: that of its devices",
+    )
+    generations: tuple[Generation, ...] = Field(
+        (),
+        description="GPU generations for which engines are built ahead of time; empty: the builder's default",
+    )
     limits: Limits
     provider: str = Field(
         "CPUExecutionProvider", description="execution provider that runs the graph, for runtimes that have several"
@@ -193,8 +212,17 @@ class Target(BaseModel):
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
 
+    def lacks(self, weight: Float | RoundedWeight) -> str | None:
+        """Return why the target's GPUs do not multiply such weights, or None if they do or are not known."""
+        known = [self.compute_capability] if self.compute_capability else [d.compute_capability for d in self.devices]
+        needed = None if isinstance(weight, Float) else weight.compute_capability
+        least = min(known, key=_version, default=None)
+        if needed is None or least is None or _version(least) >= _version(needed):
+            return None
+        return f"{weight.kind} needs compute capability {needed}, and its GPUs have {least}"
+
     def on_integers(self, op: OpKind, scheme: LayerScheme) -> bool:
-        """Return True if the runtime multiplies a layer of this kind and scheme on integers."""
+        """Return True if the runtime multiplies a layer of this kind and scheme on codes, of integers or few bits."""
         needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
         rounded = not isinstance(scheme.input, Float)
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))
@@ -217,6 +245,10 @@ class Target(BaseModel):
     def load(cls, root: Path) -> Self:
         """Read target.json."""
         return read_typed(root / "target.json", cls)
+
+
+def _version(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def target_names() -> tuple[str, ...]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal, Self, assert_never
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 
-from intaglio.pipeline.formats.inputs import Float, InputFormat, IntInput, Value
+from intaglio.pipeline.formats.inputs import Float, IntInput, RoundedInput, Value
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from intaglio.pipeline.numerics.rounding import Grid
 
@@ -24,9 +26,17 @@ if TYPE_CHECKING:
 class RoundedWeight(Value, ABC):
     """Weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
 
+    In formats of floating-point numbers, the codes count the numbers from zero: w ~= scale * number(q).
     Each subclass is a format. A format is known once a scheme in `known.py` uses it.
     Shapes: w and q (N, K), scales (N, G) with G = 1 or K // group_size.
     """
+
+    compute_capability: ClassVar[str | None] = None
+    """Least CUDA compute capability of the GPUs that multiply such weights; None: any."""
+    fixed_group: ClassVar[bool] = False
+    """True if the format fixes the group size, so that neither layer nor target chooses it."""
+    linear_only: ClassVar[bool] = False
+    """True if convolutions have no such weights."""
 
     kind: str
     bits: int
@@ -68,13 +78,29 @@ class RoundedWeight(Value, ABC):
 
         return Grid(self.low, self.high, self.group_size)
 
-    def problem_with(self, form: InputFormat) -> str | None:
+    def scale_bytes(self, n: int) -> int:
+        """Return the bytes of the scales that `bits_per_weight` leaves out: one in float32 for each channel."""
+        return 4 * n
+
+    def problem_with(self, form: Float | RoundedInput) -> str | None:
         """Return why this weight cannot be multiplied with such an input, or None."""
         return None
 
     @abstractmethod
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the scales (N, G) and None; for two levels, the scales (N, 1) and the group integers (N, G)."""
+
+    def code_scale(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> torch.Tensor:
+        """Return the value of a code of 1, (N, G), from the scales and groups of `fit`; differentiable in both."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.product_scale(scale_NG, group_NG)
+
+    def stored_groups(self, group_NG: torch.Tensor) -> torch.Tensor:
+        """Return the groups of `fit` as files store them, int8 (N, G)."""
+        from intaglio.pipeline.numerics import rounding
+
+        return rounding.group_integers(group_NG)
 
     def quantize(self, w_NK: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
         """Return the codes, int8 (N, K)."""
@@ -97,6 +123,11 @@ class RoundedWeight(Value, ABC):
     def pack(self, q_NK: torch.Tensor) -> torch.Tensor:
         """Return the codes as files store them: one byte each, unless a format says otherwise."""
         return q_NK.contiguous()
+
+    def elements(self, q_NK: torch.Tensor) -> NDArray[np.generic]:
+        """Return the codes as graphs have them, (N, K), in NumPy's type of the format's numbers."""
+        codes: NDArray[np.generic] = q_NK.numpy()
+        return codes
 
     def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         """Return the codes, int8 of this shape, that `pack` stored. Raises ValueError if the sizes differ."""
@@ -185,7 +216,7 @@ class IntWeight(RoundedWeight):
         """Number of neighbouring input features that share a scale; None if a channel has one scale."""
         return None if isinstance(self.granularity, PerChannel) else self.granularity.size
 
-    def problem_with(self, form: InputFormat) -> str | None:
+    def problem_with(self, form: Float | RoundedInput) -> str | None:
         """Return why this weight cannot be multiplied with such an input, or None.
 
         An integer product needs one scale for each channel, so a 4-bit weight needs two levels for it.
@@ -199,6 +230,8 @@ class IntWeight(RoundedWeight):
             case IntInput():
                 apart = self.bits == 4 and not isinstance(self.granularity, TwoLevel)
                 return "4-bit weights multiply a quantized input in two levels only" if apart else None
+            case RoundedInput():
+                return "integer weights multiply float or integer inputs"
             case other:
                 assert_never(other)
 

@@ -1,4 +1,4 @@
-"""Compute scales, rounding and its inverse, in float32: x ~= scale * q.
+"""Compute scales, rounding and its inverse, in float32: x ~= scale * q, or scale * number(q) for formats of floats.
 
 Shapes: N out features, K in features (of a convolution: channels times kernel), G scales per row (1, or K // group
 size). A weight of two levels has one scale per row and an integer for each group; their product takes the place of the
@@ -8,9 +8,13 @@ scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from intaglio.pipeline.numerics.minifloat import MiniFloat
 
 INPUT_HIGH = {8: 127, 4: 7}
 """Code of an input's largest magnitude, by bits. The smallest code is one further from zero."""
@@ -37,12 +41,33 @@ So two products with 8-bit inputs fit into 16 bits, in which CPUs without VNNI a
 class Grid:
     """The codes of a weight, all integers in [low, high], and which weights share a scale.
 
-    `group_size` neighbouring input features share a scale; if it is None, all weights of a channel do.
+    `group_size` neighbouring input features share a scale; if it is None, all weights of a channel do. A code stands
+    for itself times the scale; with `floats`, for a floating-point number of that format times the scale.
     """
 
     low: int
     high: int
     group_size: int | None = None
+    floats: MiniFloat | None = None
+
+    @property
+    def largest(self) -> float:
+        """Number that the largest code stands for."""
+        return self.high if self.floats is None else self.floats.largest
+
+    def nearest(self, unit: torch.Tensor) -> torch.Tensor:
+        """Return the numbers nearest to x / s; the gradient is 1 inside the range and 0 outside."""
+        if self.floats is not None:
+            return self.floats.nearest(unit)
+        return round_ste(torch.clamp(unit, self.low, self.high))
+
+    def encode(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the codes, int8, that stand for these numbers."""
+        return numbers.to(torch.int8) if self.floats is None else self.floats.encode(numbers)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the numbers, float32, that the codes stand for."""
+        return codes.to(torch.float32) if self.floats is None else self.floats.decode(codes)
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -101,8 +126,11 @@ def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> t
 
 
 def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return codes q = clip(round(w / s), low, high) as floats (N, G, K // G); differentiable in w and s."""
-    return round_ste(torch.clamp(groups(w_NK, grid) / scale_NG.unsqueeze(-1), grid.low, grid.high))
+    """Return the numbers of the codes, q = clip(round(w / s), low, high), as floats (N, G, K // G).
+
+    They are differentiable in w and s.
+    """
+    return grid.nearest(groups(w_NK, grid) / scale_NG.unsqueeze(-1))
 
 
 def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -113,7 +141,7 @@ def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Te
     """
     codes = w_NK.new_empty(w_NK.shape, dtype=torch.int8)
     for rows in _some_rows(*w_NK.shape):
-        codes[rows] = codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), grid).flatten(1)
+        codes[rows] = grid.encode(codes_float(w_NK[rows].detach(), scale_NG[rows].detach(), grid).flatten(1))
     return codes
 
 
@@ -123,7 +151,7 @@ def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.
     >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[1.0, -0.5, 63.5]]
     """
-    return (groups(q_NK.to(torch.float32), grid) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
+    return (groups(grid.decode(q_NK), grid) * scale_NG.unsqueeze(-1)).reshape(q_NK.shape)
 
 
 def fake_quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -139,7 +167,7 @@ def rounds_to(
     q_NK: torch.Tensor, w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid, distance: float
 ) -> torch.Tensor:
     """Return the weight nearest to w that is at most `distance` scales from the codes q, (N, K)."""
-    q, scale = groups(q_NK.to(torch.float32), grid), scale_NG.unsqueeze(-1)
+    q, scale = groups(grid.decode(q_NK), grid), scale_NG.unsqueeze(-1)
     off = torch.clamp(groups(w_NK, grid) / scale - q, -distance, distance)
     return ((q + off) * scale).reshape(w_NK.shape)
 
@@ -156,7 +184,7 @@ def fit_largest(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def _largest(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return (groups(w_NK.detach().float(), grid).abs().amax(-1) / grid.high).clamp_min(SCALE_EPS)
+    return (groups(w_NK.detach().float(), grid).abs().amax(-1) / grid.largest).clamp_min(SCALE_EPS)
 
 
 def fit_clipped(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -170,7 +198,7 @@ def _fit_clipped(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:
     best_scale = _largest(w_NK, grid)
     best_error = torch.full_like(largest, torch.inf)
     for ratio in CLIPPING:
-        scale = (ratio * largest / grid.high).clamp_min(SCALE_EPS)
+        scale = (ratio * largest / grid.largest).clamp_min(SCALE_EPS)
         error = _squared_error(w, scale, grid)
         better = error < best_error
         best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
@@ -209,7 +237,7 @@ def _fit_two_level(w_NK: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.
 
 def _squared_error(w_NGS: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Return the squared error of each group when rounded with its scale, (N, G)."""
-    q = torch.clamp(torch.round(w_NGS / scale_NG.unsqueeze(-1)), grid.low, grid.high)
+    q = grid.nearest(w_NGS / scale_NG.unsqueeze(-1))
     return (q * scale_NG.unsqueeze(-1) - w_NGS).square().sum(-1)
 
 

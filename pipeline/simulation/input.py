@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, asse
 import torch
 from torch import nn
 
-from intaglio.pipeline.formats.schemes import IntInput, PerStep, PerToken
+from intaglio.pipeline.formats.schemes import PerStep, PerToken, RoundedInput, Static
 from intaglio.pipeline.numerics import rounding
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ Zero: TypeAlias = Literal["exact", "one"] | None
 
 
 class InputCodes(NamedTuple):
-    """A rounded input: x ~= codes * s * amax + shift, where s is `rounding.input_scale`.
+    """A rounded input: x ~= codes * scale * amax + shift.
 
-    `codes` are integers as floats. `amax` is the number that the input was divided by, (..., 1) or (). `shift` is
-    the middle of the range, in the shape of `amax`; None where the range is symmetric.
+    `codes` are integers, or the numbers of a format of floats, as float32. `scale` is one number, or has the shape of
+    the input. `amax` is the number that the input was divided by, (..., 1) or (). `shift` is the middle of the range,
+    in the shape of `amax`; None where the range is symmetric.
     """
 
     codes: torch.Tensor
+    scale: torch.Tensor | float
     amax: torch.Tensor
     shift: torch.Tensor | None
 
@@ -50,7 +52,7 @@ class InputRounding(nn.Module):
     steps have the same code, a zero point, which training does not change. None: no code has to mean zero.
     """
 
-    def __init__(self, form: IntInput, tables: LayerTables, clock: StepClock, *, zero: Zero = None) -> None:
+    def __init__(self, form: RoundedInput, tables: LayerTables, clock: StepClock, *, zero: Zero = None) -> None:
         super().__init__()
         self.form, self.clock, self.zero = form, clock, zero
         self.trained: TrainedRange | None = None
@@ -69,15 +71,21 @@ class InputRounding(nn.Module):
                 if (factor := self._token_factor()) is not None:
                     amax = amax * factor
                 unit = (x if shift is None else x - shift) / amax
-            case PerStep():
-                amax, shift = self.step_range(self.clock.step)
+            case PerStep() | Static():
+                amax, shift = self.step_range(0 if self._for_all_steps else self.clock.step)
                 if self.zero == "one" and shift is not None:
                     code = rounding.shift_codes(amax, shift, self.form.bits)
-                    return InputCodes(rounding.input_codes_around(x * (1 / amax), code, self.form.bits), amax, shift)
+                    codes = rounding.input_codes_around(x * (1 / amax), code, self.form.bits)
+                    return InputCodes(codes, rounding.input_scale(self.form.bits), amax, shift)
                 unit = (x if shift is None else x - shift) * (1 / amax)
             case other:
                 assert_never(other)
-        return InputCodes(rounding.input_codes(unit, self.form.bits), amax, shift)
+        return InputCodes(*self.form.round(unit), amax, shift)
+
+    @property
+    def _for_all_steps(self) -> bool:
+        """True where one calibrated magnitude serves all steps, so that no step has to be set."""
+        return self.amax_T is not None and not self.amax_T.ndim
 
     def _token_factor(self) -> torch.Tensor | None:
         """Return the factor on the magnitude of every token, (), at the clock's step; None if there is none."""
@@ -88,7 +96,8 @@ class InputRounding(nn.Module):
     def step_range(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return magnitude and middle of the input's range, both (), at a denoising step; no middle if symmetric."""
         assert self.amax_T is not None  # `LayerTables.needed_by` ensures it
-        amax, shift = self.amax_T[step], None if self.shift_T is None else self.shift_T[step]
+        amax = self.amax_T if self._for_all_steps else self.amax_T[step]
+        shift = None if self.shift_T is None else self.shift_T[step]
         if self.trained is None:
             return amax, shift
         if shift is None or self.zero == "one":

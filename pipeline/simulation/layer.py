@@ -135,12 +135,10 @@ class QuantizedLayer(nn.Module):
 
         Raises ValueError for a layer whose input stays in float.
         """
-        q, amax, shift = self._codes(x)
-        assert self.input_rounding is not None  # `_codes` raises
-        bits = self.input_rounding.form.bits
+        q, scale, amax, shift = self._codes(x)
         if shift is not None and not isinstance(self.scheme.output, Float):
-            q, shift = q + rounding.shift_codes(amax, shift, bits), None
-        rounded = q * rounding.input_scale(bits) * amax + (0.0 if shift is None else shift)
+            q, shift = q + rounding.shift_codes(amax, shift, self.scheme.input_bits), None
+        rounded = q * scale * amax + (0.0 if shift is None else shift)
         if not self.zeros:
             return rounded
         return functional.pad(rounded, [-zeros for zeros in self.zeros])
@@ -164,12 +162,11 @@ class QuantizedLayer(nn.Module):
         if self.input_rounding is None:
             y = self._product(x, weight)
         else:
-            q, amax, shift = self._codes(x)
-            bits = self.input_rounding.form.bits
+            q, scale, amax, shift = self._codes(x)
             if isinstance(self.scheme.output, Float):
-                unit = q * rounding.input_scale(bits)
-                y = self._product(unit, weight, padded=bool(self.zeros)) * amax
+                y = self._product(q * scale, weight, padded=bool(self.zeros)) * amax
             else:
+                bits = self.scheme.input_bits
                 q, shift = (q, None) if shift is None else (q + rounding.shift_codes(amax, shift, bits), None)
                 y = self._rounded_product(q, weight, amax, bits) * amax
         if self.branch is not None:

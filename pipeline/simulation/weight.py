@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from intaglio.pipeline.formats.schemes import Float, RoundedWeight
-from intaglio.pipeline.numerics import rounding
 
 if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
@@ -72,7 +71,7 @@ class WeightRounding(nn.Module):
 
     def code_scale(self) -> torch.Tensor:
         """Return the value of one code of the weight, (N, G)."""
-        return rounding.product_scale(self.scale, self.group)
+        return self.rounded_form.code_scale(self.scale, self.group)
 
     def base(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the model's own weight in the basis in which it is rounded, without its branch: (N, K)."""

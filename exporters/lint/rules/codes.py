@@ -43,7 +43,7 @@ def check_input_by_groups(graph: Checked, target: Target) -> Problems:
         if product.w.is_weight and product.w.granularity == "group":
             yield product.node, _by_groups("8-bit", product.w)
     for node, (x, w) in _pairs(graph, target):  # codes of other types, or a factor before the product
-        if node not in known and w.granularity == "group":
+        if node not in known and w.granularity == "group" and x.code_type != "FLOAT4E2M1":
             yield node, _by_groups(x.code_type, w)
 
 

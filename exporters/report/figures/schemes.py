@@ -9,7 +9,7 @@ from typing import assert_never
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.known import scheme_names
 from intaglio.pipeline.formats.layer import admitted_schemes, illegal
-from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedWeight
+from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedInput, RoundedWeight
 from intaglio.pipeline.formats.target import Target
 
 
@@ -30,15 +30,20 @@ class SchemeRow:
 
 
 def scheme_css(scheme: LayerScheme) -> str:
-    """Return the CSS class of a scheme: one colour for each pair of bits, and two for W8A8, by its input's scale."""
+    """Return the CSS class of a scheme.
+
+    There is one colour for each pair of bits, two for W8A8, by its input's scale, and one for each format of floats.
+    """
     match scheme.weight, scheme.input:
         case Float(), Float():
             return "s-float"
+        case RoundedWeight(compute_capability=str(), kind=kind), _:
+            return f"s-{kind}"
         case RoundedWeight(bits=8), IntInput(bits=8) as form:
             return f"s-w8a8_{form.granularity.label}"
-        case RoundedWeight(bits=4), Float() | IntInput():
+        case RoundedWeight(bits=4), Float() | RoundedInput():
             return f"s-w4a{scheme.input_bits}"
-        case ((Float() | RoundedWeight()), (Float() | IntInput())):
+        case ((Float() | RoundedWeight()), (Float() | RoundedInput())):
             return "s-other"
         case other:
             assert_never(other)
@@ -47,17 +52,18 @@ def scheme_css(scheme: LayerScheme) -> str:
 def scheme_code(scheme: LayerScheme) -> str:
     """Return the code of a scheme, at most two characters: `8t`, `4S`, `4`, or `f` for float.
 
-    The digit is the weight's bits; the letter says whether the input has one scale per token (t) or per step (s), and
-    is a capital for a 4-bit input.
+    The digit is the weight's bits, or the first letter of a format of floats; the letter says whether the input has one
+    scale per token (t), per step (s) or for all calls (a), and is a capital for a 4-bit input.
     """
     if isinstance(scheme.weight, Float):
         return "f"
+    weight = str(scheme.weight_bits) if scheme.weight.grid.floats is None else scheme.weight.kind[0].upper()
     match scheme.input:
         case Float():
-            return str(scheme.weight_bits)
-        case IntInput(bits=bits, granularity=granularity):
-            unit = granularity.label[0]
-            return f"{scheme.weight_bits}{unit if bits == 8 else unit.upper()}"
+            return weight
+        case RoundedInput(bits=bits, granularity=granularity):
+            unit = "a" if scheme.static else granularity.label[0]
+            return f"{weight}{unit if bits == 8 else unit.upper()}"
         case other:
             assert_never(other)
 
@@ -66,14 +72,17 @@ def scheme_meaning(scheme: LayerScheme) -> str:
     """Return one phrase that says how a layer with this scheme computes."""
     if isinstance(scheme.weight, Float):
         return "not quantized"
+    floats = scheme.weight.grid.floats is not None
+    weight = scheme.weight.kind.upper() if floats else f"{scheme.weight_bits}-bit"
     match scheme.input:
         case Float():
-            return f"{scheme.weight_bits}-bit weight, float input"
-        case IntInput() as form:
-            unit = "token" if scheme.by_token else "denoising step"
+            return f"{weight} weight, float input"
+        case RoundedInput() as form:
+            unit = "for all calls" if scheme.static else "per token" if scheme.by_token else "per denoising step"
             shifted = " around the middle of its range" if scheme.shifted else ""
             output = "" if isinstance(scheme.output, Float) else f", {scheme.output.bits}-bit output"
-            return f"{scheme.weight_bits}-bit weight, {form.bits}-bit input with one scale per {unit}{shifted}{output}"
+            entering = form.kind.upper() if floats else f"{form.bits}-bit"
+            return f"{weight} weight, {entering} input with one scale {unit}{shifted}{output}"
         case other:
             assert_never(other)
 

@@ -19,7 +19,7 @@ from intaglio.pipeline.contract.artifact import Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import MissingExtra, StepFailed, TargetError
-from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.formats.target import Generation, Target
 
 if TYPE_CHECKING:
     from tensorrt import IBuilderConfig
@@ -67,8 +67,10 @@ class BuildTensorRT(Pass):
         description="smallest, usual and largest size of each dynamic axis, by its name;"
         " an axis that is not listed gets the sizes of the export",
     )
-    compute_capabilities: tuple[Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"], ...] = Field(
-        (), description="GPU generations for which TensorRT-RTX builds kernels; empty: its default, SM80 and newer"
+    compute_capabilities: tuple[Generation, ...] = Field(
+        (),
+        description="GPU generations for which TensorRT-RTX builds kernels; empty: those of the target, or else its"
+        " default, SM80 and newer",
     )
 
     @classmethod
@@ -142,9 +144,10 @@ class BuildTensorRT(Pass):
         """Return the serialized engine and the layer list of the builder's log."""
 
         def set_gpus(config: "IBuilderConfig") -> None:
-            if target.runtime == "tensorrt-rtx" and self.compute_capabilities:
-                config.num_compute_capabilities = len(self.compute_capabilities)
-                for place, capability in enumerate(self.compute_capabilities):
+            generations = self.compute_capabilities or target.generations
+            if target.runtime == "tensorrt-rtx" and generations:
+                config.num_compute_capabilities = len(generations)
+                for place, capability in enumerate(generations):
                     config.set_compute_capability(getattr(trt.ComputeCapability, capability), place)
 
         try:

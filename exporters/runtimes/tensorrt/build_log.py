@@ -10,6 +10,8 @@ from math import prod
 
 # these read 8-bit operands, but compute in floating point
 _FLOATING_KINDS = frozenset({"kgen", "runtime_fusion"})
+_CODES = ("Int8", "FP8", "FP4E2M1")
+"""Types of codes that kernels multiply."""
 
 _TENSORS = r"\[(?P<{0}>| .*?\}})\]"
 _LAYER = re.compile(
@@ -48,10 +50,10 @@ class Layer:
         return f"{self.kind} {inputs} | {constants} -> {outputs}: {', '.join(self.nodes)}"
 
     @property
-    def multiplies_integers(self) -> bool:
-        """True if the layer multiplies two 8-bit operands."""
+    def multiplies_codes(self) -> bool:
+        """True if the layer multiplies two operands in INT8, FP8 or FP4."""
         operands = [tensor.dtype for tensor in (*self.inputs, *self.constants)]
-        return self.kind not in _FLOATING_KINDS and operands.count("Int8") >= 2
+        return self.kind not in _FLOATING_KINDS and any(operands.count(dtype) >= 2 for dtype in _CODES)
 
 
 def read_layers(log: str) -> tuple[Layer, ...]:
@@ -69,13 +71,13 @@ def read_layers(log: str) -> tuple[Layer, ...]:
 
 
 def count_products(layers: Sequence[Layer], products: Collection[str]) -> tuple[int, int]:
-    """Count how many of these ONNX nodes run on integers, and how many in floating point.
+    """Count how many of these ONNX nodes multiply codes, in INT8, FP8 or FP4, and how many compute in float.
 
     A node counts once, however the builder split or merged it; a node that was folded away does not count.
     """
     executed = {node for layer in layers for node in layer.nodes} & set(products)
-    integer = {node for layer in layers if layer.multiplies_integers for node in layer.nodes} & executed
-    return len(integer), len(executed - integer)
+    on_codes = {node for layer in layers if layer.multiplies_codes for node in layer.nodes} & executed
+    return len(on_codes), len(executed - on_codes)
 
 
 def find_hazards(layers: Sequence[Layer]) -> tuple[str, ...]:
@@ -85,7 +87,7 @@ def find_hazards(layers: Sequence[Layer]) -> tuple[str, ...]:
     scales, and overflows in FP16 beyond 65504. If the constant is narrower than the product, the scales of all blocks
     except one are lost.
     """
-    sums = {out.name: layer for layer in layers if layer.multiplies_integers for out in layer.outputs}
+    sums = {out.name: layer for layer in layers if layer.multiplies_codes for out in layer.outputs}
     problems = []
     for layer in layers:
         scales = [c for c in layer.constants if "folded_matmul" in c.name]

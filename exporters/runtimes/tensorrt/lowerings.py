@@ -7,11 +7,16 @@ from intaglio.exporters.qdq.lowering import (
     Lowering,
     blocks,
     carrier,
+    fp8_input,
+    nvfp4_blocks,
+    nvfp4_input,
     per_channel,
     two_level_carrier,
     two_level_channels,
     with_shifts,
 )
+from intaglio.pipeline.formats.fp8 import FP8_STATIC, FP8_STEP, FP8_TOKEN
+from intaglio.pipeline.formats.nvfp4 import NVFP4_STATIC, NVFP4_STEP, NVFP4A16
 from intaglio.pipeline.formats.schemes import (
     W7A8_STEP,
     W7A8_TOKEN,
@@ -20,7 +25,7 @@ from intaglio.pipeline.formats.schemes import (
     W8A16,
 )
 
-LOWERINGS = with_shifts(
+INTEGER = with_shifts(
     (
         *(
             Lowering(
@@ -76,3 +81,34 @@ LOWERINGS = with_shifts(
         ),
     )
 )
+
+FLOATS = (
+    *(
+        Lowering(
+            "linear",
+            scheme,
+            carrier,
+            True,
+            "an FP8 product on GPUs from Ada on, in the form of w8a8_token; the kernel of the input makes its codes",
+            fp8_input,
+        )
+        for scheme in (FP8_TOKEN, FP8_STEP, FP8_STATIC)
+    ),
+    *(
+        Lowering("conv", scheme, per_channel, True, "an FP8 convolution on GPUs from Ada on", fp8_input)
+        for scheme in (FP8_STEP, FP8_STATIC)
+    ),
+    *(
+        Lowering(
+            "linear",
+            scheme,
+            nvfp4_blocks,
+            True,
+            "an FP4 product on GPUs from Blackwell on; the scales of the input's blocks are measured at run time",
+            nvfp4_input,
+        )
+        for scheme in (NVFP4_STEP, NVFP4_STATIC)
+    ),
+    Lowering("linear", NVFP4A16, nvfp4_blocks, False, "stays 4 bit in the engine; a kernel unpacks it in each run"),
+)
+LOWERINGS = (*INTEGER, *FLOATS)

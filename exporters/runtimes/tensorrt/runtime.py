@@ -49,12 +49,23 @@ class TensorRT(Runtime):
         return LOWERINGS
 
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
-        """Open a graph in ONNX Runtime, which executes it as it is written."""
+        """Open a graph in ONNX Runtime, which executes it as it is written, with NVFP4 spelled out."""
+        from intaglio.exporters.float_graph.onnx_file import read_proto
+        from intaglio.exporters.runtimes.tensorrt.reference import spell_out
+
+        model, folder = read_proto(graph.path), graph.path.parent
+        if spell_out(model, folder):
+            return AS_WRITTEN.open_model(model.SerializeToString(), folder)
         return AS_WRITTEN.open(graph, threads=threads, providers=providers)
 
     def open_model(self, model: bytes, data: Path | None = None) -> Opened:
-        """Open a serialized model in ONNX Runtime, which executes it as it is written."""
-        return AS_WRITTEN.open_model(model, data)
+        """Open a serialized model in ONNX Runtime, which executes it as it is written, with NVFP4 spelled out."""
+        import onnx
+
+        from intaglio.exporters.runtimes.tensorrt.reference import spell_out
+
+        read = onnx.load_from_string(model)
+        return AS_WRITTEN.open_model(read.SerializeToString() if spell_out(read, data) else model, data)
 
     def prepare(self) -> None:
         """Prepare ONNX Runtime."""

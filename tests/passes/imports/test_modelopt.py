@@ -119,7 +119,7 @@ def check(start: Artifacts, config, folder: Path) -> Artifacts:
             own = model.module.get_submodule(name)
             other = 0
             if isinstance(data.scheme.input, IntInput):
-                q, amax, _ = own.input_codes(x)
+                q, _, amax, _ = own.input_codes(x)
                 apart = (layer.input_quantizer(x) / amax * affine.INPUT_HIGH[data.scheme.input.bits] - q).abs().round()
                 other = int(apart.count_nonzero())
                 assert apart.max() <= 1, name

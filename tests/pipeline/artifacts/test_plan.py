@@ -41,7 +41,7 @@ def test_other_schemes_are_there_when_named():
     rounded = tuple(name.replace("_", f"{shift}o8_") for name in stepped for shift in ("", "s"))
     shifted = tuple(name.replace("_", "s_") for name in stepped)
     known = {s.name for s in admitted_schemes(CONV)}
-    assert known == {"float", "w8a16", "w4a16", *stepped, *rounded, *shifted}
+    assert known == {"float", "w8a16", "w4a16", *stepped, *rounded, *shifted, "fp8_step", "fp8_static"}
     assert known == {s.name for s in admitted_schemes(CONV.model_copy(update={"padded": True}))}
     assert set(scheme_names()) - {s.name for s in admitted_schemes(LINEAR)} == set(rounded)
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)

@@ -201,7 +201,7 @@ def test_every_command_takes_json() -> None:
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ("intaglio targets tensorrt-r", ["tensorrt-rtx"]),
+        ("intaglio targets tensorrt-r", ["tensorrt-rtx", "tensorrt-rtx-ada", "tensorrt-rtx-blackwell"]),
         ("intaglio explain w8a8_", ["w8a8_token", "w8a8_step"]),
         ("intaglio lint --target onnxruntime-cp", ["onnxruntime-cpu"]),
         ("intaglio doc", ["doctor"]),

@@ -255,7 +255,7 @@ def test_a_shift_in_front_of_a_rounded_output_is_a_zero_point():
     x = nn.functional.silu(torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(1)) * 2)
     for step in range(3):
         with CLOCK.at(step):
-            q, amax, _ = layer.input_codes(x)
+            q, _, amax, _ = layer.input_codes(x)
             product = layer(x) - conv.bias.reshape(-1, 1, 1)
             zeros = layer.input_codes(torch.zeros(1, 4, 2, 2)).codes
         assert q.shape == x.shape
