@@ -1,6 +1,7 @@
 """What every test starts from."""
 
 import functools
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def _one_table_of_functions() -> Iterator[None]:
         yield
 
 
+LONG = ("test_end_to_end.py", "test_tutorial.py", "test_families.py", "test_golden.py", "test_guides.py")
+"""Files whose tests take up to a minute each."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no process waits for them at the end."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """What the imported libraries consist of, half a million objects, is searched for garbage no more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # torch's exporter makes millions of objects that live on

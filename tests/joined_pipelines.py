@@ -37,7 +37,8 @@ def half_mask(size: int = 8) -> Image.Image:
     return Image.fromarray(values)
 
 
-def unet(channels: int = 4) -> Any:
+def unet(channels: int = 4, mid: str | None = None) -> Any:
+    """One attention to the text, where blocks receive residuals, and another in the middle if there is one."""
     return seeded(
         lambda: diffusers.UNet2DConditionModel(
             sample_size=8,
@@ -45,8 +46,8 @@ def unet(channels: int = 4) -> Any:
             layers_per_block=1,
             block_out_channels=(32,),
             down_block_types=("CrossAttnDownBlock2D",),
-            mid_block_type="UNetMidBlock2DCrossAttn",
-            up_block_types=("CrossAttnUpBlock2D",),
+            mid_block_type=mid,
+            up_block_types=("UpBlock2D",),
             cross_attention_dim=64,
             attention_head_dim=4,
             norm_num_groups=8,
@@ -72,7 +73,7 @@ def instruct_pix2pix() -> tuple[Any, dict[str, Any]]:
 
 
 def controlnet() -> tuple[Any, dict[str, Any]]:
-    module = unet()
+    module = unet(mid="UNetMidBlock2DCrossAttn")
     control = seeded(
         lambda: diffusers.ControlNetModel.from_unet(module, conditioning_embedding_out_channels=(8,)), std=0.3
     )

@@ -8,6 +8,8 @@ Ends with the input that raised anything but the one clear error, or took more t
 beyond what the process held before, and writes it to a file; the options are libFuzzer's.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import sys
@@ -15,28 +17,18 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import atheris
 
-with atheris.instrument_imports(include=["intaglio", "yaml"]):
-    from intaglio.exporters.lint.lint import lint
-    from intaglio.exporters.report.difference import compare
-    from intaglio.exporters.report.report import metrics_of_files
-    from intaglio.pipeline.artifacts.findings import Findings
-    from intaglio.pipeline.artifacts.front import Front
-    from intaglio.pipeline.artifacts.graph import Engine, Graph
-    from intaglio.pipeline.artifacts.plan import QuantPlan
-    from intaglio.pipeline.artifacts.profile import Profile
-    from intaglio.pipeline.artifacts.sensitivity import Sensitivity
-    from intaglio.pipeline.contract.recipe import Recipe
-    from intaglio.pipeline.errors import IntaglioError
-    from intaglio.pipeline.formats.target import load_target
-    from intaglio.pipeline.runs.manifest import MANIFEST, Manifest
-    from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
-    from intaglio.pipeline.runs.store import Store
+if TYPE_CHECKING:
+    from intaglio.pipeline.formats.target import Target
 
-TARGET = load_target("onnxruntime-cpu")
+INSTRUMENTED = ("intaglio", "yaml")
+"""Packages whose branches guide the fuzzing. Each reader imports what it needs when it reads the first input."""
+
 SECONDS, MEMORY_MB = 2.0, 500
 KINDS, WARM = 10, 20
 """Bytes read before all else, one for each kind of file in a folder; and inputs at the beginning that are not measured:
@@ -47,26 +39,41 @@ WHOLE_MANIFEST = {"files": {}, "seed": 0, "start": {}, "steps": [], "versions": 
 
 
 def read_recipe(content: bytes, folder: Path) -> None:
+    from intaglio.pipeline.contract.recipe import Recipe
+
     (folder / "recipe.yaml").write_bytes(content)
     recipe = Recipe.read(folder / "recipe.yaml")
     assert Recipe.parse(recipe.to_yaml()) == recipe
 
 
 def read_manifest(content: bytes, folder: Path) -> None:
+    from intaglio.pipeline.runs.manifest import MANIFEST, Manifest
+
     (folder / MANIFEST).write_bytes(content)
     list(Manifest.read(folder).departures(folder))
 
 
 def read_record(content: bytes, folder: Path) -> None:
+    from intaglio.pipeline.runs.store import Store
+
     store = Store(folder / "store")
     (folder / f"store/runs/{KEY}.json").write_bytes(content)
     store.find(KEY)
     list(store.records())
 
 
+@cache
+def target() -> Target:
+    from intaglio.pipeline.formats.target import load_target
+
+    return load_target("onnxruntime-cpu")
+
+
 def read_model(content: bytes, folder: Path) -> None:
+    from intaglio.exporters.lint.lint import lint
+
     (folder / "model.onnx").write_bytes(content)
-    list(lint(folder / "model.onnx", TARGET))
+    list(lint(folder / "model.onnx", target()))
 
 
 def read_lora(content: bytes, folder: Path) -> None:
@@ -106,6 +113,18 @@ def read_weights(content: bytes, folder: Path) -> None:
 
 def read_folder(content: bytes, folder: Path) -> None:
     """Read the bytes in the place of each file of a compiled folder, the first of which says which file."""
+    from intaglio.exporters.report.difference import compare
+    from intaglio.exporters.report.report import metrics_of_files
+    from intaglio.pipeline.artifacts.findings import Findings
+    from intaglio.pipeline.artifacts.front import Front
+    from intaglio.pipeline.artifacts.graph import Engine, Graph
+    from intaglio.pipeline.artifacts.plan import QuantPlan
+    from intaglio.pipeline.artifacts.profile import Profile
+    from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+    from intaglio.pipeline.errors import IntaglioError
+    from intaglio.pipeline.runs.manifest import MANIFEST
+    from intaglio.pipeline.runs.store import Store
+
     kinds = {
         "graph.json": Graph,
         "plan.json": QuantPlan,
@@ -149,6 +168,10 @@ READERS: dict[str, Callable[[bytes, Path], None]] = {
 
 
 def main() -> None:
+    with atheris.instrument_imports(include=INSTRUMENTED):
+        from intaglio.pipeline.errors import IntaglioError
+        from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
+
     reader = READERS[sys.argv.pop(1)]
     read = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -165,8 +188,9 @@ def main() -> None:
                 assert seconds < SECONDS, f"{seconds:.1f} s of CPU time"
                 assert peak - before < MEMORY_MB * 1e6, f"{(peak - before) / 1e6:.0f} MB"
 
-        for kind in range(KINDS):
-            one_input(bytes([kind]))
+        with atheris.instrument_imports(include=INSTRUMENTED):
+            for kind in range(KINDS):
+                one_input(bytes([kind]))
         atheris.Setup(sys.argv, one_input)
         atheris.Fuzz()
 

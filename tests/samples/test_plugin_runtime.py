@@ -42,9 +42,21 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def intaglio(environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-m", "intaglio", *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+COMMAND = """
+import json
+from typer.testing import CliRunner
+from intaglio.pipeline.cli.app import app
+
+def command(*arguments):
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 0, ended.output
+    return ended.stdout
+"""
+
+
+def in_one_process(environment: dict[str, str], code: str) -> str:
+    """Run code that may call `command`, in one new process that has the plug-in; return what it prints."""
+    ended = subprocess.run([sys.executable, "-c", COMMAND + code], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -52,7 +64,15 @@ def intaglio(environment: dict[str, str], *arguments: str) -> str:
 def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_path: Path) -> None:
     save_folder(tiny_dit(), tmp_path / "dit")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    intaglio(environment, "run", "recipe.yaml", "--out", "out")
+    code = (
+        "import intaglio, torch\n"
+        "command('run', 'recipe.yaml', '--out', 'out')\n"
+        "denoiser = intaglio.load('out/onnx-reference', backend='reference')\n"
+        "inputs = torch.ones(2, 3, 8, 8), torch.tensor(1), torch.tensor([0, 1])\n"
+        "print(float((denoiser(*inputs)[0] - intaglio.load('out/onnx-reference')(*inputs)[0]).abs().max()))"
+    )
+    difference = in_one_process(environment, code)
+    assert float(difference) < 1e-4
     made = tmp_path / "out/onnx-reference"
     found = json.loads((made / "metrics.json").read_text())
     assert found["layers_quantized"] == 20
@@ -61,28 +81,26 @@ def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_pa
     assert found["latency_ms"] > 0
     assert (found["engine"]["runtime"], found["engine"]["version"]) == ("reference", onnx.__version__)
     assert "onnx-reference" in (made / "report.html").read_text()
-    code = (
-        "import intaglio, torch\n"
-        "denoiser = intaglio.load('out/onnx-reference', backend='reference')\n"
-        "inputs = torch.ones(2, 3, 8, 8), torch.tensor(1), torch.tensor([0, 1])\n"
-        "print(float((denoiser(*inputs)[0] - intaglio.load('out/onnx-reference')(*inputs)[0]).abs().max()))"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert float(loaded.stdout) < 1e-4
 
 
 def test_doctor_targets_and_the_first_recipe_have_it(environment, tmp_path: Path) -> None:
-    found = json.loads(intaglio(environment, "doctor", "--json"))
-    assert found["reference"].startswith("1.")
-    assert found["targets"]["onnx-reference"]["run"] == {"here": True, "how": "onnx.reference"}
-    assert found["targets"]["onnx-reference"]["verify"]["here"]
-    assert json.loads(intaglio(environment, "targets", "onnx-reference", "--json"))["onnx-reference"]["opset_max"] == 21
     save_folder(tiny_dit(), tmp_path / "dit")
-    intaglio(environment, "init", "dit", "--target", "onnx-reference")
+    code = (
+        "found = {'doctor': json.loads(command('doctor', '--json'))}\n"
+        "found['targets'] = json.loads(command('targets', 'onnx-reference', '--json'))\n"
+        "command('init', 'dit', '--target', 'onnx-reference')\n"
+        "command('plan', 'recipe.yaml')\n"
+        "print(json.dumps(found))"
+    )
+    found = json.loads(in_one_process(environment, code))
+    doctor = found["doctor"]
+    assert doctor["reference"].startswith("1.")
+    assert doctor["targets"]["onnx-reference"]["run"] == {"here": True, "how": "onnx.reference"}
+    assert doctor["targets"]["onnx-reference"]["verify"]["here"]
+    assert found["targets"]["onnx-reference"]["opset_max"] == 21
     recipe = (tmp_path / "recipe.yaml").read_text()
     assert "targets: [onnx-reference]" in recipe
     assert "  - reference\n" in recipe
-    intaglio(environment, "plan", "recipe.yaml")
 
 
 def test_without_it_nothing_knows_its_name() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import time
 import zlib
@@ -43,18 +44,25 @@ CONTENTS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return one target's folder as a run leaves it, with all that can be damaged."""
-    made = artifacts(tmp_path / "model")
-    made[REPORT] = WriteReport().run(State(made, reader="report"), Context(tmp_path))[REPORT]
-    folder = tmp_path / "out" / TARGET
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return one target's folder as a run leaves it, with all that can be damaged in a copy of it."""
+    place = tmp_path_factory.mktemp("whole")
+    made = artifacts(place / "model")
+    made[REPORT] = WriteReport().run(State(made, reader="report"), Context(place))[REPORT]
+    folder = place / "out" / TARGET
     folder.mkdir(parents=True)
     for key in (PLAN, GRAPH, ENGINE, REPORT):
         made[key].save(folder)
     (folder / "recipe.yaml").write_text("model: m\n")
     Manifest(files={}, seed=0, start={}, steps=(), versions={}).write(folder)
     return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """Return a copy of the whole folder, to damage."""
+    return shutil.copytree(whole, tmp_path / "out" / TARGET)
 
 
 def refused(folder: Path, name: str, arguments: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """Pipelines of diffusers draw with the compiled denoiser what they draw with their own."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +101,16 @@ def loaded(artifacts: Artifacts, key: Any, folder: Path) -> CompiledDenoiser:
     return intaglio.load(folder, threads=1)
 
 
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Artifacts]:
+    """Return a function that exports what a function makes, once for all tests: it makes the same again."""
+    return cache(lambda make: exported(*make(), tmp_path_factory.mktemp(make.__name__)))
+
+
 @pytest.mark.parametrize("make", [dit, sd15, pixart])
-def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, tmp_path):
+def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, export, tmp_path):
     pipe, call = make()
-    artifacts = exported(pipe, call, tmp_path)
+    artifacts = export(make)
     expected = drawn(pipe, call)
     setattr(pipe, place_of(pipe), loaded(artifacts, FLOAT_GRAPH, tmp_path / "float"))
     # some times the order of float32 sums, as every step builds on the one before
@@ -110,11 +118,11 @@ def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, t
 
 
 @pytest.fixture(scope="module")
-def by_step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], CompiledDenoiser]:
+def by_step(export, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], CompiledDenoiser]:
     """A pipeline and its denoiser with a scale for each denoising step."""
     folder = tmp_path_factory.mktemp("by_step")
     pipe, call = dit()
-    artifacts = with_plan(exported(pipe, call, folder), lambda _: W8A8_STEP)
+    artifacts = with_plan(export(dit), lambda _: W8A8_STEP)
     return pipe, call, loaded(run_pass(ExportQdq(), artifacts, folder / "qdq"), GRAPH, folder / "graph")
 
 
@@ -137,12 +145,14 @@ def test_scales_of_steps_are_found_from_the_timestep(by_step):
 
 
 @pytest.fixture(scope="module")
-def compiled_sd15(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any], dict[str, CompiledDenoiser]]:
+def compiled_sd15(
+    export, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, dict[str, Any], dict[str, CompiledDenoiser]]:
     """A pipeline, and its UNet as a float graph and with a scale for each of three steps at whole timesteps."""
     folder = tmp_path_factory.mktemp("sd15")
     pipe, call = sd15()
-    made = exported(pipe, call, folder)
-    made |= {GRAPH: run_pass(ExportQdq(), with_plan(made, lambda _: W8A8_STEP), folder / "qdq")[GRAPH]}
+    made = export(sd15)
+    made = made | {GRAPH: run_pass(ExportQdq(), with_plan(made, lambda _: W8A8_STEP), folder / "qdq")[GRAPH]}
     return pipe, call, {key.name: loaded(made, key, folder / key.name) for key in (FLOAT_GRAPH, GRAPH)}
 
 

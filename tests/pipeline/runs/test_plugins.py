@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from tiny import save_folder, tiny_dit
 
 from intaglio import Recipe, bind
@@ -49,9 +50,10 @@ def intaglio(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def statuses(site: Path) -> list[str]:
-    ended = intaglio(site, "run", "recipe.yaml", "--json")
-    assert ended.returncode == 0, ended.stderr
-    return [step["status"] for step in json.loads(ended.stdout)["onnxruntime-cpu"]["steps"]]
+    """Run the recipe in a process of its own, in the current folder, and return the status of every step."""
+    exit_code = run_forked("run", "recipe.yaml", "--json", site=site, out=Path("stdout"), err=Path("stderr"))
+    assert exit_code == 0, Path("stderr").read_text()
+    return [step["status"] for step in json.loads(Path("stdout").read_text())["onnxruntime-cpu"]["steps"]]
 
 
 def test_sensitivity_runs_again_after_its_metric_was_edited(site: Path) -> None:

@@ -1,0 +1,36 @@
+"""Runs a command in a process of its own that does not import torch and diffusers anew, which takes ten seconds.
+
+Such a process is forked from one that has imported these libraries, and nothing of intaglio. So it reads modules, entry
+points and versions as a process does that was just started.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+LIBRARIES = ["torch.export", "torch.onnx", "diffusers.models.transformers", "diffusers.models.unets", "onnxruntime"]
+
+
+def run_forked(*arguments: str, site: Path, out: Path, err: Path) -> int:
+    """Run `intaglio` with `site` first on its path, and what it prints in two files; return its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=_run, args=(arguments, site, out.absolute(), err.absolute()))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _run(arguments: tuple[str, ...], site: Path, out: Path, err: Path) -> None:
+    assert not [name for name in sys.modules if name.partition(".")[0] == "intaglio"]
+    sys.path.insert(0, str(site))
+    sys.dont_write_bytecode = True
+    sys.argv = ["intaglio", *arguments]
+    for number, path in ((1, out), (2, err)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    from intaglio.pipeline.cli.app import main
+
+    main()
