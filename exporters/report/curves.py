@@ -110,7 +110,7 @@ def _curves(
     points = curves_CL.shape[1]
     heights = ((curves_CL - low) / ((high - low) or 1.0)).nan_to_num(0.5).clamp(0, 1).tolist()
     for channel, line in enumerate(heights):
-        colour = CHANNEL_COLOURS[channel % len(CHANNEL_COLOURS)]
+        colour: tuple[int, ...] = CHANNEL_COLOURS[channel % len(CHANNEL_COLOURS)]
         if width == BROAD:
             colour = tuple(round(level + 0.62 * (255 - level)) for level in colour)
         places = [_place(corner, i / (points - 1), up) for i, up in enumerate(line)]

@@ -109,7 +109,8 @@ def cosine_similarity(samples: torch.Tensor, reference: torch.Tensor) -> torch.T
     """
     x, y = samples.flatten(1).double(), reference.flatten(1).double()
     norms = x.norm(dim=1) * y.norm(dim=1)
-    return ((x * y).sum(1) / norms.where(norms > 0, 1.0)).where(norms > 0, (x == y).all(1).double())
+    cosine: torch.Tensor = ((x * y).sum(1) / norms.where(norms > 0, 1.0)).where(norms > 0, (x == y).all(1).double())
+    return cosine
 
 
 def largest_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
