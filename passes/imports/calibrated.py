@@ -86,7 +86,7 @@ class QuantizeWithModelopt(Pass):
         own = {f"{layer.name}.{part}_quantizer" for layer in layers for part in ("weight", "input")}
         saved = self._quantized(model, own, trajectory)
         on = {name: quantizer for name, quantizer in saved.quantizers.items() if quantizer.on}
-        take = taker(saved, on, layers, state[MODEL].open(), trajectory)
+        take = taker(saved, on, layers, model, trajectory)
 
         def take_or_leave(layer: Layer) -> QuantizedLayerData:
             try:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ KINDS, WARM = 10, 20
 what they import is not theirs."""
 KEY = hashlib.sha256(b"{}").hexdigest()
 """The key of a run record without ingredients."""
+SLOW = {"lora": "diffusers.loaders.lora_pipeline", "weights": "diffusers.loaders.single_file_model"}
+"""Modules that a reader imports for some of its files alone, which takes seconds that are not the file's."""
 WHOLE_MANIFEST = {"files": {}, "seed": 0, "start": {}, "steps": [], "versions": {}}
 
 
@@ -172,7 +175,10 @@ def main() -> None:
         from intaglio.pipeline.errors import IntaglioError
         from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
-    reader = READERS[sys.argv.pop(1)]
+    name = sys.argv.pop(1)
+    reader = READERS[name]
+    if name in SLOW:
+        import_module(SLOW[name])
     read = 0
     with tempfile.TemporaryDirectory() as folder:
 
