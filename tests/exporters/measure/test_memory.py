@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
+import peak_memory
 import torch
 from diffusers import DiTTransformer2DModel
 from harness import Artifacts, run_pass
@@ -16,12 +16,10 @@ from quantizing import with_plan
 from tiny import save_folder, tiny_dit
 
 from intaglio.exporters.float_graph.agreement import TOLERANCE
-from intaglio.exporters.float_graph.export_float import ExportFloat, _magnitudes
-from intaglio.exporters.qdq.export_qdq import ExportQdq
-from intaglio.exporters.runtimes.onnxruntime.session import lean_session
+from intaglio.exporters.float_graph.export_float import _magnitudes
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
-from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.context import Context
@@ -33,7 +31,6 @@ from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, PLAN, QUANTIZED, TARGET)
-STEPS = {"export-float": ExportFloat, "export-qdq": ExportQdq}
 SHARES = {"export-float": 1.4, "export-qdq": 0.4}
 """Of the weights' bytes, at most. export-float: the module, then what the runtime maps of the file, when the module is
 gone; measured 1.15. export-qdq: the codes as they are read, a quarter of the weights; measured 0.25, and as much again
@@ -72,7 +69,7 @@ def test_a_step_holds_weights_once(tmp_path: Path):
     weights_bytes = save(wide_dit(), tmp_path / "large")
     here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for step, share in SHARES.items():  # each in a process of its own, the second on the graph of the first
-        command = [sys.executable, __file__, step, tmp_path]
+        command = [sys.executable, peak_memory.__file__, step, tmp_path]
         found = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
         assert int(found.stdout) <= share * weights_bytes, f"{step}: {int(found.stdout) / weights_bytes:.2f} of them"
 
@@ -91,22 +88,9 @@ def test_a_lean_session_keeps_no_buffer_for_a_later_value(tmp_path: Path):
     """By hand: 48 MB, then 64 MB, then 48 MB again. What keeps the first for the last has 112 MB at once."""
     (tmp_path / "model.onnx").write_bytes(onnx.parser.parse_model(RETURNING).SerializeToString())
     here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # in a process that has freed nothing before
-    command = [sys.executable, __file__, LEAN, tmp_path / "model.onnx"]
+    command = [sys.executable, peak_memory.__file__, "lean", tmp_path / "model.onnx"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
     assert 60e6 <= int(found.stdout) <= 80e6
-
-
-LEAN = "lean"
-"""The name of the measurement of a lean session, beside those of steps."""
-
-
-def print_lean_peak(model: Path) -> None:
-    """Print how many bytes one run of a lean session takes at most."""
-    with lean_session(model) as session:
-        before = resident_bytes("VmRSS")
-        forget_peak()
-        session.run(None, {"x": np.ones(1, np.float32)})
-    print(resident_bytes("VmHWM") - before)
 
 
 RETURNING = """
@@ -141,27 +125,3 @@ def record_chain(count: int, value_bytes: int, folder: Path) -> None:
     )
     chain = Graph(folder / "chain.onnx", {"sample": TensorSpec("float32", ("batch", value_bytes // 4))}, {}, ())
     _magnitudes(chain, trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
-
-
-def run(step: str, folder: Path) -> None:
-    state = {key: key.type.load(folder / key.name) for key in STEPS[step].requires}
-    made = run_pass(STEPS[step](), state, folder / step)
-    if FLOAT_GRAPH in made:
-        (folder / FLOAT_GRAPH.name).mkdir()
-        made[FLOAT_GRAPH].save(folder / FLOAT_GRAPH.name)
-
-
-def main(step: str, folder: Path) -> None:
-    """Print how far the step takes this process beyond where it is after the same step on a tiny model."""
-    run(step, folder / "small")
-    forget_peak()
-    before = resident_bytes("VmRSS")
-    run(step, folder / "large")
-    print(resident_bytes("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == LEAN:
-        print_lean_peak(Path(sys.argv[2]))
-    else:
-        main(sys.argv[1], Path(sys.argv[2]))

@@ -6,36 +6,26 @@ import pytest
 import torch
 from harness import Artifacts, run_pass
 from quantizing import with_plan
-from tiny import save_folder, tiny_dit
 
 from intaglio import Store
-from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.verify.verify import Verify
-from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.artifacts.keys import MODEL, TARGET, VERIFICATION
+from intaglio.pipeline.artifacts.keys import TARGET, VERIFICATION
 from intaglio.pipeline.artifacts.verification import Verification
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.runs.kept import StoreKeep
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Artifacts:
+def compiled(dit: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """A tiny transformer in W8A8 for ONNX Runtime."""
-    folder = tmp_path_factory.mktemp("dit")
-    save_folder(tiny_dit(), folder / "model")
-    ref = ModelRef(path="model", sampling_steps=2, guidance=2.0)
-    start: Artifacts = {MODEL: Checkpoint.resolve(ref, folder)}
-    start |= run_pass(Calibrate(samples=2), start, folder / "a")
-    start = with_plan(start, lambda layer: W8A8_TOKEN if layer.op == "linear" else W8A8_STEP)
-    start |= {TARGET: load_target("onnxruntime-cpu")} | run_pass(ExportFloat(), start, folder / "b")
-    return start | run_pass(ExportQdq(), start, folder / "c")
+    made = with_plan(dit, lambda layer: W8A8_TOKEN if layer.op == "linear" else W8A8_STEP)
+    made |= {TARGET: load_target("onnxruntime-cpu")}
+    return made | run_pass(ExportQdq(), made, tmp_path_factory.mktemp("qdq"))
 
 
 def verified(compiled: Artifacts, context: Context, **options: object) -> Verification:

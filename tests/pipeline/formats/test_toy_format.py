@@ -10,7 +10,7 @@ import onnx
 import oracle
 import pytest
 import torch
-from exported import export
+from exported import once
 from harness import Artifacts, run_pass
 from onnx import numpy_helper
 from pydantic import ValidationError
@@ -56,8 +56,7 @@ def six_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     """A tiny DiT, its trajectory, its float graph, and a target that runs the format."""
-    made = export(tiny_dit(), tmp_path_factory.mktemp("dit"))
-    return made | {TARGET: SHIPPED.model_copy(update=TARGET_LINE)}
+    return once(tiny_dit, tmp_path_factory) | {TARGET: SHIPPED.model_copy(update=TARGET_LINE)}
 
 
 def compiled(start: Artifacts, steps: list[Pass], folder: Path) -> Artifacts:
