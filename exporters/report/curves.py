@@ -112,6 +112,7 @@ def _curves(
     for channel, line in enumerate(heights):
         colour: tuple[int, ...] = CHANNEL_COLOURS[channel % len(CHANNEL_COLOURS)]
         if width == BROAD:
-            colour = tuple(round(level + 0.62 * (255 - level)) for level in colour)
+            red, green, blue = (round(level + 0.62 * (255 - level)) for level in colour)
+            colour = red, green, blue
         places = [_place(corner, i / (points - 1), up) for i, up in enumerate(line)]
         pen.line(places, colour, round(width * SMOOTH), "curve")

@@ -108,9 +108,9 @@ def cosine_similarity(samples: torch.Tensor, reference: torch.Tensor) -> torch.T
     It is x.y / (|x| |y|) over all values of a sample. A sample of zeros has 1 to a reference of zeros, and 0 to others.
     """
     x, y = samples.flatten(1).double(), reference.flatten(1).double()
-    norms = x.norm(dim=1) * y.norm(dim=1)
-    cosine: torch.Tensor = ((x * y).sum(1) / norms.where(norms > 0, 1.0)).where(norms > 0, (x == y).all(1).double())
-    return cosine
+    norms = x.square().sum(1).sqrt() * y.square().sum(1).sqrt()
+    cosine: torch.Tensor = (x * y).sum(1) / norms.where(norms > 0, 1.0)
+    return cosine.where(norms > 0, (x == y).all(1).double())
 
 
 def largest_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,10 @@ SEEN = torch.tensor([[1.0, 0.0, 0.0, 0.0, -0.5]])
 """A goal straight ahead at the distance 1, and an obstacle of radius 0.1 in the middle of the way."""
 
 
-@pytest.mark.parametrize("schemes", ["[w8a8_token, w8a8_step]", "[w4a8_token, w8a8_token, w8a8_step]"])
-def test_the_recipe_loads_in_both_variants(schemes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "schemes", ["[w8a8_token, w8a16]", "[w8a8_token, w8a8_step]", "[w4a8_token, w8a8_token, w8a16]"]
+)
+def test_the_recipe_loads_in_every_variant(schemes: str, tmp_path: Path) -> None:
     options = ("--set", f"uniform.schemes={schemes}", "--store", str(tmp_path), "--json")
     planned = CliRunner().invoke(app, ["plan", str(SAMPLES / "policy.yaml"), *options])
     assert planned.exit_code == 0, planned.output
