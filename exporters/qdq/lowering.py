@@ -74,8 +74,7 @@ def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     n = len(call.codes_NK)
     scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
     # one for each call: with x64quantprecision ONNX Runtime 1.31 refuses two weights that share a zero point
-    assert codes.dtype is not None  # constants have a type, and so has what is written for 4-bit codes
-    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, codes.dtype.numpy()))
+    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, call.codes_NK.dtype))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
 

@@ -57,6 +57,11 @@ class Nvfp4Weight(RoundedWeight):
         """Bits of each weight, with its share of the block scale."""
         return self.bits + 8 / self.group_size
 
+    @property
+    def scales(self) -> str:
+        """Shapes of the weight and its scales, in one line."""
+        return "One scale for each block of 16, w: (N, K) -> scale: (N, K // 16), and one for the tensor: (1, 1)."
+
     def scale_bytes(self, n: int) -> int:
         """Return the bytes of the tensor's scale."""
         return 4

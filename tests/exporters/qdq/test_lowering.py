@@ -170,7 +170,9 @@ def test_a_shift_is_refused_where_the_padding_depends_on_the_size(tmp_path):
     data = QuantizedLayerData(with_shift(W8A8_STEP), codes, torch.ones(32, 1), tables=LayerTables(ones, ones))
     row = lowering("conv", with_shift(W8A8_STEP), "onnxruntime")
     with pytest.raises(TargetError, match="a: auto_pad SAME_UPPER has no fixed padding"):
-        Writer(graph, step, np.uint8(128), {}).write(Call(find_sites(graph)["a"][0], data, "a"), row.product)
+        Writer(graph, step, np.uint8(128), {}).write(
+            Call(find_sites(graph)["a"][0], data, "a"), row.product, row.entering
+        )
 
 
 def test_shifted_convolutions_on_one_input_share_its_zeros_and_codes(tmp_path):
