@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SLACK = 0.02
 """A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
-ROUNDS = 4
+ROUNDS = 6
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
