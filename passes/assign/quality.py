@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 SLACK = 0.02
 """A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
-ROUNDS = 6
+ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
+SLACK_BELOW = 0.1
+"""The same share, if the wanted quality is not reached: then predictions are too good for plans at their limit."""
 SHORT_DB = 0.25
 """A plan that is at most this much worse than wanted is accepted: other samples differ by more."""
 NEAR_DB = 1.5
@@ -100,7 +102,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     factor = wanted.factor
     found: list[_Tried] = []
     for left in reversed(range(ROUNDS)):
-        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, SLACK)
+        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, wanted.slack)
         if chosen is None:
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
@@ -134,10 +136,11 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
 
 
 class _Wanted(NamedTuple):
-    """The quality to look for in dB, and the first factor on predicted losses."""
+    """The quality to look for in dB, the first factor on predicted losses, and the SLACK in time and bytes."""
 
     psnr_db: float
     factor: float
+    slack: float
 
 
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
@@ -147,18 +150,18 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
-        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)))
+        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)), SLACK)
     best = _tried(problem, table, problem.least(lambda option: _precision(option) < 2), drawing, ctx)
     reach_db = reachable_db(plain.psnr_db, best.psnr_db)
     if reach_db >= aim.psnr_db:
-        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)))
+        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
     ctx.log.info(
         "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of %.1f dB",
         plain.psnr_db,
         reach_db,
         aim.psnr_db,
     )
-    return _Wanted(reach_db, max(1.0, best.factor(problem, table)))
+    return _Wanted(reach_db, max(1.0, best.factor(problem, table)), SLACK_BELOW)
 
 
 def _precision(option: Option) -> int:
