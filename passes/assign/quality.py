@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 SLACK = 0.02
 """A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
+SLACK_BELOW = 0.1
+"""The same share, if the wanted quality is not reached: then predictions are too good for plans at their limit."""
 ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
-SLACK_BELOW = 0.1
-"""The same share, if the wanted quality is not reached: then predictions are too good for plans at their limit."""
 SHORT_DB = 0.25
 """A plan that is at most this much worse than wanted is accepted: other samples differ by more."""
 NEAR_DB = 1.5
