@@ -76,7 +76,7 @@ def linear(start: Artifacts) -> list[str]:
 
 
 def test_literal_codes_of_comfy_kitchen(tmp_path):
-    """Of sin(0), sin(1), ...: quantize_int8_convrot_weight(w, 16)."""
+    """The codes are those of quantize_int8_convrot_weight(w, 16), for w of sin(0), sin(1), ..."""
     codes = [
         [11, 13, -16, -50, -50, -39, 46, 127, 119, 25, -12, 41, -41, -7, 2, -23],
         [3, -9, 13, 47, 13, 29, -38, -127, -126, -35, 24, -3, 46, 11, -7, 9],
