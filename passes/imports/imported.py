@@ -174,7 +174,7 @@ def outputs_of(
     for name, data in taken.items():
         if data.balance is None:
             continue
-        if data.tables.amax_T is None:  # not calibrated: an upper bound
+        if data.tables.amax_T is None:  # no imported range: use an upper bound
             amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max() * data.balance.block
         else:
             amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))

@@ -23,7 +23,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Prefixes before the names of a denoiser in files that may hold a whole pipeline."""
 WEIGHT = ".weight"
 LARGE = re.compile(r"\d{5}")
-"""Number in a name that is too large: a conversion would count as many blocks, which takes hours."""
+"""Number in a name that is too large: a conversion would count up to it, block by block."""
 Held = TypeVar("Held")
 
 

@@ -267,7 +267,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         adapted: Any = module.get_submodule(name)  # a layer of peft
         layer = adapted.get_base_layer()
         before = layer.weight.detach().clone()
-        adapted.scaling[ADAPTER] = update.strength  # exactly: peft divides alpha by the rank, with one more rounding
+        adapted.scaling[ADAPTER] = update.strength  # exactly: peft computed strength * rank / rank, which rounds
         adapted.merge()
         module.set_submodule(name, layer)
         _check(before, layer.weight.detach(), update, f"{label}: {name}")

@@ -39,7 +39,7 @@ UP = re.compile(r"[._]lora([._]up|_B)(\.default)?(\.weight)?$")
 PART = re.compile(r"(\.alpha|\.dora_scale|[._]lora[._]\w+(\.\w+)*)$")
 """End of the name of any tensor of one layer."""
 LARGE = re.compile(r"\d{5}")
-"""Number in a name that is too large: a loader would count as many blocks, which takes hours."""
+"""Number in a name that is too large: a loader would count up to it, block by block."""
 ALPHA = re.compile(r"(\.lora_A\.weight)?\.alpha")
 
 
