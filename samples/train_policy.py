@@ -28,7 +28,7 @@ from intaglio.pipeline.model.sampler import Sampler, Start
 
 MODEL = Path(__file__).parent / "models" / "policy"
 TASK = runpy.run_path(str(MODEL / "policy.py"))
-"""Names of the factory's file."""
+"""Names that the file of the model factory defines."""
 STEPS = TASK["STEPS"]
 MARGIN, MIDDLE = 0.04, 0.06
 """Distance that the expert keeps from the obstacle, and offset of the obstacle up to which it passes on either side."""
@@ -49,8 +49,8 @@ moves in a plane to a goal ahead, around a round obstacle; it sees the goal and 
 - **Data**: trajectories of an expert in closed form (`samples/train_policy.py`), new ones in each step of the training.
   With the obstacle in the middle of the way, the expert passes on its left or on its right, by chance.
 - **Training**: flow matching (Lipman et al. 2023) with times uniform in [0, 1], AdamW at {rate:g}, {steps} steps of
-  {batch} trajectories, seed {seed}, {minutes:.0f} minutes on one busy CPU core; the average of the weights is what
-  is kept, in fp16.
+  {batch} trajectories, seed {seed}, {minutes:.0f} minutes on one busy CPU core; the running average of the
+  weights is saved, in fp16.
 - **Loss**: {loss:.4f} over the last steps, relative to the variance of the target.
 - **Sampling**: {sampling} Euler steps.
 - **Success**: {success:.1%} of 1000 trajectories end within 0.05 of the goal and touch no obstacle.

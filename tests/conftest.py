@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imported libraries consist of, half a million objects, is searched for garbage no more."""
+    """Exclude the half a million objects of the imported libraries from garbage collection, which would search them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)  # torch's exporter makes millions of objects that live on

@@ -31,7 +31,7 @@ def export(module: torch.nn.Module, folder: Path) -> Artifacts:
 
 
 def once(make: Callable[[], torch.nn.Module], factory: pytest.TempPathFactory) -> Artifacts:
-    """What `export` makes, by the first of the processes of this run of the tests; the others read its files."""
+    """Return what `export` makes. One process of this test run calls it; the other processes read the files."""
     own = factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / f"exported-{make.__name__}"
     with FileLock(f"{folder}.lock"):

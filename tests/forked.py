@@ -1,7 +1,7 @@
-"""Runs a command in a process of its own that does not import torch and diffusers anew, which takes ten seconds.
+"""Runs a command in a process of its own, without the ten seconds of importing torch and diffusers.
 
-Such a process is forked from one that has imported these libraries, and nothing of intaglio. So it reads modules, entry
-points and versions as a process does that was just started.
+The process is forked from one that has imported these libraries, and nothing of intaglio. So it reads modules, entry
+points and versions as a process that was just started does.
 """
 
 import multiprocessing

@@ -36,13 +36,13 @@ def two_level_codes(w, scale, group, size):
 
 
 def nearest(x, dtype):
-    """The numbers of a type of ml_dtypes nearest to x, float32; larger ones become its largest."""
+    """The numbers of a type of ml_dtypes nearest to x, float32; larger values become the largest number."""
     largest = float(ml_dtypes.finfo(dtype).max)
     return np.clip(x.astype(np.float32), -largest, largest).astype(dtype).astype(np.float32)
 
 
 def places(numbers, dtype):
-    """The place of each number among all of a type of ml_dtypes, from its bits: a sign, and a magnitude that counts."""
+    """The place of each number among all numbers of an ml_dtypes type: its bits without the sign, negative if it is."""
     sign = 1 << (ml_dtypes.finfo(dtype).bits - 1)
     bits = numbers.astype(dtype).view(np.uint8).astype(np.int64) & (2 * sign - 1)
     return np.where(bits & sign, -(bits - sign), bits)
@@ -64,13 +64,13 @@ def fp8_layer(x, w, scale, bias, *, amax=None, **window):
 
 
 def nvfp4_weight(w, scale, group):
-    """E2M1 numbers of w (N, K), and what each is worth, from the scale () and block scales (N, K // 16) in E4M3."""
+    """E2M1 numbers of w (N, K), and the value of each, from the scale () and block scales (N, K // 16) in E4M3."""
     worth = np.repeat(np.float32(scale) * group.astype(np.float32), 16, axis=1)
     return nearest(w / worth, ml_dtypes.float4_e2m1fn), worth
 
 
 def nvfp4_input(x, amax):
-    """E2M1 numbers of x (..., K), and what each is worth: blocks of 16 have an E4M3 scale each."""
+    """E2M1 numbers of x (..., K), and the value of each: every block of 16 has an E4M3 scale."""
     f = np.float32
     unit = x.astype(f) * (f(1) / f(amax))
     blocks, one = unit.reshape(*unit.shape[:-1], -1, 16), f(1 / 2688)

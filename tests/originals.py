@@ -65,7 +65,7 @@ def _sd3_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
 def flux(features: int = 4) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.nn.Module]:
     """A Flux of two blocks with all rows, but few input features, in both layouts, and an empty module of diffusers.
 
-    The conversion of diffusers is made for 3072 channels.
+    Weights need all rows, because the conversion of diffusers works for 3072 channels only.
     """
     generator, d = torch.Generator().manual_seed(0), 3072
     rows = {"img_in": d, "txt_in": d, "time_in.in_layer": d, "time_in.out_layer": d, "vector_in.in_layer": d}

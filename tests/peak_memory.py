@@ -3,7 +3,7 @@
     python tests/peak_memory.py export-float|export-qdq FOLDER      the artifacts of two models, `small` and `large`
     python tests/peak_memory.py lean MODEL
 
-Imports what is measured, and nothing else.
+It imports only what is measured.
 """
 
 import sys

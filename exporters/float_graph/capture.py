@@ -156,7 +156,8 @@ def capture(
     traced with one row. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
-    with torch.no_grad():  # models keep tables from their first call: those made while torch traces have no values
+    # models may keep tables from their first call: if torch traced that call, the tables would have no values
+    with torch.no_grad():
         compute(calls.usual)
     try:
         return task.usual(), {}
@@ -270,7 +271,7 @@ class _Export:
 
 
 def _rename_other_values(model: ir.Model) -> None:
-    """Rename inner values that have the name of an input: torch names inputs last, and looks at no other name."""
+    """Rename inner values that have the name of an input: torch names inputs last, and does not compare other names."""
     taken = {value.name for value in model.graph.inputs}
     made = [value for node in model.graph for value in node.outputs]
     inner = [value for value in (*model.graph.initializers.values(), *made) if not value.is_graph_input()]

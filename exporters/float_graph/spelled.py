@@ -1,4 +1,4 @@
-"""Compute functions of torch by others, for which torch has rules for many rows and for complex numbers."""
+"""Replace functions of torch that the export of many rows or of complex numbers does not support by others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPELLED: Mapping[Any, Callable[..., torch.Tensor]] = {torch._C._nn.pad_sequence:
 
 
 class Spelled(TorchFunctionMode):
-    """Call the replacements of SPELLED while this mode is entered."""
+    """Call the functions of SPELLED in place of torch's own while this mode is active."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -54,7 +54,7 @@ class TimeLayers(Pass):
 
     @classmethod
     def applies(cls, target: Target) -> bool:
-        """Return True for targets that list kernels and mean a CPU of this machine's kind.
+        """Return True for targets that list kernels, and whose `fast_code`, if any, is that of this machine's CPU.
 
         Their runtime computes on a CPU, and the times are those of this machine's CPU.
         """

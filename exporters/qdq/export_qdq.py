@@ -157,7 +157,7 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
 
 
 def _declare(model: ir.Model) -> None:
-    """Declare the domains of all operators, and the opset and IR version that FP4 numbers came with."""
+    """Declare the domains of all operators; with FP4 numbers, at least the opset and IR version that have them."""
     import onnx_ir as ir
 
     for node in model.graph:

@@ -171,7 +171,7 @@ FP4_QUANTIZE = "TRT_FP4DynamicQuantize"
 def nvfp4_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
     """Write DQ(x4, DQ(s8, 1/2688)): E2M1 numbers x4, and their block scales s8 that TensorRT's operator measures.
 
-    The operator takes two or three axes: an input with more becomes rows (R, K), until after the product.
+    The operator takes two or three axes: an input with more is reshaped to rows (R, K), and back after the product.
     """
     if _many_axes(call):
         k = call.codes_NK.shape[1]
@@ -189,7 +189,7 @@ def nvfp4_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -
 def nvfp4_blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write x @ Transpose(DQ(Wq, DQ(s8, s))): E2M1 numbers (N, K), block scales s8 (N, G), one scale s."""
     layer, owner = call.site.layer, w.owner(call, in_blocks=True)
-    assert call.data.group_NG is not None  # only rows for such weights read it
+    assert call.data.group_NG is not None  # NVFP4 weights have block scales
     blocks = call.data.group_NG.view(torch.uint8).numpy().view(ir.DataType.FLOAT8E4M3FN.numpy())
     one = w.constant(f"{layer}/scale", call.scale_NG.reshape(()))
     scale = w.op(call, "weight/scale/DequantizeLinear", [w.constant(f"{owner}/group", blocks), one])

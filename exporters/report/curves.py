@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
 MOST_CHANNELS = 32
-"""Largest number of channels that are drawn: samples with more on both axes are no trajectories."""
+"""Largest number of channels of a trajectory: samples with more on both axes are not drawn as curves."""
 MOST_POINTS = 4096
 WIDTH, HEIGHT, PAD = 200, 130, 7
-"""Pixels of one plot, and of the room around it."""
+"""Pixels of one plot, with its margin, and of the margin."""
 SMOOTH = 3
 """Factor by which plots are drawn larger, before they are reduced."""
 BROAD, THIN = 7.0, 1.4
@@ -33,9 +33,9 @@ def is_trajectory(shape: Sequence[int]) -> bool:
 
 
 def over_time(samples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return trajectories (B, X, Y) with time last, (B, C, L), all in the order of the first ones.
+    """Return tensors of trajectories (B, X, Y) with time as the last axis, (B, C, L), all as the first tensor has it.
 
-    Time is the axis along which neighbouring values of the first ones differ least; an axis of length 1 is no time.
+    Time is the axis along which neighbouring values of the first tensor differ least, unless its length is 1.
     """
     first = samples[0].float()
     changes = [

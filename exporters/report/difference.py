@@ -279,7 +279,7 @@ class Difference:
     def comparison(self, pixels_max: int) -> SampleFigure | CurveFigure | None:
         """Return the deployed samples of both sides, beside full precision.
 
-        If their full-precision samples differ, both are shown. None where samples can not be shown, or have different
+        If their full-precision samples differ, both are shown. None where samples cannot be shown, or have different
         shapes. `pixels_max`: pixels of one sheet.
         """
         one, other = self.a.samples, self.b.samples

@@ -88,7 +88,7 @@ class SampleFigure:
 class CurvePair:
     """Plots of two implementations on top of each other, and of their difference, as data URIs.
 
-    `largest` is the largest difference of all samples' values; plots of the difference end there, above and below.
+    `largest` is the largest difference in all samples; plots of the difference range from minus to plus this value.
     """
 
     below: str
@@ -118,7 +118,7 @@ class CurveFigure:
 def laid_out(
     drawn: Mapping[str, Drawn], pairs: Sequence[tuple[str, str]], count: int, pixels_max: int = SHEET_PIXELS_MAX
 ) -> SampleFigure | CurveFigure | None:
-    """Lay out samples as pictures or as trajectories; None where they are neither. See both functions for arguments."""
+    """Lay out samples as pictures or as trajectories; None where they are neither. Arguments: see `sample_figure`."""
     if drawn and all(is_trajectory(each.samples.shape[1:]) for each in drawn.values()):
         return curve_figure(drawn, pairs, count)
     return sample_figure(drawn, pairs, count, pixels_max)

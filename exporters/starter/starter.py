@@ -83,7 +83,7 @@ class Found:
     cost: ModelCost | None
     """Cost of a call; None if it cannot be counted without weights."""
     minutes: float | None = None
-    """Time in which a run of the recipe should end; the cost, if there is one, is then a timed one."""
+    """Time in which a run of the recipe should end; if it is set, the cost, where it is known, was measured."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
 
@@ -124,7 +124,7 @@ class Found:
         if self.lacks is not None:
             yield f"record {self.conditions}, as the recipe says: {self.lacks}"
             if self.minutes is not None:
-                yield f"run `intaglio init` once more, with --force: it chooses steps for {self.minutes:g} minutes then"
+                yield f"run `intaglio init` again with --force: it then chooses steps for {self.minutes:g} minutes"
         try:
             bind(Recipe.parse(recipe_text(self)), base=Path(recipe).parent)
         except IntaglioError as error:

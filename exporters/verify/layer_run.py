@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
     """Return a model of the layer alone, from its input, and `step` if the layer reads that, to its output.
 
-    The codes of a quantized input are a second output: codes of floating-point formats as the numbers that they are, in
+    The codes of a quantized input are a second output; in formats of floating-point numbers, the numbers themselves, in
     float32. Raises KeyError for a layer not in `graph.nodes`.
     """
     before, after = graph.nodes[layer]
@@ -40,7 +40,7 @@ def layer_model(graph: Graph, layer: str) -> onnx.ModelProto:
 
 
 def _numbers(graph: ir.Graph, codes: ir.Value) -> ir.Value:
-    """Return codes that NumPy has no type for in float32, which holds them exactly; other codes as they are."""
+    """Return floating-point codes in float32, exactly, as NumPy has no type for them; other codes unchanged."""
     if codes.dtype is None or not codes.dtype.is_floating_point():
         return codes
     cast = ir.node("Cast", [codes], {"to": ir.DataType.FLOAT.value}, name=f"{codes.name}/Cast")
@@ -61,7 +61,7 @@ def run_layer(
 ) -> tuple[NDArray[np.float32], NDArray[np.generic] | None]:
     """Return the layer's output on x at `step` in the runtime, and the codes of its input if it is quantized.
 
-    Codes are as `layer_model` has them.
+    The codes have the form that `layer_model` describes.
 
     The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C).
     """

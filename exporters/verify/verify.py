@@ -262,7 +262,7 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
         figures.parity_layer_rel_l2_max,
     )
     ctx.log.info(
-        "cosine similarity to full precision: %.6f in the mean, %.6f at worst; largest error of a value: %.4g",
+        "cosine similarity to full precision: mean %.6f, worst %.6f; largest error of a value: %.4g",
         figures.cosine,
         figures.cosine_min,
         figures.error_max,

@@ -30,7 +30,7 @@ class Budget(BaseModel):
         None,
         gt=0,
         description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs do not"
-        " reach it without channel scales, a PSNR up to 1.5 dB above what they reach is used if it is lower",
+        " reach it without channel scales, a lower PSNR may replace it: at most 1.5 dB above the one that they reach",
     )
     activation: float | None = Field(
         None,

@@ -33,7 +33,7 @@ ALONE = 6
 """Largest number of layers that are rounded alone if a plan is worse than predicted by more than NOISE_DB."""
 NOISE_DB = 0.5
 SHORT_DB = 0.25
-"""A plan that is at most this much worse than wanted is accepted: other samples differ by more."""
+"""A plan that is at most this much worse than wanted is accepted: the PSNR of other samples differs by more."""
 NEAR_DB = 1.5
 """A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
 REST_DB = 3.0
@@ -52,11 +52,11 @@ class Aim:
 
 
 def reachable_db(plain_db: float, best_db: float) -> float:
-    """Return the PSNR in dB to look for on a network whose 8-bit weights alone lose more than is wanted.
+    """Return the PSNR in dB to search for if 8-bit weights alone may lose more than is wanted.
 
-    `plain_db`, `best_db`: the PSNR of the samples with 8-bit weights and float inputs, without other bases and in the
-    best ones. The result lies NEAR_DB above `plain_db`, as predictions may be wrong by as much, if this is at least
-    REST_DB below `best_db`. It is never lower than `plain_db`.
+    `plain_db`, `best_db`: the PSNR of the samples with 8-bit weights and float inputs, without a change of basis and in
+    the best bases. The result is the smaller of `plain_db` + NEAR_DB and `best_db` - REST_DB, but at least `plain_db`.
+    Predictions may be wrong by NEAR_DB.
     """
     return max(plain_db, min(plain_db + NEAR_DB, best_db - REST_DB))
 
@@ -146,7 +146,7 @@ class _Wanted(NamedTuple):
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
     """Return the quality to look for: the wanted one, or a lower one that 8-bit weights with float inputs reach.
 
-    `reachable_db` tells the lower one.
+    `reachable_db` computes the lower one.
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:

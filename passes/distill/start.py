@@ -60,7 +60,7 @@ def begin(
 def learns_input(scheme: LayerScheme) -> bool:
     """Return True if a layer's input gets trainable scales.
 
-    Neither 8-bit inputs with a scale for each token do, nor inputs with one scale for all calls.
+    8-bit inputs with a scale for each token do not get them, nor do inputs with one scale for all calls.
     """
     return scheme.by_step or (scheme.by_token and scheme.input_bits < 8)
 

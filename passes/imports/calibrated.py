@@ -36,16 +36,16 @@ CONFIGS: Mapping[str, bool] = {
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": False,
     "INT4_AWQ_CFG": True,
 }
-"""Configurations whose codes are plain integers; True where the recorded calls decide about scales."""
+"""Configurations whose codes are plain integers; True if their scales depend on the recorded calls."""
 
 
 class QuantizeWithModelopt(Pass):
     """Quantize the denoiser with NVIDIA's Model Optimizer, and take over its plan and its integers.
 
-    It is calibrated on the recorded calls. Codes are exactly those of Model Optimizer; scales differ by one rounding of
-    float32 at most. Only weights and inputs of layers are quantized: attention, normalizations and outputs stay in
-    float. A layer for which the configuration has no exact form, such as a convolution in blocks, stays in float too;
-    the log names it, with the reason.
+    Model Optimizer calibrates on the recorded calls. Codes are exactly its codes; scales differ by at most one rounding
+    of float32. Only weights and inputs of layers are quantized: attention, normalizations and outputs stay in float. A
+    layer that cannot be imported exactly, such as a convolution with scales for blocks, stays in float too; the log
+    names it, with the reason.
     """
 
     name: ClassVar[str] = "modelopt"
@@ -57,9 +57,9 @@ class QuantizeWithModelopt(Pass):
         "INT8_DEFAULT_CFG", description=f"Model Optimizer's name of the configuration: {', '.join(CONFIGS)}"
     )
     block: Literal[32, 64, 128] = Field(
-        128, description="neighbouring weights that share a scale, in INT4 configurations"
+        128, description="number of neighbouring weights that share a scale, in INT4 configurations"
     )
-    ignore: tuple[str, ...] = Field((), description="quantizers to switch off, such as `proj_out*`")
+    ignore: tuple[str, ...] = Field((), description="names of quantizers to switch off, as patterns: `proj_out*`")
 
     @field_validator("config")
     @classmethod
@@ -67,7 +67,7 @@ class QuantizeWithModelopt(Pass):
         if written not in CONFIGS:
             raise ValueError(
                 f"{printable(written)[:80]} cannot be exported: only configurations of plain integers can"
-                f" ({', '.join(CONFIGS)}); FP8, MX and NVFP4 formats have no codes here"
+                f" ({', '.join(CONFIGS)}); the FP8, MX and NVFP4 formats of Model Optimizer are not imported"
             )
         return written
 
@@ -77,7 +77,7 @@ class QuantizeWithModelopt(Pass):
             raise MissingExtra("modelopt", f"the step {self.name}")
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Quantize the denoiser. Raises RecipeError for a pattern of `ignore` that fits no quantizer."""
+        """Quantize the denoiser. Raises RecipeError for a pattern of `ignore` that matches no quantizer."""
         from intaglio.passes.imports.quantizers import taker
         from intaglio.pipeline.model.layers import layer_table
 
@@ -100,7 +100,7 @@ class QuantizeWithModelopt(Pass):
     def _quantized(self, model: DenoiserModel, own: set[str], trajectory: Trajectory) -> SavedQuantizers:
         """Quantize the module in place, and return its quantizers. Only those named in `own` are switched on."""
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # warnings are for callers of Model Optimizer
+            warnings.simplefilter("ignore")  # they address programs that call Model Optimizer, not users of a recipe
             return self._calibrated(model, own, trajectory)
 
     def _calibrated(self, model: DenoiserModel, own: set[str], trajectory: Trajectory) -> SavedQuantizers:
@@ -127,7 +127,7 @@ class QuantizeWithModelopt(Pass):
         return grouped(model.module.state_dict(), quantizer_state(model.module), modelopt.__version__)
 
     def _config(self, shipped: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a copy of a configuration of Model Optimizer, with the size of its blocks."""
+        """Return a copy of a configuration of Model Optimizer in which blocks have the size `block`."""
         config = copy.deepcopy(dict(shipped))
         for row in config["quant_cfg"]:
             if -1 in (blocks := (row.get("cfg") or {}).get("block_sizes") or {}):
@@ -138,6 +138,6 @@ class QuantizeWithModelopt(Pass):
         return any(fnmatchcase(name, pattern) for pattern in self.ignore)
 
     def _check_ignored(self, names: Collection[str]) -> None:
-        """Raise RecipeError for patterns that fit no quantizer."""
+        """Raise RecipeError for patterns that match no quantizer."""
         if unfit := [pattern for pattern in self.ignore if not any(fnmatchcase(name, pattern) for name in names)]:
             raise RecipeError(f"ignore: {unfit[0]!r} fits none of the {len(names)} quantizers")

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
 
 MARK = ".comfy_quant"
-"""End of the name of the tensor whose bytes are the JSON text of a layer's form."""
+"""End of the name of the tensor whose bytes are a JSON text that describes a layer's format."""
 METADATA = "_quantization_metadata"
-"""Metadata key of one JSON text with the forms of all layers, which older files have instead."""
+"""Metadata key that older files have instead: its value is one JSON text with the formats of all layers."""
 FORMAT = "int8_tensorwise"
 MOST_JSON = 64 << 10
 """Largest number of bytes of one layer's JSON text."""
 
 
 class _Form(BaseModel):
-    """Form of one layer, as ComfyUI writes it. Other keys describe how the file was made."""
+    """Format of one layer, as ComfyUI writes it. All other keys are ignored: they say how the file was made."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -54,12 +54,12 @@ class _Metadata(BaseModel):
 
 
 def is_comfy(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:
-    """Return True for a file whose layers say their form as ComfyUI writes it."""
+    """Return True if the file describes the formats of its layers as ComfyUI does."""
     return METADATA in metadata or any(name.endswith(MARK) for name in tensors)
 
 
 def read_comfy(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], module: nn.Module) -> SavedWeights:
-    """Read weights in ComfyUI's format. Raises RecipeError for forms that cannot be read, and for foreign names."""
+    """Read weights that ComfyUI saved. Raises RecipeError for formats that are not read, and names of other models."""
     tensors = denoiser_only({**tensors, **_marks(metadata)})
     forms = {name.removesuffix(MARK): _form(name, value) for name, value in tensors.items() if name.endswith(MARK)}
     weights, problems, held = {}, defaultdict(list), {f"{name}{MARK}" for name in forms}
@@ -77,7 +77,7 @@ def read_comfy(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
 
 
 def _marks(metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the forms that the file's metadata holds as if they were tensors."""
+    """Return the formats that the file's metadata holds, as the tensors that newer files have in their place."""
     import torch
 
     if METADATA not in metadata:
@@ -91,12 +91,14 @@ def _marks(metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
 
 
 def _form(name: str, text: torch.Tensor) -> _Form:
-    """Return the form that the bytes of a tensor describe. Raises RecipeError for anything else."""
+    """Return the format that the bytes of a tensor describe. Raises RecipeError if they do not describe one."""
     import torch
 
     where = printable(name)[:120]
     if text.dtype != torch.uint8 or not 0 < text.numel() <= MOST_JSON:
-        raise RecipeError(f"{where}: {text.numel()} values in {dtype_name(text)}: 1 to {MOST_JSON} bytes of JSON")
+        raise RecipeError(
+            f"{where}: {text.numel()} values in {dtype_name(text)}, but 1 to {MOST_JSON} bytes of JSON are expected"
+        )
     written = parse_json(bytes(text.flatten().tolist()).decode(errors="replace"), source=where)
     try:
         return _Form.model_validate(written)
@@ -105,23 +107,26 @@ def _form(name: str, text: torch.Tensor) -> _Form:
 
 
 def _stored(form: _Form, parts: Mapping[str, torch.Tensor]) -> Stored:
-    """Return the rows of one weight. Raises NotCarried for other forms than INT8, and for missing or foreign parts."""
+    """Return the rows of one weight. Raises NotCarried for formats other than INT8, and missing or unexpected parts."""
     import torch
 
     if form.format != FORMAT:
         raise NotCarried(
-            f"weights in {printable(form.format)[:40]}: only {FORMAT} holds codes that are integers with one scale for"
-            " each row"
+            f"weights in {printable(form.format)[:40]}: only {FORMAT} is read, whose codes are integers with one scale"
+            " for each row"
         )
     codes, scale = parts.get("weight"), parts.get("weight_scale")
     if codes is None or scale is None:
         raise NotCarried(f"no {'weight' if codes is None else 'weight_scale'}")
     if "input_scale" in parts:
-        raise NotCarried(f"input_scale: in {FORMAT} inputs are rounded with a scale for each token")
+        raise NotCarried(f"an input_scale, which {FORMAT} does not have: it rounds inputs with a scale for each token")
     if codes.dtype != torch.int8 or codes.dim() != 2 or not codes.numel():
-        raise NotCarried(f"a weight {tuple(codes.shape)} in {dtype_name(codes)}: codes are (N, K) in int8")
+        raise NotCarried(f"a weight {tuple(codes.shape)} in {dtype_name(codes)}: codes have to be (N, K) in int8")
     if scale.numel() not in (1, len(codes)):
-        raise NotCarried(f"weight_scale {tuple(scale.shape)} for a weight {tuple(codes.shape)}: one, or one a row")
+        raise NotCarried(
+            f"weight_scale {tuple(scale.shape)} for a weight {tuple(codes.shape)}: one scale, or one for each row, is"
+            " expected"
+        )
     scale_N1 = scale.reshape(-1, 1).expand(len(codes), 1)
     rotated = form.convrot_groupsize if form.convrot else 1
     return Stored({"codes": codes, "scale": scale_N1}, (rotated, form.full_precision_matrix_mult))
@@ -135,8 +140,8 @@ def _weight(stored: Stored, layer: Layer) -> Weight:
         return checked(layer, 8, codes, stored.rows["scale"], None, entering)
     if not _is_power_of_four(rotated) or layer.k % rotated:
         raise NotCarried(
-            f"convrot_groupsize {shown(rotated)} for a weight {layer.shape}: a power of four that divides the"
-            f" {layer.k} input features"
+            f"convrot_groupsize {shown(rotated)} for a weight {layer.shape}: it has to be a power of four that divides"
+            f" the {layer.k} input features"
         )
     if tuple(codes.shape) == (layer.n, layer.k):
         codes = _in_basis(codes, rotated)
@@ -163,7 +168,7 @@ def balance_of(k: int, block: int) -> Balance:
 
 
 def _in_basis(codes: torch.Tensor, block: int) -> torch.Tensor:
-    """Return ConvRot's codes (N, K) in the basis of `balance_of`: W Q^T, the same codes in another order and signs."""
+    """Return ConvRot's codes (N, K) in the basis of `balance_of`: W Q^T changes only their order and signs."""
     order, sign = _order(block)
     if int(codes.amin()) < -127:
         raise NotCarried("codes of -128, which have no negative in int8: the rotation changes signs of codes")
@@ -182,7 +187,7 @@ def _signs(block: int) -> torch.Tensor:
 
 @cache
 def _order(block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return Q by row: the place of its entry, (B,), and its sign, (B,) int8."""
+    """Return, for each row of Q, the column of its only entry that is not zero, (B,), and its sign, (B,) int8."""
     import torch
 
     from intaglio.pipeline.numerics.basis import hadamard

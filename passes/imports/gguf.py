@@ -1,4 +1,4 @@
-"""Read GGUF weights: Q4_0 has 4-bit codes in blocks of 32, as intaglio has; Q8_0 can only be rounded again.
+"""Read GGUF weights: Q4_0 exactly, as 4-bit codes in blocks of 32; Q8_0 only by rounding its weights again.
 
 Shapes: N out features, K in features, G = K / 32 scales in each row.
 """
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 BLOCK = 32
 AGAIN = "Q8_0"
-"""Type whose codes can only be rounded again."""
+"""Type whose codes have no exact form here: its weights can only be rounded again."""
 NO_SCALE = 2.0**-14
 """Scale of a block of zeros: the smallest normal number of float16."""
 
 
 def read_gguf(file: Path, module: nn.Module, requantize: bool) -> SavedWeights:
-    """Read weights of a GGUF file. Raises RecipeError for types that cannot be read, and for foreign names.
+    """Read weights of a GGUF file. Raises RecipeError for types that are not read, and for names of other models.
 
     `requantize`: round weights of Q8_0 again, to one scale for each output channel.
     """
@@ -48,7 +48,7 @@ def read_gguf(file: Path, module: nn.Module, requantize: bool) -> SavedWeights:
         elif tensor.kind in dtypes:
             rest[name] = tensor.content.view(dtypes[tensor.kind]).reshape(tensor.shape)
         elif len(tensor.shape) != 2 or not name.endswith(WEIGHT):
-            other[f"{tensor.kind} in the shape {tensor.shape}: only weights of linear layers"].append(name)
+            other[f"{tensor.kind} in the shape {tensor.shape}: only weights of linear layers are read"].append(name)
         else:
             weights[name.removesuffix(WEIGHT)] = _stored(tensor)
     if other:
@@ -70,11 +70,11 @@ def _stored(tensor: GgufTensor) -> Stored:
 
 
 def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
-    """Return a layer's codes and scales. Raises NotCarried for Q8_0, unless it is to be rounded again."""
+    """Return a layer's codes and scales. Raises NotCarried for Q8_0, unless `requantize` is set."""
     kind, blocks = stored.facts, stored.rows["blocks"]
     if layer.k % BLOCK or tuple(blocks.shape) != (layer.n, layer.k // BLOCK * BLOCKS[kind][1]):
         values = blocks.shape[1] // BLOCKS[kind][1] * BLOCK
-        raise NotCarried(f"{kind} for {(len(blocks), values)} weights, but the model has {layer.shape}")
+        raise NotCarried(f"a weight {(len(blocks), values)} in {kind}, but the model has one of {layer.shape}")
     blocks = blocks.reshape(layer.n, layer.k // BLOCK, -1)
     scale_NG = as_float32("scales", blocks[..., :2].contiguous().view(_half()).squeeze(-1))
     codes_NGS = _codes(kind, blocks[..., 2:])
@@ -93,7 +93,7 @@ def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
 
 
 def _in_blocks(codes_NGS: torch.Tensor, scale_NG: torch.Tensor) -> Weight:
-    """Return 4-bit codes and scales as they are; in a block whose scale is 0, the codes are 0 instead.
+    """Return 4-bit codes and scales as they are; a block whose scale is 0 gets codes of 0 and the scale NO_SCALE.
 
     Scales may be negative: ggml gives the code -8 to the weight of largest magnitude.
     """
@@ -109,7 +109,10 @@ def _half() -> torch.dtype:
 
 
 def _codes(kind: str, packed: torch.Tensor) -> torch.Tensor:
-    """Return the codes (N, G, 32) int8. The low halves of the bytes of Q4_0 are its first 16 codes, each plus 8."""
+    """Return the codes (N, G, 32) int8.
+
+    In Q4_0, the low halves of a block's bytes are its first 16 codes, the high halves the other 16, each plus 8.
+    """
     import torch
 
     if kind == AGAIN:

@@ -1,4 +1,4 @@
-"""Read GGUF files that anyone may have written: names, types, shapes and bytes of tensors, in bounded time and memory.
+"""Read GGUF files from untrusted sources, in bounded time and memory: names, types, shapes and bytes of tensors.
 
 The layout is that of ggml's documentation (docs/gguf.md), versions 2 and 3, little-endian.
 """
@@ -38,7 +38,7 @@ TYPES = {
     **{12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 20: "IQ4_NL", 23: "IQ4_XS", 28: "F64", 30: "BF16"},
     **{39: "MXFP4", 40: "NVFP4"},
 }
-"""Names of types; others are shown as numbers."""
+"""Names of the types of tensors; messages show other types as numbers."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Place:
 
 
 def check_gguf(path: Path) -> Path:
-    """Return the path of a GGUF file; only what is before the tensors is read. Raises RecipeError for other files."""
+    """Check a GGUF file without reading its tensors, and return its path. Raises RecipeError for all other files."""
     with open_stream(path) as stream, _refused(path):
         _places(stream)
     return path
@@ -113,23 +113,23 @@ def _places(stream: BufferedReader) -> tuple[dict[str, _Place], int]:
     if version not in VERSIONS:
         raise ValueError(f"its version is {version}: {' and '.join(map(str, VERSIONS))} are read, little-endian")
     if count > MOST_TENSORS or pairs > MOST_TENSORS:
-        raise ValueError(f"it lists {count} tensors and {pairs} values: at most {MOST_TENSORS} of each are read")
+        raise ValueError(f"it lists {count} tensors and {pairs} metadata values, but at most {MOST_TENSORS} are read")
     alignment = _alignment(header, pairs)
     places: dict[str, _Place] = {}
     for _ in range(count):
         name = header.text()
         if name in places:
-            raise ValueError(f"{printable(name)[:120]} is there twice")
+            raise ValueError(f"it lists the tensor {printable(name)[:120]} twice")
         places[name] = header.place(name)
     start = -(-stream.tell() // alignment) * alignment
     ends = (place.offset + place.size for place in places.values())
     if max(sum(place.size for place in places.values()), *ends, 0) > size - start:
-        raise ValueError(f"its tensors have more bytes than the {max(size - start, 0)} that follow the header")
+        raise ValueError(f"its tensors need more bytes than the {max(size - start, 0)} that follow the header")
     return places, start
 
 
 def _alignment(header: _Header, pairs: int) -> int:
-    """Skip the metadata, and return the alignment of the tensors that it names."""
+    """Skip the metadata, and return the alignment in bytes that it gives for the tensors."""
     alignment = 32
     for _ in range(pairs):
         key, kind = header.text(), header.number("I")
@@ -150,12 +150,12 @@ class _Header:
         self.stream, self.size = stream, size
 
     def number(self, kind: str) -> int:
-        """Return a number of this format of `struct`."""
+        """Return the next number, in this format of `struct`."""
         (found,) = struct.unpack(f"<{kind}", self._bytes(struct.calcsize(kind)))
         return int(found)
 
     def text(self) -> str:
-        """Return a name of at most `MOST_NAME` bytes."""
+        """Return the next name, of at most `MOST_NAME` bytes."""
         length = self.number("Q")
         if length > MOST_NAME:
             raise ValueError(f"a name of {length} bytes: at most {MOST_NAME} are read")
@@ -177,7 +177,7 @@ class _Header:
         elif kind in SCALARS:
             self._bytes(SCALARS[kind])
         else:
-            raise ValueError(f"a value of the type {kind}{' in a list' * inside}, which GGUF does not have")
+            raise ValueError(f"a value of the type {kind}{' in a list' * inside} is not read")
         return 0
 
     def place(self, name: str) -> _Place:
@@ -190,7 +190,7 @@ class _Header:
         found = _Place(TYPES.get(number, f"type {number}"), shape, offset)
         values, _ = BLOCKS.get(found.kind, (1, 0))
         if 0 in shape or shape[-1] % values:
-            raise ValueError(f"{printable(name)[:120]} has the shape {shape}: rows are blocks of {values}")
+            raise ValueError(f"{printable(name)[:120]} has the shape {shape}: rows have to be whole blocks of {values}")
         if math.prod(shape) > 8 * self.size or offset + found.size > self.size:
             raise ValueError(f"{printable(name)[:120]} has the shape {shape}, which is larger than the file")
         return found

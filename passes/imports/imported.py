@@ -89,7 +89,7 @@ class ImportPass(Pass):
         trajectory: Trajectory,
         ctx: Context,
     ) -> Outputs:
-        """Return what `outputs_of` does; problems are those of the file at `path`."""
+        """Return what `outputs_of` returns; `problems` are those of the file at `path`."""
         said = [f"{printable(self.path)}: {problem}" for problem in problems]
         return outputs_of(origin, layers, found, said, trajectory, ctx)
 
@@ -174,7 +174,7 @@ def outputs_of(
     for name, data in taken.items():
         if data.balance is None:
             continue
-        if data.tables.amax_T is None:  # no entry is larger
+        if data.tables.amax_T is None:  # no imported range: use an upper bound
             amax_T = trajectory.amax[name] * data.balance.scale_C.abs().max() * data.balance.block
         else:
             amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))

@@ -1,6 +1,6 @@
-"""Bring the names of a file in a model's original layout to those of its diffusers module: its rows are moved alike.
+"""Rename the tensors of a file in a model's original layout as its diffusers module does, and move their rows.
 
-Shapes: N rows of a weight, out features.
+Shapes: N rows of a weight, which are its out features.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """Prefixes before the names of a denoiser in files that may hold a whole pipeline."""
 WEIGHT = ".weight"
 LARGE = re.compile(r"\d{5}")
-"""Number in a name up to which a conversion would count blocks."""
+"""Number in a name that is too large: a conversion would count up to it, block by block."""
 Held = TypeVar("Held")
 
 
@@ -31,7 +31,7 @@ Held = TypeVar("Held")
 class Stored:
     """A rounded weight as a file holds it: tensors with one entry for each row, (N, ...).
 
-    `facts` hold for all rows; weights are joined only where they are equal.
+    `facts` hold for all rows; weights are joined into one layer only if their facts are equal.
     """
 
     rows: Mapping[str, torch.Tensor]
@@ -42,7 +42,7 @@ class Stored:
 
 
 def denoiser_only(tensors: Mapping[str, Held]) -> dict[str, Held]:
-    """Return the tensors of the denoiser without a prefix; text encoders and autoencoders beside it are left out."""
+    """Return the denoiser's tensors, under names without a prefix; text encoders and autoencoders are left out."""
     prefix = next((each for each in PREFIXES if any(name.startswith(each) for name in tensors)), "")
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -52,10 +52,10 @@ def in_names_of(
 ) -> tuple[dict[str, Stored], dict[str, torch.Tensor]]:
     """Return rounded weights, by layer, and all other tensors under the module's own names.
 
-    Where most names are the module's already, all stay. Others are converted as `from_single_file` of diffusers does
-    it: the conversion gets the numbers of the rows in place of rounded weights, so that rows of fused layers are found
-    again.
-    Raises RecipeError if diffusers has no conversion for the module, or if it does not fit.
+    If at least half of the names are the module's, all names stay. Otherwise the function that `from_single_file` of
+    diffusers uses converts them. It is given the numbers of rows in place of rounded weights: where it puts a number,
+    that row of the file belongs, even if the file has several layers in one weight.
+    Raises RecipeError if diffusers has no conversion for the module, or if the conversion fails.
     """
     import torch
 
@@ -65,7 +65,7 @@ def in_names_of(
     if large := [name for name in named if LARGE.search(name)]:
         raise RecipeError(f"{some(large)}: has a number of five digits or more, which no block of a model has")
     if numbers := [name for name, value in rest.items() if value.dtype == torch.int64]:
-        raise RecipeError(f"{some(numbers)}: in int64, which the conversion of names by diffusers does not take")
+        raise RecipeError(f"{some(numbers)}: in int64, which cannot be converted to the names of diffusers")
     convert, first, places = _conversion(module, [*weights, *rest]), 0, {}
     given = dict(rest)
     for name, stored in weights.items():
@@ -104,7 +104,7 @@ def _conversion(module: nn.Module, names: list[str]) -> Callable[..., dict[str, 
 
 
 def _gathered(name: str, ids: torch.Tensor, starts: torch.Tensor, stored: list[Stored]) -> Stored:
-    """Return the rows of these numbers; `starts` are the numbers of each stored weight's first row."""
+    """Return the rows with the numbers `ids`; `starts` are the numbers of each stored weight's first row."""
     import torch
 
     owners = torch.searchsorted(starts, ids, right=True) - 1
@@ -112,7 +112,7 @@ def _gathered(name: str, ids: torch.Tensor, starts: torch.Tensor, stored: list[S
     first = next(iter(sources.values()))
     forms = {(each.facts, *((n, v.dtype, v.shape[1:]) for n, v in each.rows.items())) for each in sources.values()}
     if len(forms) != 1:
-        raise RecipeError(f"{printable(name)[:120]} joins weights of different forms: they have no common form")
+        raise RecipeError(f"{printable(name)[:120]} joins weights in different formats, which cannot be one layer")
     rows = {part: value.new_empty(len(ids), *value.shape[1:]) for part, value in first.rows.items()}
     for owner, whole in sources.items():
         here = owners == owner

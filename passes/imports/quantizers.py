@@ -1,4 +1,4 @@
-"""Read how the quantizers of NVIDIA's Model Optimizer round: codes and scales of a layer, exactly or not at all.
+"""Take over codes and scales of a layer from the quantizers of NVIDIA's Model Optimizer, exactly or not at all.
 
 Shapes: N out features, K in features, G scales per row, C input channels.
 """
@@ -89,7 +89,7 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class SavedQuantizers:
-    """Content of a file of `modelopt.torch.opt.save`: the denoiser's tensors and all quantizers, by name."""
+    """Denoiser that Model Optimizer quantized: its tensors and all its quantizers, by name."""
 
     tensors: Mapping[str, torch.Tensor]
     quantizers: Mapping[str, Quantizer]
@@ -99,7 +99,7 @@ class SavedQuantizers:
 def grouped(
     tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Mapping[str, Any]], version: str
 ) -> SavedQuantizers:
-    """Return a state of tensors, and the attributes of all quantizers in it, with each quantizer's own tensors."""
+    """Give each quantizer its attributes, `facts`, and its own tensors; all other tensors are the denoiser's."""
     buffers: dict[str, dict[str, torch.Tensor]] = {name: {} for name in facts}
     rest = {}
     for key, value in tensors.items():
@@ -118,9 +118,10 @@ def taker(
     model: DenoiserModel,
     trajectory: Trajectory,
 ) -> Callable[[Layer], QuantizedLayerData]:
-    """Return the function that makes the data of one layer from the quantizers that are `on`, by name.
+    """Return the function that makes the data of one layer from the quantizers in `on`, those that are enabled.
 
-    It raises StaysFloat for a layer without them, NotCarried for one that has no exact form here.
+    The function raises StaysFloat for a layer without a weight quantizer, and NotCarried for a layer that cannot be
+    imported exactly.
     """
     dynamic = [n.name for n in layers if (q := on.get(f"{n.name}.input_quantizer")) and q.dynamic]
     ranks = _ranks(model, trajectory, dynamic) if dynamic else {}

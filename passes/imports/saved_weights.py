@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Weight:
     """Codes (N, K) int8 of one layer, scales (N, G) float32, and how its input is rounded, None if it is not.
 
-    Codes are in the basis of `balance`.
+    The codes are in the basis of `balance`, if there is one.
     """
 
     bits: int

@@ -53,12 +53,13 @@ class ImportWeights(ImportPass):
     name: ClassVar[str] = "import-weights"
 
     path: str = Field(
-        description="the denoiser's folder, with config.json and safetensors, or one such file or one GGUF file, beside"
-        " the recipe"
+        description="the denoiser's folder, with config.json and safetensors, or one safetensors file, or one GGUF"
+        " file; relative to the recipe"
     )
     requantize: bool = Field(
         False,
-        description="round weights again that have no exact form here: Q8_0 of GGUF, to one scale for each channel",
+        description="round weights of GGUF in Q8_0 again, to one scale for each output channel, as they have no exact"
+        " form here",
     )
 
     @classmethod
@@ -103,9 +104,9 @@ class ImportWeights(ImportPass):
 
 
 def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool = False) -> SavedWeights:
-    """Read what a library wrote for a module. Raises RecipeError for all other files.
+    """Read the quantized weights of a module. Raises RecipeError for files that no supported library wrote.
 
-    `requantize`: round weights again that have no exact form here.
+    `requantize`: round weights that have no exact form here again.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
@@ -134,7 +135,7 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
 
 
 def _refusal(names: Collection[str], method: object) -> str:
-    """Say which library's files these are, if that is known, why they are not read, and which files are."""
+    """Return the message for files that are not read: the library, if it is known, the reason, and what to do."""
     if any(name.endswith((".weight._data", ".weight._data._data")) for name in names):
         return (
             "quanto's files are not read: its 4-bit weights have zero points in float, which have no exact form here;"
@@ -143,10 +144,10 @@ def _refusal(names: Collection[str], method: object) -> str:
     if {"qweight", "wscales"} <= {name.rpartition(".")[2] for name in names}:
         return (
             "nunchaku's SVDQuant files are not read: they round inputs to 4 bits with a scale for every 64 features of"
-            " a token, which has no form here, and their AWQ layers have zero points; the step balance with a `branch`"
-            " makes weights of the same kind from the model in full precision"
+            " a token, which no format here does, and their AWQ layers have zero points; the step balance with `branch`"
+            " splits the weights of the full-precision model in the same way"
         )
     return (
         f"{CONFIG} names {shown(method)} as quantization_config.quant_method, and there is no metadata of torchao or"
-        f" ComfyUI: only what {_compressed_tensors.METHOD}, torchao or ComfyUI wrote is read, and *{_gguf.SUFFIX} files"
+        f" ComfyUI: only files of {_compressed_tensors.METHOD}, torchao and ComfyUI are read, and *{_gguf.SUFFIX} files"
     )

@@ -137,9 +137,9 @@ TABLE_PARTS = {"amax_T": "amax", "shift_T": "shift", "output_amax_T": "output-am
 class QuantizedLayerData:
     """One layer as integers: codes (N, K) int8, scales (N, G) float32, and the tables that its scheme needs.
 
-    A weight of two levels has scales (N, 1) and group integers (N, G) int8, from 1 to 8; one in NVFP4 has a scale
-    (1, 1) and block scales (N, G) in torch.float8_e4m3fn. Codes, tables of the input
-    and the branch beside them are in the basis of `balance`.
+    A weight of two levels has scales (N, 1) and group integers (N, G) int8, from 1 to 8. A weight in NVFP4 has one
+    scale (1, 1) and, as `group_NG`, block scales (N, G) in torch.float8_e4m3fn. Codes, tables of the input and the
+    branch beside them are in the basis of `balance`.
     """
 
     scheme: LayerScheme

@@ -74,9 +74,9 @@ class DepartureFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFigures:
-    """Distances of samples to full precision, in dB and as they are stated for trajectories, and the peak of PSNRs.
+    """Distances of samples to full precision, in dB, as a cosine and as the largest error; and the peak of every PSNR.
 
-    Each distance is a mean over the samples, except those that end in `_min` or `_max`, which are of the worst
+    Each distance is a mean over the samples, except those that end in `_min` or `_max`, which are those of the worst
     sample: a trajectory that departs from its reference makes one sample much worse than others. `psnr_peak` is a
     difference of values, not in dB, and `fidelity_gap_error_db` a standard error.
     SQNR is relative to the mean square of each full-precision sample.
@@ -103,7 +103,7 @@ class SampleFigures:
     cosine_min: Annotated[float | None, OPTIONAL] = None
     """Lowest cosine similarity of a deployed sample."""
     error_max: Annotated[float | None, OPTIONAL] = None
-    """Largest absolute error of a value of all deployed samples, in the samples' own unit."""
+    """Largest absolute error of a single value in all deployed samples, in the unit of the samples."""
     fidelity_gap_db: float
     """PSNR of the simulated samples minus that of the deployed ones."""
     fidelity_gap_error_db: float

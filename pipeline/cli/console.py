@@ -33,7 +33,8 @@ def figure(found: object) -> str:
     """Write a value of metrics.json as text."""
     match found:
         case float():
-            return f"{found:.6f}" if 0.999 <= found < 1 else f"{found:.4g}"  # a cosine similarity is nearly 1
+            # cosine similarities are so close to 1 that 4 digits do not tell them apart
+            return f"{found:.6f}" if 0.999 <= found < 1 else f"{found:.4g}"
         case str():
             return found
         case _:

@@ -39,7 +39,7 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
 
 
 def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
-    """Return the bytes of x and y; an integer takes one byte."""
+    """Return the bytes of x and y: 2 for a float, 1 for a code of an integer or FP8, 4.5 / 8 for one of NVFP4."""
     kernel = layer.k // layer.shape[1]
     x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else scheme.input.bits_stored / 8
     y_bytes = FLOAT_BYTES if isinstance(scheme.output, Float) else 1
@@ -59,7 +59,7 @@ def work(
     It counts the product, and the passes over the input that rounding needs: two (divide by the scale, round), one more
     for the magnitudes of tokens, and one more for a shift. `block` is the block size of the basis: None for no basis, 1
     for scaled channels (one more pass), more for a rotation. `on_integers` says if a rounded input is multiplied as
-    integers.
+    codes.
     """
     elements = rows * layer.shape[1]
     passes = 0

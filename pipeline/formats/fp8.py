@@ -1,4 +1,4 @@
-"""Define FP8: weights and inputs as 8-bit floating-point numbers E4M3, whose products GPUs from Ada on multiply."""
+"""Define FP8: weights and inputs as 8-bit floating-point numbers E4M3, which GPUs from Ada on multiply."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Fp8Weight(RoundedWeight):
         return None if isinstance(form, Fp8Input) else "FP8 weights multiply FP8 inputs only"
 
     def fit(self, w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the scales with which the largest magnitude of a channel is 448."""
+        """Return the scales (N, 1) with which the largest magnitude of each channel becomes 448, and None."""
         from intaglio.pipeline.numerics import rounding
 
         return rounding.fit_largest(w_NK, self.grid), None
@@ -93,7 +93,7 @@ class Fp8Input(RoundedInput):
 
     @property
     def label(self) -> str:
-        """Nothing: FP8 weights have no other inputs."""
+        """Empty: FP8 weights have no other inputs."""
         return ""
 
     def round(self, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:

@@ -1,4 +1,4 @@
-"""Define formats of a layer's input and output: float, or codes with a scale for each token or step, or with one scale.
+"""Define formats of a layer's input and output: float, or codes with a scale per token, per step or for all calls.
 
 The arithmetic is in `numerics`, imported inside the functions that use it: this module imports nothing heavy.
 """
@@ -58,7 +58,7 @@ class RoundedInput(Value, ABC):
     """Input that is divided by its largest magnitude and rounded to codes: x ~= scale * number * magnitude.
 
     Each subclass is a format. A format is known once a scheme in `known.py` uses it. The scale is a constant, as
-    runtimes multiply codes only then.
+    runtimes multiply codes only then; NVFP4 multiplies it by scales of blocks.
     """
 
     multiplied: ClassVar[Multiplied] = "int8"
@@ -71,7 +71,7 @@ class RoundedInput(Value, ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """The input's part of a scheme's name, such as a8; empty if its weight has one kind of quantized inputs."""
+        """The input's part of a scheme's name, such as a8; empty if its weight allows one kind of codes only."""
 
     @property
     def bits_stored(self) -> float:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class LayerTables:
     """The tables of one layer, float32 (T,) each: one entry for each denoising step. None: the layer has no such table.
 
-    `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input. It is ()
-    where the scheme has one scale for all steps.
+    `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input. A single
+    number, (), if the scheme has one scale for all calls.
     `shift_T`: middle of the input's range, where the scheme shifts the input.
     `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output.
     `factor_T`: factor on each token's magnitude, if the range of tokens is clipped.

@@ -1,4 +1,4 @@
-"""Define NVFP4: E2M1 numbers in blocks of 16, each with an E4M3 scale, which GPUs from Blackwell on multiply.
+"""Define NVFP4: E2M1 numbers in blocks of 16, each block with an E4M3 scale; GPUs from Blackwell on multiply them.
 
 Shapes: N output features, K input features, G = K // 16 blocks.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Nvfp4Weight(RoundedWeight):
-    """E2M1 numbers up to 6, w: (N, K) -> block scale in E4M3: (N, K // 16), and one scale for the tensor: (1, 1)."""
+    """Weight as E2M1 numbers up to 6, w: (N, K) -> block scales in E4M3: (N, K // 16), and one scale: (1, 1)."""
 
     compute_capability: ClassVar[str | None] = "10.0"
     fixed_group: ClassVar[bool] = True
@@ -99,7 +99,7 @@ class Nvfp4Weight(RoundedWeight):
         return self._block_scales(group_NG.detach()).to(torch.float8_e4m3fn)
 
     def _block_scales(self, group_NG: torch.Tensor) -> torch.Tensor:
-        """Round block scales to E4M3, at least its smallest number, so that a block of zeros can be divided."""
+        """Round block scales to E4M3, but never to zero, so that a block of zeros can be divided by its scale."""
         from intaglio.pipeline.numerics.minifloat import E4M3
 
         return E4M3.nearest(group_NG.clamp_min(E4M3.smallest))
@@ -112,7 +112,7 @@ class Nvfp4Weight(RoundedWeight):
         return numbers
 
     def pack(self, q_NK: torch.Tensor) -> torch.Tensor:
-        """Return two numbers in each byte, the first in the low bits: a sign and the magnitude's code."""
+        """Return two numbers in each byte, the first in the low bits: each is a sign bit and its magnitude's code."""
         import torch
 
         from intaglio.pipeline.numerics.packing import pack_int4
@@ -130,7 +130,10 @@ class Nvfp4Weight(RoundedWeight):
 
 
 class Nvfp4Input(RoundedInput):
-    """E2M1 numbers in blocks of 16 input features, whose E4M3 scales are measured at run time; one calibrated scale."""
+    """Input as E2M1 numbers in blocks of 16 features.
+
+    The scale of each block, in E4M3, is measured at run time; the scale of the tensor is calibrated.
+    """
 
     multiplied: ClassVar[Multiplied] = "fp4"
 
@@ -141,7 +144,7 @@ class Nvfp4Input(RoundedInput):
 
     @property
     def label(self) -> str:
-        """Nothing: NVFP4 weights have no other quantized inputs."""
+        """Empty: NVFP4 weights have no other quantized inputs."""
         return ""
 
     @property

@@ -51,7 +51,7 @@ class Device(BaseModel):
     source: str
 
     def rate(self, multiplied: Multiplied) -> float:
-        """Return the 10^12 operations per second on such codes: those of float16 for codes without products."""
+        """Return the 10^12 operations per second on such codes, or on float16 if the device cannot multiply them."""
         rates = {"int8": self.int8_tops, "fp8": self.fp8_tflops, "fp4": self.fp4_tflops}
         return rates[multiplied] or self.fp16_tflops
 
@@ -191,7 +191,7 @@ class Target(BaseModel):
     compute_capability: str | None = Field(
         None,
         pattern=r"^\d+\.\d$",
-        description="least CUDA compute capability of the GPUs that the target is for; None: that of its devices",
+        description="lowest CUDA compute capability of the GPUs that the target is for; None: that of its devices",
     )
     generations: tuple[Generation, ...] = Field(
         (),
@@ -219,10 +219,10 @@ class Target(BaseModel):
         least = min(known, key=_version, default=None)
         if needed is None or least is None or _version(least) >= _version(needed):
             return None
-        return f"{weight.kind} needs compute capability {needed}, and its GPUs have {least}"
+        return f"{weight.kind} needs compute capability {needed}, and the target's GPUs have {least}"
 
     def on_integers(self, op: OpKind, scheme: LayerScheme) -> bool:
-        """Return True if the runtime multiplies a layer of this kind and scheme on codes, of integers or few bits."""
+        """Return True if the runtime multiplies codes, integers or small floats, in a layer of this kind and scheme."""
         needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
         rounded = not isinstance(scheme.input, Float)
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))

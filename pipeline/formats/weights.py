@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 class RoundedWeight(Value, ABC):
     """Weight that is stored as integer codes q in [low, high] with scales: w ~= scale * q.
 
-    In formats of floating-point numbers, the codes count the numbers from zero: w ~= scale * number(q).
+    In a format of floating-point numbers, the code q stands for the q-th number from zero: w ~= scale * number(q).
     Each subclass is a format. A format is known once a scheme in `known.py` uses it.
     Shapes: w and q (N, K), scales (N, G) with G = 1 or K // group_size.
     """
 
     compute_capability: ClassVar[str | None] = None
-    """Least CUDA compute capability of the GPUs that multiply such weights; None: any."""
+    """Lowest CUDA compute capability of the GPUs that multiply such weights; None: any."""
     fixed_group: ClassVar[bool] = False
     """True if the format fixes the group size, so that neither layer nor target chooses it."""
     linear_only: ClassVar[bool] = False
-    """True if convolutions have no such weights."""
+    """True if convolutions cannot have such weights."""
 
     kind: str
     bits: int
@@ -231,7 +231,7 @@ class IntWeight(RoundedWeight):
                 apart = self.bits == 4 and not isinstance(self.granularity, TwoLevel)
                 return "4-bit weights multiply a quantized input in two levels only" if apart else None
             case RoundedInput():
-                return "integer weights multiply float or integer inputs"
+                return "integer weights multiply float or integer inputs only"
             case other:
                 assert_never(other)
 

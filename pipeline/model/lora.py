@@ -130,12 +130,12 @@ def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping
 
 
 def _float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of a type that is read in float32, so that a conversion rounds nothing in half precision."""
+    """Return a float tensor in float32, so that a conversion does not round in half precision; others unchanged."""
     return tensor.float() if str(tensor.dtype).removeprefix("torch.") in FLOATS else tensor
 
 
 def _unfit(unfit: Sequence[str], count: int, module: nn.Module, layers: Collection[str], label: str) -> str:
-    """Say that keys name no layer of the module, and what to do."""
+    """Return the message for keys that name no layer of the module, with what to do."""
     there = f"its layers are {_some(layers)}" if layers else "it has no layer that takes a LoRA"
     return (
         f"{label}: {len(unfit)} of {count} keys fit no layer of the {type(module).__name__}: {_some(unfit)}; {there}:"
@@ -145,7 +145,7 @@ def _unfit(unfit: Sequence[str], count: int, module: nn.Module, layers: Collecti
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Tensors in memory, read as those of a safetensors file are."""
+    """Tensors in memory, with the methods of an opened safetensors file."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -267,7 +267,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         adapted: Any = module.get_submodule(name)  # a layer of peft
         layer = adapted.get_base_layer()
         before = layer.weight.detach().clone()
-        adapted.scaling[ADAPTER] = update.strength  # not divided by the rank and multiplied by it again
+        adapted.scaling[ADAPTER] = update.strength  # exactly: peft computed strength * rank / rank, which rounds
         adapted.merge()
         module.set_submodule(name, layer)
         _check(before, layer.weight.detach(), update, f"{label}: {name}")

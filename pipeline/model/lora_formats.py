@@ -1,4 +1,4 @@
-"""Bring the names in LoRA files to those of the model's layers, and refuse other kinds of adapters by name."""
+"""Convert the names in LoRA files to those of the model's layers, and refuse other kinds of adapters by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PREFIXES = ("", "transformer.", "unet.", "diffusion_model.")
-"""Prefixes that diffusers, and ComfyUI, write before the names of a denoiser's modules."""
+"""Prefixes that diffusers and ComfyUI write before the names of a denoiser's modules."""
 KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
 KOHYA = re.compile(
     r"(lora_unet|lora_transformer|lycoris)_(?P<module>[^.]+)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha)"
@@ -35,11 +35,11 @@ OTHER_KINDS = {
 }
 """Ends of names that belong to adapters of other kinds."""
 UP = re.compile(r"[._]lora([._]up|_B)(\.default)?(\.weight)?$")
-"""End of the name of the factor that has a layer's out features."""
+"""End of the name of the matrix B, whose rows are the layer's out features."""
 PART = re.compile(r"(\.alpha|\.dora_scale|[._]lora[._]\w+(\.\w+)*)$")
 """End of the name of any tensor of one layer."""
 LARGE = re.compile(r"\d{5}")
-"""Number in a name up to which loaders would count blocks."""
+"""Number in a name that is too large: a loader would count up to it, block by block."""
 ALPHA = re.compile(r"(\.lora_A\.weight)?\.alpha")
 
 
@@ -96,7 +96,7 @@ def _fitting(keys: Collection[str], prefix: str, layers: Collection[str]) -> Map
 def converted(
     tensors: Mapping[str, torch.Tensor], module: nn.Module, layers: Collection[str]
 ) -> dict[str, torch.Tensor] | None:
-    """Return the file's tensors as the LoRA loader of diffusers converts them whose names all fit; None if none does.
+    """Return the tensors as a LoRA loader of diffusers converts them, if all its names fit the layers; else None.
 
     The loaders know the layouts of other trainers, such as kohya's for SDXL and Flux.
     """
@@ -109,9 +109,9 @@ def converted(
 
 
 def _is_complete(given: Mapping[str, torch.Tensor], made: Mapping[str, torch.Tensor]) -> bool:
-    """Return True if no layer is lost: loaders leave out, with a warning, what they do not know.
+    """Return True if no layer is lost: loaders leave out layers that they do not know, with no more than a warning.
 
-    Fused layers become several, but together they keep their out features.
+    A fused layer becomes several layers, whose out features have the same sum.
     """
     rows = [sum(len(v) for key, v in tensors.items() if UP.search(key)) for tensors in (given, made)]
     layers = {UP.sub("", key) for key in given if UP.search(key)}
@@ -121,7 +121,7 @@ def _is_complete(given: Mapping[str, torch.Tensor], made: Mapping[str, torch.Ten
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Keep diffusers from printing names of a file, which anyone may have written."""
+    """Keep diffusers from printing names of tensors: the file may be from an untrusted source."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -133,7 +133,7 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield what each LoRA loader of diffusers makes of the tensors, with each layer's alpha as a tensor."""
+    """Yield the tensors as each LoRA loader of diffusers converts them, with each layer's alpha as a tensor."""
     import torch
     from diffusers.loaders import lora_pipeline
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -147,7 +147,7 @@ def _conversions(tensors: Mapping[str, torch.Tensor], module: nn.Module) -> Iter
                 made: Any = loader.lora_state_dict(
                     dict(tensors), unet_config=getattr(module, "config", None), return_alphas=True
                 )
-        except (*DAMAGE, AssertionError, NameError, RuntimeError):  # made for another layout
+        except (*DAMAGE, AssertionError, NameError, RuntimeError):  # the loader is for another layout
             continue
         state, alphas = (made[0], made[1] or {}) if isinstance(made, tuple) else (made, {})
         values = {

@@ -1,7 +1,7 @@
-"""Round to floating-point numbers of 8 and 4 bits, to the nearest, ties to even; numbers beyond the largest become it.
+"""Round to the nearest floating-point number of 8 or 4 bits, ties to even; larger values become the largest number.
 
-The code of such a number is its place among all of them: 0 is zero, 1 the smallest positive one, and -1 its negative.
-So codes are integers in [-high, high], as those of integer formats are. A negative zero becomes zero.
+The code of a number is its place among all numbers of the format: 0 is zero, 1 the smallest positive number, and -1 its
+negative. So codes are integers in [-high, high], as in integer formats. A negative zero becomes zero.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from intaglio.pipeline.numerics.rounding import round_ste
 
 _EXPONENT_BITS = 0x7F800000
-"""Bits of a float32 that hold its exponent: alone, they are the largest power of two that is not above it."""
+"""Bits of a float32 that hold its exponent: with all other bits 0, it is the largest power of two up to |x|."""
 
 
 @dataclass(frozen=True)
 class MiniFloat:
-    """Numbers m * 2^e of few bits: below 2^`exponent` evenly spaced, above it with `mantissa` bits behind the first."""
+    """Floating-point format of few bits, up to `largest`.
+
+    Numbers below 2^`exponent` are evenly spaced; larger numbers have `mantissa` bits after their first bit.
+    """
 
     mantissa: int
     exponent: int
@@ -100,8 +103,8 @@ BLOCK_UNIT = float(torch.tensor(1 / (E2M1.largest * E4M3.largest)))
 def round_blocks(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round x in [-1, 1] to E2M1 numbers, and return the scale of each too: both (..., K), for K a multiple of 16.
 
-    The scale is that of its block: E4M3 of the largest magnitude / 6, times BLOCK_UNIT. A block whose scale is rounded
-    to zero is zero. The gradient passes through the numbers alone.
+    The scale is that of its block: E4M3(m / (6 * BLOCK_UNIT)) * BLOCK_UNIT, where m is the block's largest magnitude. A
+    block whose scale is rounded to zero becomes zero. The gradient passes through the numbers, not through the scales.
 
     >>> numbers, scale = round_blocks(torch.tensor([[1.0, 0.5, -0.25] + 13 * [0.0]]))
     >>> numbers[0, :3].tolist(), [round(v, 4) for v in (numbers * scale)[0, :3].tolist()]

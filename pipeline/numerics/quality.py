@@ -105,7 +105,7 @@ def mean_squared_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.
 def cosine_similarity(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the cosine of the angle between each sample (B, ...) and its reference, (B,), in float64.
 
-    It is x.y / (|x| |y|) over all values of a sample. A sample of zeros has 1 to a reference of zeros, and 0 to others.
+    It is x.y / (|x| |y|) over all values of a sample. If x or y is zero, it is 1 if both are, else 0.
     """
     x, y = samples.flatten(1).double(), reference.flatten(1).double()
     norms = x.square().sum(1).sqrt() * y.square().sum(1).sqrt()

@@ -126,9 +126,9 @@ def eight_bit_codes(q_NK: torch.Tensor, group_NG: torch.Tensor, grid: Grid) -> t
 
 
 def codes_float(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return the numbers of the codes, q = clip(round(w / s), low, high), as floats (N, G, K // G).
+    """Return the numbers nearest to w / s that codes stand for, as floats (N, G, K // G).
 
-    They are differentiable in w and s.
+    They are clip(round(w / s), low, high) for integers, and differentiable in w and s.
     """
     return grid.nearest(groups(w_NK, grid) / scale_NG.unsqueeze(-1))
 
@@ -146,7 +146,7 @@ def quantize(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Te
 
 
 def dequantize(q_NK: torch.Tensor, scale_NG: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Return s * q, float32 (N, K).
+    """Return s * q, or s * number(q) for formats of floats, float32 (N, K).
 
     >>> dequantize(torch.tensor([[2, -1, 127]], dtype=torch.int8), torch.tensor([[0.5]]), Grid(-127, 127)).tolist()
     [[1.0, -0.5, 63.5]]

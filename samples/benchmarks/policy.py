@@ -62,7 +62,7 @@ def main(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="compiled folders, each of one target")],
     situations: Annotated[int, typer.Option(help="trajectories, each in a situation of its own")] = 1000,
     seed: int = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
 ) -> None:
     """Print how far the trajectories of compiled policies are from full precision, and how many succeed."""
     model = TASK["make"]()

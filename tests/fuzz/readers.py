@@ -37,7 +37,7 @@ what they import is not theirs."""
 KEY = hashlib.sha256(b"{}").hexdigest()
 """The key of a run record without ingredients."""
 SLOW = {"lora": "diffusers.loaders.lora_pipeline", "weights": "diffusers.loaders.single_file_model"}
-"""Modules that a reader imports for some of its files alone, which takes seconds that are not the file's."""
+"""Modules that a reader imports for some files only: the seconds of the import are no fault of the file."""
 WHOLE_MANIFEST = {"files": {}, "seed": 0, "start": {}, "steps": [], "versions": {}}
 
 

@@ -32,7 +32,7 @@ class SchemeRow:
 def scheme_css(scheme: LayerScheme) -> str:
     """Return the CSS class of a scheme.
 
-    There is one colour for each pair of bits, two for W8A8, by its input's scale, and one for each format of floats.
+    Each pair of bits has one colour, W8A8 two, by its input's scale, and each format of floating-point numbers one.
     """
     match scheme.weight, scheme.input:
         case Float(), Float():

@@ -69,8 +69,8 @@ class BuildTensorRT(Pass):
     )
     compute_capabilities: tuple[Generation, ...] = Field(
         (),
-        description="GPU generations for which TensorRT-RTX builds kernels; empty: those of the target, or else its"
-        " default, SM80 and newer",
+        description="GPU generations for which TensorRT-RTX builds kernels; empty: those of the target, or, if it has"
+        " none, TensorRT-RTX's default, SM80 and newer",
     )
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Spell out NVFP4 in operators that ONNX Runtime has, so that such graphs are checked without their hardware.
+"""Spell out NVFP4 in operators that ONNX Runtime has, so that graphs with NVFP4 are checked without a GPU that has it.
 
-The form is TensorRT's, node by node: E2M1 numbers are kept as E4M3, which holds each of them, and TensorRT's operator
-that rounds an input becomes a function of the model.
+The graph keeps its nodes. E2M1 numbers are stored as E4M3, which represents each of them exactly, and TensorRT's
+operator that rounds an input becomes a function of the model.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ _QUANTIZE = f"""
 
 
 def spell_out(model: onnx.ModelProto, folder: Path | None) -> bool:
-    """Replace what is in FP4, and return True; False for a model without FP4. Changes `model`.
+    """Replace FP4 tensors and operators, and return whether there were FP4 tensors. Changes `model`.
 
-    `folder` has the model's external tensors.
+    `folder` has the model's external tensors; None if there are none.
     """
     import onnx
     from onnx import TensorProto, numpy_helper

@@ -49,7 +49,7 @@ class TensorRT(Runtime):
         return LOWERINGS
 
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
-        """Open a graph in ONNX Runtime, which executes it as it is written, with NVFP4 spelled out."""
+        """Open a graph in ONNX Runtime, which executes it as it is written, except that NVFP4 is spelled out."""
         from intaglio.exporters.float_graph.onnx_file import read_proto
         from intaglio.exporters.runtimes.tensorrt.reference import spell_out
 
@@ -59,7 +59,7 @@ class TensorRT(Runtime):
         return AS_WRITTEN.open(graph, threads=threads, providers=providers)
 
     def open_model(self, model: bytes, data: Path | None = None) -> Opened:
-        """Open a serialized model in ONNX Runtime, which executes it as it is written, with NVFP4 spelled out."""
+        """Open a serialized model in ONNX Runtime, as `open` does with a graph."""
         import onnx
 
         from intaglio.exporters.runtimes.tensorrt.reference import spell_out

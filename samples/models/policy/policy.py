@@ -24,8 +24,8 @@ WIDTH, BLOCKS, HEADS = 128, 2, 4
 OBSERVATIONS = 1024
 """Situations from which calibration, distillation and verification draw."""
 LOW, HIGH = torch.tensor([0.5, -0.6, 0.4, -0.2, 0.08]), torch.tensor([1.0, 0.6, 0.6, 0.2, 0.16])
-"""Smallest and largest distance of the goal, its direction in radians, the part of the way to the goal at which the
-obstacle is, its distance to the left of that way, and its radius."""
+"""Smallest and largest values of five numbers: distance of the goal, its direction in radians, part of the way to the
+goal at which the obstacle is, distance of the obstacle to the left of that way, and its radius."""
 
 
 def situations(count: int, generator: torch.Generator) -> torch.Tensor:

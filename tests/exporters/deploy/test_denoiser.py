@@ -103,7 +103,7 @@ def loaded(artifacts: Artifacts, key: Any, folder: Path) -> CompiledDenoiser:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], Any]], Artifacts]:
-    """Return a function that exports what a function makes, once for all tests: it makes the same again."""
+    """Return a function that exports the model of a factory once for all tests: the factory always makes the same."""
     return cache(lambda make: exported(*make(), tmp_path_factory.mktemp(make.__name__)))
 
 

@@ -247,7 +247,7 @@ def test_codes_are_the_same_everywhere(written):
         with torch.no_grad(), layer.clock.at(case.step):
             assert rel_l2(layer(x).numpy(), computed.y) < TOLERANCE, name
             assert not rounds_input or np.array_equal(layer.input_codes(x)[0].numpy(), computed.x_codes), name
-        # ONNX Runtime 1.31 makes integer products of FP8 codes when it optimizes, which it then does not load
+        # when ONNX Runtime 1.31 optimizes FP8 codes, it makes integer products of them, and then cannot load the graph
         for optimize in (False, True) if layer.scheme.weight.compute_capability is None else (False,):
             runtime = TensorRT() if isinstance(layer.scheme.weight, Nvfp4Weight) else OnnxRuntime(optimize)
             y, x_codes = run_layer(written.graph, name, x.numpy(), runtime, case.step)

@@ -103,7 +103,7 @@ def test_the_report_of_a_policy_has_plots_and_a_picture(tmp_path):
     page = Page(report.html)
     assert len(page.found("samples", "img")) == 4  # two pairs, each with its difference
     assert "The same 3 seeds: 1 channel over 9 points in time" in page.text("samples")
-    assert "Deployed (thin) above full precision (broad)" in page.text("samples")
+    assert "Deployed (thin) on top of full precision (broad)" in page.text("samples")
     assert "Cosine similarity 0.999870" in page.text("tiles")
     assert "the worst 0.999100, the largest error of a value 0.020" in page.text("tiles")
     assert (report.metrics["cosine"], report.metrics["cosine_min"], report.metrics["error_max"]) == (

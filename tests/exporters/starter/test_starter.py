@@ -112,7 +112,7 @@ def test_a_model_that_takes_more_is_told_how_it_is_recorded(tmp_path: Path) -> N
     text = (tmp_path / "recipe.yaml").read_text()
     assert "from intaglio import record" in text
     timed = init("pixart", "--minutes", "5", "--force", "--target", "onnxruntime-cpu")
-    assert "2. run `intaglio init` once more, with --force: it chooses steps for 5 minutes then" in timed.stdout
+    assert "2. run `intaglio init` again with --force: it then chooses steps for 5 minutes" in timed.stdout
     refused = CliRunner().invoke(app, ["plan", "recipe.yaml"])
     assert "no file conditions.safetensors beside the recipe" in refused.stderr
     rows = {"encoder_hidden_states": torch.zeros(2, 3, 64)}

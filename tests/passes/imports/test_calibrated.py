@@ -1,4 +1,4 @@
-"""What the pass `modelopt` hands on, against Model Optimizer itself, calibrated on the same calls."""
+"""The output of the pass `modelopt`, compared with Model Optimizer itself, calibrated on the same calls."""
 
 import contextlib
 import io

@@ -76,7 +76,7 @@ def linear(start: Artifacts) -> list[str]:
 
 
 def test_literal_codes_of_comfy_kitchen(tmp_path):
-    """Of sin(0), sin(1), ...: quantize_int8_convrot_weight(w, 16)."""
+    """The codes are those of quantize_int8_convrot_weight(w, 16), for w of sin(0), sin(1), ..."""
     codes = [
         [11, 13, -16, -50, -50, -39, 46, 127, 119, 25, -12, 41, -41, -7, 2, -23],
         [3, -9, 13, 47, 13, 29, -38, -127, -126, -35, 24, -3, 46, 11, -7, 9],
@@ -204,8 +204,8 @@ BROKEN = {
     f"{LAYER}.comfy_quant: format: Input should be a valid string": with_form(format=[1]),
     f"{LAYER}.comfy_quant: is not JSON": with_part("comfy_quant", torch.full((9,), 123, dtype=torch.uint8)),
     "nested too deep": with_part("comfy_quant", torch.full((60000,), 91, dtype=torch.uint8)),
-    "70000 values in uint8: 1 to 65536 bytes": with_part("comfy_quant", torch.zeros(70000, dtype=torch.uint8)),
-    "4 values in float32: 1 to 65536 bytes": with_part("comfy_quant", torch.zeros(4)),
+    "70000 values in uint8, but 1 to 65536 bytes": with_part("comfy_quant", torch.zeros(70000, dtype=torch.uint8)),
+    "4 values in float32, but 1 to 65536 bytes": with_part("comfy_quant", torch.zeros(4)),
     f"{LAYER}: no weight_scale": with_part("weight_scale", None),
     f"{LAYER}: no weight": with_part("weight", None),
     f"{LAYER}: a weight \\(64, 64\\) in float32": with_part("weight", torch.ones(64, 64)),
@@ -215,7 +215,7 @@ BROKEN = {
     f"{LAYER}: scales that are not above zero": with_part("weight_scale", torch.zeros(64, 1)),
     f"{LAYER}: scales in int32": with_part("weight_scale", torch.ones(64, 1, dtype=torch.int32)),
     f"{LAYER}: codes of -128": with_part("weight", torch.full((64, 64), -128, dtype=torch.int8)),
-    f"{LAYER}: input_scale: in int8_tensorwise inputs": with_part("input_scale", torch.ones(1)),
+    f"{LAYER}: an input_scale, which int8_tensorwise does not have": with_part("input_scale", torch.ones(1)),
 }
 
 
@@ -241,7 +241,7 @@ def test_names_that_diffusers_cannot_convert_are_an_error(dit, tmp_path):
     for changed, why in {
         "joint_blocks.0.x_block.attn.qkv.bias": (torch.ones(5, dtype=torch.int64), r"qkv\.bias: in int64, which"),
         "joint_blocks.123456789.x": (torch.ones(1), r"joint_blocks\.123456789\.x: has a number of five digits"),
-        f"{name}.weight": (torch.ones(0, 64, dtype=torch.int8), r"qkv: a weight \(0, 64\) in int8: codes are"),
+        f"{name}.weight": (torch.ones(0, 64, dtype=torch.int8), r"qkv: a weight \(0, 64\) in int8: codes have to be"),
         f"{name}.weight_scale": (torch.ones(7), r"qkv: weight_scale \(7,\) for a weight \(192, 64\)"),
     }.items():
         save_file(tensors | {changed: why[0]}, tmp_path / "e.safetensors")

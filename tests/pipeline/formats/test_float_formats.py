@@ -90,8 +90,8 @@ def test_sizes_and_reasons():
     assert layer.size_bytes(schemes["fp8_token"]) == 64 * 128 + 4 * 64 * 2
     assert layer.size_bytes(schemes["nvfp4_step"]) == 64 * 128 // 2 + 64 * 8 + 4 + 4 * 64
     lacks = {
-        "tensorrt-10.3-orin": "fp8 needs compute capability 8.9, and its GPUs have 8.7",
-        "tensorrt-rtx": "fp8 needs compute capability 8.9, and its GPUs have 7.5",
+        "tensorrt-10.3-orin": "fp8 needs compute capability 8.9, and the target's GPUs have 8.7",
+        "tensorrt-rtx": "fp8 needs compute capability 8.9, and the target's GPUs have 7.5",
         "tensorrt-rtx-ada": None,
         "tensorrt-10.16-thor": None,
     }
@@ -99,7 +99,7 @@ def test_sizes_and_reasons():
         said = illegal(layer, schemes["fp8_token"], load_target(name))
         assert said is None if reason is None else said.endswith(reason)
     said = illegal(layer, schemes["nvfp4_step"], load_target("tensorrt-rtx-ada"))
-    assert said.endswith("not nvfp4_step: nvfp4 needs compute capability 10.0, and its GPUs have 8.9")
+    assert said.endswith("not nvfp4_step: nvfp4 needs compute capability 10.0, and the target's GPUs have 8.9")
     assert illegal(layer, schemes["nvfp4_step"], BLACKWELL) is None
     odd = layer.model_copy(update={"shape": (64, 40)})
     assert illegal(odd, schemes["nvfp4_step"], BLACKWELL) == (

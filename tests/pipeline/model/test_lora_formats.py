@@ -89,7 +89,7 @@ LAYOUTS = {
 
 
 def saved(named, module, file: Path, alphas: tuple[float, ...], dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Write the file, and return by our names what has to be added to each weight, before the scale."""
+    """Write the file, and return the update of each weight, without the scale, by the name that diffusers has."""
     draw, tensors, added = torch.Generator().manual_seed(0), dict(TEXT), {}
     for number, (ours, theirs, shape) in enumerate(named(module)):
         down = torch.randn(RANK, *shape[1:], generator=draw).to(dtype)
