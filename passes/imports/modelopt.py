@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -25,9 +25,6 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.layer import Layer
-
-if TYPE_CHECKING:
-    pass
 
 NOT_A_MODEL = (
     "holds no quantized model: write it with modelopt.torch.opt.save(denoiser, path), after"

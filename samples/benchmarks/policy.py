@@ -53,7 +53,7 @@ def distances(driven: torch.Tensor, full: torch.Tensor, seen: torch.Tensor) -> d
         "cosine_1_percent": float(cosine_B.quantile(0.01)),
         "cosine_min": float(cosine_B.min()),
         "error_max": float(largest_error(driven, full).max()),
-        "other_way": float((side(driven, seen) != side(full, seen)).float().mean()),
+        "other_way": float((side(driven, seen) != side(full, seen)).sum()),
         "success": float(TRAINING["succeeded"](driven, seen).float().mean()),
     }
 

@@ -59,7 +59,7 @@ _QUANTIZE = f"""
 
 
 def spell_out(model: onnx.ModelProto, folder: Path | None) -> bool:
-    """Replace FP4 tensors and operators, and return whether there were FP4 tensors. Changes `model`.
+    """Replace FP4 tensors and operators, and return whether there were any. Changes `model`.
 
     `folder` has the model's external tensors; None if there are none.
     """
@@ -75,6 +75,6 @@ def spell_out(model: onnx.ModelProto, folder: Path | None) -> bool:
     for value in (*model.graph.value_info, *model.graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT4E2M1:
             value.type.tensor_type.elem_type = TensorProto.FLOAT8E4M3FN
-    if any(node.domain == TRT_DOMAIN for node in model.graph.node):
+    if quantizes := any(node.domain == TRT_DOMAIN for node in model.graph.node):
         model.functions.append(onnx.parser.parse_function(_QUANTIZE))
-    return bool(fp4)
+    return bool(fp4) or quantizes

@@ -177,12 +177,14 @@ def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_t
     save_folder(tiny_dit(), tmp_path / "dit")
     assert init("dit", "--target", "onnxruntime-vnni").exit_code == 0
     recipe = Recipe.read(tmp_path / "recipe.yaml")
-    timed, sensitivity, assign = (options(recipe, name) for name in ("time-layers", "sensitivity", "assign"))
+    sensitivity, assign = (options(recipe, name) for name in ("sensitivity", "assign"))
     assert assign["budget"] == {"psnr": 40}
     assert assign["conv_output"] == "target"
     assert assign["schemes"]["conv"] == ["w8a8_step", "w8a8s_step", "w8a16", "w4a16"]
-    assert timed["schemes"] == sensitivity["schemes"]
     assert sensitivity["schemes"]["conv"] == [*assign["schemes"]["conv"], "w8a8o8_step", "w8a8so8_step"]
+    assert init("dit", "--target", "onnxruntime-cpu", "--force").exit_code == 0  # this machine's kind: layers are timed
+    here = Recipe.read(tmp_path / "recipe.yaml")
+    assert options(here, "time-layers")["schemes"] == options(here, "sensitivity")["schemes"]
     assert init("dit", "--target", "tensorrt-rtx", "--force").exit_code == 0
     for_gpu = Recipe.read(tmp_path / "recipe.yaml")
     assert "conv_output" not in options(for_gpu, "assign")
