@@ -207,7 +207,7 @@ LEGAL = [
          counts=ONE),
     Case("group normalization of one channel", "y = GroupNormalization <num_groups = 1> (x, s_1, s_1)",
          x="float[1,1,8,8] x", y="float[1,1,8,8] y", tensors={"s_1": scales(1)}),
-    Case("w8a16", CHANNELS + "y = MatMul (x, v)", counts=ONE),
+    Case("w8a16", CHANNELS + "y = MatMul (x, v)", counts=FLOATING),
     Case("w8a16 in groups", "v = DequantizeLinear <axis = 0, block_size = 16> (w8, s_g) y = MatMul (x, v)",
          counts=FLOATING),
     Case("w4a16 in groups", GROUPS + "y = MatMul (x, v)", counts=FLOATING),
