@@ -53,7 +53,7 @@ def test_figures_of_a_benchmark_tell_which_trajectories_took_the_other_way() -> 
     x = torch.linspace(1 / 16, 1, 16)
     above, below = torch.stack([x, 0.2 * (torch.pi * x).sin()]), torch.stack([x, -0.2 * (torch.pi * x).sin()])
     found = BENCHMARK["distances"](torch.stack([above, below]), torch.stack([above, above]), SEEN.expand(2, 5))
-    assert (found["other_way"], found["success"]) == (0.5, 1.0)
+    assert (found["other_way"], found["success"]) == (1, 1.0)
     assert found["error_max"] == pytest.approx(0.4, rel=0.02)  # twice 0.2, at the waypoint next to the middle
     assert found["cosine_min"] < 0.95
 
