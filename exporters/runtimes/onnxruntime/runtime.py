@@ -54,9 +54,14 @@ class OnnxRuntime(Runtime):
 
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
         """Open a graph in a session. Raises RecipeError for a file that ONNX Runtime does not load."""
+        return self.open_as(graph, None, threads=threads, providers=providers)
+
+    def open_as(self, graph: Graph, model: bytes | None, *, threads: int, providers: Sequence[str]) -> Opened:
+        """Open a graph as `open` does; `model` is the same graph in other operators, serialized, or None."""
         from intaglio.exporters.runtimes.onnxruntime.session import graph_session
 
-        return _opened(graph_session(graph, optimize=self.optimize, threads=threads, providers=providers))
+        made = graph_session(graph, optimize=self.optimize, threads=threads, providers=providers, model=model)
+        return _opened(made)
 
     def open_model(self, model: bytes, data: Path | None = None) -> Opened:
         """Open a serialized model in a session on the CPU. Raises what ONNX Runtime raises."""

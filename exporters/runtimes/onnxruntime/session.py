@@ -64,16 +64,24 @@ def graph_session(
     providers: Sequence[str] = (),
     optimized: Path | None = None,
     profile: Path | None = None,
+    model: bytes | None = None,
 ) -> onnxruntime.InferenceSession:
     """Return a session of a graph in a folder, with the options of `open_session`.
 
+    `model`: the same graph in other operators, serialized, which is opened in place of the file.
     Raises RecipeError if ONNX Runtime does not load the file, or if graph.json describes another graph.
     """
     for each in {graph.path, *graph.path.parent.glob("model.onnx*")}:
         checked_file(each)
     try:
         session = open_session(
-            graph.path, optimize=optimize, threads=threads, providers=providers, optimized=optimized, profile=profile
+            model or graph.path,
+            optimize=optimize,
+            threads=threads,
+            providers=providers,
+            optimized=optimized,
+            profile=profile,
+            data=graph.path.parent if model else None,
         )
     except Exception as e:  # its errors have no common class
         read_proto(graph.path)  # says what is wrong with the files, if that is known

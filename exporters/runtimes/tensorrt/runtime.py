@@ -53,10 +53,9 @@ class TensorRT(Runtime):
         from intaglio.exporters.float_graph.onnx_file import read_proto
         from intaglio.exporters.runtimes.tensorrt.reference import spell_out
 
-        model, folder = read_proto(graph.path), graph.path.parent
-        if spell_out(model, folder):
-            return AS_WRITTEN.open_model(model.SerializeToString(), folder)
-        return AS_WRITTEN.open(graph, threads=threads, providers=providers)
+        model = read_proto(graph.path)
+        spelled = model.SerializeToString() if spell_out(model, graph.path.parent) else None
+        return AS_WRITTEN.open_as(graph, spelled, threads=threads, providers=providers)
 
     def open_model(self, model: bytes, data: Path | None = None) -> Opened:
         """Open a serialized model in ONNX Runtime, as `open` does with a graph."""
