@@ -164,23 +164,21 @@ def noisy_target(scheduler: EDMEulerScheduler, x0: torch.Tensor, rng: torch.Gene
     return x / total, sigma.flatten().log() / 4, (x0 - x * (data / total) ** 2) * total / (sigma * data)
 
 
-def train(
-    model: DenoiserModel, pictures: torch.Tensor, steps: int, batch: int, rate: float, seed: int
-) -> tuple[DenoiserModel, float]:
-    """Return the model with the average of the weights, and the mean of the loss over the last steps."""
-    net, loss_mean = model.module.train(), 1.0
-    average = copy.deepcopy(net)
+def fit(
+    net: torch.nn.Module, loss_of: Callable[[torch.Generator], torch.Tensor], steps: int, rate: float, seed: int
+) -> float:
+    """Train a network in place, and return the mean of the loss over the last steps.
+
+    The network gets the average of its weights. `loss_of` draws a batch, and returns its loss.
+    """
+    net.train()
+    loss_mean, average = 1.0, copy.deepcopy(net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     rng = torch.Generator().manual_seed(seed)
     for step in track(range(steps), "training"):
-        label, place = (torch.randint(n, (batch,), generator=rng) for n in pictures.shape[:2])
-        x, t, target = noisy_target(model.scheduler, pictures[label, place], rng)
-        given = torch.where(torch.rand(batch, generator=rng) < 0.1, len(pictures), label)
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 200, (steps - step) / (0.3 * steps))
-        output = net(x, t, class_labels=given)
-        error = (output if isinstance(output, torch.Tensor) else output.sample) - target
-        loss = error.square().mean() / target.square().mean()
+        loss = loss_of(rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -191,7 +189,21 @@ def train(
         loss_mean += 0.01 * (loss.item() - loss_mean)
     net.load_state_dict(average.state_dict())
     net.eval()
-    return model, loss_mean
+    return loss_mean
+
+
+def train(model: DenoiserModel, pictures: torch.Tensor, steps: int, batch: int, rate: float, seed: int) -> float:
+    """Train the model in place, and return the mean of the loss over the last steps."""
+
+    def loss_of(rng: torch.Generator) -> torch.Tensor:
+        label, place = (torch.randint(n, (batch,), generator=rng) for n in pictures.shape[:2])
+        x, t, target = noisy_target(model.scheduler, pictures[label, place], rng)
+        given = torch.where(torch.rand(batch, generator=rng) < 0.1, len(pictures), label)
+        output = model.module(x, t, class_labels=given)
+        error = (output if isinstance(output, torch.Tensor) else output.sample) - target
+        return error.square().mean() / target.square().mean()
+
+    return fit(model.module, loss_of, steps, rate, seed)
 
 
 def drawn(model: DenoiserModel, steps: int) -> torch.Tensor:
@@ -218,7 +230,8 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     task, began = TASKS[name], time.monotonic()
-    model, loss = train(task.make(), task.code(load_pictures(data)), steps, batch, rate, seed)
+    model = task.make()
+    loss = train(model, task.code(load_pictures(data)), steps, batch, rate, seed)
     folder, net = out / name, model.module.half()
     if isinstance(net, UNet2DModel):
         net.save_pretrained(folder / "unet")

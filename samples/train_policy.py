@@ -9,7 +9,6 @@ a policy that predicts the mean of its actions would run into the obstacle.
 Shapes: B batch, L waypoints.
 """
 
-import copy
 import math
 import runpy
 import time
@@ -19,7 +18,6 @@ from typing import Annotated
 import torch
 import typer
 from PIL import Image, ImageDraw
-from rich.progress import track
 from safetensors.torch import save_file
 
 from intaglio.pipeline.model.calls import denoise_with
@@ -98,29 +96,16 @@ def succeeded(trajectories: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 def train(model: DenoiserModel, steps: int, batch: int, rate: float, seed: int) -> float:
     """Train the model in place, and return the mean of the loss over the last steps."""
-    net, loss_mean = model.module.train(), 1.0
-    average = copy.deepcopy(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-    rng = torch.Generator().manual_seed(seed)
-    for step in track(range(steps), "training"):
+    from train_hard import fit  # a script beside this one, found when this one runs
+
+    def loss_of(rng: torch.Generator) -> torch.Tensor:
         seen = TASK["situations"](batch, rng)
         x0 = expert(seen, rng)
         noise, t = torch.randn(x0.shape, generator=rng), torch.rand(batch, 1, 1, generator=rng)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 200, (steps - step) / (0.3 * steps))
-        error = net((1 - t) * x0 + t * noise, STEPS * t.flatten(), seen) - (noise - x0)
-        loss = error.square().mean() / (noise - x0).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            decay = min(0.998, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-        loss_mean += 0.01 * (loss.item() - loss_mean)
-    net.load_state_dict(average.state_dict())
-    net.eval()
-    return loss_mean
+        error = model.module((1 - t) * x0 + t * noise, STEPS * t.flatten(), seen) - (noise - x0)
+        return error.square().mean() / (noise - x0).square().mean()
+
+    return fit(model.module, loss_of, steps, rate, seed)
 
 
 def drawn(model: DenoiserModel, seen: torch.Tensor) -> torch.Tensor:

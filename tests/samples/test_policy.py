@@ -75,7 +75,8 @@ def test_the_trained_policy_reaches_its_goals() -> None:
     assert 0.2 < float(left) < 0.8  # both ways
 
 
-def test_an_update_of_the_training_changes_every_weight_that_it_should() -> None:
+def test_an_update_of_the_training_changes_every_weight_that_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SAMPLES)  # as where the script itself is run
     torch.manual_seed(0)
     model = TASK["untrained"]()
     before = {name: value.clone() for name, value in model.module.named_parameters()}
