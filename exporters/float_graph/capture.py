@@ -122,10 +122,7 @@ class _Called(nn.Module):
     def computed(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         """Call the module, with fixed inputs if any."""
         given = {n: torch.view_as_complex(value) if n in self.complex else value for n, value in inputs.items()}
-        if not self.fixed:
-            with Spelled():
-                return self.compute(given)
-        with Fixed(self.fixed.values()), Spelled():
+        with Fixed(self.fixed.values()) if self.fixed else contextlib.nullcontext(), Spelled():
             return self.compute({**given, **self.fixed})
 
 
