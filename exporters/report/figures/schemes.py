@@ -37,8 +37,8 @@ def scheme_css(scheme: LayerScheme) -> str:
     match scheme.weight, scheme.input:
         case Float(), Float():
             return "s-float"
-        case RoundedWeight(compute_capability=str(), kind=kind), _:
-            return f"s-{kind}"
+        case RoundedWeight() as weight, _ if weight.grid.floats is not None:
+            return f"s-{weight.kind}"
         case RoundedWeight(bits=8), IntInput(bits=8) as form:
             return f"s-w8a8_{form.granularity.label}"
         case RoundedWeight(bits=4), Float() | RoundedInput():
