@@ -35,7 +35,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True
@@ -135,7 +135,7 @@ class Calibrate(Pass):
             inputs={name: torch.stack([c.inputs[name] for c in calls]) for name in varying},
             outputs=torch.stack([c.output for c in calls]),
             amax={name: torch.maximum(-low[name], high[name]) for name in low},
-            output_amax=seen.table("output", max),
+            output_amax=seen.outputs(),
             low=low,
             high=high,
             conditions={n: v for n, v in calls[0].inputs.items() if n not in varying and n not in shared},

@@ -29,11 +29,14 @@ ENOUGH_ROWS = 16
 
 @dataclass
 class _Call:
-    """One call of the model, by layer name: range of the input, largest convolution output without bias, and rows."""
+    """One call of the model, by layer name: range of the input, outputs of convolutions without bias, and rows.
+
+    Of an output this has the largest magnitude of each channel, (N,).
+    """
 
     low: dict[str, float] = field(default_factory=dict)
     high: dict[str, float] = field(default_factory=dict)
-    output: dict[str, float] = field(default_factory=dict)
+    output: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
 
@@ -64,7 +67,8 @@ class LayerRanges:
             product = output.detach()
             if module.bias is not None:
                 product = product - of_channels(module, module.bias.detach())
-            now.output[name] = max(now.output.get(name, 0.0), expected_ends(product.abs(), self._processes)[1])
+            largest_N = _expected_largest(_by_channel(product.abs(), module), self._processes)
+            now.output[name] = torch.maximum(now.output.get(name, largest_N), largest_N)
 
     def end_of_call(self) -> None:
         """End the current call of the model; later notes belong to its next call."""
@@ -80,9 +84,7 @@ class LayerRanges:
                 return f"{name} is the first layer to read them"
         return "no layer reads them"
 
-    def table(
-        self, of: Literal["low", "high", "output"], choose: Callable[[list[float]], float]
-    ) -> dict[str, torch.Tensor]:
+    def table(self, of: Literal["low", "high"], choose: Callable[[list[float]], float]) -> dict[str, torch.Tensor]:
         """Return one value for each call, (T,), by layer name.
 
         `choose` gives the value of calls that do not reach the layer, from those of the other calls.
@@ -90,6 +92,17 @@ class LayerRanges:
         found: list[dict[str, float]] = [getattr(call, of) for call in self._calls]
         names = sorted({name for each in found for name in each})
         return {name: where_known([each.get(name) for each in found], choose) for name in names}
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """Return the largest magnitude of each channel of each convolution's output without its bias, (T, N), by name.
+
+        Calls that do not reach the layer have the largest of the other calls.
+        """
+        found = {}
+        for name in sorted({name for call in self._calls for name in call.output}):
+            largest = torch.stack([call.output[name] for call in self._calls if name in call.output]).amax(0)
+            found[name] = torch.stack([call.output.get(name, largest) for call in self._calls])
+        return found
 
     def workload(self, samples: int, unreached: tuple[Unreached, ...]) -> Workload:
         """Return the workload, with the rows per sample of each layer in the first call that reaches it."""
@@ -108,11 +121,22 @@ def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
     maximum of one row (Gumbel distribution). The range of fewer rows is too small, and would clip later inputs.
     """
     lows, highs = x.reshape(len(x), -1).aminmax(dim=1)
-    rows = len(x) * processes
-    if len(x) == 1 or rows >= ENOUGH_ROWS:
-        return lows.amin().item(), highs.amax().item()
+    return -_expected_largest(-lows, processes).item(), _expected_largest(highs, processes).item()
+
+
+def _expected_largest(largest_R: torch.Tensor, processes: int) -> torch.Tensor:
+    """Return the largest value of ENOUGH_ROWS rows, (...), estimated from that of each row, (R, ...)."""
+    rows = len(largest_R) * processes
+    if len(largest_R) == 1 or rows >= ENOUGH_ROWS:
+        return largest_R.amax(0)
     beyond = math.sqrt(6) / math.pi * math.log(ENOUGH_ROWS / rows)
-    return (lows.amin() - beyond * lows.std()).item(), (highs.amax() + beyond * highs.std()).item()
+    return largest_R.amax(0) + beyond * largest_R.std(0)
+
+
+def _by_channel(magnitude: torch.Tensor, layer: Conv) -> torch.Tensor:
+    """Return the largest value of each channel in each row of a convolution's output, (R, N)."""
+    batched = magnitude if magnitude.dim() == layer.weight.dim() else magnitude[None]
+    return batched.flatten(2).amax(2)
 
 
 def unreached_layers(

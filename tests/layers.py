@@ -1,6 +1,7 @@
 """Layers beside each other in a float graph as torch's exporter writes it, then quantized and written for a runtime."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -115,8 +116,13 @@ def make(
     )
     model = torch.nn.ModuleDict(layers).eval()
     tables = {
-        n: LayerTables((amax or {}).get(n, RANGES.amax_T), (shift or {}).get(n, RANGES.shift_T), RANGES.output_amax_T)
-        for n in layers
+        n: replace(
+            RANGES,
+            amax_T=(amax or {}).get(n, RANGES.amax_T),
+            shift_T=(shift or {}).get(n, RANGES.shift_T),
+            output_share_N=torch.linspace(1, 0.1, len(m.weight)),
+        )
+        for n, m in layers.items()
     }
     made = quantize_model(model, schemes, StepClock(TIMESTEPS), tables, balances or {}, branches)
     artifacts = {

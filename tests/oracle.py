@@ -20,7 +20,7 @@ class Computed(NamedTuple):
     x_codes: np.ndarray
     y: np.ndarray
     unrounded: np.ndarray | None = None
-    worth: float | None = None
+    worth: np.ndarray | None = None
 
 
 def weight_codes(w, scale, low, high, group):
@@ -80,15 +80,16 @@ def nvfp4_input(x, amax):
     return numbers.reshape(x.shape), np.broadcast_to(scale, blocks.shape).reshape(x.shape) * np.float64(amax)
 
 
-def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output_amax=None, pads=UNPADDED, **window):
+def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output=None, pads=UNPADDED, **window):
     """An 8-bit product: x rounded by token, or with `ranges`, (half the width, middle); codes (N, K) or (N, C, kh, kw).
 
     A shifted input of a convolution is padded with zeros before it is shifted; other inputs are padded with codes 0.
-    With `output_amax` the product is rounded as well, without the bias, and a shift is a zero point of the codes.
+    With `output`, (largest magnitude, share of each channel), the product is rounded as well, without the bias, and a
+    shift is a zero point of the codes.
     """
     f = np.float32
     x, s = x.astype(f), f(1) / f(high)
-    asymmetric = shifted and output_amax is not None
+    asymmetric = shifted and output is not None
     if shifted and not asymmetric and pads:
         x, pads = np.pad(x, ((0, 0), (0, 0), *pads)), UNPADDED
     if ranges is None:
@@ -108,12 +109,13 @@ def layer(x, codes, scale, bias, *, high=127, ranges=None, shifted=False, output
     q = np.clip(np.rint(unit / s) + zero, -high - 1, high).astype(np.int64)
     total = product(q - zero, codes, pads=pads, **window)
     scale, bias, rowsum = (_of_channels(v, codes) for v in (scale, bias, codes.reshape(len(codes), -1).sum(1)))
-    if output_amax is None:
+    if output is None:
         y = total * float(s) * scale.astype(np.float64) * half + middle * rowsum * scale.astype(np.float64)
         return Computed(q, y + bias)
-    out_scale = f(f(output_amax) / half) / f(127)
-    unrounded = total.astype(f) * ((s * scale.astype(f)) / out_scale)
-    worth = float(out_scale) * float(half)
+    amax, share = f(output[0]), _of_channels(np.asarray(output[1], f), codes)
+    out_scale = f(amax / half) / f(127)
+    unrounded = total.astype(f) * ((s * (scale.astype(f) / share)) / out_scale)
+    worth = float(out_scale) * float(half) * share.astype(np.float64)
     return Computed(q, np.clip(np.rint(unrounded), -128, 127) * worth + bias, unrounded, worth)
 
 

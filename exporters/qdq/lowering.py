@@ -15,7 +15,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from intaglio.exporters.qdq.writer import Call, Entering, Product, Writer
+from intaglio.exporters.qdq.call import Call
+from intaglio.exporters.qdq.writer import Entering, Product, Writer
 from intaglio.pipeline.errors import ContractError, TargetError
 from intaglio.pipeline.formats.schemes import (
     Float,
@@ -72,7 +73,7 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     """Dequantize 8-bit codes (K, N), or (N, C, kh, kw), by channel."""
     n = len(call.codes_NK)
-    scale = w.constant(f"{call.site.layer}/scale", call.scale_NG.reshape(n))
+    scale = w.constant(f"{call.site.layer}/scale", call.product_scale_N)
     # one for each call: with x64quantprecision ONNX Runtime 1.31 refuses two weights that share a zero point
     zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, call.codes_NK.dtype))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})

@@ -129,7 +129,13 @@ class _AdapterContent:
     peak: float = 0.0
 
 
-TABLE_PARTS = {"amax_T": "amax", "shift_T": "shift", "output_amax_T": "output-amax", "factor_T": "factor"}
+TABLE_PARTS = {
+    "amax_T": "amax",
+    "shift_T": "shift",
+    "output_amax_T": "output-amax",
+    "factor_T": "factor",
+    "output_share_N": "output-share",
+}
 """Name of each table of a layer in quantized.safetensors."""
 
 

@@ -28,9 +28,9 @@ class Trajectory:
 
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the largest
-    output magnitude, without the bias, of each convolution; `low` and `high` are the smallest and the largest
-    value of each layer's input. If a layer is called several times in one step, its range covers all these calls.
-    Layers that these calls do not use are in none of these mappings.
+    output magnitude, without the bias, of each channel of each convolution, (T, N); `low` and `high` are the smallest
+    and the largest value of each layer's input. If a layer is called several times in one step, its range covers all
+    these calls. Layers that these calls do not use are in none of these mappings.
     `samples` is the range of the final samples; every later pass uses it as the peak of PSNR.
     `half`: files store inputs and outputs in float16, but only tensors that float16 holds exactly.
     """
@@ -75,7 +75,7 @@ class Trajectory:
         import torch
 
         from intaglio.pipeline.formats.layer_tables import LayerTables
-        from intaglio.pipeline.numerics.rounding import half_range
+        from intaglio.pipeline.numerics.rounding import half_range, output_ranges
         from intaglio.pipeline.numerics.step_tables import largest_of_repeated
 
         low, high = (self.low[name], self.high[name]) if balance is None else (balance.low_T, balance.high_T)
@@ -85,10 +85,10 @@ class Trajectory:
             amax_T, shift_T = half_range(low, high)
         else:
             amax_T = torch.maximum(-low, high)
-        output_amax_T = None
+        output_amax_T, share_N = None, None
         if name in self.output_amax:
-            output_amax_T = largest_of_repeated(self.output_amax[name], self.timesteps)
-        return LayerTables(amax_T, shift_T, output_amax_T)
+            output_amax_T, share_N = output_ranges(largest_of_repeated(self.output_amax[name], self.timesteps))
+        return LayerTables(amax_T, shift_T, output_amax_T, output_share_N=share_N)
 
     def some_rows(self, least: int) -> slice:
         """Return evenly spread rows of a call: at least `least` of them, or all rows where there are fewer."""

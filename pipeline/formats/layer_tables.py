@@ -1,6 +1,6 @@
 """Define the tables of one layer, by denoising step, as one value. The module imports nothing heavy.
 
-Shapes: T denoising steps, S wanted timesteps.
+Shapes: T denoising steps, S wanted timesteps, N output channels.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerTables:
-    """The tables of one layer, float32 (T,) each: one entry for each denoising step. None: the layer has no such table.
+    """The tables of one layer, float32, (T,) unless said otherwise: one entry for each denoising step.
+
+    None: the layer has no such table.
 
     `amax_T`: largest magnitude of the input; half the width of its range where the scheme shifts the input. A single
     number, (), if the scheme has one scale for all calls.
     `shift_T`: middle of the input's range, where the scheme shifts the input.
-    `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output.
+    `output_amax_T`: largest magnitude of the product without the bias, where the scheme rounds the output. Each channel
+    is divided by its share first.
     `factor_T`: factor on each token's magnitude, if the range of tokens is clipped.
+    `output_share_N`: largest magnitude of each channel of the product relative to that of all channels, (N,), the same
+    at every step. None: all channels have the same range.
     """
 
     amax_T: torch.Tensor | None = None
     shift_T: torch.Tensor | None = None
     output_amax_T: torch.Tensor | None = None
     factor_T: torch.Tensor | None = None
+    output_share_N: torch.Tensor | None = None
 
     @property
     def stepped(self) -> bool:
@@ -64,6 +70,7 @@ class LayerTables:
             shift_T=shift_T,
             output_amax_T=self.output_amax_T if rounded else None,
             factor_T=self.factor_T,
+            output_share_N=self.output_share_N if rounded else None,
         )
 
     def resampled(self, timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> LayerTables:
@@ -76,7 +83,13 @@ class LayerTables:
             return resample_magnitude(values_T, timesteps, wanted)
 
         shift_S = None if self.shift_T is None else resample_linear(self.shift_T, timesteps, wanted)
-        return LayerTables(magnitude(self.amax_T), shift_S, magnitude(self.output_amax_T), magnitude(self.factor_T))
+        return LayerTables(
+            magnitude(self.amax_T),
+            shift_S,
+            magnitude(self.output_amax_T),
+            magnitude(self.factor_T),
+            self.output_share_N,
+        )
 
     def replaced_by(self, learnt: LayerTables) -> LayerTables:
         """Return these tables, each replaced by that of `learnt` if `learnt` has it."""

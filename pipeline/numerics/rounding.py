@@ -28,6 +28,8 @@ ROWS_ELEMENTS = 1 << 18
 """Number of weights that are fitted or rounded together, so that the results stay in the processor's cache."""
 CLIPPING = tuple(1.0 - 0.02 * i for i in range(21))
 """Shares of the largest magnitude at which weights are clipped to find the scale of least squared error."""
+LEAST_SHARE = 2.0**-8
+"""Smallest share of a channel in the range of a product: smaller channels keep fewer codes."""
 SCALE_EPS = 1e-9
 """Smallest weight scale: an all-zero channel gets zero codes."""
 GROUP_LOW, GROUP_HIGH = 1, 8
@@ -265,10 +267,26 @@ def output_scale(output_amax_T: torch.Tensor, amax_T: torch.Tensor) -> torch.Ten
     return (output_amax_T / amax_T / 127).clamp_min(SCALE_EPS)
 
 
+def output_ranges(amax_TN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split the largest magnitudes of a product's channels, (T, N), into those of the steps, (T,), and shares, (N,).
+
+    A channel's share is its largest magnitude relative to that of all channels, at the step where this is largest, and
+    at least LEAST_SHARE. A channel that is divided by its share stays within the magnitude of the step. So channels of
+    small range keep as many codes as others, and runtimes still round the product with one scale.
+
+    >>> amax_T, share_N = output_ranges(torch.tensor([[8.0, 2.0], [1.0, 0.125]]))
+    >>> amax_T.tolist(), share_N.tolist()
+    ([8.0, 1.0], [1.0, 0.25])
+    """
+    share_N = (amax_TN / amax_TN.amax(1, keepdim=True).clamp_min(TOKEN_EPS)).amax(0).clamp_min(LEAST_SHARE)
+    return (amax_TN / share_N).amax(1), share_N
+
+
 def output_codes(acc: torch.Tensor, weight_scale: torch.Tensor, scale: torch.Tensor, bits: int = 8) -> torch.Tensor:
     """Return codes, as floats, of a sum of products of codes: clip(round(sum * ((S * s_w) / s)), -128, 127).
 
-    S is the scale of the input. The order of the operations is that of ONNX Runtime; `acc` is exact below 2^24.
+    S is the scale of the input, and `weight_scale` that of the weight divided by the channel's share. The order of the
+    operations is that of ONNX Runtime; `acc` is exact below 2^24.
     """
     return round_ste(torch.clamp(acc * ((input_scale(bits) * weight_scale) / scale), -128, 127))
 

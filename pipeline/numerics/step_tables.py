@@ -32,13 +32,13 @@ def refine(timesteps: tuple[float, ...], between: int) -> tuple[float, ...]:
 
 
 def largest_of_repeated(values_T: torch.Tensor, timesteps: tuple[float, ...]) -> torch.Tensor:
-    """Return the largest entry at each entry's timestep, (T,): second-order solvers call the model twice at some.
+    """Return the largest entry at each entry's timestep, (T, ...): second-order solvers call the model twice at some.
 
     >>> largest_of_repeated(torch.tensor([1.0, 4.0, 2.0]), (900.0, 900.0, 300.0)).tolist()
     [4.0, 4.0, 2.0]
     """
     t = torch.tensor(timesteps, dtype=torch.float64)
-    return torch.where(t == t.unsqueeze(1), values_T, -torch.inf).amax(1)
+    return torch.stack([values_T[t == each].amax(0) for each in t])
 
 
 def where_known(values: Sequence[float | None], choose: Callable[[list[float]], float]) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shapes: N out features, T denoising steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,8 +78,11 @@ class QuantizedLayer(nn.Module):
             zero: Zero = "one" if rounded else "exact" if self.zeros else None
             self.input_rounding = InputRounding(scheme.input, needed, clock, zero=zero)
         self.output_amax_T: torch.Tensor
+        self.output_share_N: torch.Tensor
         if needed.output_amax_T is not None:
+            share_N = torch.ones(len(layer.weight)) if needed.output_share_N is None else needed.output_share_N
             self.register_buffer("output_amax_T", needed.output_amax_T.clone())
+            self.register_buffer("output_share_N", share_N.clone())
         self.cache = WeightCache()
 
     def __getattr__(self, name: str) -> Any:
@@ -93,10 +97,12 @@ class QuantizedLayer(nn.Module):
     @property
     def tables(self) -> LayerTables:
         """The tables that the layer computes with, without what is trained."""
-        output_amax_T = None if isinstance(self.scheme.output, Float) else self.output_amax_T
         if (entering := self.input_rounding) is None:
-            return LayerTables(output_amax_T=output_amax_T)
-        return LayerTables(entering.amax_T, entering.shift_T, output_amax_T, entering.factor_T)
+            return LayerTables()
+        tables = LayerTables(entering.amax_T, entering.shift_T, factor_T=entering.factor_T)
+        if isinstance(self.scheme.output, Float):
+            return tables
+        return replace(tables, output_amax_T=self.output_amax_T, output_share_N=self.output_share_N)
 
     def set_codes(self, codes_NK: torch.Tensor) -> None:
         """Compute with these codes from now on. They replace the float weight, whose memory is freed."""
@@ -148,9 +154,9 @@ class QuantizedLayer(nn.Module):
         assert self.input_rounding is not None  # only the products of codes are rounded
         bias = 0.0 if self.layer.bias is None else of_channels(self.layer, self.layer.bias)
         amax, _ = self.input_rounding.step_range(self.clock.step)
-        scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
+        scale, share = rounding.output_scale(self.output_amax_T[self.clock.step], amax), self._share
         sums = (y - bias) / (amax * rounding.input_scale())
-        return rounding.output_codes(sums, torch.ones(()), scale) * scale * amax + bias
+        return rounding.output_codes(sums, 1 / share, scale) * scale * (amax * share) + bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the output of the rounded layer, or of the replaced one in full precision. `input` is torch's name."""
@@ -168,7 +174,7 @@ class QuantizedLayer(nn.Module):
             else:
                 bits = self.scheme.input_bits
                 q, shift = (q, None) if shift is None else (q + rounding.shift_codes(amax, shift, bits), None)
-                y = self._rounded_product(q, weight, amax, bits) * amax
+                y = self._rounded_product(q, weight, amax, bits) * (amax * self._share)
         if self.branch is not None:
             y = y + self._branched(x, self.branch)
         if shift is not None:
@@ -186,12 +192,20 @@ class QuantizedLayer(nn.Module):
         return y
 
     def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
-        """Return the product of weight codes and input codes, rounded before amax multiplies it and before the bias."""
+        """Return the product of weight codes and input codes, rounded before amax multiplies it and before the bias.
+
+        Each channel is divided by its share of the output's range.
+        """
         weight_scale = of_channels(self.layer, self.weight_rounding.scale)
         codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
         acc = self._product(q, codes)
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
-        return rounding.output_codes(acc, weight_scale, scale, bits) * scale
+        return rounding.output_codes(acc, weight_scale / self._share, scale, bits) * scale
+
+    @property
+    def _share(self) -> torch.Tensor:
+        """Share of each channel in the range of the output, in the shape that broadcasts over the output."""
+        return of_channels(self.layer, self.output_share_N)
 
     def _branched(self, x: torch.Tensor, branch: Branch) -> torch.Tensor:
         """Return (x down^T) up^T, of an input in its basis."""

@@ -219,7 +219,9 @@ def expected(layer, case: Case, x: torch.Tensor) -> tuple[np.ndarray, oracle.Com
                 high=127 if bits == 8 else 7,
                 ranges=ranges,
                 shifted=shifted,
-                output_amax=None if isinstance(layer.scheme.output, Float) else tables.output_amax_T[step].item(),
+                output=None
+                if isinstance(layer.scheme.output, Float)
+                else (tables.output_amax_T[step].item(), tables.output_share_N.numpy()),
                 **window,
             )
             return four, computed._replace(y=computed.y + beside)
