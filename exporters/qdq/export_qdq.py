@@ -35,7 +35,7 @@ class ExportQdq(Pass):
     """
 
     name: ClassVar[str] = "export-qdq"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, PLAN})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")

@@ -118,7 +118,9 @@ class _Folder:
                 return self._into(node, 0, scale, value)
             case "LayerNormalization" if scale.ndim == 1 and node.attributes.get_int("axis", -1) == -1:
                 return self._affine(node, scale)
-            case "GroupNormalization" if scale.ndim > 1 and scale.size == len(scale):
+            case "GroupNormalization" | "InstanceNormalization" | "BatchNormalization" if (
+                scale.ndim > 1 and scale.size == len(scale)
+            ):
                 return self._affine(node, scale.ravel())
             case "MatMul" if scale.ndim == 1 or scale.shape[-2] == 1:
                 return self._into(node, 1, scale, None)  # a factor after the codes would keep the product in float
@@ -135,7 +137,7 @@ class _Folder:
 
     def _affine(self, node: ir.Node, scale: Scale) -> _Fold | None:
         """Scale a normalization's own scale and bias."""
-        places = [place for place, v in enumerate(node.inputs) if place and v is not None]
+        places = [place for place in (1, 2) if place < len(node.inputs) and node.inputs[place] is not None]
         return _all(self._constant(node, place, scale) for place in places)
 
     def _weight(self, node: ir.Node, scale: Scale) -> _Fold | None:

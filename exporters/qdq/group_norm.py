@@ -1,4 +1,4 @@
-"""Write group normalization in older operators, for parsers that do not know or misread the operator.
+"""Write group normalization in older operators, for runtimes that do not know it, misread it or have no kernel.
 
 Shapes: B batch, C channels, G groups.
 """
@@ -24,19 +24,23 @@ ONE_GROUP = "one-group-norm"
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
-    """Write each GroupNormalization that the target refuses or misreads in older operators. Changes `graph`.
+    """Write each GroupNormalization that the target refuses, misreads or has no kernel for in older operators.
 
-    y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
+    y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias. Where the target has no kernel,
+    the last two are one BatchNormalization, and x keeps its shape if each channel is a group. Changes `graph`.
     """
     unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
-        if unknown or (misread and node.attributes.get_int("num_groups", 1) == 1):
-            _spell_out(graph, node)
+        misses = unknown or (misread and node.attributes.get_int("num_groups", 1) == 1)
+        if misses or not target.limits.group_norm:
+            _spell_out(graph, node, in_one_pass=not target.limits.group_norm)
 
 
-def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
+def _spell_out(graph: ir.Graph, node: ir.Node, *, in_one_pass: bool) -> None:
     x, scale, bias = node.inputs
     assert x is not None  # ONNX requires all three
+    assert scale is not None
+    assert bias is not None
     assert x.shape is not None  # inferred when the graph was exported
 
     def constant(role: str, array: NDArray[np.generic]) -> ir.Value:
@@ -44,15 +48,26 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
         graph.register_initializer(value)
         return value
 
+    def same(role: str, value: float, count: int) -> ir.Value:
+        return constant(role, np.full(count, value, np.float32))
+
     groups = node.attributes.get_int("num_groups", 1)
-    axes = constant("axes", np.array([-1, *(1 for _ in x.shape[2:])]))
-    new = tape.Tape()
-    grouped = new.op("Reshape", [x, constant("groups", np.array([0, groups, -1]))])
-    moments = [constant("ones", np.ones(groups, np.float32)), constant("zeros", np.zeros(groups, np.float32))]
+    channels = x.shape[1] if isinstance(x.shape[1], int) else None
     epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
-    unit = new.op("Reshape", [new.op("InstanceNormalization", [grouped, *moments], epsilon), new.op("Shape", [x])])
-    scaled = new.op("Mul", [unit, new.op("Reshape", [scale, axes])])
-    y = new.op("Add", [scaled, new.op("Reshape", [bias, axes])])
+    new = tape.Tape()
+    if in_one_pass and groups == channels:
+        y = new.op("InstanceNormalization", [x, scale, bias], epsilon)
+    else:
+        grouped = new.op("Reshape", [x, constant("groups", np.array([0, groups, -1]))])
+        moments = [same("ones", 1, groups), same("zeros", 0, groups)]
+        unit = new.op("Reshape", [new.op("InstanceNormalization", [grouped, *moments], epsilon), new.op("Shape", [x])])
+        if in_one_pass and channels is not None:
+            mean_and_variance = [same("mean", 0, channels), same("variance", 1, channels)]
+            y = new.op("BatchNormalization", [unit, scale, bias, *mean_and_variance], {"epsilon": 0.0})
+        else:
+            axes = constant("axes", np.array([-1, *(1 for _ in x.shape[2:])]))
+            scaled = new.op("Mul", [unit, new.op("Reshape", [scale, axes])])
+            y = new.op("Add", [scaled, new.op("Reshape", [bias, axes])])
     for i, each in enumerate(new.nodes):
         each.name = f"{node.name}/{i}/{each.op_type}"
         each.outputs[0].name = f"{each.name}:0"

@@ -100,16 +100,21 @@ class Writer:
         return call.prefix if unsigned != in_blocks else call.site.layer
 
     def write(self, call: Call, product: Product, entering: Entering) -> ir.Value:
-        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms."""
+        """Write y = product(x) * amax + branch(x) + (shift * rowsum(w) + b), in this order, without absent terms.
+
+        The bias of a rounded product is added before the branch.
+        """
         rounded = self._rounded_input(call, entering)
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
             y = self._rounded_output(call, y)
-        if rounded.amax is not None:
-            y = self.op(call, "amax/Mul", [y, self._unit(call, rounded.amax)])
+        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
+        if rounded.amax is not None and call.data.tables.output_share_N is not None:
+            y, bias = self._scaled_back(call, y, rounded.amax, call.data.tables.output_share_N.numpy()), None
+        elif rounded.amax is not None:
+            y = self.op(call, "amax/Mul", [y, rounded.amax])
         if call.data.branch is not None:
             y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
-        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
         if rounded.shift is not None:
             bias = self._shifted_bias(call, rounded.shift, bias)
         return y if bias is None else self.op(call, "bias/Add", [y, bias])
@@ -237,12 +242,18 @@ class Writer:
         codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
         return self.op(call, "output/DequantizeLinear", [codes, *parameters])
 
-    def _unit(self, call: Call, amax: ir.Value) -> ir.Value:
-        """Return what multiplies a product: amax, times the share of each channel, (1, N, 1, ...), if it is rounded."""
-        if (share_N := call.data.tables.output_share_N) is None:
-            return amax
-        share = self.constant(f"{call.site.layer}/output/share", call.of_channels(share_N.numpy()))
-        return self.op(call, "output/share/Mul", [amax, share])
+    def _scaled_back(self, call: Call, y: ir.Value, amax: ir.Value, share_N: NDArray[np.float32]) -> ir.Value:
+        """Write y * (amax * share) + b of a rounded product, for each channel, in one pass.
+
+        The operator is a BatchNormalization with mean 0 and variance 1: ONNX Runtime takes half as long as with Mul and
+        Add.
+        """
+        n = len(share_N)
+        share = self.constant(f"{call.site.layer}/output/share", share_N)
+        zeros, ones = (self.constant(f"output/{v}/{n}", np.full(n, v, np.float32)) for v in (0, 1))
+        scale = self.op(call, "output/share/Mul", [amax, share])
+        bias = zeros if call.site.bias is None else call.site.bias
+        return self.op(call, "output/BatchNormalization", [y, scale, bias, zeros, ones], {"epsilon": 0.0})
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """Return the bias, (N,), or (1, N, 1, ...) for a convolution: it is added after the multiplication by amax."""

@@ -63,7 +63,7 @@ def _formats(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
         return
     measured = {**schemes, "conv": [*schemes["conv"], *conv]}
     drawn = min(4, effort.drawn // 2)
-    if any(find_pass(TIMES, Path()).pass_class.applies(load_target(name)) for name in found.targets):
+    if _timed(found.targets):
         yield f"{TIMES}: {{schemes: {_flow(measured)}}}", "times every distinct layer here, in each format"
     amounts = f"rows: 2, buckets: {effort.buckets}, samples: {effort.screened}, drift_samples: {drawn}"
     yield (
@@ -86,16 +86,25 @@ def amounts_of(found: Found, effort: Effort) -> Iterator[tuple[str, int]]:
 
 
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the schemes that all targets run, for each kind of layer; with 7-bit weights for CPUs that need them."""
+    """Return the schemes that all targets run, for each kind of layer; with 7-bit weights for CPUs that need them.
+
+    Float is among them if 8-bit weights with float inputs are not, or if layers are timed: it may be faster than they.
+    """
     here = [find_runtime(target.runtime).here(target) for target in map(load_target, targets)]
     formats = [target.formats for target in here]
+    timed = _timed(targets)
     found = {}
     for op in ("linear", "conv"):
         common = [name for name in _for_kernels(USUAL[op], here) if all(name in each[op] for each in formats)]
         if all(isinstance(known_schemes()[name].input, Float) for name in common):
             common = [name for name in (*INT8, *common) if all(name in each[op] for each in formats)]
-        found[op] = common if "w8a16" in common else [*common, FLOAT.name]
+        found[op] = [*common, FLOAT.name] if timed or "w8a16" not in common else common
     return found
+
+
+def _timed(targets: Sequence[str]) -> bool:
+    """Return True if layers are timed on this machine for one of the targets."""
+    return any(find_pass(TIMES, Path()).pass_class.applies(load_target(name)) for name in targets)
 
 
 def _for_kernels(names: Sequence[str], targets: Sequence[Target]) -> list[str]:

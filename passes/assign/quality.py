@@ -151,7 +151,7 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
         return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)), SLACK)
-    best = _tried(problem, table, problem.least(lambda option: _precision(option) < 2), drawing, ctx)
+    best = _tried(problem, table, problem.least(lambda option: _precision(option) == 0), drawing, ctx)
     reach_db = reachable_db(plain.psnr_db, best.psnr_db)
     if reach_db >= aim.psnr_db:
         return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
@@ -165,7 +165,7 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
 
 
 def _precision(option: Option) -> int:
-    """Return the rank of a scheme to compare with: 8-bit weights with float inputs, float, and all others."""
+    """Return the rank of a scheme in plans to compare with: 8-bit weights with float inputs, float, and all others."""
     if not isinstance(option.scheme.input, Float):
         return 2
     return {8: 0, FLOAT.weight_bits: 1}.get(option.scheme.weight_bits, 2)

@@ -87,6 +87,11 @@ class Limits(BaseModel):
         description="forms of operators that the runtime refuses, or computes differently from ONNX, by their names in"
         " FORMS (exporters/lint/rules/validity.py)",
     )
+    group_norm: bool = Field(
+        True,
+        description="the runtime has a kernel for GroupNormalization; false: it computes the operator in many passes,"
+        " and InstanceNormalization and BatchNormalization in one each",
+    )
     types: tuple[str, ...] = Field(
         (), description="element types of values that are not codes; empty: types are not checked"
     )

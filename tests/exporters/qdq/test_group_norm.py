@@ -8,17 +8,19 @@ from intaglio.exporters.qdq.group_norm import spell_out_group_norm
 from intaglio.exporters.runtimes.onnxruntime.session import open_session
 from intaglio.pipeline.formats.target import load_target
 
-OLD, RTX = load_target("tensorrt-10.3-orin"), load_target("tensorrt-rtx")
+OLD, RTX, CPU = load_target("tensorrt-10.3-orin"), load_target("tensorrt-rtx"), load_target("onnxruntime-cpu")
+TWO = ["InstanceNormalization", "BatchNormalization"]
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("shape", ["2,8,4,4", "2,8,5"])
-def test_older_operators_compute_the_same(shape, groups):
+@pytest.mark.parametrize("target", [OLD, CPU], ids=["unknown", "without a kernel"])
+def test_older_operators_compute_the_same(target, shape, groups):
     model = normalization(shape, groups)
     rng = np.random.default_rng(0)
     feed = {v.name: rng.standard_normal([int(d) for d in v.shape]).astype(np.float32) * 3 for v in model.graph.inputs}
     before = open_session(ir.to_proto(model).SerializeToString()).run(None, feed)[0]
-    spell_out_group_norm(model.graph, OLD)
+    spell_out_group_norm(model.graph, target)
     assert "GroupNormalization" not in {node.op_type for node in model.graph}
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
@@ -37,12 +39,20 @@ def normalization(shape, groups):
 
 @pytest.mark.parametrize(
     ("target", "groups", "kept"),
-    [("tensorrt-rtx", 1, False), ("tensorrt-10", 1, False), ("tensorrt-rtx", 4, True), ("onnxruntime-cpu", 1, True)],
+    [("tensorrt-rtx", 1, False), ("tensorrt-10", 1, False), ("tensorrt-rtx", 4, True)],
 )
 def test_one_group_is_spelled_out_where_the_importer_takes_it_for_groups_of_one_channel(target, groups, kept):
     model = normalization("2,8,4,4", groups)
     spell_out_group_norm(model.graph, load_target(target))
     assert ("GroupNormalization" in {node.op_type for node in model.graph}) == kept
+
+
+@pytest.mark.parametrize(("groups", "operators"), [(8, ["InstanceNormalization"]), (4, TWO), (1, TWO)])
+def test_a_target_without_a_kernel_scales_and_adds_in_one_pass(groups, operators):
+    model = normalization("2,8,4,4", groups)
+    spell_out_group_norm(model.graph, CPU)
+    moved = ("Reshape", "Shape")
+    assert [node.op_type for node in model.graph if node.op_type not in moved] == [*operators, "Abs"]
 
 
 def test_tensorrt_rtx_normalizes_the_group_as_a_whole():
