@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 
 ENOUGH_ROWS = 16
 """Number of rows from which on the range of a call is used without extrapolation."""
+CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of the largest magnitude of an output at which it may be clipped."""
 
 
 @dataclass
 class _Call:
     """One call of the model, by layer name: range of the input, outputs of convolutions without bias, and rows.
 
-    Of an output this has the largest magnitude of each channel, (N,).
+    Of an output this has the range of each channel in which it is rounded with the least squared error, (N,).
     """
 
     low: dict[str, float] = field(default_factory=dict)
@@ -67,8 +69,8 @@ class LayerRanges:
             product = output.detach()
             if module.bias is not None:
                 product = product - of_channels(module, module.bias.detach())
-            largest_N = _expected_largest(_by_channel(product.abs(), module), self._processes)
-            now.output[name] = torch.maximum(now.output.get(name, largest_N), largest_N)
+            amax_N = output_amax(product.abs(), module, self._processes)
+            now.output[name] = torch.maximum(now.output.get(name, amax_N), amax_N)
 
     def end_of_call(self) -> None:
         """End the current call of the model; later notes belong to its next call."""
@@ -94,7 +96,7 @@ class LayerRanges:
         return {name: where_known([each.get(name) for each in found], choose) for name in names}
 
     def outputs(self) -> dict[str, torch.Tensor]:
-        """Return the largest magnitude of each channel of each convolution's output without its bias, (T, N), by name.
+        """Return the range of each channel of each convolution's output without its bias, (T, N), by name.
 
         Calls that do not reach the layer have the largest of the other calls.
         """
@@ -133,10 +135,24 @@ def _expected_largest(largest_R: torch.Tensor, processes: int) -> torch.Tensor:
     return largest_R.amax(0) + beyond * largest_R.std(0)
 
 
-def _by_channel(magnitude: torch.Tensor, layer: Conv) -> torch.Tensor:
-    """Return the largest value of each channel in each row of a convolution's output, (R, N)."""
+def output_amax(magnitude: torch.Tensor, layer: Conv, processes: int = 1) -> torch.Tensor:
+    """Return the magnitude of each channel up to which 8-bit codes have the least squared error, (N,).
+
+    `magnitude` is that of a convolution's output without its bias, (R, N, ...), or (N, ...) of one row. The candidates
+    are CLIPPED shares of the largest magnitude that ENOUGH_ROWS rows would have. The error of a candidate c is that of
+    rounding, (c / 127)^2 / 12 for each value, and that of clipping.
+    """
     batched = magnitude if magnitude.dim() == layer.weight.dim() else magnitude[None]
-    return batched.flatten(2).amax(2)
+    magnitude_RNP = batched.flatten(2)
+    largest_N = _expected_largest(magnitude_RNP.amax(2), processes)
+    values = magnitude_RNP.numel() / len(largest_N)
+    amax_CN = torch.tensor(CLIPPED, device=largest_N.device)[:, None] * largest_N
+    errors = [
+        values * (amax_N / 127) ** 2 / 12 + (magnitude_RNP - amax_N[:, None]).relu().square().sum((0, 2))
+        for amax_N in amax_CN
+    ]
+    best_N = torch.stack(errors).argmin(0)
+    return amax_CN.gather(0, best_N[None])[0]
 
 
 def unreached_layers(

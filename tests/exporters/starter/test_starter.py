@@ -180,7 +180,7 @@ def test_a_first_recipe_asks_for_quality_and_for_codes_where_convolutions_need_t
     sensitivity, assign = (options(recipe, name) for name in ("sensitivity", "assign"))
     assert assign["budget"] == {"psnr": 40}
     assert assign["conv_output"] == "target"
-    assert assign["schemes"]["conv"] == ["w8a8_step", "w8a8s_step", "w8a16", "w4a16"]
+    assert assign["schemes"]["conv"] == ["w8a8_step", "w8a8s_step", "w8a16", "w4a16", "float"]
     assert sensitivity["schemes"]["conv"] == [*assign["schemes"]["conv"], "w8a8o8_step", "w8a8so8_step"]
     assert init("dit", "--target", "onnxruntime-cpu", "--force").exit_code == 0  # this machine's kind: layers are timed
     here = Recipe.read(tmp_path / "recipe.yaml")
