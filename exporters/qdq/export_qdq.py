@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from intaglio.exporters.qdq.call import Call
     from intaglio.exporters.qdq.folding import ChannelScale
-    from intaglio.exporters.qdq.writer import Call
     from intaglio.pipeline.artifacts.graph import Graph
     from intaglio.pipeline.artifacts.plan import QuantPlan
     from intaglio.pipeline.artifacts.quantized import Quantized
@@ -116,7 +116,7 @@ def _check_same(plan: QuantPlan, quantized: Quantized) -> None:
 def _find_calls(graph: ir.Graph, quantized: Quantized) -> list[Call]:
     """Return every call of every quantized layer, in the graph's order."""
     from intaglio.exporters.float_graph.sites import find_sites
-    from intaglio.exporters.qdq.writer import Call
+    from intaglio.exporters.qdq.call import Call
 
     calls = {
         site.product: Call(site, quantized.layers[name], f"{name}@{i}" if i else name)
@@ -135,8 +135,9 @@ def _rewrite(graph: ir.Graph, calls: list[Call], target: Target) -> list[Channel
     import numpy as np
     import onnx_ir as ir
 
+    from intaglio.exporters.qdq.call import carrier_scale
     from intaglio.exporters.qdq.lowering import lowering
-    from intaglio.exporters.qdq.writer import Writer, carrier_scale
+    from intaglio.exporters.qdq.writer import Writer
 
     step = ir.Value(name=STEP_INPUT, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
     if any(call.data.tables.stepped for call in calls):

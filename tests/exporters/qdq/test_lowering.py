@@ -159,7 +159,8 @@ def test_a_shift_is_refused_where_the_padding_depends_on_the_size(tmp_path):
     import onnx_ir as ir
 
     from intaglio.exporters.float_graph.sites import find_sites
-    from intaglio.exporters.qdq.writer import Call, Writer
+    from intaglio.exporters.qdq.call import Call
+    from intaglio.exporters.qdq.writer import Writer
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 
     graph = ir.load(float_graph(tmp_path, {"a": convolution()}, SHAPES["image"]).path).graph
@@ -273,8 +274,9 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
     import onnx_ir as ir
 
     from intaglio.exporters.float_graph.sites import find_sites
+    from intaglio.exporters.qdq.call import Call
     from intaglio.exporters.qdq.lowering import blocks
-    from intaglio.exporters.qdq.writer import Call, Writer
+    from intaglio.exporters.qdq.writer import Writer
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 
     graph = ir.load(float_graph(tmp_path, {"a": torch.nn.Linear(80, 32)}, (2, 5, 80)).path).graph
