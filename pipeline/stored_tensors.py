@@ -48,6 +48,12 @@ class StoredTensor(torch.Tensor):
         made._read = read
         return made
 
+    def as_parameter(self) -> torch.nn.Parameter:
+        """Return the tensor as a parameter that is not trained; torch's own constructor would read the values."""
+        self._is_param = True
+        parameter: torch.nn.Parameter = self  # type: ignore[assignment]  # `isinstance` is true now
+        return parameter
+
     def read(self) -> torch.Tensor:
         """Return the values as an ordinary tensor. Raises what the function raises that reads them."""
         return self._read()

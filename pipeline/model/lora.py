@@ -288,7 +288,6 @@ def _fuse_stored_(module: nn.Module, updates: Mapping[str, Update], label: str) 
     """Fuse updates of weights that stay in their files each time that a weight is read; return if one is changed."""
     import torch
 
-    from intaglio.pipeline.model.stored_weights import put_
     from intaglio.pipeline.stored_tensors import StoredTensor
 
     changed = False
@@ -296,7 +295,7 @@ def _fuse_stored_(module: nn.Module, updates: Mapping[str, Update], label: str) 
         layer = module.get_submodule(name)
         before = layer.get_parameter("weight")
         after = StoredTensor(before.shape, before.dtype, partial(_fused, copy.copy(layer), before, name, update, label))
-        put_(layer, "weight", after)
+        layer.weight = after.as_parameter()
         changed = changed or not torch.equal(before, after)
     return changed
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from intaglio.pipeline.files import MIB
 from intaglio.pipeline.stored_tensors import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from intaglio.pipeline.model.model_files import Weights
 
 LEAST_BYTES = MIB
@@ -34,18 +33,14 @@ def fill_(module: nn.Module, weights: Weights) -> bool:
         if name not in state:
             continue
         owner, _, key = name.rpartition(".")
-        part = module.get_submodule(owner)
-        put_(part, key, _placed(state[name], path, name, weights.inside))
+        part, tensor = module.get_submodule(owner), _placed(state[name], path, name, weights.inside)
+        if key in part._buffers:
+            setattr(part, key, tensor)
+        elif isinstance(tensor, StoredTensor):
+            setattr(part, key, tensor.as_parameter())
+        else:
+            setattr(part, key, nn.Parameter(tensor, requires_grad=False))
     return True
-
-
-def put_(part: nn.Module, key: str, tensor: torch.Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer of a module; a parameter is not trained."""
-    if key in part._buffers:
-        part._buffers[key] = tensor
-    else:
-        tensor._is_param = True  # as nn.Parameter does, which would read a stored tensor
-        part._parameters[key] = tensor  # type: ignore[assignment]  # so it is a parameter
 
 
 def _placed(empty: torch.Tensor, path: Path, name: str, inside: Path) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.machine import machine_bytes
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.checkpoint import Checkpoint
@@ -14,26 +15,12 @@ PER_PARAMETER = 4 * 1.2
 """Bytes per float32 parameter that the largest steps hold; `samples/benchmarks/full_size.py` measures them."""
 INTERPRETER = 500_000_000
 """Bytes that Python needs with torch and ONNX Runtime."""
-_GROUPS = ("memory.max", "memory/memory.limit_in_bytes")
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def least_bytes(parameters: int) -> int:
     """Return the least memory in bytes that compiling a denoiser of this size needs."""
     return INTERPRETER + int(PER_PARAMETER * parameters)
-
-
-def machine_bytes() -> int:
-    """Return the machine's memory and swap in bytes, or the limit of this process's control group."""
-    import psutil
-
-    found = psutil.virtual_memory().total + psutil.swap_memory().total
-    for name in _GROUPS:
-        try:
-            found = min(found, int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit
-            continue
-    return found
 
 
 def check_memory(model: Checkpoint) -> None:
@@ -56,7 +43,10 @@ def forget_peak() -> int | None:
     return resident_bytes("VmRSS")
 
 
-def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """Return a memory figure of this process in bytes. VmRSS: now; VmHWM: the peak since start or reset."""
+def resident_bytes(field: Literal["VmRSS", "VmHWM", "RssAnon"]) -> int:
+    """Return a memory figure of this process in bytes: VmRSS now, VmHWM at most since the start or a reset.
+
+    RssAnon is the part of VmRSS that is no file: the system cannot drop it when it needs the memory.
+    """
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

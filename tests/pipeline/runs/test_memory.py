@@ -7,6 +7,7 @@ from tiny import save_folder, tiny_dit
 from toys import START, toy_recipe
 
 from intaglio import Recipe, Store, compile
+from intaglio.pipeline import machine
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.runs import memory
@@ -30,12 +31,12 @@ def test_a_model_that_does_not_fit_is_refused_before_any_step(store, tmp_path, m
 
 @pytest.mark.parametrize("text", ["123456789\n", "max\n"])
 def test_the_machine_has_what_a_group_allows(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_GROUPS", ())
-    whole = memory.machine_bytes()
+    monkeypatch.setattr(machine, "_GROUPS", ())
+    whole = machine.machine_bytes()
     assert whole > 1e9
     (tmp_path / "limit").write_text(text)
-    monkeypatch.setattr(memory, "_GROUPS", (str(tmp_path / "limit"),))
-    assert memory.machine_bytes() == (whole if text == "max\n" else 123456789)
+    monkeypatch.setattr(machine, "_GROUPS", (str(tmp_path / "limit"),))
+    assert machine.machine_bytes() == (whole if text == "max\n" else 123456789)
 
 
 def test_the_peak_counts_from_when_it_was_forgotten():
