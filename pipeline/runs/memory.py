@@ -13,20 +13,33 @@ if TYPE_CHECKING:
 
 PER_PARAMETER = 4 * 1.2
 """Bytes per float32 parameter that the largest steps hold; `samples/benchmarks/full_size.py` measures them."""
+PER_LAYER = 4 * 4
+"""Bytes per parameter of the largest tensor that a step holds where weights stay in their files: the tensor as it is
+read, and what is computed from it."""
 INTERPRETER = 500_000_000
 """Bytes that Python needs with torch and ONNX Runtime."""
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def least_bytes(parameters: int) -> int:
-    """Return the least memory in bytes that compiling a denoiser of this size needs."""
+    """Return the least memory in bytes that training a denoiser of this size and measuring its layers need."""
     return INTERPRETER + int(PER_PARAMETER * parameters)
 
 
-def check_memory(model: Checkpoint) -> None:
-    """Raise RecipeError if the model needs more memory than the machine has."""
-    parameters = model.parameter_count()
-    least, there = least_bytes(parameters), machine_bytes()
+def least_stored_bytes(largest: int) -> int:
+    """Return the least memory in bytes for steps that read one weight at a time; `largest` has so many parameters."""
+    return INTERPRETER + PER_LAYER * largest
+
+
+def check_memory(model: Checkpoint, *, whole: bool) -> None:
+    """Raise RecipeError if the model needs more memory than the machine has.
+
+    `whole`: some step holds all weights. Otherwise those of a folder stay in their files; a factory makes them all.
+    """
+    sizes = [parameter.numel() for parameter in model.empty().parameters()]
+    parameters = sum(sizes)
+    least = least_bytes(parameters) if whole or model.entry else least_stored_bytes(max(sizes, default=0))
+    there = machine_bytes()
     if least > there:
         raise RecipeError(
             f"the denoiser has {parameters:,} parameters, {4 * parameters / 1e9:.1f} GB in float32: compiling it takes"

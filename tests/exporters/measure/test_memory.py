@@ -24,6 +24,7 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.context import Context
+from intaglio.pipeline.files import MIB
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
@@ -32,11 +33,14 @@ from intaglio.pipeline.numerics.quality import SampleRange
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 KEYS: tuple[AnyKey, ...] = (MODEL, TRAJECTORY, PLAN, TARGET)
-STEPS = ("distill", "merge", "export-float", "export-qdq")
 LAYERS = 4
 """Largest layers, in float32, that a step may take: what is read, and what is computed from it."""
-BESIDE = 40_000_000
-"""Bytes that a step may take beside: its tensors below 1 MiB, and the memory that a larger graph takes."""
+BESIDE = {"distill": 40e6, "merge": 40e6, "export-float": 80e6, "export-qdq": 40e6}
+"""Bytes that a step may take beside: its tensors below 1 MiB, and what larger graphs take, before all those of torch's
+exporter. Measured, with the layers: 44, 42, 96 and 8 MB, where the weights have 254 MB."""
+BOTH = ("distill", "merge", "export-qdq")
+"""Steps that map no whole file. In export-float, the runtime maps the graph's weights, which it does not change: the
+system drops them where memory is short."""
 
 
 def wide_dit() -> DiTTransformer2DModel:
@@ -74,18 +78,16 @@ def test_a_step_holds_a_few_layers_whatever_the_size_of_the_model(tmp_path: Path
     save(tiny_dit(), tmp_path / "small")
     save(module := wide_dit(), tmp_path / "large")
     sizes = [4 * parameter.numel() for parameter in module.parameters()]
-    allowed = BESIDE + LAYERS * max(sizes)
-    assert allowed < 0.4 * sum(sizes)
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    found = {}
-    for step in STEPS:  # each in a process of its own, on what the steps before it made
+    # freed memory goes back at once, so that what a step holds is counted and what it held before is not
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    for step, beside in BESIDE.items():  # each in a process of its own, on what the steps before it made
         command = [sys.executable, peak_memory.__file__, step, tmp_path]
         printed = subprocess.run(command, capture_output=True, text=True, check=True, env=here).stdout
-        found[step] = tuple(map(int, printed.split()))
-    print(found, allowed)
-    # the runtime maps the whole graph, but changes none of it: the system drops the file where memory is short
-    assert all(allocated <= allowed for _, allocated in found.values())
-    assert all(with_files <= allowed for step, (with_files, _) in found.items() if step != "export-float")
+        with_files, allocated = map(int, printed.split())
+        allowed = beside + LAYERS * max(sizes)
+        assert allowed < 0.6 * sum(sizes)
+        assert 0 < allocated <= allowed, f"{step}: {allocated / 1e6:.0f} MB"
+        assert step not in BOTH or with_files <= allowed, f"{step}: {with_files / 1e6:.0f} MB"
 
 
 def test_ranges_are_taken_as_values_come(tmp_path: Path):
