@@ -172,7 +172,7 @@ def main(
 ) -> None:
     with folder(work) as place:
         for model in models or MODELS:
-            made = alone(make_checkpoint, model, place / model / "checkpoint")
+            made = alone(watched, make_checkpoint, model, place / model / "checkpoint")
             size = made["float32_bytes"]
             if not as_json:
                 print(
@@ -201,9 +201,9 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
     """A row for each step, as it is done."""
     first = (Step(uses="calibrate", options={"samples": 1}), Step(uses="export-float"))
     for count in (1, 2):
-        yield {"step": first[count - 1].name, **alone(last_step, place, first[:count], targets[0])}
+        yield {"step": first[count - 1].name, **alone(watched, last_step, place, first[:count], targets[0])}
     if yardstick:
-        yield {"step": "torch.onnx.export", **alone(bare_export, place)}
+        yield {"step": "torch.onnx.export", **alone(watched, bare_export, place)}
     for plan in plans:
         rest = (
             Step(uses="uniform", options={"schemes": PLANS[plan]}),
@@ -214,14 +214,14 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
         for target in targets:
             here = (*rest, Step(uses="tensorrt")) if build and target == "tensorrt-rtx" else rest
             for count in range(1, len(here) + 1):
-                found = alone(last_step, place, first + here[:count], target)
+                found = alone(watched, last_step, place, first + here[:count], target)
                 yield {"plan": plan, "target": target, "step": here[count - 1].name, **found}
 
 
-def alone(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
-    """`work` in a fresh process, and the peaks of its memory."""
+def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`work` in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(watched, work, *args, **kwargs).result()
+        return pool.submit(work, *args, **kwargs).result()
 
 
 def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
