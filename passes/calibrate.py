@@ -148,7 +148,8 @@ class Calibrate(Pass):
 def _check_weights(module: torch.nn.Module) -> None:
     """Raise RecipeError that lists every tensor with NaN or Inf."""
     problems = []
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        tensor = tensor.detach()  # one weight in memory at a time
         if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
             bad = int(tensor.numel() - tensor.isfinite().sum())
             problems.append(f"{name}: {bad} of its {tensor.numel()} values are NaN or Inf: download the model again")

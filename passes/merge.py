@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 class MergeAdapters(Pass):
     """Round each weight as it was trained: codes = Q(W0 + B A; s). The merged model computes what the trained one did.
 
+    Weights are read from the model's files one after the other, and their codes are written one after the other: the
+    memory that this takes is a few times that of the largest layer.
+
     Layers that the recorded calls do not reach stay in float. Tables with one scale for each step can have entries at
     timesteps that were not calibrated; these entries are interpolated.
     """
@@ -44,28 +50,35 @@ class MergeAdapters(Pass):
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Add the low-rank adapters to the weights, and round the sums."""
-        from intaglio.passes.distill.trainable import load_learnt
         from intaglio.pipeline.artifacts.quantized import Quantized
-        from intaglio.pipeline.numerics.basis import bases_of
         from intaglio.pipeline.numerics.step_tables import refine
-        from intaglio.pipeline.simulation.weight import WeightRounding
 
-        module, trajectory, adapter, plan = state[MODEL].open().module, state[TRAJECTORY], state[ADAPTER], state[PLAN]
-        timesteps = refine(self.timesteps or trajectory.timesteps, self.between)
-        schemes = trajectory.called(plan.schemes)
-        tables = trajectory.tables(schemes, plan.balances, timesteps)
-        balances, merged = bases_of(plan.balances), {}
-        for layer in plan.layers:
-            name, scheme = layer.name, schemes.get(layer.name, FLOAT)
-            if not isinstance(scheme.weight, RoundedWeight):
-                continue
-            grid = WeightRounding(scheme.weight, balances.get(name), plan.branches.get(name))
-            weight = module.get_submodule(name).get_parameter("weight").detach()
-            load_learnt(grid, weight, adapter.layers[name], adapter.distance)
-            learnt = adapter.layers[name].tables.resampled(trajectory.timesteps, timesteps)
-            needed = tables[name].replaced_by(learnt).needed_by(scheme, padded=layer.padded)
-            merged[name] = _integers(name, scheme, grid, weight, needed)
-        return {QUANTIZED: Quantized(timesteps, merged)}
+        timesteps = refine(self.timesteps or state[TRAJECTORY].timesteps, self.between)
+        folder = Path(mkdtemp(dir=ctx.scratch))
+        Quantized.write(folder, timesteps, _merged(state, timesteps))
+        return {QUANTIZED: Quantized.load(folder)}
+
+
+def _merged(state: State, timesteps: tuple[float, ...]) -> Iterator[tuple[str, QuantizedLayerData]]:
+    """Yield each layer with an integer weight, in the order of the plan. Raises StepFailed as `_integers` does."""
+    from intaglio.passes.distill.trainable import load_learnt
+    from intaglio.pipeline.numerics.basis import bases_of
+    from intaglio.pipeline.simulation.weight import WeightRounding
+
+    module, trajectory, adapter = state[MODEL].open(stored=True).module, state[TRAJECTORY], state[ADAPTER]
+    plan = state[PLAN]
+    schemes, balances = trajectory.called(plan.schemes), bases_of(plan.balances)
+    tables = trajectory.tables(schemes, plan.balances, timesteps)
+    for layer in plan.layers:
+        name, scheme = layer.name, schemes.get(layer.name, FLOAT)
+        if not isinstance(scheme.weight, RoundedWeight):
+            continue
+        grid = WeightRounding(scheme.weight, balances.get(name), plan.branches.get(name))
+        weight = module.get_submodule(name).get_parameter("weight").detach()
+        load_learnt(grid, weight, adapter.layers[name], adapter.distance)
+        learnt = adapter.layers[name].tables.resampled(trajectory.timesteps, timesteps)
+        needed = tables[name].replaced_by(learnt).needed_by(scheme, padded=layer.padded)
+        yield name, _integers(name, scheme, grid, weight, needed)
 
 
 def _integers(

@@ -1,12 +1,14 @@
 """Measures the peak memory of one step, or of one run of a session, in a process that has freed nothing before.
 
-    python tests/peak_memory.py export-float|export-qdq FOLDER      the artifacts of two models, `small` and `large`
+    python tests/peak_memory.py distill|merge|export-float|export-qdq FOLDER     the artifacts of two models, in `small`
+                                                                                 and `large`
     python tests/peak_memory.py lean MODEL
 
 It imports only what is measured.
 """
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -26,32 +28,47 @@ def print_lean_peak(model: Path) -> None:
 
 
 def run(step: str, folder: Path) -> None:
-    """Run the step on the artifacts in a folder; a float graph is kept there for the next step."""
+    """Run the step on the artifacts in a folder; what it makes is kept there for the next step."""
     from harness import run_pass
 
     from intaglio.exporters.float_graph.export_float import ExportFloat
     from intaglio.exporters.qdq.export_qdq import ExportQdq
-    from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH
+    from intaglio.passes.distill.distill import Distill
+    from intaglio.passes.merge import MergeAdapters
 
-    measured = {"export-float": ExportFloat(), "export-qdq": ExportQdq()}[step]
+    steps = (Distill(updates=0, input_rate=0), MergeAdapters(), ExportFloat(), ExportQdq())
+    measured = next(each for each in steps if each.name == step)
     state = {key: key.type.load(folder / key.name) for key in measured.requires}
-    made = run_pass(measured, state, folder / step)
-    if FLOAT_GRAPH in made:
-        (folder / FLOAT_GRAPH.name).mkdir()
-        made[FLOAT_GRAPH].save(folder / FLOAT_GRAPH.name)
+    for key, artifact in run_pass(measured, state, folder / step).items():
+        if not (folder / key.name).exists():
+            (folder / key.name).mkdir()
+            artifact.save(folder / key.name)
 
 
-def print_peak(step: str, folder: Path) -> None:
-    """Print how far the step takes this process beyond where it is after the same step on a tiny model."""
+def print_peaks(step: str, folder: Path) -> None:
+    """Print how far the step takes this process beyond where it is after the same step on a tiny model.
+
+    Two numbers of bytes: with the files that are mapped, and only of what is allocated, which is sampled.
+    """
     run(step, folder / "small")
     forget_peak()
-    before = resident_bytes("VmRSS")
+    before, anon_before = resident_bytes("VmRSS"), resident_bytes("RssAnon")
+    anon, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            anon[0] = max(anon[0], resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     run(step, folder / "large")
-    print(resident_bytes("VmHWM") - before)
+    done.set()
+    watcher.join()
+    print(resident_bytes("VmHWM") - before, anon[0] - anon_before)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "lean":
         print_lean_peak(Path(sys.argv[2]))
     else:
-        print_peak(sys.argv[1], Path(sys.argv[2]))
+        print_peaks(sys.argv[1], Path(sys.argv[2]))

@@ -37,7 +37,7 @@ PERMITTED = {
     "pipeline/output_files.py:whole_file": "writes a file",
     "pipeline/cli/doctor.py:_cpu_info": "a file of /proc",
     "pipeline/runs/manifest.py:read": "text that was read, within its limits",
-    "pipeline/runs/memory.py:machine_bytes": "a file of /sys",
+    "pipeline/machine.py:machine_bytes": "a file of /sys",
     "pipeline/runs/memory.py:resident_bytes": "a file of /proc",
     "exporters/starter/steps.py:amounts_of": "text that was made in this package",
     "passes/assign/knapsack.py:_silenced": "the null device",

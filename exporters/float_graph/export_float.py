@@ -84,7 +84,7 @@ class ExportFloat(Pass):
         from intaglio.pipeline.model.calls import denoise_with, other_call
         from intaglio.pipeline.model.layers import layer_table
 
-        model, trajectory = state[MODEL].open(), state[TRAJECTORY]
+        model, trajectory = state[MODEL].open(stored=True), state[TRAJECTORY]
         recorded = trajectory.call(0, slice(2))  # a wider call takes minutes in a full-size model, and adds nothing
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
         call = _with_floating_timestep(model, call)

@@ -53,13 +53,27 @@ class Site:
 
     def weight(self) -> NDArray[np.float32]:
         """Return the weight in torch's layout: (N, K), or (N, C, kh, kw)."""
+        w: NDArray[np.float32] = self._constant.numpy()
+        return w.T if self._transposed else w
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of `weight`, which is not read for it."""
+        shape: tuple[int, ...] = tuple(self._constant.shape.numpy())
+        return shape[::-1] if self._transposed else shape
+
+    @property
+    def _constant(self) -> ir.TensorProtocol:
         constant = _given(self.product.inputs[1]).const_value
         assert constant is not None  # `find_sites` checked it
-        w: NDArray[np.float32] = constant.numpy()
-        transposed = self.product.op_type == "MatMul" or (
+        return constant
+
+    @property
+    def _transposed(self) -> bool:
+        """True if the graph has the weight as (K, N)."""
+        return self.product.op_type == "MatMul" or (
             self.product.op_type == "Gemm" and not self.product.attributes.get_int("transB", 0)
         )
-        return w.T if transposed else w
 
 
 def find_sites(nodes: Iterable[ir.Node]) -> dict[str, list[Site]]:

@@ -20,6 +20,7 @@ from torch import nn
 from intaglio.exporters.float_graph.capture import Calls, Compute, capture, silent
 from intaglio.exporters.float_graph.repair import repair, transposed_keys
 from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
+from intaglio.exporters.float_graph.turned import TurnedWeights
 from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec, fixed_constant
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.model.layers import layer_table
@@ -89,7 +90,9 @@ def _simplify(model: ir.Model) -> None:
     )
     with silent():
         for _ in range(2):
-            optimizer.fold_constants(model, onnx_shape_inference=True)
+            turned = TurnedWeights(model.graph)
+            optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=turned.note)
+            turned.release()
             rewriter.rewrite(model, nothing)
         Sequential(
             common.RemoveUnusedNodesPass(),

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from intaglio.exporters.float_graph.sites import Site
@@ -40,7 +41,7 @@ class Call:
     @property
     def places(self) -> int:
         """Number of axes that a convolution goes along; 0 for a linear layer."""
-        return 0 if self.op == "linear" else self.site.weight().ndim - 2
+        return 0 if self.op == "linear" else len(self.site.weight_shape) - 2
 
     def of_channels(self, values_N: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return one value for each channel in the shape that broadcasts: (N,), or (1, N, 1, ...) for a convolution."""
@@ -112,6 +113,17 @@ class Call:
         return self.form.elements(self.data.codes)
 
     @property
+    def shape_NK(self) -> tuple[int, int]:
+        """Out features N and in features K, without reading the codes."""
+        n, k = self.data.codes.shape
+        return n, k
+
+    @property
+    def code_type(self) -> np.dtype[np.generic]:
+        """Type in which graphs have the codes, without reading the codes."""
+        return self.form.elements(torch.zeros(1, 1, dtype=torch.int8)).dtype
+
+    @property
     def scale_NG(self) -> NDArray[np.float32]:
         """Scales of the weight, (N, G)."""
         scale: NDArray[np.float32] = self.data.scale_NG.numpy()
@@ -143,7 +155,7 @@ class Call:
     @property
     def group_size(self) -> int:
         """Number of input features that share a scale. Raises TargetError if it does not divide K."""
-        size, k = self.data.scheme.weight.group_size, self.codes_NK.shape[1]
+        size, k = self.data.scheme.weight.group_size, self.shape_NK[1]
         assert size is not None  # only rows for such weights read it
         if k % size:  # TensorRT-RTX would use K / G as the group size, and give wrong results without a message
             raise TargetError(f"{self.site.layer}: K = {k} is not a multiple of the group size {size}")

@@ -30,7 +30,6 @@ from intaglio.pipeline.formats.schemes import (
 )
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.minifloat import BLOCK, BLOCK_UNIT, E4M3
-from intaglio.pipeline.numerics.packing import pack_int4
 from intaglio.pipeline.numerics.rounding import INPUT_HIGH, input_scale
 from intaglio.pipeline.runs.registry import find_runtime
 
@@ -48,23 +47,36 @@ def per_channel(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
     It serves any weight with one scale for each output channel, in the type of its codes: int8 for 6-bit codes.
     """
-    codes = call.codes_NK.T if call.op == "linear" else call.codes_NK.reshape(call.site.weight().shape)
-    weight = _dequantize_channels(w, call, w.constant(f"{w.owner(call)}/weight", codes))
+    linear, shape = call.op == "linear", call.site.weight_shape
+    codes = w.codes(
+        f"{w.owner(call)}/weight",
+        call,
+        lambda q_NK: q_NK.T if linear else q_NK.reshape(shape),
+        shape[::-1] if linear else shape,
+    )
+    weight = _dequantize_channels(w, call, codes)
     return _product(w, call, x, weight)
 
 
 def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write x @ DQ(Reshape(Cast(Wq) * g), s_w): 4-bit codes become 8-bit codes when the graph is loaded."""
     layer, size = call.site.layer, call.group_size
-    n, k = call.codes_NK.shape
+    n, k = call.shape_NK
     linear = call.op == "linear"
-    codes_NGS, group_NG1 = call.codes_NK.reshape(n, k // size, size), call.group_NG[..., None]
-    codes, group = (v.transpose(1, 2, 0) if linear else v for v in (codes_NGS, group_NG1))
-    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
+    order = (1, 2, 0) if linear else (0, 1, 2)
+    sizes = (n, k // size, size)
+    codes = w.codes(
+        f"{layer}/weight",
+        call,
+        lambda q_NK: q_NK.reshape(sizes).transpose(order),
+        [sizes[axis] for axis in order],
+        packed=True,
+    )
     # no DequantizeLinear and QuantizeLinear: ONNX Runtime does not fold them, and computes them again in every run
-    cast = w.op(call, "weight/Cast", [w.constant(f"{layer}/weight", packed)], {"to": ir.DataType.INT8.value})
-    product = w.op(call, "weight/Mul", [cast, w.constant(f"{w.owner(call)}/group", group)])
-    shape = (k, n) if linear else call.site.weight().shape
+    cast = w.op(call, "weight/Cast", [codes], {"to": ir.DataType.INT8.value})
+    group = w.constant(f"{w.owner(call)}/group", call.group_NG[..., None].transpose(order))
+    product = w.op(call, "weight/Mul", [cast, group])
+    shape = (k, n) if linear else call.site.weight_shape
     weight = w.op(call, "weight/Reshape", [product, w.constant(f"{layer}/shape", np.array(shape))])
     weight.type, weight.shape = ir.TensorType(ir.DataType.INT8), ir.Shape(shape)
     return _product(w, call, x, _dequantize_channels(w, call, weight))
@@ -72,16 +84,17 @@ def two_level_cast(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 
 def _dequantize_channels(w: Writer, call: Call, codes: ir.Value) -> ir.Value:
     """Dequantize 8-bit codes (K, N), or (N, C, kh, kw), by channel."""
-    n = len(call.codes_NK)
+    n = call.shape_NK[0]
     scale = w.constant(f"{call.site.layer}/scale", call.product_scale_N)
     # one for each call: with x64quantprecision ONNX Runtime 1.31 refuses two weights that share a zero point
-    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, call.codes_NK.dtype))
+    zero = w.constant(f"{call.prefix}/weight/zero", np.zeros(n, call.code_type))
     return w.op(call, "weight/DequantizeLinear", [codes, scale, zero], {"axis": 1 if call.op == "linear" else 0})
 
 
 def carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     """Write (x @ DQ(Wq, s_0)) * (s_w / s_0); s_0 is one power of two for all layers that read x."""
-    return _carried(w, call, x, w.constant(f"{call.site.layer}/weight", call.codes_NK.T))
+    codes = w.codes(f"{call.site.layer}/weight", call, np.transpose, call.shape_NK[::-1])
+    return _carried(w, call, x, codes)
 
 
 def two_level_carrier(w: Writer, call: Call, x: ir.Value) -> ir.Value:
@@ -121,19 +134,22 @@ def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
 def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], called: str) -> ir.Value:
     """Write 4-bit codes times one factor for each group, (K, N) or (N, C, kh, kw). `called`: scale or group."""
     layer, linear = call.site.layer, call.op == "linear"
-    codes, scale = (call.codes_NK.T, scale_NG.T) if linear else (call.codes_NK, scale_NG)
-    packed = ir.PackedTensor(pack_int4(np.ascontiguousarray(codes)), ir.DataType.INT4, shape=codes.shape)
     floating = called == "scale"
     owner = w.owner(call, in_blocks=True) if floating else layer
+    order = (1, 0) if linear else (0, 1)
+    shape_NK = call.shape_NK
+    codes = w.codes(
+        f"{owner}/weight", call, lambda q_NK: q_NK.transpose(order), [shape_NK[axis] for axis in order], packed=True
+    )
     weight = w.op(
         call,
         "weight/DequantizeLinear" if floating else f"weight/{called}/DequantizeLinear",
-        [w.constant(f"{owner}/weight", packed), w.constant(f"{layer}/{called}", scale)],
+        [codes, w.constant(f"{layer}/{called}", scale_NG.transpose(order))],
         {"axis": 0 if linear else 1, "block_size": call.group_size},
     )
     if linear:
         return weight
-    shape = w.constant(f"{layer}/shape", np.array(call.site.weight().shape))
+    shape = w.constant(f"{layer}/shape", np.array(call.site.weight_shape))
     return w.op(call, "weight/Reshape", [weight, shape])
 
 
@@ -175,7 +191,7 @@ def nvfp4_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -
     The operator takes two or three axes: an input with more is reshaped to rows (R, K), and back after the product.
     """
     if _many_axes(call):
-        k = call.codes_NK.shape[1]
+        k = call.shape_NK[1]
         unit = w.op(call, "input/rows/Reshape", [unit, w.constant(f"input/rows/{k}", np.array([-1, k]))])
         shape = ir.Shape([None, k])
     one = w.constant("input/scale/nvfp4", np.float32(BLOCK_UNIT))
@@ -194,14 +210,14 @@ def nvfp4_blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
     blocks = call.data.group_NG.view(torch.uint8).numpy().view(ir.DataType.FLOAT8E4M3FN.numpy())
     one = w.constant(f"{layer}/scale", call.scale_NG.reshape(()))
     scale = w.op(call, "weight/scale/DequantizeLinear", [w.constant(f"{owner}/group", blocks), one])
-    numbers = w.constant(f"{owner}/weight", call.codes_NK)
+    numbers = w.codes(f"{owner}/weight", call, np.asarray, call.shape_NK)
     weight = w.op(call, "weight/DequantizeLinear", [numbers, scale], {"axis": 1, "block_size": BLOCK})
     across = ir.AttrInt64s("perm", [1, 0])
     y = _product(w, call, x, w.op(call, "weight/Transpose", [weight], {"perm": across}))
     if call.input_key is None or not _many_axes(call):
         return y
     axes = w.op(call, "rows/Shape", [call.site.x], {"end": -1})
-    n = w.constant(f"rows/{len(call.codes_NK)}", np.array([len(call.codes_NK)]))
+    n = w.constant(f"rows/{call.shape_NK[0]}", np.array([call.shape_NK[0]]))
     return w.op(call, "rows/Reshape", [y, w.op(call, "rows/Concat", [axes, n], {"axis": 0})])
 
 

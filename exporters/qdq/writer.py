@@ -19,6 +19,7 @@ from intaglio.exporters.qdq.folding import ChannelScale
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.numerics.basis import hadamard
 from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.packing import pack_int4
 from intaglio.pipeline.numerics.rounding import TOKEN_EPS, output_scale
 
 
@@ -76,14 +77,34 @@ class Writer:
         self.graph.insert_before(call.site.product, node)
         return node.outputs
 
-    def constant(
-        self, name: str, array: NDArray[np.generic] | np.generic | ir.PackedTensor[NDArray[np.uint8]]
+    def codes(
+        self,
+        name: str,
+        call: Call,
+        arranged: Callable[[NDArray[np.generic]], NDArray[np.generic]],
+        shape: Sequence[int],
+        *,
+        packed: bool = False,
     ) -> ir.Value:
+        """Return the constant of a weight's codes, as `arranged` makes them of codes (N, K); `packed`: as INT4.
+
+        They are read when the file is written, so that the codes of one weight are in memory at a time.
+        """
+        dtype = ir.DataType.INT4 if packed else ir.DataType.from_numpy(call.code_type)
+
+        def read() -> ir.TensorProtocol:
+            array = arranged(call.codes_NK)
+            if not packed:
+                return ir.Tensor(array, name=name)
+            return ir.PackedTensor(pack_int4(np.ascontiguousarray(array)), dtype, shape=array.shape, name=name)
+
+        return self.constant(name, ir.LazyTensor(read, dtype, ir.Shape(shape), name=name))
+
+    def constant(self, name: str, array: NDArray[np.generic] | np.generic | ir.LazyTensor) -> ir.Value:
         """Return the constant of this name, added on first use: a name always stands for the same content."""
         if name not in self.graph.initializers:
-            # scalars keep the shape (): with a scale of shape (1,) TensorRT-RTX convolves in float without a message;
-            # a view of the codes is copied only when the file is written
-            tensor = array if isinstance(array, ir.PackedTensor) else ir.Tensor(np.asarray(array))
+            # scalars keep the shape (): with a scale of shape (1,) TensorRT-RTX convolves in float without a message
+            tensor = array if isinstance(array, ir.LazyTensor) else ir.Tensor(np.asarray(array))
             tensor.name = name
             self.graph.register_initializer(
                 ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
@@ -126,7 +147,7 @@ class Writer:
         if call.op == "linear":
             low = self.op(call, f"{BRANCH}/down/MatMul", [x, self.constant(f"{layer}/{BRANCH}/down", down.T)])
             return self.op(call, f"{BRANCH}/up/MatMul", [low, self.constant(f"{layer}/{BRANCH}/up", up.T)])
-        down = down.reshape(-1, *call.site.weight().shape[1:])
+        down = down.reshape(-1, *call.site.weight_shape[1:])
         window = dict(call.site.product.attributes)
         low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
         up = up.reshape(*up.shape, *[1] * call.places)

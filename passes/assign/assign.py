@@ -144,6 +144,10 @@ class AssignPrecision(Pass):
             return None
         return drawn_samples(self.drawn) * model.steps * model.rows_per_sample
 
+    def holds_weights(self) -> bool:
+        """Return True if samples are drawn with rounded layers."""
+        return self.budget.psnr is not None and self.drawn > 0
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Choose the fastest plan that keeps `budget.psnr`; without it, the one with the least predicted error."""
         table, target = state[SENSITIVITY], state[TARGET]

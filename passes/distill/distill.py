@@ -70,6 +70,10 @@ class Distill(DistillOptions, Pass):
         drawn = draws * self.drawn * model.rows_per_sample * model.steps
         return round((3 + self.rollout) * self.updates * rows) + rolled + drawn
 
+    def holds_weights(self) -> bool:
+        """Return True for a training."""
+        return self.updates > 0
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
         from intaglio.passes.distill.drawn import DrawnSamples

@@ -41,7 +41,7 @@ def begin(
     options: DistillOptions, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
 ) -> tuple[Task, dict[str, torch.Tensor]]:
     """Return the quantized model at the start of the training, and the codes that `start_weights` returns."""
-    model = checkpoint.open()
+    model = checkpoint.open(stored=not options.updates)  # without updates, each weight is read once, for its scales
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     model.module.requires_grad_(False)
     clock = StepClock(trajectory.timesteps)

@@ -76,6 +76,10 @@ class QuantizeWithModelopt(Pass):
         if find_spec("modelopt") is None:
             raise MissingExtra("modelopt", f"the step {self.name}")
 
+    def holds_weights(self) -> bool:
+        """Return True: the weights of both models are compared."""
+        return True
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Quantize the denoiser. Raises RecipeError for a pattern of `ignore` that matches no quantizer."""
         from intaglio.passes.imports.quantizers import taker

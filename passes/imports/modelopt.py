@@ -53,6 +53,10 @@ class ImportModelopt(ImportPass):
         """Return the one file that is read. Raises RecipeError if torch.save did not write it."""
         return [check_end(place)]
 
+    def holds_weights(self) -> bool:
+        """Return True: the weights of both models are compared."""
+        return True
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Import the file. Raises RecipeError that lists everything in it that cannot be imported exactly."""
         from intaglio.pipeline.model.layers import layer_table

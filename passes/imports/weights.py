@@ -76,6 +76,10 @@ class ImportWeights(ImportPass):
                 pass
         return [*found, checked_file(config, most=MOST_JSON)] if config.exists() else found
 
+    def holds_weights(self) -> bool:
+        """Return True: the weights of both models are compared."""
+        return True
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Import the files. Raises RecipeError that lists everything in them that cannot be imported exactly."""
         from intaglio.pipeline.model.layers import layer_table

@@ -190,6 +190,10 @@ class MeasureSensitivity(Pass):
         candidates = 1 + len(BALANCE.exponents) * len(self.bases)
         return RANGE_ROWS * model.steps + compared * (1 + 4 * candidates)
 
+    def holds_weights(self) -> bool:
+        """Return True: rounded weights are kept between calls."""
+        return True
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Predict the error of every pair of a layer and a scheme, and measure some of them."""
         from intaglio.passes.sensitivity.bases import find_bases

@@ -6,12 +6,12 @@ Shapes: N out features, K in features, G scales per row, T denoising steps, `ran
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
-from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
+from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, open_safetensors, read_typed, write_typed
 from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 
@@ -161,7 +161,8 @@ class QuantizedLayerData:
 class Quantized:
     """The compiled model's integers, by layer name; layers that stay in float are not among them.
 
-    `timesteps` are those of the tables' steps. Files hold codes as their format packs them.
+    `timesteps` are those of the tables' steps. Files hold codes as their format packs them. Codes that were loaded stay
+    in the file until they are used, so that a layer's codes are in memory only while an operation reads them.
     """
 
     timesteps: tuple[float, ...]
@@ -178,38 +179,38 @@ class Quantized:
 
     def save(self, root: Path) -> None:
         """Write quantized.safetensors and quantized.json."""
-        from safetensors.torch import save_file
+        self.write(root, self.timesteps, self.layers.items())
 
-        from intaglio.pipeline.numerics.low_rank import branch_tensors
+    @classmethod
+    def write(cls, root: Path, timesteps: tuple[float, ...], layers: Iterable[tuple[str, QuantizedLayerData]]) -> None:
+        """Write the files of `save` from layers that come one after the other; one of them is in memory at a time."""
+        from intaglio.pipeline.stored_tensors import save_tensors
 
-        tensors = {}
-        for name, layer in self.layers.items():
-            tensors[f"{name}:codes"] = _rounded(layer.scheme).pack(layer.codes)
-            tensors[f"{name}:scale"] = layer.scale_NG.contiguous()
-            if layer.group_NG is not None:
-                tensors[f"{name}:group"] = layer.group_NG.contiguous()
-            tables = {part: getattr(layer.tables, table) for table, part in TABLE_PARTS.items()}
-            tensors |= {f"{name}:{part}": table.contiguous() for part, table in tables.items() if table is not None}
-            if layer.balance is not None:
-                tensors[f"{name}:balance"] = layer.balance.scale_C.clone()  # siblings may share one
-        tensors |= branch_tensors({n: v.branch for n, v in self.layers.items() if v.branch is not None})
-        save_file(tensors, root / "quantized.safetensors")
-        facts = {
-            n: _LayerFacts(tuple(v.codes.shape), v.scheme, None if v.balance is None else v.balance.block)
-            for n, v in self.layers.items()
-        }
-        write_typed(root / "quantized.json", _Content(self.timesteps, facts), _Content)
+        facts: dict[str, _LayerFacts] = {}
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, layer in layers:
+                rotated = None if layer.balance is None else layer.balance.block
+                facts[name] = _LayerFacts(tuple(layer.codes.shape), layer.scheme, rotated)
+                yield from _tensors_of(name, layer)
+
+        save_tensors(root / "quantized.safetensors", tensors())
+        write_typed(root / "quantized.json", _Content(timesteps, facts), _Content)
 
     @classmethod
     def load(cls, root: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Codes stay in the file until they are used."""
         from intaglio.pipeline.numerics.low_rank import branches_of
 
         content, file = read_typed(root / "quantized.json", _Content), root / "quantized.safetensors"
-        tensors = load_tensors(file)
+        with open_safetensors(file) as opened, damage_of(file):
+            names = [name for name in opened.keys() if not name.endswith(":codes")]  # noqa: SIM118 - it is no mapping
+            tensors = {name: opened.get_tensor(name) for name in names}
+            for name in content.layers:
+                opened.get_slice(f"{name}:codes")  # raises if there are none
         with damage_of(file):
             branches = branches_of(tensors)
-            layers = {n: _layer(n, facts, tensors, branches.get(n)) for n, facts in content.layers.items()}
+            layers = {n: _layer(n, facts, file, tensors, branches.get(n)) for n, facts in content.layers.items()}
         return cls(content.timesteps, layers)
 
 
@@ -230,14 +231,40 @@ class _Content:
     layers: Mapping[str, _LayerFacts]
 
 
+def _tensors_of(name: str, layer: QuantizedLayerData) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of one layer as quantized.safetensors has them, with their names."""
+    from intaglio.pipeline.numerics.low_rank import branch_tensors
+
+    yield f"{name}:codes", _rounded(layer.scheme).pack(layer.codes)
+    yield f"{name}:scale", layer.scale_NG
+    if layer.group_NG is not None:
+        yield f"{name}:group", layer.group_NG
+    for table, part in TABLE_PARTS.items():
+        if (values := getattr(layer.tables, table)) is not None:
+            yield f"{name}:{part}", values
+    if layer.balance is not None:
+        yield f"{name}:balance", layer.balance.scale_C
+    if layer.branch is not None:
+        yield from branch_tensors({name: layer.branch}).items()
+
+
 def _layer(
-    name: str, facts: _LayerFacts, tensors: Mapping[str, torch.Tensor], branch: Branch | None
+    name: str, facts: _LayerFacts, file: Path, tensors: Mapping[str, torch.Tensor], branch: Branch | None
 ) -> QuantizedLayerData:
+    import torch
+
     from intaglio.pipeline.numerics.basis import Balance
+    from intaglio.pipeline.stored_tensors import StoredTensor, read_tensor
+
+    form = _rounded(facts.scheme)
+
+    def codes() -> torch.Tensor:
+        with damage_of(file):
+            return form.unpack(read_tensor(file, f"{name}:codes"), facts.shape)
 
     return QuantizedLayerData(
         facts.scheme,
-        _rounded(facts.scheme).unpack(tensors[f"{name}:codes"], facts.shape),
+        StoredTensor(facts.shape, torch.int8, codes),
         tensors[f"{name}:scale"],
         tensors.get(f"{name}:group"),
         LayerTables(**{table: tensors.get(f"{name}:{part}") for table, part in TABLE_PARTS.items()}),

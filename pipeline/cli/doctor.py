@@ -11,8 +11,8 @@ from pathlib import Path
 
 from intaglio.pipeline.entry_points import named_runtimes
 from intaglio.pipeline.formats.target import Target, load_target, target_names
+from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.runs.machine import Abilities, Ability, Fact, Faults, Found, Gpu, Machine, Package
-from intaglio.pipeline.runs.memory import machine_bytes
 from intaglio.pipeline.runs.registry import find_runtime, runtimes
 from intaglio.pipeline.runs.versions import find_version
 

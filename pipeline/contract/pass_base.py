@@ -78,6 +78,13 @@ class Pass(BaseModel, ABC):
         """
         return None
 
+    def holds_weights(self) -> bool:
+        """Return True if the pass holds all of the model's weights in memory, such as rounded or trained ones.
+
+        Then a run is refused where the machine has too little memory for them.
+        """
+        return False
+
     def plugins(self) -> Iterable[tuple[str, str]]:
         """Return the entry points that the options select, as pairs of a group and a name.
 

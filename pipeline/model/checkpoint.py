@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, printable, read_json_object
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.hub import download
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.scheduler import Scheduler
 
 SCHEDULER = "scheduler_config.json"
+FEW = 0.25
+"""Share of the machine's memory that weights in float32 may take: some steps hold a second, rounded model."""
 STORED = "model"
 """Path of a model that is a copy in the store."""
 
@@ -205,17 +208,19 @@ class Checkpoint:
         there = {role: path for role, path in recordings.items() if path.is_file()}
         return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
 
-    def open(self, *, weights: bool = True) -> DenoiserModel:
+    def open(self, *, weights: bool = True, stored: bool | None = None) -> DenoiserModel:
         """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.
 
-        Without `weights`, the denoiser is on torch's meta device and no weights are read. Raises RecipeError if the
-        recipe leaves out something that the denoiser needs.
+        Without `weights`, the denoiser is on torch's meta device and no weights are read. `stored`: larger weights of a
+        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. If it
+        is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
+        if the recipe leaves out something that the denoiser needs.
         """
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
         usual, other = recorded.get("conditions"), recorded.get("other_size")
-        made = self._call_factory() if self.entry else self._open_folder(usual, weights)
+        made = self._call_factory() if self.entry else self._open_folder(usual, weights, stored)
         plain_weights_(made.module)
         if not weights:
             made.module.to("meta")
@@ -277,21 +282,27 @@ class Checkpoint:
             return "the model's folder" if inner == "." else f"the model's folder {inner}"
         return self.ref.path if inner == "." else f"{self.ref.path}/{inner}"
 
-    def _open_folder(self, recording: Recording | None, weights: bool) -> DenoiserModel:
-        module: Any = self._weighed() if weights else self.empty()
+    def _open_folder(self, recording: Recording | None, weights: bool, stored: bool | None) -> DenoiserModel:
+        module: Any = self._weighed(stored) if weights else self.empty()
         shape = _sample_shape(module.config) if recording is None else recording.sample_shape
         check_sample_shape(shape, self._called)
         return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
 
-    def _weighed(self) -> Any:
+    def _weighed(self, stored: bool | None) -> Any:
         """Return the denoiser with all its weights. Raises RecipeError if some are missing or not in safetensors."""
         import torch
+
+        from intaglio.pipeline.model.stored_weights import fill_
 
         kind, folder, weights = self._diffusers_class(), self._denoiser_folder, self._weights
         assert folder is not None  # `resolve` checked it
         if weights is None:
             raise self._no_weights(pickled(folder))
-        self.empty()  # raises if the model would be much larger than its weights
+        empty = self.empty()  # raises if the model would be much larger than its weights
+        if stored is None:
+            stored = 4 * weights.size.elements > FEW * machine_bytes()
+        if stored and "quantization_config" not in self.config() and fill_(empty, weights):
+            return empty
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
         with blamed(self._called, {str(folder): self._place(folder)}):
             module, info = kind.from_pretrained(folder, output_loading_info=True, variant=weights.variant, **settings)

@@ -5,12 +5,14 @@ Shapes: r rank, N out, K in; of a convolution, K is input channels times kernel 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +90,19 @@ def fuse_lora_(module: nn.Module, file: Path, scale: float, label: str) -> None:
         import peft  # noqa: F401  # `_fuse_alike_` needs it
     except ImportError as e:
         raise MissingExtra("lora", "fusing model.loras") from e
+    from intaglio.pipeline.stored_tensors import StoredTensor
+
     updates = _updates(module, file, scale, label)
     trainable = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     alike: dict[tuple[int, float, bool], dict[str, Update]] = defaultdict(dict)
+    in_files: dict[str, Update] = {}
     for name, update in updates.items():
-        alike[len(update.a_rK), update.strength, update.magnitude_N is not None][name] = update
+        if isinstance(module.get_submodule(name).get_parameter("weight"), StoredTensor):
+            in_files[name] = update
+        else:
+            alike[len(update.a_rK), update.strength, update.magnitude_N is not None][name] = update
     changed = sum(_fuse_alike_(module, group, label) for group in alike.values())
-    if not changed:
+    if not _fuse_stored_(module, in_files, label) and not changed:
         raise RecipeError(f"{label}: changes none of {len(updates)} weights: its scale or all its products are zero")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trainable[name])  # peft froze them
@@ -274,6 +282,38 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
         changed += not before.equal(layer.weight)
     del module.peft_config
     return changed
+
+
+def _fuse_stored_(module: nn.Module, updates: Mapping[str, Update], label: str) -> bool:
+    """Fuse updates of weights that stay in their files each time that a weight is read; return if one is changed."""
+    import torch
+
+    from intaglio.pipeline.stored_tensors import StoredTensor
+
+    changed = False
+    for name, update in updates.items():
+        layer = module.get_submodule(name)
+        before = layer.get_parameter("weight")
+        after = StoredTensor(before.shape, before.dtype, partial(_fused, copy.copy(layer), before, name, update, label))
+        layer.weight = after.as_parameter()
+        changed = changed or not torch.equal(before, after)
+    return changed
+
+
+def _fused(layer: nn.Module, weight: torch.Tensor, name: str, update: Update, label: str) -> torch.Tensor:
+    """Return the fused weight of a layer that has this weight."""
+    from torch import nn
+
+    whole = owner = nn.Module()
+    path, _, last = name.rpartition(".")
+    for part in filter(None, path.split(".")):
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    alone = copy.copy(layer)
+    alone._parameters = {**layer._parameters, "weight": nn.Parameter(weight.detach().clone(), requires_grad=False)}
+    owner.add_module(last, alone)
+    _fuse_alike_(whole, {name: update}, label)
+    return whole.get_submodule(name).get_parameter("weight").detach()
 
 
 def _check(before: torch.Tensor, after: torch.Tensor, update: Update, place: str) -> None:

@@ -58,18 +58,21 @@ class Weights:
     inside: Path
 
     @cached_property
-    def size(self) -> ModelSize:
-        """Return the size that the headers declare.
+    def places(self) -> tuple[tuple[str, Path, tuple[int, ...]], ...]:
+        """Return the name, the file and the shape of every tensor, as the headers declare them.
 
         Raises RecipeError for a file that is no safetensors file, and for a link that leads out of the model.
         """
-        tensors = elements = 0
+        found = []
         for name in self.files:
             with open_safetensors(self.folder / name, inside=self.inside) as file:
-                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118  # no dict
-            tensors += len(shapes)
-            elements += sum(map(math.prod, shapes))
-        return ModelSize(tensors, elements)
+                found += [(key, self.folder / name, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118  # no dict
+        return tuple(found)
+
+    @property
+    def size(self) -> ModelSize:
+        """Return the size that the headers declare. Raises RecipeError as `places` does."""
+        return ModelSize(len(self.places), sum(math.prod(shape) for _, _, shape in self.places))
 
     def copy(self, to: Path) -> None:
         """Copy the weights under their plain names: without a variant in the name of the index or of the only file.

@@ -127,7 +127,8 @@ def compile(
         given = shared | _put({TARGET: chain.target}, store)
         outputs = dict(given)
         if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
-            check_memory(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+            whole_model = any(step.configured.holds_weights() for step in chain.steps)
+            check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
         runs: list[RunRecord] = []
         for position, step in enumerate(chain.steps, start=1):
             if PROVENANCE in step.requires:

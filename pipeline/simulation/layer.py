@@ -20,6 +20,7 @@ from intaglio.pipeline.numerics import rounding
 from intaglio.pipeline.simulation.cache import WeightCache
 from intaglio.pipeline.simulation.input import InputCodes, InputRounding, Zero
 from intaglio.pipeline.simulation.weight import WeightRounding
+from intaglio.pipeline.stored_tensors import StoredTensor
 
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.schemes import LayerScheme
@@ -105,9 +106,19 @@ class QuantizedLayer(nn.Module):
         return replace(tables, output_amax_T=self.output_amax_T, output_share_N=self.output_share_N)
 
     def set_codes(self, codes_NK: torch.Tensor) -> None:
-        """Compute with these codes from now on. They replace the float weight, whose memory is freed."""
-        rounded = self.weight_rounding.value(codes_NK).reshape(self.layer.weight.shape)
-        self.layer.weight = nn.Parameter(rounded, requires_grad=False)
+        """Compute with these codes from now on. They replace the float weight, whose memory is freed.
+
+        Where both the weight and the codes stay in their files, the rounded weight is made each time that it is used.
+        """
+        weight = self.layer.weight
+
+        def rounded() -> torch.Tensor:
+            return self.weight_rounding.value(codes_NK).reshape(weight.shape)
+
+        if isinstance(weight, StoredTensor) and isinstance(codes_NK, StoredTensor):
+            self.layer.weight = StoredTensor(weight.shape, torch.float32, rounded).as_parameter()
+        else:
+            self.layer.weight = nn.Parameter(rounded(), requires_grad=False)
         self.cache.keep(self.layer.weight)
 
     def weight_codes(self) -> torch.Tensor:

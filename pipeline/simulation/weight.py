@@ -62,7 +62,7 @@ class WeightRounding(nn.Module):
 
     def fit(self, weight: torch.Tensor) -> None:
         """Set the scales that the format fits to this weight; its shape is that of the layer."""
-        self.set_scales(*self.rounded_form.fit(self.base(weight)))
+        self.set_scales(*self.rounded_form.fit(self.base(weight.detach())))
 
     def set_scales(self, scale_NG: torch.Tensor, group_NG: torch.Tensor | None) -> None:
         """Round onto this grid from now on; a weight of two levels has scales (N, 1) and integers (N, G)."""

@@ -3,20 +3,23 @@
     python samples/benchmarks/full_size.py [dit-xl pixart-xl ...] [--json]
 
 Weights and texts are random, so quality says nothing here; every layer is rounded to nearest, with the ranges of one
-call. Each step runs in a process of its own on what the store has from the steps before, so that the peak (VmHWM) is
-its own, the interpreter and its libraries included. `torch.onnx.export` alone is the yardstick of export-float.
+call. Weights are in bfloat16, in shards of 2 GB that are made one after the other. Each step runs in a process of its
+own on what the store has from the steps before. Two peaks are its own, the interpreter and its libraries included: of
+what it allocates (RssAnon, every 20 ms), which has to fit the machine, and with the mapped files (VmHWM), which the
+system drops when it needs the memory. `torch.onnx.export` alone is the yardstick of export-float.
 """
 
 import json
 import multiprocessing
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 
@@ -26,6 +29,9 @@ from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs.memory import resident_bytes
 from intaglio.pipeline.runs.runner import StepEvent
+
+if TYPE_CHECKING:
+    import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,15 +52,21 @@ class Denoiser:
 
     folder: str
     kind: str
-    config: Mapping[str, int | tuple[int, ...]]
+    config: Mapping[str, int | bool | tuple[int, ...]]
     sample_shape: tuple[int, ...]
     texts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     constants: Mapping[str, object] = field(default_factory=dict)
     scheduler: str = "DDIMScheduler"
+    places: int = 0
+    """Axes of the coordinates that image and text have for each token; 0 if the denoiser takes none."""
+    timestep_scale: float = 1.0
 
 
 TOKENS = 77
 """Tokens of one text."""
+SIDE = 32
+"""Tokens along one side of an image of 512 x 512 whose latents are packed."""
+FLOW = "FlowMatchEulerDiscreteScheduler"
 MODELS: Mapping[str, Denoiser] = {
     # 256 x 256; 750 M parameters, as diffusers has an embedder in every block
     "dit-xl": Denoiser(
@@ -102,9 +114,48 @@ MODELS: Mapping[str, Denoiser] = {
         },
         (16, 64, 64),
         {"encoder_hidden_states": (TOKENS, 4096), "pooled_projections": (2048,)},
-        scheduler="FlowMatchEulerDiscreteScheduler",
+        scheduler=FLOW,
+    ),
+    # FLUX.2-klein, 512 x 512; 3.9 G
+    "flux2-klein": Denoiser(
+        "transformer",
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        (SIDE * SIDE, 128),
+        {"encoder_hidden_states": (TOKENS, 7680)},
+        scheduler=FLOW,
+        places=4,
+        timestep_scale=1e-3,
+    ),
+    # 512 x 512; 6.2 G
+    "z-image": Denoiser(
+        "transformer",
+        "ZImageTransformer2DModel",
+        {},
+        (16, 1, 64, 64),
+        {"cap_feats": (TOKENS, 2560)},
+        scheduler=FLOW,
+        timestep_scale=1e-3,
+    ),
+    # Flux.1-dev, 512 x 512; 11.9 G
+    "flux": Denoiser(
+        "transformer",
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        (SIDE * SIDE, 64),
+        {"encoder_hidden_states": (TOKENS, 4096), "pooled_projections": (768,), "guidance": ()},
+        scheduler=FLOW,
+        places=3,
+        timestep_scale=1e-3,
     ),
 }
+SHARD_BYTES = 2_000_000_000
 
 
 Figures = dict[str, str | float]
@@ -121,9 +172,12 @@ def main(
 ) -> None:
     with folder(work) as place:
         for model in models or MODELS:
-            size = alone(make_checkpoint, model, place / model / "checkpoint")["float32_bytes"]
+            made = alone(watched, make_checkpoint, model, place / model / "checkpoint")
+            size = made["float32_bytes"]
             if not as_json:
-                print(f"{model}: {size / 1e9:.2f} GB in float32", flush=True)
+                print(
+                    f"{model}: {size / 1e9:.2f} GB in float32, made with {made['anon_bytes'] / 1e9:.2f} GB", flush=True
+                )
             rows = []
             for row in measure(place / model, plans.split(","), targets.split(","), yardstick=yardstick, build=build):
                 rows.append(row)
@@ -147,9 +201,9 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
     """A row for each step, as it is done."""
     first = (Step(uses="calibrate", options={"samples": 1}), Step(uses="export-float"))
     for count in (1, 2):
-        yield {"step": first[count - 1].name, **alone(last_step, place, first[:count], targets[0])}
+        yield {"step": first[count - 1].name, **alone(watched, last_step, place, first[:count], targets[0])}
     if yardstick:
-        yield {"step": "torch.onnx.export", **alone(bare_export, place)}
+        yield {"step": "torch.onnx.export", **alone(watched, bare_export, place)}
     for plan in plans:
         rest = (
             Step(uses="uniform", options={"schemes": PLANS[plan]}),
@@ -160,7 +214,7 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
         for target in targets:
             here = (*rest, Step(uses="tensorrt")) if build and target == "tensorrt-rtx" else rest
             for count in range(1, len(here) + 1):
-                found = alone(last_step, place, first + here[:count], target)
+                found = alone(watched, last_step, place, first + here[:count], target)
                 yield {"plan": plan, "target": target, "step": here[count - 1].name, **found}
 
 
@@ -170,17 +224,32 @@ def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return pool.submit(work, *args, **kwargs).result()
 
 
+def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
+    """What `work` returns, and the peaks of this process's memory."""
+    anon, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            anon[0] = max(anon[0], resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        found = work(*args, **kwargs)
+    finally:
+        done.set()
+        watcher.join()
+    return {**found, "anon_bytes": anon[0], "peak_bytes": resident_bytes("VmHWM")}
+
+
 def spent(began: float) -> Figures:
     """Since `began`: seconds by the clock, and of the process's own, which other jobs on the machine do not stretch."""
-    return {
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time(),
-        "peak_bytes": resident_bytes("VmHWM"),  # mapped files included
-    }
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time()}
 
 
-def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:
+def make_checkpoint(model: str, checkpoint: Path) -> Figures:
     """Random weights as a diffusers folder, and what the denoiser takes beside sample and timestep, as recorded."""
+    import accelerate
     import diffusers
     import torch
 
@@ -188,16 +257,63 @@ def make_checkpoint(model: str, checkpoint: Path) -> dict[str, float]:
 
     torch.manual_seed(0)
     wanted = MODELS[model]
-    if not checkpoint.exists():
+    with accelerate.init_empty_weights():
         module = getattr(diffusers, wanted.kind)(**wanted.config)
-        module.save_pretrained(checkpoint / wanted.folder, max_shard_size="100GB")
+    if not checkpoint.exists():
+        module.save_config(checkpoint / wanted.folder)
+        write_shards(module.state_dict(), checkpoint / wanted.folder)
         getattr(diffusers, wanted.scheduler)().save_pretrained(checkpoint / "scheduler")
         if wanted.texts:
             texts = {name: torch.randn(2, *shape) for name, shape in wanted.texts.items()}
-            recording = Recording(wanted.sample_shape, conditions=texts, constants=wanted.constants)
+            scale, shared = wanted.timestep_scale, coordinates(wanted.places)
+            recording = Recording(
+                wanted.sample_shape, scale, conditions=texts, shared=shared, constants=wanted.constants
+            )
             recording.save(checkpoint / CONDITIONS)
-    size = sum(file.stat().st_size for file in (checkpoint / wanted.folder).glob("*.safetensors"))
-    return {"float32_bytes": size}
+    return {"float32_bytes": 4 * sum(tensor.numel() for tensor in module.state_dict().values())}
+
+
+def coordinates(axes: int) -> Mapping[str, "torch.Tensor"]:
+    """Coordinates of the tokens of image and text, (tokens, axes); none for 0 axes."""
+    import torch
+
+    if not axes:
+        return {}
+    image = torch.zeros(SIDE, SIDE, axes)
+    image[..., 1] = torch.arange(SIDE)[:, None]
+    image[..., 2] = torch.arange(SIDE)[None]
+    return {"img_ids": image.reshape(-1, axes), "txt_ids": torch.zeros(TOKENS, axes)}
+
+
+def write_shards(state: "Mapping[str, torch.Tensor]", folder: Path) -> None:
+    """Write random weights in bfloat16 for a state on the meta device; buffers are written as they are."""
+    from intaglio.pipeline.stored_tensors import save_tensors
+
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, tensor in state.items():
+        if (room := room - 2 * tensor.numel()) < 0:
+            shards.append([])
+            room = SHARD_BYTES - 2 * tensor.numel()
+        shards[-1].append(name)
+    placed = {}
+    for number, names in enumerate(shards, 1):
+        file = f"diffusion_pytorch_model-{number:05}-of-{len(shards):05}.safetensors"
+        save_tensors(folder / file, ((name, random_weight(state[name])) for name in names))
+        placed |= dict.fromkeys(names, file)
+    index = {"metadata": {}, "weight_map": placed}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def random_weight(empty: "torch.Tensor") -> "torch.Tensor":
+    """A weight (N, ...) such as training begins with, a norm's ones or a bias; a tensor with values keeps them."""
+    import torch
+
+    if not empty.is_meta:
+        return empty.bfloat16() if empty.is_floating_point() else empty
+    if empty.ndim < 2:
+        return torch.rand(empty.shape).add_(0.5).bfloat16()
+    return torch.randn(empty.shape, dtype=torch.bfloat16).mul_(empty[0].numel() ** -0.5)
 
 
 def model_ref(place: Path) -> ModelRef:
@@ -254,8 +370,8 @@ def line(row: Figures, model_bytes: float) -> str:
     text = f"  {' '.join(str(row[k]) for k in ('plan', 'target', 'step') if k in row):35}"
     if "seconds" in row:
         text += (
-            f" {row['seconds']:7.1f} s, {row['cpu_seconds']:6.1f} s of CPU, peak {row['peak_bytes'] / 1e9:5.2f} GB"
-            f" = {row['peak_bytes'] / model_bytes:.2f} of the model"
+            f" {row['seconds']:7.1f} s, {row['cpu_seconds']:6.1f} s of CPU, allocated {row['anon_bytes'] / 1e9:5.2f} GB"
+            f" = {row['anon_bytes'] / model_bytes:.2f} of the model, with files {row['peak_bytes'] / 1e9:5.2f} GB"
         )
     else:
         text += " was in the store"

@@ -19,11 +19,13 @@ from tiny_families import ROWS, sd3, sd15
 from intaglio import Recipe, compile
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
+from intaglio.pipeline.model import stored_weights
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.lora import fuse_lora_
 from intaglio.pipeline.model.recording import Recording
 from intaglio.pipeline.model.ref import LoraRef, ModelRef
+from intaglio.pipeline.stored_tensors import StoredTensor
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -175,6 +177,19 @@ def test_several_are_fused_one_after_the_other(dit):
     once = tiny_dit()
     once.load_state_dict(by_hand(once, first, 2.0))
     assert_same(fused, by_hand(once, second, 0.5 / 2))
+
+
+def test_weights_that_stay_in_their_files_are_fused_as_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_weights, "LEAST_BYTES", 0)
+    save_folder(tiny_dit(), tmp_path / "model")
+    for seed in (1, 2):
+        written(tiny_dit(), tmp_path / f"lora{seed}", seed, use_dora=seed == 2)
+    checkpoint = with_loras(tmp_path, ("lora1", 0.5), ("lora2", 1.0))
+    stored, expected = checkpoint.open(stored=True).module, checkpoint.open().module.state_dict()
+    assert isinstance(stored.transformer_blocks[0].attn1.to_q.weight, StoredTensor)
+    found = stored.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_module_from_a_factory_is_fused(tmp_path):

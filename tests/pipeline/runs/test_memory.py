@@ -3,39 +3,59 @@
 from mmap import mmap
 
 import pytest
-from tiny import save_folder, tiny_dit
+from tiny import FACTORY, save_folder, tiny_dit
 from toys import START, toy_recipe
 
 from intaglio import Recipe, Store, compile
+from intaglio.pipeline import machine
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.checkpoint import Checkpoint
+from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.runs import memory
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_step(store, tmp_path, monkeypatch):
     save_folder(tiny_dit(), tmp_path / "model")
     recipe = Recipe.parse("{model: model, targets: [onnxruntime-cpu], steps: [calibrate]}")
-    count = sum(parameter.numel() for parameter in tiny_dit().parameters())
-    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(count) - 1)
+    sizes = [parameter.numel() for parameter in tiny_dit().parameters()]
+    count, least = sum(sizes), memory.least_stored_bytes(max(sizes))
+    monkeypatch.setattr(memory, "machine_bytes", lambda: least - 1)
     ran = []
     with pytest.raises(RecipeError, match=rf"has {count:,} parameters, .* at least 0\.5 GB, and there are 0\.5"):
         compile(recipe, store, base=tmp_path, on_step=ran.append)
     assert ran == []
-    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(count))
+    monkeypatch.setattr(memory, "machine_bytes", lambda: least)
     compile(recipe, store, base=tmp_path, on_step=ran.append)
     monkeypatch.setattr(memory, "machine_bytes", lambda: 0)
     compile(recipe, store, base=tmp_path, on_step=ran.append)  # takes nothing: it is all in the store
     assert [event.status for event in ran] == ["runs", "done", "hit"]
+    steps = "[calibrate, {uniform: {schemes: [w8a8_token]}}, {distill: {updates: 1}}]"
+    trained = Recipe.parse(f"{{model: model, targets: [onnxruntime-cpu], seed: 1, steps: {steps}}}")
+    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(count) - 1)
+    with pytest.raises(RecipeError, match="at least 0"):
+        compile(trained, store, base=tmp_path)
+
+
+def test_a_factory_makes_all_its_weights(tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text(FACTORY)
+    model = Checkpoint.resolve(ModelRef(path="model.py:make", sampling_steps=1), tmp_path)
+    monkeypatch.setattr(memory, "PER_PARAMETER", 1e9)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(84) - 1)
+    with pytest.raises(RecipeError, match=r"has 84 parameters"):
+        memory.check_memory(model, whole=False)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(84))
+    memory.check_memory(model, whole=False)
 
 
 @pytest.mark.parametrize("text", ["123456789\n", "max\n"])
 def test_the_machine_has_what_a_group_allows(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "_GROUPS", ())
-    whole = memory.machine_bytes()
+    monkeypatch.setattr(machine, "_GROUPS", ())
+    whole = machine.machine_bytes()
     assert whole > 1e9
     (tmp_path / "limit").write_text(text)
-    monkeypatch.setattr(memory, "_GROUPS", (str(tmp_path / "limit"),))
-    assert memory.machine_bytes() == (whole if text == "max\n" else 123456789)
+    monkeypatch.setattr(machine, "_GROUPS", (str(tmp_path / "limit"),))
+    assert machine.machine_bytes() == (whole if text == "max\n" else 123456789)
 
 
 def test_the_peak_counts_from_when_it_was_forgotten():
