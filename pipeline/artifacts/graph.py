@@ -127,7 +127,7 @@ class Graph(_GraphFacts, _File):
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants", "form"))
+        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants", "form", "variance"))
         return cls(root / "model.onnx", **vars(facts))
 
     def is_folded(self, layer: str) -> bool:

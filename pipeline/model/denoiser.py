@@ -85,6 +85,19 @@ class DenoiserModel:
         part = None if self.form is None else self.form.part
         return tuple(self.sample_shape) if part is None else part.shape(self.sample_shape)
 
+    def read(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the part of outputs (R, ...) that the scheduler reads: without a learned variance that it ignores.
+
+        Nothing is cut off for a model without a timestep, or if the sample's first axis varies in size.
+        """
+        form = self.form or CallForm()
+        if form.cut is not None and form.cut[0] > 0:
+            output = output.narrow(form.cut[0] + 1, 0, form.cut[1])
+        varies = self.other is not None and self.other.sample_shape[0] != self.sample_shape[0]
+        behind = form.part is not None and form.part.start > 0
+        whole = form.variance or varies or behind or self.names.timestep is None
+        return output if whole else output[:, : self.state_shape[0]]
+
     @cached_property
     def names(self) -> InputNames:
         """Return the names of the denoiser's arguments. Raises RecipeError if a required one is missing."""

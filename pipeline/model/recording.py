@@ -5,8 +5,9 @@ Shapes: M recorded rows, R rows of one call.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -165,7 +166,8 @@ def record(
     scale, offset = layout.affine(seen, float(times[0]))
     usual = _conditions(layout, seen)
     without = {} if null is None else _conditions(layout, observe(pipe, denoiser, null))
-    common, constants = _others(layout, seen)
+    parameters = inspect.signature(denoiser.forward).parameters
+    common, constants = _others(layout, seen, {n for n, p in parameters.items() if p.default is p.empty})
     return Recording(
         tuple(layout.flat(seen.first)[layout.sample].shape[1:]),
         scale,
@@ -249,8 +251,13 @@ def _tables(
     return {name: table(usual, name) for name in usual}, {name: table(without, name) for name in without}
 
 
-def _others(layout: Layout, seen: Observation) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Return the tensors that all rows share, and the constants, of the first call."""
+def _others(
+    layout: Layout, seen: Observation, required: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return the tensors that all rows share, and the constants, of the first call.
+
+    None is a constant only in a list, where it has its place, and for `required` arguments.
+    """
     import torch
 
     common, constants = {}, {}
@@ -258,7 +265,7 @@ def _others(layout: Layout, seen: Observation) -> tuple[dict[str, torch.Tensor],
         if isinstance(value, torch.Tensor):
             if name in layout.shared:
                 common[name] = _kept(value)
-        elif value is not None or "." in name:  # None has its place in a list
+        elif value is not None or "." in name or name in required:
             constants[name] = _restored(_as_json(name, value))
     return common, constants
 

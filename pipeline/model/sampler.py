@@ -61,6 +61,7 @@ class Sampler:
         model = self.model
         self.names = model.names
         self._part = None if model.form is None else model.form.part
+        self._variance = model.form is not None and model.form.variance
         self._conditions, self._null = model.conditions, model.null
         if model.classes is not None and not model.conditions:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
@@ -128,6 +129,11 @@ class Sampler:
         part = self._part
         return x if part is None or x.shape[part.axis + 1] == part.size else part.of(x)
 
+    def _read(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the part of outputs (R, ...) that the scheduler reads."""
+        read = self.model.read(output)
+        return read if self._variance else self.state(read)
+
     @property
     def rows_per_sample(self) -> int:
         """Number of rows in a call for each sample: 2 with guidance, else 1."""
@@ -142,7 +148,11 @@ class Sampler:
         if self.guidance == 1.0:
             return output
         cond, null = output.chunk(2)
-        return null + self.guidance * (cond - null)
+        guided = null + self.guidance * (cond - null)
+        if self._variance:  # only the noise is guided, as in diffusers
+            channels = self.model.state_shape[0]
+            guided = torch.cat([guided[:, :channels], cond[:, channels:]], 1)
+        return guided
 
     def with_state(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return samples (R, ...) that have what the scheduler moves from `other` (R, ...), and the rest from x."""
@@ -162,7 +172,7 @@ class Sampler:
             inputs = self.rows(scheduler.scaled(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
-            x = scheduler.step(self.state(self.guided(output)), t, x)
+            x = scheduler.step(self._read(self.guided(output)), t, x)
         yield x
 
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
@@ -179,8 +189,10 @@ class Sampler:
         denoiser's outputs at each step. The denoiser is not called, so changes of later outputs are left out. For DDIM
         the result is the step's |d sigma|.
         """
-        x, outputs = self.state(x), [self.state(output) for output in outputs]
+        x, outputs = self.state(x), [self._read(output) for output in outputs]
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        if self._variance:  # it is not changed
+            noise = torch.cat([noise, torch.zeros_like(noise)], 1)
 
         def end(changed: int | None) -> torch.Tensor:
             scheduler, at = self._scheduler(x), x

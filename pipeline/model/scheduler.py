@@ -149,6 +149,24 @@ def _tried(scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> tup
     return done, apart
 
 
+@torch.no_grad()
+def reads_variance(scheduler: Scheduler, noise: torch.Tensor) -> bool:
+    """Return True if a scheduler reads a learned variance from as many channels again, behind those of the noise.
+
+    Copies of it make the first step of a sample like `noise` (1, C, ...), from two outputs that differ there alone.
+    """
+    found = []
+    for variance in (-noise.tanh(), noise.tanh()):
+        tried, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
+        try:
+            with seeded(0):
+                found.append(_previous(tried, torch.cat([noise, variance], 1), tried.timesteps[0], noise, generator))
+        except Exception:  # whatever a scheduler raises for an output that is larger than the sample
+            return False
+    first, second = found
+    return first.shape == noise.shape and not torch.equal(first, second)
+
+
 def _previous(
     scheduler: Any, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:

@@ -129,7 +129,7 @@ def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
 def float_error(family: str, compiled: CompiledTarget) -> float:
     """The larger of those at the two sizes."""
     model, call = {**FAMILIES, **NEWER}[family](), compiled[TRAJECTORY].call(0)
-    module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH], OnnxRuntime())
+    module, graph = denoise_with(model.module, model, whole=True), graph_denoise(compiled[FLOAT_GRAPH], OnnxRuntime())
     errors = []
     for inputs in filter(None, (call, other_call(model, call))):
         with torch.no_grad():
