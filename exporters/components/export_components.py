@@ -133,8 +133,8 @@ class ExportComponents(Pass):
         """Raise RecipeError for the precision or target of a component that cannot be compiled, or is left out."""
         from torch import nn
 
-        there, denoiser = folder.classes(), folder.denoiser
-        left = [name for name in there if name != denoiser and self.precision.get(name) != "none"]
+        there, denoisers = folder.classes(), folder.denoisers
+        left = [name for name in there if name not in denoisers and self.precision.get(name) != "none"]
         models = [name for name in left if issubclass(folder.component_class(name), nn.Module)]
         options: Mapping[str, Mapping[str, str]] = {"precision": self.precision, "targets": self.targets}
         problems = []
@@ -142,7 +142,7 @@ class ExportComponents(Pass):
             for name, value in by.items():
                 if name not in there:
                     why = f"the pipeline has no such component{did_you_mean(name, there)}"
-                elif name == denoiser:
+                elif name in denoisers:
                     origin = "the plan" if option == "precision" else "the recipe"
                     why = f"{origin} sets the {option.removesuffix('s')} of the denoiser: remove this entry"
                 elif option == "targets" and self.precision.get(name) == "none":
@@ -174,7 +174,7 @@ class ExportComponents(Pass):
                 models = {
                     name: module
                     for name, module in pipe.components.items()
-                    if isinstance(module, nn.Module) and name not in (folder.denoiser, *without)
+                    if isinstance(module, nn.Module) and name not in (*folder.denoisers, *without)
                 }
                 return models, *self._recorded(pipe, models, model.ref.sampling_steps, ctx)
             except IntaglioError:

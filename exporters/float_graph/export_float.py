@@ -106,7 +106,7 @@ class ExportFloat(Pass):
         if fixed := graph.interface.constants:
             ctx.log.info("the graph holds for %s as recorded: the values decide what is computed", ", ".join(fixed))
         interface = _interface(model)
-        interface = replace(interface, constants={**interface.constants, **fixed})
+        interface = replace(interface, constants={**interface.constants, **fixed}, component=state[MODEL].ref.subfolder)
         return replace(graph, timestep=model.names.timestep, interface=interface), expected
 
 

@@ -45,6 +45,8 @@ class DenoiserModel:
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
     scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
     further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
+    `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
+    them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
     """
 
     module: nn.Module
@@ -63,14 +65,18 @@ class DenoiserModel:
     form: CallForm | None = None
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     timestep_offset: float = 0.0
+    times: tuple[float, ...] = ()
+    start: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}
+        if self.start is not None:
+            counts["start"] = len(self.start)
         problems = []
         if len(set(counts.values())) > 1:
             problems.append(f"model: conditions have different numbers of rows: {counts}")
         for name, rows in self.null.items():
-            if name not in counts:
+            if name not in self.conditions:
                 problems.append(f"model: null rows for {name}, which is no condition")
             elif len(rows) not in (1, counts[name]):
                 problems.append(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
@@ -17,6 +18,9 @@ from intaglio.pipeline.model.types import Denoise, Inputs
 SMALL = 1e-2
 """Standard deviation of the change that `influence` makes to an output: samples respond to it linearly."""
 
+
+SAME_TIMESTEP = 1e-3
+"""Distance up to which recorded timesteps are those of the schedule, relative to the largest."""
 
 CLASS_LABELS = "class_labels"
 """Name of the condition of a class-conditional model."""
@@ -70,7 +74,27 @@ class Sampler:
         self.model.scheduler.set_timesteps(steps, **model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
         self._stepping = find_stepping(model.scheduler, like, steps)
-        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[: self._stepping.count])
+        self._own = self._own_steps()
+        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[self._own])
+
+    def _own_steps(self) -> slice:
+        """Return the positions of the model's own timesteps in the schedule.
+
+        Raises RecipeError if they are no steps of this schedule.
+        """
+        schedule = [float(t) for t in self.model.scheduler.timesteps[: self._stepping.count]]
+        if not (own := self.model.times):
+            return slice(len(schedule))
+        near = SAME_TIMESTEP * max(schedule)
+        first = next((at for at, t in enumerate(schedule) if abs(t - own[0]) <= near), len(schedule))
+        found = schedule[first : first + len(own)]
+        if len(found) < len(own) or any(abs(a - b) > near for a, b in zip(found, own, strict=True)):
+            shown = ", ".join(f"{t:g}" for t in own[:3]) + (", ..." if len(own) > 3 else "")
+            raise RecipeError(
+                f"model: its conditions were recorded at {len(own)} timesteps ({shown}) that are no steps of"
+                f" sampling_steps: {self.steps}: record with num_inference_steps={self.steps}"
+            )
+        return slice(first, first + len(own))
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's timestep in the denoiser's scale."""
@@ -83,19 +107,24 @@ class Sampler:
     @property
     def condition_rows(self) -> int:
         """Number of rows of conditions to draw from: classes or recorded rows; 0 without conditions."""
-        return len(next(iter(self._conditions.values()), ()))
+        recorded = self.model.start
+        return len(next(iter(self._conditions.values()), () if recorded is None else recorded))
 
     def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
-        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn."""
+        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn.
+
+        A denoiser that begins with recorded samples gets those of the same rows in place of noise.
+        """
         noise = torch.randn(batch, *self.model.state_shape, generator=generator)
         conditions, null = {}, {}
-        if self._conditions:
+        if self.condition_rows:
             if rows:
                 drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
             else:
                 drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
             conditions = {name: table[drawn] for name, table in self._conditions.items()}
             null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
+            noise = noise if self.model.start is None else self.model.start[drawn].reshape(noise.shape)
         if self._part is not None and self.names.sample not in conditions:
             shape = self._part.rest_shape(self.model.sample_shape)
             conditions[self.names.sample] = torch.randn(batch, *shape, generator=generator)
@@ -167,7 +196,7 @@ class Sampler:
     def followed(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """Drive as `drive` does, with gradients of the samples where torch records them."""
         scheduler = self._scheduler(start.noise)
-        x = start.noise * scheduler.first_scale
+        x = start.noise * scheduler.first_scale if self.model.start is None else start.noise
         for step, t in enumerate(scheduler.timesteps):
             inputs = self.rows(scheduler.scaled(x, t), t, start)
             output = denoise(inputs)
@@ -179,7 +208,7 @@ class Sampler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
         fresh.set_timesteps(self.steps, **self.model.schedule)
-        return SeededScheduler(fresh, noise, self._stepping)
+        return SeededScheduler(fresh, noise, self._stepping, self._own)
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:

@@ -47,9 +47,12 @@ class SeededScheduler:
     step all samples in one call. The global generator is left as it was.
     """
 
-    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> None:
-        """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here."""
-        self.timesteps = scheduler.timesteps[: stepping.count]
+    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping, own: slice) -> None:
+        """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here.
+
+        `own` are the positions of the timesteps that it is stepped from.
+        """
+        self.timesteps = scheduler.timesteps[own]
         self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
         self._stepping, apart = stepping, stepping.apart
         self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
