@@ -14,7 +14,7 @@ from intaglio.exporters.deploy.call_inputs import CallInputs
 from intaglio.exporters.deploy.denoiser import defaults, device_of, load, open_call, size_bound
 from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.components import Components
-from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.graph import Graph, Interface
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import load_target
@@ -158,7 +158,8 @@ def _denoisers(settings: PipelineFolder, folders: Sequence[Path], replaced: Coll
     """
     kinds, found = settings.classes(), dict[str, Path]()
     for folder in folders:
-        interface = Graph.load(folder).interface
+        graph = folder / "graph.json"
+        interface = Graph.load(folder).interface if graph.exists() else Interface()  # `load` says what is missing
         name = interface.component or settings.denoiser
         if name not in settings.denoisers or (interface.kind and interface.kind != kinds[name][1]):
             known = ", ".join(f"{each} ({kinds[each][1]})" for each in settings.denoisers)

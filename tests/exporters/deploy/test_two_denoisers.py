@@ -153,9 +153,7 @@ def test_a_denoiser_that_is_not_there_or_not_called_cannot_be_recorded(recorded,
 
 
 def test_a_subfolder_without_a_denoiser_is_refused(recorded):
-    with pytest.raises(
-        RecipeError, match=r"subfolder: model has no transformer_3/config.json of a diffusers class"
-    ):
+    with pytest.raises(RecipeError, match=r"subfolder: model has no transformer_3/config.json of a diffusers class"):
         Checkpoint.resolve(ModelRef(path="model", subfolder="transformer_3"), recorded[1])
 
 
