@@ -41,7 +41,9 @@ class CallsWithPictures(Pass):
         None, description="arguments that differ in a second call; axes whose size differs there become dynamic"
     )
     pictures: Mapping[str, str] = Field(
-        {}, description="expected sha256 of pictures that the calls name, by their path; any that is not given"
+        {},
+        description="expected sha256 of pictures that the calls name, by their path; any that is not given",
+        exclude_if=lambda digests: not digests,
     )
     _base: Path = PrivateAttr()
 

@@ -9,7 +9,7 @@ import gc
 import inspect
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -67,13 +67,15 @@ class ExportFloat(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Export the graph. Raises StepFailed if the graph differs from torch."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
+        from intaglio.exporters.float_graph.multiples import find_multiples
 
         graph, expected = self._write_graph(state, ctx)
         gc.collect()  # the wrapped module is part of a reference cycle
         tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
         amax = _magnitudes(graph, state[TRAJECTORY], tolerance, ctx)
         check_outputs(graph.path, expected, tolerance)
-        return {FLOAT_GRAPH: replace(graph, amax=amax)}
+        multiples = find_multiples(graph, _call_of(graph, state[TRAJECTORY], 0, [0])) if graph.sizes else {}
+        return {FLOAT_GRAPH: replace(graph, amax=amax, multiples=multiples)}
 
     def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, list[Expected]]:
         """Write the graph's files; return it with outputs of torch that the trajectory does not hold."""
@@ -204,11 +206,16 @@ def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Con
         def calls() -> Iterator[Expected]:
             for step, some in taken:
                 where = f"at {len(some)} row{'s' * (len(some) > 1)}"
-                call = {
-                    name: value.float() if name == graph.timestep and graph.inputs[name].dtype == "float32" else value
-                    for name, value in trajectory.call(step, some).items()
-                }
+                call = _call_of(graph, trajectory, step, some)
                 yield Expected(where, call, {OUTPUT: trajectory.outputs[step][some]}, first=True)
                 advance()
 
         return find_magnitudes(graph.path, calls(), tolerance)
+
+
+def _call_of(graph: Graph, trajectory: Trajectory, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return these rows of a recorded call, with a floating-point timestep where the graph takes one."""
+    return {
+        name: value.float() if name == graph.timestep and graph.inputs[name].dtype == "float32" else value
+        for name, value in trajectory.call(step, rows).items()
+    }

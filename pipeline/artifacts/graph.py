@@ -25,7 +25,7 @@ STEP_INPUT = "step"
 
 NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
-MAY_LACK = ("scaled", "constants", "form", "variance", "component")
+MAY_LACK = ("scaled", "constants", "form", "variance", "component", "multiples")
 """Fields of graph.json that are left out, or were not there in folders of earlier releases."""
 
 
@@ -107,6 +107,7 @@ class _GraphFacts:
     amax: Mapping[str, float] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
     scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
+    multiples: Annotated[Mapping[str, int], OPTIONAL] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Graph(_GraphFacts, _File):
     `sizes` gives, for each dynamic axis except the batch, its size in the recorded call and at the model's other size.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
+    `multiples` gives, for dynamic axes of the sample, the number above 1 that the network divides their size by.
     """
 
     def save(self, root: Path) -> None:

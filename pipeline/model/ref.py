@@ -27,6 +27,7 @@ class ModelRef(BaseModel):
     subfolder: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        exclude_if=lambda name: name is None,
         description="folder of the denoiser in a diffusers folder, if it is neither transformer nor unet, such as"
         " transformer_2",
     )
