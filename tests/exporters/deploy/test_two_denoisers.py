@@ -9,6 +9,7 @@ import tiny_pipelines
 import torch
 from harness import run_pass
 from quantizing import with_plan
+from typer.testing import CliRunner
 
 import intaglio
 from intaglio import RecipeError
@@ -17,6 +18,7 @@ from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.cli.app import app
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme
 from intaglio.pipeline.formats.target import load_target
@@ -164,3 +166,15 @@ def test_a_pipeline_with_one_denoiser_has_all_steps():
     made = intaglio.record(pipe, call | {"output_type": "latent"})
     assert (made.times, made.start) == ((), None)
     assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+
+
+def test_the_first_recipe_names_the_other_denoiser(recorded, tmp_path):
+    written = tmp_path / "recipe.yaml"
+    result = CliRunner().invoke(app, ["init", str(recorded[1] / "model"), "--out", str(written)])
+    assert result.exit_code == 0, result.output
+    text = written.read_text()
+    assert (
+        "# transformer_2 shares its steps: compile it by a recipe of its own, with `subfolder: transformer_2`" in text
+    )
+    assert "transformer_2: " not in text.replace("subfolder: transformer_2", "")  # it is no component to compile
+    assert "text_encoder" in text
