@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 def _is_unset(value: object) -> bool:
-    return value is None or value is False or value == ()
+    return value is None or value is False or value in ((), {})
 
 
 OPTIONAL: Any = Field(exclude_if=_is_unset)
-"""Annotation of a field that `write_typed` leaves out where it is None, False or an empty tuple."""
+"""Annotation of a field that `write_typed` leaves out where it is None, False, or an empty tuple or mapping."""
 MIB = 1 << 20
 MOST_JSON = 16 * MIB
 """Largest size in bytes of a JSON file. Python needs up to 30 times as much memory for its values."""

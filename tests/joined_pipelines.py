@@ -187,8 +187,91 @@ def cascade_prior() -> tuple[Any, dict[str, Any]]:
     return pipe, {"height": 256, "width": 256}
 
 
+def hunyuan_dit() -> tuple[Any, dict[str, Any]]:
+    """Splits a learned variance from every output, whatever the configuration says."""
+    module = seeded(
+        lambda: diffusers.HunyuanDiT2DModel(
+            in_channels=4,
+            patch_size=2,
+            sample_size=8,
+            hidden_size=64,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=32,
+            cross_attention_dim=64,
+            cross_attention_dim_t5=32,
+            pooled_projection_dim=16,
+            text_len=TEXT,
+            text_len_t5=TEXT + 1,
+        )
+    )
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.HunyuanDiTPipeline(
+        vae=vae(),
+        transformer=module,
+        scheduler=diffusers.DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.03,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            clip_sample=False,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **absent,
+    )
+    given = {}
+    for part, seed in (("prompt", 1), ("negative_prompt", 2)):
+        for name, tokens, width in (("", TEXT, 64), ("_2", TEXT + 1, 32)):
+            given[f"{part}_embeds{name}"] = rows(tokens, width, seed=seed)
+            given[f"{part}_attention_mask{name}"] = torch.ones(ROWS, tokens, dtype=torch.int64)
+    sizes = {"height": 16, "width": 16, "original_size": (16, 16), "use_resolution_binning": False}
+    return pipe, {**given, **sizes, "guidance_scale": 1.0}
+
+
+def kandinsky_decoder() -> tuple[Any, dict[str, Any]]:
+    """Hands the learned variance to its scheduler, and guides the noise alone."""
+    module = seeded(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=8,
+            layers_per_block=1,
+            block_out_channels=(32,),
+            down_block_types=("SimpleCrossAttnDownBlock2D",),
+            mid_block_type=None,
+            up_block_types=("ResnetUpsampleBlock2D",),
+            cross_attention_dim=32,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="image_proj",
+            addition_embed_type="image",
+            attention_head_dim=4,
+            norm_num_groups=8,
+            resnet_time_scale_shift="scale_shift",
+        )
+    )
+    torch.manual_seed(0)
+    movq = diffusers.VQModel(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        num_vq_embeddings=12,
+        norm_num_groups=8,
+        norm_type="spatial",
+        vq_embed_dim=4,
+    ).eval()
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, variance_type="learned_range", clip_sample_range=2.0
+    )
+    pipe = diffusers.KandinskyV22Pipeline(unet=module, scheduler=scheduler, movq=movq)
+    given = {"image_embeds": rows(32), "negative_image_embeds": rows(32, seed=2), "height": 16, "width": 16}
+    return pipe, {**given, "guidance_scale": 1.0}
+
+
 def call_of(given: dict[str, Any], steps: int = 3) -> dict[str, Any]:
     """A whole call, without guidance, that returns latents."""
-    text = {} if "prompt_embeds" in given else {"prompt": ["a", "b"], "guidance_scale": 1.0}
+    text = {} if {"prompt_embeds", "image_embeds"} & given.keys() else {"prompt": ["a", "b"], "guidance_scale": 1.0}
     draws = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
     return {**text, **given, **draws, "output_type": "latent"}

@@ -160,11 +160,41 @@ def flux() -> diffusers.FluxPipeline:
     )
 
 
+def umt5() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(vocab_size=29, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+    return transformers.UMT5EncoderModel(config).eval()
+
+
+def wan_experts() -> diffusers.WanPipeline:
+    """Two transformers: one for the noisy steps, one for the rest."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    second = tiny_families.wan().module
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(0.05 * parameter.std().nan_to_num() * torch.randn(parameter.shape))
+    return diffusers.WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5(),
+        vae=vae.eval(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        ),
+        transformer=tiny_families.wan().module,
+        transformer_2=second,
+        boundary_ratio=0.8,
+    )
+
+
 CALLS: dict[Callable[[], Any], dict[str, Any]] = {
     sd: {"height": 8, "width": 8},
     sdxl: {"height": 8, "width": 8},
     pixart: {"height": 8, "width": 8, "use_resolution_binning": False, "max_sequence_length": LENGTH},
     sd3: {"height": 16, "width": 16, "max_sequence_length": LENGTH},
     flux: {"height": 8, "width": 8, "max_sequence_length": LENGTH},
+    wan_experts: {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": LENGTH},
 }
 """What else each is called with."""

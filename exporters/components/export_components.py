@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import AfterValidator, Field, JsonValue, WithJsonSchema
 
+from intaglio.exporters.components.pictures import CallsWithPictures
 from intaglio.pipeline.artifacts.graph import Graph, Interface
 from intaglio.pipeline.artifacts.keys import COMPONENTS, MODEL, PIPELINE, TARGET
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
-from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import IntaglioError, RecipeError, StepFailed, TargetError, did_you_mean
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.known import known_schemes
@@ -59,7 +59,7 @@ PICTURES = ("image", "mask_image", "control_image")
 """Arguments for which a pipeline may need pictures."""
 
 
-class ExportComponents(Pass):
+class ExportComponents(CallsWithPictures):
     """Export a graph of each component that computes what torch does, at any number of rows.
 
     The precision `float` is the floating-point type of the target. Any other precision rounds the weights; the graph is
@@ -80,12 +80,6 @@ class ExportComponents(Pass):
         " calls are recorded)",
     )
     targets: Mapping[str, str] = Field({}, description="target by component, if it is not the recipe's")
-    call: Mapping[str, JsonValue] = Field(
-        {}, description="arguments of the pipeline's call, which runs its models; without `prompt`, two default prompts"
-    )
-    other_call: Mapping[str, JsonValue] | None = Field(
-        None, description="arguments that differ in a second call; axes whose size differs there become dynamic"
-    )
     image_to_image: bool = Field(False, description="also compile the encoder of the autoencoder that decodes pictures")
     groups: tuple[int, ...] = Field((64, 32, 128), description="group sizes of 4-bit weights, the preferred first")
     opset: int = Field(21, ge=21, le=22, description="ONNX opset, with the same meaning as in export-float")
@@ -133,8 +127,8 @@ class ExportComponents(Pass):
         """Raise RecipeError for the precision or target of a component that cannot be compiled, or is left out."""
         from torch import nn
 
-        there, denoiser = folder.classes(), folder.denoiser
-        left = [name for name in there if name != denoiser and self.precision.get(name) != "none"]
+        there, denoisers = folder.classes(), folder.denoisers
+        left = [name for name in there if name not in denoisers and self.precision.get(name) != "none"]
         models = [name for name in left if issubclass(folder.component_class(name), nn.Module)]
         options: Mapping[str, Mapping[str, str]] = {"precision": self.precision, "targets": self.targets}
         problems = []
@@ -142,7 +136,7 @@ class ExportComponents(Pass):
             for name, value in by.items():
                 if name not in there:
                     why = f"the pipeline has no such component{did_you_mean(name, there)}"
-                elif name == denoiser:
+                elif name in denoisers:
                     origin = "the plan" if option == "precision" else "the recipe"
                     why = f"{origin} sets the {option.removesuffix('s')} of the denoiser: remove this entry"
                 elif option == "targets" and self.precision.get(name) == "none":
@@ -174,7 +168,7 @@ class ExportComponents(Pass):
                 models = {
                     name: module
                     for name, module in pipe.components.items()
-                    if isinstance(module, nn.Module) and name not in (folder.denoiser, *without)
+                    if isinstance(module, nn.Module) and name not in (*folder.denoisers, *without)
                 }
                 return models, *self._recorded(pipe, models, model.ref.sampling_steps, ctx)
             except IntaglioError:
@@ -197,7 +191,7 @@ class ExportComponents(Pass):
 
         def recorded(call: Mapping[str, JsonValue]) -> list[MethodCalls]:
             with torch.no_grad():
-                found = self._record(pipe, models, call, steps, ctx)
+                found = self._record(pipe, models, self.opened(call), steps, ctx)
                 if self.image_to_image and not any(calls.method == "encode" for calls in found):
                     decoders = [c for c in found if c.method == "decode" and hasattr(models[c.component], "encode")]
                     found += [encode_calls(calls, models[calls.component]) for calls in decoders]
@@ -213,7 +207,7 @@ class ExportComponents(Pass):
         return usual, other
 
     def _record(
-        self, pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, JsonValue], steps: int, ctx: Context
+        self, pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, Any], steps: int, ctx: Context
     ) -> list[MethodCalls]:
         """Return the calls of one run. If the pipeline fails without pictures, it gets default ones."""
         from intaglio.exporters.components.calls import picture_for, record_calls

@@ -106,6 +106,7 @@ class CallInputs:
         if timestep in found and len(specs[timestep].shape) == 1:
             found[timestep] = self._for_rows(found[timestep], found.get(sample))
         check_shapes({name: specs[name] for name in found}, found, self._name)
+        self._check_multiples(found)
         for name, size in self._tables.items():
             self._check_indices(name, found[name], size)
         converted = {name: self._converted(name, value) for name, value in found.items()}
@@ -189,6 +190,21 @@ class CallInputs:
                 f"{self._place(name)} has {given:g} at {tuple(place)}, but the graph was compiled with {compiled:g}:"
                 f" {advice}"
             )
+
+    def _check_multiples(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Raise CallError, once for each axis, for sizes that the network cannot divide."""
+        problems = {}
+        for axis, size in _named_sizes(self._graph.inputs, found):
+            least = self._graph.multiples.get(axis, 1)
+            if size % least:
+                name, place = next((n, s.shape.index(axis)) for n, s in self._graph.inputs.items() if axis in s.shape)
+                near = " or ".join(str(each) for each in (size // least * least, size // least * least + least) if each)
+                problems[axis] = (
+                    f"{self._place(name)} has {size} at axis {place}, but the network divides this size by {least}:"
+                    f" give {near}"
+                )
+        if problems:
+            raise CallError(*problems.values())
 
     def _check_indices(self, name: str, value: torch.Tensor, size: int) -> None:
         """Raise CallError for indices outside 0 to size - 1; torch refuses negative ones too."""

@@ -46,9 +46,9 @@ def _output_class(graph: Graph) -> Any:
 class CompiledDenoiser(Standin):
     """Denoiser that a runtime executes, with the interface and attributes of the original model.
 
-    A call takes the arguments of the original, at the shapes and timesteps of the compilation. If layers have a
-    scale for each denoising step, the step is found from the timestep. A learned variance is not computed, and
-    `config` does not mention it, so pipelines do not expect it. Any attempt to change the model raises CallError.
+    A call takes the arguments of the original, at the shapes and timesteps of the compilation, and returns all
+    channels of its first output, a learned variance too. If layers have a scale for each denoising step, the step is
+    found from the timestep. Any attempt to change the model raises CallError.
     """
 
     def __init__(self, graph: Graph, call: Values, device: torch.device | None = None) -> None:
@@ -167,7 +167,4 @@ def _original(graph: Graph) -> nn.Module | None:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         name = printable(interface.kind)[:100]
         raise RecipeError(f"{file}: compiled from {name}, which diffusers {diffusers.__version__} does not have")
-    module = empty_model(kind, dict(interface.config), size_bound(graph.path.parent), file)
-    if "out_channels" in interface.config and interface.form is not None and interface.form.cut is not None:
-        module.register_to_config(out_channels=interface.form.cut[1])  # type: ignore[operator]  # a method of diffusers
-    return module
+    return empty_model(kind, dict(interface.config), size_bound(graph.path.parent), file)

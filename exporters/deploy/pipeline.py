@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +14,7 @@ from intaglio.exporters.deploy.call_inputs import CallInputs
 from intaglio.exporters.deploy.denoiser import defaults, device_of, load, open_call, size_bound
 from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.components import Components
-from intaglio.pipeline.artifacts.graph import Graph
+from intaglio.pipeline.artifacts.graph import Graph, Interface
 from intaglio.pipeline.errors import CallError, RecipeError
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import load_target
@@ -101,7 +101,7 @@ class CompiledComponent(Standin):
 
 def load_pipeline(
     folder: str | Path,
-    *,
+    *more: str | Path,
     backend: str = "onnxruntime",
     threads: int = 0,
     providers: Sequence[str] = (),
@@ -109,10 +109,12 @@ def load_pipeline(
 ) -> Any:  # a diffusers pipeline
     """Load the diffusers pipeline of a compiled folder, `build/<recipe>/<target>`, around its graphs or engines.
 
-    No other weights are read. `backend`, `threads`, `providers`: as in `load`; components compiled for ONNX
-    Runtime run in it beside engines. `components`: replacements of the folder's own, such as another scheduler.
-    Raises RecipeError if the folder holds no pipeline, or nothing that the backend executes, TargetError if an engine
-    does not run here.
+    No other weights are read. `more`: compiled folders of the pipeline's other denoisers, where several share the steps
+    of a sample; each takes the place that its recipe names in `model.subfolder`. `backend`, `threads`, `providers`: as
+    in `load`; components compiled for ONNX Runtime run in it beside engines. `components`: replacements of the folder's
+    own, such as another scheduler.
+    Raises RecipeError if the folder holds no pipeline, or nothing that the backend executes, or if a denoiser is
+    missing or given twice; TargetError if an engine does not run here.
     """
     root = Path(folder)
     home = device_of(backend)
@@ -121,11 +123,12 @@ def load_pipeline(
     compiled = Components(root / "pipeline")
     settings, there = PipelineFolder(compiled.root), compiled.compiled
     made: dict[str, Any] = dict.fromkeys(settings.absent())
+    denoisers = _denoisers(settings, (root, *map(Path, more)), components)
     for name in settings.classes():
         if name in components:
             continue
-        if name == settings.denoiser:
-            made[name] = load(root, backend=backend, threads=threads, providers=providers)
+        if name in denoisers:
+            made[name] = load(denoisers[name], backend=backend, threads=threads, providers=providers)
         elif name not in there:
             made[name] = settings.component_class(name).from_pretrained(compiled.root / name, local_files_only=True)
         else:
@@ -146,6 +149,30 @@ def load_pipeline(
     pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
     pipe.save_pretrained = _not_saved  # saving would leave out the compiled models
     return pipe
+
+
+def _denoisers(settings: PipelineFolder, folders: Sequence[Path], replaced: Collection[str]) -> dict[str, Path]:
+    """Return the compiled folder of each denoiser of the pipeline that is not replaced, by name of the component.
+
+    Raises RecipeError for a denoiser that has no folder or two, and for a folder of another model.
+    """
+    kinds, found = settings.classes(), dict[str, Path]()
+    for folder in folders:
+        graph = folder / "graph.json"
+        interface = Graph.load(folder).interface if graph.exists() else Interface()  # `load` says what is missing
+        name = interface.component or settings.denoiser
+        if name not in settings.denoisers or (interface.kind and interface.kind != kinds[name][1]):
+            known = ", ".join(f"{each} ({kinds[each][1]})" for each in settings.denoisers)
+            raise RecipeError(f"{folder}: was compiled from {name} ({interface.kind}): the pipeline has {known}")
+        if name in found:
+            raise RecipeError(f"{folder}: is {name}, as is {found[name]}: give one folder for each denoiser")
+        found[name] = folder
+    if missing := [name for name in settings.denoisers if name not in (*found, *replaced)]:
+        raise RecipeError(
+            f"{folders[0]}: its pipeline also calls {', '.join(missing)}: compile it with model.subfolder, and give its"
+            " compiled folder behind this one"
+        )
+    return found
 
 
 def _not_saved(*_: Any, **__: Any) -> NoReturn:

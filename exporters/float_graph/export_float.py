@@ -9,7 +9,7 @@ import gc
 import inspect
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,7 +46,7 @@ class ExportFloat(Pass):
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -67,17 +67,18 @@ class ExportFloat(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Export the graph. Raises StepFailed if the graph differs from torch."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
+        from intaglio.exporters.float_graph.multiples import find_multiples
 
         graph, expected = self._write_graph(state, ctx)
         gc.collect()  # the wrapped module is part of a reference cycle
         tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
         amax = _magnitudes(graph, state[TRAJECTORY], tolerance, ctx)
-        if expected is not None:
-            check_outputs(graph.path, [expected], tolerance)
-        return {FLOAT_GRAPH: replace(graph, amax=amax)}
+        check_outputs(graph.path, expected, tolerance)
+        multiples = find_multiples(graph, _call_of(graph, state[TRAJECTORY], 0, [0])) if graph.sizes else {}
+        return {FLOAT_GRAPH: replace(graph, amax=amax, multiples=multiples)}
 
-    def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, Expected | None]:
-        """Write the graph's files; return it with torch's outputs at the other size, if there is one."""
+    def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, list[Expected]]:
+        """Write the graph's files; return it with outputs of torch that the trajectory does not hold."""
         from intaglio.exporters.float_graph.capture import Calls
         from intaglio.exporters.float_graph.torch_export import write_graph
         from intaglio.pipeline.model.arguments import in_order
@@ -90,8 +91,8 @@ class ExportFloat(Pass):
         call = _with_floating_timestep(model, call)
         other = other_call(model, call)
         calls = Calls(call, other, frozenset(trajectory.shared), _recorded(model, call, other))
-        expected = _at_other_size(model, calls)
-        denoise = denoise_with(model.module, model)
+        expected = _expected(model, calls)
+        denoise = denoise_with(model.module, model, whole=True)
         graph = write_graph(
             ctx.scratch / "model.onnx",
             model.module,
@@ -107,7 +108,7 @@ class ExportFloat(Pass):
         if fixed := graph.interface.constants:
             ctx.log.info("the graph holds for %s as recorded: the values decide what is computed", ", ".join(fixed))
         interface = _interface(model)
-        interface = replace(interface, constants={**interface.constants, **fixed})
+        interface = replace(interface, constants={**interface.constants, **fixed}, component=state[MODEL].ref.subfolder)
         return replace(graph, timestep=model.names.timestep, interface=interface), expected
 
 
@@ -163,23 +164,30 @@ def _interface(model: DenoiserModel) -> Interface:
     return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants), form)
 
 
-def _at_other_size(model: DenoiserModel, calls: Calls) -> Expected | None:
-    """Return torch's outputs at the other size, if there is one. Raises StepFailed if torch fails there."""
+def _expected(model: DenoiserModel, calls: Calls) -> list[Expected]:
+    """Return torch's whole outputs where the trajectory has only the part that the scheduler reads, or another size.
+
+    Raises StepFailed if torch fails at the other size.
+    """
     import torch
 
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.capture import shapes
     from intaglio.pipeline.model.calls import denoise_with
 
-    if calls.other is None:
-        return None
-    try:
-        with torch.no_grad():
-            found = denoise_with(model.module, model)(calls.other)
-    except (RuntimeError, ValueError) as e:  # shapes that do not fit
-        called = shapes(calls.other)
-        raise StepFailed(f"at the other size the denoiser cannot be called with {called}: {e}") from e
-    return Expected("at the other size", calls.other, {OUTPUT: found})
+    denoise, expected = denoise_with(model.module, model, whole=True), []
+    with torch.no_grad():
+        usual = denoise(calls.usual)
+        if model.read(usual).shape != usual.shape:
+            expected.append(Expected("with its whole output", calls.usual, {OUTPUT: usual}))
+        if calls.other is not None:
+            try:
+                other = denoise(calls.other)
+            except (RuntimeError, ValueError) as e:  # shapes that do not fit
+                called = shapes(calls.other)
+                raise StepFailed(f"at the other size the denoiser cannot be called with {called}: {e}") from e
+            expected.append(Expected("at the other size", calls.other, {OUTPUT: other}))
+    return expected
 
 
 def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
@@ -198,11 +206,16 @@ def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Con
         def calls() -> Iterator[Expected]:
             for step, some in taken:
                 where = f"at {len(some)} row{'s' * (len(some) > 1)}"
-                call = {
-                    name: value.float() if name == graph.timestep and graph.inputs[name].dtype == "float32" else value
-                    for name, value in trajectory.call(step, some).items()
-                }
-                yield Expected(where, call, {OUTPUT: trajectory.outputs[step][some]})
+                call = _call_of(graph, trajectory, step, some)
+                yield Expected(where, call, {OUTPUT: trajectory.outputs[step][some]}, first=True)
                 advance()
 
         return find_magnitudes(graph.path, calls(), tolerance)
+
+
+def _call_of(graph: Graph, trajectory: Trajectory, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return these rows of a recorded call, with a floating-point timestep where the graph takes one."""
+    return {
+        name: value.float() if name == graph.timestep and graph.inputs[name].dtype == "float32" else value
+        for name, value in trajectory.call(step, rows).items()
+    }

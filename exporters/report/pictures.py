@@ -10,6 +10,7 @@ import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,7 @@ def draw(checkpoint: Checkpoint, compiled: nn.Module, wanted: Drawing, ctx: Cont
     model = checkpoint.open()
     _check_steps(model, wanted.steps)
     denoisers = ({FULL: model.module} if wanted.compare else {}) | {COMPILED: compiled}
-    through = _sampled if wanted.prompt is None else _piped
+    through = _sampled if wanted.prompt is None else partial(_piped, place=checkpoint.ref.subfolder)
     return through(model, checkpoint.ref.guidance, denoisers, wanted, ctx)
 
 
@@ -114,9 +115,17 @@ def _sampled(
 
 
 def _piped(
-    model: DenoiserModel, guidance: float, denoisers: Mapping[str, nn.Module], wanted: Drawing, ctx: Context
+    model: DenoiserModel,
+    guidance: float,
+    denoisers: Mapping[str, nn.Module],
+    wanted: Drawing,
+    ctx: Context,
+    place: str | None,
 ) -> Mapping[str, torch.Tensor]:
-    """Draw with the whole pipeline; samples are decoded images in [-1, 1]."""
+    """Draw with the whole pipeline; samples are decoded images in [-1, 1].
+
+    `place` is the component that the denoisers replace, None for the pipeline's transformer or UNet.
+    """
     from diffusers import DiffusionPipeline
 
     from intaglio.pipeline.model.scheduler import seeded
@@ -127,7 +136,7 @@ def _piped(
         raise RecipeError(f"--pipeline {wanted.pipeline}: diffusers finds no whole pipeline there: {e}") from e
     if "prompt" not in inspect.signature(pipe.__call__).parameters:
         raise RecipeError(f"--prompt: {type(pipe).__name__} takes no text: draw rows of conditions, --class N")
-    place = next(name for name in DENOISER_FOLDERS if getattr(pipe, name, None) is not None)
+    place = place or next(name for name in DENOISER_FOLDERS if getattr(pipe, name, None) is not None)
     found = {}
     for name, denoiser in denoisers.items():
         setattr(pipe, place, denoiser)

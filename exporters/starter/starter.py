@@ -86,6 +86,8 @@ class Found:
     """Time in which a run of the recipe should end; if it is set, the cost, where it is known, was measured."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
+    partners: tuple[str, ...] = ()
+    """Other denoisers that share the steps of a sample with this one."""
 
     @property
     def counts(self) -> str:
@@ -187,6 +189,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
         cost=cost,
         minutes=minutes,
         has_weights=checkpoint.has_weights,
+        partners=_partners(checkpoint),
     )
 
 
@@ -213,6 +216,8 @@ def _about(found: Found, effort: Effort, name: str) -> Iterator[str]:
     held = sum(layer.n * layer.k for layer in found.layers) / found.parameters
     yield f"{found.kind}: {million:.1f} M parameters, {float_bytes / 1e6:,.1f} MB in float32."
     yield f"Compiling it takes at least {least_bytes(found.parameters) / 1e9:.1f} GB of memory."
+    for partner in found.partners:
+        yield f"{partner} shares its steps: compile it by a recipe of its own, with `subfolder: {partner}` in `model`."
     yield f"Layers that can be quantized: {found.counts}, with {held:.1%} of the parameters."
     if found.takes:
         yield f"Further inputs besides sample and timestep: {found.takes}."
@@ -366,8 +371,16 @@ def _components(checkpoint: Checkpoint) -> dict[str, str]:
         folder = PipelineFolder.around(checkpoint)
     except RecipeError:
         return {}
-    classes = {n: kind for n, (_, kind) in folder.classes().items() if n != folder.denoiser}
+    classes = {n: kind for n, (_, kind) in folder.classes().items() if n not in folder.denoisers}
     return {n: kind for n, kind in classes.items() if any((folder.root / n).glob("*.safetensors"))}
+
+
+def _partners(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the pipeline's components that are denoisers of the same class."""
+    try:
+        return tuple(n for n in PipelineFolder.around(checkpoint).denoisers if n != checkpoint.place)
+    except RecipeError:
+        return ()
 
 
 def _relative_size(layers: tuple[Layer, ...], target_name: str, names: tuple[str, ...]) -> float:

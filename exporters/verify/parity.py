@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quantized model, both simulated and deployed in `runtime`. `step` returns the denoising step of a call."""
+    """Quantized model, both simulated and deployed in `runtime`. `step` returns the denoising step of a call.
+
+    Both return whole outputs, with what the scheduler does not read.
+    """
 
     graph: Graph
     layers: Mapping[str, QuantizedLayer]
@@ -46,7 +49,7 @@ class Comparison:
         """Turn the model into its simulation, and open the graph. Changes `model`."""
         clock = simulate(model.module, quantized)
         layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-        simulated = clocked(denoise_with(model.module, model), clock, model.names.timestep)
+        simulated = clocked(denoise_with(model.module, model, whole=True), clock, model.names.timestep)
         step = partial(step_of, clock, timestep_name=model.names.timestep)
         return cls(graph, layers, simulated, graph_denoise(graph, runtime), step, runtime)
 

@@ -59,7 +59,7 @@ class Components(_OfPipeline):
         """
         keep = shutil.ignore_patterns(*WEIGHTS)
         for name in folder.classes():
-            if (folder.root / name).is_dir() and name not in (folder.denoiser, *without):
+            if (folder.root / name).is_dir() and name not in (*folder.denoisers, *without):
                 shutil.copytree(folder.root / name, root / name, ignore=keep, dirs_exist_ok=True)
         index = folder.index() | {name: [None, None] for name in without}
         (root / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

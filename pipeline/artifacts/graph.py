@@ -25,6 +25,8 @@ STEP_INPUT = "step"
 
 NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
+MAY_LACK = ("scaled", "constants", "form", "variance", "component", "multiples")
+"""Fields of graph.json that are left out, or were not there in folders of earlier releases."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Interface:
     `kind` is its class in diffusers, with its `config`; both are empty for any other module. `arguments` are the names
     of the arguments of `forward`, in order; `sample` is the one with the samples. `constants` are the recorded
     arguments that are no tensors, and the tensors whose values are constants of the graph (`fixed_constant`). `form` is
-    the form of its calls, None for the plain form.
+    the form of its calls, None for the plain form. `component` is the pipeline's component that it is, where the recipe
+    names it.
     """
 
     kind: str = ""
@@ -51,6 +54,7 @@ class Interface:
     sample: str = "sample"
     constants: Mapping[str, object] = field(default_factory=dict)
     form: Annotated[CallForm | None, OPTIONAL] = None
+    component: Annotated[str | None, OPTIONAL] = None
 
 
 FIXED = frozenset({"values", "shape"})
@@ -103,6 +107,7 @@ class _GraphFacts:
     amax: Mapping[str, float] = field(default_factory=dict)
     interface: Interface = field(default_factory=Interface)
     scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
+    multiples: Annotated[Mapping[str, int], OPTIONAL] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Graph(_GraphFacts, _File):
     `sizes` gives, for each dynamic axis except the batch, its size in the recorded call and at the model's other size.
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
+    `multiples` gives, for dynamic axes of the sample, the number above 1 that the network divides their size by.
     """
 
     def save(self, root: Path) -> None:
@@ -127,7 +133,7 @@ class Graph(_GraphFacts, _File):
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=("scaled", "constants", "form"))
+        facts = read_typed(root / "graph.json", _GraphFacts, may_lack=MAY_LACK)
         return cls(root / "model.onnx", **vars(facts))
 
     def is_folded(self, layer: str) -> bool:

@@ -95,9 +95,10 @@ class Trajectory:
         return slice(None, None, max(1, self.outputs.shape[1] // least))
 
     def call(self, step: int, rows: slice | Sequence[int] = slice(None)) -> dict[str, torch.Tensor]:
-        """Return the inputs of these rows of the call at `step`."""
-        at_step = {name: value[step][rows] for name, value in self.inputs.items()}
-        return at_step | {name: value[rows] for name, value in self.conditions.items()} | dict(self.shared)
+        """Return the inputs of these rows of the call at `step`, contiguous as in the pipeline's own calls."""
+        own = {name: value[step][rows] for name, value in self.inputs.items()}
+        own |= {name: value[rows] for name, value in self.conditions.items()}
+        return {name: value.contiguous() for name, value in own.items()} | dict(self.shared)
 
     def save(self, root: Path) -> None:
         """Write trajectory.safetensors and trajectory.json."""

@@ -9,8 +9,9 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from intaglio.pipeline.files import OPTIONAL
 from intaglio.pipeline.model.arguments import nest
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class CallForm:
     """Form of a denoiser's calls and outputs.
 
     `part` is what the scheduler moves of the sample, None for all of it. `cut` is an axis of one sample and the size to
-    which outputs are cut there, None if they have no more than the state, such as a learned variance.
+    which the scheduler reads outputs there, None if they have no more than the state. With `variance`, the scheduler
+    reads as many channels again behind those of the state: a learned variance.
     `repeats[name]` is the number of rows (R, k, ...) that the module takes as (R k, ...), such as texts once a frame.
     `apart` are inputs that the module takes as a list with one tensor for each row. With `lists`, numbered inputs are
     the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's is not.
@@ -82,6 +84,7 @@ class CallForm:
     lists: bool = False
     float_timestep: bool = False
     fields: tuple[str, ...] = ("sample",)
+    variance: Annotated[bool, OPTIONAL] = False
 
     def call(self, module: nn.Module, inputs: Inputs, constants: Mapping[str, object]) -> Any:
         """Return the module's own output for the inputs of R rows by flat name."""
@@ -135,14 +138,29 @@ def formed(model: DenoiserModel, steps: int) -> DenoiserModel:
     """Return the model with the form of its calls, found by calls of TRIED_ROWS rows at the first of `steps` steps.
 
     The plain form is tried first, then the others. The model is returned unchanged if no call succeeds: the run's first
-    call will say why.
+    call will say why. The scheduler says if it reads a learned variance.
     """
     if model.form is not None:
-        return model
+        return _with_variance(model, steps)
     for tried in _variants(model):
         if (found := _tried(tried, steps)) is not None:
-            return replace(tried, form=found)
+            return _with_variance(replace(tried, form=found), steps)
     return model
+
+
+def _with_variance(model: DenoiserModel, steps: int) -> DenoiserModel:
+    """Return the model with `variance` in place of a cut of its output's channels, if its scheduler reads them."""
+    import torch
+
+    from intaglio.pipeline.model.scheduler import reads_variance
+
+    form = model.form
+    if form is None or form.cut is None or form.cut[0] != 0:
+        return model
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(max(steps, 2), **model.schedule)  # the last step draws nothing
+    like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
+    return replace(model, form=replace(form, cut=None, variance=True)) if reads_variance(scheduler, like) else model
 
 
 def _variants(model: DenoiserModel) -> Iterator[DenoiserModel]:

@@ -24,22 +24,16 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.step_clock import StepClock
 
 
-def denoise_with(module: nn.Module, model: DenoiserModel) -> Denoise:
-    """Return the denoiser as a function of flat named inputs; a learned variance (extra output channels) is cut off.
+def denoise_with(module: nn.Module, model: DenoiserModel, *, whole: bool = False) -> Denoise:
+    """Return the denoiser as a function of flat named inputs.
 
-    Nothing is cut off for a model without a timestep, or if the sample's first axis varies in size.
+    Its outputs are those that the scheduler reads (`DenoiserModel.read`), or with `whole` those of the module.
     """
     form = model.form or CallForm()
-    channels: int | None = model.state_shape[0]
-    varies = model.other is not None and model.other.sample_shape[0] != model.sample_shape[0]
-    if model.names.timestep is None or varies or (form.part is not None and form.part.start > 0):
-        channels = None
 
     def denoise(inputs: Inputs) -> torch.Tensor:
         output = first_output(form.call(module, inputs, model.constants))
-        if form.cut is not None and form.cut[0] > 0:
-            output = output.narrow(form.cut[0] + 1, 0, form.cut[1])
-        return output if channels is None else output[:, :channels]
+        return output if whole else model.read(output)
 
     return denoise
 

@@ -81,12 +81,14 @@ class Checkpoint:
     @classmethod
     def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
         if ref.path.startswith("hub:"):
-            return cls._of_folder(download(ref.path, DENOISER_FOLDERS), ref)
+            return cls._of_folder(download(ref.path, _places(ref)), ref)
         file, colon, _ = ref.path.partition(":")
         if colon and file.endswith(".py"):
             path = (base / file).resolve()
             if not path.is_file():
                 raise RecipeError(f"model: no file {file} beside the recipe")
+            if ref.subfolder is not None:
+                raise RecipeError("model.subfolder: only a diffusers folder has one: remove it, or name a folder")
             return cls(path.parent, ref, f"{path.name}:{ref.path.rpartition(':')[2]}")
         folder = base / ref.path
         if folder.is_file():
@@ -102,6 +104,8 @@ class Checkpoint:
     def _of_folder(cls, folder: Path, ref: ModelRef) -> Checkpoint:
         found = cls(folder, ref)
         denoiser = found._denoiser_folder
+        if denoiser is None and ref.subfolder is not None:
+            raise RecipeError(f"model.subfolder: {ref.path} has no {ref.subfolder}/config.json of a diffusers class")
         if denoiser is None:
             raise RecipeError(f"model: {ref.path} {no_denoiser(folder)}")
         if denoiser == folder / "." and (advice := other_model(found.name)) is not None:
@@ -122,7 +126,7 @@ class Checkpoint:
 
     @cached_property
     def _denoiser_folder(self) -> Path | None:
-        for name in DENOISER_FOLDERS:
+        for name in _places(self.ref):
             config = self.root / name / "config.json"
             if (config.is_file() or config.is_symlink()) and "_class_name" in self._read(config):
                 return self.root / name
@@ -148,6 +152,12 @@ class Checkpoint:
         """Return the configuration of a folder's denoiser. Raises RecipeError if the file holds none."""
         assert self._denoiser_folder is not None  # `resolve` checked it
         return self._read(self._denoiser_folder / "config.json")
+
+    @property
+    def place(self) -> str:
+        """Name of the pipeline's component that the denoiser is; empty for a folder of its own or a factory."""
+        folder = None if self.entry else self._denoiser_folder
+        return "" if folder is None or folder == self.root / "." else folder.name
 
     @property
     def name(self) -> str:
@@ -328,6 +338,11 @@ class Checkpoint:
     def _call_factory(self) -> DenoiserModel:
         file, _, name = self.entry.partition(":")
         return call_factory(self.root / file, name)
+
+
+def _places(ref: ModelRef) -> tuple[str, ...]:
+    """Return the names of folders that may hold the denoiser, the preferred first."""
+    return DENOISER_FOLDERS if ref.subfolder is None else (ref.subfolder,)
 
 
 def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict

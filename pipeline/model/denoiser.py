@@ -45,6 +45,8 @@ class DenoiserModel:
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
     scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
     further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
+    `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
+    them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
     """
 
     module: nn.Module
@@ -63,14 +65,18 @@ class DenoiserModel:
     form: CallForm | None = None
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     timestep_offset: float = 0.0
+    times: tuple[float, ...] = ()
+    start: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}
+        if self.start is not None:
+            counts["start"] = len(self.start)
         problems = []
         if len(set(counts.values())) > 1:
             problems.append(f"model: conditions have different numbers of rows: {counts}")
         for name, rows in self.null.items():
-            if name not in counts:
+            if name not in self.conditions:
                 problems.append(f"model: null rows for {name}, which is no condition")
             elif len(rows) not in (1, counts[name]):
                 problems.append(
@@ -84,6 +90,19 @@ class DenoiserModel:
         """Shape of what the scheduler moves of one sample."""
         part = None if self.form is None else self.form.part
         return tuple(self.sample_shape) if part is None else part.shape(self.sample_shape)
+
+    def read(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the part of outputs (R, ...) that the scheduler reads: without a learned variance that it ignores.
+
+        Nothing is cut off for a model without a timestep, or if the sample's first axis varies in size.
+        """
+        form = self.form or CallForm()
+        if form.cut is not None and form.cut[0] > 0:
+            output = output.narrow(form.cut[0] + 1, 0, form.cut[1])
+        varies = self.other is not None and self.other.sample_shape[0] != self.sample_shape[0]
+        behind = form.part is not None and form.part.start > 0
+        whole = form.variance or varies or behind or self.names.timestep is None
+        return output if whole else output[:, : self.state_shape[0]]
 
     @cached_property
     def names(self) -> InputNames:

@@ -61,8 +61,9 @@ class Layout:
         part = _part(x, state, first.output)
         shape, output = x.shape[1:], first.output.shape[1:]
         _, cut = ends(shape if part is None else part.shape(shape), output)
-        if part is not None and shape == output:  # the joined part comes out too
-            cut = None
+        if part is not None and shape == output:  # the joined part comes out too, or a variance of as many channels
+            doubled = part.axis == part.start == 0 and shape[0] == 2 * part.size
+            cut = (0, part.size) if doubled else None
         floating = whole_steps and timestep is not None and _is_floating(given[timestep])
         form = replace(made.form, part=part, cut=cut, float_timestep=floating)
         return replace(made, timestep=timestep, form=form)._with_rows(denoiser, first)

@@ -46,10 +46,14 @@ class SeenStep:
 
 @dataclass(frozen=True)
 class Observation:
-    """Record of one run of a pipeline: its steps, and the float arguments of `set_timesteps`, such as `mu`."""
+    """Record of one run of a pipeline: its steps, and the float arguments of `set_timesteps`, such as `mu`.
+
+    `others` counts the scheduler's steps at which the denoiser was not called.
+    """
 
     steps: list[SeenStep]
     schedule: Mapping[str, float] = field(default_factory=dict)
+    others: int = 0
 
     @property
     def first(self) -> SeenCall:
@@ -57,14 +61,18 @@ class Observation:
         return self.steps[0].calls[0]
 
 
-def find_denoiser(pipe: Any, call: Mapping[str, Any]) -> nn.Module:
+def find_denoiser(pipe: Any, call: Mapping[str, Any], name: str | None = None) -> nn.Module:
     """Return a pipeline's transformer or UNet; else the component that it calls last before the scheduler's first step.
 
-    Raises RecipeError for a pipeline without a denoiser or a scheduler, and for a call that fails.
+    With `name`, the component of this name is returned. Raises RecipeError for a pipeline without a denoiser or a
+    scheduler, and for a call that fails.
     """
     from torch import nn
 
-    named = next((d for n in DENOISER_FOLDERS if (d := getattr(pipe, n, None)) is not None), None)
+    if name is not None and not isinstance(getattr(pipe, name, None), nn.Module):
+        raise RecipeError(f"denoiser: {type(pipe).__name__} has no component {name!r} with weights")
+    places = DENOISER_FOLDERS if name is None else (name,)
+    named = next((d for n in places if (d := getattr(pipe, n, None)) is not None), None)
     models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
     if named is None and not models:
         raise RecipeError(f"{type(pipe).__name__} has no {' or '.join(DENOISER_FOLDERS[:2])} to record")
@@ -103,6 +111,7 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     pending: list[SeenCall] = []
     steps: list[SeenStep] = []
     schedule: dict[str, float] = {}
+    others = 0
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = dict(bound.pop())
@@ -115,6 +124,8 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
         bound.append(_copied(signature.bind(*args, **kwargs).arguments))
 
     def stepped(timestep: Any, state: Any) -> None:
+        nonlocal others
+        others += not pending
         if pending:
             first = state.detach().clone() if isinstance(state, torch.Tensor) and not steps else None
             steps.append(SeenStep(list(pending), number(timestep), first))
@@ -128,8 +139,9 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     ):
         pipe(**call)
     if not steps and not pending:
-        raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}")
-    return Observation(steps or [SeenStep(pending)], schedule)
+        more = f" at any of {others} steps: record with more num_inference_steps" if others else ""
+        raise RecipeError(f"{type(pipe).__name__} did not call its {type(denoiser).__name__}{more}")
+    return Observation(steps or [SeenStep(pending)], schedule, others)
 
 
 def _copied(value: Any) -> Any:

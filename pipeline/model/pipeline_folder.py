@@ -34,7 +34,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *FOREIGN)
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """Folder of a diffusers pipeline as `save_pretrained` writes it; its denoiser is the MODEL."""
+    """Folder of a diffusers pipeline as `save_pretrained` writes it; the MODEL is its denoiser, or one of them."""
 
     root: Path
 
@@ -49,11 +49,11 @@ class PipelineFolder:
         return cls(model.root)
 
     def save(self, root: Path) -> None:
-        """Copy the index and the folders of all components but the denoiser."""
+        """Copy the index and the folders of all components but the denoisers."""
         inside = boundary(self.root)
         shutil.copyfile(checked_file(self.root / INDEX, inside=inside), root / INDEX)
         for name in self.classes():
-            if name != self.denoiser and (self.root / name).is_dir():
+            if name not in self.denoisers and (self.root / name).is_dir():
                 copy_model(self.root / name, root / name, inside)
 
     @classmethod
@@ -84,6 +84,12 @@ class PipelineFolder:
             raise RecipeError(f"model: {INDEX} names neither a transformer nor a unet: it is no index of a denoiser")
         return found
 
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """Names of the components of the denoiser's class: one, or several that share the steps of a sample."""
+        kinds = self.classes()
+        return tuple(name for name, kind in kinds.items() if kind == kinds[self.denoiser])
+
     def kind(self) -> Any:
         """Return the pipeline's class. Raises RecipeError if diffusers has no class of its name."""
         return _named("diffusers", str(self.index().get("_class_name")))
@@ -94,10 +100,13 @@ class PipelineFolder:
         return _named(library, kind)
 
     def open(self, denoiser: nn.Module, without: Collection[str]) -> Any:
-        """Open the pipeline in float32 with this denoiser, leaving out the components in `without`."""
+        """Open the pipeline in float32 with this denoiser, leaving out the components in `without`.
+
+        The denoiser takes the place of every denoiser of the pipeline.
+        """
         import torch
 
-        given = {self.denoiser: denoiser, **dict.fromkeys(without)}
+        given = {**dict.fromkeys(self.denoisers, denoiser), **dict.fromkeys(without)}
         pipe = self.kind().from_pretrained(
             self.root, **given, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )

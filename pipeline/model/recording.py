@@ -5,8 +5,9 @@ Shapes: M recorded rows, R rows of one call.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,9 +26,12 @@ from intaglio.pipeline.output_files import whole_file
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 TUPLE, DICT = "()", "{}"
 """Keys of tuples, and of dicts whose keys are no texts, in the constants of a file."""
+START = "start."
+"""Name of the tensor of a file with the samples at the denoiser's first step; no input has a name that ends so."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Recording:
     form: CallForm | None = None
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     timestep_offset: float = 0.0
+    times: tuple[float, ...] = ()
+    start: torch.Tensor | None = None
 
     def given_to(self, model: DenoiserModel) -> DenoiserModel:
         """Return the model with the recorded inputs in place of its own."""
@@ -59,6 +65,8 @@ class Recording:
             form=self.form,
             steps=self.steps,
             timestep_offset=self.timestep_offset,
+            times=self.times,
+            start=self.start,
         )
 
     def save(self, path: Path) -> None:
@@ -72,6 +80,7 @@ class Recording:
             **self.conditions,
             **{f"null.{name}": tensor for name, tensor in self.null.items()},
             **{f"shared.{name}": tensor for name, tensor in self.shared.items()},
+            **({} if self.start is None else {START: self.start}),
         }
         named = {name: getattr(self, name) for name in _Settings.model_fields}
         constants = {name: _as_json(name, value) for name, value in self.constants.items()}
@@ -88,6 +97,7 @@ class Recording:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
         if wrong := [name for name, tensor in tensors.items() if tensor.isnan().any()]:
             raise RecipeError(f"model: {printable(path)}: {printable(wrong[0])} has NaN: record it again")
+        start = tensors.pop(START, None)
         parts: dict[str, dict[str, torch.Tensor]] = {"null": {}, "shared": {}, "": {}}
         for name, tensor in tensors.items():
             head, _, rest = name.partition(".")
@@ -104,6 +114,8 @@ class Recording:
             settings.form,
             settings.steps,
             settings.timestep_offset,
+            settings.times,
+            start,
         )
 
     @staticmethod
@@ -125,6 +137,7 @@ class _Settings(BaseModel):
     form: CallForm | None = None
     steps: dict[str, tuple[float, ...]] = {}
     timestep_offset: float = 0.0
+    times: tuple[float, ...] = ()
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
@@ -148,8 +161,12 @@ def record(
     null: Mapping[str, Any] | None = None,
     *,
     shared: Sequence[str] = (),
+    denoiser: str | None = None,
 ) -> Recording:
     """Record the denoiser's inputs in `pipe(**call)`, and its null rows in `pipe(**null)`.
+
+    `denoiser` names the pipeline's component that is recorded; without it, this is the transformer or the UNet. Where
+    two denoisers share the steps, each is recorded alone: at its own timesteps, from the samples that it begins with.
 
     Switch guidance off in both calls. A tensor with as many rows as the sample is a condition, unless `shared` names
     it, and so are values that the denoiser takes several times for each row; any other tensor is shared by all rows.
@@ -158,14 +175,16 @@ def record(
     RecipeError for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that cannot be
     kept.
     """
-    denoiser = find_denoiser(pipe, call)
-    seen = observe(pipe, denoiser, call)
+    module = find_denoiser(pipe, call, denoiser)
+    seen = observe(pipe, module, call)
     times = pipe.scheduler.timesteps
-    layout = Layout.of(denoiser, seen, shared, whole_steps=not times.is_floating_point())
+    layout = Layout.of(module, seen, shared, whole_steps=not times.is_floating_point())
     scale, offset = layout.affine(seen, float(times[0]))
     usual = _conditions(layout, seen)
-    without = {} if null is None else _conditions(layout, observe(pipe, denoiser, null))
-    common, constants = _others(layout, seen)
+    without = {} if null is None else _conditions(layout, observe(pipe, module, null))
+    parameters = inspect.signature(module.forward).parameters
+    own, start = _own_steps(pipe, module, seen)
+    common, constants = _others(layout, seen, {n for n, p in parameters.items() if p.default is p.empty})
     return Recording(
         tuple(layout.flat(seen.first)[layout.sample].shape[1:]),
         scale,
@@ -176,7 +195,24 @@ def record(
         form=layout.form,
         steps={name: times for name in usual if len(times := _timeline(name, usual, without)) > 1},
         timestep_offset=offset,
+        times=own,
+        start=start,
     )
+
+
+def _own_steps(pipe: Any, denoiser: nn.Module, seen: Observation) -> tuple[tuple[float, ...], torch.Tensor | None]:
+    """Return the timesteps of a denoiser that shares the steps with others of its class, and its first samples.
+
+    The samples (M, ...) are those that enter its first step, None where they are noise. A denoiser that is called at
+    every step has no timesteps of its own.
+    """
+    alike = [part for part in vars(pipe).values() if type(part) is type(denoiser) and part is not denoiser]
+    times = [step.timestep for step in seen.steps if step.timestep is not None]
+    if not seen.others or not alike or len(times) < len(seen.steps):
+        return (), None
+    begins = float(pipe.scheduler.timesteps[0]) == times[0]
+    state = seen.steps[0].state
+    return tuple(times), None if begins or state is None else _kept(state)
 
 
 @dataclass(frozen=True)
@@ -249,8 +285,13 @@ def _tables(
     return {name: table(usual, name) for name in usual}, {name: table(without, name) for name in without}
 
 
-def _others(layout: Layout, seen: Observation) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Return the tensors that all rows share, and the constants, of the first call."""
+def _others(
+    layout: Layout, seen: Observation, required: Collection[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return the tensors that all rows share, and the constants, of the first call.
+
+    None is a constant only in a list, where it has its place, and for `required` arguments.
+    """
     import torch
 
     common, constants = {}, {}
@@ -258,7 +299,7 @@ def _others(layout: Layout, seen: Observation) -> tuple[dict[str, torch.Tensor],
         if isinstance(value, torch.Tensor):
             if name in layout.shared:
                 common[name] = _kept(value)
-        elif value is not None or "." in name:  # None has its place in a list
+        elif value is not None or "." in name or name in required:
             constants[name] = _restored(_as_json(name, value))
     return common, constants
 

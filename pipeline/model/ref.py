@@ -24,6 +24,13 @@ class ModelRef(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(description="a diffusers folder, `./file.py:factory`, or a hub id as `hub:owner/name`")
+    subfolder: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        exclude_if=lambda name: name is None,
+        description="folder of the denoiser in a diffusers folder, if it is neither transformer nor unet, such as"
+        " transformer_2",
+    )
     sampling_steps: int = Field(20, ge=1, le=1000, description="denoising steps of the sampler")
     guidance: float = Field(1.0, ge=1.0, description="classifier-free guidance scale; 1.0 means none")
     conditions: str | None = Field(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
@@ -17,6 +18,9 @@ from intaglio.pipeline.model.types import Denoise, Inputs
 SMALL = 1e-2
 """Standard deviation of the change that `influence` makes to an output: samples respond to it linearly."""
 
+
+SAME_TIMESTEP = 1e-3
+"""Distance up to which recorded timesteps are those of the schedule, relative to the largest."""
 
 CLASS_LABELS = "class_labels"
 """Name of the condition of a class-conditional model."""
@@ -61,6 +65,7 @@ class Sampler:
         model = self.model
         self.names = model.names
         self._part = None if model.form is None else model.form.part
+        self._variance = model.form is not None and model.form.variance
         self._conditions, self._null = model.conditions, model.null
         if model.classes is not None and not model.conditions:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
@@ -69,7 +74,27 @@ class Sampler:
         self.model.scheduler.set_timesteps(steps, **model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
         self._stepping = find_stepping(model.scheduler, like, steps)
-        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[: self._stepping.count])
+        self._own = self._own_steps()
+        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[self._own])
+
+    def _own_steps(self) -> slice:
+        """Return the positions of the model's own timesteps in the schedule.
+
+        Raises RecipeError if they are no steps of this schedule.
+        """
+        schedule = [float(t) for t in self.model.scheduler.timesteps[: self._stepping.count]]
+        if not (own := self.model.times):
+            return slice(len(schedule))
+        near = SAME_TIMESTEP * max(schedule)
+        first = next((at for at, t in enumerate(schedule) if abs(t - own[0]) <= near), len(schedule))
+        found = schedule[first : first + len(own)]
+        if len(found) < len(own) or any(abs(a - b) > near for a, b in zip(found, own, strict=True)):
+            shown = ", ".join(f"{t:g}" for t in own[:3]) + (", ..." if len(own) > 3 else "")
+            raise RecipeError(
+                f"model: its conditions were recorded at {len(own)} timesteps ({shown}) that are no steps of"
+                f" sampling_steps: {self.steps}: record with num_inference_steps={self.steps}"
+            )
+        return slice(first, first + len(own))
 
     def _timestep(self, t: torch.Tensor) -> torch.Tensor:
         """Return the scheduler's timestep in the denoiser's scale."""
@@ -82,19 +107,24 @@ class Sampler:
     @property
     def condition_rows(self) -> int:
         """Number of rows of conditions to draw from: classes or recorded rows; 0 without conditions."""
-        return len(next(iter(self._conditions.values()), ()))
+        recorded = self.model.start
+        return len(next(iter(self._conditions.values()), () if recorded is None else recorded))
 
     def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
-        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn."""
+        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn.
+
+        A denoiser that begins with recorded samples gets those of the same rows in place of noise.
+        """
         noise = torch.randn(batch, *self.model.state_shape, generator=generator)
         conditions, null = {}, {}
-        if self._conditions:
+        if self.condition_rows:
             if rows:
                 drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
             else:
                 drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
             conditions = {name: table[drawn] for name, table in self._conditions.items()}
             null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
+            noise = noise if self.model.start is None else self.model.start[drawn].reshape(noise.shape)
         if self._part is not None and self.names.sample not in conditions:
             shape = self._part.rest_shape(self.model.sample_shape)
             conditions[self.names.sample] = torch.randn(batch, *shape, generator=generator)
@@ -128,6 +158,11 @@ class Sampler:
         part = self._part
         return x if part is None or x.shape[part.axis + 1] == part.size else part.of(x)
 
+    def _read(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the part of outputs (R, ...) that the scheduler reads."""
+        read = self.model.read(output)
+        return read if self._variance else self.state(read)
+
     @property
     def rows_per_sample(self) -> int:
         """Number of rows in a call for each sample: 2 with guidance, else 1."""
@@ -142,7 +177,11 @@ class Sampler:
         if self.guidance == 1.0:
             return output
         cond, null = output.chunk(2)
-        return null + self.guidance * (cond - null)
+        guided = null + self.guidance * (cond - null)
+        if self._variance:  # only the noise is guided, as in diffusers
+            channels = self.model.state_shape[0]
+            guided = torch.cat([guided[:, :channels], cond[:, channels:]], 1)
+        return guided
 
     def with_state(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Return samples (R, ...) that have what the scheduler moves from `other` (R, ...), and the rest from x."""
@@ -157,19 +196,19 @@ class Sampler:
     def followed(self, denoise: Denoise, start: Start) -> Iterator[Call | torch.Tensor]:
         """Drive as `drive` does, with gradients of the samples where torch records them."""
         scheduler = self._scheduler(start.noise)
-        x = start.noise * scheduler.first_scale
+        x = start.noise * scheduler.first_scale if self.model.start is None else start.noise
         for step, t in enumerate(scheduler.timesteps):
             inputs = self.rows(scheduler.scaled(x, t), t, start)
             output = denoise(inputs)
             yield Call(step, inputs, output)
-            x = scheduler.step(self.state(self.guided(output)), t, x)
+            x = scheduler.step(self._read(self.guided(output)), t, x)
         yield x
 
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
         fresh.set_timesteps(self.steps, **self.model.schedule)
-        return SeededScheduler(fresh, noise, self._stepping)
+        return SeededScheduler(fresh, noise, self._stepping, self._own)
 
     @torch.no_grad()
     def influence(self, x: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[float]:
@@ -179,8 +218,10 @@ class Sampler:
         denoiser's outputs at each step. The denoiser is not called, so changes of later outputs are left out. For DDIM
         the result is the step's |d sigma|.
         """
-        x, outputs = self.state(x), [self.state(output) for output in outputs]
+        x, outputs = self.state(x), [self._read(output) for output in outputs]
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        if self._variance:  # it is not changed
+            noise = torch.cat([noise, torch.zeros_like(noise)], 1)
 
         def end(changed: int | None) -> torch.Tensor:
             scheduler, at = self._scheduler(x), x

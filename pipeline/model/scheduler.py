@@ -47,9 +47,12 @@ class SeededScheduler:
     step all samples in one call. The global generator is left as it was.
     """
 
-    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> None:
-        """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here."""
-        self.timesteps = scheduler.timesteps[: stepping.count]
+    def __init__(self, scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping, own: slice) -> None:
+        """Wrap a scheduler whose timesteps are set and that has not been stepped; it is stepped here.
+
+        `own` are the positions of the timesteps that it is stepped from.
+        """
+        self.timesteps = scheduler.timesteps[own]
         self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
         self._stepping, apart = stepping, stepping.apart
         self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
@@ -147,6 +150,24 @@ def _tried(scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> tup
     except Exception:  # whatever a scheduler raises: the run itself will raise it too
         return done, apart
     return done, apart
+
+
+@torch.no_grad()
+def reads_variance(scheduler: Scheduler, noise: torch.Tensor) -> bool:
+    """Return True if a scheduler reads a learned variance from as many channels again, behind those of the noise.
+
+    Copies of it make the first step of a sample like `noise` (1, C, ...), from two outputs that differ there alone.
+    """
+    found = []
+    for variance in (-noise.tanh(), noise.tanh()):
+        tried, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
+        try:
+            with seeded(0):
+                found.append(_previous(tried, torch.cat([noise, variance], 1), tried.timesteps[0], noise, generator))
+        except Exception:  # whatever a scheduler raises for an output that is larger than the sample
+            return False
+    first, second = found
+    return first.shape == noise.shape and not torch.equal(first, second)
 
 
 def _previous(

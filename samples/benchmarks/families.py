@@ -1,21 +1,28 @@
 """Does every family compile? Tiny denoisers with random weights through the whole compiler, in W8A8 and balanced W4A8.
 
     python samples/benchmarks/families.py [flux sd3 ...] [--json]
+    python samples/benchmarks/families.py --all [--list]    # every denoiser class of diffusers, in W8A8
 
 For each: the float graph against torch; every quantized layer of the graph alone against its simulation, in the forms
 for ONNX Runtime and for TensorRT-RTX; the whole graph against the whole simulation; all of it at a second size where
 the family has one. Then TensorRT-RTX builds the engine, and says how many products it executes on integers.
+
+With `--all`, each line is a denoiser class that diffusers exports: what its tiny models gave for ONNX Runtime, or the
+reason why there is nothing. `--list` runs nothing.
 """
 
+import inspect
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import diffusers
 import torch
 import typer
+from _other_families import OTHERS
 from pydantic import Field
 from rich.progress import track
 from tiny_families import FAMILIES, NEWER
@@ -26,6 +33,7 @@ from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.layer import illegal, structural_schemes
+from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.calls import denoise_with, other_call
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.runs.runner import CompiledTarget
@@ -33,6 +41,9 @@ from intaglio.pipeline.runs.runner import CompiledTarget
 PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step", "w8a8_token", "w8a8_step")}
 """Schemes of each plan: every layer gets the first of them that it admits."""
 ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
+STEPS = 2
+"""Steps of the sampler."""
+ALL = {**FAMILIES, **NEWER, **OTHERS}
 EVERY: Mapping[str, Sequence[str]] = dict.fromkeys(PLANS, (ORT, RTX))
 
 
@@ -122,14 +133,15 @@ def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
         {"tensorrt": {"compute_capabilities": ["SM86"]}},
         {"verify": {"samples": 1, "gap_db_tolerance": 1e3}},
     ]
-    model = {"path": f"./tiny_families.py:{family}", "sampling_steps": 2, "guidance": 2.0}
+    file = "_other_families.py" if family in OTHERS else "tiny_families.py"
+    model = {"path": f"./{file}:{family}", "sampling_steps": STEPS, "guidance": 2.0}
     return Recipe.model_validate({"model": model, "targets": list(targets), "steps": steps})
 
 
 def float_error(family: str, compiled: CompiledTarget) -> float:
     """The larger of those at the two sizes."""
-    model, call = {**FAMILIES, **NEWER}[family](), compiled[TRAJECTORY].call(0)
-    module, graph = denoise_with(model.module, model), graph_denoise(compiled[FLOAT_GRAPH], OnnxRuntime())
+    model, call = formed(ALL[family](), STEPS), compiled[TRAJECTORY].call(0)
+    module, graph = denoise_with(model.module, model, whole=True), graph_denoise(compiled[FLOAT_GRAPH], OnnxRuntime())
     errors = []
     for inputs in filter(None, (call, other_call(model, call))):
         with torch.no_grad():
@@ -151,11 +163,57 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def denoiser_classes() -> dict[str, type[torch.nn.Module]]:
+    """Return the classes that diffusers exports as transformers and UNets, by name."""
+    found = {}
+    for name in sorted(dir(diffusers)):
+        kind = getattr(diffusers, name, None)
+        if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
+            continue
+        inside = kind.__module__.startswith(("diffusers.models.transformers", "diffusers.models.unets"))
+        if inside or (".pipelines." in kind.__module__ and ("UNet" in name or "Transformer" in name)):
+            found[name] = kind
+    return found
+
+
+def every_class(store: Store, *, run: bool) -> Iterator[str]:
+    """Yield the table of all denoiser classes line by line. Without `run`, families are named and not compiled."""
+    classes, families = denoiser_classes(), dict[str, list[str]]()
+    for family, make in ALL.items():
+        kinds = (type(part).__name__ for part in make().module.modules())
+        if (kind := next((kind for kind in kinds if kind in classes), None)) is not None:
+            families.setdefault(kind, []).append(family)
+    yield "| class | family | result |\n|---|---|---|"
+    for name, kind in classes.items():
+        if name not in families:
+            taken = list(inspect.signature(kind.forward).parameters)[1:5]
+            yield f"| {name} | | not tried: no tiny model here; it is called with {', '.join(taken)}, ... |"
+        for family in families.get(name, ()):
+            yield f"| {name} | {family} | {outcome(family, store) if run else ''} |"
+
+
+def outcome(family: str, store: Store) -> str:
+    """Compile a family in W8A8 for ONNX Runtime. Return its figures, or the reason why it does not compile."""
+    try:
+        row = measure(family, store, {"w8a8": [ORT]})
+    except Exception as error:  # whatever ends the run is the reason
+        reason = " ".join(str(error).split()).replace("|", "/")[:300]
+        return f"{type(error).__name__}: {reason}"
+    plan = row.plans["w8a8"]
+    return f"{plan.layers} layers, worst {plan.worst_layer:.0e}, whole {plan.whole:.0e}, float {row.float_error:.0e}"
+
+
 def main(
     families: Annotated[list[str] | None, typer.Argument(help="all if none is named")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="every denoiser class of diffusers, or the reason")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="with --all: run nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="figures only, for machines")] = False,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
+        if everything:
+            for line in every_class(Store(Path(folder)), run=not listed):
+                print(line, flush=True)
+            return
         store = Store(Path(folder))
         rows = [measure(name, store) for name in track(families or [*FAMILIES, *NEWER], "families", disable=as_json)]
     print(json.dumps([asdict(row) for row in rows]) if as_json else table(rows))

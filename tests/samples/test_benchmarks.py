@@ -16,6 +16,15 @@ def test_a_benchmark_finds_what_it_imports(name: str) -> None:
     assert callable(getattr(import_module(name), "main", None)) or name == "tiny_families"  # factories
 
 
+def test_the_denoiser_classes_of_diffusers_are_listed_with_their_tiny_models() -> None:
+    families = import_module("families")
+    classes = families.denoiser_classes()
+    assert {"UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel"} <= classes.keys()
+    assert not {"AutoencoderKL", "ControlNetModel", "T2IAdapter"} & classes.keys()
+    model = families.OTHERS["stable_audio"]()
+    assert type(model.module).__name__ in classes
+
+
 def test_samples_are_compared_in_their_own_range_without_clamping() -> None:
     quality = import_module("real_networks").quality
     reference = torch.tensor([[0.0, 10.0], [6.0, 8.0]])

@@ -202,7 +202,7 @@ def test_outputs_are_as_the_original_returns_them(by_step):
     assert denoiser(x.double(), 666, labels).sample.dtype == torch.float64
     assert (denoiser.dtype, denoiser.device, denoiser.training) == (torch.float32, torch.device("cpu"), False)
     assert denoiser.config.sample_size == pipe.transformer.config.sample_size == 8
-    assert denoiser.config.out_channels == 4  # no variance
+    assert denoiser.config.out_channels == first.shape[1] == 8  # a variance too
     assert denoiser.patch_size == 2  # of the original, as everything that it does not have itself
     assert not list(denoiser.parameters())
 

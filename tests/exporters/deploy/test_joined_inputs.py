@@ -6,15 +6,20 @@ import pytest
 import torch
 from harness import run_pass
 from joined_pipelines import call_of
+from quantizing import with_plan
 
 import intaglio
 from intaglio.exporters.float_graph.export_float import ExportFloat
+from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.passes.calibrate import Calibrate
-from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TARGET, TRAJECTORY
+from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.recording import record
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.numerics import quality
 
 STEPS = 2
 GUIDED = {
@@ -25,7 +30,10 @@ GUIDED = {
     joined.animatediff: {"guidance_scale": 4.0},
     joined.flux_control: {},
     joined.flux_kontext: {},
+    joined.hunyuan_dit: {"guidance_scale": 2.0},
+    joined.kandinsky_decoder: {"guidance_scale": 2.0},
 }
+LEARNED_VARIANCE = (joined.hunyuan_dit, joined.kandinsky_decoder)
 
 
 @pytest.mark.parametrize("make", GUIDED, ids=lambda make: make.__name__)
@@ -35,7 +43,8 @@ def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, t
     place = "transformer" if hasattr(pipe, "transformer") else "unet"
     getattr(pipe, place).save_pretrained(tmp_path / "model" / place)
     pipe.scheduler.save_pretrained(tmp_path / "model/scheduler")
-    record(pipe, call_of(given, STEPS), call_of(given, STEPS)).save(tmp_path / "c.safetensors")
+    null = {name.replace("negative_", ""): value for name, value in given.items() if name.startswith("negative_")}
+    record(pipe, call_of(given, STEPS), call_of(given | null, STEPS)).save(tmp_path / "c.safetensors")
     ref = ModelRef(path="model", conditions="c.safetensors", sampling_steps=STEPS, guidance=2.0)
     start = {MODEL: Checkpoint.resolve(ref, tmp_path), TARGET: load_target("onnxruntime-cpu")}
     start |= run_pass(Calibrate(samples=2), start, tmp_path / "calibrate")
@@ -43,7 +52,8 @@ def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, t
         first, second = start[TRAJECTORY].inputs["mid_block_additional_residual"]
         assert not torch.equal(first, second)
     (tmp_path / "float").mkdir()
-    run_pass(ExportFloat(), start, tmp_path / "export")[FLOAT_GRAPH].save(tmp_path / "float")
+    graph = run_pass(ExportFloat(), start, tmp_path / "export")
+    graph[FLOAT_GRAPH].save(tmp_path / "float")
 
     def drawn() -> torch.Tensor:
         found = pipe(**(call_of(given, STEPS) | GUIDED[make]))
@@ -52,6 +62,17 @@ def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, t
     expected = drawn()
     setattr(pipe, place, intaglio.load(tmp_path / "float", threads=1))
     torch.testing.assert_close(drawn(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    if make in LEARNED_VARIANCE:
+
+        def called(layer: Layer) -> LayerScheme:
+            return W8A8_STEP if layer.name in start[TRAJECTORY].amax else FLOAT
+
+        made = run_pass(ExportQdq(), with_plan(start | graph, called), tmp_path / "qdq")
+        (tmp_path / "w8a8").mkdir()
+        made[GRAPH].save(tmp_path / "w8a8")
+        setattr(pipe, place, intaglio.load(tmp_path / "w8a8", threads=1))
+        error = quality.mean_squared_error(drawn(), expected)
+        assert quality.psnr_db(error, float(expected.max() - expected.min())).min() > 35
 
 
 def test_an_output_has_the_name_that_the_original_gives_it(tmp_path):

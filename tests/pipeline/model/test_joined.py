@@ -43,7 +43,7 @@ EXPECTED = {
         {"img_ids", "txt_ids"},
     ),
     joined.flux_kontext: (
-        CallForm(Part(axis=0, start=0, size=64)),
+        CallForm(Part(axis=0, start=0, size=64), cut=(0, 64)),
         {**FLUX, "hidden_states": (ROWS, 64, 16)},
         {"img_ids", "txt_ids"},
     ),
@@ -192,6 +192,34 @@ def test_a_variance_behind_features_is_cut_off_and_the_other_size_is_called_whol
     assert model.form == CallForm(cut=(1, 8))
     inputs = {"hidden_states": torch.zeros(1, 24, 8), "timestep": torch.ones(1)}
     assert denoise_with(model.module, model)(inputs).shape == (1, 24, 8)
+
+
+class WithVariance(torch.nn.Module):
+    """Predicts noise, and a variance that is the text's number everywhere."""
+
+    def forward(self, sample, timestep, text):
+        return torch.cat([sample * 0.1 + text[:, :, None, None], text[:, :, None, None].expand_as(sample)], 1)
+
+
+def test_a_variance_goes_to_a_scheduler_that_reads_it_and_only_the_noise_is_guided():
+    given = {"conditions": {"text": torch.full((1, 1), 0.9)}, "null": {"text": torch.full((1, 1), -0.9)}}
+    fixed = formed(DenoiserModel(WithVariance(), diffusers.DDPMScheduler(), (2, 4, 4), **given), 3)
+    assert fixed.form == CallForm(cut=(0, 2))
+    learned = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    sampler = Sampler(DenoiserModel(WithVariance(), learned, (2, 4, 4), **given), 3, 3.0)
+    assert sampler.model.form == CallForm(variance=True)
+    start = sampler.start(1, torch.Generator().manual_seed(0))
+    *calls, samples = sampler.drive(denoise_with(sampler.model.module, sampler.model), start)
+    (cond, null), guided = calls[0].output, sampler.guided(calls[0].output)[0]
+    torch.testing.assert_close(guided[:2], null[:2] + 3 * (cond[:2] - null[:2]))
+    assert guided[2:].unique().tolist() == pytest.approx([0.9])
+
+    def quieter(inputs):
+        output = denoise_with(fixed.module, sampler.model)(inputs)
+        return torch.cat([output[:, :2], output[:, 2:] - 1], 1)
+
+    assert not torch.equal(sampler.sample(quieter, start), samples)
+    assert sampler.influence(start.noise, [sampler.guided(call.output) for call in calls])[0] > 0
 
 
 class Particular(torch.nn.Module):
