@@ -1,12 +1,8 @@
 """Measures the peak memory of one step, or of one run of a session, in a process that has freed nothing before.
 
-    python tests/peak_memory.py export-float|export-qdq FOLDER      the artifacts of two models, `small` and `large`
-    python tests/peak_memory.py lean MODEL
-
 It imports only what is measured.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +44,3 @@ def print_peak(step: str, folder: Path) -> None:
     before = resident_bytes("VmRSS")
     run(step, folder / "large")
     print(resident_bytes("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "lean":
-        print_lean_peak(Path(sys.argv[2]))
-    else:
-        print_peak(sys.argv[1], Path(sys.argv[2]))

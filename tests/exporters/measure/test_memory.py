@@ -1,9 +1,6 @@
 """A step needs little more memory than the weights it reads, so that full-size models compile on a common machine."""
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -11,6 +8,7 @@ import onnx_ir as ir
 import peak_memory
 import torch
 from diffusers import DiTTransformer2DModel
+from forked import printed_forked
 from harness import Artifacts, run_pass
 from quantizing import with_plan
 from tiny import save_folder, tiny_dit
@@ -67,11 +65,9 @@ def save(module: torch.nn.Module, folder: Path) -> int:
 def test_a_step_holds_weights_once(tmp_path: Path):
     save(tiny_dit(), tmp_path / "small")
     weights_bytes = save(wide_dit(), tmp_path / "large")
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for step, share in SHARES.items():  # each in a process of its own, the second on the graph of the first
-        command = [sys.executable, peak_memory.__file__, step, tmp_path]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
-        assert int(found.stdout) <= share * weights_bytes, f"{step}: {int(found.stdout) / weights_bytes:.2f} of them"
+        found = int(printed_forked(peak_memory.print_peak, step, tmp_path, out=tmp_path / step))
+        assert found <= share * weights_bytes, f"{step}: {found / weights_bytes:.2f} of them"
 
 
 def test_ranges_are_taken_as_values_come(tmp_path: Path):
@@ -87,10 +83,9 @@ def test_ranges_are_taken_as_values_come(tmp_path: Path):
 def test_a_lean_session_keeps_no_buffer_for_a_later_value(tmp_path: Path):
     """By hand: 48 MB, then 64 MB, then 48 MB again. What keeps the first for the last has 112 MB at once."""
     (tmp_path / "model.onnx").write_bytes(onnx.parser.parse_model(RETURNING).SerializeToString())
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # in a process that has freed nothing before
-    command = [sys.executable, peak_memory.__file__, "lean", tmp_path / "model.onnx"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, env=here)
-    assert 60e6 <= int(found.stdout) <= 80e6
+    # in a process that has freed nothing before
+    found = printed_forked(peak_memory.print_lean_peak, tmp_path / "model.onnx", out=tmp_path / "peak")
+    assert 60e6 <= int(found) <= 80e6
 
 
 RETURNING = """
