@@ -38,7 +38,9 @@ def _no_trace_of_torch() -> None:
     import torch
 
     assert torch
-    logging.getLogger("torch.__trace").propagate = True
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate = True
+    trace.handlers.clear()
 
 
 LONG = ("test_end_to_end.py", "test_tutorial.py", "test_families.py", "test_golden.py", "test_guides.py")

@@ -24,9 +24,9 @@ def start_forked(*arguments: str, site: Path, out: Path, err: Path) -> BaseProce
     return _start(_run, arguments, site, out.absolute(), err.absolute())
 
 
-def printed_forked(function: Callable[..., object], *arguments: object, out: Path) -> str:
-    """Call a function in a process of its own, and return what it prints into the file `out`."""
-    assert _exit_code(_start(_call, function, arguments, out.absolute())) == 0
+def printed_forked(function: Callable[..., object], *arguments: object, out: Path, site: Path | None = None) -> str:
+    """Call a function in a process of its own, with `site` first on its path; return what it prints, in `out` too."""
+    assert _exit_code(_start(_call, function, arguments, out.absolute(), site)) == 0
     return out.read_text(encoding="utf-8")
 
 
@@ -44,7 +44,9 @@ def _exit_code(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def _call(function: Callable[..., object], arguments: tuple[object, ...], out: Path) -> None:
+def _call(function: Callable[..., object], arguments: tuple[object, ...], out: Path, site: Path | None) -> None:
+    if site is not None:
+        sys.path.insert(0, str(site))
     with out.open("wb") as file:
         os.dup2(file.fileno(), 1)
     function(*arguments)
