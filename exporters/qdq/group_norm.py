@@ -1,4 +1,4 @@
-"""Write group normalization in older operators, for parsers that do not know or misread the operator.
+"""Write group normalization in older operators, for runtimes that do not know, misread or expand the operator.
 
 Shapes: B batch, C channels, G groups.
 """
@@ -24,13 +24,14 @@ ONE_GROUP = "one-group-norm"
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
-    """Write each GroupNormalization that the target refuses or misreads in older operators. Changes `graph`.
+    """Write each GroupNormalization that the target refuses, misreads or expands in older operators. Changes `graph`.
 
     y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias.
     """
-    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
+    limits = target.limits
+    always, misread = NAME in (*limits.unsupported, *limits.expanded), ONE_GROUP in limits.forms
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
-        if unknown or (misread and node.attributes.get_int("num_groups", 1) == 1):
+        if always or (misread and node.attributes.get_int("num_groups", 1) == 1):
             _spell_out(graph, node)
 
 
@@ -45,14 +46,20 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
         return value
 
     groups = node.attributes.get_int("num_groups", 1)
-    axes = constant("axes", np.array([-1, *(1 for _ in x.shape[2:])]))
+    axes = np.array([-1, *(1 for _ in x.shape[2:])])
     new = tape.Tape()
     grouped = new.op("Reshape", [x, constant("groups", np.array([0, groups, -1]))])
     moments = [constant("ones", np.ones(groups, np.float32)), constant("zeros", np.zeros(groups, np.float32))]
     epsilon = {"epsilon": node.attributes.get_float("epsilon", 1e-5)}
     unit = new.op("Reshape", [new.op("InstanceNormalization", [grouped, *moments], epsilon), new.op("Shape", [x])])
-    scaled = new.op("Mul", [unit, new.op("Reshape", [scale, axes])])
-    y = new.op("Add", [scaled, new.op("Reshape", [bias, axes])])
+
+    def by_channel(value: ir.Value | None, role: str) -> ir.Value:
+        found = ir.convenience.get_const_tensor(value) if value is not None else None
+        if found is None:
+            return new.op("Reshape", [value, constant(f"{role}/axes", axes)])
+        return constant(role, found.numpy().reshape(axes))  # a constant, so that channel scales fold into it
+
+    y = new.op("Add", [new.op("Mul", [unit, by_channel(scale, "scale")]), by_channel(bias, "bias")])
     for i, each in enumerate(new.nodes):
         each.name = f"{node.name}/{i}/{each.op_type}"
         each.outputs[0].name = f"{each.name}:0"

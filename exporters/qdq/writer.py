@@ -241,7 +241,7 @@ class Writer:
         y = product(self, call, rounded.x)
         if not isinstance(call.data.scheme.output, Float):
             y = self._rounded_output(call, y)
-        if rounded.amax is not None:
+        elif rounded.amax is not None:
             y = self.op(call, "amax/Mul", [y, rounded.amax])
         if call.data.branch is not None:
             y = self.op(call, "sum/Add", [y, self._branch(call, call.data.branch)])
@@ -363,15 +363,20 @@ class Writer:
         return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
 
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
-        """Write DQ(Q(y)) with the step's scale directly after the product, which then reads and writes codes."""
+        """Write DQ(Q(y, s_t), s_t * a_t) directly after the product, which then reads and writes codes."""
         amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
         assert amax_T is not None  # a scheme rounds its output only where its input has one scale for each step
         assert output_amax_T is not None
-        table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
-        scale = self.op(call, "output/Gather", [table, self.step])
-        parameters = [scale, self.constant("input/zero", self.input_zero)]
-        codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
-        return self.op(call, "output/DequantizeLinear", [codes, *parameters])
+        scale_T = output_scale(output_amax_T, amax_T).numpy()
+        magnitude_T = np.maximum(amax_T.numpy(), np.float32(TOKEN_EPS))
+        tables = {"": scale_T, "amax/": scale_T * magnitude_T}
+        scale, product = (
+            self.op(call, f"output/{n}Gather", [self.constant(f"{call.site.layer}/output/{n}scale", t), self.step])
+            for n, t in tables.items()
+        )
+        zero = self.constant("input/zero", self.input_zero)
+        codes = self.op(call, "output/QuantizeLinear", [y, scale, zero])
+        return self.op(call, "output/DequantizeLinear", [codes, product, zero])
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """Return the bias, (N,), or (1, N, 1, ...) for a convolution: it is added after the multiplication by amax."""

@@ -82,6 +82,11 @@ class Limits(BaseModel):
         description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N defines it),"
         " `Op.attribute` (if the attribute has an effect) or `Op.attribute=value`",
     )
+    expanded: tuple[str, ...] = Field(
+        (),
+        description="operators, as in `unsupported`, that the runtime has no kernel for and executes as many small ones:"
+        " intaglio writes GroupNormalization in faster operators",
+    )
     forms: tuple[str, ...] = Field(
         (),
         description="forms of operators that the runtime refuses, or computes differently from ONNX, by their names in"

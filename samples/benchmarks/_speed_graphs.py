@@ -60,11 +60,10 @@ TRAINED: Mapping[str, ModelRef] = {
     "terrain": ModelRef(path="./_terrain.py:make", sampling_steps=2),
 }
 MODELS = ("emoji-dit", "emoji-unet", "unet", "dit-xl", "terrain")
-FORMATS: Mapping[str, list[str]] = {
-    "W8A8": ["w8a8_token", "w8a8o8_step", "w8a8_step"],
-    "W4A8": ["w4a8_token", "w8a8_token", "w8a8o8_step", "w8a8_step"],
-}
-"""Formats of each plan, the most wanted first. Convolutions on integers need a rounded output."""
+FORMATS: Mapping[str, list[str]] = {"W8A8": ["w8a8_token"], "W4A8": ["w4a8_token", "w8a8_token"]}
+"""Formats of each plan, the most wanted first."""
+CONVOLUTIONS = ["w8a8o8_step"]
+"""Further formats for UNets: convolutions on integers need a rounded output."""
 FLOATS = ("float32", "torch.onnx.export")
 
 
@@ -104,12 +103,13 @@ def compiled(model: str, place: Path, schemes: list[str] | None) -> str:
     """Return the path of the float graph, or of one whose layers have the first of the schemes that fits."""
     if schemes is None:
         return str(run(model, place, [CALIBRATE, EXPORT])[FLOAT_GRAPH].path)
-    return str(run(model, place, quantized(schemes))[GRAPH].path)
+    return str(run(model, place, quantized(model, schemes))[GRAPH].path)
 
 
-def quantized(schemes: list[str]) -> list[Step]:
+def quantized(model: str, schemes: list[str]) -> list[Step]:
     """Return the steps that round all layers to nearest."""
-    uniform = Step(uses="uniform", options={"schemes": schemes})
+    wanted = [*schemes, *([] if "dit" in model else CONVOLUTIONS)]
+    uniform = Step(uses="uniform", options={"schemes": wanted})
     return [CALIBRATE, EXPORT, uniform, Step(uses="distill", options={"updates": 0}), Step(uses="merge"), QDQ]
 
 
@@ -124,13 +124,18 @@ def model_in(model: str, place: Path) -> ModelRef:
 
 
 def calls(model: str, place: Path, rows: int) -> Iterator[Feed]:
-    """Yield the inputs of the recorded calls, cut or repeated to `rows`, that in the middle first."""
-    trajectory = run(model, place, [CALIBRATE])[TRAJECTORY]
+    """Yield the inputs of the recorded calls, cut or repeated to `rows`, that in the middle first.
+
+    They have the types of our graphs, which take whole timesteps as floating-point numbers too.
+    """
+    done = run(model, place, [CALIBRATE, EXPORT])
+    trajectory, specs = done[TRAJECTORY], done[FLOAT_GRAPH].inputs
     middle = len(trajectory.timesteps) // 2
     for step in sorted(range(len(trajectory.timesteps)), key=lambda step: step != middle):
-        call = {name: value.numpy() for name, value in trajectory.call(step).items()}
+        call = {name: value.numpy() for name, value in trajectory.call(step).items() if name in specs}
         shared = trajectory.shared
-        yield {n: v if n in shared else np.resize(v, (rows, *v.shape[1:])) for n, v in call.items()}
+        cut = {n: v if n in shared else np.resize(v, (rows, *v.shape[1:])) for n, v in call.items()}
+        yield {name: value.astype(specs[name].dtype) for name, value in cut.items()}
 
 
 def middle_step(model: str, place: Path) -> int:

@@ -10,8 +10,8 @@ All graphs of a model are called by turns in one process with the same session o
 disturb all of them alike. A speed is the median of each round's own ratio to the fastest float32 graph, which is ours
 or that of torch's exporter. Ratios are of CPU time with one thread, which other jobs stretch less, and by the clock
 with more threads. SQNR and PSNR in dB compare the prediction of the call in the middle with the float32 graph; the peak
-of PSNR is the range of the prediction. Every layer has the first format of FORMATS that it admits, weights are rounded
-to nearest, and nothing is trained.
+of PSNR is the range of the prediction. Every layer has the first of the wanted formats that it admits, weights are
+rounded to nearest, and nothing is trained; convolutions of transformers stay in float, as other quantizers leave them.
 """
 
 import json
@@ -32,7 +32,6 @@ from _speed_graphs import (
     HERE,
     MODELS,
     PEERS,
-    Feed,
     calls,
     graphs_of,
     middle_step,
@@ -121,7 +120,7 @@ def timed(
     for name, path in graphs.items():
         try:
             session = open_session(path, threads=threads)
-            feeds[name] = feed(session, call)
+            feeds[name] = {entry.name: call[entry.name] for entry in session.get_inputs()}
             session.run(None, feeds[name])
         except Exception:  # its errors have no common class
             continue
@@ -146,12 +145,6 @@ def timed(
     return found
 
 
-def feed(session: Any, call: Feed) -> Feed:
-    """Return the graph's inputs in its types: our graphs take whole timesteps as floating-point numbers too."""
-    types = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
-    return {e.name: call[e.name].astype(types.get(e.type, call[e.name].dtype)) for e in session.get_inputs()}
-
-
 def times_of_operators(graphs: Mapping[str, Path], model: str, place: Path, rows: int) -> dict[str, dict[str, float]]:
     """Return the milliseconds of each operator in one call on one thread, for the float32 graphs and ours."""
     from intaglio.exporters.runtimes.onnxruntime.session import open_session
@@ -162,7 +155,7 @@ def times_of_operators(graphs: Mapping[str, Path], model: str, place: Path, rows
         if name not in graphs:
             continue
         session = open_session(graphs[name], threads=1, profile=place / "kernels")
-        inputs = feed(session, call)
+        inputs = {entry.name: call[entry.name] for entry in session.get_inputs()}
         for _ in range(CALLS + 1):
             session.run(None, inputs)
         file = Path(session.end_profiling())
@@ -200,7 +193,7 @@ def layer_by_layer(model: str, place: Path) -> dict[str, float]:
     from intaglio.exporters.verify.layer_run import run_layer
     from intaglio.pipeline.model.calls import denoise_with
 
-    graph = run(model, place, quantized(FORMATS["W8A8"]))[GRAPH]
+    graph = run(model, place, quantized(model, FORMATS["W8A8"]))[GRAPH]
     denoiser = Checkpoint.resolve(model_in(model, place), HERE).open()
     entered: dict[str, torch.Tensor] = {}
     for name in graph.nodes:

@@ -42,7 +42,8 @@ def test_graphs_are_timed_by_turns_and_compared_with_the_fastest_float_graph(
     tmp_path: Path,
 ) -> None:
     speed = import_module("speed")
-    call = {name: value.numpy() for name, value in dit[TRAJECTORY].call(0, slice(2)).items()}
+    recorded, inputs = dit[TRAJECTORY].call(0, slice(2)), dit[FLOAT_GRAPH].inputs
+    call = {name: value.numpy().astype(inputs[name].dtype) for name, value in recorded.items()}
     monkeypatch.setattr(speed, "calls", lambda *_: iter([call]))
     monkeypatch.setattr(speed, "middle_step", lambda *_: 0)
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
@@ -58,5 +59,5 @@ def test_graphs_are_timed_by_turns_and_compared_with_the_fastest_float_graph(
     assert written[2].startswith("| dit, 1 | ")
     assert written[2].endswith("| - | - | - | - |")
     operators = speed.times_of_operators(graphs, "dit", tmp_path, 2)
-    assert {"MatMul", "Softmax"} & operators["float32"].keys() or operators["float32"]
+    assert {name: "Softmax" in times for name, times in operators.items()} == dict.fromkeys(graphs, True)
     assert not list(tmp_path.glob("kernels*"))
