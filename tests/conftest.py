@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def _one_table_of_functions() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_trace_of_torch() -> None:
+    """pytest adds its handler to every logger that does not propagate; then torch describes every tensor it traces."""
+    import torch
+
+    assert torch
+    trace = logging.getLogger("torch.__trace")
+    trace.propagate = True
+    trace.handlers.clear()
 
 
 LONG = ("test_end_to_end.py", "test_tutorial.py", "test_families.py", "test_golden.py", "test_guides.py")

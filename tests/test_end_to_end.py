@@ -1,14 +1,12 @@
 """The whole product on a tiny model: from the command to a folder of checked files, and through kills."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import run_forked, start_forked
 from quantizing import HALF_TOLERANCE
 from tiny import save_folder, tiny_dit, tiny_unet
 from typer.testing import CliRunner
@@ -43,11 +41,6 @@ def write_recipe(folder: Path, model: object, targets: str, budget: float) -> Pa
     return recipe
 
 
-def intaglio(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "intaglio", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]  # tests only
-
-
 def digests(out: Path) -> dict[str, dict[str, str]]:
     """Step -> digest of what it made, for all that does not hold a measured time."""
     steps = json.loads((out / "manifest.json").read_text())["steps"]
@@ -57,9 +50,9 @@ def digests(out: Path) -> dict[str, dict[str, str]]:
 def test_a_unet_compiles_for_both_runtimes(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     recipe = write_recipe(tmp_path, tiny_unet(), "onnxruntime-cpu, tensorrt-rtx", 0.6)
-    done = intaglio("run", str(recipe), "--out", "out")
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(intaglio("show", "out", "--json").stdout)
+    exit_code = run_forked("run", str(recipe), "--out", "out", site=tmp_path, out=Path("stdout"), err=Path("stderr"))
+    assert exit_code == 0, Path("stderr").read_text()
+    shown = json.loads(CliRunner().invoke(app, ["show", "out", "--json"]).stdout)
     assert set(shown) == {"onnxruntime-cpu", "tensorrt-rtx"}
     for target, figures in shown.items():
         check_figures(target, figures)
@@ -74,13 +67,13 @@ def test_a_transformer_compiles_and_a_killed_run_ends_as_an_undisturbed_one(tmp_
     done = here.invoke(app, ["run", str(recipe), "--out", "out", "--store", "store-a"])
     assert done.exit_code == 0, done.output
     check_figures("onnxruntime-cpu", json.loads(Path("out/onnxruntime-cpu/metrics.json").read_text()))
-    command = [sys.executable, "-m", "intaglio", "run", str(recipe), "--out", "broken", "--store", "store-b"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not scratch_of("export-float", Path("store-b")):
+    arguments = ("run", str(recipe), "--out", "broken", "--store", "store-b")
+    process = start_forked(*arguments, site=tmp_path, out=Path("stdout"), err=Path("stderr"))
+    while process.is_alive() and not scratch_of("export-float", Path("store-b")):
         time.sleep(0.02)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not Path("broken").exists()
     resumed = here.invoke(app, ["run", str(recipe), "--out", "broken", "--store", "store-b"])
     assert resumed.exit_code == 0, resumed.output

@@ -6,6 +6,7 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import logging
@@ -258,7 +259,7 @@ class _Export:
     def _blamed(self) -> Iterator[None]:
         """Silence the exporter, and turn its errors into StepFailed."""
         try:
-            with silent(), torch.no_grad():
+            with silent(), _rare_collections(), torch.no_grad():
                 yield
         except IntaglioError:
             raise
@@ -302,6 +303,21 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python collect garbage less often: the exporter makes millions of objects, and nearly all of them live on."""
+    usual = gc.get_threshold()
+    gc.set_threshold(*map(max, zip(usual, _COLLECTIONS, strict=True)))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
+_COLLECTIONS = (50_000, 20, 20)
+"""New objects before a collection of the youngest, and collections of each generation before one of the next."""
 
 
 @contextlib.contextmanager

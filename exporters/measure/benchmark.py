@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -26,8 +25,6 @@ from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import Store
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from intaglio.exporters.measure.engine_process import Loaded, Spent
 
 
@@ -38,7 +35,7 @@ class MeasureLatency(Pass):
     """
 
     name: ClassVar[str] = "benchmark"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, GRAPH, TARGET, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LATENCY})
 
@@ -55,14 +52,14 @@ class MeasureLatency(Pass):
         from intaglio.exporters.runtimes.calls import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 
-        target = state[TARGET]
-        runtime = find_runtime(target.runtime)
+        runtime = find_runtime(state[TARGET].runtime)
+        both = {
+            "float32": graph_denoise(state[FLOAT_GRAPH], runtime, threads=self.threads),
+            "compiled": graph_denoise(state[GRAPH], runtime, threads=self.threads),
+        }
         trajectory = state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
-        with TemporaryDirectory(dir=ctx.scratch) as folder, ctx.progress("latency", self.rounds + 1) as advance:
-            float_graph = float_form(state[FLOAT_GRAPH], target, Path(folder))
-            graphs = {"float32": float_graph, "compiled": state[GRAPH]}
-            both = {name: graph_denoise(graph, runtime, threads=self.threads) for name, graph in graphs.items()}
+        with ctx.progress("latency", self.rounds + 1) as advance:
             seconds = spent({name: partial(denoise, call) for name, denoise in both.items()}, self.rounds, advance)
         float_ms, compiled_ms = (1e3 * seconds[name] for name in ("float32", "compiled"))
         ctx.log.info("%d rows: %.1f ms float32, %.1f ms compiled", self.rows, float_ms, compiled_ms)
@@ -81,8 +78,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 
     model, target = made_from(folder, store, MODEL), made_from(folder, store, TARGET)
-    float32 = float_form(made_from(folder, store, FLOAT_GRAPH), target, ctx.scratch)
-    graphs = {"float32": float32, "compiled": Graph.load(folder)}
+    graphs = {"float32": made_from(folder, store, FLOAT_GRAPH), "compiled": Graph.load(folder)}
     steps, left_out = model.ref.sampling_steps, {}
 
     def engine(graph: Graph) -> EngineProcess:
@@ -121,23 +117,9 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     )
 
 
-def float_form(graph: Graph, target: Target, scratch: Path) -> Graph:
-    """Return the float graph with the operators that the target executes fastest: compiled graphs have them too.
-
-    It is the graph itself if the target has a kernel for GroupNormalization, else a copy below `scratch`.
-    """
-    from intaglio.exporters.float_graph.onnx_file import read_model
-    from intaglio.exporters.qdq.group_norm import spell_out_group_norm
-
-    if target.limits.group_norm:
-        return graph
-    model = read_model(graph.path)
-    spell_out_group_norm(model.graph, target)
-    return _copy(graph, model, scratch, "float32")
-
-
 def half_graph(graph: Graph, scratch: Path) -> Graph:
     """Return the graph in float16, as far as its range and precision allow, written below `scratch`."""
+    import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from intaglio.exporters.float_graph.onnx_file import read_model
@@ -146,15 +128,8 @@ def half_graph(graph: Graph, scratch: Path) -> Graph:
     model = read_model(graph.path)
     type_half(model, (), graph.amax)
     RemoveUnusedNodesPass()(model)
-    return _copy(graph, model, scratch, "float16")
-
-
-def _copy(graph: Graph, model: ir.Model, scratch: Path, name: str) -> Graph:
-    """Return a graph whose model is replaced by another one, written to `scratch / name`."""
-    import onnx_ir as ir
-
-    written, folder = scratch / f"{name}.onnx", scratch / name
-    ir.save(model, written, external_data=f"{name}.onnx.data")
+    written, folder = scratch / "model.onnx", scratch / "float16"
+    ir.save(model, written, external_data="model.onnx.data")
     folder.mkdir()
     replace(graph, path=written).save(folder)
     return Graph.load(folder)

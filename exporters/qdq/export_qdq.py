@@ -66,6 +66,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     """
     import onnx
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     from intaglio.exporters.float_graph.onnx_file import read_model
     from intaglio.exporters.float_graph.torch_export import tensor_specs
@@ -87,7 +88,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
     if target.float_type == "float16":
         integer = {name for name, data in quantized.layers.items() if not isinstance(data.scheme.input, Float)}
         type_half(model, integer, amax)
-    _remove_unused(model.graph)
+    RemoveUnusedNodesPass()(model)
     _halve_tables(model.graph)
     ir.save(model, path, external_data="model.onnx.data")
     onnx.checker.check_model(path, full_check=True)
@@ -167,12 +168,6 @@ def _declare(model: ir.Model) -> None:
     if any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values()):
         model.opset_imports[""] = max(model.opset_imports[""] or 0, 23)
         model.ir_version = max(model.ir_version, 11)
-
-
-def _remove_unused(graph: ir.Graph) -> None:
-    """Remove the weights that no node reads any more. Changes `graph`."""
-    for initializer in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
-        del graph.initializers[str(initializer.name)]
 
 
 def _halve_tables(graph: ir.Graph) -> None:

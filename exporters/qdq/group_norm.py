@@ -1,4 +1,4 @@
-"""Write group normalization in older operators, for runtimes that do not know it, misread it or have no kernel.
+"""Write group normalization in older operators, for runtimes that do not know, misread or expand the operator.
 
 Shapes: B batch, C channels, G groups.
 """
@@ -24,16 +24,16 @@ ONE_GROUP = "one-group-norm"
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
-    """Write each GroupNormalization that the target refuses, misreads or has no kernel for in older operators.
+    """Write each GroupNormalization that the target refuses, misreads or expands in older operators.
 
     y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias. Where the target has no kernel,
     the last two are one BatchNormalization, and x keeps its shape if each channel is a group. Changes `graph`.
     """
-    unknown, misread = NAME in target.limits.unsupported, ONE_GROUP in target.limits.forms
+    limits = target.limits
+    always, misread = NAME in (*limits.unsupported, *limits.expanded), ONE_GROUP in limits.forms
     for node in [n for n in graph if n.op_type == "GroupNormalization"]:
-        misses = unknown or (misread and node.attributes.get_int("num_groups", 1) == 1)
-        if misses or not target.limits.group_norm:
-            _spell_out(graph, node, in_one_pass=not target.limits.group_norm)
+        if always or (misread and node.attributes.get_int("num_groups", 1) == 1):
+            _spell_out(graph, node, in_one_pass=NAME in limits.expanded)
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node, *, in_one_pass: bool) -> None:

@@ -127,11 +127,11 @@ class Writer:
         """
         rounded = self._rounded_input(call, entering)
         y = product(self, call, rounded.x)
+        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
         if not isinstance(call.data.scheme.output, Float):
             y = self._rounded_output(call, y)
-        bias = None if call.site.bias is None else self._bias(call, call.site.bias)
-        if rounded.amax is not None and call.data.tables.output_share_N is not None:
-            y, bias = self._scaled_back(call, y, rounded.amax, call.data.tables.output_share_N.numpy()), None
+            if call.data.tables.output_share_N is not None:
+                y, bias = self._shared_out(call, y, call.data.tables.output_share_N.numpy()), None
         elif rounded.amax is not None:
             y = self.op(call, "amax/Mul", [y, rounded.amax])
         if call.data.branch is not None:
@@ -253,18 +253,23 @@ class Writer:
         return self.op(call, "Mul", [x, r]), self.op(call, "amax/Gather", [table, self.step]), shift
 
     def _rounded_output(self, call: Call, y: ir.Value) -> ir.Value:
-        """Write DQ(Q(y)) with the step's scale directly after the product, which then reads and writes codes."""
+        """Write DQ(Q(y, s_t), s_t * a_t) directly after the product, which then reads and writes codes."""
         amax_T, output_amax_T = call.data.tables.amax_T, call.data.tables.output_amax_T
         assert amax_T is not None  # a scheme rounds its output only where its input has one scale for each step
         assert output_amax_T is not None
-        table = self.constant(f"{call.site.layer}/output/scale", output_scale(output_amax_T, amax_T).numpy())
-        scale = self.op(call, "output/Gather", [table, self.step])
-        parameters = [scale, self.constant("input/zero", self.input_zero)]
-        codes = self.op(call, "output/QuantizeLinear", [y, *parameters])
-        return self.op(call, "output/DequantizeLinear", [codes, *parameters])
+        scale_T = output_scale(output_amax_T, amax_T).numpy()
+        magnitude_T = np.maximum(amax_T.numpy(), np.float32(TOKEN_EPS))
+        tables = {"": scale_T, "amax/": scale_T * magnitude_T}
+        scale, product = (
+            self.op(call, f"output/{n}Gather", [self.constant(f"{call.site.layer}/output/{n}scale", t), self.step])
+            for n, t in tables.items()
+        )
+        zero = self.constant("input/zero", self.input_zero)
+        codes = self.op(call, "output/QuantizeLinear", [y, scale, zero])
+        return self.op(call, "output/DequantizeLinear", [codes, product, zero])
 
-    def _scaled_back(self, call: Call, y: ir.Value, amax: ir.Value, share_N: NDArray[np.float32]) -> ir.Value:
-        """Write y * (amax * share) + b of a rounded product, for each channel, in one pass.
+    def _shared_out(self, call: Call, y: ir.Value, share_N: NDArray[np.float32]) -> ir.Value:
+        """Write y * share + b of a rounded product, for each channel, in one pass.
 
         The operator is a BatchNormalization with mean 0 and variance 1: ONNX Runtime takes half as long as with Mul and
         Add.
@@ -272,9 +277,8 @@ class Writer:
         n = len(share_N)
         share = self.constant(f"{call.site.layer}/output/share", share_N)
         zeros, ones = (self.constant(f"output/{v}/{n}", np.full(n, v, np.float32)) for v in (0, 1))
-        scale = self.op(call, "output/share/Mul", [amax, share])
         bias = zeros if call.site.bias is None else call.site.bias
-        return self.op(call, "output/BatchNormalization", [y, scale, bias, zeros, ones], {"epsilon": 0.0})
+        return self.op(call, "output/BatchNormalization", [y, share, bias, zeros, ones], {"epsilon": 0.0})
 
     def _bias(self, call: Call, bias: ir.Value) -> ir.Value:
         """Return the bias, (N,), or (1, N, 1, ...) for a convolution: it is added after the multiplication by amax."""

@@ -82,15 +82,15 @@ class Limits(BaseModel):
         description="operators that the runtime refuses. An entry is `Op`, `Op-N` (as opset N defines it),"
         " `Op.attribute` (if the attribute has an effect) or `Op.attribute=value`",
     )
+    expanded: tuple[str, ...] = Field(
+        (),
+        description="operators, as in `unsupported`, that the runtime has no kernel for and executes as many small"
+        " ones: intaglio writes GroupNormalization in faster operators",
+    )
     forms: tuple[str, ...] = Field(
         (),
         description="forms of operators that the runtime refuses, or computes differently from ONNX, by their names in"
         " FORMS (exporters/lint/rules/validity.py)",
-    )
-    group_norm: bool = Field(
-        True,
-        description="the runtime has a kernel for GroupNormalization; false: it computes the operator in many passes,"
-        " and InstanceNormalization and BatchNormalization in one each",
     )
     types: tuple[str, ...] = Field(
         (), description="element types of values that are not codes; empty: types are not checked"

@@ -38,4 +38,5 @@ def export(denoiser: nn.Module, call: Inputs, path: Path, *, dynamo: bool = True
             output_names=["output"],
             dynamic_axes={name: {0: "batch"} for name in call} if any_batch else None,
             external_data=True,
+            verbose=False,
         )

@@ -21,7 +21,7 @@ import numpy as np
 import typer
 from _efficientdm_peers import quiet
 from full_size import alone, folder
-from ort_speed import relative, size
+from speed import relative, size
 
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.graph import STEP_INPUT

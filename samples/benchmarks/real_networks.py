@@ -28,7 +28,7 @@ from _rows import say, speak
 from _terrain import PACKAGES
 from _torch_export import export
 from full_size import folder
-from ort_speed import size
+from speed import size
 
 from intaglio import Recipe, Step, Store, compile
 from intaglio.exporters.runtimes.calls import graph_denoise

@@ -3,8 +3,13 @@
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from exported import dit  # noqa: F401  # a fixture
+from harness import Artifacts
+
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, TRAJECTORY
 
 BENCHMARKS = sorted(
     path.stem for path in (Path(__file__).parents[2] / "samples/benchmarks").glob("*.py") if path.stem[0] != "_"
@@ -32,3 +37,36 @@ def test_samples_are_compared_in_their_own_range_without_clamping() -> None:
     assert found["psnr_db"] == pytest.approx((40 + 20) / 2, abs=1e-3)
     assert found["psnr_min_db"] == pytest.approx(20, abs=1e-3)
     assert found["sqnr_db"] == pytest.approx((36.99 + 16.99) / 2, abs=1e-2)  # mean squares 50, errors 0.01 and 1
+
+
+def test_decibels_of_a_prediction_are_relative_to_its_power_and_to_its_range() -> None:
+    reference = np.array([0, 10], np.float32)
+    found = import_module("speed").decibels(reference + np.float32(0.1), reference)
+    assert found == {"sqnr_db": pytest.approx(36.99, abs=1e-2), "psnr_db": pytest.approx(40, abs=1e-3)}
+
+
+def test_graphs_are_timed_by_turns_and_compared_with_the_fastest_float_graph(
+    dit: Artifacts,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    speed = import_module("speed")
+    recorded, inputs = dit[TRAJECTORY].call(0, slice(2)), dit[FLOAT_GRAPH].inputs
+    call = {name: value.numpy().astype(inputs[name].dtype) for name, value in recorded.items()}
+    monkeypatch.setattr(speed, "calls", lambda *_: iter([call]))
+    monkeypatch.setattr(speed, "middle_step", lambda *_: 0)
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    graphs = dict.fromkeys(["float32", "torch.onnx.export", "W8A8"], dit[FLOAT_GRAPH].path)
+    rows = speed.timed(graphs | {"modelopt INT8": tmp_path / "broken.onnx"}, "dit", tmp_path, 3, 2, 1)
+    assert [row["graph"] for row in rows] == list(graphs)
+    fastest = min(rows[:2], key=lambda row: row["milliseconds"])
+    assert {row["fastest_float"] for row in rows} == {fastest["graph"]}
+    assert fastest["speed"] == 1
+    assert rows[2]["psnr_db"] == float("inf")
+    written = speed.table([{"model": "dit", **row} for row in rows]).splitlines()
+    assert len({line.count("|") for line in written}) == 1
+    assert written[2].startswith("| dit, 1 | ")
+    assert written[2].endswith("| - | - | - | - |")
+    operators = speed.times_of_operators(graphs, "dit", tmp_path, 2)
+    assert {name: "Softmax" in times for name, times in operators.items()} == dict.fromkeys(graphs, True)
+    assert not list(tmp_path.glob("kernels*"))

@@ -1,7 +1,6 @@
 """A runtime is one package: installed, it compiles, verifies and reports without a line in intaglio that names it."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from forked import printed_forked
 from tiny import save_folder, tiny_dit
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +32,13 @@ steps:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With the plug-in, which pip has installed into a folder of its own that is on the path."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder into which pip has installed the plug-in."""
     folder = tmp_path_factory.mktemp("plugin")
     source = shutil.copytree(ROOT / "samples/plugin_runtime", folder / "source")
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(folder / "site"), str(source)], check=True, capture_output=True)
-    path = os.pathsep.join(filter(None, (str(folder / "site"), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+    return folder / "site"
 
 
 COMMAND = """
@@ -54,14 +53,12 @@ def command(*arguments):
 """
 
 
-def in_one_process(environment: dict[str, str], code: str) -> str:
+def in_one_process(site: Path, code: str) -> str:
     """Run code that may call `command`, in one new process that has the plug-in; return what it prints."""
-    ended = subprocess.run([sys.executable, "-c", COMMAND + code], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    return printed_forked(exec, COMMAND + code, {}, out=Path("printed"), site=site)
 
 
-def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_path: Path) -> None:
+def test_a_model_is_compiled_verified_timed_and_loaded_in_it(site, tmp_path: Path) -> None:
     save_folder(tiny_dit(), tmp_path / "dit")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     code = (
@@ -71,7 +68,7 @@ def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_pa
         "inputs = torch.ones(2, 3, 8, 8), torch.tensor(1), torch.tensor([0, 1])\n"
         "print(float((denoiser(*inputs)[0] - intaglio.load('out/onnx-reference')(*inputs)[0]).abs().max()))"
     )
-    difference = in_one_process(environment, code)
+    difference = in_one_process(site, code)
     assert float(difference) < 1e-4
     made = tmp_path / "out/onnx-reference"
     found = json.loads((made / "metrics.json").read_text())
@@ -83,7 +80,7 @@ def test_a_model_is_compiled_verified_timed_and_loaded_in_it(environment, tmp_pa
     assert "onnx-reference" in (made / "report.html").read_text()
 
 
-def test_doctor_targets_and_the_first_recipe_have_it(environment, tmp_path: Path) -> None:
+def test_doctor_targets_and_the_first_recipe_have_it(site, tmp_path: Path) -> None:
     save_folder(tiny_dit(), tmp_path / "dit")
     code = (
         "found = {'doctor': json.loads(command('doctor', '--json'))}\n"
@@ -92,7 +89,7 @@ def test_doctor_targets_and_the_first_recipe_have_it(environment, tmp_path: Path
         "command('plan', 'recipe.yaml')\n"
         "print(json.dumps(found))"
     )
-    found = json.loads(in_one_process(environment, code))
+    found = json.loads(in_one_process(site, code))
     doctor = found["doctor"]
     assert doctor["reference"].startswith("1.")
     assert doctor["targets"]["onnx-reference"]["run"] == {"here": True, "how": "onnx.reference"}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import read_bytes
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.runs.machine import Ability, Fact, Faults, Found, Machine, Package
 from intaglio.pipeline.runs.runtime import Opened, Runtime
@@ -54,7 +56,8 @@ class OnnxRuntime(Runtime):
 
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
         """Open a graph in a session. Raises RecipeError for a file that ONNX Runtime does not load."""
-        return self.open_as(graph, None, threads=threads, providers=providers)
+        model = _with_kernels(graph) if self.optimize else None
+        return self.open_as(graph, model, threads=threads, providers=providers)
 
     def open_as(self, graph: Graph, model: bytes | None, *, threads: int, providers: Sequence[str]) -> Opened:
         """Open a graph as `open` does; `model` is the same graph in other operators, serialized, or None."""
@@ -114,6 +117,27 @@ class OnnxRuntime(Runtime):
     def latency_command(self, shapes: str) -> str:
         """Return where the command that times a call on a GPU is found, in words."""
         return "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"
+
+
+def _with_kernels(graph: Graph) -> bytes | None:
+    """Return the graph in operators that have kernels; None if it is in such operators, or cannot be read.
+
+    The export in float serves all runtimes, so it has operators that this one executes as many small ones.
+    """
+    import onnx_ir as ir
+
+    from intaglio.exporters.float_graph.onnx_file import MOST_BYTES, read_model
+    from intaglio.exporters.qdq.group_norm import spell_out_group_norm
+
+    try:
+        if b"GroupNormalization" not in read_bytes(graph.path, most=MOST_BYTES):
+            return None
+        model = read_model(graph.path)
+    except RecipeError:  # opening the file says what is wrong with the folder
+        return None
+    spell_out_group_norm(model.graph, load_target(CPU_TARGET))
+    found: bytes = ir.to_proto(model).SerializeToString()
+    return found
 
 
 def _opened(session: onnxruntime.InferenceSession) -> Opened:

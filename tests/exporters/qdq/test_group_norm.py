@@ -39,9 +39,9 @@ def normalization(shape, groups):
 
 @pytest.mark.parametrize(
     ("target", "groups", "kept"),
-    [("tensorrt-rtx", 1, False), ("tensorrt-10", 1, False), ("tensorrt-rtx", 4, True)],
+    [("tensorrt-rtx", 1, False), ("tensorrt-10", 1, False), ("tensorrt-rtx", 4, True), ("onnxruntime-cpu", 4, False)],
 )
-def test_one_group_is_spelled_out_where_the_importer_takes_it_for_groups_of_one_channel(target, groups, kept):
+def test_it_is_spelled_out_where_the_runtime_misreads_one_group_or_has_no_kernel(target, groups, kept):
     model = normalization("2,8,4,4", groups)
     spell_out_group_norm(model.graph, load_target(target))
     assert ("GroupNormalization" in {node.op_type for node in model.graph}) == kept
@@ -53,6 +53,15 @@ def test_a_target_without_a_kernel_scales_and_adds_in_one_pass(groups, operators
     spell_out_group_norm(model.graph, CPU)
     moved = ("Reshape", "Shape")
     assert [node.op_type for node in model.graph if node.op_type not in moved] == [*operators, "Abs"]
+
+
+def test_onnx_runtime_has_no_kernel_of_it(tmp_path):
+    """The reason for `expanded` of its target: if this fails, the operator may stay as it is."""
+    executed = tmp_path / "executed.onnx"
+    open_session(ir.to_proto(normalization("2,8,4,4", 4)).SerializeToString(), optimized=executed)
+    operators = [node.op_type for node in onnx.load(executed).graph.node]
+    assert "GroupNormalization" not in operators
+    assert len(operators) > 10
 
 
 def test_tensorrt_rtx_normalizes_the_group_as_a_whole():
