@@ -21,7 +21,7 @@ from intaglio.pipeline.formats.schemes import Float, RoundedInput, RoundedWeight
 from intaglio.pipeline.formats.target import OpKind
 from intaglio.pipeline.numerics.rounding import eight_bit_codes, shift_codes
 
-Attributes: TypeAlias = Mapping[str, int | ir.Attr]
+Attributes: TypeAlias = Mapping[str, int | float | ir.Attr]
 InputKey: TypeAlias = tuple[str, RoundedInput, bytes]
 
 
