@@ -113,13 +113,11 @@ def timed(
     graphs: Mapping[str, Path], model: str, place: Path, rounds: int, rows: int, threads: int
 ) -> list[dict[str, Any]]:
     """Time the graphs by turns, after one round that is not counted."""
-    from intaglio.exporters.runtimes.onnxruntime.session import open_session
-
     call = next(calls(model, place, rows)) | {STEP_INPUT: np.array(middle_step(model, place))}
     sessions, feeds = {}, {}
     for name, path in graphs.items():
         try:
-            session = open_session(path, threads=threads)
+            session = opened(name, path, threads=threads)
             feeds[name] = {entry.name: call[entry.name] for entry in session.get_inputs()}
             session.run(None, feeds[name])
         except Exception:  # its errors have no common class
@@ -145,16 +143,23 @@ def timed(
     return found
 
 
-def times_of_operators(graphs: Mapping[str, Path], model: str, place: Path, rows: int) -> dict[str, dict[str, float]]:
-    """Return the milliseconds of each operator in one call on one thread, for the float32 graphs and ours."""
+def opened(name: str, path: Path, threads: int, profile: Path | None = None) -> Any:
+    """Open a graph in a session; our float32 graph as the steps of a recipe open it."""
+    from intaglio.exporters.runtimes.onnxruntime.runtime import with_kernels
     from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
+    model = with_kernels(path) if name == "float32" else None
+    return open_session(model or path, threads=threads, profile=profile, data=path.parent if model else None)
+
+
+def times_of_operators(graphs: Mapping[str, Path], model: str, place: Path, rows: int) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of each operator in one call on one thread, for the float32 graphs and ours."""
     call = next(calls(model, place, rows)) | {STEP_INPUT: np.array(middle_step(model, place))}
     found = {}
     for name in (*FLOATS, *FORMATS):
         if name not in graphs:
             continue
-        session = open_session(graphs[name], threads=1, profile=place / "kernels")
+        session = opened(name, graphs[name], threads=1, profile=place / "kernels")
         inputs = {entry.name: call[entry.name] for entry in session.get_inputs()}
         for _ in range(CALLS + 1):
             session.run(None, inputs)

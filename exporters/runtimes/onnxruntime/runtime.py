@@ -56,7 +56,7 @@ class OnnxRuntime(Runtime):
 
     def open(self, graph: Graph, *, threads: int = 0, providers: Sequence[str] = ()) -> Opened:
         """Open a graph in a session. Raises RecipeError for a file that ONNX Runtime does not load."""
-        model = _with_kernels(graph) if self.optimize else None
+        model = with_kernels(graph.path) if self.optimize else None
         return self.open_as(graph, model, threads=threads, providers=providers)
 
     def open_as(self, graph: Graph, model: bytes | None, *, threads: int, providers: Sequence[str]) -> Opened:
@@ -119,8 +119,8 @@ class OnnxRuntime(Runtime):
         return "trtexec, in the folder of a target of TensorRT: `intaglio bench` there gives the whole command"
 
 
-def _with_kernels(graph: Graph) -> bytes | None:
-    """Return the graph in operators that have kernels; None if it is in such operators, or cannot be read.
+def with_kernels(path: Path) -> bytes | None:
+    """Return a graph in operators that have kernels; None if it is in such operators, or cannot be read.
 
     The export in float serves all runtimes, so it has operators that this one executes as many small ones.
     """
@@ -130,9 +130,9 @@ def _with_kernels(graph: Graph) -> bytes | None:
     from intaglio.exporters.qdq.group_norm import spell_out_group_norm
 
     try:
-        if b"GroupNormalization" not in read_bytes(graph.path, most=MOST_BYTES):
+        if b"GroupNormalization" not in read_bytes(path, most=MOST_BYTES):
             return None
-        model = read_model(graph.path)
+        model = read_model(path)
     except RecipeError:  # opening the file says what is wrong with the folder
         return None
     spell_out_group_norm(model.graph, load_target(CPU_TARGET))

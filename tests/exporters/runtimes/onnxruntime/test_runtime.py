@@ -4,14 +4,14 @@ import numpy as np
 import onnx
 from harness import Artifacts
 
-from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime, _with_kernels
+from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime, with_kernels
 from intaglio.exporters.runtimes.onnxruntime.session import open_session
 from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, TRAJECTORY
 
 
 def test_group_normalization_of_a_float_graph_is_opened_in_other_operators(unet: Artifacts):
     graph = unet[FLOAT_GRAPH]
-    model = _with_kernels(graph)
+    model = with_kernels(graph.path)
     assert model is not None
     written = {node.op_type for node in onnx.load(graph.path, load_external_data=False).graph.node}
     opened = {node.op_type for node in onnx.load_from_string(model).graph.node}
@@ -25,4 +25,4 @@ def test_group_normalization_of_a_float_graph_is_opened_in_other_operators(unet:
 
 
 def test_a_graph_without_it_is_opened_as_it_is(dit: Artifacts):
-    assert _with_kernels(dit[FLOAT_GRAPH]) is None
+    assert with_kernels(dit[FLOAT_GRAPH].path) is None
