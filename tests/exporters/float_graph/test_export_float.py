@@ -40,7 +40,7 @@ class Opened(Checkpoint):
         super().__init__(Path(), ModelRef(path="toy"))
         object.__setattr__(self, "factory", DenoiserModel(module.eval(), None, (2, 4, 4), **options))
 
-    def open(self) -> DenoiserModel:
+    def open(self, *, stored: bool) -> DenoiserModel:
         return self.factory
 
 
