@@ -36,7 +36,7 @@ from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, MODEL, PLAN, QUANTIZ
 from intaglio.pipeline.cli.explain import explain
 from intaglio.pipeline.formats import known
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.formats.schemes import LayerScheme, int_schemes
+from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.formats.target import load_target
 
 NAME = "w6a8_token"
@@ -48,7 +48,8 @@ ROW = lowering.Lowering("linear", W6A8_TOKEN, lowering.per_channel, True, "8-bit
 @pytest.fixture
 def six_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The format is known, and its row is in the table."""
-    monkeypatch.setattr(known, "scheme_families", lambda: (int_schemes, six_bit_schemes))
+    families = known.scheme_families()
+    monkeypatch.setattr(known, "scheme_families", lambda: (*families, six_bit_schemes))
     rows = OnnxRuntime().lowerings()
     monkeypatch.setattr(OnnxRuntime, "lowerings", lambda _: (*rows, ROW))
 
