@@ -10,18 +10,13 @@ from onnxscript.rewriter import pattern
 
 
 def repair(graph: ir.Graph) -> None:
-    """Replace each node that ONNX or its runtimes read differently from torch. Changes `graph`.
-
-    A bias that is added behind a Reshape of its layer's product comes before it: the layer is then found as a whole.
-    """
+    """Replace each node that ONNX or its runtimes read differently from torch. Changes `graph`."""
     for node in list(graph):
         match node.op_type:
             case "Squeeze" if len(node.inputs) > 1:
                 _keep_long_axes(graph, node)
             case "Where" if node.outputs[0].dtype == ir.DataType.BOOL:
                 _choose_by_logic(graph, node)
-            case "Add":
-                _add_before_reshape(graph, node)
 
 
 def _keep_long_axes(graph: ir.Graph, node: ir.Node) -> None:
@@ -57,36 +52,6 @@ def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, [first, negated, second, either])
     ir.convenience.replace_all_uses_with(old, either.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
-
-
-def _add_before_reshape(graph: ir.Graph, node: ir.Node) -> None:
-    """Move an Add of a bias (N,) before the Reshape (..., N) of the product that it belongs to, of the same module."""
-    for value, bias in (node.inputs, node.inputs[::-1]):
-        reshape = None if value is None else value.producer()
-        if value is None or bias is None or bias.name not in graph.initializers or reshape is None:
-            continue
-        y = reshape.inputs[0] if reshape.op_type == "Reshape" else None
-        product = None if y is None else y.producer()
-        if y is None or product is None or product.op_type != "MatMul":
-            continue
-        shapes = [each.shape for each in (y, value, bias)]
-        alone = len(y.uses()) == len(value.uses()) == 1 and not node.outputs[0].is_graph_output()
-        if not alone or _scope(product) != _scope(node) or any(shape is None for shape in shapes):
-            continue
-        if len(shapes[2] or ()) != 1 or len({str(shape[-1]) for shape in shapes if shape is not None}) != 1:
-            continue
-        add = ir.node("Add", [y, bias], name=f"{node.name}_first")
-        add.metadata_props.update(node.metadata_props)
-        add.outputs[0].type, add.outputs[0].shape, add.outputs[0].name = y.type, y.shape, f"{y.name}_biased"
-        graph.insert_before(reshape, add)
-        reshape.replace_input_with(0, add.outputs[0])
-        ir.convenience.replace_all_uses_with(node.outputs[0], value)
-        graph.remove(node, safe=True)
-        return
-
-
-def _scope(node: ir.Node) -> str:
-    return node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
 
 
 def transposed_keys() -> pattern.RewriteRule:
