@@ -54,6 +54,7 @@ PERMITTED = {
     "exporters/lint/inference.py:_read": "the other process, which is intaglio too",
     "exporters/lint/inference.py:serve": "the other process, which is intaglio too",
     "exporters/report/difference.py:_picture": "the bytes of a file that was read",
+    "exporters/components/pictures.py:_picture": "the bytes of a file that was read",
     "exporters/deploy/kit.py:_content": PACKAGE,
     "exporters/deploy/kit.py:_is_kit": "a stream of a file that was checked",
     "exporters/deploy/kit.py:_rendered": PACKAGE,
