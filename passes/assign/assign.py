@@ -105,14 +105,14 @@ class AssignPrecision(Pass):
     @field_validator("profile")
     @classmethod
     def _comparable(cls, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
-        if len(rows := {p.rows for p in profiles}) > 1:
-            numbers = " and ".join(map(str, sorted(rows)))
-            raise ValueError(
-                f"the profiles have different numbers of rows, {numbers}: measure them again with equal rows"
-            )
         if len(tools := {p.made_by for p in profiles}) > 1:
             raise ValueError(
                 f"the profiles were made by different tools, {' and '.join(sorted(tools))}: measure them again with one"
+            )
+        if len(rows := {p.rows for p in profiles}) > 1:
+            numbers = " and ".join(str(n or "unknown") for n in sorted(rows, key=lambda n: n or 0))
+            raise ValueError(
+                f"the profiles have different numbers of rows, {numbers}: measure them again with equal rows"
             )
         return profiles
 

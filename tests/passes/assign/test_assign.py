@@ -195,6 +195,9 @@ def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
     two = profile({"float": {"l0": 1.0}}) + profile({"w4a16": {"l0": 1.0}}, rows=8)
     with pytest.raises(ValidationError, match="have different numbers of rows, 2 and 8: measure them again"):
         AssignPrecision(profile=two)
+    two = profile({"float": {"l0": 1.0}}) + profile({"w4a16": {"l0": 1.0}}, made_by="ort")
+    with pytest.raises(ValidationError, match="made by different tools, ort and trtexec: measure them again with one"):
+        AssignPrecision(profile=two)
     with pytest.raises(ValidationError, match=r"gone\.json: cannot be read: No such file"):
         AssignPrecision(profile="gone.json")
     (tmp_path / "plan.json").write_text("{}")
