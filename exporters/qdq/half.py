@@ -206,8 +206,8 @@ def _fits(node: ir.Node, place: int) -> bool:
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
     """Return True if rounding to float16 changes the constant by at most 2^-11 of it.
 
-    This holds for each element if `each`, else for the L2 norm; then elements far below the others may round to zero. A
-    value that stands for infinity becomes infinity.
+    Each element is compared if `each` is True, else their L2 norm; then elements far below the others may round to
+    zero. A value that stands for infinity becomes infinity.
     """
     finite = array[np.abs(array) < MASKING].astype(np.float32)
     error = np.abs(_halved(finite).astype(np.float32) - finite)

@@ -153,8 +153,8 @@ class Limits(BaseModel):
     conv_channels_multiple: int = Field(
         1,
         ge=1,
-        description="the graph must have 8-bit convolutions whose numbers of input and output channels are multiples of"
-        " this",
+        description="the graph must have multiples of this as the numbers of input and output channels of an 8-bit"
+        " convolution",
     )
     shared_zero_points: bool = Field(True, description="the graph may have one zero point for several 8-bit weights")
     moves_int8: bool = Field(
@@ -236,7 +236,7 @@ class Target(BaseModel):
     def multiplies_codes(self, op: OpKind, scheme: LayerScheme) -> bool:
         """Return True if the target multiplies the codes of this scheme, in INT8, FP8 or FP4.
 
-        Otherwise it multiplies float values of them.
+        Return False if it multiplies float values.
         """
         needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
         rounded = not isinstance(scheme.input, Float)

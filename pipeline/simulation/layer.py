@@ -166,7 +166,7 @@ class QuantizedLayer(nn.Module):
     def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
         """Round the product inside a float output `y` of the layer, and return the new output.
 
-        Only for schemes with a rounded output.
+        The scheme must have a rounded output.
         """
         assert self.input_rounding is not None  # only the products of codes are rounded
         bias = 0.0 if self.layer.bias is None else of_channels(self.layer, self.layer.bias)
