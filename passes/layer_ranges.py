@@ -33,7 +33,7 @@ CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 class _Call:
     """One call of the model, by layer name: range of the input, outputs of convolutions without bias, and rows.
 
-    Of an output this has the range of each channel in which it is rounded with the least squared error, (N,).
+    `output` has, for each channel, the magnitude up to which 8-bit codes have the least squared error, (N,).
     """
 
     low: dict[str, float] = field(default_factory=dict)
@@ -49,7 +49,11 @@ class LayerRanges:
     """
 
     def __init__(self, layers: Mapping[str, Layer], modules: Mapping[str, nn.Module], processes: int = 1) -> None:
-        """Start without calls. `processes` have as many rows each as this one; their ranges are joined later."""
+        """Start without calls.
+
+        `processes` is the number of processes; each records as many rows as this one, and their ranges are joined
+        later.
+        """
         self._layers, self._modules, self._processes = layers, modules, processes
         self._now = _Call()
         self._calls: list[_Call] = []
@@ -119,8 +123,9 @@ def expected_ends(x: torch.Tensor, processes: int = 1) -> tuple[float, float]:
 
     `x`: (R, ...).
 
-    The maximum over n rows lies on average sqrt(6) / pi * ln(n) standard deviations of the rows' maxima beyond the
-    maximum of one row (Gumbel distribution). The range of fewer rows is too small, and would clip later inputs.
+    On average, the largest of n rows exceeds the maximum of one row by sqrt(6) / pi * ln(n) standard deviations of the
+    rows' maxima (Gumbel distribution). The range of fewer rows is too small, and would clip later inputs. A single row
+    is not extrapolated.
     """
     lows, highs = x.reshape(len(x), -1).aminmax(dim=1)
     return -_expected_largest(-lows, processes).item(), _expected_largest(highs, processes).item()

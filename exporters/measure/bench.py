@@ -30,8 +30,8 @@ class Bench(BaseModel):
     """Figures of engines that were timed in turn: in each of `rounds` rounds, every engine ran one trajectory.
 
     Ratios are full precision over compiled: above one, compiled is better. Speedups are medians of each round's own
-    ratio. A figure that this machine cannot measure is None, and `filled_by` says how to measure it, with a command if
-    there is one.
+    ratio. A figure that this machine cannot measure is None; `filled_by` has the command that measures it on the
+    device, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

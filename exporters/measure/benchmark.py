@@ -67,13 +67,13 @@ class MeasureLatency(Pass):
 
 
 def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, threads: int) -> Bench:
-    """Measure the engines of a compiled folder by turns, `rounds` trajectories each, each in a process of its own.
+    """Run each engine of a compiled folder in a process of its own.
 
-    `float32` is the float graph of the run, from the store. `float16` is the same graph in float16, only for a provider
-    that computes in float16. A trajectory is as many calls as the recipe has steps, with the inputs that `profile`
-    uses. The scheduler's own work is left out: it is the same for all. Graphs for TensorRT run as they are written,
-    without ONNX Runtime's fusions. Raises RecipeError if the store lacks what is needed, TargetError for a graph that
-    the runtime refuses.
+    In each of `rounds` rounds, every engine runs one trajectory. `float32` is the float graph of the run, from the
+    store. `float16` is the same graph in float16, only for a provider that computes in float16. A trajectory is as many
+    calls as the recipe has steps, with the inputs that `profile` uses. The scheduler's own work is left out: it is the
+    same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions. Raises RecipeError if the
+    store lacks what is needed, TargetError for a graph that the runtime refuses.
     """
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 

@@ -39,13 +39,13 @@ class Call:
         return "conv" if self.site.product.op_type == "Conv" else "linear"
 
     @property
-    def places(self) -> int:
-        """Number of axes that a convolution goes along; 0 for a linear layer."""
+    def spatial_axes(self) -> int:
+        """Number of spatial axes of a convolution; 0 for a linear layer."""
         return 0 if self.op == "linear" else len(self.site.weight_shape) - 2
 
     def of_channels(self, values_N: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return one value for each channel in the shape that broadcasts: (N,), or (1, N, 1, ...) for a convolution."""
-        return values_N if self.op == "linear" else values_N.reshape(1, -1, *[1] * self.places)
+        return values_N if self.op == "linear" else values_N.reshape(1, -1, *[1] * self.spatial_axes)
 
     @property
     def input_key(self) -> InputKey | None:
@@ -61,9 +61,10 @@ class Call:
 
     @property
     def zeros(self) -> tuple[int, ...]:
-        """Zeros to add around the input before it is shifted, (top, left, bottom, right); () if the product adds them.
+        """Zeros to add around the input before it is shifted, in the order of ONNX's `pads`.
 
-        Raises TargetError for a convolution whose padding depends on the size of its input.
+        () if there are none, or if the product adds them. Raises TargetError for a convolution whose padding depends on
+        the size of its input.
         """
         attributes = self.site.product.attributes
         if not self.subtracted or self.op == "linear":
@@ -131,9 +132,10 @@ class Call:
 
     @property
     def product_scale_N(self) -> NDArray[np.float32]:
-        """Scales of a weight with one scale for each channel, (N,), divided by its share where the product is rounded.
+        """Scale of each channel of the weight, (N,).
 
-        The share multiplies the rounded product again.
+        If the product is rounded, it is divided by the channel's share, by which the rounded product is multiplied
+        later.
         """
         scale_N, share_N = self.scale_NG.reshape(-1), self.data.tables.output_share_N
         return scale_N if share_N is None else scale_N / share_N.numpy()

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 
 class ExportQdq(Pass):
-    """Write a graph of standard operators. It makes the same integer codes as the simulation from the same input.
+    """Write a graph of standard operators; only the rounding of NVFP4 inputs uses an operator of TensorRT.
 
-    Embedding tables are stored in float16: in float32 they would be a quarter of a class-conditional DiT with 4-bit
-    weights. In the returned plan, layers that the graph does not contain are in float.
+    The graph makes the same codes as the simulation from the same input. Embedding tables are stored in float16: in
+    float32 they would be a quarter of a class-conditional DiT with 4-bit weights. In the returned plan, layers that the
+    graph does not contain are in float.
     """
 
     name: ClassVar[str] = "export-qdq"
@@ -60,7 +61,7 @@ class ExportQdq(Pass):
 
 
 def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target) -> Graph:
-    """Write a copy of the float graph in which these layers are integers, in the form that the target executes.
+    """Write a copy of the float graph in which these layers have rounded weights and inputs, as their schemes say.
 
     Layers that the graph does not contain are skipped. Raises TargetError for an opset that the target does not read.
     """

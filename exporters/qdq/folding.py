@@ -35,7 +35,7 @@ class ChannelScale:
 
 @dataclass
 class _Fold:
-    """One possible fold: the change to make, and the values that are larger by a factor afterwards."""
+    """One possible fold: the changes to make, and the values that are multiplied by a scale afterwards."""
 
     changes: list[Callable[[], None]] = field(default_factory=list)
     scaled: list[tuple[ir.Value, Scale]] = field(default_factory=list)
@@ -239,7 +239,10 @@ def _least_rank(scale: Scale) -> Scale:
 
 
 def _moved_back(node: ir.Node, value: ir.Value, scale: Scale) -> Scale | None:
-    """Return the scale of the input of a Reshape or Transpose that scales its output by `scale`, or None."""
+    """Return the scale to multiply the node's input by, so that its output is multiplied by `scale`.
+
+    None if there is none. The node is a Reshape or a Transpose.
+    """
     before = None if node.inputs[0] is None else node.inputs[0].shape
     if before is None or value.shape is None:
         return None

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
 NAME = "GroupNormalization-21"
-"""The operator since opset 21, in which `scale` has one value for each channel, as targets name it."""
+"""Name in `limits.unsupported` and `limits.expanded` of the operator since opset 21.
+
+Its `scale` has one value for each channel."""
 
 
 ONE_GROUP = "one-group-norm"
-"""The form of targets that normalize each channel by itself where all channels are one group."""
+"""Name in `limits.forms`: with one group, the target normalizes each channel alone."""
 
 
 def spell_out_group_norm(graph: ir.Graph, target: Target) -> None:
-    """Write each GroupNormalization that the target refuses, misreads or expands in older operators.
+    """Replace each GroupNormalization by older operators if the target refuses it, misreads it or has no kernel for it.
 
     y = InstanceNormalization(x as (B, G, rest)) in x's shape, times scale, plus bias. Where the target has no kernel,
     the last two are one BatchNormalization, and x keeps its shape if each channel is a group. Changes `graph`.

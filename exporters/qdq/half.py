@@ -73,9 +73,9 @@ PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Einsum", "Gemm", "M
 
 
 def type_half(model: ir.Model, layers: Collection[str], amax: Mapping[str, float]) -> None:
-    """Make everything float16 except what needs float32, such as the nodes of `layers` without their branches.
+    """Make all nodes float16 that do not need float32. Changes `model`.
 
-    Changes `model`.
+    Nodes of `layers` need it; nodes of their branches may be float16.
 
     `amax`: the largest recorded magnitude of each value, by name.
     """
@@ -113,7 +113,10 @@ def _wide_nodes(graph: ir.Graph, opset: int, layers: Collection[str], amax: Mapp
 
 
 def _add_angles(graph: ir.Graph, wide: set[ir.Node]) -> None:
-    """Add what computes angles, back to the graph's inputs or to a layer. Changes `wide`."""
+    """Add all nodes that compute an angle. Changes `wide`.
+
+    They lie between each Sin and Cos and the graph's inputs or a layer.
+    """
     pending = [value for node in graph if node.op_type in PERIODIC for value in node.inputs]
     while pending:
         maker = producer(pending.pop())
@@ -123,7 +126,10 @@ def _add_angles(graph: ir.Graph, wide: set[ir.Node]) -> None:
 
 
 def _add_bases(graph: ir.Graph, layers: Collection[str], wide: set[ir.Node]) -> None:
-    """Add what brings an input of `layers` into its basis, also if it was written for another layer. Changes `wide`."""
+    """Add the nodes that transform an input of `layers` to its basis. Changes `wide`.
+
+    They are added even if they were written for another layer.
+    """
     pending = [v for node in graph if node.metadata_props.get(LAYER_KEY) in layers for v in node.inputs]
     while pending:
         maker = producer(pending.pop())
@@ -198,10 +204,10 @@ def _fits(node: ir.Node, place: int) -> bool:
 
 
 def holds(array: NDArray[np.float32], *, each: bool) -> bool:
-    """Return True if float16 holds a constant as exactly as a normal number, as a whole or each element.
+    """Return True if rounding to float16 changes the constant by at most 2^-11 of it.
 
-    |half(v) - v| <= 2^-11 |v|. Elements far below the others may round to zero where the whole counts; a value that
-    stands for infinity becomes infinity.
+    Each element is compared if `each` is True, else their L2 norm; then elements far below the others may round to
+    zero. A value that stands for infinity becomes infinity.
     """
     finite = array[np.abs(array) < MASKING].astype(np.float32)
     error = np.abs(_halved(finite).astype(np.float32) - finite)
@@ -233,7 +239,7 @@ def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
 
 @dataclass
 class _Typer:
-    """Gives each node the inputs it computes with; nodes come in the graph's order."""
+    """Casts the inputs of each node to the type in which it computes. Call `type_node` in the graph's order."""
 
     graph: ir.Graph
     opset: int

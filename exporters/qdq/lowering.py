@@ -156,7 +156,8 @@ def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], cal
 def integer_input(w: Writer, call: Call, unit: ir.Value, shape: ir.Shape | None) -> ir.Value:
     """Write DQ(Q(x)) with the constant scale S = 1/127, or 1/7 for 4-bit codes.
 
-    In front of a rounded product the zero point of Q and DQ shifts, so that the product adds the zeros itself.
+    If the product is rounded, the zero point of Q and DQ contains the shift; the convolution then pads with zeros
+    itself.
     """
     bits, code = call.data.scheme.input_bits, call.zero_point
     scale = np.float32(input_scale(bits))

@@ -34,7 +34,10 @@ class Rounded:
 
 @dataclass
 class Writer:
-    """Writer of the nodes of a graph's quantized calls, each in front of the product that it replaces."""
+    """Writes the nodes of all quantized calls of a graph.
+
+    The nodes of a call stand before the product that they replace.
+    """
 
     graph: ir.Graph
     step: ir.Value
@@ -150,7 +153,7 @@ class Writer:
         down = down.reshape(-1, *call.site.weight_shape[1:])
         window = dict(call.site.product.attributes)
         low = self.op(call, f"{BRANCH}/down/Conv", [x, self.constant(f"{layer}/{BRANCH}/down", down)], window)
-        up = up.reshape(*up.shape, *[1] * call.places)
+        up = up.reshape(*up.shape, *[1] * call.spatial_axes)
         return self.op(call, f"{BRANCH}/up/Conv", [low, self.constant(f"{layer}/{BRANCH}/up", up)])
 
     def _rounded_input(self, call: Call, entering: Entering) -> Rounded:
@@ -199,7 +202,7 @@ class Writer:
         """Write x H: a product of blocks of the last axis, or a convolution of 1 x 1 by groups of channels."""
         groups, h = channels // block, hadamard(block).numpy()
         if call.op == "conv":
-            kernel = np.tile(h, (groups, 1)).reshape(channels, block, *[1] * call.places)
+            kernel = np.tile(h, (groups, 1)).reshape(channels, block, *[1] * call.spatial_axes)
             constant = self.constant(f"balance/hadamard/{'x'.join(map(str, kernel.shape))}", kernel)
             return self.op(call, f"{BASIS}/Conv", [x, constant], {"group": groups})
         assert call.site.x.shape is not None  # the exporter knows at least the number of axes of a linear layer's input

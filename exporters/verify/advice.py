@@ -58,7 +58,7 @@ def _more(layers: list[Layer], plan: QuantPlan, workload: Workload, target: Targ
             planned, balance = plan.schemes[layer.name], plan.balances.get(layer.name)
             one = scheme or planned
             block = None if balance is None else balance.balance.block
-            on_integers = target.on_integers(layer.op, one)
-            yield work(layer, one, workload.rows.get(layer.name, 0.0), block, on_integers=on_integers)
+            in_codes = target.multiplies_codes(layer.op, one)
+            yield work(layer, one, workload.rows.get(layer.name, 0.0), block, in_codes=in_codes)
 
     return (sum(times(layers, W8A16)) - sum(times(layers))) / sum(times(list(plan.layers)))

@@ -44,11 +44,11 @@ SLOWER_ADVICE = (
 class AssignPrecision(Pass):
     """Choose one legal scheme, and its basis, for each layer, with the least summed error within all budgets.
 
-    The choice is a multiple-choice knapsack, which HiGHS solves. With `budget.psnr`, the pass minimizes time, and of
-    equally fast plans bytes, under the condition that the samples keep this PSNR. The prediction adds up the errors of
-    single layers; samples are drawn with the plan to correct it. Besides the plan, the pass returns the front: plans
-    from the smallest to the one with the least error, within the other budgets. `point` selects one of them in place of
-    the plan that the budget asks for; `budget.size` then has no effect.
+    The choice is a multiple-choice knapsack, which HiGHS solves. With `budget.psnr`, the pass searches for the
+    fastest plan whose samples keep this PSNR, and among about equally fast plans for the smallest. The prediction adds
+    up the errors of single layers; samples are drawn with the plan to correct it. Besides the plan, the pass returns
+    the front: plans from the smallest to the one with the least error, within the other budgets. `point` selects one of
+    them in place of the plan that the budget asks for; `budget.size` then has no effect.
     """
 
     name: ClassVar[str] = "assign"
@@ -105,9 +105,15 @@ class AssignPrecision(Pass):
     @field_validator("profile")
     @classmethod
     def _comparable(cls, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
-        for what, found in (("rows", {p.rows for p in profiles}), ("tools", {p.made_by for p in profiles})):
-            if len(found) > 1:
-                raise ValueError(f"measured with different {what}, {' and '.join(sorted(map(str, found)))}")
+        if len(tools := {p.made_by for p in profiles}) > 1:
+            raise ValueError(
+                f"the profiles were made by different tools, {' and '.join(sorted(tools))}: measure them again with one"
+            )
+        if len(rows := {p.rows for p in profiles}) > 1:
+            numbers = " and ".join(str(n or "unknown") for n in sorted(rows, key=lambda n: n or 0))
+            raise ValueError(
+                f"the profiles have different numbers of rows, {numbers}: measure them again with equal rows"
+            )
         return profiles
 
     def check(self, target: Target) -> None:
@@ -116,7 +122,7 @@ class AssignPrecision(Pass):
         Also raises TargetError for an unknown or missing device, and for a profile of another runtime.
         """
         problems = [
-            f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for a {op}, not {name}"
+            f"assign.schemes.{op}: {target.name} runs {', '.join(target.formats[op])} for {op} layers, not {name}"
             for op, names in self.schemes.items()
             for name in names
             if name not in target.formats[op]
@@ -168,7 +174,8 @@ class AssignPrecision(Pass):
         if self.point is not None:
             limits = others
             if self.point >= len(plans):
-                raise RecipeError(f"assign.point: no {self.point}: the front has {len(plans)} points, counted from 0")
+                has = f"{len(plans)} plans, numbered 0 to {len(plans) - 1}" if plans else "no plans: set assign.front"
+                raise RecipeError(f"assign.point: {self.point} is too large: the front has {has}")
             chosen = plans[self.point]
         front = Front(
             tuple(problem.point(plan, factor) for plan in plans), problem.point(chosen, factor), table.samples
@@ -182,8 +189,8 @@ class AssignPrecision(Pass):
         if (slower := front.chosen.costs.get("latency", 0.0)) > SLOWER and times is not None:
             ctx.log.warning(SLOWER_ADVICE, slower)
         if workload is not None:
-            share = share_on_integers(plan, workload, target)
-            ctx.log.info("%.0f %% of the multiplications are on integers", 100 * share)
+            share = share_in_codes(plan, workload, target)
+            ctx.log.info("%.0f %% of the multiplications are in INT8, FP8 or FP4", 100 * share)
         for line in in_float_lines(reasons | self._float_reasons(plan, table, target)):
             ctx.log.info("%s", line)
         return {PLAN: plan, FRONT: front}
@@ -225,7 +232,7 @@ class AssignPrecision(Pass):
                     o.scheme,
                     rows[o.layer.name],
                     o.block,
-                    on_integers=target.on_integers(o.layer.op, o.scheme),
+                    in_codes=target.multiplies_codes(o.layer.op, o.scheme),
                 )
         if self.budget.latency is not None and "latency" not in amounts:
             raise RecipeError(
@@ -350,11 +357,11 @@ def _profile(path: Path) -> Profile:
         raise ValueError(f"{error}: not what `intaglio profile` writes") from error
 
 
-def share_on_integers(plan: QuantPlan, workload: Workload, target: Target) -> float:
-    """Return the share of the layers' multiplications that the target makes on integers; 0 without layers."""
+def share_in_codes(plan: QuantPlan, workload: Workload, target: Target) -> float:
+    """Return the share of the layers' multiplications that the target makes in INT8, FP8 or FP4; 0 without layers."""
     made = {layer: workload.rows.get(layer.name, 0.0) * layer.n * layer.k for layer in plan.layers}
-    integers = sum(n for layer, n in made.items() if target.on_integers(layer.op, plan.schemes[layer.name]))
-    return integers / (sum(made.values()) or 1.0)
+    in_codes = sum(n for layer, n in made.items() if target.multiplies_codes(layer.op, plan.schemes[layer.name]))
+    return in_codes / (sum(made.values()) or 1.0)
 
 
 def _log(plan: QuantPlan, front: Front, limits: Mapping[str, float], ctx: Context) -> None:

@@ -29,8 +29,8 @@ class Budget(BaseModel):
     psnr: float | None = Field(
         None,
         gt=0,
-        description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs do not"
-        " reach it without channel scales, a lower PSNR may replace it: at most 1.5 dB above the one that they reach",
+        description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs, without"
+        " channel scales, reach only a lower PSNR, assign may look for less: at most 1.5 dB above what they reach",
     )
     activation: float | None = Field(
         None,

@@ -79,12 +79,15 @@ class Problem:
         return max(float(self.knapsack.loss[chosen].sum()), 1e-30)
 
     def first(self, rank: Callable[[Option], int]) -> Chosen:
-        """Return the plan with the option of the lowest rank for each layer, the first of several."""
+        """Take each layer's option with the lowest rank, the first one if several have it, and return this plan."""
         places = _places(self.options, rank)
         return np.array([by[min(by)][0] for by in places.values()], np.intp)
 
     def least(self, wanted: Callable[[Option], bool]) -> Chosen:
-        """Return the plan with the least loss of wanted options alone; layers without any have their other options."""
+        """Return the plan with the least loss that uses only wanted options.
+
+        A layer without a wanted option may use its others.
+        """
         has = {option.layer.name for option in self.options if wanted(option)}
         refused = np.array([option.layer.name in has and not wanted(option) for option in self.options])
         most = float(self.knapsack.loss.sum()) + 1.0
@@ -111,7 +114,10 @@ class Problem:
         return lossy.best(within)
 
     def front(self, limits: Mapping[str, float], count: int) -> list[Chosen]:
-        """Return plans for evenly spaced sizes, from the smallest to that of the least loss, if they gain something."""
+        """Return plans for evenly spaced sizes, up to that of the least loss.
+
+        Leave out a plan that has no less loss than a smaller one.
+        """
         if not count:
             return []
         loss, size = self.knapsack.loss, self.knapsack.costs["size"]
@@ -146,7 +152,10 @@ class Problem:
         return {o.layer.name: o.balance for o in picked if o.balance is not None and o.scheme != FLOAT}
 
     def _why_not(self, limits: Mapping[str, float]) -> Iterator[str]:
-        """Yield a line for each budget that cannot be met, or one for all that cannot be met together."""
+        """Yield a line for each budget that no plan meets.
+
+        With several budgets, also yield a line with the smallest common factor on them that works.
+        """
         least = {}
         for name in limits:
             cheapest = self.knapsack.cheapest(name, {})
@@ -179,9 +188,10 @@ def _up(share: float) -> float:
 
 
 def within_activation(options: Sequence[Option], rows: Mapping[str, float], limit: float) -> list[Option]:
-    """Return options whose layer reads and writes at most `limit` of the largest in float; `rows` by layer name.
+    """Return the options with which a layer moves at most `limit` times the bytes of the largest layer in float.
 
-    Raises RecipeError for layers that are left without an option.
+    These are the bytes that the layer reads and writes; `rows` has the rows of each layer by name. Raises RecipeError
+    for layers that are left without an option.
     """
     most = max(activation_bytes(option.layer, FLOAT, rows[option.layer.name]) for option in options)
     share = [activation_bytes(o.layer, o.scheme, rows[o.layer.name]) / most for o in options]
@@ -205,8 +215,9 @@ def build_problem(
     alike: Alike,
     gap: float,
 ) -> Problem:
-    """Build the knapsack. `loss` and `costs` are given for each option, in the unit of `whole`.
+    """Build the knapsack.
 
+    `loss` and `costs` have one number for each option; each cost has the unit of its entry in `whole`.
     Raises RecipeError if layers that take the same input format have none in common.
     """
     place = {name: i for i, name in enumerate(dict.fromkeys(option.layer.name for option in options))}

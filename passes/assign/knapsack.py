@@ -26,9 +26,9 @@ Chosen = NDArray[np.intp]
 """Chosen option of each layer, in the order of layers (L)."""
 
 UNIT = 1000.0
-"""Factor on budgets and on the least loss for HiGHS.
+"""Number to which budgets and the least loss are scaled for HiGHS.
 
-Its tolerances are 1e-6 absolute, so budgets are met to 1e-9 relative."""
+HiGHS has absolute tolerances of 1e-6, so budgets are met to 1e-9 relative."""
 CORES = (300, 1000)
 """Numbers of options, besides one for each layer, that the first two attempts use.
 
@@ -77,7 +77,7 @@ class Knapsack:
         return None if mixed is None else mixed.least * mixed.unit
 
     def nearest(self, limits: Mapping[str, float]) -> Chosen:
-        """Return the choice within the limits times t, for the smallest t."""
+        """Find the smallest t with which a choice fits into all limits multiplied by t, and return this choice."""
         options = len(self.loss)
         often = np.append(self._often, np.full(len(limits), -np.inf)), np.append(self._often, np.zeros(len(limits)))
         t = csr_array(np.append(np.zeros(len(self._often)), np.full(len(limits), -UNIT))[:, None])

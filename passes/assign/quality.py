@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 SLACK = 0.02
 """A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
 SLACK_BELOW = 0.1
-"""The same share, if the wanted quality is not reached: then predictions are too good for plans at their limit."""
+"""SLACK for a search below the wanted quality.
+
+Near their best quality, plans are worse than predicted, so more time and bytes are allowed."""
 ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
@@ -37,9 +39,11 @@ SHORT_DB = 0.25
 NEAR_DB = 1.5
 """A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
 REST_DB = 3.0
-"""Loss of PSNR that rounded inputs may cause: 3 dB, as if inputs added as much error as weights."""
+"""Allowance for rounded inputs in dB.
+
+If they add as much squared error as the weights, the PSNR falls by 3 dB."""
 FEWER = 1
-"""Parts of the samples that are drawn with a layer alone."""
+"""Number of parts (batches) of the samples that are drawn when one layer is rounded alone."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Aim:
 
 
 def reachable_db(plain_db: float, best_db: float) -> float:
-    """Return the PSNR in dB to search for if 8-bit weights alone may lose more than is wanted.
+    """Return the highest PSNR in dB that can be asked for, judged by two plans with 8-bit weights and float inputs.
 
     `plain_db`, `best_db`: the PSNR of the samples with 8-bit weights and float inputs, without a change of basis and in
     the best bases. The result is the smaller of `plain_db` + NEAR_DB and `best_db` - REST_DB, but at least `plain_db`.
@@ -92,10 +96,10 @@ class _Tried(NamedTuple):
 def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> Choice:
     """Return the fastest plan with the wanted quality within the limits.
 
-    If no plan has this quality, the plan with the least loss is returned. Samples are drawn with each plan. If they are
-    worse than predicted, samples are also drawn with single layers rounded, those of largest predicted loss, and the
-    losses of these layers are corrected. The ratio of measured to predicted error that remains is a factor on the next
-    prediction.
+    If no tried plan has this quality, return the tried plan with the highest PSNR. Samples are drawn with each plan. If
+    they are worse than predicted, samples are also drawn with single layers rounded, those of largest predicted loss,
+    and the losses of these layers are corrected. The ratio of measured to predicted error that remains is a factor on
+    the next prediction.
     """
     drawing = _Drawing.of(table, aim.drawn, state, ctx)
     wanted = _wanted(problem, table, aim, drawing, ctx)
@@ -165,7 +169,10 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
 
 
 def _precision(option: Option) -> int:
-    """Return the rank of a scheme in plans to compare with: 8-bit weights with float inputs, float, and all others."""
+    """Return 0 for 8-bit weights with a float input, 1 for float, 2 for any other scheme.
+
+    Plans for comparison take the lowest.
+    """
     if not isinstance(option.scheme.input, Float):
         return 2
     return {8: 0, FLOAT.weight_bits: 1}.get(option.scheme.weight_bits, 2)
@@ -207,7 +214,10 @@ class _Drawing:
         return float(psnr_db(self._errors(options, self.parts), self.peak).mean())
 
     def corrected(self, problem: Problem, chosen: Chosen) -> Problem:
-        """Return the problem with the drawn losses of the plan's layers of largest loss, where they are larger."""
+        """Draw samples for the plan's layers with the largest losses, one layer at a time, and correct these losses.
+
+        Raise a layer's loss if the drawn error is larger, and return the new problem.
+        """
         loss = problem.knapsack.loss.copy()
         worst = sorted(chosen, key=lambda i: -loss[i])[:ALONE]
         with self.ctx.progress("layers alone", len(worst)) as advance:

@@ -1,6 +1,6 @@
 """Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
-Shapes: N out features, K in features, G scales per row, M rows of the input (tokens, or places of a convolution).
+Shapes: N out features, K in features, G scales per row, M rows of the input (tokens, or output pixels).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def second_moment(layer: LayerModule, x: torch.Tensor) -> torch.Tensor:
 
 
 def _patches(layer: Conv, x: torch.Tensor) -> torch.Tensor:
-    """Return the input that each place of a convolution's output reads, (M, K)."""
+    """Return the input that each output pixel of a convolution reads, (M, K)."""
     x = functional.pad(x, layer._reversed_padding_repeated_twice)
     for axis, (size, step, dilation) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2

@@ -70,7 +70,10 @@ class Estimates:
         }
 
     def disagreeing(self, factor: float) -> set[str]:
-        """Return layers whose ratio of measured to predicted error is off the scheme's median by more than `factor`."""
+        """Return the layers whose measured errors disagree with the predicted ones.
+
+        A ratio of measured to predicted error is then more than `factor` times above or below its scheme's median.
+        """
         usual = self.usual_ratios()
         ratios = {pair: total / expected / usual[pair[1]] for pair, (expected, total) in self.both.items()}
         return {name for (name, _), ratio in ratios.items() if not 1 / factor <= ratio <= factor}

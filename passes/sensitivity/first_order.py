@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _BY_WEIGHT: Mapping[int, Callable[..., torch.Tensor]] = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
-"""Gradients by a convolution's weight, by the number of axes of its places."""
+"""Functions that compute the gradient with respect to a convolution's weight, by its number of spatial axes."""
 
 
 class Call(NamedTuple):
@@ -47,7 +47,8 @@ def products_of(rounded: RoundedLayers, name: str, forms: Mapping[str, Form], ca
     W' x' - W x = (W' - W) x + W (x' - x) + (W' - W) (x' - x). The first term is the product of W' - W with the gradient
     with respect to the weight, the second is that of x' - x with the gradient with respect to the input. The third is
     left out, because it is a product of two rounding errors. So one matrix product, for the gradient of the weight, is
-    enough for any number of forms; each weight, input and output format only adds passes over its numbers.
+    enough for any number of forms; each further format only adds passes over the elements of the weight, input or
+    output.
     """
     parts = _Parts(rounded, name, call)
     return {label: parts.product(form) for label, form in forms.items()}

@@ -36,7 +36,7 @@ def layer_groups(
     Content layers read conditions alone, such as the keys and values of cross-attention: their input changes in the
     call with other `conditions`, and is equal, bit for bit, in the call with other `noise`. Apart from the
     conditions or the noise, both calls have the inputs of the call `plain`. Temporal layers read tokens along the
-    frames of one place (see `_along_frames`). `frames` has the rows of the call, and the frames of a row; None if
+    frames of one position (see `_along_frames`). `frames` is the pair (rows of the call, frames of a row); None if
     samples have no frames.
     """
     seen = {what: _seen(module, partial(denoise, inputs), layers) for what, inputs in calls.items()}
@@ -52,14 +52,14 @@ def layer_groups(
 
 
 def _along_frames(shape: tuple[int, ...], rows: int, frames: int) -> bool:
-    """Return True if an input (rows * places, frames, K) has a row of frames for each of several places.
+    """Return True if the input is (rows * positions, frames, K): a sequence of frames for each of several positions.
 
-    With as many places as frames, each row could also hold the places of one frame: then the result is False.
+    With as many positions as frames, each sequence could also hold the positions of one frame: then return False.
     """
     if len(shape) != 3 or shape[1] != frames or frames == 1:
         return False
-    places, rest = divmod(shape[0], rows)
-    return rest == 0 and places not in (1, frames)
+    positions, rest = divmod(shape[0], rows)
+    return rest == 0 and positions not in (1, frames)
 
 
 def _seen(module: nn.Module, call: partial[torch.Tensor], layers: Sequence[str]) -> dict[str, tuple[Seen, ...]]:

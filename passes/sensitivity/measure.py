@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 DRAWN = 0.05
-"""For the time estimate: share of layers for which samples are drawn in a 4-bit scheme, as measured on emoji-dit."""
+"""Share of layers, measured on emoji-dit, for which samples are drawn in a 4-bit scheme.
+
+Only the time estimate uses it."""
 Group = Literal["visual", "content", "temporal"]
 METRICS: Mapping[Group, str] = {"visual": MSE, "content": "condition-swap", "temporal": "temporal"}
 
@@ -51,17 +53,19 @@ Schemes: TypeAlias = "Mapping[str, dict[str, LayerScheme]]"
 Forms: TypeAlias = "Mapping[str, dict[str, Form]]"
 """Forms of each layer, by the layer's name and the form's label; float is among them."""
 _Predicted: TypeAlias = tuple[dict[str, dict[str, float]], list[float]]
-"""Squared error of final samples with one layer rounded at every step, by layer and scheme; and the squared error per
-relative squared error of each call's output. Both are empty if not known."""
+"""Two predictions, both empty if not known.
+
+The first is the squared error of the samples with one layer rounded at every step, by layer and label. The second is,
+for each call, the squared error of the samples divided by the relative squared error of the call's output."""
 
 
 class MeasureSensitivity(Pass):
     """Measure the relative squared error of the output for each layer, scheme and part of the trajectory.
 
-    A few backward passes on recorded inputs predict this error for all layers at once. Some layers are then rounded
-    alone, and the model is computed again from that layer on. If the two estimates of a layer disagree, its other
-    schemes are measured too. Backward passes through whole trajectories predict the error of the samples; where it is
-    large, samples are drawn with that one layer rounded.
+    A few backward passes on recorded inputs predict this error for all layers at once. Then some layers are rounded,
+    one at a time, and the model is computed again from the rounded layer on. If the two estimates of a layer disagree,
+    its other schemes are measured too. Backward passes through whole trajectories predict the error of the samples. If
+    a layer's predicted error is large, samples are drawn with only this layer rounded.
 
     Every scheme is predicted without a basis, and in each of `bases` that reduces the error; `assign` chooses between
     them. If the step follows a plan with balanced layers, these layers are rounded in the plan's bases only.
@@ -113,8 +117,8 @@ class MeasureSensitivity(Pass):
     agree: float = Field(
         3.0,
         gt=1,
-        description="largest factor by which the ratio of measured to predicted error of a layer in a scheme may differ"
-        " from the median ratio of that scheme; beyond it, all schemes of the layer are measured",
+        description="each ratio of measured to predicted error is compared with the median ratio of its scheme; if they"
+        " differ by more than this factor, all schemes of the layer are measured",
     )
     apart: Literal["no", "screened", "measured"] = Field(
         "no",
@@ -160,8 +164,9 @@ class MeasureSensitivity(Pass):
             raise RecipeError(*problems)
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Return the rows of predictions, of calls from every layer on, and of samples for some 4-bit layers.
+        """Return how many rows the model computes.
 
+        Rows are computed for predictions, for calls repeated from a layer on, and for samples of some layers in 4 bits.
         A backward pass counts as two forward passes: it computes gradients with respect to inputs and to weights.
         """
         one = model.steps * model.rows_per_sample
@@ -358,8 +363,8 @@ class MeasureSensitivity(Pass):
     def _first(self, estimates: Estimates) -> set[Pair]:
         """Choose the pairs that are always measured.
 
-        They are a sample, evenly spaced from the worst predicted to the least, against which predictions are checked,
-        and all pairs that have no prediction or that are ranked by another metric.
+        They are all pairs without a prediction or ranked by another metric than mse, and an evenly spaced part of all
+        pairs, against which predictions are checked.
         """
         expected = {pair: estimates.expected(pair) for pair in estimates.pairs}
         ordered = sorted(expected, key=lambda pair: (-expected[pair], pair))

@@ -68,11 +68,11 @@ class Screen:
         """Predict the mean squared error of the samples from `start`, with one layer rounded at every step.
 
         The first result has it by layer and label: |sum_t J_t d_t|^2, J_t = d samples / d y at step t. The errors of a
-        rounded weight at all steps are added. The steps after an error change it, which J_t includes. There is one
-        direction only: a further sample tells more than a further direction. On the way back, calls are computed again,
-        one at a time. The second result has one number for each call: the mean squared error of the samples that white
-        noise in the call's output causes, divided by the noise's relative squared magnitude: |J_t|^2 in the same
-        direction. Raises RuntimeError if no gradient passes through the scheduler.
+        rounded weight at all steps are added. Later steps change an error; J_t includes this change. Only one random
+        direction is used, because another sample gives more information than another direction. On the way back, calls
+        are computed again, one at a time. The second result has one number for each call: the mean squared error of the
+        samples that white noise in the call's output causes, divided by the noise's relative squared magnitude: |J_t|^2
+        in the same direction. Raises RuntimeError if no gradient passes through the scheduler.
         """
         calls: list[tuple[Inputs, torch.Tensor]] = []
 
@@ -125,7 +125,7 @@ class Screen:
             yield
 
     def _enter(self, _: str, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Return a copy of a layer's input, whose gradient is that of this layer alone, and which nothing changes."""
+        """Return a copy of the input. Its gradient comes from this layer alone, and no code writes into it."""
         x = args[0]
         if x.requires_grad:
             return x.clone()

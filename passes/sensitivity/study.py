@@ -84,7 +84,10 @@ class Batch:
         return {n: value if n in shared else value[[row]] for n, value in self.inputs(step).items()}
 
     def changed(self, step: int, generator: torch.Generator) -> dict[str, Inputs]:
-        """Return the inputs of three calls: `plain`, with other `noise` as the samples, and with other `conditions`."""
+        """Return the inputs of three calls by name.
+
+        They are `plain`; `noise`, where noise replaces the samples; and `conditions`, with other conditions.
+        """
         plain = self.inputs(step)
         sample = self.sampler.names.sample
         noise = self.sampler.with_state(plain[sample], torch.randn(plain[sample].shape, generator=generator))

@@ -160,9 +160,10 @@ class _EngineFacts:
 
 @dataclass(frozen=True)
 class Engine(_EngineFacts):
-    """A graph as a runtime built it, with the number of matrix products and convolutions that run on integers.
+    """A graph as a runtime built it, with the numbers of matrix products and convolutions by their type.
 
-    `int8_gemm` and `fp_gemm` are numbers of products on integers and in float, None where they are not known.
+    `int8_gemm` is the number of products of codes, in INT8, FP8 or FP4, and `fp_gemm` that of products in float; None
+    where they are not known.
     `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` names the layers
     that the runtime executes.
     """

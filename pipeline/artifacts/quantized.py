@@ -27,8 +27,8 @@ class LayerAdapter:
     """The parameters that distillation learnt for one layer: a (rank, K) and b (N, rank), or neither; scale (N, G).
 
     A weight of two levels has scales (N, 1) and `group_NG`, floats (N, G). Rounding these gives the integers of groups.
-    `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are the codes from
-    which training started, if it did not start from the model's own weight (GPTQ).
+    `tables` are those that were learnt, at the calibrated steps. `codes` (N, K) int8 are the codes near
+    which training started; None if it started from the model's own weight (`start: round` with `base: float`).
     """
 
     scale_NG: torch.Tensor

@@ -51,22 +51,20 @@ def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
     return rows * layer.n * layer.k * scheme.weight_bits * scheme.input_bits
 
 
-def work(
-    layer: Layer, scheme: LayerScheme, rows: float, block: int | None = None, *, on_integers: bool = True
-) -> float:
+def work(layer: Layer, scheme: LayerScheme, rows: float, block: int | None = None, *, in_codes: bool = True) -> float:
     """Return an estimate of a layer's time on R rows where no device is known, in multiplications of 8-bit integers.
 
     It counts the product, and the passes over the input that rounding needs: two (divide by the scale, round), one more
     for the magnitudes of tokens, and one more for a shift. `block` is the block size of the basis: None for no basis, 1
-    for scaled channels (one more pass), more for a rotation. `on_integers` says if a rounded input is multiplied as
-    codes.
+    for scaled channels (one more pass), more for a rotation. `in_codes` says if the target multiplies the codes of
+    a rounded input, and not float values of them.
     """
     elements = rows * layer.shape[1]
     passes = 0
     if not isinstance(scheme.input, Float):
         passes += 2 + scheme.by_token + scheme.shifted
     moved = 0.0 if block is None else ELEMENT + (0 if block == 1 else block * FLOAT_PRODUCT)
-    codes = None if isinstance(scheme.input, Float) or not on_integers else scheme.input.multiplied
+    codes = None if isinstance(scheme.input, Float) or not in_codes else scheme.input.multiplied
     product = rows * layer.n * layer.k * (FLOAT_PRODUCT if codes is None else CODE_PRODUCT[codes])
     return product + elements * (passes * ELEMENT + moved)
 

@@ -88,7 +88,7 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
     if scheme.name not in allowed:
         lack = target.lacks(scheme.weight)
         why = f": {lack}" if lack else ""
-        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for a {layer.op}, not {scheme.name}{why}"
+        return f"{layer.name}: {target.name} runs {', '.join(allowed)} for {layer.op} layers, not {scheme.name}{why}"
     if problem := _misfit(layer, scheme):
         return f"{layer.name}: {problem}"
     multiple = target.limits.conv_channels_multiple

@@ -46,8 +46,8 @@ class LayerTables:
     def needed_by(self, scheme: LayerScheme, *, padded: bool = False) -> LayerTables:
         """Return the tables that this scheme needs. Raises ValueError if one of them is missing.
 
-        `padded`: True if the layer pads its input with zeros; a shifted range then needs a code that stands for exactly
-        zero. If the output is rounded too, this code is the same at every step.
+        `padded`: True if the layer pads its input with zeros. Then one code of a shifted range stands for exactly zero.
+        If the output is rounded, this holds with or without padding, and the code is the same at every step.
         """
         from intaglio.pipeline.numerics.rounding import TOKEN_EPS, with_one_zero, with_zero
 

@@ -21,7 +21,7 @@ Generation: TypeAlias = Literal["SM75", "SM80", "SM86", "SM89", "SM120", "SM121"
 
 
 def schemes_of_kind(schemes: Sequence[str] | Mapping[OpKind, Sequence[str]], op: OpKind) -> Sequence[str]:
-    """Return the schemes for one kind of layer, from names for all kinds or from names by kind."""
+    """Return the scheme names for one kind of layer; `schemes` is one list for all kinds, or a list for each kind."""
     return schemes.get(op, ()) if isinstance(schemes, Mapping) else schemes
 
 
@@ -70,8 +70,8 @@ class Limits(BaseModel):
 
     The source of each is in the target's `facts`.
 
-    A description that begins with `the graph may` is a permission, with `the graph must` a requirement; all others
-    state what the runtime does.
+    In the descriptions of fields, `the graph may` begins a permission, `the graph must` a requirement; every other
+    description states a fact.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,8 +114,8 @@ class Limits(BaseModel):
         False, description="the runtime multiplies by 1 / scale, rounded to the scale's type, when it quantizes"
     )
     codes_only_dequantized: bool = Field(
-        description="DequantizeLinear must be the only operator that reads constant codes: no Reshape, Transpose or"
-        " Cast may read them"
+        description="the graph must have DequantizeLinear as the only operator that reads constant codes: no Reshape,"
+        " Transpose or Cast may read them"
     )
     moves_codes: bool = Field(
         True, description="the graph may have operators between QuantizeLinear and DequantizeLinear"
@@ -140,7 +140,9 @@ class Limits(BaseModel):
         description="the graph may have one scale in QuantizeLinear where DequantizeLinear has one for each channel",
     )
     unscaled_half_sums: bool = Field(
-        False, description="the runtime writes a float16 product before it applies the scales of channels"
+        False,
+        description="the runtime stores the sums of a float16 product before it multiplies by the channels' scales, so"
+        " they can overflow",
     )
     ragged_groups: bool = Field(
         description="the graph may have a last group of weights that is shorter than the others"
@@ -149,7 +151,10 @@ class Limits(BaseModel):
     int4_rank_max: int | None = Field(None, description="largest number of axes of a 4-bit weight; None: any number")
     int4_even: bool = Field(False, description="the graph must have an even size of the last axis of a 4-bit weight")
     conv_channels_multiple: int = Field(
-        1, ge=1, description="numbers of input and output channels of an 8-bit convolution must be multiples of this"
+        1,
+        ge=1,
+        description="the graph must have multiples of this as the numbers of input and output channels of an 8-bit"
+        " convolution",
     )
     shared_zero_points: bool = Field(True, description="the graph may have one zero point for several 8-bit weights")
     moves_int8: bool = Field(
@@ -183,7 +188,9 @@ class Target(BaseModel):
     formats: Mapping[OpKind, tuple[SchemeName, ...]] = Field(
         description="schemes the runtime executes, for each kind of layer"
     )
-    group_sizes: tuple[int, ...] = Field(description="input features that share one weight scale, for grouped weights")
+    group_sizes: tuple[int, ...] = Field(
+        description="group sizes that the target executes, in input features per scale"
+    )
     activation_dtype: Literal["uint8", "int8"] = Field(description="type of 8-bit codes of activations")
     float_type: Literal["float32", "float16"] = Field(
         "float32",
@@ -211,8 +218,8 @@ class Target(BaseModel):
     )
     fast_code: int | None = Field(
         127,
-        description="largest code of 8-bit weights that the fast kernels multiply exactly; a graph with one larger code"
-        " takes slower kernels for all its products. None if it depends on the CPU",
+        description="largest code of 8-bit weights that the fast kernels multiply exactly; if any code of a graph is"
+        " larger, all products of the graph use slower kernels. None: it depends on the CPU",
     )
     devices: tuple[Device, ...] = ()
     facts: tuple[Fact, ...] = ()
@@ -226,8 +233,11 @@ class Target(BaseModel):
             return None
         return f"{weight.kind} needs compute capability {needed}, and the target's GPUs have {least}"
 
-    def on_integers(self, op: OpKind, scheme: LayerScheme) -> bool:
-        """Return True if the runtime multiplies codes, integers or small floats, in a layer of this kind and scheme."""
+    def multiplies_codes(self, op: OpKind, scheme: LayerScheme) -> bool:
+        """Return True if the target multiplies the codes of this scheme, in INT8, FP8 or FP4.
+
+        Return False if it multiplies float values.
+        """
         needed = self.limits.integer_products.get({"linear": "MatMul", "conv": "Conv"}[op])
         rounded = not isinstance(scheme.input, Float)
         return rounded and (needed == "input" or (needed == "output" and not isinstance(scheme.output, Float)))

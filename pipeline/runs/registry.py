@@ -125,7 +125,7 @@ def find_runtime(name: str) -> Runtime:
     kind = _object_of(name, points, "runtime")
     if not (inspect.isclass(kind) and issubclass(kind, Runtime)):
         raise ContractError(f"runtime {name}: {points[name].value} is not a subclass of intaglio.Runtime")
-    if missing := sorted(kind.__abstractmethods__):
+    if missing := [*(["name"] if not hasattr(kind, "name") else []), *sorted(kind.__abstractmethods__)]:
         raise ContractError(f"runtime {name}: {points[name].value} does not define {', '.join(missing)}")
     return kind()
 

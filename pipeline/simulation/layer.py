@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 
 def channel_axis(layer: LayerModule) -> int:
-    """Return the channel axis of a layer's input and output: the last one of a Linear, else that before the places."""
+    """Return the channel axis of a layer's input and output.
+
+    It is the last axis of a Linear, or the axis before the spatial axes of a convolution.
+    """
     return -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
 
 
@@ -63,7 +66,7 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         """Fit the weight's scales, unless a rounding of the weight is given.
 
-        Raises ValueError for tables that the scheme needs and that are missing, or a layer that the scheme cannot have.
+        Raises ValueError if a table that the scheme needs is missing, or if the layer cannot have the scheme.
         """
         super().__init__()
         rounded = not isinstance(scheme.output, Float)
@@ -161,7 +164,10 @@ class QuantizedLayer(nn.Module):
         return functional.pad(rounded, [-zeros for zeros in self.zeros])
 
     def rounded_output(self, y: torch.Tensor) -> torch.Tensor:
-        """Return an output after its product is rounded, as a scheme with a rounded output rounds it."""
+        """Round the product inside a float output `y` of the layer, and return the new output.
+
+        The scheme must have a rounded output.
+        """
         assert self.input_rounding is not None  # only the products of codes are rounded
         bias = 0.0 if self.layer.bias is None else of_channels(self.layer, self.layer.bias)
         amax, _ = self.input_rounding.step_range(self.clock.step)
@@ -203,9 +209,9 @@ class QuantizedLayer(nn.Module):
         return y
 
     def _rounded_product(self, q: torch.Tensor, weight: torch.Tensor, amax: torch.Tensor, bits: int) -> torch.Tensor:
-        """Return the product of weight codes and input codes, rounded before amax multiplies it and before the bias.
+        """Return the rounded product of the codes; each channel is divided by its share of the output's range.
 
-        Each channel is divided by its share of the output's range.
+        The caller multiplies by amax and the share, and adds the bias.
         """
         weight_scale = of_channels(self.layer, self.weight_rounding.scale)
         codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
@@ -232,7 +238,7 @@ _CONVOLVE: Mapping[int, Callable[..., torch.Tensor]] = {
     2: functional.conv2d,
     3: functional.conv3d,
 }
-"""Convolutions of torch by the number of their places' axes."""
+"""Convolutions of torch, by the number of spatial axes."""
 
 
 def _padding(layer: LayerModule) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from intaglio import Recipe, Step, Store, compile
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.starter.starter import look_at, recipe_text
-from intaglio.passes.assign.assign import share_on_integers
+from intaglio.passes.assign.assign import share_in_codes
 from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.errors import IntaglioError
 from intaglio.pipeline.files import one_line
@@ -255,7 +255,7 @@ def times(denoise: Mapping[str, Denoise], call: Mapping[str, torch.Tensor], roun
 
 def share(done: CompiledTarget) -> float:
     """Return the share of the multiplications of all layers that the plan puts on integers."""
-    return share_on_integers(done[PLAN], done[WORKLOAD], load_target(TARGET))
+    return share_in_codes(done[PLAN], done[WORKLOAD], load_target(TARGET))
 
 
 def table(name: str, figures: Mapping[str, Mapping[str, Any]]) -> str:

@@ -104,7 +104,7 @@ class BuildTensorRT(Pass):
         if hazards := find_hazards(layers):
             raise TargetError(*hazards)
         integer, floating = count_products(layers, products)
-        ctx.log.info("%d matrix products on integers, %d in floating point", integer, floating)
+        ctx.log.info("%d matrix products in INT8, FP8 or FP4, %d in floating point", integer, floating)
         return Engine(target.runtime, trt.__version__, integer, floating, layers=tuple(map(str, layers)), plan=plan)
 
     def _builds_here(self, target: Target) -> bool:

@@ -193,7 +193,10 @@ def test_a_profile_that_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match=r"assign\.profile: has none of the model's 5 layers"):
         run_pass(other, given(*ERRORS), tmp_path)
     two = profile({"float": {"l0": 1.0}}) + profile({"w4a16": {"l0": 1.0}}, rows=8)
-    with pytest.raises(ValidationError, match="measured with different rows, 2 and 8"):
+    with pytest.raises(ValidationError, match="have different numbers of rows, 2 and 8: measure them again"):
+        AssignPrecision(profile=two)
+    two = profile({"float": {"l0": 1.0}}) + profile({"w4a16": {"l0": 1.0}}, made_by="ort")
+    with pytest.raises(ValidationError, match="made by different tools, ort and trtexec: measure them again with one"):
         AssignPrecision(profile=two)
     with pytest.raises(ValidationError, match=r"gone\.json: cannot be read: No such file"):
         AssignPrecision(profile="gone.json")
@@ -235,8 +238,11 @@ def test_the_front_goes_from_the_smallest_plan_to_the_best_and_every_point_can_b
     assert named(taken[PLAN]) == front.points[7].schemes
     assert (taken[FRONT].points, taken[FRONT].chosen) == (front.points, front.points[7])
     count = len(front.points)
-    with pytest.raises(RecipeError, match=rf"assign\.point: no 99: the front has {count} points, counted from 0"):
+    too_large = rf"assign\.point: 99 is too large: the front has {count} plans, numbered 0 to {count - 1}"
+    with pytest.raises(RecipeError, match=too_large):
         run_pass(AssignPrecision(schemes=schemes, point=99), artifacts, tmp_path)
+    with pytest.raises(RecipeError, match=r"assign\.point: 0 is too large: the front has no plans: set assign\.front"):
+        run_pass(AssignPrecision(schemes=schemes, front=0, point=0), artifacts, tmp_path)
 
 
 def test_the_front_keeps_to_the_other_budgets_and_round_trips(tmp_path):
@@ -344,7 +350,7 @@ def test_plan_is_total_and_round_trips(measured, tmp_path):
 
 
 def test_scheme_the_target_does_not_run_is_refused_before_anything_runs():
-    with pytest.raises(TargetError, match="for a conv, not w8a8_token"):
+    with pytest.raises(TargetError, match="for conv layers, not w8a8_token"):
         AssignPrecision(schemes={"linear": ("w8a8_token",), "conv": ("w8a8_token",)}).check(load_target("tensorrt-rtx"))
 
 

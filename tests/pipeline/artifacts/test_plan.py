@@ -52,7 +52,7 @@ def test_two_levels_obey_the_groups_of_the_target():
     plan = QuantPlan((LINEAR,), {"to_q": w4a8_token(16)})
     with pytest.raises(TargetError, match="to_q: group size 16, but tensorrt-rtx takes 32, 64, 128"):
         plan.check(load_target("tensorrt-rtx"))
-    with pytest.raises(TargetError, match=r"tensorrt-10.3-orin runs .* for a linear, not w4a8_token"):
+    with pytest.raises(TargetError, match=r"tensorrt-10.3-orin runs .* for linear layers, not w4a8_token"):
         plan.check(load_target("tensorrt-10.3-orin"))
 
 

@@ -79,7 +79,7 @@ def test_two_owners_of_a_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     ("value", "message"),
     [
         ("toys:NotAPass", "runtime mine: toys:NotAPass is not a subclass of intaglio.Runtime"),
-        ("intaglio:Runtime", "runtime mine: intaglio:Runtime does not define build, lowerings, open, open_model, run"),
+        ("intaglio:Runtime", "intaglio:Runtime does not define name, build, lowerings, open, open_model, run"),
     ],
 )
 def test_what_is_no_runtime_is_said(value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
