@@ -5,6 +5,7 @@ Shapes: R rows (tokens, or output pixels), N out features, K in features, C inpu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,7 +63,7 @@ def single_layer(folder: Path, layer: Layer, rows: int, scheme: LayerScheme, tar
         torch.randint(form.low, form.high + 1, (layer.n, layer.k), generator=rng, dtype=torch.int8),
         scale_NG,
         None if group_NG is None else form.stored_groups(group_NG),
-        _TABLES.needed_by(scheme, padded=layer.padded),
+        replace(_TABLES, output_share_N=torch.ones(layer.n)).needed_by(scheme, padded=layer.padded),
     )
     (folder / "lowered").mkdir()
     return write_lowered(folder / "lowered" / "model.onnx", graph, Quantized((1.0,), {layer.name: data}), target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,10 +38,12 @@ class TimeLayers(Pass):
 
     Layers of equal shape and rows are timed once, large ones on a part of their rows. The time includes rounding the
     input, and multiplying by the scale and adding the bias after the product. Fusions with other layers are not
-    included, and a convolution is timed with a stride of 1. One thread is used.
+    included, and a convolution is timed with a stride of 1. One thread is used, and its processor time is taken, so
+    that other jobs of the machine do not count.
     """
 
     name: ClassVar[str] = "time-layers"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LAYER_TIMES})
     needs: ClassVar[tuple[str, ...]] = ("onnxruntime",)
@@ -94,7 +97,7 @@ class TimeLayers(Pass):
                 folder = Path(place) / scheme.name
                 folder.mkdir()
                 calls[scheme.name] = _call(runtime, single_layer(folder, layer, rows, scheme, target))
-            return spent(calls, self.rounds)
+            return spent(calls, self.rounds, clock=time.process_time)
 
     def _schemes(self, layer: Layer, target: Target) -> Iterable[LayerScheme]:
         admitted = structural_schemes(layer, target.group_sizes, schemes_of_kind(self.schemes, layer.op))
@@ -113,7 +116,7 @@ def element_time(runtime: Runtime) -> float:
     """)
     opened = runtime.open_model(model.SerializeToString())
     feed = {"x": np.ones((tokens, channels), np.float32), "d": np.ones(channels, np.float32)}
-    return spent({"scale": lambda: opened.run(feed)}, 21)["scale"] / (tokens * channels)
+    return spent({"scale": lambda: opened.run(feed)}, 21, clock=time.process_time)["scale"] / (tokens * channels)
 
 
 def _call(runtime: Runtime, graph: Graph) -> Callable[[], object]:

@@ -1,5 +1,7 @@
 """Layers are timed alone, each distinct one once, as the runtime executes them."""
 
+import time
+
 import onnx
 import pytest
 from harness import run_pass
@@ -112,6 +114,12 @@ def test_calls_take_turns_and_the_first_of_each_is_not_counted():
     found = spent({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2)
     assert order == ["a", "b"] * 3
     assert found.keys() == {"a", "b"}
+
+
+def test_processor_time_leaves_out_what_a_call_waits_for():
+    waiting = {"waits": lambda: time.sleep(0.2)}
+    assert spent(waiting, rounds=1)["waits"] >= 0.2
+    assert spent(waiting, rounds=1, clock=time.process_time)["waits"] < 0.1
 
 
 def test_only_targets_of_the_cpu_are_timed_here():
