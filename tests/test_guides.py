@@ -15,6 +15,7 @@ import pytest
 import yaml
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from documents import GUIDES, README, ROOT, Block, blocks
+from PIL import Image
 from typer.testing import CliRunner
 
 from intaglio import Recipe, Step
@@ -67,6 +68,8 @@ MODELS: Mapping[str, Callable[[Path], None]] = {
 }
 
 
+PICTURES = ("room.png", "window.png")
+"""Pictures of the reader that guides name; here each has one colour."""
 RECIPES = ("samples/emoji-dit.yaml", "samples/demo.yaml")
 """Recipes of the model of samples."""
 
@@ -86,6 +89,8 @@ def place(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in ROOT.glob("samples/*.*"):
         if file.suffix in (".py", ".yaml"):
             shutil.copy(file, tmp_path / "samples" / file.name)
+    for picture in PICTURES:
+        Image.new("RGB", (16, 16), "gray").save(tmp_path / picture)
     (tmp_path / ".intaglio").symlink_to(kept / ".intaglio", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

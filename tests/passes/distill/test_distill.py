@@ -188,12 +188,16 @@ def test_rounded_outputs_are_trained_through_and_survive_the_store(measured, tmp
     planned = measured | {PLAN: QuantPlan(layers, schemes)}
     trained = planned | run_pass(Distill(updates=2, samples=2, rank=2), planned, tmp_path / "a")
     quantized = run_pass(MergeAdapters(), trained, tmp_path / "m")[QUANTIZED]
-    assert torch.equal(quantized.layers[name].tables.output_amax_T, measured[TRAJECTORY].output_amax[name])
+    tables = quantized.layers[name].tables
+    calibrated = measured[TRAJECTORY].tables({name: schemes[name]})[name]
+    for part in ("output_amax_T", "output_share_N"):
+        assert torch.equal(getattr(tables, part), getattr(calibrated, part))
     assert output_error(trained | {QUANTIZED: quantized}) < 0.01
     quantized.save(tmp_path)
     again = Quantized.load(tmp_path)
     assert again.layers[name].scheme == schemes[name]
-    assert torch.equal(again.layers[name].tables.output_amax_T, quantized.layers[name].tables.output_amax_T)
+    assert torch.equal(again.layers[name].tables.output_amax_T, tables.output_amax_T)
+    assert torch.equal(again.layers[name].tables.output_share_N, tables.output_share_N)
 
 
 def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):

@@ -70,7 +70,8 @@ def test_calls_at_one_timestep_share_the_largest():
 def trajectory(timesteps: tuple[float, ...], low: list[float], high: list[float]) -> Trajectory:
     ends = torch.tensor(low), torch.tensor(high)
     amax = torch.maximum(-ends[0], ends[1])
-    tables = {"a": amax}, {"a": amax * 2}, {"a": ends[0]}, {"a": ends[1]}
+    outputs = torch.stack([amax * 2, amax], 1)  # two channels, the second with half the range
+    tables = {"a": amax}, {"a": outputs}, {"a": ends[0]}, {"a": ends[1]}
     return Trajectory(timesteps, {}, torch.zeros(len(low)), *tables, samples=SampleRange(-1.0, 1.0, 0.25))
 
 
@@ -79,6 +80,7 @@ def test_ranges_at_other_timesteps():
     plain = recorded.tables({"a": W8A8_STEP}, timesteps=(700.0, 300.0, 0.0))["a"]
     assert plain.amax_T.tolist() == pytest.approx([4.0, 1.0, 0.5])
     assert plain.output_amax_T.tolist() == pytest.approx([8.0, 2.0, 1.0])
+    assert plain.output_share_N.tolist() == [1.0, 0.5]
     assert plain.shift_T is None
     shifted = recorded.tables({"a": with_shift(W8A8_STEP)}, timesteps=(900.0, 700.0, 500.0, 100.0))["a"]
     assert shifted.amax_T.tolist() == pytest.approx([4.0, 6**0.5, 1.5, 0.25])  # (4 * 1.5) ** 0.5
