@@ -45,6 +45,7 @@ from numpy.typing import NDArray
 
 from intaglio.pipeline.artifacts.graph import STEP_INPUT
 from intaglio.pipeline.artifacts.keys import GRAPH
+from intaglio.pipeline.files import one_line
 from intaglio.pipeline.model.checkpoint import Checkpoint
 
 COLUMNS = ("float32", "torch.onnx.export", *FORMATS, *(name for name in PEERS if name not in FLOATS))
@@ -120,7 +121,8 @@ def timed(
             session = opened(name, path, threads=threads)
             feeds[name] = {entry.name: call[entry.name] for entry in session.get_inputs()}
             session.run(None, feeds[name])
-        except Exception:  # its errors have no common class
+        except Exception as e:  # its errors have no common class
+            typer.echo(f"{model}, {name}: {one_line(e)}", err=True)
             continue
         sessions[name] = session
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sessions}
