@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -99,7 +100,8 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     If no tried plan has this quality, return the tried plan with the highest PSNR. Samples are drawn with each plan. If
     they are worse than predicted, samples are also drawn with single layers rounded, those of largest predicted loss,
     and the losses of these layers are corrected. The ratio of measured to predicted error that remains is a factor on
-    the next prediction.
+    the next prediction. The search ends with a plan that is about as good as wanted, or that is better and no faster
+    than an earlier one.
     """
     drawing = _Drawing.of(table, aim.drawn, state, ctx)
     wanted = _wanted(problem, table, aim, drawing, ctx)
@@ -111,9 +113,11 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
             break
+        earlier = min((each.time for each in found if each.psnr_db >= wanted.psnr_db - SHORT_DB), default=math.inf)
         found.append(_tried(problem, table, chosen, drawing, ctx))
         missing_db = wanted.psnr_db - found[-1].psnr_db
-        if drawing is None or -NEAR_DB <= missing_db <= SHORT_DB or not left:
+        no_faster = missing_db <= SHORT_DB and found[-1].time > earlier * (1 - SLACK)
+        if drawing is None or -NEAR_DB <= missing_db <= SHORT_DB or no_faster or not left:
             break
         factor = found[-1].factor(problem, table)
         if factor > 10 ** (NOISE_DB / 10):

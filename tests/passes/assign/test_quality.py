@@ -166,3 +166,13 @@ def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog)
     assert made[FRONT].psnr_db(made[FRONT].chosen) == pytest.approx(
         float((10 * (peak**2 / errors).log10()).mean()), abs=0.01
     )
+
+
+def test_the_search_ends_where_no_plan_is_faster(with_outlier, tmp_path, caplog):
+    """Every plan has 5 dB: one with float inputs is drawn, the fastest, and one that changes the worst layers."""
+    schemes = {"linear": ("w8a8_token", "w8a8_step", "w8a16"), "conv": ("w8a8_step", "w8a16")}
+    step = AssignPrecision(budget=Budget(psnr=5), schemes=schemes, drawn=4, front=0)
+    with caplog.at_level("INFO"):
+        run_pass(step, with_outlier, tmp_path)
+    drawn = [line for line in caplog.messages if line.startswith("its drawn samples have")]
+    assert len(drawn) <= 1 + 2
