@@ -26,6 +26,7 @@ from intaglio.pipeline.formats.schemes import (
     w4a8_step,
     w4a8_token,
     w4a16,
+    w8ga16,
     with_shift,
 )
 from intaglio.pipeline.formats.target import OpKind
@@ -34,8 +35,8 @@ from intaglio.pipeline.numerics.rounding import INPUT_HIGH, input_scale
 from intaglio.pipeline.runs.registry import find_runtime
 
 _GROUP = 64
-W4A16 = w4a16(_GROUP)
-"""Scheme of 4-bit weights in groups. A row with this scheme serves every group size."""
+W4A16, W8GA16 = w4a16(_GROUP), w8ga16(_GROUP)
+"""Schemes of 4-bit and 8-bit weights in groups. A row with this scheme serves every group size."""
 TWO_LEVEL_STEP = (w4a8_step(_GROUP), w4a4_step(_GROUP))
 """Schemes with two-level weights and one input scale for each step. A row serves every group size."""
 TWO_LEVEL = (w4a8_token(_GROUP), w4a4_token(_GROUP), *TWO_LEVEL_STEP)
@@ -124,22 +125,26 @@ def _unpacked(w: Writer, call: Call) -> ir.Value:
 
 
 def blocks(w: Writer, call: Call, x: ir.Value) -> ir.Value:
-    """Write x @ DQ(Wq, s_w) with 4-bit codes and one scale for each group of neighbours along K.
+    """Write x @ DQ(Wq, s_w) with codes of 4 or 8 bits and one scale for each group of neighbours along K.
 
-    The codes must be in [-8, 7]: they are stored as INT4, and so are those of the `two_level_*` functions.
+    4-bit codes must be in [-8, 7]: they are stored as INT4, and so are those of the `two_level_*` functions.
     """
     return _product(w, call, x, _dequantize_blocks(w, call, call.scale_NG, "scale"))
 
 
 def _dequantize_blocks(w: Writer, call: Call, scale_NG: NDArray[np.float32], called: str) -> ir.Value:
-    """Write 4-bit codes times one factor for each group, (K, N) or (N, C, kh, kw). `called`: scale or group."""
+    """Write codes times one factor for each group, (K, N) or (N, C, kh, kw). `called`: scale or group."""
     layer, linear = call.site.layer, call.op == "linear"
     floating = called == "scale"
     owner = w.owner(call, in_blocks=True) if floating else layer
     order = (1, 0) if linear else (0, 1)
     shape_NK = call.shape_NK
     codes = w.codes(
-        f"{owner}/weight", call, lambda q_NK: q_NK.transpose(order), [shape_NK[axis] for axis in order], packed=True
+        f"{owner}/weight",
+        call,
+        lambda q_NK: q_NK.transpose(order),
+        [shape_NK[axis] for axis in order],
+        packed=call.data.scheme.weight_bits == 4,
     )
     weight = w.op(
         call,

@@ -1,4 +1,6 @@
-"""Read GGUF weights: Q4_0 exactly, as 4-bit codes in blocks of 32; Q8_0 only by rounding its weights again.
+"""Read GGUF weights exactly: Q4_0 as 4-bit codes and Q8_0 as 8-bit codes, both in blocks of 32.
+
+Weights of Q8_0 can also be rounded again, for targets that need one scale for each output channel.
 
 Shapes: N out features, K in features, G = K / 32 scales in each row.
 """
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 BLOCK = 32
 AGAIN = "Q8_0"
-"""Type whose codes have no exact form here: its weights can only be rounded again."""
+"""Type whose weights can be rounded again."""
+BITS = {"Q4_0": 4, "Q8_0": 8}
+"""Bits of a code, by type."""
 NO_SCALE = 2.0**-14
 """Scale of a block of zeros: the smallest normal number of float16."""
 
@@ -70,7 +74,10 @@ def _stored(tensor: GgufTensor) -> Stored:
 
 
 def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
-    """Return a layer's codes and scales. Raises NotCarried for Q8_0, unless `requantize` is set."""
+    """Return a layer's codes and scales; with `requantize`, round weights of Q8_0 to one scale for each channel.
+
+    Raises NotCarried for a weight of another shape, and for codes and scales that have no exact form.
+    """
     kind, blocks = stored.facts, stored.rows["blocks"]
     if layer.k % BLOCK or tuple(blocks.shape) != (layer.n, layer.k // BLOCK * BLOCKS[kind][1]):
         values = blocks.shape[1] // BLOCKS[kind][1] * BLOCK
@@ -78,13 +85,8 @@ def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
     blocks = blocks.reshape(layer.n, layer.k // BLOCK, -1)
     scale_NG = as_float32("scales", blocks[..., :2].contiguous().view(_half()).squeeze(-1))
     codes_NGS = _codes(kind, blocks[..., 2:])
-    if kind != AGAIN:
-        return _in_blocks(codes_NGS, scale_NG)
-    if not requantize:
-        raise NotCarried(
-            f"{AGAIN} has scales for blocks of {BLOCK}, and 8-bit weights have one scale for each output channel here:"
-            " set `requantize: true` to round them again"
-        )
+    if kind != AGAIN or not requantize:
+        return _in_blocks(BITS[kind], codes_NGS, scale_NG)
     form = W8A16.weight
     assert isinstance(form, RoundedWeight)
     w_NK = (codes_NGS * scale_NG.unsqueeze(-1)).flatten(1)
@@ -92,14 +94,17 @@ def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
     return checked(layer, 8, form.quantize(w_NK, scale_N1), scale_N1, None, None)
 
 
-def _in_blocks(codes_NGS: torch.Tensor, scale_NG: torch.Tensor) -> Weight:
-    """Return 4-bit codes and scales as they are; a block whose scale is 0 gets codes of 0 and the scale NO_SCALE.
+def _in_blocks(bits: int, codes_NGS: torch.Tensor, scale_NG: torch.Tensor) -> Weight:
+    """Return codes and scales as they are; a block whose scale is 0 gets codes of 0 and the scale NO_SCALE.
 
-    Scales may be negative: ggml gives the code -8 to the weight of largest magnitude.
+    Scales may be negative: ggml gives the 4-bit code -8 to the weight of largest magnitude. Raises NotCarried for the
+    8-bit code -128, which ggml never writes.
     """
+    if bits == 8 and int(codes_NGS.amin()) == -128:
+        raise NotCarried("the code -128: 8-bit weights have codes from -127 to 127 here")
     zero_NG = scale_NG == 0
     codes_NGS = codes_NGS.masked_fill(zero_NG.unsqueeze(-1), 0)
-    return Weight(4, codes_NGS.flatten(1), scale_NG.masked_fill(zero_NG, NO_SCALE), None)
+    return Weight(bits, codes_NGS.flatten(1), scale_NG.masked_fill(zero_NG, NO_SCALE), None)
 
 
 def _half() -> torch.dtype:

@@ -25,7 +25,17 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import MIB, open_stream, printable
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
-from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, W8A16, IntInput, IntWeight, LayerScheme, TwoLevel, w4a16
+from intaglio.pipeline.formats.schemes import (
+    FLOAT,
+    W8A8_STEP,
+    W8A16,
+    IntInput,
+    IntWeight,
+    LayerScheme,
+    TwoLevel,
+    w4a16,
+    w8ga16,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -269,10 +279,14 @@ def layer_data(
 
     group_NG = None
     match bits, entering:
+        case 8, None if scale_NG.shape[1] != 1:
+            group = _group(layer, scale_NG)
+            scheme, scale_NG = w8ga16(group), _split(scale_NG, layer.k // group)
         case 8, None | ImportedInput(form=IntInput(bits=8)):
             if scale_NG.shape[1] != 1:
                 raise NotCarried(
-                    "8-bit weights with scales for blocks cannot be imported: use one scale for each output channel"
+                    "8-bit weights with scales for blocks cannot be multiplied by a rounded input: use one scale for"
+                    " each output channel, or leave the input in float"
                 )
             scheme = W8A16 if entering is None else LayerScheme(weight=W8A8_STEP.weight, input=entering.form)
         case 4, None:
@@ -301,7 +315,7 @@ def _group(layer: Layer, scale_NG: torch.Tensor) -> int:
     block = layer.k // scale_NG.shape[1]
     group = next((size for size in GROUPS if block % size == 0 and size < layer.k), None)
     if group is None:
-        raise NotCarried(f"4-bit weights in blocks of {block} of {layer.k} in features: groups here have 32, 64 or 128")
+        raise NotCarried(f"weights in blocks of {block} of {layer.k} in features: groups here have 32, 64 or 128")
     return group
 
 

@@ -58,8 +58,8 @@ class ImportWeights(ImportPass):
     )
     requantize: bool = Field(
         False,
-        description="round weights of GGUF in Q8_0 again, to one scale for each output channel, as they have no exact"
-        " form here",
+        description="round weights of GGUF in Q8_0 again, to one scale for each output channel, for targets that do not"
+        " multiply 8-bit weights in groups",
     )
 
     @classmethod
@@ -110,7 +110,7 @@ class ImportWeights(ImportPass):
 def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool = False) -> SavedWeights:
     """Read the quantized weights of a module. Raises RecipeError for files that no supported library wrote.
 
-    `requantize`: round weights that have no exact form here again.
+    `requantize`: round weights of GGUF in Q8_0 again, to one scale for each output channel.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}

@@ -54,6 +54,7 @@ __all__ = [
     "w4a8_step",
     "w4a8_token",
     "w4a16",
+    "w8ga16",
     "with_output",
     "with_shift",
 ]
@@ -203,6 +204,14 @@ def w4a16(group: int) -> LayerScheme:
     return LayerScheme(weight=IntWeight(bits=4, granularity=PerGroup(size=group)), input=Float())
 
 
+def w8ga16(group: int) -> LayerScheme:
+    """Return the scheme with an 8-bit weight, one scale for every `group` input features, and a float input.
+
+    Files of other tools have such weights (GGUF's Q8_0 with groups of 32).
+    """
+    return LayerScheme(weight=IntWeight(bits=8, granularity=PerGroup(size=group)), input=Float())
+
+
 def w4a8_token(group: int) -> LayerScheme:
     """Return the scheme with a two-level 4-bit weight and an 8-bit input with one scale for each token."""
     return LayerScheme(weight=_two_level(group), input=IntInput(granularity=PerToken()))
@@ -231,7 +240,7 @@ def int_schemes(group: int) -> Iterator[LayerScheme]:
     """Yield the schemes with weights of 8, 7 and 4 bits; groups have `group` input features."""
     four = (w4a8_token(group), w4a8_step(group), w4a4_token(group), w4a4_step(group))
     integer = (W8A8_TOKEN, W8A8_STEP, *four, W7A8_TOKEN, W7A8_STEP)
-    yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four, W7A8_TOKEN, W7A8_STEP)
+    yield from (W8A8_TOKEN, W8A8_STEP, W8A16, w4a16(group), *four, W7A8_TOKEN, W7A8_STEP, w8ga16(group))
     yield from (with_output(scheme) for scheme in integer if scheme.by_step)
     yield from (with_shift(scheme) for scheme in integer)
     yield from (with_shift(with_output(scheme)) for scheme in integer if scheme.by_step)

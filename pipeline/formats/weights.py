@@ -180,6 +180,11 @@ class IntWeight(RoundedWeight):
         return self
 
     @property
+    def label(self) -> str:
+        """The weight's part of a scheme's name: w4, w7, w8, and w8g for 8-bit codes with a scale for each group."""
+        return f"w{self.bits}g" if self.bits == 8 and isinstance(self.granularity, PerGroup) else f"w{self.bits}"
+
+    @property
     def low(self) -> int:
         """Smallest code. At 7 and 8 bits every code has a negative: -64 and -128 are left out."""
         return _CODES[self.bits][0]
@@ -219,7 +224,8 @@ class IntWeight(RoundedWeight):
     def problem_with(self, form: Float | RoundedInput) -> str | None:
         """Return why this weight cannot be multiplied with such an input, or None.
 
-        An integer product needs one scale for each channel, so a 4-bit weight needs two levels for it.
+        An integer product needs one scale for each channel, so a 4-bit weight needs two levels for it, and an 8-bit
+        weight must have no groups.
         """
         match form:
             case Float():
@@ -228,6 +234,8 @@ class IntWeight(RoundedWeight):
                 two_level = isinstance(self.granularity, TwoLevel)
                 return "two levels are for products with a quantized input" if two_level else None
             case IntInput():
+                if self.bits == 8 and isinstance(self.granularity, PerGroup):
+                    return "8-bit weights in groups are for products with a float input"
                 apart = self.bits == 4 and not isinstance(self.granularity, TwoLevel)
                 return "4-bit weights multiply a quantized input in two levels only" if apart else None
             case RoundedInput():

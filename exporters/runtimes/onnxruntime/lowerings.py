@@ -4,6 +4,7 @@ from intaglio.exporters.qdq.lowering import (
     TWO_LEVEL,
     TWO_LEVEL_STEP,
     W4A16,
+    W8GA16,
     Lowering,
     blocks,
     per_channel,
@@ -55,6 +56,7 @@ LOWERINGS = with_shifts(
         Lowering("linear", W8A16, per_channel, False, "becomes MatMulNBits: stays 8 bit in memory"),
         Lowering("conv", W8A16, per_channel, False, "exact; the weight is unpacked when it runs"),
         Lowering("linear", W4A16, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
+        Lowering("linear", W8GA16, blocks, False, "becomes MatMulNBits: stays 8 bit in memory"),
         Lowering("conv", W4A16, blocks, False, "exact; the weight is unpacked when it runs"),
         *(
             Lowering("linear", scheme, two_level_cast, True, "folded when it loads: executed as w8a8")

@@ -97,28 +97,33 @@ def take(start: Artifacts, content: bytes, folder: Path, **options) -> Artifacts
 def test_codes_and_scales_are_those_that_the_library_wrote(tmp_path):
     (tmp_path / "c.gguf").write_bytes(zlib.decompress(base64.b64decode(WRITTEN)))
     module = torch.nn.ModuleDict({name: torch.nn.Linear(64, 2) for name in "ab"})
-    saved = read_weights([tmp_path / "c.gguf"], module, requantize=True)
+    saved = read_weights([tmp_path / "c.gguf"], module)
     a, b = (saved.weights[layer.name](layer) for layer in layer_table(module))
     w = (np.sin(np.arange(128, dtype=np.float32)) * np.linspace(0.1, 2, 128, dtype=np.float32)).reshape(2, 64)
-    assert (a.bits, a.scale_NG.shape, b.bits, b.scale_NG.shape) == (4, (2, 2), 8, (2, 1))
+    assert (a.bits, a.scale_NG.shape, b.bits, b.scale_NG.shape) == (4, (2, 2), 8, (2, 2))
     assert a.scale_NG.tolist() == [[0.06781005859375, 0.122314453125], [0.1767578125, 0.2432861328125]]
     assert a.codes[0, :8].tolist() == [0, 1, 2, 0, -2, -2, -1, 2]
     assert (a.codes.reshape(2, 2, 32) * a.scale_NG[..., None]).flatten(1).equal(exact(torch.from_numpy(w), Q4_0))
-    theirs = exact(torch.from_numpy(w), Q8_0)
-    torch.testing.assert_close(b.codes * b.scale_NG, theirs, atol=float(theirs.abs().max()) / 254, rtol=0)
+    assert b.scale_NG.tolist() == [
+        [0.004268646240234375, 0.007701873779296875],
+        [0.011138916015625, 0.01532745361328125],
+    ]
+    assert b.codes[0, :8].tolist() == [0, 23, 28, 5, -28, -39, -12, 32]
+    assert (b.codes.reshape(2, 2, 32) * b.scale_NG[..., None]).flatten(1).equal(exact(torch.from_numpy(w), Q8_0))
     assert saved.rest["a.bias"].tolist() == saved.rest["b.bias"].tolist() == [1, 2]
 
 
-def test_q4_0_is_taken_over_exactly_and_the_graph_computes_it(dit, tmp_path):
+@pytest.mark.parametrize(("kind", "scheme"), [(Q4_0, "w4a16"), (Q8_0, "w8ga16")])
+def test_codes_in_blocks_are_taken_over_exactly_and_the_graph_computes_them(kind, scheme, dit, tmp_path):
     state = dit[MODEL].open().module.state_dict()
     names = [layer.name for layer in dit[MODEL].layers() if layer.op == "linear"]
     state[f"{LAYER}.weight"][0, :32] = 0  # a block without a scale
-    ours = take(dit, stored(state, {f"{name}.weight": Q4_0 for name in names}), tmp_path)
-    assert {ours[PLAN].schemes[name].name for name in names} == {"w4a16"}
+    ours = take(dit, stored(state, {f"{name}.weight": kind for name in names}), tmp_path)
+    assert {ours[PLAN].schemes[name].name for name in names} == {scheme}
     for name, data in ours[QUANTIZED].layers.items():
         scale = data.scale_NG.repeat_interleave(32, 1)
-        assert (data.codes * scale).equal(exact(state[f"{name}.weight"], Q4_0)), name
-    assert any((data.scale_NG < 0).any() for data in ours[QUANTIZED].layers.values())
+        assert (data.codes * scale).equal(exact(state[f"{name}.weight"], kind)), name
+    assert any((data.scale_NG < 0).any() for data in ours[QUANTIZED].layers.values()) == (kind == Q4_0)
     model, call = dit[MODEL].open(), dit[TRAJECTORY].call(STEP)
     clock = simulate(model.module, ours[QUANTIZED])
     with torch.no_grad(), clock.at(0):
@@ -129,11 +134,9 @@ def test_q4_0_is_taken_over_exactly_and_the_graph_computes_it(dit, tmp_path):
     assert rel_l2(graph_denoise(graph[GRAPH], OnnxRuntime())(call), simulated) < 2e-3
 
 
-def test_q8_0_is_rounded_again_only_if_the_recipe_says_so(dit, tmp_path, caplog):
+def test_q8_0_is_rounded_again_if_the_recipe_says_so(dit, tmp_path, caplog):
     state = dit[MODEL].open().module.state_dict()
     content = stored(state, {f"{LAYER}.weight": Q8_0})
-    with pytest.raises(RecipeError, match=rf"{LAYER}: Q8_0 has scales for blocks of 32, .* `requantize: true`"):
-        take(dit, content, tmp_path)
     data = take(dit, content, tmp_path, requantize=True)[QUANTIZED].layers
     assert "codes of 1 layers in Q8_0 are rounded again" in caplog.text
     assert data.keys() == {LAYER}
@@ -228,6 +231,10 @@ def test_other_types_and_layers_that_are_not_the_models_are_refused_by_name(dit,
         (f"{LAYER}.bias", (Q4_0, (64,), bytes(36))): rf"{LAYER}.bias: Q4_0 in the shape \(64,\): only weights",
         (f"{LAYER}.weight", (Q4_0, (32, 64), bytes(64 * 18))): rf"{LAYER}: a weight \(32, 64\) in Q4_0, .* \(64, 64\)",
         (f"{LAYER}.weight", (Q4_0, (64, 64), b"\0\x7e" * 64 * 18)): rf"{LAYER}: scales with NaN or Inf",
+        (
+            f"{LAYER}.weight",
+            (Q8_0, (64, 64), b"\0\x3c" + b"\x80" * 32 + bytes(127 * 34)),
+        ): rf"{LAYER}: the code -128: 8-bit",
         (f"{LAYER}.weight", (F16, (64, 64), bytes(64 * 128))): rf"{LAYER}.weight: different from the recipe's model",
         ("other.weight", (F16, (4,), bytes(8))): r"belongs to another model: it has other\.weight",
     }.items():
