@@ -5,7 +5,7 @@ Shapes: N out features, K in features (of a convolution: input channels times ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -44,10 +44,15 @@ def in_float_lines(reasons: Mapping[str, str]) -> list[str]:
     lines = []
     for reason in dict.fromkeys(reasons.values()):
         names = [name for name, why in reasons.items() if why == reason]
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         stay = "layer stays" if len(names) == 1 else "layers stay"
-        lines.append(f"{len(names)} {stay} in float, {reason}: {', '.join(names[:NAMED])}{more}")
+        lines.append(f"{len(names)} {stay} in float, {reason}: {_named(names)}")
     return lines
+
+
+def _named(layers: Sequence[str]) -> str:
+    """Return the first NAMED of these layers, and how many more there are."""
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return ", ".join(layers[:NAMED]) + more
 
 
 @dataclass(frozen=True)
@@ -81,10 +86,13 @@ class QuantPlan:
             raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
 
     def check(self, target: Target) -> None:
-        """Raise a TargetError that lists every layer whose scheme the target cannot execute."""
-        reasons = [r for layer in self.layers if (r := illegal(layer, self.schemes[layer.name], target))]
-        if reasons:
-            raise TargetError(*reasons)
+        """Raise a TargetError with a line for each reason why the target cannot execute layers, and their names."""
+        refused: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if problem := illegal(layer, self.schemes[layer.name], target):
+                refused.setdefault(problem.removeprefix(f"{layer.name}: "), []).append(layer.name)
+        if refused:
+            raise TargetError(*(f"{_named(names)}: {reason}" for reason, names in refused.items()))
 
     def replace(self, changes: Mapping[str, LayerScheme]) -> QuantPlan:
         """Return a plan with other schemes for these layers; a layer in float has neither balance nor branch."""

@@ -58,6 +58,7 @@ LOWERINGS = with_shifts(
         Lowering("linear", W4A16, blocks, False, "becomes MatMulNBits: stays 4 bit in memory"),
         Lowering("linear", W8GA16, blocks, False, "becomes MatMulNBits: stays 8 bit in memory"),
         Lowering("conv", W4A16, blocks, False, "exact; the weight is unpacked when it runs"),
+        Lowering("conv", W8GA16, blocks, False, "exact; the weight is unpacked when it runs"),
         *(
             Lowering("linear", scheme, two_level_cast, True, "folded when it loads: executed as w8a8")
             for scheme in TWO_LEVEL

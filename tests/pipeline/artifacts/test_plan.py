@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -11,6 +13,7 @@ from intaglio.pipeline.formats.schemes import (
     w4a8_step,
     w4a8_token,
     w4a16,
+    w8ga16,
     with_output,
     with_shift,
 )
@@ -41,7 +44,7 @@ def test_other_schemes_are_there_when_named():
     rounded = tuple(name.replace("_", f"{shift}o8_") for name in stepped for shift in ("", "s"))
     shifted = tuple(name.replace("_", "s_") for name in stepped)
     known = {s.name for s in admitted_schemes(CONV)}
-    assert known == {"float", "w8a16", "w4a16", *stepped, *rounded, *shifted, "fp8_step", "fp8_static"}
+    assert known == {"float", "w8a16", "w8ga16", "w4a16", *stepped, *rounded, *shifted, "fp8_step", "fp8_static"}
     assert known == {s.name for s in admitted_schemes(CONV.model_copy(update={"padded": True}))}
     assert set(scheme_names()) - {s.name for s in admitted_schemes(LINEAR)} == set(rounded)
     narrow = Layer(name="a", op="linear", shape=(4, 12), bias=False)
@@ -60,6 +63,18 @@ def test_two_levels_obey_the_groups_of_the_target():
 def test_a_padded_convolution_can_have_a_shifted_input(target):
     padded = CONV.model_copy(update={"shape": (16, 32, 3, 3), "padded": True})
     QuantPlan((padded,), {"conv": with_shift(W8A8_STEP)}).check(load_target(target))
+
+
+def test_layers_that_are_refused_for_one_reason_are_named_in_one_line():
+    layers = tuple(LINEAR.model_copy(update={"name": name}) for name in "abcdefghijklmno")
+    plan = QuantPlan(layers, dict.fromkeys("abcdefghijklmno", w8ga16(32)))
+    with pytest.raises(TargetError) as raised:
+        plan.check(load_target("tensorrt-rtx"))
+    assert len(raised.value.problems) == 1
+    assert re.fullmatch(
+        r"a, b, c, .*, l and 3 more: tensorrt-rtx runs .* for linear layers, not w8ga16", str(raised.value)
+    )
+    plan.check(load_target("onnxruntime-cpu"))
 
 
 def test_a_convolution_with_codes_has_the_channels_that_the_target_takes():

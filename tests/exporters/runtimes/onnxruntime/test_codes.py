@@ -9,15 +9,24 @@ from layers import make
 from intaglio.exporters.runtimes.onnxruntime import session
 from intaglio.exporters.runtimes.onnxruntime.codes import LARGEST, largest_code
 from intaglio.exporters.runtimes.onnxruntime.session import exact_kernels, kernels_for, multiplies_exactly
-from intaglio.pipeline.formats.schemes import W7A8_TOKEN, W8A8_STEP, W8A8_TOKEN, W8A16, w4a8_token, w4a16, with_output
+from intaglio.pipeline.formats.schemes import (
+    W7A8_TOKEN,
+    W8A8_STEP,
+    W8A8_TOKEN,
+    W8A16,
+    w4a8_token,
+    w4a16,
+    w8ga16,
+    with_output,
+)
 
 EXACT = {"session.x64quantprecision": "1"}
 
 
 @pytest.mark.parametrize(
     ("scheme", "code"),
-    [(W8A8_TOKEN, 127), (W7A8_TOKEN, 63), (w4a8_token(32), 64), (W8A16, 0), (w4a16(32), 0)],
-    ids=["w8a8", "w7a8", "w4a8", "w8a16", "w4a16"],
+    [(W8A8_TOKEN, 127), (W7A8_TOKEN, 63), (w4a8_token(32), 64), (W8A16, 0), (w4a16(32), 0), (w8ga16(32), 0)],
+    ids=["w8a8", "w7a8", "w4a8", "w8a16", "w4a16", "w8ga16"],
 )
 def test_the_largest_code_that_is_multiplied_on_integers(scheme, code, tmp_path):
     layer = torch.nn.Linear(64, 96)
