@@ -54,6 +54,7 @@ MEASURED = (
     "psnr_db_min",
     "psnr_simulated_db",
     "psnr_predicted_db",
+    "psnr_predicted_error_db",
     "psnr_peak",
     "fidelity_gap_db",
     "fidelity_gap_error_db",
@@ -73,7 +74,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})

@@ -56,7 +56,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
@@ -102,7 +102,10 @@ class Verify(Pass):
         20, description="SQNR of the deployed samples, in dB, below which the run, its report and `show` warn"
     )
     predicted_db_tolerance: float = Field(
-        1.5, gt=0, description="PSNR in dB by which deployed samples may be worse than predicted without a warning"
+        1.5,
+        gt=0,
+        description="PSNR in dB by which deployed samples may be worse than predicted without a warning; twice the"
+        " standard error of this difference is allowed too, as prediction and verification draw different samples",
     )
     bisect: bool = Field(
         False,
@@ -150,6 +153,7 @@ class Verify(Pass):
             **vars(departed),
             **vars(_distances(samples, trajectory.samples.peak, rounding)),
             psnr_predicted_db=_predicted_db(state),
+            psnr_predicted_error_db=_predicted_error_db(state, samples, trajectory.samples.peak),
             parity_rel_l2=both.parity(call),
             parity_other_rel_l2=None if other is None else both.parity(other),
             parity_layer_rel_l2_max=max((p.rel_l2 for p in parity.values()), default=0.0),
@@ -168,7 +172,9 @@ class Verify(Pass):
         from intaglio.exporters.verify.advice import largest_losses
 
         predicted_db = figures.psnr_predicted_db
-        if predicted_db is None or figures.psnr_db >= predicted_db - self.predicted_db_tolerance:
+        by_chance = 2 * (figures.psnr_predicted_error_db or 0.0)
+        allowed_db = max(self.predicted_db_tolerance, by_chance)
+        if predicted_db is None or figures.psnr_db >= predicted_db - allowed_db:
             return ()
         known = PLAN in state and SENSITIVITY in state and WORKLOAD in state
         worst = largest_losses(state[SENSITIVITY], state[PLAN], state[WORKLOAD], state[TARGET]) if known else []
@@ -248,6 +254,16 @@ def _predicted_db(state: State) -> float | None:
     return state[FRONT].psnr_db(state[FRONT].chosen) + (state[ADAPTER].gain_db if ADAPTER in state else 0.0)
 
 
+def _predicted_error_db(state: State, samples: Mapping[str, torch.Tensor], peak: float) -> float | None:
+    """Return the standard error of predicted minus deployed PSNR in dB; None where it is not known."""
+    from intaglio.pipeline.numerics import quality
+
+    predicted_db = state[FRONT].drawn_error_db if FRONT in state else None
+    errors = quality.mean_squared_error(samples["deployed"], samples["full_precision"])
+    deployed_db = quality.standard_error(quality.psnr_db(errors, peak))
+    return None if predicted_db is None or deployed_db is None else math.hypot(predicted_db, deployed_db)
+
+
 def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: int, ctx: Context) -> None:
     """Log the figures that a user looks at first, and the layers that stay in float."""
     ctx.log.info(
@@ -268,7 +284,9 @@ def _log(figures: VerificationFigures, in_float: Mapping[str, str], quantized: i
         figures.error_max,
     )
     if figures.psnr_predicted_db is not None:
-        ctx.log.info("predicted PSNR: %.2f dB", figures.psnr_predicted_db)
+        error_db = figures.psnr_predicted_error_db
+        known = "" if error_db is None else f", on other samples; difference known to {error_db:.2f} dB"
+        ctx.log.info("predicted PSNR: %.2f dB%s", figures.psnr_predicted_db, known)
     if in_float:
         count = len(in_float)
         ctx.log.info("%d of %d layers stay in float: %s", count, count + quantized, _by_reason(in_float))
@@ -333,5 +351,5 @@ def _distances(samples: Mapping[str, torch.Tensor], peak: float, rounding: float
         cosine_min=float(cosine_B.min()),
         error_max=float(quality.largest_error(samples["deployed"], reference).max()),
         fidelity_gap_db=float(gap.mean()),
-        fidelity_gap_error_db=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0,
+        fidelity_gap_error_db=quality.standard_error(gap) or 0.0,
     )

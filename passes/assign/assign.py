@@ -162,12 +162,12 @@ class AssignPrecision(Pass):
         problem = self._problem(table, workload, times, target, ctx)
         limits = dict(self.budget.limits)
         others = {name: limit for name, limit in limits.items() if name != "size"}
-        factor = 1.0
+        factor, error_db = 1.0, None
         if self.budget.psnr is not None:
             from intaglio.passes.assign.quality import Aim, choose
 
             aim = Aim(self.budget.psnr, limits, self.drawn)
-            chosen, problem, factor = choose(problem, table, aim, state, ctx)
+            chosen, problem, factor, error_db = choose(problem, table, aim, state, ctx)
         elif self.point is None:
             chosen = problem.best(limits)
         plans = problem.front(others, self.front)
@@ -177,9 +177,8 @@ class AssignPrecision(Pass):
                 has = f"{len(plans)} plans, numbered 0 to {len(plans) - 1}" if plans else "no plans: set assign.front"
                 raise RecipeError(f"assign.point: {self.point} is too large: the front has {has}")
             chosen = plans[self.point]
-        front = Front(
-            tuple(problem.point(plan, factor) for plan in plans), problem.point(chosen, factor), table.samples
-        )
+        points = tuple(problem.point(plan, factor) for plan in plans)
+        front = Front(points, problem.point(chosen, factor), table.samples, error_db)
         unreached = _unreached(table, workload)
         reasons = {layer.name: reason for layer, reason in unreached.items()}
         left = dict.fromkeys(reasons, FLOAT)

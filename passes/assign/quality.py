@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.formats.schemes import FLOAT, Float
-from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db
+from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db, standard_error
 
 if TYPE_CHECKING:
     import torch
@@ -67,11 +67,15 @@ def reachable_db(plain_db: float, best_db: float) -> float:
 
 
 class Choice(NamedTuple):
-    """A plan, the problem with losses as drawn samples corrected them, and the factor on the plan's loss."""
+    """A plan, the problem with losses as drawn samples corrected them, and the factor on the plan's loss.
+
+    `error_db` is the standard error of the PSNR of its samples in dB; None where fewer than two were drawn.
+    """
 
     chosen: Chosen
     problem: Problem
     factor: float
+    error_db: float | None
 
 
 def drawn_samples(count: int) -> int:
@@ -83,11 +87,12 @@ def drawn_samples(count: int) -> int:
 
 
 class _Tried(NamedTuple):
-    """A plan, the quality of its samples, and its time relative to float."""
+    """A plan, the PSNR of its samples, its time relative to float, and the standard error of the PSNR if known."""
 
     chosen: Chosen
     psnr_db: float
     time: float
+    error_db: float | None
 
     def factor(self, problem: Problem, table: Sensitivity) -> float:
         """Return the error of the samples relative to the loss that the problem predicts."""
@@ -129,18 +134,19 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     if not good:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.psnr_db, best.psnr_db)
-    return Choice(best.chosen, problem, best.factor(problem, table))
+    return Choice(best.chosen, problem, best.factor(problem, table), best.error_db)
 
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
     """Draw samples with a plan, and return their quality; without a model, return the predicted quality."""
-    psnr_db = table.samples.psnr_db(problem.loss(chosen))
+    psnr_db, error_db = table.samples.psnr_db(problem.loss(chosen)), None
     ctx.log.info("tried a plan: predicted %.1f dB from single layers", psnr_db)
     if drawing is not None:
-        psnr_db = drawing.psnr_db([problem.options[i] for i in chosen])
-        ctx.log.info("its drawn samples have %.1f dB", psnr_db)
+        psnr_B = drawing.psnr_db([problem.options[i] for i in chosen])
+        psnr_db, error_db = float(psnr_B.mean()), standard_error(psnr_B)
+        ctx.log.info("its drawn samples have %.1f dB%s", psnr_db, "" if error_db is None else f" +- {error_db:.1f}")
     time = float(problem.knapsack.costs[problem.time][chosen].sum())
-    return _Tried(chosen, psnr_db, time)
+    return _Tried(chosen, psnr_db, time, error_db)
 
 
 class _Wanted(NamedTuple):
@@ -213,9 +219,9 @@ class _Drawing:
         references = [full_precision_samples(sampler, denoise, part, ctx) for part in parts]
         return cls(sampler, rounded, denoise, parts, references, table.samples.peak, ctx)
 
-    def psnr_db(self, options: Sequence[Option]) -> float:
-        """Return the mean PSNR in dB of samples that are drawn with these options."""
-        return float(psnr_db(self._errors(options, self.parts), self.peak).mean())
+    def psnr_db(self, options: Sequence[Option]) -> torch.Tensor:
+        """Return the PSNR in dB of each sample, (B,), that is drawn with these options."""
+        return psnr_db(self._errors(options, self.parts), self.peak)
 
     def corrected(self, problem: Problem, chosen: Chosen) -> Problem:
         """Draw samples for the plan's layers with the largest losses, one layer at a time, and correct these losses.

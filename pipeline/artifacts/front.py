@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ class Front:
     """Points in the order of growing size and falling loss, and the chosen plan.
 
     The chosen plan need not be one of the points: its size may lie between two of them.
-    `samples` is the range of the full-precision samples.
+    `samples` is the range of the full-precision samples. `drawn_error_db` is the standard error of the chosen plan's
+    PSNR over the samples that were drawn with it, in dB; None where fewer than two were drawn.
     """
 
     points: tuple[Point, ...]
     chosen: Point
     samples: SampleRange
+    drawn_error_db: float | None = None
 
     def psnr_db(self, point: Point) -> float:
         """Return the predicted PSNR of the final samples, in dB; infinite where nothing is lost."""
@@ -49,7 +52,11 @@ class Front:
         lines = ",\n  ".join(typed_json(point, Point, indent=None) for point in self.points)
         chosen = typed_json(self.chosen, Point, indent=None)
         samples = typed_json(self.samples, SampleRange, indent=None)
-        text = f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen},\n "samples": {samples}\n}}\n'
+        error = json.dumps(self.drawn_error_db)
+        text = (
+            f'{{\n "points": [\n  {lines}\n ],\n "chosen": {chosen},\n "samples": {samples},\n'
+            f' "drawn_error_db": {error}\n}}\n'
+        )
         (root / "front.json").write_text(text)
 
     @classmethod

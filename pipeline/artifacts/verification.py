@@ -116,6 +116,8 @@ class VerificationFigures(SampleFigures, DepartureFigures):
 
     psnr_predicted_db: Annotated[float | None, OPTIONAL] = None
     """PSNR of the samples that `assign` predicted for its plan; None without a prediction."""
+    psnr_predicted_error_db: Annotated[float | None, OPTIONAL] = None
+    """Standard error of the difference between predicted and deployed PSNR, which are those of different samples."""
     parity_rel_l2: float
     """Relative L2 error of the deployed denoiser against the simulated one, in one recorded call."""
     parity_other_rel_l2: Annotated[float | None, OPTIONAL] = None

@@ -116,3 +116,8 @@ def cosine_similarity(samples: torch.Tensor, reference: torch.Tensor) -> torch.T
 def largest_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Return the largest absolute difference of a value of each sample (B, ...) to its reference, (B,)."""
     return (samples - reference).flatten(1).abs().amax(1)
+
+
+def standard_error(value_B: torch.Tensor) -> float | None:
+    """Return the standard error of the mean of B values, in their unit; None for one value."""
+    return float(value_B.std() / len(value_B) ** 0.5) if len(value_B) > 1 else None

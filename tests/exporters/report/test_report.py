@@ -91,6 +91,7 @@ def test_metrics_are_those_of_the_artifacts(made):
         "psnr_db_min": 24.1,
         "psnr_simulated_db": 31.54,
         "psnr_predicted_db": None,
+        "psnr_predicted_error_db": None,
         "psnr_peak": 2.0,
         "fidelity_gap_db": 0.12,
         "fidelity_gap_error_db": 0.05,

@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import torch
 from assigning import given
 
 from intaglio.exporters.verify.advice import largest_losses
-from intaglio.exporters.verify.verify import Verify, _predicted_db
+from intaglio.exporters.verify.verify import Verify, _predicted_db, _predicted_error_db
 from intaglio.pipeline.artifacts.front import Front, Point
 from intaglio.pipeline.artifacts.keys import ADAPTER, FRONT, PLAN, SENSITIVITY, TARGET, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan
@@ -44,6 +45,20 @@ def test_samples_that_are_worse_than_predicted_are_a_warning():
     assert warning.startswith("the deployed samples have a PSNR of 38.4 dB, where 40.0 dB were predicted; l4, in 1")
     assert step._unpredicted(figures(38.6, 40.0), state) == ()
     assert step._unpredicted(figures(38.6, None), state) == ()
+    assert step._unpredicted(figures(36.0, 40.0, error_db=2.1), state) == ()  # 4 dB are less than two standard errors
+    assert step._unpredicted(figures(36.0, 40.0, error_db=1.9), state)
+
+
+def test_predicted_and_deployed_psnr_are_of_different_samples_and_both_have_a_standard_error():
+    """Deployed: 20, 26 and 32 dB, a standard deviation of 6 dB, so 3.464 dB for the mean of three; predicted: 2 dB."""
+    artifacts = planned()
+    front = Front((), Point({}, 1e-4, {}), artifacts[SENSITIVITY].samples, drawn_error_db=2.0)
+    reference = torch.zeros(3, 1, 4)
+    deployed = reference + 2 * 10 ** (-torch.tensor([20.0, 26.0, 32.0]) / 20)[:, None, None]
+    samples = {"full_precision": reference, "deployed": deployed}
+    error_db = _predicted_error_db(State(artifacts | {FRONT: front}, reader="verify"), samples, 2.0)
+    assert error_db == pytest.approx(4.0, abs=1e-3)
+    assert _predicted_error_db(State(artifacts, reader="verify"), samples, 2.0) is None
 
 
 def test_what_training_gained_on_its_own_samples_is_added_to_the_prediction():
@@ -63,7 +78,7 @@ def test_what_training_gained_on_its_own_samples_is_added_to_the_prediction():
     assert _predicted_db(State(planned(), reader="verify")) is None
 
 
-def figures(psnr_db: float, predicted_db: float | None) -> VerificationFigures:
+def figures(psnr_db: float, predicted_db: float | None, error_db: float | None = None) -> VerificationFigures:
     return VerificationFigures(
         psnr_peak=2.0,
         psnr_db=psnr_db,
@@ -75,6 +90,7 @@ def figures(psnr_db: float, predicted_db: float | None) -> VerificationFigures:
         fidelity_gap_db=0.0,
         fidelity_gap_error_db=0.0,
         psnr_predicted_db=predicted_db,
+        psnr_predicted_error_db=error_db,
         parity_rel_l2=0.0,
         parity_layer_rel_l2_max=0.0,
         fp16_bytes=1.0,

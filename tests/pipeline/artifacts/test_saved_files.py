@@ -143,7 +143,7 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "adapter": lambda _: Adapter({"to_q": LayerAdapter(torch.ones(2, 1))}, (0.5, math.nan), 0.25, DRAWN, 2.0),
     "engine": lambda _: Engine("tensorrt", "10.3", 3, None, plan=b"plan", layers=("to_q",)),
     "engine_on_device": lambda _: Engine("tensorrt", "on device", None, None, command="trtexec --onnx=model.onnx"),
-    "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT, SAMPLES),
+    "front": lambda _: Front((POINT, Point({"size": 1.0}, 0.0, {"to_q": "float"})), POINT, SAMPLES, 1.5),
     "graph": graph,
     "latency": lambda _: Latency(rows=8, float32_ms=30.0, compiled_ms=12.5),
     "layer_times": lambda _: LayerTimes({"to_q": {"float": 0.5, "w8a8_token": 1e-05}}, 2.5e-10),
