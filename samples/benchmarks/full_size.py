@@ -361,7 +361,7 @@ def last_step(place: Path, steps: tuple[Step, ...], target: str) -> Figures:
     if steps[-1].name == "tensorrt":
         engine = done[ENGINE]
         figures["file_bytes"] = len(engine.plan or b"")
-        figures |= {"int8": engine.int8_gemm or 0, "floating": engine.fp_gemm or 0}
+        figures |= {"int8": engine.low_precision_products or 0, "floating": engine.float_products or 0}
     return figures
 
 

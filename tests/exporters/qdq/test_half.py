@@ -263,7 +263,7 @@ def nodes_of(graph: Graph) -> list[onnx.NodeProto]:
 def test_the_engine_multiplies_the_same_integers_and_fuses_attention(written, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     engine = run_pass(BuildTensorRT(), written, tmp_path)[ENGINE]  # raises for sums that overflow
-    assert engine.int8_gemm == sum(isinstance(s.input, IntInput) for s in written[PLAN].schemes.values())
+    assert engine.low_precision_products == sum(isinstance(s.input, IntInput) for s in written[PLAN].schemes.values())
     nodes = nodes_of(written[GRAPH])
     weights = [node.output[0] for node in nodes if node.op_type == "Softmax"]
     assert weights

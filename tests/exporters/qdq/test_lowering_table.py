@@ -293,7 +293,9 @@ def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
     rotations = sum(c.balance is not None and c.balance.block > 1 for c in written.cases.values())
     beside = rotations + sum(2 for c in written.cases.values() if c.rank)
     products = len(written.cases)
-    assert (engine.int8_gemm, engine.fp_gemm) == ((products, beside) if written.row.integer else (0, products + beside))
+    assert (engine.low_precision_products, engine.float_products) == (
+        (products, beside) if written.row.integer else (0, products + beside)
+    )
     if target.runtime == "tensorrt-rtx":
         few = "Int4" if least is None else "FP4E2M1"
         assert any(few in layer for layer in engine.layers) == (written.row.scheme.weight_bits == 4)
