@@ -98,8 +98,8 @@ class Problem:
     def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
         """Return a fast and small plan within the limits whose loss is at most `most_loss`; None if there is none.
 
-        First the shortest time is found, then the least size at about this time. Of all plans that exceed both by at
-        most the share `slack`, the one with the least loss is returned.
+        First the shortest time is found, then the least size at about this time. Among all plans that exceed both by
+        at most the share `slack`, the one with the least loss is returned.
         """
         knapsack, time = self.knapsack, self.time
         lossy = replace(knapsack.with_cost("loss", knapsack.loss), gap=max(knapsack.gap, slack / 4))
