@@ -90,6 +90,6 @@ def check_figures(target: str, figures: dict) -> None:
 
 
 def scratch_of(step: str, store: Path) -> bool:
-    """Whether the run is inside this step: as many steps as come before it are on record."""
+    """Return True if the run is inside this step: the store has the records of the steps before it."""
     order = ["calibrate", "sensitivity", "assign", "distill", "merge", "export-float", "export-qdq", "onnxruntime"]
     return len(list((store / "runs").glob("*.json"))) == [*order, "verify"].index(step)

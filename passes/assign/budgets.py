@@ -255,7 +255,10 @@ def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> I
 
 
 def _same_basis(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
-    """Yield the same for bases instead of input formats. A layer that can only stay in float takes any basis."""
+    """Yield, for neighbours in each group and every basis, the options of both that have the basis.
+
+    A layer that can only stay in float takes any basis.
+    """
     by_layer = _places(options, lambda option: option.basis)
     quantizable = {option.layer.name for option in options if option.scheme != FLOAT}
     for names in groups:

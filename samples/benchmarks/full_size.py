@@ -225,7 +225,7 @@ def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
-    """What `work` returns, and the peaks of this process's memory."""
+    """Return what `work` returns, and the peaks of this process's memory."""
     anon, done = [0], threading.Event()
 
     def watch() -> None:

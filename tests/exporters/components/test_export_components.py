@@ -136,7 +136,7 @@ def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
 
 
 def test_a_component_can_have_a_target_of_its_own(sd, tmp_path):
-    """What is compiled for ONNX Runtime stays in float32, has no engine, and runs in it beside engines."""
+    """A component for ONNX Runtime stays in float32, has no engine, and runs there beside engines."""
     pipe, artifacts, _ = sd
     artifacts = artifacts | {TARGET: load_target("tensorrt-rtx")}
     out = compiled(tiny_pipelines.sd, artifacts, tmp_path, targets={"text_encoder": "onnxruntime-cpu"})

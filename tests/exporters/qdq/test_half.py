@@ -1,4 +1,4 @@
-"""What is typed float16 and what is not, on small graphs in text and on the tiny models."""
+"""The values that become float16, and those that do not, in small graphs in text and in the tiny models."""
 
 from collections.abc import Mapping
 
@@ -49,7 +49,7 @@ class Typed:
         return set(read) & {HALF, FLOAT32}
 
     def run(self, **feed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What both compute, in ONNX's reference: ONNX Runtime on a CPU rounds to float16 at casts alone."""
+        """Return the outputs of both in ONNX's reference: ONNX Runtime on a CPU rounds to float16 at casts only."""
         found, expected = (ReferenceEvaluator(model).run(None, feed)[0] for model in (self.half, self.float32))
         assert found.dtype == np.float32
         assert np.isfinite(found).all()

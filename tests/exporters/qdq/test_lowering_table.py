@@ -1,4 +1,4 @@
-"""Every row of the table, on layers of many shapes: the same integer codes everywhere, and products on integers.
+"""Every row of the table, on layers of many shapes: the same codes everywhere, and products of codes.
 
 Simulation, numpy oracle, ONNX Runtime as written and ONNX Runtime optimized; TensorRT-RTX builds the graph.
 """
@@ -231,7 +231,7 @@ BUILT_FOR = {"8.9": ("SM89", "SM120"), "10.0": ("SM120",)}
 """Generations of GPUs for which engines are built, by the least compute capability of a row's codes."""
 TABLES = {name: table(name) for name in named_runtimes()}
 RUNTIMES = {row: [name for name in TABLES if row in TABLES[name]] for rows in TABLES.values() for row in rows}
-"""By row, the runtimes that have it."""
+"""Runtimes that have each row."""
 ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme.name}-{RUNTIMES[row][-1]}") for row in RUNTIMES]
 
 

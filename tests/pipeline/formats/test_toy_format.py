@@ -61,7 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 def compiled(start: Artifacts, steps: list[Pass], folder: Path) -> Artifacts:
-    """What the steps make one after the other; each reads from files what those before it have written."""
+    """Run the steps one after the other; each reads the files that the steps before it have written."""
     made = dict(start)
     for step in steps:
         for key, artifact in run_pass(step, made, folder / step.name).items():

@@ -288,7 +288,7 @@ def test_missing_builder_names_its_extra(tmp_path, monkeypatch, target, module, 
 
 
 def test_device_build_needs_nothing_installed(monkeypatch):
-    """What is missing would raise."""
+    """The check would raise if it needed the package."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     BuildTensorRT().check(JETSON)
 
