@@ -20,6 +20,7 @@ from intaglio.pipeline.model.hooks import before_calls
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import Balance, LayerBalance
 from intaglio.pipeline.numerics.low_rank import Branch
+from intaglio.pipeline.numerics.quality import decibels
 from intaglio.pipeline.numerics.rounding import half_range
 from intaglio.pipeline.numerics.step_tables import where_known
 from intaglio.pipeline.simulation.layer import QuantizedLayer, channel_axis
@@ -86,7 +87,7 @@ def nearest(parts: Parts, x: Sequence[Inputs], bases: Sequence[Balance], rank: i
         return None
     errors = [output_error(parts, x, basis, rank) for basis in bases]
     best = min(range(len(bases)), key=errors.__getitem__)
-    return bases[best], 10 * math.log10(plain / max(errors[best], 1e-30))
+    return bases[best], decibels(plain / max(errors[best], 1e-30))
 
 
 def with_ranges(

@@ -207,9 +207,8 @@ class Training:
         checkpoint, done, loss_mean, spent = self.work / f"{self.name}.pt", 0, 1.0, 0.0
         if checkpoint.exists():
             saved = torch.load(checkpoint, weights_only=True)
-            net.load_state_dict(saved["net"])
-            ema.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for name, part in {"net": net, "ema": ema, "optimizer": optimizer}.items():
+                part.load_state_dict(saved[name])
             done, loss_mean, spent = saved["step"], saved["loss"], saved["seconds"]
         snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

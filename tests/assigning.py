@@ -37,7 +37,7 @@ def given(*errors: tuple[float, float], rows: tuple[float, ...] = (16, 4096, 256
 
 
 def costs(artifacts, plan: dict[str, str]) -> dict[str, float]:
-    """Of a plan, relative to float, worked out layer by layer."""
+    """Return the costs of a plan relative to float, added up layer by layer."""
     rows, layers, device = artifacts[WORKLOAD].rows, artifacts[SENSITIVITY].layers, RTX.devices[0]
     amounts = {
         "size": lambda layer, s: layer.size_bytes(s),

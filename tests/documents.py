@@ -35,7 +35,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        """Whether the tests run it."""
+        """True if the tests run it."""
         return self.language != "console" and not REASON.match(self.label)
 
     def commands(self) -> Iterator[list[str]]:

@@ -16,7 +16,7 @@ Artifacts = dict[AnyKey, Artifact]
 
 
 def run_pass(step: Pass, artifacts: Artifacts, scratch: Path) -> Artifacts:
-    """What the step provides, from what it requires of `artifacts`."""
+    """Run the step on the artifacts that it reads, and return those that it provides."""
     scratch.mkdir(exist_ok=True)
     wanted = step.wants & artifacts.keys()
     state = State({key: artifacts[key] for key in step.requires | wanted}, reader=step.name)
@@ -25,7 +25,7 @@ def run_pass(step: Pass, artifacts: Artifacts, scratch: Path) -> Artifacts:
 
 @contextmanager
 def killed_at_save(number: int = 1) -> Iterator[None]:
-    """What runs inside dies behind the first, second, ... checkpoint that it moves into place."""
+    """End the code inside, as a kill would, after it has moved its `number`-th checkpoint into place."""
     real_replace, saves = os.replace, 0
 
     def dies(source: str, target: str) -> None:

@@ -18,7 +18,7 @@ from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 def print_lean_peak(model: Path) -> None:
     """Print how many bytes one run of a lean session takes at most."""
-    from intaglio.exporters.runtimes.onnxruntime.session import lean_session
+    from intaglio.exporters.float_graph.lean_session import lean_session
 
     with lean_session(model) as session:
         before = resident_bytes("VmRSS")

@@ -154,7 +154,7 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
             {}, tuple(0.1 * 0.98**i for i in range(100)), drawn=(DrawnError(0, 0.04), DrawnError(100, 0.0004)), peak=2.0
         ),
         GRAPH: Graph(root / "model.onnx", {"sample": sample, "step": TensorSpec("int64", ())}, {"noise": sample}),
-        ENGINE: Engine("onnxruntime", "1.31.1", int8_gemm=3, fp_gemm=2),
+        ENGINE: Engine("onnxruntime", "1.31.1", low_precision_products=3, float_products=2),
         VERIFICATION: Verification(FIGURES, parity, samples=samples),
         LATENCY: Latency(rows=8, float32_ms=30.0, compiled_ms=12.0),
         LINT: Findings((finding,)),

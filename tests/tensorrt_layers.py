@@ -1,4 +1,4 @@
-"""What the layers of a TensorRT network compute, in numpy and torch, as NvInfer.h describes them; for static shapes.
+"""Compute the layers of a TensorRT network in numpy and torch, as NvInfer.h describes them; for static shapes.
 
 Nothing is built, so no GPU is needed: a network as the parser makes it is executed from the layers' attributes. Layers
 that are not here raise NotImplementedError.
@@ -234,7 +234,7 @@ def _slice(layer: Any, given: Sequence[Any]) -> Array:
 
 
 def _coordinates(layer: Any, n: int, m: int, scale: float) -> Array:
-    """Where each of m outputs lies among n inputs."""
+    """Return the place of each of m outputs among n inputs."""
     y = np.arange(m, dtype=np.float64)
     match layer.coordinate_transformation.name:
         case "ASYMMETRIC":
@@ -251,7 +251,7 @@ def _coordinates(layer: Any, n: int, m: int, scale: float) -> Array:
 
 
 def _weights(layer: Any, x: float, n: int) -> Array:
-    """How much of each input is in an output at x."""
+    """Return the share of each input in an output at x."""
     found = np.zeros(n)
     low = int(np.floor(x))
     match layer.resize_mode.name:

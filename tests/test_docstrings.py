@@ -15,6 +15,9 @@ SOURCES = sorted(
     for folder in ("pipeline", "passes", "exporters")
     for path in (ROOT / folder).rglob("*.py")
 )
+OTHERS = sorted(
+    str(path.relative_to(ROOT)) for folder in ("samples", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")
+)
 FRAGMENT = re.compile(r"(Of|By|What|How|Where|Whether)\b")
 LONGEST_FUNCTION, LONGEST_MODULE = 60, 400
 WITH_EXAMPLES = [path for path in SOURCES if ">>> " in (ROOT / path).read_text(encoding="utf-8")]
@@ -51,6 +54,11 @@ def test_docstrings_are_found_below_definitions_and_variables() -> None:
 @pytest.mark.parametrize("path", SOURCES)
 def test_a_docstring_begins_as_a_sentence(path: str) -> None:
     assert not [text for text in _docstrings(_tree(path)) if FRAGMENT.match(text)]
+
+
+def test_docstrings_of_tests_and_samples_begin_as_sentences() -> None:
+    assert len(OTHERS) > 100
+    assert [f"{path}: {text}" for path in OTHERS for text in _docstrings(_tree(path)) if FRAGMENT.match(text)] == []
 
 
 @pytest.mark.parametrize("path", SOURCES)

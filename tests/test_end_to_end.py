@@ -58,7 +58,7 @@ def test_a_unet_compiles_for_both_runtimes(tmp_path):
         check_figures(target, figures)
     plan = json.loads((tmp_path / "out/tensorrt-rtx/plan.json").read_text())["layers"]
     integer = sum(layer["scheme"].startswith("w8a8") for layer in plan)
-    assert shown["tensorrt-rtx"]["engine"]["int8_gemm"] == integer
+    assert shown["tensorrt-rtx"]["engine"]["low_precision_products"] == integer
 
 
 def test_a_transformer_compiles_and_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
@@ -85,11 +85,11 @@ def check_figures(target: str, figures: dict) -> None:
     assert figures["parity_layer_rel_l2_max"] <= (HALF_TOLERANCE if target == "tensorrt-rtx" else 1e-4)
     assert figures["layers_quantized"] == figures["layers_total"]
     assert Path("out", target, figures["engine"]["path"]).is_file()
-    assert figures["engine"]["int8_gemm"] > 0
+    assert figures["engine"]["low_precision_products"] > 0
     assert Path("out", target, "report.html").stat().st_size < 5_000_000
 
 
 def scratch_of(step: str, store: Path) -> bool:
-    """Whether the run is inside this step: as many steps as come before it are on record."""
+    """Return True if the run is inside this step: the store has the records of the steps before it."""
     order = ["calibrate", "sensitivity", "assign", "distill", "merge", "export-float", "export-qdq", "onnxruntime"]
     return len(list((store / "runs").glob("*.json"))) == [*order, "verify"].index(step)

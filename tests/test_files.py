@@ -98,7 +98,7 @@ def _opening(call: ast.Call) -> str | None:
 
 
 def _writes(mode: list[ast.expr]) -> bool:
-    """Whether a file is opened in a mode that reads nothing."""
+    """Return True if a file is opened in a mode that reads nothing."""
     match mode:
         case [ast.Constant(value=str(text))]:
             return text[:1] in ("w", "a", "x") and "+" not in text
@@ -106,7 +106,7 @@ def _writes(mode: list[ast.expr]) -> bool:
 
 
 def _checked(argument: ast.expr) -> bool:
-    """Whether it is a call of one of `CHECKED`."""
+    """Return True for a call of one of `CHECKED`."""
     match argument:
         case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
             return name in CHECKED

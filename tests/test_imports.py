@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,32 @@ def _allowed(own: tuple[str, ...], name: tuple[str, ...]) -> bool:
     if own[0] != "pipeline" or len(name) < 3 or name[2] not in ORDER:
         return True
     return own[1] in ORDER and ORDER.index(name[2]) <= ORDER.index(own[1])
+
+
+def test_imports_among_folders_make_no_circle() -> None:
+    imported: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for path in SOURCES:
+        own = _folder(path.relative_to(ROOT).with_suffix("").parts)
+        names = (tuple(name.split("."))[1:] for name in _imports(ast.parse(path.read_text())))
+        imported.setdefault(own, set()).update({_folder(name) for name in names if name[:1] and name[0] in FOLDERS})
+    assert len(imported) > 30
+    TopologicalSorter({own: names - {own} for own, names in imported.items()}).prepare()  # raises CycleError
+
+
+def _folder(name: tuple[str, ...]) -> tuple[str, ...]:
+    """The folder of a module below pipeline, passes or exporters; the module itself where it stands there directly."""
+    return name[:2]
+
+
+def test_private_names_are_imported_in_their_own_package_only() -> None:
+    wrong = []
+    for path in SOURCES:
+        package = ".".join(("intaglio", *path.relative_to(ROOT).parent.parts))
+        for name in _imports(ast.parse(path.read_text())):
+            private = name.startswith("intaglio.") and any(re.match("_[a-z]", part) for part in name.split("."))
+            if private and not name.startswith(f"{package}."):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def public_names() -> dict[str, set[str]]:
-    """By page, read from the sources."""
+    """Return the public names of each page, read from the sources."""
     names = {"intaglio.html": set(intaglio.__all__)}
     for folder in ("pipeline", "passes", "exporters"):
         for source in (ROOT / folder).rglob("*.py"):

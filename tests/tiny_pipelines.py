@@ -197,4 +197,4 @@ CALLS: dict[Callable[[], Any], dict[str, Any]] = {
     flux: {"height": 8, "width": 8, "max_sequence_length": LENGTH},
     wan_experts: {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": LENGTH},
 }
-"""What else each is called with."""
+"""Further arguments of each pipeline's call."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from intaglio.exporters.deploy.compiled_folder import delivered_files, delivered_name, target_folder, tensorrt_builder
-from intaglio.exporters.runtimes.tensorrt.build import MODULES, Profile, shape_flags
+from intaglio.exporters.runtimes.tensorrt.build import Profile, shape_flags
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import LOW_MEMORY_MIB
-from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT
+from intaglio.exporters.runtimes.tensorrt.runtime import MODULES, TensorRT
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_stream, printable

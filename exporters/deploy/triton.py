@@ -114,7 +114,7 @@ def wide_int8_weights(model: Path) -> list[str]:
     """Return int8 constants beyond SMALL_CODE in an integer product: two such products can exceed 16 bits."""
     import onnx
 
-    from intaglio.exporters.runtimes.onnxruntime.build import INTEGER_PRODUCTS
+    from intaglio.exporters.runtimes.onnxruntime.codes import INTEGER_PRODUCTS
     from intaglio.exporters.runtimes.onnxruntime.session import SMALL_CODE
 
     graph = onnx.load(checked_file(model)).graph

@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from intaglio.exporters.float_graph.lean_session import lean_session
 from intaglio.exporters.float_graph.onnx_file import read_model
-from intaglio.exporters.runtimes.calls import as_array
-from intaglio.exporters.runtimes.onnxruntime.session import lean_session
+from intaglio.pipeline.artifacts.graph import as_array
 from intaglio.pipeline.errors import StepFailed
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ class _Called(nn.Module):
 
 
 class _ByRow(_Called):
-    """The same, one row at a time: the module is called with one row, which torch extends to all rows."""
+    """Call as a module whose `compute` sees one row at a time; torch extends this call to all rows."""
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs = dict(zip(self.names, values, strict=True))

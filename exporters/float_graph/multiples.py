@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.exporters.runtimes.calls import as_array
-from intaglio.exporters.runtimes.onnxruntime.session import lean_session
+from intaglio.exporters.float_graph.lean_session import lean_session
+from intaglio.pipeline.artifacts.graph import as_array
 
 if TYPE_CHECKING:
     import onnxruntime

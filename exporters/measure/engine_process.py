@@ -1,4 +1,4 @@
-"""Run one graph in its runtime, in a process of its own, so that the memory of each can be measured.
+"""Run one graph in its runtime, in a process of its own, so that the memory of each graph can be measured.
 
 The process holds only the runtime: nothing here imports torch.
 """

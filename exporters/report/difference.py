@@ -55,8 +55,8 @@ FIGURES: Mapping[str, tuple[str, Better]] = {
     "fidelity_gap_db": ("simulated minus deployed PSNR, dB", "neither"),
     "parity_layer_rel_l2_max": ("worst layer on the same input, relative L2", "lower"),
     "parity_rel_l2": ("whole denoiser on the same input, relative L2", "lower"),
-    "engine.int8_gemm": ("products on integers", "higher"),
-    "engine.fp_gemm": ("products in float", "neither"),
+    "engine.low_precision_products": ("low-precision products", "higher"),
+    "engine.float_products": ("float products", "neither"),
 }
 """Name in metrics.json -> label, and whether a higher or a lower figure is better."""
 SAMPLES = 16

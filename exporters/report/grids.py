@@ -188,7 +188,7 @@ def sample_figure(
 def _columns(count: int) -> int:
     """Return the number of columns with the fewest samples in an incomplete last row.
 
-    Of several such numbers, it is the one that is nearest to a square.
+    If there are several such numbers, the layout that is nearest to a square is taken.
     """
     square = math.ceil(math.sqrt(count))
     return max(

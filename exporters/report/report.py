@@ -43,6 +43,7 @@ from intaglio.pipeline.errors import StoreError
 from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.formats.target import load_target, target_names
 from intaglio.pipeline.numerics.quality import mean_squared_error, psnr_db, sqnr_db
+from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.versions import find_version
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class WriteReport(Pass):
     """Writes the report: one HTML file that needs no network and no other file, and metrics.json."""
 
     name: ClassVar[str] = "report"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     requires = frozenset({MODEL, TARGET, PLAN, GRAPH})
     wants = frozenset({ENGINE, VERIFICATION, LATENCY, SENSITIVITY, FRONT, ADAPTER, LINT, PROVENANCE})
     provides = frozenset({REPORT})
@@ -126,6 +127,7 @@ class WriteReport(Pass):
             sizes=_sizes(state[GRAPH], engine, measured),
             latency=latency,
             latencies=() if latency is None else _latencies(latency),
+            runs_engine=find_runtime(engine.runtime).executes != state[GRAPH].path.name,
             versions={name: find_version(name) or "not installed" for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))
@@ -160,8 +162,8 @@ def collect_metrics(
             "runtime": engine.runtime,
             "version": engine.version,
             "bytes": graph.size_bytes if engine.plan is None else len(engine.plan),
-            "int8_gemm": engine.int8_gemm,
-            "fp_gemm": engine.fp_gemm,
+            "low_precision_products": engine.low_precision_products,
+            "float_products": engine.float_products,
         },
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, step_index
+from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, as_array, step_index
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
 
@@ -100,14 +100,6 @@ def _no_call(graph: Graph) -> str | None:
     if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
         return f"timestep: {printable(graph.timestep)} is no input"
     return None
-
-
-def as_array(value: torch.Tensor) -> NDArray[np.generic]:
-    """Return a tensor as a graph takes it: with complex numbers as pairs of real numbers."""
-    import torch
-
-    array: NDArray[np.generic] = (torch.view_as_real(value) if value.is_complex() else value).numpy()
-    return array
 
 
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:

@@ -38,7 +38,7 @@ def init_command(
 
     Weights are read only with --minutes.
     """
-    from intaglio.exporters.starter.starter import look_at, recipe_text
+    from intaglio.exporters.starter.starter import look_at, next_steps, recipe_text
 
     if not out.parent.is_dir():
         raise RecipeError(f"{out}: the folder {out.parent} does not exist")
@@ -51,5 +51,5 @@ def init_command(
         print_json({"out": str(out), **found.to_json()})
     else:
         say(f"{out}: {found.summary}")
-        for number, line in enumerate(found.next_steps(str(out)), start=1):
+        for number, line in enumerate(next_steps(found, str(out)), start=1):
             say(f"  {number}. {line}")

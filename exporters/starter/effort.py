@@ -11,7 +11,7 @@ from intaglio.pipeline.runs.effort import SIMULATED, at_level, other_steps_s
 from intaglio.pipeline.runs.registry import find_pass
 
 if TYPE_CHECKING:
-    from intaglio.exporters.starter.starter import Found
+    from intaglio.exporters.starter.found import Found
 
 STEPS = ("calibrate", "sensitivity", "assign", "distill", "verify")
 """Steps whose amounts are chosen."""
@@ -27,7 +27,7 @@ MOST_VERIFIED = 6e11
 
 @dataclass(frozen=True)
 class Effort:
-    """Amounts of a recipe: samples, parts of trajectories and updates. `screened` of None leaves sensitivity out."""
+    """Amounts of a recipe: samples, parts of trajectories and updates. Without `screened`, there is no sensitivity."""
 
     calibrated: int
     screened: int | None

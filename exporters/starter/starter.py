@@ -6,18 +6,18 @@ import copy
 import inspect
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from intaglio.exporters.starter.effort import EFFORTS, Effort, choose_effort, seconds_of
+from intaglio.exporters.starter.found import Found, Sampling
 from intaglio.exporters.starter.steps import INT8, amounts_of, steps_of
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.cli.schema import editor_line
@@ -43,96 +43,6 @@ if TYPE_CHECKING:
 RECORDING = "conditions.safetensors"
 MOST_STEPS = 50
 """Largest number of denoising steps taken from a pipeline: calibration time grows with it."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings of the model, and their origin."""
-
-    steps: int = 20
-    guidance: float = 1.0
-    said_by: str | None = None
-    unknown: str | None = None
-    """Reason why the settings of the pipeline are unknown; None without a pipeline."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """Facts about a model, and suggestions for it. Bytes are those of float32."""
-
-    path: str
-    """Path of the model in the recipe."""
-    kind: str
-    parameters: int
-    layers: tuple[Layer, ...]
-    blocks: int
-    sampling: Sampling
-    takes: str
-    """Names of further inputs that are given or recorded."""
-    conditions: str | None
-    """Path of a recording that exists or is needed."""
-    lacks: str | None
-    """Reason why the model cannot be called without a recording; None if it can."""
-    targets: tuple[str, ...]
-    size: float
-    """Size relative to fp16 with 8 bits wherever the targets allow."""
-    least: float
-    """Size relative to fp16 with 4-bit weights wherever the targets allow."""
-    components: Mapping[str, str]
-    """Other models of the pipeline around the model, and their classes."""
-    cost: ModelCost | None
-    """Cost of a call; None if it cannot be counted without weights."""
-    minutes: float | None = None
-    """Time in which a run of the recipe should end; if it is set, the cost, where it is known, was measured."""
-    has_weights: bool = True
-    """False if the model can be inspected but, without weights, not compiled."""
-    partners: tuple[str, ...] = ()
-    """Other denoisers that share the steps of a sample with this one."""
-
-    @property
-    def counts(self) -> str:
-        """Return the number of layers of each kind, such as `46 linear, 2 conv`."""
-        return ", ".join(f"{count} {op}" for op, count in Counter(layer.op for layer in self.layers).items())
-
-    @property
-    def summary(self) -> str:
-        """Return the facts in one line."""
-        return f"{self.kind}, {self.parameters / 1e6:.1f} M parameters, {self.counts} layers"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the facts as JSON, without the table of layers."""
-        return {
-            "class": self.kind,
-            "parameters": self.parameters,
-            "float_bytes": 4 * self.parameters,
-            "least_memory_bytes": least_bytes(self.parameters),
-            "layers": dict(Counter(layer.op for layer in self.layers)),
-            "blocks": self.blocks,
-            "sampling": asdict(self.sampling),
-            "takes": self.takes,
-            "conditions": self.conditions,
-            "lacks": self.lacks,
-            "targets": list(self.targets),
-            "size": self.size,
-            "least_size": self.least,
-            "components": dict(self.components),
-            "operations_per_row": None if self.cost is None else self.cost.operations_per_row,
-        }
-
-    def next_steps(self, recipe: str) -> Iterator[str]:
-        """Yield the next steps for the user, in order."""
-        if not self.has_weights:
-            yield f"put the weights in safetensors into {self.path}: a run needs them"
-        if self.lacks is not None:
-            yield f"record {self.conditions}, as the recipe says: {self.lacks}"
-            if self.minutes is not None:
-                yield f"run `intaglio init` again with --force: it then chooses steps for {self.minutes:g} minutes"
-        try:
-            bind(Recipe.parse(recipe_text(self)), base=Path(recipe).parent)
-        except IntaglioError as error:
-            yield from error.problems
-        yield f"intaglio plan {recipe}    # how long it will take"
-        yield f"intaglio run {recipe}"
 
 
 def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | None = None) -> Found:
@@ -194,7 +104,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
 
 
 def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml") -> str:
-    """Return the recipe as YAML with the facts as comments. `schema`: its file lies beside the recipe."""
+    """Return the recipe as YAML with the facts as comments. `schema`: True if the schema's file is beside it."""
     effort = choose_effort(found, partial(amounts_of, found))
     lines = [editor_line(SCHEMA_FILE)] if schema else []
     lines += [f"# {line}" if line else "#" for line in _about(found, effort, name)]
@@ -209,6 +119,22 @@ def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml"
         if step == "lint":
             lines += _commented_components(found)
     return "\n".join(lines) + "\n"
+
+
+def next_steps(found: Found, recipe: str) -> Iterator[str]:
+    """Yield the next steps for the user, in order."""
+    if not found.has_weights:
+        yield f"put the weights in safetensors into {found.path}: a run needs them"
+    if found.lacks is not None:
+        yield f"record {found.conditions}, as the recipe says: {found.lacks}"
+        if found.minutes is not None:
+            yield f"run `intaglio init` again with --force: it then chooses steps for {found.minutes:g} minutes"
+    try:
+        bind(Recipe.parse(recipe_text(found)), base=Path(recipe).parent)
+    except IntaglioError as error:
+        yield from error.problems
+    yield f"intaglio plan {recipe}    # how long it will take"
+    yield f"intaglio run {recipe}"
 
 
 def _about(found: Found, effort: Effort, name: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.runs.registry import find_pass, find_runtime, runtimes
 
 if TYPE_CHECKING:
-    from intaglio.exporters.starter.starter import Found
+    from intaglio.exporters.starter.found import Found
     from intaglio.pipeline.formats.schemes import LayerScheme
     from intaglio.pipeline.formats.target import Target
 
@@ -88,7 +88,7 @@ def amounts_of(found: Found, effort: Effort) -> Iterator[tuple[str, int]]:
 def _schemes(targets: tuple[str, ...]) -> dict[str, list[str]]:
     """Return the schemes that all targets run, for each kind of layer; with 7-bit weights for CPUs that need them.
 
-    Float is among them if 8-bit weights with float inputs are not, or if layers are timed: it may be faster than they.
+    Float is added if 8-bit weights with float inputs are missing, or if layers are timed: float may be the fastest.
     """
     here = [find_runtime(target.runtime).here(target) for target in map(load_target, targets)]
     formats = [target.formats for target in here]
@@ -120,13 +120,16 @@ def _for_kernels(names: Sequence[str], targets: Sequence[Target]) -> list[str]:
 
 
 def _narrower(scheme: LayerScheme) -> Iterator[LayerScheme]:
-    """Yield the scheme with 7-bit weights."""
+    """Yield the scheme with 7-bit weights, if this scheme has 8-bit weights and a rounded input."""
     if scheme.weight == W8A8_TOKEN.weight and not isinstance(scheme.input, Float):
         yield scheme.model_copy(update={"weight": W7A8_TOKEN.weight})
 
 
 def _with_outputs(names: Sequence[str]) -> list[str]:
-    """Return the schemes of convolutions with 8-bit inputs and weights of 7 bits or more, with a rounded output."""
+    """Return, for each scheme that a rounded output can be added to, the name of the scheme with a rounded output.
+
+    Such schemes have an input scale for each step, and weights of more than 4 bits. All others are left out.
+    """
     known = known_schemes()
     return [with_output(known[n]).name for n in names if known[n].by_step and known[n].weight_bits > FEW_BITS]
 

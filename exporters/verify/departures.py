@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LayersInGraph:
-    """Simulated layers on the values of a graph, whose inputs and outputs may contain folded channel scales."""
+    """Simulated layers that compute on values of a graph; channel scales may be folded into these values."""
 
     def __init__(self, graph: Graph, layers: Mapping[str, QuantizedLayer]) -> None:
         self.graph, self._layers = graph, layers

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise, Inputs
 
 ROUND = 8
-"""Samples that are drawn before each question whether there are enough: fewer tell little of their spread."""
+"""Number of samples that are drawn before each check for enough samples: fewer give a poor estimate of the spread."""
 
 
 def draw_until(
@@ -34,11 +34,12 @@ def draw_until(
     compare: Callable[[], Comparison],
     ctx: Context,
 ) -> tuple[Comparison, dict[str, torch.Tensor]]:
-    """Draw ROUND samples at a time, at most `most`, until `enough` is true of all that were drawn.
+    """Draw ROUND samples at a time, at most `most` in all, until `enough` returns True for the samples so far.
 
-    `model`, opened from the checkpoint, is in full precision; `compare` turns it into its simulation, beside the
-    deployed graph. Returns this comparison, and samples (B, ...) of `full_precision`, `simulated` and `deployed`. Full
-    precision is drawn from starts that no step chooses by, and only once for all targets and plans.
+    `model`, opened from the checkpoint, is in full precision. `compare` turns it into its simulation, opens the
+    deployed graph, and returns both. Returns this comparison, and samples (B, ...) of `full_precision`, `simulated` and
+    `deployed`. No other step draws samples from these starts to make a choice. Full precision draws them only once for
+    all targets and plans.
     """
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     parts = draw_starts(sampler, most, ctx, "verify")

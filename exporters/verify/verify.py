@@ -67,8 +67,8 @@ class Verify(Pass):
     samples: int = Field(
         64,
         ge=1,
-        description="most samples drawn with each implementation, from the same noise; fewer are drawn if they already"
-        " tell the PSNR of simulated and of deployed samples apart (gap_error_db)",
+        description="largest number of samples that each implementation draws, from the same noise; fewer are drawn if"
+        " the difference between simulated and deployed PSNR is known well enough before (gap_error_db)",
     )
     gap_error_db: float = Field(
         0.25,
@@ -90,7 +90,8 @@ class Verify(Pass):
     code_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="share of a layer's input codes that may differ by 1; one code always may, and no code by more",
+        description="largest share of a layer's input codes that may differ by 1 (a single code always may); a larger"
+        " difference is an error",
     )
     gap_db_tolerance: float = Field(
         0.5,
@@ -113,7 +114,7 @@ class Verify(Pass):
     )
 
     def forward_rows(self, model: ModelCost) -> int:
-        """Return the rows of all calls, at most: each sample is drawn three times, in all steps."""
+        """Return the largest number of rows of all calls: each sample is drawn three times, in all steps."""
         return 3 * model.steps * self.samples * model.rows_per_sample
 
     def run(self, state: State, ctx: Context) -> Outputs:
@@ -168,7 +169,7 @@ class Verify(Pass):
         return {VERIFICATION: result}
 
     def _unpredicted(self, figures: VerificationFigures, state: State) -> tuple[str, ...]:
-        """Return a sentence where samples are worse than `assign` predicted; it names the layers that lose most."""
+        """Return a warning if samples are worse than `assign` predicted, which names the layers that lose most."""
         from intaglio.exporters.verify.advice import largest_losses
 
         predicted_db = figures.psnr_predicted_db
@@ -182,7 +183,7 @@ class Verify(Pass):
         return ("; ".join((f"{found}, where {predicted_db:.1f} dB were predicted", *worst)),)
 
     def _low(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
-        """Return a sentence where the deployed samples are below the floor; it says what would raise their quality."""
+        """Return a warning if the deployed samples are below the floor, which says what would raise their quality."""
         if sqnr_db >= self.floor_db:
             return ()
         scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"

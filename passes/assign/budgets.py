@@ -98,8 +98,8 @@ class Problem:
     def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
         """Return a fast and small plan within the limits whose loss is at most `most_loss`; None if there is none.
 
-        First the shortest time is found, then the least size at about this time. Of all plans that exceed both by at
-        most the share `slack`, the one with the least loss is returned.
+        First the shortest time is found, then the least size at about this time. Among all plans that exceed both by
+        at most the share `slack`, the one with the least loss is returned.
         """
         knapsack, time = self.knapsack, self.time
         lossy = replace(knapsack.with_cost("loss", knapsack.loss), gap=max(knapsack.gap, slack / 4))
@@ -255,7 +255,10 @@ def _same_input(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> I
 
 
 def _same_basis(options: Sequence[Option], groups: Sequence[Sequence[str]]) -> Iterator[Equal]:
-    """Yield the same for bases instead of input formats. A layer that can only stay in float takes any basis."""
+    """Yield, for neighbours in each group and every basis, the options of both that have the basis.
+
+    A layer that can only stay in float takes any basis.
+    """
     by_layer = _places(options, lambda option: option.basis)
     quantizable = {option.layer.name for option in options if option.scheme != FLOAT}
     for names in groups:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Trained: TypeAlias = tuple[tuple[float, ...], Mapping[int, float]]
 
 
-ENOUGH = "nothing to heal: the samples have %.1f dB at the start, and %g dB are enough (distill.enough_db)"
+ENOUGH = "no training is needed: the samples have %.1f dB at the start, and %g dB are enough (distill.enough_db)"
 
 
 class Distill(DistillOptions, Pass):
@@ -86,7 +86,7 @@ class Distill(DistillOptions, Pass):
         loss: tuple[float, ...] = ()
         errors: tuple[DrawnError, ...] = ()
         if self.updates and not task.layers:
-            ctx.log.info("nothing to heal: the plan rounds no weights")
+            ctx.log.info("no training is needed: the plan rounds no weights")
         elif self.updates:
             task.check_shares()
             samples = DrawnSamples(task)

@@ -61,14 +61,14 @@ def total_loss(errors: Sequence[Error], processes: Processes) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Samples of the trajectories to train blocks on, and samples that are held out from it: every eighth."""
+    """Samples of the trajectories to train blocks on, and every eighth sample, which is held out from the training."""
 
     training: tuple[int, ...]
     held_out: tuple[int, ...]
 
     @classmethod
     def of(cls, count: int) -> Split:
-        """Split `count` samples. Of fewer than eight samples, the first is held out; a single one is trained on too."""
+        """Split `count` samples. The first of fewer than eight is held out; a single one is trained on too."""
         held_out = tuple(range(7, count, 8)) or (0,)
         return cls(tuple(i for i in range(count) if i not in held_out) or (0,), held_out)
 

@@ -20,7 +20,7 @@ class DistillOptions(BaseModel):
     )
     enough_db: float = Field(
         45,
-        description="PSNR of the drawn samples in dB from which nothing is trained, because there is nothing to heal",
+        description="PSNR of the drawn samples in dB that is enough: if they have it at the start, nothing is trained",
     )
     samples: int = Field(8, ge=1, description="samples per update, each with its conditional and its null row")
     drawn: int = Field(

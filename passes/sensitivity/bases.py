@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.numerics.basis import Balance
 
 BALANCE = BalanceLayers()
-"""The pass `balance` with its default options: its candidates and its smallest gain are used here."""
+"""Default options of the pass `balance`, whose candidates and smallest gain are used here."""
 COMPARED = Amounts(steps=2, rows=2, tokens=BALANCE.tokens)
 """Amounts of the recorded calls that are used to compare candidates."""
 RANGE_ROWS = 8

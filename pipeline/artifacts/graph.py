@@ -14,7 +14,9 @@ from intaglio.pipeline.formats.layer import AxisSize
 from intaglio.pipeline.model.call_form import CallForm
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from intaglio.pipeline.model.types import Inputs
 
@@ -152,18 +154,18 @@ class _EngineFacts:
 
     runtime: str
     version: str
-    int8_gemm: int | None
-    fp_gemm: int | None
+    low_precision_products: int | None
+    float_products: int | None
     command: str | None = None
     layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Engine(_EngineFacts):
-    """A graph as a runtime built it, with the numbers of matrix products and convolutions by their type.
+    """A graph as a runtime built it, with the numbers of its matrix products and convolutions.
 
-    `int8_gemm` is the number of products of codes, in INT8, FP8 or FP4, and `fp_gemm` that of products in float; None
-    where they are not known.
+    `low_precision_products` counts those of codes, in INT8, FP8 or FP4, and `float_products` counts those in float.
+    Both are None where they are not known.
     `plan` is the serialized engine, or None where it is built on the device by `command`. `layers` names the layers
     that the runtime executes.
     """
@@ -188,3 +190,11 @@ def step_index(graph: Graph, inputs: Inputs) -> int:
     from intaglio.pipeline.model.step_clock import StepClock
 
     return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))
+
+
+def as_array(value: torch.Tensor) -> NDArray[np.generic]:
+    """Return a tensor as a graph takes it: with complex numbers as pairs of real numbers."""
+    import torch
+
+    array: NDArray[np.generic] = (torch.view_as_real(value) if value.is_complex() else value).numpy()
+    return array

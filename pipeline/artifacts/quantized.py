@@ -79,7 +79,9 @@ class Adapter:
         """
         if not self.drawn or not 0 < self.kept.mse <= self.drawn[0].mse < math.inf:
             return 0.0
-        return 10 * math.log10(self.drawn[0].mse / self.kept.mse)
+        from intaglio.pipeline.numerics.quality import decibels
+
+        return decibels(self.drawn[0].mse / self.kept.mse)
 
     def psnr_db(self, error: DrawnError) -> float:
         """Return the PSNR of drawn samples in dB; infinite without an error, minus infinite for an infinite one."""

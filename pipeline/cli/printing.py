@@ -104,7 +104,7 @@ def print_target(target: Target) -> None:
         *(f"{op:<11} {', '.join(schemes)}" for op, schemes in target.formats.items()),
         f"groups of   {', '.join(map(str, target.group_sizes))} input features",
         f"codes       {target.activation_dtype} inputs; reads {', '.join(limits.code_types)}",
-        f"integers    {', '.join(limits.integer_products) or 'no product'}",
+        f"multiplies  {f'codes in {products}' if (products := ', '.join(limits.integer_products)) else 'no codes'}",
     ]
     if target.kernels:
         lines.append(

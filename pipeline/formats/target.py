@@ -121,8 +121,8 @@ class Limits(BaseModel):
         True, description="the graph may have operators between QuantizeLinear and DequantizeLinear"
     )
     integer_products: Mapping[str, Literal["input", "output"]] = Field(
-        description="operators that the runtime executes on integers: `input` if 8-bit operands are enough, `output` if"
-        " the output has to be quantized too"
+        description="operators that the runtime executes on codes (INT8, FP8 or FP4): `input` if quantized operands are"
+        " enough, `output` if the output has to be quantized too"
     )
     one_element_scales: tuple[str, ...] = Field(
         description="products that may have an input scale of shape (1,) in place of a scalar"

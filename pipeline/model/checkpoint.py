@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pydantic import JsonValue
+
 from intaglio.pipeline.errors import RecipeError, StoreError
-from intaglio.pipeline.files import checked_file, printable, read_json_object
+from intaglio.pipeline.files import checked_file, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.call_form import formed
@@ -49,6 +50,14 @@ FEW = 0.25
 """Share of the machine's memory that weights in float32 may take: some steps hold a second, rounded model."""
 STORED = "model"
 """Path of a model that is a copy in the store."""
+
+
+@dataclass(frozen=True)
+class _CheckpointFacts:
+    """The content of checkpoint.json: the fields of the model's `ModelRef` except its path, and the entry."""
+
+    ref: Mapping[str, JsonValue]
+    entry: str
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ class Checkpoint:
             for position, path in enumerate(self.loras):
                 shutil.copyfile(checked_file(path), files / f"lora.{position}.safetensors")
         ref = self.ref.model_dump(mode="json", exclude={"path", "loras"}) | named
-        (root / "checkpoint.json").write_text(json.dumps({"ref": ref, "entry": self.entry}, indent=1) + "\n")
+        write_typed(root / "checkpoint.json", _CheckpointFacts(ref, self.entry), _CheckpointFacts)
 
     def _save_folder(self, files: Path) -> None:
         """Copy the files of a diffusers folder that are read, settings and weights, and no others."""
@@ -212,11 +221,11 @@ class Checkpoint:
     @classmethod
     def load(cls, root: Path) -> Self:
         """Read what `save` wrote."""
-        settings: Any = read_json_object(root / "checkpoint.json", error=StoreError)
-        files, ref = root / "model", ModelRef(path=STORED, **settings["ref"])
+        facts = read_typed(root / "checkpoint.json", _CheckpointFacts, error=StoreError)
+        files, ref = root / "model", ModelRef.model_validate({**facts.ref, "path": STORED})
         recordings = {role: files / f"{role}.safetensors" for role in ("conditions", "other_size")}
         there = {role: path for role, path in recordings.items() if path.is_file()}
-        return cls(files, ref, settings["entry"], there, tuple(files / lora.path for lora in ref.loras))
+        return cls(files, ref, facts.entry, there, tuple(files / lora.path for lora in ref.loras))
 
     def open(self, *, weights: bool = True, stored: bool | None = None) -> DenoiserModel:
         """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.

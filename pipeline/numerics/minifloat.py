@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 
-from intaglio.pipeline.numerics.rounding import round_ste
+from intaglio.pipeline.numerics.straight_through import round_ste
 
 _EXPONENT_BITS = 0x7F800000
 """Bits of a float32 that hold its exponent: with all other bits 0, it is the largest power of two up to |x|."""

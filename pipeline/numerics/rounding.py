@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from intaglio.pipeline.numerics.straight_through import round_ste
+
 if TYPE_CHECKING:
     from intaglio.pipeline.numerics.minifloat import MiniFloat
 
@@ -70,24 +72,6 @@ class Grid:
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the numbers, float32, that the codes stand for."""
         return codes.to(torch.float32) if self.floats is None else self.floats.decode(codes)
-
-
-class _RoundStraightThrough(torch.autograd.Function):
-    """Round half to even; the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0]
-
-
-def round_ste(x: torch.Tensor) -> torch.Tensor:
-    """Round half to even with a straight-through gradient (Bengio et al. 2013)."""
-    rounded: torch.Tensor = _RoundStraightThrough.apply(x)  # type: ignore[no-untyped-call]  # torch's apply has no types
-    return rounded
 
 
 def groups(w_NK: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -87,7 +87,8 @@ class CompiledTarget:
 class PlannedStep:
     """Prediction of what a step would do now.
 
-    `depends`: it is not known yet. The step runs unless the steps before it give the same outputs as last time.
+    `depends`: this is known only after the steps before it have run. If their outputs are those of the last time, the
+    step does not run.
     """
 
     step: str

@@ -17,6 +17,7 @@ from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.layer_types import LayerModule
 from intaglio.pipeline.numerics import rounding
+from intaglio.pipeline.numerics.straight_through import round_ste
 from intaglio.pipeline.simulation.cache import WeightCache
 from intaglio.pipeline.simulation.input import InputCodes, InputRounding, Zero
 from intaglio.pipeline.simulation.weight import WeightRounding
@@ -214,7 +215,7 @@ class QuantizedLayer(nn.Module):
         The caller multiplies by amax and the share, and adds the bias.
         """
         weight_scale = of_channels(self.layer, self.weight_rounding.scale)
-        codes = rounding.round_ste(weight / weight_scale.unsqueeze(1))
+        codes = round_ste(weight / weight_scale.unsqueeze(1))
         acc = self._product(q, codes)
         scale = rounding.output_scale(self.output_amax_T[self.clock.step], amax)
         return rounding.output_codes(acc, weight_scale / self._share, scale, bits) * scale

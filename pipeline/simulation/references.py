@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Denoise
 
 CHOICE = "choice"
-"""Label of the starts with which steps choose, a plan or a state: they are the same in every step.
+"""Label of the starts of samples by which steps choose a plan or a trained state: the same starts in every step.
 
-Samples that judge the chosen one start elsewhere."""
+The samples that judge the choice have other starts."""
 PART = 4
 """Samples that are drawn at once."""
 VERSION = 1
@@ -48,7 +48,7 @@ def shared_starts(parts: Sequence[Start], own: slice) -> Iterator[Start]:
 
 
 def full_precision_samples(sampler: Sampler, denoise: Denoise, start: Start, ctx: Context) -> torch.Tensor:
-    """Return the samples (B, ...) from this start, drawn with `denoise` unless the store has them of an earlier step.
+    """Return the samples (B, ...) from this start, drawn with `denoise` if the store does not have them.
 
     `denoise` is the denoiser of the step's model in full precision.
     """

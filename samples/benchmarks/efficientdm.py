@@ -6,12 +6,11 @@
 Every layer has the plan's format where its shape admits it, else W8A8; the first and the last layer have W8A8. Errors
 and distances are to full precision, on noise that no training saw and that is the same for all variants: `output_mse`
 is the mean squared error of the guided output along full-precision trajectories, all steps alike; PSNR, SSIM and SQNR
-are means over samples.
-Distances of features are relative to the mean distance of two full-precision samples of a class from different noise;
-KID is to full-precision samples from other noise, next to full precision's own. Without --data no QAT is run.
-CPU seconds of QAT begin at its first update, those of ours and of QAT on our loss with calibration.
+are means over samples. Distances of features are relative to the mean distance of two full-precision samples of a class
+from different noise; KID is to full-precision samples from other noise, next to full precision's own. Without --data no
+QAT is run. CPU seconds of QAT begin at its first update, those of ours and of QAT on our loss with calibration.
 
-What is done is kept in --work: a killed run goes on, and a variant whose options did not change is not run again.
+Results are kept in --work: a killed run continues, and a variant whose options did not change is not run again.
 """
 
 import json
@@ -33,8 +32,6 @@ from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.types import Denoise
 from intaglio.pipeline.runs.runner import CompiledTarget
 from intaglio.pipeline.runs.store import file_digest
-
-# ---- options of all variants -----------------------------------------------------------------------------------------
 
 MODELS = ("emoji-dit", "emoji-unet")
 PLANS: Mapping[str, list[str]] = {

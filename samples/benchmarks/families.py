@@ -108,8 +108,8 @@ def measure(family: str, store: Store, forms: Mapping[str, Sequence[str]] = EVER
             worst_layer=max(figures.parity_layer_rel_l2_max for figures in checks),
             whole=max(max(figures.parity_rel_l2, figures.parity_other_rel_l2 or 0.0) for figures in checks),
             four_bit=sum(scheme.weight_bits == 4 for scheme in one[PLAN].schemes.values()),
-            int8=None if engine is None else engine.int8_gemm,
-            floating=None if engine is None else engine.fp_gemm,
+            int8=None if engine is None else engine.low_precision_products,
+            floating=None if engine is None else engine.float_products,
             balanced=len(one[PLAN].balances),
             folded=sum(map(one[GRAPH].is_folded, one[PLAN].balances)),
         )

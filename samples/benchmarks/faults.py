@@ -1,4 +1,4 @@
-"""What a run holds against: kills, a full disk, damage to the store, files and folders of others, company, another CPU.
+"""Disturb runs by kills, a full disk, damage to the store, files and folders of others, company, and another CPU.
 
     python samples/benchmarks/faults.py [--kills 100] [--only KIND ...] [--json]
 
@@ -74,7 +74,7 @@ def kills(bench: Bench, count: int) -> Tally:
 
 
 def killed(run: Run, bench: Bench, by: signal.Signals) -> list[str] | None:
-    """What is wrong behind a kill; None where the run ended before it."""
+    """Kill a run and return what is wrong afterwards; None where the run ended before."""
     process, moment_s = run.start(), bench.rng.uniform(0.1, 0.9) * bench.cpu_s
     watched = psutil.Process(process.pid)
     while process.poll() is None:

@@ -225,7 +225,7 @@ def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
-    """What `work` returns, and the peaks of this process's memory."""
+    """Return what `work` returns, and the peaks of this process's memory."""
     anon, done = [0], threading.Event()
 
     def watch() -> None:
@@ -361,7 +361,7 @@ def last_step(place: Path, steps: tuple[Step, ...], target: str) -> Figures:
     if steps[-1].name == "tensorrt":
         engine = done[ENGINE]
         figures["file_bytes"] = len(engine.plan or b"")
-        figures |= {"int8": engine.int8_gemm or 0, "floating": engine.fp_gemm or 0}
+        figures |= {"int8": engine.low_precision_products or 0, "floating": engine.float_products or 0}
     return figures
 
 

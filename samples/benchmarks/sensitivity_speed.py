@@ -14,7 +14,8 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from intaglio.passes.sensitivity.screen import Screen
 from intaglio.passes.sensitivity.study import Batch, Errors, Study
 from intaglio.pipeline.artifacts.keys import MODEL, SENSITIVITY, TRAJECTORY
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
+from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.contract.metric import MetricContext
 from intaglio.pipeline.formats.layer import structural_schemes
@@ -76,6 +78,104 @@ def main(
         print(f"{name:40} {value:.4g}" if isinstance(value, float) else f"{name:40} {value}")
 
 
+@dataclass(frozen=True)
+class Ways:
+    """The ways to find sensitivities, all on the same recorded calls: `rows` of them at each of `steps`.
+
+    `method` is how modelopt scores layers. Files are written below `folder`.
+    """
+
+    checkpoint: Checkpoint
+    trajectory: Trajectory
+    steps: Sequence[int]
+    rows: int
+    probes: int
+    folder: Path
+    method: str = "gradient"
+
+    def study(self, *, reuse: bool) -> Study:
+        """Return a new study of every layer in every scheme, which finds no earlier measurement."""
+        model = self.checkpoint.open()
+        model.module.requires_grad_(False)
+        sampler = Sampler(model, self.checkpoint.ref.sampling_steps, self.checkpoint.ref.guidance)
+        layers = [layer for layer in layer_table(model.module) if layer.name in self.trajectory.amax]
+        admitted = {layer.name: structural_schemes(layer, (GROUP,), SCHEMES) for layer in layers}
+        forms = {name: forms_of({s.name: Form(s) for s in schemes}, parts=False) for name, schemes in admitted.items()}
+        batch = Batch.of(sampler, self.trajectory, self.rows)
+        rounded = RoundedLayers(model.module, self.trajectory)
+        denoise = denoise_with(model.module, model)
+        return Study(self.context(), denoise, rounded, batch, list(self.steps), forms, reuse)
+
+    def context(self) -> Context:
+        """Return a context with a new scratch folder."""
+        return Context(Path(tempfile.mkdtemp(dir=self.folder)))
+
+    def direct(self, *, reuse: bool) -> Scores:
+        """Return the errors with each layer rounded alone."""
+        made = self.study(reuse=reuse)
+        metrics = {name: {MSE: RelativeError()} for name in made.forms}
+        return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
+
+    def screened(self) -> Scores:
+        """Return the errors of calls, predicted by backward passes."""
+        return totals(self.study(reuse=True).screen(self.probes))
+
+    def along(self, count: int) -> Scores:
+        """Return the errors of whole trajectories, as `sensitivity` predicts them."""
+        made = self.study(reuse=True)
+        screen = Screen(made.rounded, clock(made), made.forms)
+        start = made.batch.sampler.start(count, made.ctx.torch_rng("drift"))
+        found: Scores = dict.fromkeys(((name, form) for name, by in made.forms.items() for form in by), 0.0)
+        for i in range(count):
+            sample, probe = start.part(slice(i, i + 1)), made.ctx.torch_rng("probe", i)
+            part, _ = screen.errors_of_samples(made.batch.sampler, sample, probe)
+            found = {(name, form): total + part[name][form] for (name, form), total in found.items()}
+        return found
+
+    def of_samples(self) -> Scores:
+        """Return the squared errors of samples that are drawn with each layer rounded alone."""
+        made = self.study(reuse=True)
+        sampler, denoise = made.batch.sampler, clock(made)
+        start = sampler.start(DRAWN, made.ctx.torch_rng("drawn"))
+        reference, found = sampler.sample(denoise, start), {}
+        for name, form in [(name, form) for name, forms in made.forms.items() for form in forms]:
+            with made.rounded.alone(name, made.forms[name][form]):
+                found[name, form] = float((sampler.sample(denoise, start) - reference).square().mean())
+        return found
+
+    def whole_step(self) -> Scores:
+        """Return the predictions of the step `sensitivity` with its options as they are."""
+        step = MeasureSensitivity(schemes=SCHEMES, groups=(GROUP,))
+        state = State({MODEL: self.checkpoint, TRAJECTORY: self.trajectory}, reader=step.name)
+        table = step.run(state, self.context())[SENSITIVITY]
+        assert isinstance(table, Sensitivity)  # it is what the step provides
+        return {(n, s): table.error_of_samples(n, s) for n, by in table.error.items() for s in by if s != FLOAT.name}
+
+    def theirs(self) -> Scores:
+        """Return modelopt's scores on the same calls."""
+        study = self.study(reuse=False)
+        formats = [_format(*FORMATS[scheme]) for scheme in SCHEMES]
+        calls = [study.batch.inputs(step) for step in study.steps]
+        return _scores(auto_quantize(self.checkpoint, calls, formats, self.method))
+
+    def timed(self) -> Mapping[str, Callable[[], Scores]]:
+        """Return the ways that are timed, by name."""
+        return {
+            "whole": lambda: self.direct(reuse=False),
+            "replayed": lambda: self.direct(reuse=True),
+            "screened": self.screened,
+            "along": lambda: self.along(MeasureSensitivity().samples),
+            "along_one": lambda: self.along(1),
+            "step": self.whole_step,
+            "theirs": self.theirs,
+        }
+
+
+def clock(study: Study) -> Denoise:
+    """Return the study's denoiser, which sets the clock of the rounded layers."""
+    return clocked(study.denoise, study.rounded.clock, study.batch.sampler.names.timestep)
+
+
 def speeds(
     recipe_file: Path,
     store: Store,
@@ -95,111 +195,61 @@ def speeds(
     checkpoint = Checkpoint.resolve(recipe.model, recipe_file.parent)
     count = len(trajectory.timesteps)
     steps = [round(count * (i + 0.5) / buckets) for i in range(buckets)]
-
-    def study(*, reuse: bool) -> Study:
-        model = checkpoint.open()
-        model.module.requires_grad_(False)
-        sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-        layers = [layer for layer in layer_table(model.module) if layer.name in trajectory.amax]
-        admitted = {layer.name: structural_schemes(layer, (GROUP,), SCHEMES) for layer in layers}
-        forms = {name: forms_of({s.name: Form(s) for s in schemes}, parts=False) for name, schemes in admitted.items()}
-        batch = Batch.of(sampler, trajectory, rows)
-        rounded = RoundedLayers(model.module, trajectory)
-        scratch = Path(tempfile.mkdtemp(dir=folder))  # a new one: no measurement is found from before
-        return Study(Context(scratch), denoise_with(model.module, model), rounded, batch, steps, forms, reuse)
-
-    def direct(*, reuse: bool) -> Scores:
-        made = study(reuse=reuse)
-        metrics = {name: {MSE: RelativeError()} for name in made.forms}
-        return totals(made.measure({n: list(forms) for n, forms in made.forms.items()}, metrics, MetricContext())[MSE])
-
-    def along(count: int) -> Scores:
-        """Return the errors of whole trajectories, as `sensitivity` predicts them."""
-        made = study(reuse=True)
-        screen = Screen(made.rounded, clock(made), made.forms)
-        start = made.batch.sampler.start(count, made.ctx.torch_rng("drift"))
-        found: Scores = dict.fromkeys(((name, form) for name, by in made.forms.items() for form in by), 0.0)
-        for i in range(count):
-            sample, probe = start.part(slice(i, i + 1)), made.ctx.torch_rng("probe", i)
-            part, _ = screen.errors_of_samples(made.batch.sampler, sample, probe)
-            found = {(name, form): total + part[name][form] for (name, form), total in found.items()}
-        return found
-
-    def clock(made: Study) -> Denoise:
-        return clocked(made.denoise, made.rounded.clock, made.batch.sampler.names.timestep)
-
-    def of_samples() -> Scores:
-        """Squared errors of samples, each layer rounded alone."""
-        made = study(reuse=True)
-        sampler, denoise = made.batch.sampler, clock(made)
-        start = sampler.start(DRAWN, made.ctx.torch_rng("drawn"))
-        reference, found = sampler.sample(denoise, start), {}
-        for name, form in [(name, form) for name, forms in made.forms.items() for form in forms]:
-            with made.rounded.alone(name, made.forms[name][form]):
-                found[name, form] = float((sampler.sample(denoise, start) - reference).square().mean())
-        return found
-
-    def whole_step() -> Scores:
-        step = MeasureSensitivity(schemes=SCHEMES, groups=(GROUP,))
-        state = State({MODEL: checkpoint, TRAJECTORY: trajectory}, reader=step.name)
-        table = step.run(state, Context(Path(tempfile.mkdtemp(dir=folder))))[SENSITIVITY]
-        assert isinstance(table, Sensitivity)  # it is what the step provides
-        return {(n, s): table.error_of_samples(n, s) for n, by in table.error.items() for s in by if s != FLOAT.name}
-
-    ways = {
-        "whole": lambda: direct(reuse=False),
-        "replayed": lambda: direct(reuse=True),
-        "screened": lambda: totals(study(reuse=True).screen(probes)),
-        "along": lambda: along(MeasureSensitivity().samples),
-        "along_one": lambda: along(1),
-        "step": whole_step,
-        "theirs": lambda: auto_quantized(checkpoint, study(reuse=False), method),
-    }
     scores: dict[str, Scores] = {}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
-        method, failure = "gradient", ""
+        ways, failure = Ways(checkpoint, trajectory, steps, rows, probes, Path(folder)), ""
         try:
-            ways["theirs"]()
+            ways.theirs()
         except RuntimeError as e:
-            method, failure = "kl_div", str(e)
-        for way, work in [*ways.items()] * rounds:
+            ways, failure = replace(ways, method="kl_div"), str(e)
+        seconds: dict[str, list[float]] = {way: [] for way in ways.timed()}
+        for way, work in [*ways.timed().items()] * rounds:
             began = time.process_time()
             scores[way] = work()
             seconds[way].append(time.process_time() - began)
-        drawn_scores = of_samples() if drawn else {}
-    whole, replayed, screened, _, _, _, theirs = scores.values()
-    whole_s, replayed_s, screened_s, along_s, one_s, step_s, theirs_s = (min(taken) for taken in seconds.values())
+        drawn_scores = ways.of_samples() if drawn else None
+    return {
+        "layers": len({name for name, _ in scores["whole"]}),
+        "layers_and_schemes": len(scores["whole"]),
+        "calls_of_rows": f"{buckets} of {rows}",
+        "auto_quantize_method": ways.method,
+        "auto_quantize_by_gradient": failure or "runs",
+        "share_of_products_from_a_layer_on": measure_cost(checkpoint).from_layer,
+        **times({way: min(taken) for way, taken in seconds.items()}),
+        **agreements(scores, drawn_scores),
+    }
+
+
+def times(least: Mapping[str, float]) -> dict[str, float]:
+    """Return the CPU seconds of each way, and their ratios."""
+    return {
+        "direct_without_reuse_cpu_s": least["whole"],
+        "direct_cpu_s": least["replayed"],
+        "screen_cpu_s": least["screened"],
+        "screen_of_samples_cpu_s": least["along"],
+        "screen_of_one_sample_cpu_s": least["along_one"],
+        "step_cpu_s": least["step"],
+        "auto_quantize_cpu_s": least["theirs"],
+        "prefix_reuse_speedup": least["whole"] / least["replayed"],
+        "screen_speedup_over_direct": least["replayed"] / least["screened"],
+        "speedup_over_auto_quantize": least["theirs"] / least["replayed"],
+        "screen_speedup_over_auto_quantize": least["theirs"] / least["screened"],
+    }
+
+
+def agreements(scores: Mapping[str, Scores], drawn: Scores | None) -> dict[str, Any]:
+    """Return the rank correlations with each layer rounded alone and, if samples were drawn, with their errors."""
+    whole, screened, theirs = scores["whole"], scores["screened"], scores["theirs"]
     common = sorted(theirs.keys() & whole.keys())
     return {
-        "layers": len({name for name, _ in whole}),
-        "layers_and_schemes": len(whole),
-        "calls_of_rows": f"{buckets} of {rows}",
-        "direct_without_reuse_cpu_s": whole_s,
-        "direct_cpu_s": replayed_s,
-        "screen_cpu_s": screened_s,
-        "screen_of_samples_cpu_s": along_s,
-        "screen_of_one_sample_cpu_s": one_s,
-        "step_cpu_s": step_s,
-        "auto_quantize_cpu_s": theirs_s,
-        "auto_quantize_method": method,
-        "auto_quantize_by_gradient": failure or "runs",
-        "same_numbers_with_reuse": whole == replayed,
-        "share_of_products_from_a_layer_on": measure_cost(checkpoint).from_layer,
-        "prefix_reuse_speedup": whole_s / replayed_s,
-        "screen_speedup_over_direct": replayed_s / screened_s,
-        "speedup_over_auto_quantize": theirs_s / replayed_s,
-        "screen_speedup_over_auto_quantize": theirs_s / screened_s,
+        "same_numbers_with_reuse": whole == scores["replayed"],
         "screen_rank_correlation": rank(screened, whole, sorted(whole)),
         "auto_quantize_rank_correlation": rank(theirs, whole, common),
         **{
-            f"{who}_rank_correlation_{scheme}": rank(scores, whole, [pair for pair in common if pair[1] == scheme])
-            for (who, scores), scheme in itertools.product([("screen", screened), ("auto_quantize", theirs)], SCHEMES)
+            f"{who}_rank_correlation_{scheme}": rank(found, whole, [pair for pair in common if pair[1] == scheme])
+            for (who, found), scheme in itertools.product([("screen", screened), ("auto_quantize", theirs)], SCHEMES)
         },
-        **{
-            f"{way}_rank_correlation_to_samples": rank(scores[way], drawn_scores, common)
-            for way in (scores if drawn else ())
-        },
+        **{f"{way}_rank_correlation_to_samples": rank(scores[way], drawn, common) for way in (scores if drawn else ())},
     }
 
 
@@ -215,12 +265,6 @@ def totals(errors: Errors) -> Scores:
 def rank(scores: Scores, direct: Scores, pairs: list[tuple[str, str]]) -> float:
     """Spearman's."""
     return float(spearmanr([scores[pair] for pair in pairs], [direct[pair] for pair in pairs]).statistic)
-
-
-def auto_quantized(checkpoint: Checkpoint, study: Study, method: str) -> Scores:
-    """modelopt's scores on the same calls."""
-    formats = [_format(*FORMATS[scheme]) for scheme in SCHEMES]
-    return _scores(auto_quantize(checkpoint, [study.batch.inputs(step) for step in study.steps], formats, method))
 
 
 def auto_quantize(checkpoint: Checkpoint, calls: Sequence[Inputs], formats: Sequence[Any], method: str) -> Any:

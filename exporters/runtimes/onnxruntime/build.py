@@ -15,17 +15,6 @@ from intaglio.pipeline.errors import TargetError
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target
 
-INTEGER_PRODUCTS = frozenset(
-    {
-        "MatMulIntegerToFloat",
-        "MatMulInteger",
-        "DynamicQuantizeMatMul",
-        "QGemm",
-        "QLinearMatMul",
-        "QLinearConv",
-        "ConvInteger",
-    }
-)
 FLOAT_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "MatMulNBits"})
 
 
@@ -36,6 +25,7 @@ class BuildOnnxRuntime(Pass):
     """
 
     name: ClassVar[str] = "onnxruntime"
+    version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ENGINE})
     needs: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnxruntime-gpu")
@@ -50,6 +40,7 @@ class BuildOnnxRuntime(Pass):
         import onnx
         import onnxruntime
 
+        from intaglio.exporters.runtimes.onnxruntime.codes import INTEGER_PRODUCTS
         from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
         optimized, provider = ctx.scratch / "optimized.onnx", state[TARGET].provider

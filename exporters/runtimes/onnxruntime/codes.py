@@ -10,11 +10,22 @@ import onnx
 import onnx_ir as ir
 
 from intaglio.exporters.float_graph.onnx_file import read_model
-from intaglio.exporters.runtimes.onnxruntime.build import INTEGER_PRODUCTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+INTEGER_PRODUCTS = frozenset(
+    {
+        "MatMulIntegerToFloat",
+        "MatMulInteger",
+        "DynamicQuantizeMatMul",
+        "QGemm",
+        "QLinearMatMul",
+        "QLinearConv",
+        "ConvInteger",
+    }
+)
+"""Operators of ONNX Runtime that multiply integers."""
 LARGEST = 128
 """Magnitude that no 8-bit code exceeds."""
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -130,42 +127,6 @@ def _write_to(optimized: Path, options: onnxruntime.SessionOptions) -> None:
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
     )
-
-
-@contextmanager
-def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
-    """Open a session on the CPU with little memory: weights stay in their file, and freed memory is returned.
-
-    It is slower: weights have no special layout for kernels, and blocks of memory are mapped one by one.
-    """
-    options = _options(kernels_for(path), threads=0)
-    # the next level changes the layout of convolutions' weights
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    # the default order executes a node such as ReduceMax last, and so keeps its large input in memory
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
-    options.enable_mem_reuse = False  # memory that is to be reused later is not released before
-    with _giving_back():
-        yield onnxruntime.InferenceSession(str(path), options, providers=[CPU])
-
-
-@contextmanager
-def _giving_back() -> Iterator[None]:
-    """Return freed memory to the system at once; glibc otherwise keeps freed blocks below 32 MB."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-
-
-_MMAP_THRESHOLD = -3
-"""Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
 
 
 def kernels_for(model: Path | bytes, data: Path | None = None) -> Mapping[str, str]:

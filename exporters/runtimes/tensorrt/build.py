@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from intaglio.exporters.runtimes.tensorrt.build_log import count_products, find_hazards, read_layers
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.build import BuildError, build_engine
-from intaglio.exporters.runtimes.tensorrt.runtime import TensorRT, TensorRTRTX
+from intaglio.exporters.runtimes.tensorrt.runtime import MODULES
 from intaglio.pipeline.artifacts.graph import Engine, Graph
 from intaglio.pipeline.artifacts.keys import ENGINE, GRAPH, TARGET
 from intaglio.pipeline.contract.artifact import Outputs, State
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from tensorrt import IBuilderConfig
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum"})
-
-MODULES: Mapping[str, tuple[str, str]] = {
-    each.name: (each.packages[0].module, each.extra) for each in (TensorRT, TensorRTRTX)
-}
-"""Module and installing extra of each runtime."""
 
 
 def _ordered(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -54,6 +49,7 @@ class BuildTensorRT(Pass):
     """
 
     name: ClassVar[str] = "tensorrt"
+    version: ClassVar[int] = 2
     requires = frozenset({GRAPH, TARGET})
     provides = frozenset({ENGINE})
     needs: ClassVar[tuple[str, ...]] = ("tensorrt-rtx-cu12", "tensorrt-cu12")

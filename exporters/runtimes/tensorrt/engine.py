@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.exporters.runtimes.tensorrt.build import MODULES
 from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import Execution, RunError
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Engine, Graph, step_index
 from intaglio.pipeline.errors import CallError, MissingExtra, RecipeError, TargetError
@@ -20,10 +19,13 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Inputs, Values
 
 
-def engine_call(graph: Graph, runtime: str) -> Values:
+def engine_call(graph: Graph, runtime: str, module: str, extra: str) -> Values:
     """Open the engine.plan beside the graph on torch's current GPU and stream, as a function of named inputs.
 
-    Raises RecipeError if the folder has no engine of this runtime, TargetError if it does not run here.
+    `module` is the Python module of this runtime, and `extra` the extra of intaglio that installs it.
+
+    Raises RecipeError if the folder has no engine of this runtime, TargetError if it does not run here,
+    MissingExtra if the module is not installed.
     """
     folder = graph.path.parent
     made = Engine.load(folder) if (folder / "engine.json").is_file() else None
@@ -36,7 +38,6 @@ def engine_call(graph: Graph, runtime: str) -> Values:
             f"{folder}: no engine.plan in it: build it on the device that runs it, with the archive of `intaglio kit`,"
             " and copy it into this folder"
         )
-    module, extra = MODULES[runtime]
     try:
         loaded = import_module(module)
     except ImportError as error:

@@ -74,7 +74,7 @@ class TensorRT(Runtime):
         """Return the function that runs engine.plan on torch's current GPU. Raises as `Runtime.load` does."""
         from intaglio.exporters.runtimes.tensorrt.engine import engine_call
 
-        return engine_call(graph, self.name)
+        return engine_call(graph, self.name, self.packages[0].module, self.extra)
 
     def examine(self, packages: Mapping[str, Found], faults: Faults) -> Mapping[str, Fact]:
         """Return where trtexec is."""
@@ -145,3 +145,9 @@ class TensorRTRTX(TensorRT):
     def latency_command(self, shapes: str) -> str:
         """Return the command of its own tool."""
         return f"tensorrt_rtx --loadEngine=engine.plan --shapes={shapes}"
+
+
+MODULES: Mapping[str, tuple[str, str]] = {
+    each.name: (each.packages[0].module, each.extra) for each in (TensorRT, TensorRTRTX)
+}
+"""Module and installing extra of each runtime."""

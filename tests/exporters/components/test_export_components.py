@@ -131,12 +131,12 @@ def test_a_folder_with_a_quantized_denoiser_stands_alone(dit, tmp_path):
     engines[COMPONENT_ENGINES].save(tmp_path / "engines")
     engine = Engine.load(tmp_path / "engines/pipeline/vae/decode")
     assert engine.plan is not None
-    assert (engine.runtime, engine.int8_gemm) == ("tensorrt-rtx", 0)
-    assert engine.fp_gemm == sum(isinstance(m, torch.nn.Conv2d) for m in pipe.vae.decoder.modules())
+    assert (engine.runtime, engine.low_precision_products) == ("tensorrt-rtx", 0)
+    assert engine.float_products == sum(isinstance(m, torch.nn.Conv2d) for m in pipe.vae.decoder.modules())
 
 
 def test_a_component_can_have_a_target_of_its_own(sd, tmp_path):
-    """What is compiled for ONNX Runtime stays in float32, has no engine, and runs in it beside engines."""
+    """A component for ONNX Runtime stays in float32, has no engine, and runs there beside engines."""
     pipe, artifacts, _ = sd
     artifacts = artifacts | {TARGET: load_target("tensorrt-rtx")}
     out = compiled(tiny_pipelines.sd, artifacts, tmp_path, targets={"text_encoder": "onnxruntime-cpu"})

@@ -1,4 +1,4 @@
-"""What a graph cannot compute with, as torch would, is an error that names the input."""
+"""An input with which a graph cannot compute what torch computes is an error that names the input."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -82,7 +82,7 @@ int cuGetErrorString(int code, const char **text) { *text = "refused"; return co
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run of a recipe for three targets wrote, but for the engines."""
+    """The files that a run for four targets writes; the engine of TensorRT-RTX is a stand-in."""
     root = tmp_path_factory.mktemp("build") / "emoji"
     for target in ("tensorrt-10.3-orin", "tensorrt-10.16-orin", "tensorrt-rtx", "onnxruntime-cpu"):
         compiled(root / target)

@@ -1,4 +1,4 @@
-"""What stands in the place of a model is read as the model is, and refuses every change that would have no effect."""
+"""A compiled denoiser is read like the model that it replaces, and refuses every change that would have no effect."""
 
 import copy
 from pathlib import Path

@@ -32,7 +32,7 @@ PLAN = b"built on the device"
 
 
 def parsed(config: Path):
-    """By the schema that the server publishes, which its client needs grpc around."""
+    """Parse by the schema that the server publishes, from a module of its client that imports no grpc."""
     try:
         file = distribution("tritonclient").locate_file("tritonclient/grpc/model_config_pb2.py")
     except PackageNotFoundError:
@@ -73,7 +73,7 @@ def engine() -> Path:
 
 
 def served(model: Path, version: int, inputs: dict) -> list[np.ndarray]:
-    """What the server computes: ONNX Runtime with no setting but the threads, behind its reshapes."""
+    """Compute as the server does: in ONNX Runtime with no setting but the threads, after its reshapes."""
     config, _ = parsed(model / "config.pbtxt")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -242,7 +242,7 @@ def test_an_axis_that_a_table_holds_constant_is_named(tmp_path):
 
 
 class Quirks(torch.nn.Module):
-    """What torch does and ONNX does not: squeezing a long axis, and choosing between truth values."""
+    """A model that does what ONNX does not: it squeezes a long axis, and chooses between truth values."""
 
     def forward(self, sample, timestep):
         x = sample.squeeze(1).squeeze(-1)

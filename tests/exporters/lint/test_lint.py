@@ -54,7 +54,7 @@ class Case:
     ir: int = 10
     rules: tuple[str, ...] = ()
     counts: tuple[int, int] = (0, 0)
-    """Products on integers and in floating point."""
+    """Numbers of products on integers and in floating point."""
     evidence: Evidence | None = None
     same_plan: str | None = None
     """Nodes of the graph that it is taken for."""
@@ -723,7 +723,7 @@ def test_weights_with_one_zero_point_do_not_load_with_the_kernels_for_cpus_witho
 
 
 def run(path: Path) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """What ONNX Runtime computes, and its products on integers and in floating point."""
+    """Return the outputs of ONNX Runtime, and the numbers of its products on integers and in floating point."""
     from intaglio.exporters.runtimes.onnxruntime.session import open_session
 
     optimized = path.with_name("optimized.onnx")

@@ -102,7 +102,7 @@ def test_ranges_are_taken_as_values_come(tmp_path: Path):
 
 
 def test_a_lean_session_keeps_no_buffer_for_a_later_value(tmp_path: Path):
-    """By hand: 48 MB, then 64 MB, then 48 MB again. What keeps the first for the last has 112 MB at once."""
+    """The values have 48, 64 and 48 MB: a session that keeps the first buffer for the last value has 112 MB at once."""
     (tmp_path / "model.onnx").write_bytes(onnx.parser.parse_model(RETURNING).SerializeToString())
     # in a process that has freed nothing before
     found = printed_forked(peak_memory.print_lean_peak, tmp_path / "model.onnx", out=tmp_path / "peak")

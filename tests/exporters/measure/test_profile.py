@@ -1,4 +1,4 @@
-"""What is timed is put down to the layers that it was done for."""
+"""The times of kernels are counted for the layers that the kernels compute."""
 
 import json
 from pathlib import Path

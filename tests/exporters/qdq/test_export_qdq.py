@@ -116,7 +116,7 @@ def test_the_whole_graph_runs_and_finds_its_step(written, simulation):
 def test_tensorrt_rtx_executes_every_integer_layer_on_integers(planned, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     engine = run_pass(BuildTensorRT(), write(planned, "tensorrt-rtx", tmp_path), tmp_path / "engine")[ENGINE]
-    assert engine.int8_gemm == sum(isinstance(s.input, IntInput) for s in planned[PLAN].schemes.values())
+    assert engine.low_precision_products == sum(isinstance(s.input, IntInput) for s in planned[PLAN].schemes.values())
 
 
 def test_rows_are_picked_from_tables_in_float16(dit, tmp_path):
@@ -283,7 +283,7 @@ def test_onnxruntime_executes_every_convolution_with_a_rounded_output_on_integer
 
     artifacts = write(with_plan(unet, choose), "onnxruntime-cpu", tmp_path)
     engine = run_pass(BuildOnnxRuntime(), artifacts, tmp_path / "engine")[ENGINE]
-    assert engine.int8_gemm == sum(s != FLOAT for s in artifacts[PLAN].schemes.values())
+    assert engine.low_precision_products == sum(s != FLOAT for s in artifacts[PLAN].schemes.values())
     simulation = Simulation(artifacts)
     seen, _ = simulation.at(1)
     for name in simulation.layers:

@@ -69,7 +69,7 @@ class Folded:
 
     @property
     def factors_of(self) -> list[str]:
-        """What is multiplied that was not."""
+        """Values that folding made the input of a new multiplication."""
         old = {node.name for node in self.before.graph.node}
         return [node.input[0] for node in self.after.graph.node if node.op_type == "Mul" and node.name not in old]
 

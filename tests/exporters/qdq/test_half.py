@@ -1,4 +1,4 @@
-"""What is typed float16 and what is not, on small graphs in text and on the tiny models."""
+"""The values that become float16, and those that do not, in small graphs in text and in the tiny models."""
 
 from collections.abc import Mapping
 
@@ -49,7 +49,7 @@ class Typed:
         return set(read) & {HALF, FLOAT32}
 
     def run(self, **feed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What both compute, in ONNX's reference: ONNX Runtime on a CPU rounds to float16 at casts alone."""
+        """Return the outputs of both in ONNX's reference: ONNX Runtime on a CPU rounds to float16 at casts only."""
         found, expected = (ReferenceEvaluator(model).run(None, feed)[0] for model in (self.half, self.float32))
         assert found.dtype == np.float32
         assert np.isfinite(found).all()
@@ -263,7 +263,7 @@ def nodes_of(graph: Graph) -> list[onnx.NodeProto]:
 def test_the_engine_multiplies_the_same_integers_and_fuses_attention(written, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     engine = run_pass(BuildTensorRT(), written, tmp_path)[ENGINE]  # raises for sums that overflow
-    assert engine.int8_gemm == sum(isinstance(s.input, IntInput) for s in written[PLAN].schemes.values())
+    assert engine.low_precision_products == sum(isinstance(s.input, IntInput) for s in written[PLAN].schemes.values())
     nodes = nodes_of(written[GRAPH])
     weights = [node.output[0] for node in nodes if node.op_type == "Softmax"]
     assert weights

@@ -1,4 +1,4 @@
-"""Every row of the table, on layers of many shapes: the same integer codes everywhere, and products on integers.
+"""Every row of the table, on layers of many shapes: the same codes everywhere, and products of codes.
 
 Simulation, numpy oracle, ONNX Runtime as written and ONNX Runtime optimized; TensorRT-RTX builds the graph.
 """
@@ -231,7 +231,7 @@ BUILT_FOR = {"8.9": ("SM89", "SM120"), "10.0": ("SM120",)}
 """Generations of GPUs for which engines are built, by the least compute capability of a row's codes."""
 TABLES = {name: table(name) for name in named_runtimes()}
 RUNTIMES = {row: [name for name in TABLES if row in TABLES[name]] for rows in TABLES.values() for row in rows}
-"""By row, the runtimes that have it."""
+"""Runtimes that have each row."""
 ROWS = [pytest.param(row, id=f"{row.op}-{row.scheme.name}-{RUNTIMES[row][-1]}") for row in RUNTIMES]
 
 
@@ -293,7 +293,9 @@ def test_products_run_on_integers_where_the_row_says_so(written, tmp_path):
     rotations = sum(c.balance is not None and c.balance.block > 1 for c in written.cases.values())
     beside = rotations + sum(2 for c in written.cases.values() if c.rank)
     products = len(written.cases)
-    assert (engine.int8_gemm, engine.fp_gemm) == ((products, beside) if written.row.integer else (0, products + beside))
+    assert (engine.low_precision_products, engine.float_products) == (
+        (products, beside) if written.row.integer else (0, products + beside)
+    )
     if target.runtime == "tensorrt-rtx":
         few = "Int4" if least is None else "FP4E2M1"
         assert any(few in layer for layer in engine.layers) == (written.row.scheme.weight_bits == 4)

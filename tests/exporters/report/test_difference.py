@@ -60,7 +60,7 @@ def test_all_that_differs_is_there_as_json(both: tuple[Path, Path], store: Store
     assert result.exit_code == 0, result.stderr
     (found,) = json.loads(result.stdout)
     assert found["figures"]["psnr_db"] == {"a": 31.42, "b": 24.0, "delta": 24.0 - 31.42}
-    assert found["figures"]["engine.int8_gemm"]["delta"] == 0
+    assert found["figures"]["engine.low_precision_products"]["delta"] == 0
     assert found["model"] == []
     assert list(found["schemes"]) == [LAYER]
     assert (found["schemes"][LAYER]["a"], found["schemes"][LAYER]["b"]) == ("w8a8_token", "float")
@@ -75,7 +75,7 @@ def test_runs_are_compared_target_by_target(both: tuple[Path, Path], store: Stor
     table = diff(*(folder.parent for folder in both), "--store", store.root).stdout
     rows = [" ".join(line.split()) for line in table.splitlines()]
     assert "PSNR, dB 31.4 24 −7.42 worse" in rows  # noqa: RUF001 - as figures are set
-    assert "products on integers 3 3 0 same" in rows
+    assert "low-precision products 3 3 0 same" in rows
     assert f"{LAYER}, scheme w8a8_token float" in rows
 
 

@@ -38,7 +38,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def brightness(png: bytes) -> float:
-    """Of the picture's rim, where the page has its background."""
+    """Return the mean brightness of the picture's left rim, where the page has its background."""
     image = Image.open(io.BytesIO(png)).convert("L")
     return sum(image.crop((0, 0, 4, image.height)).tobytes()) / (4 * image.height)
 

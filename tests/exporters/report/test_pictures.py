@@ -1,4 +1,4 @@
-"""Where samples are in the picture, and how far apart they are."""
+"""The places of samples in the picture, and the distances between them."""
 
 from pathlib import Path
 

@@ -64,13 +64,13 @@ def published(start: Artifacts, place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(dit: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a DiT with a scale for each of 3 steps."""
+    """The compiled folder of a DiT with a scale for each of 3 steps."""
     return published(dit, tmp_path_factory.mktemp("dit"))
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of clips of two frames, with three rows of conditions."""
+    """The compiled folder of a model of clips of two frames, with three rows of conditions."""
     place = tmp_path_factory.mktemp("clips")
     (place / "model.py").write_text(CLIPS)
     start: Artifacts = {MODEL: Checkpoint.resolve(ModelRef(path="./model.py:make", sampling_steps=3), place)}

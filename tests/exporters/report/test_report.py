@@ -108,8 +108,8 @@ def test_metrics_are_those_of_the_artifacts(made):
             "runtime": "onnxruntime",
             "version": "1.31.1",
             "bytes": 40_000,
-            "int8_gemm": 3,
-            "fp_gemm": 2,
+            "low_precision_products": 3,
+            "float_products": 2,
         },
         "warnings": [],
     }
@@ -121,7 +121,7 @@ def test_the_file_of_metrics_is_these_bytes(made, tmp_path):
 
 
 def test_a_built_engine_is_the_file_that_metrics_name(made):
-    made[ENGINE] = Engine("tensorrt-rtx", "1.7.1", int8_gemm=3, fp_gemm=2, plan=bytes(1234))
+    made[ENGINE] = Engine("tensorrt-rtx", "1.7.1", low_precision_products=3, float_products=2, plan=bytes(1234))
     report = write(made)
     engine = report.metrics["engine"]
     assert (engine["path"], engine["bytes"]) == ("engine.plan", 1234)
@@ -170,7 +170,7 @@ def test_headlines(made):
         "Mean weight 5.27 bits 4 of 5 layers quantized",
         "Size 40.0 kB 2.50× smaller than float16",
         "Latency 12.0 ms 2.50× the speed of float32",
-        "Integer products 3 matrix products and convolutions in int8; 2 in float",
+        "Low-precision products 3 matrix products and convolutions in INT8, FP8 or FP4; 2 in float",
         "PSNR 31.42 dB",
         "SQNR 28.90 dB",
         "Fidelity gap 0.12 dB lost from simulation (31.54 dB, SQNR 29.02)",
@@ -470,7 +470,7 @@ def test_tables_hold_every_layer_input_fact_and_metric(made):
         assert fact.fact in provenance
         assert fact.source in provenance
     assert f"torch {torch.__version__}" in provenance
-    for name in ("psnr_db", "engine.int8_gemm", "size_ratio_fp16"):
+    for name in ("psnr_db", "engine.low_precision_products", "size_ratio_fp16"):
         assert name in provenance
 
 

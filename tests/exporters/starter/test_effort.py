@@ -1,4 +1,4 @@
-"""What a first recipe does in the time that there is."""
+"""A first recipe does as much as the given time allows."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `verify` says of a plan that is worse than it was predicted to be."""
+"""The advice of `verify` for a plan that is worse than predicted."""
 
 import math
 

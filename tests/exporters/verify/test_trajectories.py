@@ -77,7 +77,7 @@ def test_all_layers_are_quantized_and_linear_ones_multiply_integers(done: Compil
         **dict.fromkeys(("into", "out"), "w8a8_step"),
         **dict.fromkeys(("seen", "time", "hidden"), "w8a8_token"),
     }
-    assert done[ENGINE].int8_gemm == 3
+    assert done[ENGINE].low_precision_products == 3
 
 
 def test_the_loop_moves_trajectories_in_float32(done: CompiledTarget) -> None:

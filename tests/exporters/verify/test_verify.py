@@ -1,4 +1,4 @@
-"""What is deployed is held against what is simulated, and a difference is found and named."""
+"""The deployed graph is compared with its simulation, and a difference is found and named."""
 
 import re
 from dataclasses import replace

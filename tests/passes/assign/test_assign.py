@@ -57,7 +57,7 @@ def test_without_any_budget_the_size_is_half():
 
 
 def test_the_largest_layer_is_within_the_budget_of_activations(tmp_path):
-    """By hand: l1 moves 4096 x (64 x 2 + 16 x 2) bytes in float and 4096 x (64 + 16 x 2) in W8A8, l4 0.325 of that."""
+    """In bytes, l1 moves 4096 x (64 x 2 + 16 x 2) in float and 4096 x (64 + 16 x 2) in W8A8, l4 0.325 of that."""
     artifacts = given(*ERRORS)
     plan = named(run_pass(AssignPrecision(budget=Budget(activation=0.6), schemes=EVERY), artifacts, tmp_path)[PLAN])
     assert plan == {"l0": "float", "l1": "w8a8_token", "l2": "float", "l3": "float", "l4": "float"}

@@ -26,7 +26,7 @@ def db_of(mse: float) -> float:
 
 @pytest.mark.parametrize("most", [2e-5, 3e-4, 1e-3])
 def test_the_plan_is_the_fastest_with_the_quality_and_then_the_smallest(most, tmp_path):
-    """By enumeration: least latency, then bytes, then loss, the first two with 2 % to spare."""
+    """All plans are compared: least latency, then bytes, then loss, the first two with 2 % to spare."""
     artifacts = given(*ERRORS)
     plans = [(costs(artifacts, p), loss(artifacts, p), p) for p in every_plan(artifacts)]
     left = [each for each in plans if each[1] <= most]

@@ -217,7 +217,7 @@ def test_shifted_inputs_are_trained_and_survive_the_store(measured, tmp_path):
 
 
 def test_a_trained_shift_keeps_a_code_for_the_zeros_around_a_convolution():
-    """What is merged is what was trained, to the bit; the gradient passes the rounding of the shift."""
+    """The merged shift is the trained one, to the bit; the gradient passes the rounding of the shift."""
     clock, scheme = StepClock((900.0, 100.0)), with_shift(W8A8_STEP)
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)

@@ -95,12 +95,12 @@ def test_a_plan_with_nothing_to_heal_is_not_trained(hard, tmp_path, caplog):
     start = adapter.psnr_db(adapter.drawn[0])
     assert start > 50
     assert (adapter.loss, len(adapter.drawn), adapter.gain_db) == ((), 1, 0.0)
-    assert f"nothing to heal: the samples have {start:.1f} dB at the start, and 50 dB are enough" in caplog.text
+    assert f"no training is needed: the samples have {start:.1f} dB at the start, and 50 dB are enough" in caplog.text
     trained = run_pass(Distill(updates=2, drawn=4, enough_db=start + 1), hard, tmp_path / "b")[ADAPTER]
     assert len(trained.loss) == 2
     float_only = with_plan(hard, lambda _: FLOAT)
     assert run_pass(Distill(updates=40), float_only, tmp_path / "c")[ADAPTER].drawn == ()
-    assert "nothing to heal: the plan rounds no weights" in caplog.text
+    assert "no training is needed: the plan rounds no weights" in caplog.text
 
 
 def test_training_ends_when_two_checks_in_a_row_find_no_better_samples(hard, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def planned(measured, tmp_path_factory):
 
 
 def healed_error(artifacts, folder) -> float:
-    """Of the merged model, on the recorded calls."""
+    """Return the error of the merged model on the recorded calls."""
     return output_error(artifacts | run_pass(MergeAdapters(), artifacts, folder))
 
 

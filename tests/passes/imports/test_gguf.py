@@ -82,7 +82,7 @@ def stored(tensors: dict[str, torch.Tensor], kinds: dict[str, int], **raw: tuple
 
 
 def exact(w: torch.Tensor, kind: int) -> torch.Tensor:
-    """What the blocks stand for, by ggml's definition: the scale times the code."""
+    """Return the weights of the blocks by ggml's definition: the scale times the code."""
     found = np.frombuffer(blocks(w, kind), np.uint8).reshape(-1, 34 if kind == Q8_0 else 18)
     scale, packed = found[:, :2].copy().view("<f2").astype(np.float32), found[:, 2:]
     codes = packed.view(np.int8) if kind == Q8_0 else np.concatenate([packed & 15, packed >> 4], 1).astype(np.int8) - 8

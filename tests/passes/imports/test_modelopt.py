@@ -39,7 +39,7 @@ LAYER = "transformer_blocks.0.attn1.to_q"
 
 
 def linear(weight, entering=None, algorithm="max"):
-    """Of linear layers alone."""
+    """Return a configuration of Model Optimizer that quantizes linear layers only."""
     parts = {"weight": weight} | ({"input": entering} if entering else {})
     rows = [
         {"quantizer_name": f"*{n}_quantizer", "parent_class": "nn.Linear", "cfg": dict(c)} for n, c in parts.items()
@@ -145,7 +145,7 @@ def test_it_computes_what_model_optimizer_does(name, dit, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(dit, tmp_path_factory):
-    """What `mto.save` writes of INT8 with one scale for each input."""
+    """The content of a file of `mto.save`, in INT8 with one scale for each input."""
     file = tmp_path_factory.mktemp("modelopt") / "saved.pt"
     quantize(dit, linear(CHANNEL, TENSOR), file)
     return torch.load(file, weights_only=True)

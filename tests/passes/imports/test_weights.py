@@ -48,7 +48,7 @@ def take(start: Artifacts, path: Path) -> Artifacts:
 
 
 def compressed(start: Artifacts, groups, folder: Path):
-    """What compressed-tensors saved, and the model as it computes before it is saved."""
+    """Save a model with compressed-tensors; return the files, and the model as it computes before it is saved."""
     ct = pytest.importorskip("compressed_tensors.quantization", reason="compressed-tensors is not installed")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization.utils import calculate_qparams

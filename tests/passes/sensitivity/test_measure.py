@@ -280,7 +280,7 @@ def test_groups_are_found_and_ranked_by_their_metric(measured):
 
 
 def test_total_moves_errors_within_their_group_alone():
-    """By hand: r = 2 / 1 and 1 / 3, moved 1 * 2 and 3 / 3, scaled by (1 + 3) / (2 + 1)."""
+    """Computed by hand: r = 2 / 1 and 1 / 3, moved 1 * 2 and 3 / 3, scaled by (1 + 3) / (2 + 1)."""
     errors = {"a": {"w8": (1.0,)}, "b": {"w8": (3.0,)}, "c": {"w8": (5.0,)}}
     groups = {"a": "content", "b": "content", "c": "visual"}
     ranked = {"a": {"w8": (2.0,)}, "b": {"w8": (1.0,)}}
@@ -289,7 +289,7 @@ def test_total_moves_errors_within_their_group_alone():
 
 
 def test_a_metric_ranks_layers_and_never_the_schemes_of_one():
-    """By hand: a moves 1 * 9 + 3 * 1 / 3 of its 4, b keeps its 4, so f = 8 / 14 * 10 / 4 and 8 / 14."""
+    """Computed by hand: a moves 1 * 9 + 3 * 1 / 3 of its 4, b keeps its 4, so f = 8 / 14 * 10 / 4 and 8 / 14."""
     errors = {"a": {"w8": (1.0,), "w4": (3.0,)}, "b": {"w8": (1.0,), "w4": (3.0,)}}
     ranked = {"a": {"w8": (9.0,), "w4": (1.0,)}, "b": errors["b"]}
     table = Sensitivity(
@@ -374,7 +374,7 @@ def test_unknown_metrics_are_refused_before_anything_runs():
 
 @pytest.mark.parametrize("options", [{"direct": 0.4, "agree": 1e9}, {"probes": 0}, {"probes": 0, "apart": "measured"}])
 def test_rows_are_estimated_as_they_are_computed(calibrated, options, tmp_path):
-    """By products, of a model all of whose layers have the scheme; group metrics aside, which measure more."""
+    """Rows are counted by products, in a model whose layers all have the scheme; other metrics would measure more."""
     step = MeasureSensitivity(
         buckets=1, rows=4, schemes=("w8a8_step",), metrics={"content": "mse"}, **options, **NO_DRIFT
     )

@@ -110,7 +110,7 @@ def test_a_call_from_a_layer_on_is_the_whole_call_to_the_bit(make, check):
 
 
 def test_only_what_comes_after_a_layer_is_computed():
-    """Of the nine layers one is called at both ends, and is not done before any other: it is computed twice."""
+    """One of the nine layers is called at both ends, and ends after every other layer: it is computed twice."""
     module, inputs = plain()
     replay = Replay(module, denoise_with(module), inputs)
     counts = {}

@@ -1,4 +1,4 @@
-"""Where a denoiser is linear and its output one number, a prediction is exact: no probe is left out."""
+"""A prediction is exact for a linear denoiser with one number as output: no probe is left out."""
 
 import diffusers
 import pytest

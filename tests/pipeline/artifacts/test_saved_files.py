@@ -149,7 +149,9 @@ ARTIFACTS: dict[str, Callable[[Path], Artifact]] = {
     "layer_times": lambda _: LayerTimes({"to_q": {"float": 0.5, "w8a8_token": 1e-05}}, 2.5e-10),
     "lint": lambda _: Findings((Finding("int4-shape", "warning", "node <7>", "it is odd", "make it even"),)),
     "lint_nothing": lambda _: Findings(()),
-    "metrics": lambda _: Report("<html>", {"psnr_db": 31.42, "latency_ms": None, "engine": {"int8_gemm": 3}}),
+    "metrics": lambda _: Report(
+        "<html>", {"psnr_db": 31.42, "latency_ms": None, "engine": {"low_precision_products": 3}}
+    ),
     "plan": lambda _: plan(),
     "profile": lambda _: Profile(
         runtime="tensorrt",

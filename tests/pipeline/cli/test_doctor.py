@@ -1,4 +1,4 @@
-"""What the machine is said to have, and that nothing broken ends the examination."""
+"""The facts that `doctor` finds; no broken package ends the examination."""
 
 import json
 import re

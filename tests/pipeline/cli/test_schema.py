@@ -47,7 +47,7 @@ def test_every_sample_fits(validator: Any) -> None:
     ],
 )
 def test_each_spelling_of_a_step_fits(step: object, validator: Any) -> None:
-    """What does not fit would raise."""
+    """The validator would raise for a step that does not fit."""
     validator.validate(recipe(steps=[step]))
 
 

@@ -137,7 +137,7 @@ def test_a_mixed_plan_is_trained_merged_built_and_verified(updates, recorded, tm
     assert max(found.codes_differing for found in verified.values()) == 0
     rounded = {name for name, data in layers.items() if not isinstance(data.scheme.input, Float)}
     assert max(verified[name].rel_l2 for name in rounded) < 1e-5  # float32 sums of some hundred products
-    assert made[ENGINE].int8_gemm == len(rounded)
+    assert made[ENGINE].low_precision_products == len(rounded)
     packed = load_file(tmp_path / "merge" / "QUANTIZED" / "quantized.safetensors")
     written = {each.name: each for each in onnx.load(made[GRAPH].path).graph.initializer}
     for name, data in layers.items():

@@ -61,7 +61,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 def compiled(start: Artifacts, steps: list[Pass], folder: Path) -> Artifacts:
-    """What the steps make one after the other; each reads from files what those before it have written."""
+    """Run the steps one after the other; each reads the files that the steps before it have written."""
     made = dict(start)
     for step in steps:
         for key, artifact in run_pass(step, made, folder / step.name).items():
@@ -111,7 +111,7 @@ def test_a_toy_format_goes_from_sensitivity_to_verification(plan, updates, recor
     assert max(verified.layers[name].rel_l2 for name in six) < 1e-5  # float32 sums of some hundred products
     assert max(verified.layers[name].codes_differing for name in six) == 0
     rounded = [data for data in made[QUANTIZED].layers.values() if data.scheme.by_token]
-    assert made[ENGINE].int8_gemm >= len(rounded) >= len(six)
+    assert made[ENGINE].low_precision_products >= len(rounded) >= len(six)
     (row,) = (each for each in scheme_rows(made[PLAN]) if each.name == NAME)
     assert (row.code, row.meaning, row.layers) == ("6t", "6-bit weight, 8-bit input with one scale per token", len(six))
 

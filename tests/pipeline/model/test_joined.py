@@ -1,4 +1,4 @@
-"""What a pipeline joins to its samples, repeats for frames or changes from step to step is recorded so."""
+"""Inputs that a pipeline joins to its samples, repeats for frames or changes from step to step are recorded as such."""
 
 import copy
 

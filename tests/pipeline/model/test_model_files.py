@@ -1,4 +1,4 @@
-"""What is read of a model's folder is what the denoiser needs, and only from inside it."""
+"""Only those files of a model's folder are read that the denoiser needs, and none outside of it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def copied(folder: Path, path: str = "model") -> Path:
-    """What is in the store of `path`, which is beside the recipe in `folder`."""
+    """Return the stored copy of the model at `path`, which is beside the recipe in `folder`."""
     (folder / "stored").mkdir()
     Checkpoint.resolve(ModelRef(path=path), folder).save(folder / "stored")
     return folder / "stored"

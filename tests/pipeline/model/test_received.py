@@ -1,4 +1,4 @@
-"""What a factory returns is computed as the same plain module in float32, however people hold it."""
+"""The module of a factory becomes the same plain module in float32, whatever wrappers it has."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from intaglio.pipeline.numerics.low_rank import Branch, load_branches, save_bran
 
 @pytest.mark.parametrize("shape", [(48, 32), (24, 64)])
 def test_it_is_the_nearest_matrix_of_its_rank(shape):
-    """What is left are the smaller singular values (Eckart and Young)."""
+    """The rest has the smaller singular values (Eckart and Young)."""
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     branch = Branch.of(w, 4)
     values = np.linalg.svd(w.double().numpy(), compute_uv=False)

@@ -1,4 +1,4 @@
-"""What holds for any numbers: zeros, denormals, constants and large ones among them."""
+"""Properties that hold for any numbers: zeros, denormals, constants and large ones among them."""
 
 import numpy as np
 import oracle

@@ -1,4 +1,4 @@
-"""What depends on the model alone is made once for all steps of a store."""
+"""Artifacts that depend on the model alone are made once for all steps of a store."""
 
 import pytest
 from toys import NUMBERS, Numbers

@@ -188,7 +188,7 @@ def test_names_that_are_no_utf_8_are_kept(store: Store, folder: Path) -> None:
 
 
 def killed(place: int, store: Store, out: Path, number: int) -> bool:
-    """Whether a run in a process of its own was killed before its `place`-th change of files behind the last step."""
+    """Run in a process of its own; return True if it was killed before its `place`-th change of files at the end."""
     pid = os.fork()
     if pid:
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

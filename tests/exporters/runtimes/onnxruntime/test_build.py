@@ -28,8 +28,8 @@ def test_every_integer_linear_is_executed_on_integers(name, scheme, request, tmp
         with_plan(request.getfixturevalue(name), lambda layer: scheme if layer.op == "linear" else FLOAT), tmp_path
     )
     linear, convolutions, attentions = {"dit": (20, 1, 2), "unet": (26, 25, 4)}[name]
-    assert engine.int8_gemm == linear
-    assert engine.fp_gemm == convolutions + 2 * attentions
+    assert engine.low_precision_products == linear
+    assert engine.float_products == convolutions + 2 * attentions
     fused = [line for line in engine.layers if line.startswith("com.microsoft.MatMulIntegerToFloat ")]
     assert len(fused) == linear
     assert engine.plan is None
@@ -38,7 +38,7 @@ def test_every_integer_linear_is_executed_on_integers(name, scheme, request, tmp
 def test_four_bit_weights_stay_packed(dit, tmp_path):
     engine = build(with_plan(dit, lambda x: w4a16(32) if x.op == "linear" and x.k > 32 else FLOAT), tmp_path)
     assert sum(line.startswith("com.microsoft.MatMulNBits ") for line in engine.layers) == 20
-    assert engine.int8_gemm == 0
+    assert engine.low_precision_products == 0
 
 
 def test_a_graph_that_does_not_load_is_the_targets_fault(dit, tmp_path):
@@ -56,7 +56,7 @@ def test_it_is_for_onnx_runtime_alone():
 
 def test_without_its_provider_nothing_is_counted(dit, tmp_path):
     engine = build(with_plan(dit, lambda layer: FLOAT), tmp_path, "onnxruntime-cuda")
-    assert (engine.int8_gemm, engine.fp_gemm, engine.layers) == (None, None, ())
+    assert (engine.low_precision_products, engine.float_products, engine.layers) == (None, None, ())
 
 
 EXACT = {"session.x64quantprecision": "1"}

@@ -175,25 +175,25 @@ def step_convolution(folder: Path) -> Graph:
 
 def test_linears_with_a_shared_input_count_one_by_one_though_they_run_as_one(tmp_path):
     engine = build(token_linears(tmp_path))
-    assert (engine.int8_gemm, engine.fp_gemm) == (3, 0)
+    assert (engine.low_precision_products, engine.float_products) == (3, 0)
     assert [layer.split()[0] for layer in engine.layers].count("gemm") == 1
     assert engine.plan
 
 
 def test_convolution_with_a_scale_per_step_runs_on_integers(tmp_path):
     engine = build(step_convolution(tmp_path))
-    assert (engine.int8_gemm, engine.fp_gemm) == (1, 0)
+    assert (engine.low_precision_products, engine.float_products) == (1, 0)
 
 
 def test_attention_products_are_floating_point(tmp_path):
     engine = build(write(tmp_path, FLOAT_ATTENTION))
-    assert (engine.int8_gemm, engine.fp_gemm) == (0, 2)
+    assert (engine.low_precision_products, engine.float_products) == (0, 2)
 
 
 def test_grouped_int4_weight_is_floating_point_and_stays_4_bit(tmp_path):
     graph = write(tmp_path, BLOCK_LINEAR.replace("K", "256"), codes=int4_codes("codes", 256, 32), scales=scales(4, 32))
     engine = build(graph)
-    assert (engine.int8_gemm, engine.fp_gemm) == (0, 1)
+    assert (engine.low_precision_products, engine.float_products) == (0, 1)
     assert any("Int4[256,32]" in layer for layer in engine.layers)
 
 
@@ -204,7 +204,7 @@ def test_same_graph_gives_the_same_artifact(tmp_path):
 
 def test_engine_builds_for_the_listed_compute_capabilities(tmp_path):
     engine = build(step_convolution(tmp_path), compute_capabilities=["SM86", "SM89"])
-    assert engine.int8_gemm == 1
+    assert engine.low_precision_products == 1
 
 
 def test_what_a_listed_gpu_cannot_run_is_an_error_with_the_builders_reason(tmp_path):
@@ -264,7 +264,7 @@ def test_sizes_of_an_axis_are_ordered():
 def test_jetson_engine_is_a_command_for_the_device(tmp_path):
     engine = build(step_convolution(tmp_path), JETSON, workspace_mib=512)
     assert engine.plan is None
-    assert engine.int8_gemm is None
+    assert engine.low_precision_products is None
     assert engine.command == (
         "trtexec --onnx=model.onnx --saveEngine=engine.plan --stronglyTyped --memPoolSize=workspace:512M "
         "--profilingVerbosity=detailed --exportLayerInfo=engine.layers.json --skipInference "
@@ -288,7 +288,7 @@ def test_missing_builder_names_its_extra(tmp_path, monkeypatch, target, module, 
 
 
 def test_device_build_needs_nothing_installed(monkeypatch):
-    """What is missing would raise."""
+    """The check would raise if it needed the package."""
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     BuildTensorRT().check(JETSON)
 

@@ -343,7 +343,7 @@ def trt():
 
 
 def expected(form):
-    """What ONNX Runtime computes, or the reference of onnx where it does not take the form."""
+    """Return the output of ONNX Runtime, or that of onnx's reference if ONNX Runtime refuses the form."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     content = form.model().SerializeToString()
@@ -355,7 +355,7 @@ def expected(form):
 
 
 def differs(form, trt):
-    """What the parser's network computes otherwise; None where nothing; the error where the parser refuses it."""
+    """Describe the first difference of the parser's network, or its error; None if it computes the same."""
     network, errors, _alive = parse(trt, form.model().SerializeToString())
     if errors:
         return f"refused: {errors[0]}"

@@ -1,4 +1,4 @@
-"""What calls TensorRT calls what TensorRT 10 has: checked against type stubs that were generated from it."""
+"""Calls of TensorRT use only what TensorRT 10 has: they are checked against type stubs that were generated from it."""
 
 import re
 import subprocess

@@ -1,0 +1,51 @@
+"""Open a graph in ONNX Runtime to compare it with torch, whatever runtime the graph is written for."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnxruntime
+
+
+@contextmanager
+def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
+    """Open a graph on the CPU with little memory: weights stay in their file, and freed memory is returned.
+
+    The products of the graph have to be in float; their weights may be codes. The session is slow: weights have no
+    special layout for kernels, and blocks of memory are mapped one by one.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # an error is raised, so it need not be printed
+    # 1 is float32: by default MatMulNBits rounds its input to 8 bits
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # the next level changes the layout of convolutions' weights
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # the default order executes a node such as ReduceMax last, and so keeps its large input in memory
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
+    options.enable_mem_reuse = False  # memory that is to be reused later is not released before
+    with _giving_back():
+        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _giving_back() -> Iterator[None]:
+    """Return freed memory to the system at once; glibc otherwise keeps freed blocks below 32 MB."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, 32 << 20)
+
+
+_MMAP_THRESHOLD = -3
+"""Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
