@@ -152,8 +152,11 @@ def output_amax(magnitude: torch.Tensor, layer: Conv, processes: int = 1) -> tor
     largest_N = _expected_largest(magnitude_RNP.amax(2), processes)
     values = magnitude_RNP.numel() / len(largest_N)
     amax_CN = torch.tensor(CLIPPED, device=largest_N.device)[:, None] * largest_N
+    # few values are beyond the least candidate, and no others are clipped
+    place_V3 = (magnitude_RNP > amax_CN[-1][:, None]).nonzero()
+    beyond_V, channel_V = magnitude_RNP[place_V3.unbind(1)], place_V3[:, 1]
     errors = [
-        values * (amax_N / 127) ** 2 / 12 + (magnitude_RNP - amax_N[:, None]).relu().square().sum((0, 2))
+        (values * (amax_N / 127) ** 2 / 12).index_add(0, channel_V, (beyond_V - amax_N[channel_V]).relu().square())
         for amax_N in amax_CN
     ]
     best_N = torch.stack(errors).argmin(0)
