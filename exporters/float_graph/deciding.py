@@ -25,6 +25,7 @@ READS = frozenset(
 """Functions that turn a tensor's values into values of Python."""
 NEW = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros)
 """Functions that make tensors of values that depend on no tensor."""
+_REPEATS = (torch.repeat_interleave, torch.Tensor.repeat_interleave)
 _BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MASKS = (torch.bool, torch.uint8)
 
@@ -57,9 +58,11 @@ class _Origins(TorchFunctionMode):
         given = list(_tensors((args, kwargs)))
         with _ValuesRead() as seen:
             made = func(*args, **kwargs)
-        called = getattr(func, "__name__", "")
-        if seen.read or called in READS:
-            self.found |= self._names(given[1:] if seen.masked else given)
+        if getattr(func, "__name__", "") in READS:
+            self.found |= self._names(given)
+        elif seen.read:
+            read = [value for value in given if any(value is each for each in seen.read)]
+            self.found |= self._names(read or given)
         if not (names := self._names(given)):
             return made
         changed = given[:1] if _changes_first(func) else []
@@ -73,25 +76,21 @@ class _Origins(TorchFunctionMode):
 
 
 class _ValuesRead(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
-    """See whether an operator runs whose output's size depends on values, or whose output is no tensor.
-
-    `masked`: the values are those of a mask, which chooses from the first tensor.
-    """
+    """See which tensors an operator reads whose output's size depends on values, or whose output is no tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch
-        self.read = self.masked = False
+        self.read: list[torch.Tensor] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is aten.index.Tensor:  # has the tag of a size that depends on values, but only masks make it so
-            self.masked |= any(each is not None and each.dtype in _MASKS for each in args[1])
+            self.read += [each for each in args[1] if each is not None and each.dtype in _MASKS]
         elif func is aten.masked_select.default:
-            self.masked = True
-        else:
-            self.read |= any(tag in func.tags for tag in _BY_VALUES)
-        self.read |= self.masked
+            self.read.append(args[1])
+        elif any(tag in func.tags for tag in _BY_VALUES):
+            self.read += _tensors((args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -121,6 +120,8 @@ class Fixed(TorchFunctionMode):
             return func(*args, **kwargs)  # a new tensor, which is traced too
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], self._places(args[1]), *args[2:])
+        if func in _REPEATS and (repeated := self._repeated(*args, **kwargs)) is not None:
+            return repeated
         made = func(*args, **kwargs)
         if func in NEW and not given and not symbolic:
             with _disable_current_modes():
@@ -137,6 +138,16 @@ class Fixed(TorchFunctionMode):
         for value in _tensors(made):
             self.known[value] = value
         return made
+
+    def _repeated(
+        self, x: torch.Tensor, repeats: object = None, dim: int | None = None, **_: object
+    ) -> torch.Tensor | None:
+        """Return what `repeat_interleave` returns for known repeats; None if they are not known for each place."""
+        if dim is None or not isinstance(repeats, torch.Tensor) or repeats not in self.known:
+            return None
+        if repeats.dim() != 1 or repeats.shape[0] != x.shape[dim]:
+            return None
+        return x.index_select(dim, self._at_once(torch.repeat_interleave, (repeats,), {}))
 
     def _places(self, index: object) -> object:
         """Return an index with the places that known masks keep instead of the masks."""

@@ -70,6 +70,17 @@ class Built(Toy):
         return torch.stack([self.other(row[there]).mean(0, keepdim=True) for row, there in zip(text, own, strict=True)])
 
 
+class Repeated(Toy):
+    """Puts each token that is there twice, and writes the sample's mean in their places."""
+
+    def text(self, sample, text, mask):
+        counts = torch.where(mask[0], 2, 1)
+        places = torch.repeat_interleave(mask[0], counts)
+        tokens = self.other(text).repeat_interleave(counts, dim=1)
+        tokens[:, places] = sample.mean(1, keepdim=True)
+        return tokens.square().mean(1, keepdim=True) + float(places.tolist()[0])
+
+
 class Turned(Toy):
     """Turns pairs of channels by complex numbers."""
 
@@ -107,7 +118,15 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
 
 @pytest.mark.parametrize(
     ("kind", "fixed"),
-    [(Listed, []), (Picked, ["mask"]), (Counted, ["mask"]), (Built, ["mask"]), (Turned, []), (Padded, [])],
+    [
+        (Listed, []),
+        (Picked, ["mask"]),
+        (Counted, ["mask"]),
+        (Built, ["mask"]),
+        (Repeated, ["mask"]),
+        (Turned, []),
+        (Padded, []),
+    ],
 )
 def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, tmp_path, capfd):
     module = kind().eval()
@@ -173,6 +192,7 @@ def test_inputs_whose_values_decide_are_found():
         held = torch.zeros(2)
         held[0] = sizes[0]
         x = inputs["x"][inputs["choice"]] * inputs["scale"]
+        x = torch.cat([x, inputs["few"].repeat_interleave(inputs["counts"])])
         return x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
 
     inputs = {
@@ -182,8 +202,10 @@ def test_inputs_whose_values_decide_are_found():
         "scale": torch.tensor(2.0),
         "sizes": torch.tensor([3.0]),
         "places": torch.tensor([0, 1]),
+        "few": torch.ones(2),
+        "counts": torch.tensor([2, 1]),
     }
-    assert deciding_inputs(compute, inputs) == ("mask", "choice", "sizes")
+    assert deciding_inputs(compute, inputs) == ("mask", "choice", "sizes", "counts")
 
 
 @pytest.mark.parametrize("difference", ["nodes", "weights"])
