@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -21,6 +21,7 @@ from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
 from intaglio.pipeline.files import parse_json
+from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.kept import StoreKeep
 from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
@@ -123,25 +124,26 @@ def compile(
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
     shared = _put(artifacts, store)
     compiled = {}
-    for chain in chains:
-        given = shared | _put({TARGET: chain.target}, store)
-        outputs = dict(given)
-        if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
-            whole_model = any(step.configured.holds_weights() for step in chain.steps)
-            check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
-        runs: list[RunRecord] = []
-        for position, step in enumerate(chain.steps, start=1):
-            if PROVENANCE in step.requires:
-                outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
-            place = Place(chain.target.name, step.name, position, len(chain.steps))
-            with _by_users_paths(recipe.model, base, store, given):
-                record = _run_step(step, outputs, recipe.seed, store, on_step, place)
-            outputs |= {key: record.outputs[key.name] for key in step.provides}
-            runs.append(record)
-        folder = None if out is None else out / chain.target.name
-        if folder is not None and processes().first:
-            publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
-        compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
+    with _lean(artifacts):
+        for chain in chains:
+            given = shared | _put({TARGET: chain.target}, store)
+            outputs = dict(given)
+            if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
+                whole_model = any(step.configured.holds_weights() for step in chain.steps)
+                check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
+            runs: list[RunRecord] = []
+            for position, step in enumerate(chain.steps, start=1):
+                if PROVENANCE in step.requires:
+                    outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
+                place = Place(chain.target.name, step.name, position, len(chain.steps))
+                with _by_users_paths(recipe.model, base, store, given):
+                    record = _run_step(step, outputs, recipe.seed, store, on_step, place)
+                outputs |= {key: record.outputs[key.name] for key in step.provides}
+                runs.append(record)
+            folder = None if out is None else out / chain.target.name
+            if folder is not None and processes().first:
+                publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
+            compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
     return compiled
 
 
@@ -162,6 +164,15 @@ def plan(
         planned[chain.target.name] = tuple(_plan_chain(chain, given, whole, store, measured))
     with _by_users_paths(recipe.model, base, store, shared):
         return _estimated(planned, chains, artifacts)
+
+
+def _lean(artifacts: Outputs) -> AbstractContextManager[None]:
+    """Return a block in which memory is returned at once if the model is large."""
+    from intaglio.pipeline.artifacts.keys import MODEL
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+
+    model = artifacts.get(MODEL)
+    return giving_back() if isinstance(model, Checkpoint) and model.is_large else nullcontext()
 
 
 def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +16,7 @@ from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.errors import RecipeError, TargetError
 from intaglio.pipeline.files import checked_file, printable
 from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.machine import giving_back
 
 CPU = "CPUExecutionProvider"
 Shape: TypeAlias = tuple[int | str | None, ...]
@@ -146,26 +145,8 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
     options.enable_mem_reuse = False  # memory that is to be reused later is not released before
-    with _giving_back():
+    with giving_back():
         yield onnxruntime.InferenceSession(str(path), options, providers=[CPU])
-
-
-@contextmanager
-def _giving_back() -> Iterator[None]:
-    """Return freed memory to the system at once; glibc otherwise keeps freed blocks below 32 MB."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-
-
-_MMAP_THRESHOLD = -3
-"""Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
 
 
 def kernels_for(model: Path | bytes, data: Path | None = None) -> Mapping[str, str]:
