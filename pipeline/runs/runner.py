@@ -24,7 +24,7 @@ from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.kept import StoreKeep
-from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
+from intaglio.pipeline.runs.memory import check_memory, estimated_bytes, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
 from intaglio.pipeline.runs.registry import plugin_source
 from intaglio.pipeline.runs.store import Store
@@ -99,6 +99,10 @@ class PlannedStep:
     """Peak memory in bytes of that run."""
     estimate_s: float | None = None
     """Estimated duration in seconds, from the rows it computes; only for a step that never ran."""
+    estimate_bytes: int | None = None
+    """Estimated memory in bytes for the model's weights; only for a step that never ran."""
+    disk_bytes: int | None = None
+    """Bytes of its outputs in the store: of that run, or estimated from the number of weights."""
 
 
 def compile(
@@ -336,37 +340,44 @@ def _plan_chain(
         if record is not None:
             known |= {key: record.outputs[key.name] for key in step.provides}
             runs.append(record)
-            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes)
+            stored = store.size_bytes(record.outputs.values())
+            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes, disk_bytes=stored)
         else:
             last = measured.get((step.origin, known.get(MODEL) if MODEL in step.requires else None))
-            seconds, held = (None, None) if last is None else (last.seconds, last.peak_bytes)
-            yield PlannedStep(step.name, "runs" if decidable else "depends", seconds, held)
+            status: Literal["runs", "depends"] = "runs" if decidable else "depends"
+            if last is None:
+                yield PlannedStep(step.name, status, None)
+            else:
+                stored = store.size_bytes(last.outputs.values())
+                yield PlannedStep(step.name, status, last.seconds, last.peak_bytes, disk_bytes=stored)
 
 
 def _estimated(
     planned: Mapping[str, tuple[PlannedStep, ...]], chains: tuple[Chain, ...], artifacts: Outputs
 ) -> Mapping[str, tuple[PlannedStep, ...]]:
-    """Add estimates for steps that never ran and compute denoiser rows; one call of the denoiser is timed."""
+    """Add estimates for steps that never ran; one call of the denoiser is timed if some of them compute its rows."""
     from intaglio.pipeline.artifacts.keys import MODEL
+    from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost
 
-    by_rows = {
-        step.name: step.configured
-        for chain in chains
-        for step in chain.steps
-        if type(step.configured).forward_rows is not Pass.forward_rows
-    }
-
-    def unknown(step: PlannedStep) -> bool:
-        return step.status != "hit" and step.seconds is None and step.step in by_rows
-
-    if not any(unknown(step) for steps in planned.values() for step in steps):
+    passes = {step.name: step.configured for chain in chains for step in chain.steps}
+    unknown = {s.step for steps in planned.values() for s in steps if s.status != "hit" and s.seconds is None}
+    model = artifacts.get(MODEL)
+    if not unknown or not isinstance(model, Checkpoint):
         return planned
-    cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+    counted = any(type(passes[name]).forward_rows is not Pass.forward_rows for name in unknown)
+    cost = measure_cost(model) if counted else None
+    sizes, large = [parameter.numel() for parameter in model.empty().parameters()], model.is_large
 
     def estimated(step: PlannedStep) -> PlannedStep:
-        rows = by_rows[step.step].forward_rows(cost) if unknown(step) else None
-        return step if rows is None else replace(step, estimate_s=rows * cost.seconds_per_row)
+        if step.status == "hit" or step.seconds is not None:
+            return step
+        configured = passes[step.step]
+        rows = None if cost is None else configured.forward_rows(cost)
+        seconds = None if rows is None or cost is None else rows * cost.seconds_per_row
+        held = estimated_bytes(configured, sizes, large=large)
+        stored = configured.stored_bytes(sum(sizes)) or None
+        return replace(step, estimate_s=seconds, estimate_bytes=held, disk_bytes=stored)
 
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
 
