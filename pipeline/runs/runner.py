@@ -363,9 +363,9 @@ def _estimated(
     passes = {step.name: step.configured for chain in chains for step in chain.steps}
     unknown = {s.step for steps in planned.values() for s in steps if s.status != "hit" and s.seconds is None}
     model = artifacts.get(MODEL)
-    if not unknown or not isinstance(model, Checkpoint):
-        return planned
     counted = any(type(passes[name]).forward_rows is not Pass.forward_rows for name in unknown)
+    if not unknown or not isinstance(model, Checkpoint) or (model.entry and not counted):  # a factory makes its weights
+        return planned
     cost = measure_cost(model) if counted else None
     sizes, large = [parameter.numel() for parameter in model.empty().parameters()], model.is_large
 
