@@ -8,9 +8,9 @@ It imports only what is measured.
 """
 
 import json
-import resource
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -46,30 +46,45 @@ def print_returned() -> None:
             print(resident_bytes("RssAnon") - before)
 
 
-def print_limited(folder: Path, recipe: str, most_bytes: int) -> None:
-    """Compile the model in `large` while the process may allocate so many bytes beside what it has after `small`.
+def print_compiled(folder: Path, recipe: str) -> None:
+    """Compile the model in `large` after the one in `small`, so that every library is loaded and has its memory.
 
-    Print the outputs of each step with weights in their files; then the error with all weights in memory.
+    Print the outputs of its steps with weights in their files, how many bytes that allocates at most beside what the
+    process had, and how many the first step allocates with all weights in memory.
     """
     from intaglio import Recipe, Store, compile
-    from intaglio.pipeline.errors import IntaglioError
     from intaglio.pipeline.model import checkpoint
 
-    def made(name: str, share: float) -> list[dict[str, str]]:
+    steps = Recipe.parse(recipe)
+    first = steps.model_copy(update={"steps": steps.steps[:1]})
+
+    def made(name: str, what: Recipe, share: float) -> list[dict[str, str]]:
         checkpoint.FEW = share
-        store = Store(folder / f"{name}-{share}")
-        (target,) = compile(Recipe.parse(recipe), store, base=folder / name).values()
+        (target,) = compile(what, Store(folder / f"{name}-{share}"), base=folder / name).values()
         return [dict(run.outputs) for run in target.runs]
 
-    made("small", 0.0)
-    status = Path("/proc/self/status").read_text().splitlines()
-    held = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData:"))
-    resource.setrlimit(resource.RLIMIT_DATA, (held + most_bytes, resource.RLIM_INFINITY))
-    print(json.dumps(made("large", 0.0)))
+    made("small", steps, 0.0)
+    outputs: list[dict[str, str]] = []
+    allocated = allocated_by(lambda: outputs.extend(made("large", steps, 0.0)))
+    print(json.dumps([outputs, allocated, allocated_by(lambda: made("large", first, sys.float_info.max))]))
+
+
+def allocated_by(work: Callable[[], object]) -> int:
+    """Return how many bytes `work` allocates at most beside what the process had, sampled every 2 ms."""
+    before, most, done = resident_bytes("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        print(made("large", sys.float_info.max))
-    except IntaglioError as error:
-        print(error)
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return most[0] - before
 
 
 def run(step: str, folder: Path) -> None:
@@ -97,19 +112,9 @@ def print_peaks(step: str, folder: Path) -> None:
     """
     run(step, folder / "small")
     forget_peak()
-    before, anon_before = resident_bytes("VmRSS"), resident_bytes("RssAnon")
-    anon, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            anon[0] = max(anon[0], resident_bytes("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run(step, folder / "large")
-    done.set()
-    watcher.join()
-    print(resident_bytes("VmHWM") - before, anon[0] - anon_before)
+    before = resident_bytes("VmRSS")
+    allocated = allocated_by(lambda: run(step, folder / "large"))
+    print(resident_bytes("VmHWM") - before, allocated)
 
 
 if __name__ == "__main__":
