@@ -48,6 +48,10 @@ class MergeAdapters(Pass):
         0, ge=0, le=99, description="further entries between two timesteps, for samplers that call at other timesteps"
     )
 
+    def stored_bytes(self, parameters: int) -> int:
+        """Return the bytes of 8-bit codes; those of fewer bits take fewer."""
+        return parameters
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Add the low-rank adapters to the weights, and round the sums."""
         from intaglio.pipeline.artifacts.quantized import Quantized

@@ -7,12 +7,16 @@
 It imports only what is measured.
 """
 
+import json
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
+from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.memory import forget_peak, resident_bytes
 
 
@@ -27,6 +31,62 @@ def print_lean_peak(model: Path) -> None:
     print(resident_bytes("VmHWM") - before)
 
 
+def print_returned() -> None:
+    """Print how many bytes 20 freed blocks of 4 MiB leave behind, with blocks of 0.25 MiB between them that are kept.
+
+    Two numbers: inside `giving_back`, and after it.
+    """
+    for lean in (True, False):
+        with giving_back() if lean else nullcontext():
+            with giving_back() if lean else nullcontext():
+                pass
+            before = resident_bytes("RssAnon")
+            blocks = [np.ones(1 << (18 if each % 2 else 22), np.uint8) for each in range(40)]
+            del blocks[::2]
+            print(resident_bytes("RssAnon") - before)
+
+
+def print_compiled(folder: Path, recipe: str) -> None:
+    """Compile the model in `large` after the one in `small`, so that every library is loaded and has its memory.
+
+    Print the outputs of its steps with weights in their files, how many bytes that allocates at most beside what the
+    process had, and how many the first step allocates with all weights in memory.
+    """
+    from intaglio import Recipe, Store, compile
+    from intaglio.pipeline.model import checkpoint
+
+    steps = Recipe.parse(recipe)
+    first = steps.model_copy(update={"steps": steps.steps[:1]})
+
+    def made(name: str, what: Recipe, share: float) -> list[dict[str, str]]:
+        checkpoint.FEW = share
+        (target,) = compile(what, Store(folder / f"{name}-{share}"), base=folder / name).values()
+        return [dict(run.outputs) for run in target.runs]
+
+    made("small", steps, 0.0)
+    outputs: list[dict[str, str]] = []
+    allocated = allocated_by(lambda: outputs.extend(made("large", steps, 0.0)))
+    print(json.dumps([outputs, allocated, allocated_by(lambda: made("large", first, sys.float_info.max))]))
+
+
+def allocated_by(work: Callable[[], object]) -> int:
+    """Return how many bytes `work` allocates at most beside what the process had, sampled every 2 ms."""
+    before, most, done = resident_bytes("RssAnon"), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], resident_bytes("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return most[0] - before
+
+
 def run(step: str, folder: Path) -> None:
     """Run the step on the artifacts in a folder; what it makes is kept there for the next step."""
     from harness import run_pass
@@ -36,7 +96,7 @@ def run(step: str, folder: Path) -> None:
     from intaglio.passes.distill.distill import Distill
     from intaglio.passes.merge import MergeAdapters
 
-    steps = (Distill(updates=0, input_rate=0), MergeAdapters(), ExportFloat(), ExportQdq())
+    steps = (Distill(updates=0), MergeAdapters(), ExportFloat(), ExportQdq())
     measured = next(each for each in steps if each.name == step)
     state = {key: key.type.load(folder / key.name) for key in measured.requires}
     for key, artifact in run_pass(measured, state, folder / step).items():
@@ -52,19 +112,9 @@ def print_peaks(step: str, folder: Path) -> None:
     """
     run(step, folder / "small")
     forget_peak()
-    before, anon_before = resident_bytes("VmRSS"), resident_bytes("RssAnon")
-    anon, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.002):
-            anon[0] = max(anon[0], resident_bytes("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    run(step, folder / "large")
-    done.set()
-    watcher.join()
-    print(resident_bytes("VmHWM") - before, anon[0] - anon_before)
+    before = resident_bytes("VmRSS")
+    allocated = allocated_by(lambda: run(step, folder / "large"))
+    print(resident_bytes("VmHWM") - before, allocated)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class ExportFloat(Pass):
         if self.opset > target.opset_max:
             raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
 
+    def stored_bytes(self, parameters: int) -> int:
+        """Return the bytes of the weights in float32."""
+        return 4 * parameters
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Export the graph. Raises StepFailed if the graph differs from torch."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs

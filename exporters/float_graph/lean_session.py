@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime
+
+from intaglio.pipeline.machine import giving_back
 
 
 @contextmanager
@@ -29,23 +29,5 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
     options.enable_mem_reuse = False  # memory that is to be reused later is not released before
-    with _giving_back():
+    with giving_back():
         yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-@contextmanager
-def _giving_back() -> Iterator[None]:
-    """Return freed memory to the system at once; glibc otherwise keeps freed blocks below 32 MB."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_MMAP_THRESHOLD, 32 << 20)
-
-
-_MMAP_THRESHOLD = -3
-"""Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""

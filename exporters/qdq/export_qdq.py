@@ -41,6 +41,10 @@ class ExportQdq(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, PLAN})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
+    def stored_bytes(self, parameters: int) -> int:
+        """Return the bytes of 8-bit codes; those of fewer bits take fewer."""
+        return parameters
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Write the graph. Raises TargetError that lists every layer that the target cannot execute."""
         target, float_graph = state[TARGET], state[FLOAT_GRAPH]

@@ -49,6 +49,8 @@ def begin(
     tables = trajectory.tables(schemes, plan.balances)
     replaced = quantize_model(model.module, schemes, clock, tables, bases_of(plan.balances), plan.branches)
     model.module.to(ctx.device)
+    for layer in replaced.values():
+        layer.cache.keeps = options.updates > 0
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, RoundedWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
     if layers and options.input_rate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import OPTIONAL, read_bytes, read_typed, write_typed
 from intaglio.pipeline.formats.layer import AxisSize
+from intaglio.pipeline.handed_over import place_file
 from intaglio.pipeline.model.call_form import CallForm
 
 if TYPE_CHECKING:
@@ -126,10 +126,10 @@ class Graph(_GraphFacts, _File):
     """
 
     def save(self, root: Path) -> None:
-        """Copy the model's files and write graph.json."""
+        """Copy the model's files, or move them where the step hands them over, and write graph.json."""
         for name in ("model.onnx", "model.onnx.data"):
             if (self.path.parent / name).exists():
-                shutil.copy(self.path.parent / name, root / name)
+                place_file(self.path.parent / name, root / name)
         write_typed(root / "graph.json", self, _GraphFacts)
 
     @classmethod

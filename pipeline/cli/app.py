@@ -207,15 +207,14 @@ def plan_command(
     store: StoreOption = DEFAULT_STORE,
     as_json: Annotated[bool, json_option("{target: steps}")] = False,
 ) -> None:
-    """Show which steps are in the store, which would run, and how long they take."""
+    """Show which steps are in the store, which would run, and the time, the memory and the disk that they take."""
     planned = plan(changed_recipe(recipe, set_, insert), Store(store), base=recipe.parent)
     if as_json:
         print_json({target: [asdict(step) for step in steps] for target, steps in planned.items()})
         return
     for target, steps in planned.items():
-        print_table(
-            target, ("step", "", "time, measured or estimated", "peak memory"), [plan_row(step) for step in steps]
-        )
+        columns = ("step", "", "time, measured or estimated", "memory", "disk, in the store")
+        print_table(target, columns, [plan_row(step) for step in steps])
 
 
 @app.command("doctor")

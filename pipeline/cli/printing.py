@@ -68,13 +68,18 @@ def print_machine(machine: Machine) -> None:
     print_table("", columns, rows)
 
 
-def plan_row(step: PlannedStep) -> tuple[str, str, str, str]:
+def plan_row(step: PlannedStep) -> tuple[str, str, str, str, str]:
     """Return the row of one step for the table that `intaglio plan` prints."""
+
+    def size(count: int | None) -> str:
+        return "" if count is None else f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
     status = {"hit": "in the store", "runs": "runs", "depends": "runs if an earlier output changes"}[step.status]
     if step.seconds is not None:
-        held = "" if step.peak_bytes is None else f"{step.peak_bytes / 1e9:.1f} GB"
-        return step.step, status, duration(step.seconds), held
-    return step.step, "runs", "a few seconds" if step.estimate_s is None else f"about {duration(step.estimate_s)}", ""
+        return step.step, status, duration(step.seconds), size(step.peak_bytes), size(step.disk_bytes)
+    seconds = "a few seconds" if step.estimate_s is None else f"about {duration(step.estimate_s)}"
+    held, stored = (f"about {size(count)}" if count else "" for count in (step.estimate_bytes, step.disk_bytes))
+    return step.step, "runs", seconds, held, stored
 
 
 def target_rows(target: Target) -> Iterator[tuple[str, ...]]:

@@ -85,6 +85,10 @@ class Pass(BaseModel, ABC):
         """
         return False
 
+    def stored_bytes(self, parameters: int) -> int:
+        """Return about how many bytes the outputs take in the store, for a denoiser of so many parameters; 0 if few."""
+        return 0
+
     def plugins(self) -> Iterable[tuple[str, str]]:
         """Return the entry points that the options select, as pairs of a group and a name.
 

@@ -272,6 +272,15 @@ class Checkpoint:
         return plain_weights_(empty_model(kind, self.config(), self._size, self._called))
 
     @property
+    def is_large(self) -> bool:
+        """Return True if a folder's weights in float32 take more than FEW of the machine's memory.
+
+        Raises RecipeError for weights that cannot be read.
+        """
+        weights = None if self.entry else self._weights
+        return weights is not None and 4 * weights.size.elements > FEW * machine_bytes()
+
+    @property
     def has_weights(self) -> bool:
         """Return True if there are weights for `open` to read, or a factory that makes the model."""
         return bool(self.entry) or self._weights is not None
@@ -319,7 +328,7 @@ class Checkpoint:
             raise self._no_weights(pickled(folder))
         empty = self.empty()  # raises if the model would be much larger than its weights
         if stored is None:
-            stored = 4 * weights.size.elements > FEW * machine_bytes()
+            stored = self.is_large
         if stored and "quantization_config" not in self.config() and fill_(empty, weights):
             return empty
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.machine import machine_bytes
 
 if TYPE_CHECKING:
+    from intaglio.pipeline.contract.pass_base import Pass
     from intaglio.pipeline.model.checkpoint import Checkpoint
 
 PER_PARAMETER = 4 * 1.2
@@ -29,6 +31,21 @@ def least_bytes(parameters: int) -> int:
 def least_stored_bytes(largest: int) -> int:
     """Return the least memory in bytes for steps that read one weight at a time; `largest` has so many parameters."""
     return INTERPRETER + PER_LAYER * largest
+
+
+def estimated_bytes(step: Pass, sizes: Sequence[int], *, large: bool) -> int | None:
+    """Return about how much memory in bytes a step needs for a model's weights; None if it does not read the model.
+
+    `sizes`: the number of values of each weight. `large`: the weights stay in their files, except in steps that hold
+    them all.
+    """
+    from intaglio.pipeline.artifacts.keys import MODEL
+
+    if MODEL not in step.requires:
+        return None
+    if step.holds_weights():
+        return least_bytes(sum(sizes))
+    return least_stored_bytes(max(sizes, default=0)) if large else INTERPRETER + 4 * sum(sizes)
 
 
 def check_memory(model: Checkpoint, *, whole: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -21,9 +21,10 @@ from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, IntaglioError, StepFailed, StoreError
 from intaglio.pipeline.files import parse_json
+from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.kept import StoreKeep
-from intaglio.pipeline.runs.memory import check_memory, forget_peak, resident_bytes
+from intaglio.pipeline.runs.memory import check_memory, estimated_bytes, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
 from intaglio.pipeline.runs.registry import plugin_source
 from intaglio.pipeline.runs.store import Store
@@ -99,6 +100,10 @@ class PlannedStep:
     """Peak memory in bytes of that run."""
     estimate_s: float | None = None
     """Estimated duration in seconds, from the rows it computes; only for a step that never ran."""
+    estimate_bytes: int | None = None
+    """Estimated memory in bytes for the model's weights; only for a step that never ran."""
+    disk_bytes: int | None = None
+    """Bytes of its outputs in the store: of that run, or estimated from the number of weights."""
 
 
 def compile(
@@ -124,25 +129,26 @@ def compile(
     artifacts = start_artifacts(recipe, base, chains) if start is None else start
     shared = _put(artifacts, store)
     compiled = {}
-    for chain in chains:
-        given = shared | _put({TARGET: chain.target}, store)
-        outputs = dict(given)
-        if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
-            whole_model = any(step.configured.holds_weights() for step in chain.steps)
-            check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
-        runs: list[RunRecord] = []
-        for position, step in enumerate(chain.steps, start=1):
-            if PROVENANCE in step.requires:
-                outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
-            place = Place(chain.target.name, step.name, position, len(chain.steps))
-            with _by_users_paths(recipe.model, base, store, given):
-                record = _run_step(step, outputs, recipe.seed, store, on_step, place)
-            outputs |= {key: record.outputs[key.name] for key in step.provides}
-            runs.append(record)
-        folder = None if out is None else out / chain.target.name
-        if folder is not None and processes().first:
-            publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
-        compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
+    with _lean(artifacts):
+        for chain in chains:
+            given = shared | _put({TARGET: chain.target}, store)
+            outputs = dict(given)
+            if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
+                whole_model = any(step.configured.holds_weights() for step in chain.steps)
+                check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
+            runs: list[RunRecord] = []
+            for position, step in enumerate(chain.steps, start=1):
+                if PROVENANCE in step.requires:
+                    outputs |= _put({PROVENANCE: Provenance(whole, _by_name(given), tuple(runs))}, store)
+                place = Place(chain.target.name, step.name, position, len(chain.steps))
+                with _by_users_paths(recipe.model, base, store, given):
+                    record = _run_step(step, outputs, recipe.seed, store, on_step, place)
+                outputs |= {key: record.outputs[key.name] for key in step.provides}
+                runs.append(record)
+            folder = None if out is None else out / chain.target.name
+            if folder is not None and processes().first:
+                publish(folder, store, outputs, Provenance(whole, _by_name(given), tuple(runs)))
+            compiled[chain.target.name] = CompiledTarget(store, outputs, tuple(runs), folder)
     return compiled
 
 
@@ -163,6 +169,15 @@ def plan(
         planned[chain.target.name] = tuple(_plan_chain(chain, given, whole, store, measured))
     with _by_users_paths(recipe.model, base, store, shared):
         return _estimated(planned, chains, artifacts)
+
+
+def _lean(artifacts: Outputs) -> AbstractContextManager[None]:
+    """Return a block in which memory is returned at once if the model is large."""
+    from intaglio.pipeline.artifacts.keys import MODEL
+    from intaglio.pipeline.model.checkpoint import Checkpoint
+
+    model = artifacts.get(MODEL)
+    return giving_back() if isinstance(model, Checkpoint) and model.is_large else nullcontext()
 
 
 def start_artifacts(recipe: Recipe, base: Path, chains: Iterable[Chain]) -> Outputs:
@@ -326,37 +341,44 @@ def _plan_chain(
         if record is not None:
             known |= {key: record.outputs[key.name] for key in step.provides}
             runs.append(record)
-            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes)
+            stored = store.size_bytes(record.outputs.values())
+            yield PlannedStep(step.name, "hit", record.seconds, record.peak_bytes, disk_bytes=stored)
         else:
             last = measured.get((step.origin, known.get(MODEL) if MODEL in step.requires else None))
-            seconds, held = (None, None) if last is None else (last.seconds, last.peak_bytes)
-            yield PlannedStep(step.name, "runs" if decidable else "depends", seconds, held)
+            status: Literal["runs", "depends"] = "runs" if decidable else "depends"
+            if last is None:
+                yield PlannedStep(step.name, status, None)
+            else:
+                stored = store.size_bytes(last.outputs.values())
+                yield PlannedStep(step.name, status, last.seconds, last.peak_bytes, disk_bytes=stored)
 
 
 def _estimated(
     planned: Mapping[str, tuple[PlannedStep, ...]], chains: tuple[Chain, ...], artifacts: Outputs
 ) -> Mapping[str, tuple[PlannedStep, ...]]:
-    """Add estimates for steps that never ran and compute denoiser rows; one call of the denoiser is timed."""
+    """Add estimates for steps that never ran; one call of the denoiser is timed if some of them compute its rows."""
     from intaglio.pipeline.artifacts.keys import MODEL
+    from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost
 
-    by_rows = {
-        step.name: step.configured
-        for chain in chains
-        for step in chain.steps
-        if type(step.configured).forward_rows is not Pass.forward_rows
-    }
-
-    def unknown(step: PlannedStep) -> bool:
-        return step.status != "hit" and step.seconds is None and step.step in by_rows
-
-    if not any(unknown(step) for steps in planned.values() for step in steps):
+    passes = {step.name: step.configured for chain in chains for step in chain.steps}
+    unknown = {s.step for steps in planned.values() for s in steps if s.status != "hit" and s.seconds is None}
+    model = artifacts.get(MODEL)
+    counted = any(type(passes[name]).forward_rows is not Pass.forward_rows for name in unknown)
+    if not unknown or not isinstance(model, Checkpoint) or (model.entry and not counted):  # a factory makes its weights
         return planned
-    cost = measure_cost(artifacts[MODEL])  # type: ignore[arg-type]  # MODEL is a Checkpoint
+    cost = measure_cost(model) if counted else None
+    sizes, large = [parameter.numel() for parameter in model.empty().parameters()], model.is_large
 
     def estimated(step: PlannedStep) -> PlannedStep:
-        rows = by_rows[step.step].forward_rows(cost) if unknown(step) else None
-        return step if rows is None else replace(step, estimate_s=rows * cost.seconds_per_row)
+        if step.status == "hit" or step.seconds is not None:
+            return step
+        configured = passes[step.step]
+        rows = None if cost is None else configured.forward_rows(cost)
+        seconds = None if rows is None or cost is None else rows * cost.seconds_per_row
+        held = estimated_bytes(configured, sizes, large=large)
+        stored = configured.stored_bytes(sum(sizes)) or None
+        return replace(step, estimate_s=seconds, estimate_bytes=held, disk_bytes=stored)
 
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}
 

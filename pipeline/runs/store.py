@@ -26,6 +26,7 @@ from intaglio.pipeline.contract.artifact import A, Artifact, Key
 from intaglio.pipeline.contract.run_record import DIGEST, RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
 from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes
+from intaglio.pipeline.handed_over import handed_over
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """System errors that more free space resolves."""
@@ -48,6 +49,8 @@ class Store:
     def put(self, artifact: Artifact, *, staging: str) -> str:
         """Save the artifact and return its digest. The caller holds the lock of the same name as `staging`.
 
+        Files that a graph has in the scratch folder of this name are moved, all others are copied.
+
         Raises StoreError, and leaves nothing behind, if the disk cannot be written; ContractError if the artifact saves
         links, pipes or devices.
         """
@@ -55,7 +58,8 @@ class Store:
         try:
             remove_tree(folder)
             folder.mkdir()
-            artifact.save(folder)
+            with handed_over(self.root / "scratch" / staging):
+                artifact.save(folder)
             digest = self._moved(folder, type(artifact).__name__)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(f"a {type(artifact).__name__}", error) from error
@@ -130,6 +134,11 @@ class Store:
                 f"(it names no {', '.join(missing)})"
             )
         return record if all(self.object_folder(digest).is_dir() for digest in record.outputs.values()) else None
+
+    def size_bytes(self, digests: Collection[str]) -> int:
+        """Return the size in bytes of the objects that the store has of these."""
+        folders = (self.object_folder(digest) for digest in digests)
+        return sum(file.lstat().st_size for folder in folders if folder.is_dir() for file in files_below(folder))
 
     def records(self) -> Iterator[RunRecord]:
         """Yield all records, the oldest first."""

@@ -11,9 +11,11 @@ class WeightCache:
     """Keeps a layer's rounded weight while no gradient is needed.
 
     With few tokens, rounding a weight takes longer than its product. Call `clear` after a part of the weight changed.
+    Where `keeps` is False, a rounded weight is made each time: one of them is in memory, not those of all layers.
     """
 
     def __init__(self) -> None:
+        self.keeps = True
         self._kept: torch.Tensor | None = None
 
     def get(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -21,7 +23,7 @@ class WeightCache:
         if self._kept is not None:
             return self._kept
         made = make()
-        if not torch.is_grad_enabled():
+        if self.keeps and not torch.is_grad_enabled():
             self._kept = made
         return made
 

@@ -3,11 +3,13 @@ from pathlib import Path
 import pytest
 from tiny import save_folder, tiny_dit
 
-from intaglio import Recipe, Store
+from intaglio import Recipe, Store, compile
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model import checkpoint
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.runs import memory
 from intaglio.pipeline.runs.runner import plan
 
 RECIPE = """
@@ -46,6 +48,37 @@ def test_a_plan_that_never_ran_is_estimated_by_its_rows(store: Store, tmp_path):
     fixed = 4 * 4 + sampled + 2 * 4 * (2 + 1 + 2 * 2)  # two probes, each with both gradients
     measured = estimate["sensitivity"] / per_row - fixed
     assert 2 * 4 * (0.1 * 3 * 21 * 0.5) < measured < 2 * 4 * (0.1 * 3 * 21 * 0.8) + 4 * 3
+
+
+def test_a_plan_says_the_memory_and_the_disk_of_each_step(store: Store, tmp_path, monkeypatch):
+    save_folder(tiny_dit(), tmp_path / "model")
+    recipe = Recipe.parse(
+        "{model: {path: model, sampling_steps: 1}, targets: [onnxruntime-cpu], steps: [{calibrate: {samples: 1}},"
+        " {uniform: {schemes: [w8a8_token]}}, {distill: {updates: 1}}, merge, export-float, export-qdq]}"
+    )
+    sizes = [parameter.numel() for parameter in tiny_dit().parameters()]
+    count = sum(sizes)
+
+    def figures(of: str) -> dict[str, int | None]:
+        return {each.step: getattr(each, of) for each in plan(recipe, store, base=tmp_path)["onnxruntime-cpu"]}
+
+    few = memory.INTERPRETER + 4 * count
+    assert figures("estimate_bytes") == {
+        "calibrate": few, "uniform": few, "distill": memory.least_bytes(count), "merge": few, "export-float": few,
+        "export-qdq": None,
+    }  # fmt: skip
+    monkeypatch.setattr(checkpoint, "FEW", 0.0)
+    assert figures("estimate_bytes")["merge"] == memory.INTERPRETER + 16 * max(sizes)
+    assert figures("estimate_bytes")["distill"] == memory.least_bytes(count)
+    stored = figures("disk_bytes")
+    assert {name: stored[name] for name in ("merge", "export-float", "export-qdq")} == {
+        "merge": count, "export-float": 4 * count, "export-qdq": count,
+    }  # fmt: skip
+    assert stored["calibrate"] is None
+    first = recipe.model_copy(update={"steps": recipe.steps[:1]})
+    outputs = compile(first, store, base=tmp_path)["onnxruntime-cpu"].runs[0].outputs.values()
+    files = [file for digest in outputs for file in store.object_folder(digest).iterdir()]
+    assert figures("disk_bytes")["calibrate"] == sum(file.stat().st_size for file in files)
 
 
 def test_a_models_fault_in_a_plan_is_one_line(store: Store, tmp_path):

@@ -1,8 +1,11 @@
 """A model that does not fit is refused before it is read, and what steps took is on record."""
 
+import platform
 from mmap import mmap
 
+import peak_memory
 import pytest
+from forked import printed_forked
 from tiny import FACTORY, save_folder, tiny_dit
 from toys import START, toy_recipe
 
@@ -56,6 +59,20 @@ def test_the_machine_has_what_a_group_allows(text, tmp_path, monkeypatch):
     (tmp_path / "limit").write_text(text)
     monkeypatch.setattr(machine, "_GROUPS", (str(tmp_path / "limit"),))
     assert machine.machine_bytes() == (whole if text == "max\n" else 123456789)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc can be told when to return memory")
+def test_freed_memory_returns_to_the_system(tmp_path):
+    lean, usual = map(int, printed_forked(peak_memory.print_returned, out=tmp_path / "printed").split())
+    assert lean < 10e6 < 60e6 < usual
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
+def test_the_machine_has_what_the_process_may_allocate(kind, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = {getattr(resource, kind): (123456789, resource.RLIM_INFINITY)}
+    monkeypatch.setattr(resource, "getrlimit", lambda of: limits.get(of, (resource.RLIM_INFINITY,) * 2))
+    assert machine.machine_bytes() == 123456789
 
 
 def test_the_peak_counts_from_when_it_was_forgotten():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from safetensors.numpy import save_file
 from toys import NUMBERS, START, Numbers, Text, toy_recipe
 
 from intaglio import Store, compile
+from intaglio.pipeline.contract.artifact import Artifact
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
+from intaglio.pipeline.handed_over import place_file
 from intaglio.pipeline.runs.store import file_digest, remove_tree, tree_digest, write_atomically
 
 
@@ -55,6 +58,43 @@ def test_a_flipped_byte_is_found_and_running_again_heals_it(store: Store) -> Non
 def test_objects_are_read_only(store: Store) -> None:
     digest = store.put(Numbers([1]), staging="a")
     assert (store.open(digest) / "numbers.json").stat().st_mode & 0o222 == 0
+
+
+@dataclass(frozen=True)
+class Copied(Artifact):
+    """An artifact whose file is elsewhere, as that of a graph is."""
+
+    path: Path
+
+    def save(self, root: Path) -> None:
+        place_file(self.path, root / "file")
+
+    @classmethod
+    def load(cls, root: Path) -> "Copied":
+        return cls(root / "file")
+
+
+def test_a_file_that_a_step_made_in_its_scratch_folder_is_moved(store: Store) -> None:
+    file = store.scratch("a") / "file"
+    file.write_text("large")
+    number = file.stat().st_ino
+    stored = store.open(store.put(Copied(file), staging="a")) / "file"
+    assert (stored.stat().st_ino, file.exists()) == (number, False)
+
+
+def test_a_file_of_the_user_is_copied_and_stays_as_it_is(store: Store, tmp_path: Path) -> None:
+    users, scratch = tmp_path / "users", store.scratch("a")
+    users.write_text("large")
+    (scratch / "link").symlink_to(users)
+    (scratch / "name").hardlink_to(users)
+    (store.scratch("b") / "file").write_text("large")  # another step's, which may still need it
+    mode = users.stat().st_mode
+    for path in (users, scratch / "link", scratch / "name", store.scratch("b") / "file"):
+        stored = store.open(store.put(Copied(path), staging="a")) / "file"
+        assert not stored.samefile(users)
+        assert path.read_text() == "large"
+        remove_tree(stored.parent)
+    assert users.stat().st_mode == mode
 
 
 def test_a_damaged_record_is_named(store: Store) -> None:
