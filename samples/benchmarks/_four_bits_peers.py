@@ -1,7 +1,8 @@
 """nvidia-modelopt's FP8, NVFP4 and INT4 as peers: fake quantization in torch on the CPU, calibrated on recorded calls.
 
-Each peer follows a plan of ours: the layers that the plan gives NVFP4 have the peer's 4-bit format, all other layers
-its 8-bit format. So all of them have the same bytes, except for the branches of SVDQuant.
+Each peer follows a plan of ours: the layers that the plan gives NVFP4 have the peer's 4-bit format. All other layers
+have FP8 beside FP8, and INT8 beside 4 bits, with a scale for each token as ours. So all of them have the same bytes,
+except for the branches of SVDQuant.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,9 +71,8 @@ class Peer:
 
 
 FP8 = (tensor(E4M3), tensor(E4M3))
-FP8_TOKEN = (FP8_WEIGHT, token(E4M3))  # type: ignore[arg-type]
-FP8_CONV = (FP8_WEIGHT, tensor(E4M3))
-INT8 = (channel(8), tensor(8))
+FP8_TOKEN, FP8_CONV = (FP8_WEIGHT, token(E4M3)), (FP8_WEIGHT, tensor(E4M3))
+INT8 = ((channel(8), token(8)), (channel(8), tensor(8)))
 FOUR = (NVFP4, NVFP4)
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "FP8": {
@@ -80,12 +80,12 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
         "FP8, weights by channel, inputs by token": Peer(FP8_TOKEN, FP8_TOKEN, FP8_CONV, narrow=False),
     },
     "NVFP4": {
-        "NVFP4": Peer(FOUR, FP8, FP8),
-        "NVFP4 AWQ": Peer(FOUR, FP8, FP8, "awq_lite"),
-        "NVFP4 SVDQuant, rank 8": Peer(FOUR, FP8, FP8, "svdquant", 8),
-        "NVFP4 SVDQuant, rank 32": Peer(FOUR, FP8, FP8, "svdquant", 32),
-        "INT4 blocks, INT4 inputs by token": Peer((blocks(-1), token(4)), INT8, INT8),
-        "INT4 AWQ, inputs in float": Peer((blocks(-1), None), INT8, INT8, "awq_lite", narrow=False),
+        "NVFP4": Peer(FOUR, *INT8),
+        "NVFP4 AWQ": Peer(FOUR, *INT8, "awq_lite"),
+        "NVFP4 SVDQuant, rank 8": Peer(FOUR, *INT8, "svdquant", 8),
+        "NVFP4 SVDQuant, rank 32": Peer(FOUR, *INT8, "svdquant", 32),
+        "INT4 blocks, INT4 inputs by token": Peer((blocks(-1), token(4)), *INT8),
+        "INT4 AWQ, inputs in float": Peer((blocks(-1), None), *INT8, "awq_lite", narrow=False),
     },
 }
 

@@ -3,7 +3,7 @@
     python samples/benchmarks/four_bits.py [emoji-dit emoji-unet] [--seeds 3] [--out GRIDS] [--json]
 
 Plans: every layer in W8A8, every layer in FP8, and NVFP4 for every linear layer whose inputs are a multiple of 16, with
-FP8 for the first and the last layer and for convolutions, which have no NVFP4. Model Optimizer follows the same plans.
+W8A8 for the first and the last layer and for convolutions, which have no NVFP4. Model Optimizer follows the same plans.
 Samples are drawn in the simulation from noise that no training saw; PSNR is relative to the range of the full-precision
 samples, and nothing is clamped. `bytes` are those of all quantizable layers, with the branches of SVDQuant in float16.
 The other figures are those of `efficientdm.py`.
@@ -20,7 +20,19 @@ from typing import Annotated, Any
 import typer
 from _efficientdm_report import strips
 from _rows import Figures, say, speak
-from efficientdm import CALIBRATE, MODELS, ROUNDED, Bench, difference, measure, ours, recovered, reference, variant
+from efficientdm import (
+    CALIBRATE,
+    ENDS,
+    MODELS,
+    ROUNDED,
+    Bench,
+    difference,
+    measure,
+    ours,
+    recovered,
+    reference,
+    variant,
+)
 from full_size import alone, folder
 
 from intaglio import Recipe, Step
@@ -29,13 +41,13 @@ from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler
 
 TARGET = "tensorrt-rtx-blackwell"
-FP8 = ["fp8_token", "fp8_step"]
 PLANS: Mapping[str, Mapping[str, list[str]]] = {
-    "W8A8": {"schemes": ["w8a8_token", "w8a8_step"]},
-    "FP8": {"schemes": FP8},
-    "NVFP4": {"schemes": ["nvfp4_step", *FP8], "ends": FP8},
+    "W8A8": {"schemes": ENDS},
+    "FP8": {"schemes": ["fp8_token", "fp8_step"]},
+    "NVFP4": {"schemes": ["nvfp4_step", *ENDS], "ends": ENDS},
 }
 BALANCED, DISTILLED = "balance", "balance and distillation"
+BRANCHED = "balance, a branch of rank 8"
 COLUMNS = {
     "bytes": "{:.0f}",
     "output_mse": "{:.2e}",
@@ -65,14 +77,17 @@ def variants(model: str, plan: str) -> dict[str, tuple[Step, ...]]:
             return rounded
         case "FP8":
             return {**rounded, BALANCED: ours(model, updates=0)}
-    return {**rounded, BALANCED: ours(model, updates=0), DISTILLED: ours(model)}
+    balanced = ours(model, updates=0)
+    branched = (Step(uses="balance", options={"branch": 8}), balanced[1])
+    return {**rounded, BALANCED: balanced, BRANCHED: branched, DISTILLED: ours(model)}
 
 
 def measured(bench: FourBits, plan: str, name: str, seed: int) -> Figures:
     """One of ours, with its bytes."""
     say(bench.model, f"{plan}, seed {seed}: {name}")
     row = variant(bench, plan, variants(bench.model, plan)[name], seed, first=seed == 0)
-    return {**row, "bytes": bench.compiled(bench.planned(seed, plan))[PLAN].size_bytes}
+    before = [step for step in variants(bench.model, plan)[name] if step.uses == "balance"]
+    return {**row, "bytes": bench.compiled(bench.planned(seed, plan, *before))[PLAN].size_bytes}
 
 
 def peers(bench: FourBits, plan: str, seed: int, names: Sequence[str]) -> dict[str, Figures]:
