@@ -48,6 +48,7 @@ PLANS: Mapping[str, Mapping[str, list[str]]] = {
 }
 BALANCED, DISTILLED = "balance", "balance and distillation"
 BRANCHED = "balance, a branch of rank 8"
+BRANCHED_DISTILLED = f"{BRANCHED}, and distillation"
 COLUMNS = {
     "bytes": "{:.0f}",
     "output_mse": "{:.2e}",
@@ -77,9 +78,15 @@ def variants(model: str, plan: str) -> dict[str, tuple[Step, ...]]:
             return rounded
         case "FP8":
             return {**rounded, BALANCED: ours(model, updates=0)}
-    balanced = ours(model, updates=0)
-    branched = (Step(uses="balance", options={"branch": 8}), balanced[1])
-    return {**rounded, BALANCED: balanced, BRANCHED: branched, DISTILLED: ours(model)}
+    branch = Step(uses="balance", options={"branch": 8})
+    (balance, start), (_, distill) = ours(model, updates=0), ours(model)
+    return {
+        **rounded,
+        BALANCED: (balance, start),
+        DISTILLED: (balance, distill),
+        BRANCHED: (branch, start),
+        BRANCHED_DISTILLED: (branch, distill),
+    }
 
 
 def measured(bench: FourBits, plan: str, name: str, seed: int) -> Figures:
@@ -150,23 +157,23 @@ def derived(rows: Table, compared: Table) -> dict[str, Any]:
     def of(plan: str, name: str, figure: str = "psnr_db") -> list[float]:
         return [row[figure] for row in rows[plan][name]]
 
-    narrow = {name: seeds for name, seeds in compared["NVFP4"].items() if seeds[0]["narrow"]}
-    best = max(narrow, key=lambda name: statistics.mean(row["psnr_db"] for row in narrow[name]))
+    def gain_over_best(name: str) -> dict[str, Any]:
+        """Compare one of ours with the peers whose inputs have 4 bits and that are not smaller than it, on average."""
+        least = rows["NVFP4"][name][0]["bytes"]
+        others = {n: r for n, r in compared["NVFP4"].items() if r[0]["narrow"] and r[0]["bytes"] >= least}
+        best = max(others, key=lambda n: statistics.mean(row["psnr_db"] for row in others[n]))
+        gains = difference(of("NVFP4", name), [row["psnr_db"] for row in others[best]])
+        return {"best_peer": best, "gain_over_best_peer_db": statistics.mean(gains)}
+
     best_fp8 = max(statistics.mean(row["psnr_db"] for row in seeds) for seeds in compared["FP8"].values())
-    ends = (("NVFP4", ROUNDED), ("NVFP4", DISTILLED), ("FP8", ROUNDED))
-    errors = zip(*(of(*each, "output_mse") for each in ends), strict=True)
-    return {
-        "best_peer_with_four_bits": best,
-        "best_peer_bytes": narrow[best][0]["bytes"],
-        "nvfp4_bytes": rows["NVFP4"][DISTILLED][0]["bytes"],
-        "nvfp4_gain_over_best_peer_db": statistics.mean(
-            difference(of("NVFP4", DISTILLED), [row["psnr_db"] for row in narrow[best]])
-        ),
-        "nvfp4_gain_over_rounding_db": statistics.mean(difference(of("NVFP4", DISTILLED), of("NVFP4", ROUNDED))),
-        "nvfp4_recovered": statistics.mean(recovered(*each) for each in errors),
-        "fp8_gain_over_w8a8_db": statistics.mean(difference(of("FP8", ROUNDED), of("W8A8", ROUNDED))),
-        "fp8_gain_over_best_peer_db": statistics.mean(of("FP8", ROUNDED)) - best_fp8,
-    }
+    found: dict[str, Any] = {}
+    for figure, name in (("nvfp4", DISTILLED), ("nvfp4_branch", BRANCHED_DISTILLED)):
+        errors = [of(*each, "output_mse") for each in (("NVFP4", ROUNDED), ("NVFP4", name), ("FP8", ROUNDED))]
+        found |= {f"{figure}_{what}": value for what, value in gain_over_best(name).items()}
+        found[f"{figure}_recovered"] = statistics.mean(recovered(*each) for each in zip(*errors, strict=True))
+    found["fp8_gain_over_w8a8_db"] = statistics.mean(difference(of("FP8", ROUNDED), of("W8A8", ROUNDED)))
+    found["fp8_gain_over_best_peer_db"] = statistics.mean(of("FP8", ROUNDED)) - best_fp8
+    return found
 
 
 def named(found: Figures) -> dict[str, Sequence[Figures]]:

@@ -1,7 +1,7 @@
 import pytest
 from _four_bits_peers import PEERS
 from efficientdm import ROUNDED
-from four_bits import BALANCED, DISTILLED, derived
+from four_bits import BRANCHED_DISTILLED, DISTILLED, derived
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.layer import Layer
@@ -34,19 +34,24 @@ def row(psnr_db: float, mse: float = 1.0, size: int = 10, *, narrow: bool = True
     return [{"psnr_db": psnr_db, "output_mse": mse, "bytes": size, "narrow": narrow}]
 
 
-def test_ours_is_compared_with_the_best_peer_whose_inputs_have_four_bits() -> None:
+def test_ours_is_compared_with_the_best_peer_that_is_not_smaller_and_has_inputs_of_four_bits() -> None:
     rows = {
         "W8A8": {ROUNDED: row(40.0, 0.1)},
         "FP8": {ROUNDED: row(39.5, 0.2)},
-        "NVFP4": {ROUNDED: row(25.0, 1.0), BALANCED: row(27.0, 0.5), DISTILLED: row(31.0, 0.28)},
+        "NVFP4": {
+            ROUNDED: row(25.0, 1.0),
+            DISTILLED: row(31.0, 0.28),
+            BRANCHED_DISTILLED: row(32.0, 0.2, 15),
+        },
     }
     peers = {
         "FP8": {"default": row(39.0), "by token": row(39.2)},
-        "NVFP4": {"plain": row(26.0), "larger": row(28.0, size=20), "float inputs": row(33.0, narrow=False)},
+        "NVFP4": {"plain": row(29.0), "larger": row(28.0, size=20), "float inputs": row(33.0, narrow=False)},
     }
     found = derived(rows, peers)
-    assert (found["best_peer_with_four_bits"], found["best_peer_bytes"], found["nvfp4_bytes"]) == ("larger", 20, 10)
-    assert found["nvfp4_gain_over_best_peer_db"] == pytest.approx(3)
+    assert (found["nvfp4_best_peer"], found["nvfp4_branch_best_peer"]) == ("plain", "larger")
+    assert found["nvfp4_gain_over_best_peer_db"] == pytest.approx(2)
+    assert found["nvfp4_branch_gain_over_best_peer_db"] == pytest.approx(4)
     assert found["nvfp4_recovered"] == pytest.approx(0.9)
     assert found["fp8_gain_over_w8a8_db"] == pytest.approx(-0.5)
     assert found["fp8_gain_over_best_peer_db"] == pytest.approx(0.3)
