@@ -1,8 +1,8 @@
 """nvidia-modelopt's FP8, NVFP4 and INT4 as peers: fake quantization in torch on the CPU, calibrated on recorded calls.
 
 Each peer follows a plan of ours: the layers that the plan gives NVFP4 have the peer's 4-bit format. All other layers
-have FP8 beside FP8, and INT8 beside 4 bits, with a scale for each token as ours. So all of them have the same bytes,
-except for the branches of SVDQuant.
+have FP8 beside FP8, and INT8 beside 4 bits, with a scale for each token as ours where it can. So all of them have the
+same bytes, except for the branches of SVDQuant.
 """
 
 from collections.abc import Iterator, Mapping
@@ -73,6 +73,8 @@ class Peer:
 FP8 = (tensor(E4M3), tensor(E4M3))
 FP8_TOKEN, FP8_CONV = (FP8_WEIGHT, token(E4M3)), (FP8_WEIGHT, tensor(E4M3))
 INT8 = ((channel(8), token(8)), (channel(8), tensor(8)))
+INT8_STATIC = (INT8[1], INT8[1])
+"""For AWQ, which cannot be calibrated beside inputs that are scaled by token."""
 FOUR = (NVFP4, NVFP4)
 PEERS: Mapping[str, Mapping[str, Peer]] = {
     "FP8": {
@@ -81,11 +83,11 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
     },
     "NVFP4": {
         "NVFP4": Peer(FOUR, *INT8),
-        "NVFP4 AWQ": Peer(FOUR, *INT8, "awq_lite"),
-        "NVFP4 SVDQuant, rank 8": Peer(FOUR, *INT8, "svdquant", 8),
-        "NVFP4 SVDQuant, rank 32": Peer(FOUR, *INT8, "svdquant", 32),
+        "NVFP4 AWQ": Peer(FOUR, *INT8_STATIC, "awq_lite"),
+        "NVFP4 SVDQuant, rank 8": Peer(FOUR, *INT8_STATIC, "svdquant", 8),
+        "NVFP4 SVDQuant, rank 32": Peer(FOUR, *INT8_STATIC, "svdquant", 32),
         "INT4 blocks, INT4 inputs by token": Peer((blocks(-1), token(4)), *INT8),
-        "INT4 AWQ, inputs in float": Peer((blocks(-1), None), *INT8, "awq_lite", narrow=False),
+        "INT4 AWQ, inputs in float": Peer((blocks(-1), None), *INT8_STATIC, "awq_lite", narrow=False),
     },
 }
 
