@@ -36,7 +36,7 @@ class MergeAdapters(Pass):
     """
 
     name: ClassVar[str] = "merge"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, ADAPTER, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({QUANTIZED})
     needs: ClassVar[tuple[str, ...]] = ("torch",)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from onnx import TensorProto
 
 from intaglio.exporters.float_graph.onnx_file import read_proto
 from intaglio.exporters.float_graph.sites import LAYER_KEY
@@ -63,7 +64,8 @@ class LayersInGraph:
 
 def value_names(graph: Graph) -> tuple[str, ...]:
     """Return the names of each layer's inputs and outputs, and of the graph's outputs, for `find_departures`."""
-    ends = [end for name, calls in _call_outputs(graph).items() for end in (graph.nodes[name][0], *calls)]
+    entries = _entries(graph)
+    ends = [end for name, calls in _call_outputs(graph).items() for end in (entries[name], *calls)]
     return tuple(dict.fromkeys([*ends, *graph.outputs]))
 
 
@@ -77,6 +79,21 @@ def _call_outputs(graph: Graph) -> dict[str, list[str]]:
     return {name: list(calls.values()) for name, calls in last.items()}
 
 
+def _entries(graph: Graph) -> dict[str, str]:
+    """Return the value that each layer reads as its input: the output of a Cast to float32 if the graph has one.
+
+    A runtime may compute a value in float32, round it to float16 for those who ask for it, and leave out this rounding
+    in front of such a Cast. A rounding before that of the codes would move some inputs to neighbouring codes, which are
+    far apart in 4 bits.
+    """
+    casts = {
+        node.input[0]: node.output[0]
+        for node in read_proto(graph.path).graph.node
+        if node.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.FLOAT for a in node.attribute)
+    }
+    return {name: casts.get(x, x) for name, (x, _) in graph.nodes.items()}
+
+
 def find_departures(
     layers: Mapping[str, QuantizedLayer], simulated: Denoise, graph: Graph, deployed: Values, call: Inputs
 ) -> tuple[dict[str, Departure], float]:
@@ -88,6 +105,7 @@ def find_departures(
     its first call.
     """
     values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
+    entries = _entries(graph)
     found: dict[str, Departure] = {}
     calls = dict.fromkeys(layers, 0)
 
@@ -95,7 +113,7 @@ def find_departures(
         layer, x = layers[name], args[0]
         left = [ends.leaving(name, values[output], output) for output in outputs[name]]
         if name not in found:
-            entered, own = in_shape_of(x, values[graph.nodes[name][0]]), math.inf
+            entered, own = in_shape_of(x, values[entries[name]]), math.inf
             if entered.shape == x.shape:
                 with ends.reading(name):
                     made = layer.forward(entered)

@@ -14,7 +14,7 @@ from intaglio.passes.distill.gptq import gptq, second_moment
 from intaglio.passes.distill.objective import Task
 from intaglio.passes.distill.trainable import InputScales, learn_input, start_from
 from intaglio.passes.layer_inputs import layer_inputs, siblings
-from intaglio.pipeline.formats.schemes import FEW_BITS, LayerScheme, RoundedWeight
+from intaglio.pipeline.formats.schemes import FEW_BITS, LayerScheme, RoundedInput, RoundedWeight
 from intaglio.pipeline.model.blocks import find_blocks
 from intaglio.pipeline.model.calls import denoise_with, on_device
 from intaglio.pipeline.model.sampler import Sampler
@@ -54,7 +54,7 @@ def begin(
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, RoundedWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
     if layers and options.input_rate:
-        start_inputs({n: layer for n, layer in layers.items() if learns_input(layer.scheme)}, denoise, trajectory, ctx)
+        start_inputs(layers, denoise, trajectory, ctx)
     codes = start_weights(layers, denoise, trajectory, options.start, options.distance, ctx)
     return Task(options, sampler, denoise, clock, layers, trajectory, find_blocks(model.module), ctx), codes
 
@@ -62,22 +62,27 @@ def begin(
 def learns_input(scheme: LayerScheme) -> bool:
     """Return True if a layer's input gets trainable scales.
 
-    8-bit inputs with a scale for each token do not get them, nor do inputs with one scale for all calls.
+    8-bit inputs with a scale for each token do not get them, nor do inputs with one scale for all calls, nor those with
+    headroom, whose accuracy does not depend on the range.
     """
+    if isinstance(scheme.input, RoundedInput) and scheme.input.headroom > 1:
+        return False
     return scheme.by_step or (scheme.by_token and scheme.input_bits < 8)
 
 
-def start_inputs(layers: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
-    """Give layers trainable input scales; siblings share them.
+def start_inputs(every: Mapping[str, QuantizedLayer], denoise: Denoise, trajectory: Trajectory, ctx: Context) -> None:
+    """Give layers trainable input scales, if their schemes learn them; siblings share them.
 
     Inputs below 8 bits start from the scales with the least squared error, inputs of 8 bits from the calibrated ones.
     """
+    layers = {name: layer for name, layer in every.items() if learns_input(layer.scheme)}
+    exact = [layer for layer in every.values() if learns_input(layer.scheme) or layer.scheme.by_step]
     rows = trajectory.some_rows(START_ROWS)
     few = {name: layer for name, layer in layers.items() if layer.scheme.input_bits < 8}
     steps = range(len(trajectory.timesteps) if few else 1)
     groups: list[tuple[str, ...]] = []
     factors: dict[tuple[str, ...], list[float]] = {}
-    with full_precision(layers.values()), ctx.progress("input scales", len(steps)) as advance:
+    with full_precision(exact), ctx.progress("input scales", len(steps)) as advance:
         for step in steps:
             seen = layer_inputs(few if groups else layers, denoise, trajectory.call(step, rows))
             groups = groups or [tuple(names) for group in siblings(seen) for names in _alike(group, layers)]

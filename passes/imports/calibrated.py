@@ -22,7 +22,7 @@ from intaglio.pipeline.errors import MissingExtra, RecipeError
 from intaglio.pipeline.files import printable
 
 if TYPE_CHECKING:
-    from intaglio.passes.imports.quantizers import SavedQuantizers
+    from intaglio.passes.imports.saved_quantizers import SavedQuantizers
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.formats.layer import Layer
@@ -35,17 +35,24 @@ CONFIGS: Mapping[str, bool] = {
     "INT8_WEIGHT_ONLY_CFG": False,
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": False,
     "INT4_AWQ_CFG": True,
+    "FP8_DEFAULT_CFG": True,
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": False,
+    "NVFP4_DEFAULT_CFG": True,
+    "W4A16_NVFP4_CFG": False,
 }
-"""Configurations whose codes are plain integers; True if their scales depend on the recorded calls."""
+"""Configurations that can be imported; True if their scales depend on the recorded calls.
+
+Model Optimizer calibrates other configurations of NVFP4 with its kernels for GPUs.
+"""
 
 
 class QuantizeWithModelopt(Pass):
-    """Quantize the denoiser with NVIDIA's Model Optimizer, and take over its plan and its integers.
+    """Quantize the denoiser with NVIDIA's Model Optimizer, and take over its plan and its codes.
 
-    Model Optimizer calibrates on the recorded calls. Codes are exactly its codes; scales differ by at most one rounding
-    of float32. Only weights and inputs of layers are quantized: attention, normalizations and outputs stay in float. A
-    layer that cannot be imported exactly, such as a convolution with scales for blocks, stays in float too; the log
-    names it, with the reason.
+    Model Optimizer calibrates on the recorded calls, to integers, FP8 or NVFP4. Codes are exactly its codes; scales
+    differ by at most one rounding of float32. Only weights and inputs of layers are quantized: attention,
+    normalizations and outputs stay in float. A layer that cannot be imported exactly, such as a convolution with scales
+    for blocks, stays in float too; the log names it, with the reason.
     """
 
     name: ClassVar[str] = "modelopt"
@@ -66,8 +73,8 @@ class QuantizeWithModelopt(Pass):
     def _is_of_integers(cls, written: str) -> str:
         if written not in CONFIGS:
             raise ValueError(
-                f"{printable(written)[:80]} cannot be exported: only configurations of plain integers can"
-                f" ({', '.join(CONFIGS)}); the FP8, MX and NVFP4 formats of Model Optimizer are not imported"
+                f"{printable(written)[:80]} cannot be run here: only {', '.join(CONFIGS)} can. Save what others make"
+                " with modelopt.torch.opt.save, and import the file with import-modelopt, which also reads SVDQuant"
             )
         return written
 
@@ -113,7 +120,7 @@ class QuantizeWithModelopt(Pass):
         import torch
         from modelopt.torch.quantization.conversion import quantizer_state
 
-        from intaglio.passes.imports.quantizers import grouped
+        from intaglio.passes.imports.saved_quantizers import grouped
         from intaglio.pipeline.model.calls import denoise_with
 
         def calibrate(module: torch.nn.Module) -> None:
@@ -131,10 +138,11 @@ class QuantizeWithModelopt(Pass):
         return grouped(model.module.state_dict(), quantizer_state(model.module), modelopt.__version__)
 
     def _config(self, shipped: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a copy of a configuration of Model Optimizer in which blocks have the size `block`."""
+        """Return a copy of a configuration of Model Optimizer in which INT4 blocks have the size `block`."""
         config = copy.deepcopy(dict(shipped))
         for row in config["quant_cfg"]:
-            if -1 in (blocks := (row.get("cfg") or {}).get("block_sizes") or {}):
+            cfg = row.get("cfg") or {}
+            if cfg.get("num_bits") == 4 and -1 in (blocks := cfg.get("block_sizes") or {}):
                 blocks[-1] = self.block
         return config
 

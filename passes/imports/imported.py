@@ -141,7 +141,7 @@ class TakenLayers:
 
 @dataclass(frozen=True)
 class ImportedInput:
-    """The rounding of a layer's input, with the tables that it needs."""
+    """The rounding of a layer's input to integers, with the tables that it needs."""
 
     form: IntInput
     tables: LayerTables = NO_TABLES
@@ -189,7 +189,7 @@ def outputs_of(
         else:
             amax_T = data.tables.amax_T.expand(len(trajectory.timesteps))
         balances[name] = LayerBalance(data.balance, -amax_T, amax_T.clone())
-    plan = plan.balanced(balances)
+    plan = plan.balanced(balances, {name: data.branch for name, data in taken.items() if data.branch is not None})
     bits = plan.weight_bits_mean
     ctx.log.info("%d of %d layers from %s, %.2f bits per weight", len(taken), len(layers), origin, bits)
     for reason, names in found.in_float.items():

@@ -17,7 +17,8 @@ from intaglio.passes.imports.imported import (
     some,
     take_layers,
 )
-from intaglio.passes.imports.quantizers import SavedQuantizers, grouped, taker
+from intaglio.passes.imports.quantizers import FACTORS, taker
+from intaglio.passes.imports.saved_quantizers import SavedQuantizers, grouped
 from intaglio.passes.imports.torch_file import check_end, load_torch_file
 from intaglio.pipeline.artifacts.keys import MODEL, TRAJECTORY
 from intaglio.pipeline.contract.artifact import Outputs, State
@@ -35,13 +36,15 @@ NOT_A_MODEL = (
 class ImportModelopt(ImportPass):
     """Import the plan and the integers from a file that `modelopt.torch.opt.save(denoiser, path)` wrote.
 
-    Codes are exactly those of the file. Scales differ by one rounding of float32 at most. An input with one scale has
-    this scale at every timestep. The file is read without running anything from it. A layer that cannot be imported
-    exactly is an error that names it. So is a weight outside the quantized layers that differs from the recipe's model,
-    because the float graph is made from that model.
+    Codes are exactly those of the file: integers, FP8 or NVFP4, in float weights with their quantizers or packed by
+    `mtq.compress`. Scales differ by one rounding of float32 at most. An input with one scale has this scale at every
+    timestep. The factors of SVDQuant are rounded to float16. The file is read without running anything from it. A layer
+    that cannot be imported exactly is an error that names it. So is a weight outside the quantized layers that differs
+    from the recipe's model, because the float graph is made from that model.
     """
 
     name: ClassVar[str] = "import-modelopt"
+    version: ClassVar[int] = 2
 
     path: str = Field(description="a file of modelopt.torch.opt.save, beside the recipe")
     ignore: tuple[str, ...] = Field(
@@ -85,7 +88,8 @@ class ImportModelopt(ImportPass):
                 f"{some(others)}: neither weight nor input of a linear layer or an ungrouped convolution, which is"
                 " all that is rounded here: switch them off in Model Optimizer, or name them in `ignore`"
             )
-        held = {name: {"_amax", "_pre_quant_scale"} if name.endswith(".input_quantizer") else {"_amax"} for name in own}
+        of_weights = {"_amax", "_scale", "_double_scale", *FACTORS}
+        held = {n: {"_amax", "_pre_quant_scale"} if n.endswith(".input_quantizer") else of_weights for n in own}
         unknown = defaultdict(list)
         for name, q in saved.quantizers.items():
             if parts := sorted(q.tensors.keys() - held.get(name, {"_amax"})):
@@ -101,13 +105,15 @@ def read_modelopt(file: Path) -> SavedQuantizers:
     saved = load_torch_file(file)
     try:
         state: Any = saved["modelopt_state"]  # type: ignore[index]
-        found = [mode["metadata"] for _, mode in state["modelopt_state_dict"] if "quantizer_state" in mode["metadata"]]
-        facts: Any = found[-1]["quantizer_state"]
+        modes = [mode["metadata"] for _, mode in state["modelopt_state_dict"]]
+        facts: Any = [mode["quantizer_state"] for mode in modes if "quantizer_state" in mode][-1]
+        packed: Any = [mode["real_quantizer_state"] for mode in modes if "real_quantizer_state" in mode]
+        facts = {**facts, **{f"{name}.weight_quantizer": each for name, each in (packed or [{}])[-1].items()}}
         tensors: Any = saved["model_state_dict"]  # type: ignore[index]
         version = shown(state["modelopt_version"]).strip("'")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise RecipeError(f"{where}: {NOT_A_MODEL}") from error
-    if not isinstance(facts, dict) or not isinstance(tensors, dict):
+    if not isinstance(tensors, dict):
         raise RecipeError(f"{where}: {NOT_A_MODEL}")
     if not all(isinstance(name, str) for name in (*facts, *tensors)):
         raise RecipeError(f"{where}: a name in it is no text")

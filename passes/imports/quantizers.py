@@ -6,12 +6,10 @@ Shapes: N out features, K in features, G scales per row, C input channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from intaglio.passes.imports.float_quantizers import float_layer
 from intaglio.passes.imports.imported import (
     ImportedInput,
     NotCarried,
@@ -20,6 +18,20 @@ from intaglio.passes.imports.imported import (
     check_called,
     layer_data,
     shown,
+)
+from intaglio.passes.imports.saved_quantizers import (
+    ZERO_AMAX,
+    Quantizer,
+    SavedQuantizers,
+    amax_of,
+    channel_amax,
+    check_rounds,
+    form_of,
+    is_by_token,
+    is_static,
+    positive,
+    refuse_input,
+    static_amax,
 )
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.layer_tables import LayerTables
@@ -32,83 +44,10 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.numerics.basis import Balance
+    from intaglio.pipeline.numerics.low_rank import Branch
 
-ZERO_AMAX = 2.0**-24
-"""Largest magnitude at which Model Optimizer still rounds everything to zero."""
-USUAL: Mapping[str, object] = {
-    "_if_quant": True,
-    "_if_calib": False,
-    "_fake_quant": True,
-    "_unsigned": False,
-    "_bias": None,
-    "_use_constant_amax": False,
-    "backend": None,
-}
-"""Attributes of a quantizer that stand for plain symmetric rounding."""
-
-
-class _Facts(BaseModel):
-    """Attributes of a TensorQuantizer that say how it rounds, under Model Optimizer's names."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    bits: int | tuple[int, int] = Field(alias="_num_bits")
-    axis: int | tuple[int, ...] | None = Field(None, alias="_axis")
-    blocks: dict[int | str, object] | None = Field(None, alias="_block_sizes")
-    dynamic: bool = Field(False, alias="_dynamic")
-    narrow: bool = Field(False, alias="_narrow_range")
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """TensorQuantizer: its attributes and its buffers."""
-
-    facts: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-
-    @property
-    def on(self) -> bool:
-        """True if it rounds. Anything but `True` under `_disabled` leaves it on, and fails later."""
-        return self.facts.get("_disabled", False) is not True
-
-    @property
-    def dynamic(self) -> bool:
-        """True if it computes its scales at run time."""
-        return self.facts.get("_dynamic") is True
-
-    @cached_property
-    def how(self) -> _Facts:
-        """Attributes that say how it rounds. Raises NotCarried for types other than Model Optimizer's."""
-        try:
-            return _Facts.model_validate(dict(self.facts))
-        except ValidationError as error:
-            names = dict.fromkeys(str(each["loc"][0]) for each in error.errors(include_input=False, include_url=False))
-            said = ", ".join(f"{name} is {shown(self.facts.get(name))}" for name in names)
-            raise NotCarried(f"attributes that Model Optimizer does not write: {said}") from error
-
-
-@dataclass(frozen=True)
-class SavedQuantizers:
-    """Denoiser that Model Optimizer quantized: its tensors and all its quantizers, by name."""
-
-    tensors: Mapping[str, torch.Tensor]
-    quantizers: Mapping[str, Quantizer]
-    version: str
-
-
-def grouped(
-    tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Mapping[str, Any]], version: str
-) -> SavedQuantizers:
-    """Give each quantizer its attributes, `facts`, and its own tensors; all other tensors are the denoiser's."""
-    buffers: dict[str, dict[str, torch.Tensor]] = {name: {} for name in facts}
-    rest = {}
-    for key, value in tensors.items():
-        name, _, part = key.rpartition(".")
-        if name in facts:
-            buffers[name][part] = value.detach()
-        else:
-            rest[key] = value.detach()
-    return SavedQuantizers(rest, {name: Quantizer(each, buffers[name]) for name, each in facts.items()}, version)
+FACTORS = ("_svdquant_lora_a", "_svdquant_lora_b")
+"""Buffers of a weight quantizer with the low-rank part that SVDQuant computes in float: (R, K) and (N, R)."""
 
 
 def taker(
@@ -129,18 +68,25 @@ def taker(
     def take(layer: Layer) -> QuantizedLayerData:
         weight, entering = (on.get(f"{layer.name}.{part}_quantizer") for part in ("weight", "input"))
         balance = _balance(layer, saved.quantizers.get(f"{layer.name}.input_quantizer"))
+        branch = _branch(layer, saved.quantizers.get(f"{layer.name}.weight_quantizer"))
         if weight is None:
             name = f"{layer.name}.weight_quantizer"
-            _check_float(entering, balance)
+            _check_float(entering, balance, branch)
             raise StaysFloat("its weight quantizer is off" if name in saved.quantizers else "it has no quantizer")
         check_called(layer, trajectory)
-        w = saved.tensors.get(f"{layer.name}.weight")
-        if w is None or tuple(w.shape) != layer.shape:
-            held = "no weight" if w is None else f"a weight {tuple(w.shape)}"
-            raise NotCarried(f"the file has {held}, but the model has one of {layer.shape}")
-        bits, codes, scale_NG = _codes(layer, as_float32("a weight", w), weight)
-        rounded = None if entering is None else _input(layer, entering, ranks.get(layer.name, 0))
-        return layer_data(layer, bits, codes, scale_NG, rounded, balance)
+        w, rank = saved.tensors.get(f"{layer.name}.weight"), ranks.get(layer.name, 0)
+        for part, quantizer in (("weight", weight), ("input", entering)):
+            if quantizer is not None:
+                check_rounds(part, quantizer)
+        if isinstance(weight.how.bits, tuple):
+            data = float_layer(layer, w, weight, entering, rank)
+        else:
+            if w is None or tuple(w.shape) != layer.shape:
+                held = "no weight" if w is None else f"a weight {tuple(w.shape)}"
+                raise NotCarried(f"the file has {held}, but the model has one of {layer.shape}")
+            bits, codes, scale_NG = _codes(layer, as_float32("a weight", w), weight)
+            data = layer_data(layer, bits, codes, scale_NG, None if entering is None else _input(layer, entering, rank))
+        return replace(data, balance=balance, branch=branch)
 
     return take
 
@@ -176,12 +122,31 @@ def _balance(layer: Layer, entering: Quantizer | None) -> Balance | None:
         raise NotCarried(f"its pre_quant_scale: {error}") from error
 
 
-def _check_float(entering: Quantizer | None, balance: Balance | None) -> None:
+def _branch(layer: Layer, weight: Quantizer | None) -> Branch | None:
+    """Return the low-rank part of SVDQuant, its factors rounded to float16, in which graphs compute it."""
+    from intaglio.pipeline.numerics.low_rank import Branch
+
+    down, up = (None if weight is None else weight.tensors.get(name) for name in FACTORS)
+    if down is None and up is None:
+        return None
+    shapes = [None if factor is None else tuple(factor.shape) for factor in (down, up)]
+    rank = 0 if down is None else len(down)
+    if down is None or up is None or layer.op != "linear" or shapes != [(rank, layer.k), (layer.n, rank)]:
+        raise NotCarried(f"factors {shapes[0]} and {shapes[1]} of SVDQuant for a {layer.op} of shape {layer.shape}")
+    halves = [as_float32("a factor of SVDQuant", factor).half().float().contiguous() for factor in (down, up)]
+    if not all(factor.isfinite().all() for factor in halves):
+        raise NotCarried("a factor of SVDQuant beyond the range of float16")
+    return Branch(*halves)
+
+
+def _check_float(entering: Quantizer | None, balance: Balance | None, branch: Branch | None) -> None:
     """Raise NotCarried if a layer with a float weight differs from that of the model."""
     if entering is not None:
         raise NotCarried("a rounded input in front of a float weight: save before fold_weight, or round neither")
     if balance is not None:
         raise NotCarried("a pre_quant_scale in front of a float weight")
+    if branch is not None:
+        raise NotCarried("factors of SVDQuant beside a float weight")
 
 
 def _codes(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -209,20 +174,13 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[int, to
 
 def _weight_amax(layer: Layer, quantizer: Quantizer) -> torch.Tensor:
     """Return the largest magnitudes (N, G) that the codes reach. Raises NotCarried if they are not the layer's."""
-    amax, axis, blocks = _amax("weight", quantizer), quantizer.how.axis, _blocks(quantizer.how)
-    count = 1
-    if blocks:
-        count = layer.k // _block_size(layer, blocks)
-        fits = amax.numel() == layer.n * count
-    elif axis is None:
-        fits = amax.numel() == 1
-    else:
-        fits = axis in (0, (0,)) and amax.numel() == layer.n and (amax.dim() == 0 or len(amax) == layer.n)
-    if not fits:
-        raise NotCarried(f"weight scales {tuple(amax.shape)} along axis {axis}" + f" in blocks {blocks}" * bool(blocks))
-    if (amax < 0).any():
-        raise NotCarried("weight scales below 0")
-    return amax.reshape(-1, count).expand(layer.n, count)
+    amax, blocks = amax_of("weight", quantizer), _blocks(quantizer.how.blocks)
+    if not blocks:
+        return channel_amax(layer, quantizer, amax)
+    count = layer.k // _block_size(layer, blocks)
+    if amax.numel() != layer.n * count:
+        raise NotCarried(f"weight scales {tuple(amax.shape)} along axis {quantizer.how.axis} in blocks {blocks}")
+    return positive(amax).reshape(layer.n, count)
 
 
 def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
@@ -242,64 +200,32 @@ def _block_size(layer: Layer, blocks: Mapping[int, object]) -> int:
 
 def _input(layer: Layer, quantizer: Quantizer, rank: int) -> ImportedInput:
     """Return how an input is rounded. Raises NotCarried unless it has one static scale or one for each token."""
-    bits, how = _bits("input", quantizer), quantizer.how
-    if how.narrow:
+    bits = _bits("input", quantizer)
+    if quantizer.how.narrow:
         raise NotCarried(
             "an input with narrow_range, which leaves out the smallest code (-128 in 8 bits): only inputs that have"
             " this code can be imported"
         )
-    blocks = {key: size for key, size in (how.blocks or {}).items() if key != "type"}
-    by_token = how.axis == tuple(range(rank - 1)) or blocks == {-1: None}
     match bits:
-        case 4 | 8 if how.dynamic and by_token and layer.op == "linear":
+        case 4 | 8 if is_by_token(quantizer, rank) and layer.op == "linear":
             return ImportedInput(IntInput(bits=bits, granularity=PerToken()))
-        case 4 | 8 if not how.dynamic and how.axis is None and not how.blocks:
-            return ImportedInput(IntInput(bits=bits, granularity=PerStep()), LayerTables(_static_amax(quantizer)))
-    raise NotCarried(
-        f"{'dynamic' if how.dynamic else 'static'} input scales along axis {shown(how.axis)}, blocks"
-        f" {shown(how.blocks)}, of a {layer.op}: only one static scale, or for linear layers a dynamic one for each"
-        " token"
-    )
+        case 4 | 8 if is_static(quantizer):
+            return ImportedInput(IntInput(bits=bits, granularity=PerStep()), LayerTables(static_amax(quantizer)))
+    raise refuse_input(layer, quantizer)
 
 
 def _bits(what: str, quantizer: Quantizer) -> int:
-    """Return 4 or 8. Raises NotCarried for any other number format, and for quantizers that do more than round."""
-    if quantizer.facts.get("is_sequential_quantizer"):
-        raise NotCarried(f"several quantizers in a row for its {what}")
+    """Return 4 or 8. Raises NotCarried for any other number format."""
     bits = quantizer.how.bits
-    if bits not in (4, 8):
-        form = f"E{shown(bits[0])}M{shown(bits[1])}" if isinstance(bits, tuple) else f"{shown(bits)} bits"
-        raise NotCarried(f"{what} in {form}: only integers of 4 or 8 bits")
-    facts = quantizer.facts
-    if other := [name for name, usual in USUAL.items() if name in facts and facts[name] is not usual]:
-        said = ", ".join(f"{name.removeprefix('_')} is {shown(facts[name])}" for name in other)
-        raise NotCarried(f"the quantizer of its {what} does more than round: {said}")
-    assert isinstance(bits, int)  # 4 or 8
+    if not isinstance(bits, int) or bits not in (4, 8):
+        beside = " beside an integer weight" if what == "input" else ""
+        raise NotCarried(f"{what} in {form_of(bits)}{beside}: only integers of 4 or 8 bits")
     return bits
 
 
-def _blocks(how: _Facts) -> dict[int, object]:
+def _blocks(written: Mapping[int | str, object] | None) -> dict[int, object]:
     """Return sizes by axis. Raises NotCarried for scales that are rounded, or found when the quantizer is called."""
-    written = how.blocks or {}
+    written = written or {}
     if extra := {key: v for key, v in written.items() if not isinstance(key, int) and (key, v) != ("type", "static")}:
         raise NotCarried(f"weight blocks with {shown(extra)}")
     return {key: size for key, size in written.items() if isinstance(key, int) and size is not None}
-
-
-def _amax(what: str, quantizer: Quantizer) -> torch.Tensor:
-    amax = quantizer.tensors.get("_amax")
-    if amax is None:
-        raise NotCarried(f"no scales of its {what}: the quantizer was never calibrated")
-    return as_float32(f"{what} scales", amax, ": the quantizer was never calibrated, or they are damaged")
-
-
-def _static_amax(quantizer: Quantizer) -> torch.Tensor:
-    """Return the largest magnitude of the input, (1,). Raises NotCarried for other than one number above 0."""
-    from intaglio.pipeline.numerics.rounding import TOKEN_EPS
-
-    amax = _amax("input", quantizer)
-    if amax.numel() != 1:
-        raise NotCarried(f"input scales {tuple(amax.shape)}: only one")
-    if amax.item() <= 0:
-        raise NotCarried(f"an input scale of {amax.item():g}: it was calibrated on nothing but zeros, or is damaged")
-    return amax.reshape(1).clamp_min(TOKEN_EPS)

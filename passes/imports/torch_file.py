@@ -27,10 +27,17 @@ MOST_DEPTH = 500
 GLOBALS = re.compile(
     r"collections OrderedDict|(__builtin__|builtins) (slice|set)|torch\._utils _rebuild_(tensor_v[23]|parameter)"
     r"|torch\.storage UntypedStorage|torch (Size|device|\w+Storage|(float|bfloat|u?int|bool|complex)\w*)"
+    r"|modelopt\.torch\.quantization\.qtensor\.\w+_tensor \w+QTensor"
 )
-"""Names that a file may use: they take no more memory than the file holds."""
+"""Names that a file may use: they take no more memory than the file holds. Those of Model Optimizer are replaced."""
 END, END64 = struct.Struct("<4s8xLL2x"), struct.Struct("<4s36xQQ")
 LOCATOR = 20
+PACKED = ("fp8", "nvfp4", "int8", "int4", "mxfp4", "mxfp8", "nf4")
+"""Formats in which Model Optimizer packs weights. A file of packed weights names the class of each weight."""
+
+
+class PackedKind:
+    """Stands for the class of Model Optimizer that a file of packed weights names: nothing of it is needed."""
 
 
 def load_torch_file(path: Path) -> object:
@@ -42,7 +49,10 @@ def load_torch_file(path: Path) -> object:
     import torch
 
     check_torch_file(path)
-    with _refused(path), torch.serialization.safe_globals([slice]), warnings.catch_warnings():
+    names = [
+        (PackedKind, f"modelopt.torch.quantization.qtensor.{kind}_tensor.{kind.upper()}QTensor") for kind in PACKED
+    ]
+    with _refused(path), torch.serialization.safe_globals([slice, *names]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings are for callers of torch
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 

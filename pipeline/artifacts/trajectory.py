@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, read_typed, write_typed
-from intaglio.pipeline.formats.schemes import LayerScheme
+from intaglio.pipeline.formats.schemes import LayerScheme, RoundedInput
 from intaglio.pipeline.numerics.quality import SampleRange
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Trajectory:
             amax_T, shift_T = half_range(low, high)
         else:
             amax_T = torch.maximum(-low, high)
+        if isinstance(scheme.input, RoundedInput):
+            amax_T = amax_T * scheme.input.headroom
         output_amax_T, share_N = None, None
         if name in self.output_amax:
             output_amax_T, share_N = output_ranges(largest_of_repeated(self.output_amax[name], self.timesteps))

@@ -62,6 +62,10 @@ class RoundedInput(Value, ABC):
     """
 
     multiplied: ClassVar[Multiplied] = "int8"
+    headroom: ClassVar[float] = 1.0
+    """Factor on the calibrated range. It is above 1 where a larger range costs no accuracy, so that nothing is clipped.
+
+    The range of such an input is not trained either."""
 
     kind: str
     bits: int

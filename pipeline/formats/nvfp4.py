@@ -132,10 +132,13 @@ class Nvfp4Weight(RoundedWeight):
 class Nvfp4Input(RoundedInput):
     """Input as E2M1 numbers in blocks of 16 features.
 
-    The scale of each block, in E4M3, is measured at run time; the scale of the tensor is calibrated.
+    The scale of each block, in E4M3, is measured at run time; the scale of the tensor is calibrated. Block scales have
+    the same relative accuracy over a range of 28,000, so the scale of the tensor leaves room for inputs that are larger
+    than the calibrated ones: otherwise whole blocks of them would be clipped.
     """
 
     multiplied: ClassVar[Multiplied] = "fp4"
+    headroom: ClassVar[float] = 4.0
 
     kind: Literal["nvfp4"] = "nvfp4"
     bits: Literal[4] = 4

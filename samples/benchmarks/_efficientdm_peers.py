@@ -38,8 +38,8 @@ def tensor(bits: int | tuple[int, int]) -> Quantizer:
     return {"num_bits": bits, "axis": None}
 
 
-def token(bits: int) -> Quantizer:
-    """An input with a scale for each token, computed when it runs."""
+def token(bits: int | tuple[int, int]) -> Quantizer:
+    """An input with a scale for each token, computed when it runs; bits as (4, 3) are FP8."""
     return {"num_bits": bits, "type": "dynamic", "block_sizes": {-1: None}}
 
 

@@ -31,17 +31,22 @@ def grid(bench: Any, found: Figures, path: Path) -> None:
         rows |= {f"{plan} {name}": seeds[0] for name, seeds in variants.items()}
         best = found["best_peer"][plan]
         rows[f"{plan} modelopt {best['name']}"] = best["seeds"][0]
-    strips = []
-    for name, row in rows.items():
-        x = bench.rows.tensors(row)["samples"][:16]
-        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    strips({name: bench.rows.tensors(row)["samples"] for name, row in rows.items()}, path)
+
+
+def strips(samples: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write an image with a labelled row for each name: its first 16 samples, (B, 3, H, W) in [-1, 1]."""
+    made = []
+    for name, x in samples.items():
+        pixels = ((x[:16].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         strip = Image.fromarray(np.concatenate(list(pixels), axis=1))
         strip = strip.resize((strip.width * ENLARGED, strip.height * ENLARGED), Image.Resampling.NEAREST)
         labelled = Image.new("RGB", (LABEL_WIDTH + strip.width, strip.height), "white")
         labelled.paste(strip, (LABEL_WIDTH, 0))
-        ImageDraw.Draw(labelled).multiline_text((4, 8), name.replace(" modelopt ", " modelopt\n"), fill="black")
-        strips.append(np.array(labelled))
-    Image.fromarray(np.concatenate(strips)).save(path)
+        label = name.replace(" modelopt ", " modelopt\n").replace(", ", ",\n")
+        ImageDraw.Draw(labelled).multiline_text((4, 8), label, fill="black")
+        made.append(np.array(labelled))
+    Image.fromarray(np.concatenate(made)).save(path)
 
 
 def curves(training: Figures, path: Path, size: tuple[int, int] = (900, 520)) -> None:

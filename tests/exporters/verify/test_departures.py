@@ -16,12 +16,14 @@ from quantizing import with_plan
 from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.runtimes.calls import graph_values
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
+from intaglio.exporters.runtimes.tensorrt.runtime import TensorRTRTX
 from intaglio.exporters.verify.departures import find_departures, value_names
 from intaglio.exporters.verify.verify import BETWEEN_HALVES, Verify
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.artifacts.keys import GRAPH, MODEL, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.artifacts.verification import Departure
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.formats.layer import admitted_schemes
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import Target, load_target
 from intaglio.pipeline.model.calls import denoise_with
@@ -111,7 +113,8 @@ def departures(artifacts: Artifacts, graph: Graph, *, optimize: bool) -> tuple[d
     model, trajectory = artifacts[MODEL].open(), artifacts[TRAJECTORY]
     clock = simulate(model.module, artifacts[QUANTIZED])
     layers = {n: m for n, m in model.module.named_modules() if isinstance(m, QuantizedLayer)}
-    values = graph_values(graph, OnnxRuntime(optimize), value_names(graph))
+    runtime = TensorRTRTX() if artifacts[TARGET].name == "tensorrt-rtx-blackwell" else OnnxRuntime(optimize)
+    values = graph_values(graph, runtime, value_names(graph))
     with clock.at(1):
         return find_departures(layers, denoise_with(model.module, model), graph, values, trajectory.call(1))
 
@@ -132,6 +135,23 @@ def test_a_right_graph_in_half_precision_stays_within_its_roundings(in_half):
     assert found.keys() == in_half[QUANTIZED].layers.keys()
     assert max(d.own_rel_l2 for d in found.values()) < BETWEEN_HALVES
     assert 1e-5 < max(d.input_rel_l2 for d in found.values()) < BETWEEN_HALVES
+    assert output < BETWEEN_HALVES
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4_step", "w4a4_token"])
+def test_codes_of_4_bits_are_compared_on_the_input_that_the_layer_reads(dit, scheme, tmp_path):
+    """An input that is rounded to float16 first gives other codes, which moves the output by 1e-2."""
+
+    def choose(layer):
+        admitted = {each.name: each for each in admitted_schemes(layer, (32,))}
+        return admitted.get(scheme, admitted["w8a8_step"])
+
+    made = with_plan(dit, choose) | {TARGET: load_target("tensorrt-rtx-blackwell")}
+    made |= run_pass(ExportQdq(), made, tmp_path)
+    found, output = departures(made, made[GRAPH], optimize=False)
+    four = [name for name, data in made[QUANTIZED].layers.items() if data.scheme.name == scheme]
+    assert len(four) > 10
+    assert max(found[name].own_rel_l2 for name in four) < 1e-3
     assert output < BETWEEN_HALVES
 
 

@@ -21,6 +21,7 @@ from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
 from intaglio.exporters.verify.verify import Verify
 from intaglio.passes.assign.assign import AssignPrecision, Budget
 from intaglio.passes.distill.distill import Distill
+from intaglio.passes.distill.start import learns_input
 from intaglio.passes.merge import MergeAdapters
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
@@ -33,6 +34,7 @@ from intaglio.pipeline.artifacts.keys import (
     QUANTIZED,
     SENSITIVITY,
     TARGET,
+    TRAJECTORY,
     VERIFICATION,
     WORKLOAD,
 )
@@ -44,6 +46,8 @@ from intaglio.pipeline.formats.layer import Layer, admitted_schemes, illegal
 from intaglio.pipeline.formats.nvfp4 import Nvfp4Weight
 from intaglio.pipeline.formats.schemes import FLOAT, Float
 from intaglio.pipeline.formats.target import load_target
+from intaglio.pipeline.model.step_clock import StepClock
+from intaglio.pipeline.simulation.input import InputRounding
 
 NAMES = (
     *("nvfp4_step", "fp8_token", "w8a8_token", "w4a16", "fp8_static", "nvfp4_static", "nvfp4a16"),
@@ -170,3 +174,18 @@ def test_nvfp4_weights_are_those_of_the_oracle_and_are_packed_as_onnx_packs_them
     assert torch.equal(form.unpack(form.pack(codes), (24, 64)), codes)
     assert UniformPlan(schemes=("nvfp4_step",)).schemes == ("nvfp4_step",)
     assert FLOAT.group_size is None
+
+
+def test_an_nvfp4_input_beyond_the_calibrated_range_is_not_clipped(recorded: Artifacts) -> None:
+    trajectory, name = recorded[TRAJECTORY], "transformer_blocks.0.attn1.to_q"
+    scheme = known_schemes()["nvfp4_step"]
+    largest = trajectory.amax[name][0]
+    tables = trajectory.tables({name: scheme})[name]
+    assert tables.amax_T[0] == 4 * largest
+    rounding = InputRounding(scheme.input, tables, StepClock(trajectory.timesteps))
+    x = largest * torch.linspace(0.1, 3.5, 64).reshape(1, 64)
+    with rounding.clock.at(0):
+        q, scale, amax, _ = rounding(x)
+    assert (q * scale * amax - x).abs().max() < 0.2 * x.max()  # numbers of a block are 2/6 of its largest apart
+    assert not learns_input(scheme)
+    assert learns_input(known_schemes()["fp8_step"])
