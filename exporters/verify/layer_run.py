@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,18 +64,25 @@ def run_layer(
 
     The codes have the form that `layer_model` describes.
 
-    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C).
+    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C). Where the
+    graph takes more tokens, as in a graph that was traced row by row, the last token of x is repeated, and what the
+    layer makes of the repeated ones is left out.
     """
     import numpy as np
 
     model = layer_model(graph, layer)
     inputs, outputs = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
     sizes = [axis.dim_value or -1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
+    shape, more = x.shape, 0
     if len(sizes) != x.ndim and sizes.count(-1) <= 1:
-        x = x.reshape(sizes)
+        more = -math.prod(shape[:-1]) % abs(math.prod(sizes[:-1])) if sizes[-1] == shape[-1] else 0
+        tokens = x.reshape(-1, shape[-1])
+        x = (np.concatenate([tokens, tokens[-1:].repeat(more, 0)]) if more else x).reshape(sizes)
     feed = {inputs[0]: x.astype(entry_type(graph, layer)), STEP_INPUT: np.array(step, np.int64)}
     found = runtime.open_model(model.SerializeToString()).run({name: feed[name] for name in inputs})
     y, *codes = (found[name] for name in outputs)
+    if more:
+        y, *codes = (each.reshape(-1, each.shape[-1])[:-more].reshape(*shape[:-1], -1) for each in (y, *codes))
     return y.astype(np.float32), codes[0] if codes else None
 
 

@@ -49,23 +49,6 @@ def kandinsky5() -> DenoiserModel:
     return DenoiserModel(module, _flow(), (2, 8, 8, 4), conditions=given, shared=shared)
 
 
-def cosmos() -> DenoiserModel:
-    module = _make(
-        lambda: diffusers.CosmosTransformer3DModel(
-            **HEADS,
-            in_channels=4,
-            out_channels=4,
-            num_layers=1,
-            text_embed_dim=64,
-            adaln_lora_dim=16,
-            max_size=(4, 16, 16),
-        )
-    )
-    given = {TEXT: _rows(5, 64)}
-    shared = {"padding_mask": torch.zeros(1, 1, 8, 8)}
-    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions=given, shared=shared, timestep_scale=1e-3)
-
-
 def easy_animate() -> DenoiserModel:
     module = _make(
         lambda: diffusers.EasyAnimateTransformer3DModel(
@@ -106,32 +89,6 @@ def allegro() -> DenoiserModel:
     return DenoiserModel(module, _noise(), (4, 2, 8, 8), conditions=given, shared=waves | places)
 
 
-def hidream() -> DenoiserModel:
-    module = _make(
-        lambda: diffusers.HiDreamImageTransformer2DModel(
-            **HEADS,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            caption_channels=[32, 32],
-            text_emb_dim=32,
-            num_routed_experts=2,
-            num_activated_experts=1,
-            axes_dims_rope=(16, 8, 8),
-            max_resolution=(8, 8),
-            llama_layers=[0, 1],
-        )
-    )
-    given = {
-        "encoder_hidden_states_t5": _rows(5, 32),
-        "encoder_hidden_states_llama3": torch.randn(2, ROWS, 6, 32, generator=torch.Generator().manual_seed(2)),
-        "pooled_embeds": _rows(32),
-    }
-    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=given)
-
-
 def krea2() -> DenoiserModel:
     module = _make(
         lambda: diffusers.Krea2Transformer2DModel(
@@ -166,22 +123,6 @@ def wan_vace() -> DenoiserModel:
         conditions={TEXT: _rows(5, 64), "control_hidden_states": _rows(32, 2, 8, 8, seed=2)},
         shared={"control_hidden_states_scale": torch.ones(1)},
     )
-
-
-def kandinsky3() -> DenoiserModel:
-    module = _make(
-        lambda: diffusers.Kandinsky3UNet(
-            time_embedding_dim=128,
-            groups=8,
-            attention_head_dim=16,
-            layers_per_block=1,
-            block_out_channels=(32, 64, 64, 64),
-            cross_attention_dim=32,
-            encoder_hid_dim=32,
-        )
-    )
-    given = {TEXT: _rows(5, 32), "encoder_attention_mask": _mask(5)}
-    return DenoiserModel(module, _noise(), (4, 16, 16), conditions=given)
 
 
 def audio_ldm2() -> DenoiserModel:
@@ -257,13 +198,10 @@ RARE: Mapping[str, Callable[[], DenoiserModel]] = {
     for made in (
         qwen_image21,
         kandinsky5,
-        cosmos,
         easy_animate,
         allegro,
-        hidream,
         krea2,
         wan_vace,
-        kandinsky3,
         audio_ldm2,
         stable_cascade,
         longcat_audio,

@@ -23,6 +23,7 @@ import diffusers
 import torch
 import typer
 from _other_families import OTHERS
+from _rare_families import RARE
 from pydantic import Field
 from rich.progress import track
 from tiny_families import FAMILIES, NEWER
@@ -43,7 +44,7 @@ PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step"
 ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
 STEPS = 2
 """Steps of the sampler."""
-ALL = {**FAMILIES, **NEWER, **OTHERS}
+ALL = {**FAMILIES, **NEWER, **OTHERS, **RARE}
 EVERY: Mapping[str, Sequence[str]] = dict.fromkeys(PLANS, (ORT, RTX))
 
 
@@ -133,8 +134,7 @@ def recipe(family: str, plan: str, targets: Sequence[str]) -> Recipe:
         {"tensorrt": {"compute_capabilities": ["SM86"]}},
         {"verify": {"samples": 1, "gap_db_tolerance": 1e3}},
     ]
-    file = "_other_families.py" if family in OTHERS else "tiny_families.py"
-    model = {"path": f"./{file}:{family}", "sampling_steps": STEPS, "guidance": 2.0}
+    model = {"path": f"./{Path(inspect.getfile(ALL[family])).name}:{family}", "sampling_steps": STEPS, "guidance": 2.0}
     return Recipe.model_validate({"model": model, "targets": list(targets), "steps": steps})
 
 

@@ -284,3 +284,15 @@ def test_a_group_that_does_not_divide_is_refused(tmp_path):
     data = QuantizedLayerData(w4a16(64), torch.zeros(32, 80, dtype=torch.int8), torch.ones(32, 2))
     with pytest.raises(TargetError, match="a: K = 80 is not a multiple of the group size 64"):
         blocks(Writer(graph, ir.Value(name="step"), np.int8(0), {}), Call(site, data, "a"), site.x)
+
+
+def test_a_layer_runs_on_fewer_tokens_than_a_row_of_the_graph_has(tmp_path):
+    """Three tokens in a graph with two tokens in each row: the fourth is not in what comes out."""
+    graph, made = make(tmp_path, {"a": torch.nn.Linear(64, 96)}, (2, 2, 64), {"a": W8A8_TOKEN}, "onnxruntime")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    found, codes = run_layer(graph, "a", x.numpy(), OnnxRuntime(), 0)
+    with torch.no_grad():
+        expected = made["a"](x)
+    assert codes.shape == x.shape
+    assert found.shape == expected.shape
+    assert np.abs(found - expected.numpy()).max() < 1e-5
