@@ -16,7 +16,7 @@ from intaglio.pipeline.model.calls import denoise_with
 
 
 def linear(weight, entering=None, algorithm="max"):
-    """Of linear layers alone."""
+    """Return a configuration of Model Optimizer that quantizes linear layers only."""
     parts = {"weight": weight} | ({"input": entering} if entering else {})
     rows = [
         {"quantizer_name": f"*{n}_quantizer", "parent_class": "nn.Linear", "cfg": dict(c)} for n, c in parts.items()

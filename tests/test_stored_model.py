@@ -55,8 +55,7 @@ def test_stored_weights_give_the_artifacts_of_weights_in_memory(tmp_path: Path, 
 
 
 ALLOWED = 0.8
-"""Share of a model's weights in float32 that a process may allocate to compile it. Measured: 0.63, with the maps of
-files."""
+"""Share of a model's weights in float32 that a process may allocate to calibrate, round and merge it."""
 FEWEST_CALLS = """
 model: {path: model, sampling_steps: 1}
 targets: [onnxruntime-cpu]
@@ -65,8 +64,6 @@ steps:
 - uniform: {schemes: [w4a8_token, w8a8_token, w8a8o8_step]}
 - distill: {updates: 0}
 - merge
-- export-float
-- export-qdq
 """
 
 
@@ -86,7 +83,7 @@ def wide_dit() -> DiTTransformer2DModel:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux limits what a process allocates")
-def test_a_model_is_compiled_in_less_memory_than_its_weights_take(tmp_path: Path):
+def test_a_model_is_calibrated_and_rounded_in_less_memory_than_its_weights_take(tmp_path: Path):
     models = {"small": tiny_dit(), "large": wide_dit()}
     for name, module in models.items():
         save_folder(module, tmp_path / name / "model")

@@ -97,11 +97,8 @@ def _weight(stored: Stored, requantize: bool, layer: Layer) -> Weight:
 def _in_blocks(bits: int, codes_NGS: torch.Tensor, scale_NG: torch.Tensor) -> Weight:
     """Return codes and scales as they are; a block whose scale is 0 gets codes of 0 and the scale NO_SCALE.
 
-    Scales may be negative: ggml gives the 4-bit code -8 to the weight of largest magnitude. Raises NotCarried for the
-    8-bit code -128, which ggml never writes.
+    Scales may be negative: ggml gives the 4-bit code -8 to the weight of largest magnitude.
     """
-    if bits == 8 and int(codes_NGS.amin()) == -128:
-        raise NotCarried("the code -128: 8-bit weights have codes from -127 to 127 here")
     zero_NG = scale_NG == 0
     codes_NGS = codes_NGS.masked_fill(zero_NG.unsqueeze(-1), 0)
     return Weight(bits, codes_NGS.flatten(1), scale_NG.masked_fill(zero_NG, NO_SCALE), None)

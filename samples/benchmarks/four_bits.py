@@ -152,7 +152,7 @@ Table = Mapping[str, Mapping[str, Sequence[Figures]]]
 
 
 def derived(rows: Table, compared: Table) -> dict[str, Any]:
-    """What is compared: means over seeds. `rows` and `compared` are by plan and name."""
+    """The figures that are compared: means over seeds. `rows` and `compared` are by plan and name."""
 
     def of(plan: str, name: str, figure: str = "psnr_db") -> list[float]:
         return [row[figure] for row in rows[plan][name]]

@@ -286,7 +286,7 @@ def test_what_cannot_be_compiled_is_said_before_it_is(sd, tmp_path):
 
 def test_a_precision_is_a_scheme_that_rounds_weights_only():
     with pytest.raises(
-        ValidationError, match="no precision 'w8a8_token': components have float, w8a16, w4a16, nvfp4a16, none"
+        ValidationError, match="no precision 'w8a8_token': components have float, w8a16, w4a16, w8ga16, nvfp4a16, none"
     ):
         ExportComponents(precision={"vae": "w8a8_token"})
 

@@ -196,9 +196,11 @@ def test_weights_of_torchao_keep_their_codes_and_scales(dit, tmp_path):
     other = LAYER.replace("to_q", "to_k")
     static = int8("PerTensor", act_quant_scale=torch.tensor([[0.02]]))
     beside = LAYER.replace("to_q", "to_out.0")
-    weights = {LAYER: int8(), beside: int8(dynamic=False), other: intx(), LAYER.replace("to_q", "to_v"): static}
+    weights = {LAYER: int8(), beside: int8(dynamic=False), other: intx()}
+    weights |= {LAYER.replace("blocks.0", "blocks.1"): intx(bits=8), LAYER.replace("to_q", "to_v"): static}
     ours = take(dit, torchao(dit, weights, tmp_path) / WEIGHTS)
-    for (name, (_, parts)), scheme in zip(weights.items(), ("w8a8_token", "w8a16", "w4a16", "w8a8_step"), strict=True):
+    schemes = ("w8a8_token", "w8a16", "w4a16", "w8ga16", "w8a8_step")
+    for (name, (_, parts)), scheme in zip(weights.items(), schemes, strict=True):
         data = ours[QUANTIZED].layers[name]
         assert data.scheme.name == ours[PLAN].schemes[name].name == scheme
         assert data.codes.equal(parts["qdata"])
@@ -445,7 +447,6 @@ REFUSED_OF_TORCHAO = {
     "weights with zero points": intx(zero_point=torch.ones(64, 2, dtype=torch.int8)),
     "inputs by token with zero points": intx(activation="INT8_ASYM_PER_TOKEN"),
     "6-bit weights with a float input": intx(bits=6),
-    "8-bit weights with scales for blocks": intx(bits=8),
     "blocks of 16 of 64 in features": intx(blocks=4),
     "a Int4Tensor: only Int8Tensor and": intx(kind="Int4Tensor"),
     "codes from -128 to 127, which are not of 4 bits": intx(qdata=int8()[1]["qdata"]),
