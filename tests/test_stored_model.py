@@ -7,10 +7,8 @@ from pathlib import Path
 
 import peak_memory
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel
 from forked import printed_forked
-from tiny import save_folder, tiny_dit
+from tiny import save_folder, tiny_dit, wide_dit
 
 from intaglio import Recipe, Store, compile
 from intaglio.pipeline.model import checkpoint, stored_weights
@@ -65,21 +63,6 @@ steps:
 - distill: {updates: 0}
 - merge
 """
-
-
-def wide_dit() -> DiTTransformer2DModel:
-    """64 M parameters, of which the largest layer has 3.5 M."""
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=12,
-        attention_head_dim=64,
-        in_channels=3,
-        out_channels=3,
-        num_layers=6,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=4,
-    ).eval()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux limits what a process allocates")

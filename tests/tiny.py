@@ -20,6 +20,21 @@ def tiny_dit() -> DiTTransformer2DModel:
     ).eval()
 
 
+def wide_dit() -> DiTTransformer2DModel:
+    """64 M parameters, of which the largest layer has 3.5 M."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=12,
+        attention_head_dim=64,
+        in_channels=3,
+        out_channels=3,
+        num_layers=6,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=4,
+    ).eval()
+
+
 def tiny_unet() -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(

@@ -11,10 +11,9 @@ import onnx
 import onnx_ir as ir
 import peak_memory
 import torch
-from diffusers import DiTTransformer2DModel
 from forked import printed_forked
 from harness import Artifacts, run_pass
-from tiny import save_folder, tiny_dit
+from tiny import save_folder, tiny_dit, wide_dit
 
 from intaglio.exporters.float_graph.agreement import TOLERANCE
 from intaglio.exporters.float_graph.export_float import _magnitudes
@@ -42,21 +41,6 @@ exporter. Measured, with the layers: 44, 42, 96 and 8 MB, where the weights have
 BOTH = ("distill", "merge", "export-qdq")
 """Steps that map no whole file. In export-float, the runtime maps the graph's weights, which it does not change: the
 system drops them where memory is short."""
-
-
-def wide_dit() -> DiTTransformer2DModel:
-    """64 M parameters, of which the largest layer has 3.5 M."""
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=12,
-        attention_head_dim=64,
-        in_channels=3,
-        out_channels=3,
-        num_layers=6,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=4,
-    ).eval()
 
 
 def save(module: torch.nn.Module, folder: Path) -> None:
