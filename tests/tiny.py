@@ -7,28 +7,22 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 
 
 def tiny_dit() -> DiTTransformer2DModel:
-    torch.manual_seed(0)
-    return DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=4,
-    ).eval()
+    return _dit(heads=2, width=32, layers=2)
 
 
 def wide_dit() -> DiTTransformer2DModel:
     """64 M parameters, of which the largest layer has 3.5 M."""
+    return _dit(heads=12, width=64, layers=6)
+
+
+def _dit(heads: int, width: int, layers: int) -> DiTTransformer2DModel:
     torch.manual_seed(0)
     return DiTTransformer2DModel(
-        num_attention_heads=12,
-        attention_head_dim=64,
+        num_attention_heads=heads,
+        attention_head_dim=width,
         in_channels=3,
         out_channels=3,
-        num_layers=6,
+        num_layers=layers,
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=4,

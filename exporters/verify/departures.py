@@ -64,34 +64,29 @@ class LayersInGraph:
 
 def value_names(graph: Graph) -> tuple[str, ...]:
     """Return the names of each layer's inputs and outputs, and of the graph's outputs, for `find_departures`."""
-    entries = _entries(graph)
-    ends = [end for name, calls in _call_outputs(graph).items() for end in (entries[name], *calls)]
+    entries, outputs = _ends_of_layers(graph)
+    ends = [end for name, calls in outputs.items() for end in (entries[name], *calls)]
     return tuple(dict.fromkeys([*ends, *graph.outputs]))
 
 
-def _call_outputs(graph: Graph) -> dict[str, list[str]]:
-    """Return the outputs of each layer's calls. Names of a call's nodes begin with `layer`, `layer@1` and so on."""
+def _ends_of_layers(graph: Graph) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return the value that each layer reads as its input, and the outputs of its calls.
+
+    The input is the output of a Cast to float32 if the graph has one. A runtime may compute a value in float32, round
+    it to float16 for those who ask for it, and leave out this rounding in front of such a Cast. A rounding before that
+    of the codes would move some inputs to neighbouring codes, which are far apart in 4 bits. Names of a call's nodes
+    begin with `layer`, `layer@1` and so on.
+    """
+    casts: dict[str, str] = {}
     last: dict[str, dict[str, str]] = {}
     for node in read_proto(graph.path).graph.node:
+        if node.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.FLOAT for a in node.attribute):
+            casts[node.input[0]] = node.output[0]
         layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
         if layer in graph.nodes:
             last.setdefault(layer, {})[node.name.partition("/")[0]] = node.output[0]
-    return {name: list(calls.values()) for name, calls in last.items()}
-
-
-def _entries(graph: Graph) -> dict[str, str]:
-    """Return the value that each layer reads as its input: the output of a Cast to float32 if the graph has one.
-
-    A runtime may compute a value in float32, round it to float16 for those who ask for it, and leave out this rounding
-    in front of such a Cast. A rounding before that of the codes would move some inputs to neighbouring codes, which are
-    far apart in 4 bits.
-    """
-    casts = {
-        node.input[0]: node.output[0]
-        for node in read_proto(graph.path).graph.node
-        if node.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.FLOAT for a in node.attribute)
-    }
-    return {name: casts.get(x, x) for name, (x, _) in graph.nodes.items()}
+    entries = {name: casts.get(x, x) for name, (x, _) in graph.nodes.items()}
+    return entries, {name: list(calls.values()) for name, calls in last.items()}
 
 
 def find_departures(
@@ -104,8 +99,8 @@ def find_departures(
     output is measured against the simulated layer on its input in the graph. A layer with several calls is checked at
     its first call.
     """
-    values, outputs, ends = deployed(call), _call_outputs(graph), LayersInGraph(graph, layers)
-    entries = _entries(graph)
+    values, ends = deployed(call), LayersInGraph(graph, layers)
+    entries, outputs = _ends_of_layers(graph)
     found: dict[str, Departure] = {}
     calls = dict.fromkeys(layers, 0)
 

@@ -75,8 +75,8 @@ def run_layer(
     sizes = [axis.dim_value or -1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
     shape, more = x.shape, 0
     if len(sizes) != x.ndim and sizes.count(-1) <= 1:
-        more = -math.prod(shape[:-1]) % abs(math.prod(sizes[:-1])) if sizes[-1] == shape[-1] else 0
-        tokens = x.reshape(-1, shape[-1])
+        tokens, in_a_row = x.reshape(-1, shape[-1]), math.prod(size for size in sizes[:-1] if size > 0)
+        more = -len(tokens) % in_a_row if sizes[-1] == shape[-1] else 0
         x = (np.concatenate([tokens, tokens[-1:].repeat(more, 0)]) if more else x).reshape(sizes)
     feed = {inputs[0]: x.astype(entry_type(graph, layer)), STEP_INPUT: np.array(step, np.int64)}
     found = runtime.open_model(model.SerializeToString()).run({name: feed[name] for name in inputs})

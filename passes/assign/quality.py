@@ -118,7 +118,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
             break
-        earlier = min((each.time for each in found if each.psnr_db >= wanted.psnr_db - SHORT_DB), default=math.inf)
+        earlier = min((each.time for each in wanted.kept_by(found)), default=math.inf)
         found.append(_tried(problem, table, chosen, drawing, ctx))
         missing_db = wanted.psnr_db - found[-1].psnr_db
         no_faster = missing_db <= SHORT_DB and found[-1].time > earlier * (1 - SLACK)
@@ -128,7 +128,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
         if factor > 10 ** (NOISE_DB / 10):
             problem = drawing.corrected(problem, chosen)
             factor = max(1.0, found[-1].factor(problem, table))
-    good = [each for each in found if each.psnr_db >= wanted.psnr_db - SHORT_DB]
+    good = wanted.kept_by(found)
     quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
     best = max(quick or found, key=lambda each: each.psnr_db)
     if not good:
@@ -155,6 +155,10 @@ class _Wanted(NamedTuple):
     psnr_db: float
     factor: float
     slack: float
+
+    def kept_by(self, tried: Sequence[_Tried]) -> list[_Tried]:
+        """Return the plans that have this quality."""
+        return [each for each in tried if each.psnr_db >= self.psnr_db - SHORT_DB]
 
 
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:

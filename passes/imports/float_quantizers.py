@@ -32,14 +32,8 @@ if TYPE_CHECKING:
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
 
-E4M3 = (4, 3)
-"""Exponent and mantissa bits of block scales, as Model Optimizer writes them."""
-BLOCK = 16
-"""Neighbouring features that share a scale in NVFP4."""
-MOST = 448.0
-"""Largest number of E4M3."""
-TENSOR = 6.0 * MOST
-"""Largest magnitude of a tensor in NVFP4, in units of its scale: the largest number times the largest block scale."""
+SCALE_BITS = (4, 3)
+"""Exponent and mantissa bits of block scales, E4M3, as Model Optimizer writes them."""
 
 
 def float_layer(
@@ -91,11 +85,11 @@ def _fp8(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Ten
     if quantizer.how.dynamic or quantizer.how.blocks:
         raise NotCarried("FP8 weights with scales for blocks, or that are found when it is called: only for channels")
     amax_N1, w_NK = channel_amax(layer, quantizer, amax_of("weight", quantizer)), w.reshape(layer.n, layer.k)
-    inverse_N1 = torch.where(amax_N1 <= ZERO_AMAX, 0.0, MOST / amax_N1)
+    inverse_N1 = torch.where(amax_N1 <= ZERO_AMAX, 0.0, minifloat.E4M3.largest / amax_N1)
     if ((inverse_N1 == 0) & (w_NK.abs().amax(-1, keepdim=True) > ZERO_AMAX)).any():
         raise NotCarried("weight scales of 0 for weights that are not 0")
     codes = minifloat.E4M3.encode(minifloat.E4M3.nearest(w_NK * inverse_N1))
-    return codes, (amax_N1 / MOST).clamp_min(SCALE_EPS).contiguous()
+    return codes, (amax_N1 / minifloat.E4M3.largest).clamp_min(SCALE_EPS).contiguous()
 
 
 def _packed_fp8(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,8 +120,8 @@ def _nvfp4(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[torch.T
     amax = amax_of("weight", quantizer)
     if amax.numel() != 1 or amax.item() <= ZERO_AMAX:
         raise NotCarried(f"NVFP4 weight scales {tuple(amax.shape)}: only one, above 0")
-    scale = amax.reshape(1, 1) / TENSOR
-    w_NGB = w.reshape(layer.n, -1, BLOCK)
+    scale = amax.reshape(1, 1) / (minifloat.E2M1.largest * minifloat.E4M3.largest)
+    w_NGB = w.reshape(layer.n, -1, minifloat.BLOCK)
     group_NG = w_NGB.abs().amax(-1) / (minifloat.E2M1.largest * scale)
     group_NG = torch.where(group_NG == 0, 1.0, group_NG).clamp_min(minifloat.E4M3.smallest)
     group_NG = minifloat.E4M3.nearest(group_NG)
@@ -144,6 +138,8 @@ def _packed_nvfp4(
     A negative zero becomes zero.
     """
     import torch
+
+    from intaglio.pipeline.numerics.minifloat import BLOCK
 
     scale, group_NG = as_float32("packed scales", _buffer(quantizer, "_double_scale")), _buffer(quantizer, "_scale")
     blocks = (layer.n, layer.k // BLOCK)
@@ -167,10 +163,12 @@ def _buffer(quantizer: Quantizer, name: str) -> torch.Tensor:
 
 def _check_blocks(what: str, quantizer: Quantizer) -> None:
     """Raise NotCarried unless blocks of 16 in features have scales in E4M3 that the tensor itself determines."""
+    from intaglio.pipeline.numerics.minifloat import BLOCK
+
     how = quantizer.how
     blocks = dict(how.blocks or {})
     size = blocks.pop(-1, None)
-    if how.dynamic or size != BLOCK or blocks != {"type": "dynamic", "scale_bits": E4M3}:
+    if how.dynamic or size != BLOCK or blocks != {"type": "dynamic", "scale_bits": SCALE_BITS}:
         raise NotCarried(
             f"{what} in E2M1 with blocks {shown(how.blocks)}: only NVFP4, dynamic blocks of 16 along the last axis with"
             " scales in E4M3"

@@ -362,7 +362,7 @@ def _estimated(
     from intaglio.pipeline.model.cost import measure_cost
 
     passes = {step.name: step.configured for chain in chains for step in chain.steps}
-    unknown = {s.step for steps in planned.values() for s in steps if s.status != "hit" and s.seconds is None}
+    unknown = {step.step for steps in planned.values() for step in steps if step.seconds is None}
     model = artifacts.get(MODEL)
     counted = any(type(passes[name]).forward_rows is not Pass.forward_rows for name in unknown)
     if not unknown or not isinstance(model, Checkpoint) or (model.entry and not counted):  # a factory makes its weights
@@ -371,7 +371,7 @@ def _estimated(
     sizes, large = [parameter.numel() for parameter in model.empty().parameters()], model.is_large
 
     def estimated(step: PlannedStep) -> PlannedStep:
-        if step.status == "hit" or step.seconds is not None:
+        if step.seconds is not None:
             return step
         configured = passes[step.step]
         rows = None if cost is None else configured.forward_rows(cost)

@@ -93,7 +93,10 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
 
 
 def quantized_by(peer: Peer, model: "DenoiserModel", plan: QuantPlan, trajectory: Trajectory) -> tuple[Denoise, int]:
-    """Return the fake-quantized denoiser, and the bytes of its branches in float16. Changes `model`."""
+    """Return the fake-quantized denoiser, and the bytes of its branches in float16. Changes `model`.
+
+    Call it, and the denoiser, inside `nvfp4_on_cpu`.
+    """
     rows = trajectory.some_rows(peer.rows)
 
     def calibrate(module: Any) -> None:
@@ -101,7 +104,7 @@ def quantized_by(peer: Peer, model: "DenoiserModel", plan: QuantPlan, trajectory
         for step in range(len(trajectory.timesteps)):
             denoise(trajectory.call(step, rows))
 
-    with quiet(), torch.no_grad(), nvfp4_on_cpu():
+    with quiet(), torch.no_grad():
         import modelopt.torch.quantization as mtq
 
         mtq.quantize(model.module, peer.config(plan), calibrate)
@@ -112,8 +115,9 @@ def quantized_by(peer: Peer, model: "DenoiserModel", plan: QuantPlan, trajectory
 @contextmanager
 def nvfp4_on_cpu() -> Iterator[None]:
     """Let modelopt's fake quantization to NVFP4, which has kernels for GPUs only, compute with its packed tensors."""
-    from modelopt.torch.quantization import tensor_quant
-    from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
+    with quiet():
+        from modelopt.torch.quantization import tensor_quant
+        from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     def rounded(x: torch.Tensor, block: int, amax: torch.Tensor, *_: int) -> torch.Tensor:
         packed, scale, double = NVFP4QTensor.quantize(x, block, weights_scaling_factor_2=amax.amax().float() / 2688)

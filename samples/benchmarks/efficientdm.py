@@ -15,7 +15,7 @@ Results are kept in --work: a killed run continues, and a variant whose options 
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ from full_size import alone, folder
 from intaglio import Recipe, Step, Store, compile
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
 from intaglio.pipeline.artifacts.trajectory import Trajectory
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.types import Denoise
@@ -191,27 +192,43 @@ def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first:
 
 def peers(bench: Bench, plan: str, seed: int, names: Sequence[str], *, first: bool) -> dict[str, Figures]:
     """Rows of modelopt's algorithms on the trajectories of this seed, in a process of its own."""
-    from importlib.metadata import version
-
     from _efficientdm_peers import CALIBRATION_ROWS, PEERS, quantized_by
+
+    def quantized(name: str, model: DenoiserModel, done: CompiledTarget) -> tuple[Denoise, Figures]:
+        return quantized_by(PEERS[plan][name], model, done[PLAN], done[TRAJECTORY]), {}
+
+    facts = {name: [*map(str, PEERS[plan][name]), CALIBRATION_ROWS] for name in names}
+    return peer_rows(bench, plan, seed, facts, quantized, first=first)
+
+
+def peer_rows(
+    bench: Bench,
+    plan: str,
+    seed: int,
+    facts: Mapping[str, Sequence[object]],
+    quantized: Callable[[str, DenoiserModel, CompiledTarget], tuple[Denoise, Figures]],
+    *,
+    first: bool,
+) -> dict[str, Figures]:
+    """Rows of modelopt's algorithms, each kept under its `facts`; `quantized` also returns figures that it adds."""
+    from importlib.metadata import version
 
     done, held, full = bench.compiled(bench.planned(seed, plan)), bench.held_out(), reference(bench)
     speak()
     rows = {}
-    for name in names:
-        peer = PEERS[plan][name]
+    for name, each in facts.items():
 
-        def make(place: Path, name: str = name, peer: Any = peer) -> Figures:
+        def make(place: Path, name: str = name) -> Figures:
             say(bench.model, f"{plan}, seed {seed}: modelopt {name}")
             model = done[MODEL].open()
             sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
-            denoise = quantized_by(peer, model, done[PLAN], done[TRAJECTORY])
-            return measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first)
+            denoise, more = quantized(name, model, done)
+            return {**measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=first), **more}
 
         rows[name] = bench.rows.kept(
             make,
             what="peer",
-            peer=[*map(str, peer), CALIBRATION_ROWS, version("nvidia-modelopt")],
+            peer=[*each, version("nvidia-modelopt")],
             model=done.outputs[MODEL],
             plan=done.outputs[PLAN],
             trajectory=done.outputs[TRAJECTORY],

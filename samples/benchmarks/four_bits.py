@@ -27,8 +27,8 @@ from efficientdm import (
     ROUNDED,
     Bench,
     difference,
-    measure,
     ours,
+    peer_rows,
     recovered,
     reference,
     variant,
@@ -36,9 +36,11 @@ from efficientdm import (
 from full_size import alone, folder
 
 from intaglio import Recipe, Step
-from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import PLAN, TRAJECTORY
+from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.ref import ModelRef
-from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.types import Denoise
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 TARGET = "tensorrt-rtx-blackwell"
 PLANS: Mapping[str, Mapping[str, list[str]]] = {
@@ -99,38 +101,16 @@ def measured(bench: FourBits, plan: str, name: str, seed: int) -> Figures:
 
 def peers(bench: FourBits, plan: str, seed: int, names: Sequence[str]) -> dict[str, Figures]:
     """Rows of modelopt's algorithms on the trajectories of this seed, in a process of its own."""
-    from importlib.metadata import version
+    from _four_bits_peers import PEERS, nvfp4_on_cpu, quantized_by
 
-    from _four_bits_peers import PEERS, quantized_by
-
-    done, held, full = bench.compiled(bench.planned(seed, plan)), bench.held_out(), reference(bench)
-    speak()
-    rows = {}
-    for name in names:
+    def quantized(name: str, model: DenoiserModel, done: CompiledTarget) -> tuple[Denoise, Figures]:
         peer = PEERS[plan][name]
+        denoise, branches = quantized_by(peer, model, done[PLAN], done[TRAJECTORY])
+        return denoise, {"bytes": done[PLAN].size_bytes + branches, "narrow": peer.narrow}
 
-        def make(place: Path, name: str = name, peer: Any = peer) -> Figures:
-            from _four_bits_peers import nvfp4_on_cpu
-
-            say(bench.model, f"{plan}, seed {seed}: modelopt {name}")
-            model = done[MODEL].open()
-            sampler = Sampler(model, done[MODEL].ref.sampling_steps, done[MODEL].ref.guidance)
-            denoise, branches = quantized_by(peer, model, done[PLAN], done[TRAJECTORY])
-            with nvfp4_on_cpu():
-                found = measure(denoise, sampler, bench, held[TRAJECTORY], full, place, first=seed == 0)
-            return {**found, "bytes": done[PLAN].size_bytes + branches, "narrow": peer.narrow}
-
-        rows[name] = bench.rows.kept(
-            make,
-            what="peer",
-            peer=[str(peer), peer.rows, version("nvidia-modelopt")],
-            model=done.outputs[MODEL],
-            plan=done.outputs[PLAN],
-            trajectory=done.outputs[TRAJECTORY],
-            held_out=held.outputs[TRAJECTORY],
-            first=seed == 0,
-        )
-    return rows
+    facts = {name: [str(PEERS[plan][name]), PEERS[plan][name].rows] for name in names}
+    with nvfp4_on_cpu():
+        return peer_rows(bench, plan, seed, facts, quantized, first=seed == 0)
 
 
 def evaluate(bench: FourBits, seeds: int) -> Figures:

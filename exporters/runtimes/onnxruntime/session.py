@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import onnxruntime
 
+from intaglio.exporters.float_graph.lean_session import exact_options
 from intaglio.exporters.float_graph.onnx_file import read_proto
 from intaglio.pipeline.artifacts.graph import Graph
 from intaglio.pipeline.errors import RecipeError, TargetError
@@ -200,10 +201,8 @@ graph (float[8,64] rows, float[1,64,8,8] image) => (float[8,64] y, float[1,64,6,
 
 
 def _options(settings: Mapping[str, str], threads: int) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # an error is raised, so it need not be printed
+    options = exact_options()
     options.intra_op_num_threads = threads
-    # 1 is float32: by default MatMulNBits rounds its input to 8 bits (0.07 relative error in place of 1e-6)
-    for key, value in {"session.qdq_matmulnbits_accuracy_level": "1", **settings}.items():
+    for key, value in settings.items():
         options.add_session_config_entry(key, value)
     return options
