@@ -69,7 +69,7 @@ def test_freed_memory_returns_to_the_system(tmp_path):
 
 @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_the_machine_has_what_the_process_may_allocate(kind, monkeypatch):
-    resource = pytest.importorskip("resource")
+    resource = pytest.importorskip("resource", reason="only Unix limits the memory of a process")
     limits = {getattr(resource, kind): (123456789, resource.RLIM_INFINITY)}
     monkeypatch.setattr(resource, "getrlimit", lambda of: limits.get(of, (resource.RLIM_INFINITY,) * 2))
     assert machine.machine_bytes() == 123456789
