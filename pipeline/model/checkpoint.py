@@ -355,7 +355,17 @@ class Checkpoint:
 
     def _call_factory(self) -> DenoiserModel:
         file, _, name = self.entry.partition(":")
-        return call_factory(self.root / file, name)
+        try:
+            return call_factory(self.root / file, name)
+        except RecipeError as error:
+            if self.ref.path != STORED or str(self.root) not in str(error):
+                raise
+            copied = Path(file).with_suffix(".safetensors")
+            raise RecipeError(
+                *error.problems,
+                f"model: a run reads a copy of {file}, beside which only {copied} is copied: let {file} name other"
+                " files and folders by absolute paths",
+            ) from error
 
 
 def _places(ref: ModelRef) -> tuple[str, ...]:

@@ -76,6 +76,17 @@ def test_weights_beside_a_factory_are_copied_with_it(tmp_path):
     Checkpoint.load(tmp_path / "stored").open()
 
 
+def test_a_factory_that_misses_other_files_beside_its_copy_is_told_how_to_name_them(tmp_path):
+    text = "import pathlib\n\ndef make():\n    return open(pathlib.Path(__file__).parent / 'other.txt')\n"
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given/net.py").write_text(text)
+    found = Checkpoint.resolve(ModelRef(path="given/net.py:make"), tmp_path)
+    (tmp_path / "stored").mkdir()
+    found.save(tmp_path / "stored")
+    with pytest.raises(RecipeError, match="beside which only net.safetensors is copied: .* by absolute paths"):
+        Checkpoint.load(tmp_path / "stored").open()
+
+
 def test_a_factory_leaves_no_compiled_file_in_the_store(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     (tmp_path / "net.py").write_text(FACTORY)
