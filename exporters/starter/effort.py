@@ -51,7 +51,7 @@ class Effort:
 
 
 def _efforts() -> Iterator[Effort]:
-    """Yield the efforts of the passes, from the most to the least; the last one is without sensitivity."""
+    """Yield the efforts of the passes, from the most to the least; those below its levels are without sensitivity."""
     tables = {name: find_pass(name, Path()).pass_class.efforts for name in STEPS}
     levels = max(map(len, tables.values()))
     for level in range(levels):
@@ -59,7 +59,7 @@ def _efforts() -> Iterator[Effort]:
         screened, updates = at["sensitivity"], at["distill"]["updates"]
         yield Effort(
             at["calibrate"]["samples"],
-            None if level == levels - 1 else screened["samples"],
+            None if level >= len(tables["sensitivity"]) else screened["samples"],
             screened["buckets"],
             at["assign"]["drawn"],
             updates,
@@ -82,7 +82,7 @@ def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int
     if found.minutes is not None:
         most_s = 60 * found.minutes
         return next((each for each in EFFORTS if seconds_of(found, rows(each)) <= most_s), EFFORTS[-1])
-    *usual, _ = EFFORTS
+    usual = [each for each in EFFORTS if each.screened is not None]
     for effort in usual:
         steps = dict(rows(effort))
         training = steps.pop("distill", 0) * found.cost.operations_per_row

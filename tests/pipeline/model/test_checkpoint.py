@@ -83,7 +83,7 @@ def test_a_factory_that_misses_other_files_beside_its_copy_is_told_how_to_name_t
     found = Checkpoint.resolve(ModelRef(path="given/net.py:make"), tmp_path)
     (tmp_path / "stored").mkdir()
     found.save(tmp_path / "stored")
-    with pytest.raises(RecipeError, match="beside which only net.safetensors is copied: .* by absolute paths"):
+    with pytest.raises(RecipeError, match=r"beside which only net\.safetensors is copied: .* by absolute paths"):
         Checkpoint.load(tmp_path / "stored").open()
 
 

@@ -43,8 +43,8 @@ def test_the_largest_amounts_that_end_in_time_are_chosen_and_given_ones_stay(rec
     assert every.taken.amounts == {"distill.updates": 120, "verify.samples": 32}
     assert (every.more, every.given) == ([], {"calibrate.samples": 3})
     least = choose_effort(recipe, 0, tmp_path)
-    assert least.taken.amounts == {"distill.updates": 0, "verify.samples": 2}
-    assert [each.amounts["verify.samples"] for each in least.more] == [8, 32, 32]
+    assert least.taken.amounts == {"distill.updates": 0, "verify.samples": 1}
+    assert [each.amounts["verify.samples"] for each in least.more] == [2, 8, 32, 32]
     seconds = [least.taken.seconds, *(each.seconds for each in least.more)]
     assert seconds == sorted(set(seconds))
     for effort in least.more:
@@ -55,10 +55,10 @@ def test_the_largest_amounts_that_end_in_time_are_chosen_and_given_ones_stay(rec
 def test_the_lines_say_what_was_chosen_what_stays_and_what_more_time_buys(recipe, tmp_path):
     least = choose_effort(recipe, 0, tmp_path)
     first, too_long, given, *more = least.lines()
-    assert first.endswith(" minutes, with --set distill.updates=0 --set verify.samples=2")
+    assert first.endswith(" minutes, with --set distill.updates=0 --set verify.samples=1")
     assert too_long == "these are the smallest amounts, and take more than the 0 minutes asked for"
     assert given == "the recipe's own amounts stay: calibrate.samples=3"
-    assert more[0] == f"--minutes {least.more[0].minutes} would take verify.samples=8"
+    assert more[0] == f"--minutes {least.more[0].minutes} would take verify.samples=2"
     assert more[-1] == f"--minutes {least.more[-1].minutes} would take distill.updates=120, verify.samples=32"
 
 
@@ -89,7 +89,7 @@ def test_the_command_runs_what_was_chosen(recipe, tmp_path):
     assert result.exit_code == 0, result.output
     run = Recipe.read(tmp_path / "out" / "onnxruntime-cpu" / "recipe.yaml")
     options = {step.name: step.options for step in run.steps}
-    assert options["verify"]["samples"] == 2
+    assert options["verify"]["samples"] == 1
     assert options["distill"]["updates"] == 0
     assert options["calibrate"]["samples"] == 3
     assert Manifest.read(tmp_path / "out" / "onnxruntime-cpu")
