@@ -2,6 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from exported import dit  # noqa: F401  # a fixture
 from harness import Artifacts
 
-from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.runs.runner import CompiledTarget
 
 BENCHMARKS = sorted(
     path.stem for path in (Path(__file__).parents[2] / "samples/benchmarks").glob("*.py") if path.stem[0] != "_"
@@ -43,6 +45,25 @@ def test_decibels_of_a_prediction_are_relative_to_its_power_and_to_its_range() -
     reference = np.array([0, 10], np.float32)
     found = import_module("speed").decibels(reference + np.float32(0.1), reference)
     assert found == {"sqnr_db": pytest.approx(36.99, abs=1e-2), "psnr_db": pytest.approx(40, abs=1e-3)}
+
+
+def test_plans_and_codes_of_two_devices_are_compared_layer_by_layer() -> None:
+    def done(scheme: str, *codes: int) -> CompiledTarget:
+        """A layer with these codes, and one with this scheme; stored digests are artifacts here."""
+        layers = {"a": SimpleNamespace(codes=torch.tensor([codes])), "b": SimpleNamespace(codes=torch.zeros(1, 2))}
+        found = {PLAN: SimpleNamespace(schemes={"a": "w8a8", "b": scheme}), QUANTIZED: SimpleNamespace(layers=layers)}
+        store = SimpleNamespace(load=lambda key, _: found[key])
+        return CompiledTarget(
+            store, dict.fromkeys(found, ""), (SimpleNamespace(step="merge", seconds=len(codes)),), None
+        )
+
+    found = import_module("gpu").figures(done("w8a8", 1, 2, 3, 4), done("w4a16", 1, 2, 5, 4))
+    assert found == {
+        "seconds": {"merge": {"cpu": 4, "gpu": 4}},
+        "other_scheme": ["b"],
+        "codes_differing": 1 / 4,
+        "largest_difference": 2,
+    }
 
 
 def test_graphs_are_timed_by_turns_and_compared_with_the_fastest_float_graph(
