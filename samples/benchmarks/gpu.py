@@ -2,11 +2,11 @@
 
     python samples/benchmarks/gpu.py samples/emoji-dit.yaml [--json]
 
-The steps of the recipe up to `merge` run twice for its first target, each time in a process and a store of their own: on
-the CPU alone, and on the GPU that torch finds. Printed are the seconds of each step, the layers whose scheme differs,
-and the share of codes that differ in layers of the same scheme, with the largest difference. Float sums have another
-order on a GPU, so values halfway between two codes may be rounded the other way. Without a GPU, the program says so and
-runs nothing; `--without-gpu` compares the CPU with itself, which has to print no difference.
+The steps of the recipe up to `merge` run twice for its first target, each time in a process and a store of their own:
+on the CPU alone, and on the GPU that torch finds. Printed are the seconds of each step, the layers whose scheme
+differs, and the share of codes that differ in layers of the same scheme, with the largest difference. Float sums have
+another order on a GPU, so values halfway between two codes may be rounded the other way. Without a GPU, the program
+says so and runs nothing; `--without-gpu` compares the CPU with itself, which has to print no difference.
 """
 
 import json
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -62,7 +62,7 @@ def run(recipe_file: Path, store: Path) -> CompiledTarget:
     return compile(recipe.model_copy(update=short), Store(store), base=recipe_file.parent)[recipe.targets[0]]
 
 
-def figures(cpu: CompiledTarget, gpu: CompiledTarget) -> dict[str, object]:
+def figures(cpu: CompiledTarget, gpu: CompiledTarget) -> dict[str, Any]:
     """Return the seconds of each step on both, and what differs in the plans and codes."""
     seconds = {a.step: {"cpu": a.seconds, "gpu": b.seconds} for a, b in zip(cpu.runs, gpu.runs, strict=True)}
     plans = {name: one[PLAN].schemes for name, one in (("cpu", cpu), ("gpu", gpu))}
