@@ -80,6 +80,7 @@ class Calibrate(Pass):
         own = self._trajectory(sampler, calls, samples, seen)
         whole = _joined(ctx.processes.gather(own), sampler.rows_per_sample)
         first = sampler.rows_of([0], whole.outputs.shape[1] // sampler.rows_per_sample)
+        _check_repeats(denoise, whole, first)
         unreached = unreached_layers(model.module, denoise, whole, layers, first)
         workload = seen.workload(len(start.noise), unreached)
         whole = _without(whole, workload.float_reasons)
@@ -110,11 +111,7 @@ class Calibrate(Pass):
                     advance()
                 else:
                     samples = call
-        if not samples.isfinite().all():
-            raise StepFailed(
-                f"the samples have NaN or Inf after the last of {len(calls)} steps, while every output of the model is"
-                " finite: choose the scheduler and the steps that the model was trained for"
-            )
+        _check_samples(samples, sampler, len(calls))
         return calls, samples, seen
 
     def _trajectory(
@@ -157,13 +154,54 @@ def _check_weights(module: torch.nn.Module) -> None:
         raise RecipeError(*problems)
 
 
+def _check_samples(samples: torch.Tensor, sampler: Sampler, steps: int) -> None:
+    """Raise StepFailed for samples with NaN or Inf after this many steps; every output before them was finite."""
+    if not samples.isfinite().all():
+        guided = "" if sampler.guidance == 1.0 else f", with guidance {sampler.guidance:g}"
+        raise StepFailed(
+            f"the samples have NaN or Inf after {steps} of {len(sampler.timesteps)} steps, while every output of the"
+            f" model is finite: {type(sampler.model.scheduler).__name__} makes them{guided}: choose the"
+            " scheduler and the steps that the model was trained for"
+        )
+
+
 def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
-    """Raise StepFailed for an output with NaN or Inf; the message names the first layer that read them."""
+    """Raise StepFailed for a sample or an output with NaN or Inf; the message names who made them first."""
+    _check_samples(call.inputs[sampler.names.sample], sampler, call.step)
     if not call.output.isfinite().all():
         raise StepFailed(
             f"the model returns NaN or Inf at timestep {sampler.timesteps[call.step]:g}: "
             f"{seen.origin}: correct the model, or start at another timestep"
         )
+
+
+REPEATED = 1e-2
+"""Relative L2 distance up to which two outputs count as equal; other numbers of rows change the order of sums."""
+
+
+def _check_repeats(denoise: Denoise, trajectory: Trajectory, rows: Sequence[int]) -> None:
+    """Raise RecipeError if the model returns something else for some rows of its first call.
+
+    A graph computes each row alone, and the same each time.
+    """
+    import torch
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+    call, recorded = trajectory.call(0, rows), trajectory.outputs[0][rows]
+    with torch.no_grad():
+        if (found := apart(denoise(call), recorded)) <= REPEATED:
+            return
+        again = apart(denoise(call), denoise(call))
+    why = (
+        f"two calls with the same inputs differ by {again:.1e}, relative L2: it draws random numbers or keeps a state"
+        " between calls"
+        if again > REPEATED
+        else f"a call of {len(rows)} rows differs by {found:.1e}, relative L2, from the same rows in a call of"
+        f" {trajectory.outputs.shape[1]}: its rows affect each other, or earlier calls affect later ones"
+    )
+    raise RecipeError(f"model: {why}: a compiled graph does neither: change the module")
 
 
 def _without(trajectory: Trajectory, layers: Collection[str]) -> Trajectory:

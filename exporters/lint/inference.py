@@ -1,4 +1,4 @@
-"""Run onnx and ONNX Runtime on any graph, in a process of its own with limits of time and memory.
+"""Run onnx, ONNX Runtime and TensorRT-RTX's parser on any graph, in a process of its own with limits.
 
 Inference of types and shapes computes the values that shapes depend on, so a graph of 400 bytes can make 16 GB of
 values. No analysis of the graph predicts that for every operator. The process sees no weights: a file of
@@ -20,11 +20,12 @@ from threading import Lock
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from intaglio.exporters.float_graph.onnx_file import graphs, nbytes, tensors
+from intaglio.exporters.runtimes.tensorrt.parsing import parse
 
 if TYPE_CHECKING:
     import onnx
 
-Question: TypeAlias = Literal["standard", "types", "loads"]
+Question: TypeAlias = Literal["standard", "types", "loads", "parses"]
 SECONDS, SECONDS_PER_MB = 5.0, 15.0
 """CPU seconds for one question, and more seconds per MB of the model without its weights.
 
@@ -46,15 +47,17 @@ class Answer:
 
 
 def ask(question: Question, proto: onnx.ModelProto) -> Answer:
-    """Ask onnx or ONNX Runtime about a graph.
+    """Ask onnx, ONNX Runtime or TensorRT-RTX about a graph.
 
     `standard`: is it valid ONNX? `types`: do types and shapes fit together, and what are they?
 
     `loads`: can ONNX Runtime make a session of it on the CPU, without running or rewriting it?
+
+    `parses`: can the parser of TensorRT-RTX read it?
     """
     import onnx
 
-    content = _without_weights(proto).SerializeToString()
+    content = _without_weights(proto, apart=question == "parses").SerializeToString()
     seconds, megabytes = SECONDS + SECONDS_PER_MB * len(content) / 1e6, MEGABYTES + TIMES * len(content) // 1_000_000
     found = _PROCESS.ask({"question": question, "seconds": seconds, "megabytes": megabytes}, content)
     if found is None:
@@ -68,16 +71,23 @@ def ask(question: Question, proto: onnx.ModelProto) -> Answer:
     return Answer(complaint, model)
 
 
-def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy whose external tensors are all in the file `weights`, each from its beginning."""
+def _without_weights(proto: onnx.ModelProto, *, apart: bool) -> onnx.ModelProto:
+    """Return a copy whose external tensors are in the file `weights`: all at its beginning, or apart from each other.
+
+    TensorRT-RTX refuses tensors of different types in one place.
+    """
     import onnx
 
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
+    place = 0
     for tensor in tensors(bare):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             del tensor.external_data[:]
-            tensor.external_data.add(key="location", value=_WEIGHTS)
+            size = nbytes(tensor) or 0
+            for key, value in {"location": _WEIGHTS, "offset": place, "length": size}.items():
+                tensor.external_data.add(key=key, value=str(value))
+            place += -(-size // 64) * 64 if apart else 0
     return bare
 
 
@@ -177,6 +187,8 @@ def _import_libraries(question: Question) -> None:
 
     if question == "loads":
         import onnxruntime  # noqa: F401
+    if question == "parses":
+        import tensorrt_rtx  # noqa: F401
 
 
 def _limit(seconds: float, megabytes: int) -> None:
@@ -209,6 +221,8 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
                 inferred = model.SerializeToString()
             case "loads":
                 _load(proto)
+            case "parses":
+                return _parsed(proto), b""
     except MemoryError:
         os._exit(1)
     except Exception as e:  # functions of operators raise exceptions of any type
@@ -219,12 +233,16 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
 
 
 def _write_weights(proto: onnx.ModelProto) -> None:
-    """Write a sparse file of zeros as long as the largest external tensor."""
+    """Write a sparse file of zeros that holds all external tensors."""
     import onnx
 
-    sizes = [nbytes(t) or 0 for t in tensors(proto) if t.data_location == onnx.TensorProto.EXTERNAL]
+    ends = [0]
+    for tensor in tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            ends.append(int(place["offset"]) + int(place["length"]))
     with open(_WEIGHTS, "wb") as file:
-        file.truncate(max(sizes, default=0))
+        file.truncate(max(ends))
 
 
 def _check(content: bytes) -> None:
@@ -238,13 +256,24 @@ def _check(content: bytes) -> None:
             raise
 
 
+def _parsed(proto: onnx.ModelProto) -> str | None:
+    """Return what the parser of TensorRT-RTX says against a graph, whose nodes are named by their first outputs."""
+    _name_nodes(proto)
+    return parse(proto, Path.cwd() / "ones")
+
+
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Name all nodes by their first outputs."""
+    for _, nodes in graphs(proto):
+        for node in nodes:
+            node.name = next(filter(None, node.output), node.name)
+
+
 def _load(proto: onnx.ModelProto) -> None:
     """Raise what ONNX Runtime raises while it makes a session; nodes are named by their first outputs."""
     import onnxruntime
 
-    for _, nodes in graphs(proto):
-        for node in nodes:
-            node.name = next(filter(None, node.output), node.name)
+    _name_nodes(proto)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1

@@ -26,7 +26,7 @@ class Lint(Pass):
     """Check a graph with all RULES. A graph without errors builds and computes what it should."""
 
     name: ClassVar[str] = "lint"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     requires: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LINT})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")

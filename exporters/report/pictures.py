@@ -270,11 +270,16 @@ def png(image: Image) -> bytes:
 
 def _check_steps(model: DenoiserModel, steps: int) -> None:
     """Raise RecipeError if the model's scheduler refuses this number of steps."""
+    from intaglio.pipeline.model.scheduler import scheduled
+
     try:
-        model.scheduler.set_timesteps(steps, **model.schedule)
-    except Exception as e:  # each scheduler has its own
+        scheduled(model.scheduler, steps, model.schedule)
+    except RecipeError as e:
         kind = type(model.scheduler).__name__
-        raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses this number of steps: {e}") from e
+        cause = e if e.__cause__ is None else e.__cause__
+        raise RecipeError(
+            f"--steps {steps}: {kind}, the model's scheduler, refuses this number of steps: {cause}"
+        ) from e
 
 
 def _check(model: DenoiserModel, count: int, rows: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -262,9 +261,10 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
 
 def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
     """Return the sampling with its steps limited to those that the model's scheduler makes."""
-    scheduler = copy.deepcopy(model.scheduler)
-    scheduler.set_timesteps(sampling.steps, **model.schedule)
-    made = len(scheduler.timesteps)
+    from intaglio.pipeline.model.scheduler import scheduled, timesteps
+
+    scheduler = scheduled(model.scheduler, sampling.steps, model.schedule)
+    made = len(timesteps(scheduler))
     return replace(sampling, steps=made, said_by=type(scheduler).__name__) if made < sampling.steps else sampling
 
 

@@ -5,7 +5,6 @@ Shapes: R rows of one call.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,8 +97,14 @@ class CallForm:
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """Return the first tensor (R, ...) of a module's output, from whatever holds it; a list has one for each row."""
+    """Return the first tensor (R, ...) of a module's output, from whatever holds it.
+
+    A list of equal shapes has one for each row; any other list is read as a tuple.
+    """
     import torch
+
+    if isinstance(output, list) and len({getattr(each, "shape", None) for each in output}) > 1:
+        output = tuple(output)
 
     if isinstance(output, Mapping):
         output = next(iter(output.values()))
@@ -152,13 +157,12 @@ def _with_variance(model: DenoiserModel, steps: int) -> DenoiserModel:
     """Return the model with `variance` in place of a cut of its output's channels, if its scheduler reads them."""
     import torch
 
-    from intaglio.pipeline.model.scheduler import reads_variance
+    from intaglio.pipeline.model.scheduler import reads_variance, scheduled
 
     form = model.form
     if form is None or form.cut is None or form.cut[0] != 0:
         return model
-    scheduler = copy.deepcopy(model.scheduler)
-    scheduler.set_timesteps(max(steps, 2), **model.schedule)  # the last step draws nothing
+    scheduler = scheduled(model.scheduler, max(steps, 2), model.schedule)  # the last step draws nothing
     like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
     return replace(model, form=replace(form, cut=None, variance=True)) if reads_variance(scheduler, like) else model
 
@@ -225,9 +229,8 @@ def _inputs(model: DenoiserModel, steps: int) -> dict[str, torch.Tensor]:
 
     from intaglio.pipeline.model.sampler import Sampler
 
-    scheduler = copy.deepcopy(model.scheduler)
-    sampler = Sampler(replace(model, scheduler=scheduler), steps, 1.0)
+    sampler = Sampler(model, steps, 1.0)
     start = sampler.start(TRIED_ROWS, torch.Generator().manual_seed(0), rows=(0,))
-    inputs = sampler.rows(start.noise, scheduler.timesteps[0], start)
+    inputs = sampler.rows(start.noise, sampler.first_timestep, start)
     device = next((parameter.device for parameter in model.module.parameters()), start.noise.device)
     return {name: value.to(device) for name, value in inputs.items()}

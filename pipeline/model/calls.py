@@ -88,7 +88,7 @@ def check_inputs(sampler: Sampler) -> None:
     """
     model = sampler.model
     start = sampler.start(1, torch.Generator().manual_seed(0))
-    inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
+    inputs = sampler.rows(start.noise, sampler.first_timestep, start)
     device = next((parameter.device for parameter in model.module.parameters()), inputs[model.names.sample].device)
     try:
         with torch.no_grad():

@@ -68,16 +68,14 @@ def _counted(model: DenoiserModel, ref: ModelRef) -> tuple[ModelCost, Callable[[
     from intaglio.pipeline.model.blocks import find_units
     from intaglio.pipeline.model.calls import check_inputs, denoise_with
     from intaglio.pipeline.model.layers import layer_table
-    from intaglio.pipeline.model.model_files import blamed
     from intaglio.pipeline.model.sampler import Sampler
 
-    with blamed(f"the scheduler, asked for {ref.sampling_steps} steps,"):
-        sampler = Sampler(model, ref.sampling_steps, ref.guidance)
+    sampler = Sampler(model, ref.sampling_steps, ref.guidance)
     check_inputs(sampler)
     rows_per_sample = 1 if sampler.guidance == 1.0 else 2
     start = sampler.start(ROWS // rows_per_sample, torch.Generator().manual_seed(0))
     device = next((parameter.device for parameter in model.module.parameters()), torch.device("cpu"))
-    inputs = sampler.rows(start.noise, model.scheduler.timesteps[0], start)
+    inputs = sampler.rows(start.noise, sampler.first_timestep, start)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     denoise = denoise_with(model.module, model)
     layers = [layer.name for layer in layer_table(model.module)]

@@ -33,7 +33,18 @@ def input_names(model: DenoiserModel) -> InputNames:
     """
     parameters = inspect.signature(model.module.forward).parameters
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    sample = model.sample_name or next(iter(named))
+    kind = type(model.module).__name__
+    if by_place := [n for n, p in named.items() if p.kind is p.POSITIONAL_ONLY]:
+        raise RecipeError(
+            f"model: {kind} takes {', '.join(by_place)} by position alone, and inputs are given by name: remove the /"
+            " from its forward"
+        )
+    if not named and (model.sample_name is None or model.timestep_name is None):
+        raise RecipeError(
+            f"model: forward of {kind} names no argument ({', '.join(map(str, parameters.values())) or 'none'}): give"
+            " sample_name and timestep_name in the DenoiserModel, or write a forward with named arguments"
+        )
+    sample = model.sample_name or next((n for n in named if n != (model.timestep_name or "timestep")), "")
     flat = (
         *model.conditions,
         *model.shared,
@@ -46,7 +57,7 @@ def input_names(model: DenoiserModel) -> InputNames:
     if timestep is None and len(missing) == 1:
         timestep = missing[0]
     if left := [name for name in missing if name != timestep]:
-        raise missing_inputs(type(model.module).__name__, left)
+        raise missing_inputs(kind, left)
     return InputNames(
         sample, timestep, tuple(n for n, p in named.items() if p.default is None and n not in {*given, timestep})
     )

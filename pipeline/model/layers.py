@@ -21,7 +21,7 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
 
     layers = []
     for name, child in module.named_modules():
-        if own_forward(child):
+        if own_forward(child) or (isinstance(child, nn.Linear) and not child.weight.numel()):
             continue
         match child:
             case nn.Linear():

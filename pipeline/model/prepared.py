@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +42,30 @@ def plain_weights_(module: Module) -> Module:
     return module
 
 
+def ordinary_(module: Module) -> Module:
+    """Make every weight and bias of a layer an ordinary parameter. Changes `module`.
+
+    They may be buffers or plain attributes. Tensors made in torch's inference mode are copied out of it.
+    """
+    import torch
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    for part in module.modules():
+        tensors: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for held in tensors:
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_inference():
+                    copied = tensor.clone()
+                    held[name] = nn.Parameter(copied, False) if isinstance(tensor, nn.Parameter) else copied
+        for name in ("weight", "bias") if isinstance(part, nn.Linear | _ConvNd) else ():
+            tensor = part._buffers.get(name, vars(part).get(name))
+            if isinstance(tensor, torch.Tensor):
+                delattr(part, name)
+                part.register_parameter(name, nn.Parameter(tensor.detach(), tensor.is_floating_point()))
+    return module
+
+
 def own_forward(layer: nn.Module) -> bool:
     """Return True if a Linear or a convolution overrides torch's `forward`, in its class or in itself."""
     from torch import nn
@@ -69,6 +93,8 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
         match layer:
             case nn.Linear() | nn.Conv1d() | nn.Conv2d() | nn.Conv3d() if own_forward(layer):
                 found[name] = f"a {kind} has a forward of its own"
+            case nn.Linear() | _ConvNd() if layer.weight.numel() == 0:
+                found[name] = f"a {kind} without weights"
             case nn.Conv1d(groups=1) | nn.Conv2d(groups=1) | nn.Conv3d(groups=1):
                 if layer.padding_mode != "zeros":
                     found[name] = f"a {kind} with padding_mode {layer.padding_mode}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from intaglio.pipeline.errors import RecipeError, did_you_mean
 from intaglio.pipeline.files import MIB, checked_file, printable
 from intaglio.pipeline.model.model_files import blamed
+from intaglio.pipeline.model.prepared import ordinary_
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +61,13 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
     """
     with blamed(entry):
         module = _merged(_unwrapped(made.module, entry), entry).eval()
+        _check_kind(module, entry)
         if lost := [name for name, each in module.named_parameters() if each.is_meta]:
             raise RecipeError(
                 f"model: {entry}: {len(lost)} parameters are on torch's meta device, such as {lost[0]}: they have no"
                 " values: load the model without offloading"
             )
-        module.to("cpu").float()
+        ordinary_(module).to("cpu").float()
     check_sample_shape(made.sample_shape, entry)
     return replace(
         made,
@@ -102,6 +104,21 @@ class _Uncompiled(SourceFileLoader):
 
     def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
         """Write nothing."""
+
+
+def _check_kind(module: nn.Module, entry: str) -> None:
+    """Raise RecipeError for modules whose layers or weights cannot be read: TorchScript, quantized, not built yet."""
+    import torch
+    from torch import nn
+
+    for name, part in module.named_modules():
+        where = f"model: {entry}: {name or 'the module'} is a {type(part).__name__}"
+        if isinstance(part, torch.jit.ScriptModule):
+            raise RecipeError(f"{where} of TorchScript, whose layers cannot be changed: return the module before that")
+        if type(part).__module__.startswith("torch.ao.nn.") and "quantized" in type(part).__module__:
+            raise RecipeError(f"{where}, quantized by torch already: return the module before that")
+        if any(map(nn.parameter.is_lazy, part.parameters(recurse=False))):
+            raise RecipeError(f"{where} that has no weights yet: call the module once before it is returned")
 
 
 def _unwrapped(module: Any, entry: str) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
+from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping, scheduled, timesteps
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
@@ -71,18 +70,24 @@ class Sampler:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
-        self.model.scheduler.set_timesteps(steps, **model.schedule)
+        self._ready = scheduled(model.scheduler, steps, model.schedule)
+        model.scheduler.set_timesteps(steps, **model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
-        self._stepping = find_stepping(model.scheduler, like, steps)
+        self._stepping = find_stepping(self._ready, like, steps)
         self._own = self._own_steps()
-        self.timesteps = tuple(float(self._timestep(t)) for t in model.scheduler.timesteps[self._own])
+        self.timesteps = tuple(float(self._timestep(t)) for t in timesteps(self._ready)[self._own])
+
+    @property
+    def first_timestep(self) -> torch.Tensor:
+        """The scheduler's first timestep, a scalar."""
+        return timesteps(self._ready)[0]
 
     def _own_steps(self) -> slice:
         """Return the positions of the model's own timesteps in the schedule.
 
         Raises RecipeError if they are no steps of this schedule.
         """
-        schedule = [float(t) for t in self.model.scheduler.timesteps[: self._stepping.count]]
+        schedule = [float(t) for t in timesteps(self._ready)[: self._stepping.count]]
         if not (own := self.model.times):
             return slice(len(schedule))
         near = SAME_TIMESTEP * max(schedule)
@@ -206,8 +211,7 @@ class Sampler:
 
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
-        fresh = copy.deepcopy(self.model.scheduler)
-        fresh.set_timesteps(self.steps, **self.model.schedule)
+        fresh = scheduled(self.model.scheduler, self.steps, self.model.schedule)
         return SeededScheduler(fresh, noise, self._stepping, self._own)
 
     @torch.no_grad()

@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.errors import IntaglioError, RecipeError
+from intaglio.pipeline.files import one_line
 
 
 class Scheduler(Protocol):
@@ -39,6 +42,44 @@ def check_scheduler(scheduler: object) -> None:
         raise RecipeError(f"model: the scheduler {kind} has no {' and no '.join(lacking)}: a scheduler has {needed}")
 
 
+def scheduled(scheduler: Scheduler, steps: int, schedule: Mapping[str, float]) -> Any:
+    """Return a copy of a scheduler that has the timesteps of a schedule with this number of steps.
+
+    Raises RecipeError if the scheduler cannot be copied, refuses the schedule, or makes no timesteps.
+    """
+    kind = type(scheduler).__name__
+    try:
+        made = copy.deepcopy(scheduler)
+    except Exception as e:  # each object has its own reason
+        raise RecipeError(
+            f"model: the scheduler {kind} cannot be copied, and each run steps a copy: {_raised(e)}: keep no locks,"
+            " files or tensors with gradients in it"
+        ) from e
+    try:
+        made.set_timesteps(steps, **schedule)
+        found = timesteps(made)
+    except Exception as e:  # each scheduler has its own
+        raise RecipeError(
+            f"model: the scheduler {kind} makes no schedule of sampling_steps: {steps}: {_raised(e)}"
+        ) from e
+    if not len(found) or not found.isfinite().all():
+        raise RecipeError(
+            f"model: the scheduler {kind} makes {len(found)} timesteps of sampling_steps: {steps},"
+            f" {int((~found.isfinite()).sum())} of them NaN or Inf: there is at least one, and all are numbers"
+        )
+    return made
+
+
+def timesteps(scheduler: Scheduler) -> torch.Tensor:
+    """Return the timesteps (T,) of a scheduler, also where it holds them as a list or an array."""
+    return torch.as_tensor(scheduler.timesteps).flatten()
+
+
+def _raised(error: Exception) -> str:
+    """Return the kind of an error and its message in one line."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 class SeededScheduler:
     """Scheduler from noise (B, ...) to samples, whose draws are seeded by each sample's noise and the step.
 
@@ -52,7 +93,7 @@ class SeededScheduler:
 
         `own` are the positions of the timesteps that it is stepped from.
         """
-        self.timesteps = scheduler.timesteps[own]
+        self.timesteps = timesteps(scheduler)[own]
         self.first_scale: torch.Tensor | float = getattr(scheduler, "init_noise_sigma", 1.0)
         self._stepping, apart = stepping, stepping.apart
         self._schedulers = [copy.deepcopy(scheduler) for _ in noise] if apart else [scheduler]
@@ -74,8 +115,14 @@ class SeededScheduler:
 
         def step(scheduler: Any, seed: int, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
-            with seeded(seed):
-                return _previous(scheduler, output, self._stepping.timestep(t, x), x, generator)
+            try:
+                with seeded(seed):
+                    return _previous(scheduler, output, self._stepping.timestep(t, x), x, generator)
+            except IntaglioError:
+                raise
+            except Exception as e:  # each scheduler has its own
+                called = f"model: {type(scheduler).__name__}.step fails at timestep {float(t):g}"
+                raise RecipeError(f"{called}, with outputs {tuple(output.shape)}: {_raised(e)}") from e
 
         stepped = self._each(step, output, x)
         self._step += 1
@@ -118,7 +165,7 @@ def find_stepping(scheduler: Scheduler, noise: torch.Tensor, steps: int) -> Step
 
     A scheduler that fails in both forms counts as one that draws: the run itself will raise the error.
     """
-    total = len(scheduler.timesteps)
+    total = len(timesteps(scheduler))
     for by_row in (False, True):
         done, apart = _tried(scheduler, noise, Stepping(total, by_row))
         if done == total or (done == steps == total - 1 > 0):
@@ -140,7 +187,7 @@ def _tried(scheduler: Scheduler, noise: torch.Tensor, stepping: Stepping) -> tup
     try:
         with seeded(0) as drawn:
             x = output * getattr(tried, "init_noise_sigma", 1.0)
-            for t in tried.timesteps:
+            for t in timesteps(tried):
                 at = stepping.timestep(t, x)
                 getattr(tried, "scale_model_input", lambda x, _: x)(x, at)
                 x = _previous(tried, output, at, x, generator)
@@ -163,7 +210,7 @@ def reads_variance(scheduler: Scheduler, noise: torch.Tensor) -> bool:
         tried, generator = copy.deepcopy(scheduler), torch.Generator().manual_seed(0)
         try:
             with seeded(0):
-                found.append(_previous(tried, torch.cat([noise, variance], 1), tried.timesteps[0], noise, generator))
+                found.append(_previous(tried, torch.cat([noise, variance], 1), timesteps(tried)[0], noise, generator))
         except Exception:  # whatever a scheduler raises for an output that is larger than the sample
             return False
     first, second = found
@@ -174,24 +221,51 @@ def _previous(
     scheduler: Any, output: torch.Tensor, t: torch.Tensor, x: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Make one step of the scheduler, with the generator if it takes one, and return the previous sample."""
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    stepped = scheduler.step(output, t, x, **({"generator": generator} if takes else {}))
+    takes = inspect.signature(scheduler.step).parameters
+    drawn = {"generator": generator} if "generator" in takes else {}
+    named = {"model_output": output, "timestep": t, "sample": x}
+    if named.keys() <= takes.keys():  # in any order
+        stepped = scheduler.step(**named, **drawn)
+    else:
+        stepped = scheduler.step(output, t, x, **drawn)
     previous = stepped[0] if isinstance(stepped, tuple) and stepped else getattr(stepped, "prev_sample", stepped)
     if not isinstance(previous, torch.Tensor):
         kinds = f"{type(scheduler).__name__}.step returns a {type(stepped).__name__}"
         raise RecipeError(
             f"model: {kinds}: it returns the next sample, a tuple that begins with it, or an object with prev_sample"
         )
-    return previous
+    if previous.shape != x.shape and len(timesteps(scheduler)) > 1:
+        raise RecipeError(
+            f"model: {type(scheduler).__name__}.step returns {tuple(previous.shape)} for samples {tuple(x.shape)}:"
+            " the next sample has the shape of the sample"
+        )
+    return previous.to(x.dtype)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[Callable[[], bool]]:
-    """Seed torch's global generator and restore it at the end. Yields a function that says if numbers were drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        state = torch.get_rng_state()
-        yield lambda: not torch.equal(torch.get_rng_state(), state)
+    """Seed the global generators of torch, NumPy and Python, and restore them at the end.
+
+    Yields a function that says if numbers were drawn.
+    """
+    numbers, state = random.getstate(), np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # the form of `legacy`
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % (1 << 32))
+            begun = _generators()
+            yield lambda: _generators() != begun
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(state)
+
+
+def _generators() -> tuple[object, ...]:
+    """Return the states of the global generators of torch, Python and NumPy."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), name, np.asarray(keys).tobytes(), rest
 
 
 def _digest(sample: torch.Tensor) -> bytes:

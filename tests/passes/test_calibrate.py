@@ -281,7 +281,9 @@ class Diverges(OneCall):
 
 def test_samples_that_are_not_finite_are_an_error_that_names_the_scheduler(calibrated, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "open", lambda _: DenoiserModel(Heights().eval(), Diverges(), (3, 8, 8)))
-    message = "samples have NaN or Inf after the last of 1 steps, while every output of the model is finite: choose the"
+    message = (
+        "NaN or Inf after 1 of 1 steps, while every output of the model is finite: Diverges makes them: choose the"
+    )
     with pytest.raises(StepFailed, match=message):
         run_pass(Calibrate(samples=2), calibrated, tmp_path)
 
@@ -314,6 +316,42 @@ def test_numbers_that_are_none_are_named(broken, error, message, calibrated, tmp
     monkeypatch.setattr(Checkpoint, "open", lambda _: factory)
     with pytest.raises(error, match=message):
         run_pass(Calibrate(samples=1), calibrated, tmp_path / "scratch")
+
+
+class Halves(DDIMScheduler):
+    """Ends at samples that are not finite, after its first step."""
+
+    def step(self, model_output, timestep, sample):
+        return (sample / (timestep > 500),)
+
+
+class Unlike(torch.nn.Module):
+    """Adds something to its output: random numbers, the number of its calls, or the mean over all rows."""
+
+    def __init__(self, more) -> None:
+        super().__init__()
+        self.layer, self.more, self.calls = torch.nn.Conv2d(3, 3, 1), more, 0
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y: torch.Tensor = self.layer(sample) + self.more(self, sample)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("more", "scheduler", "message"),
+    [
+        (lambda _, x: 0.1 * torch.randn_like(x), DDIMScheduler(), "two calls with the same inputs differ by .* random"),
+        (lambda module, x: module.calls, DDIMScheduler(), "two calls .* or keeps a state between calls"),
+        (lambda _, x: 100 * x.mean(), DDIMScheduler(), "a call of 1 rows differs by .* its rows affect each other"),
+        (lambda _, x: 0.0, Halves(timestep_spacing="trailing"), "after 3 of 4 steps, while .* Halves makes them"),
+    ],
+)
+def test_a_model_that_no_graph_can_follow_is_named(more, scheduler, message, calibrated, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(Checkpoint, "open", lambda _: DenoiserModel(Unlike(more).eval(), scheduler, (3, 8, 8)))
+    with pytest.raises((RecipeError, StepFailed), match=message):
+        run_pass(Calibrate(samples=2), calibrated, tmp_path / "scratch")
 
 
 def test_a_layer_that_is_called_again_joins_the_groups_of_all_its_inputs():

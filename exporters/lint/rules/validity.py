@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from intaglio.exporters.float_graph.products import code_type, producer, shape
-from intaglio.exporters.lint.inference import ask
-from intaglio.exporters.lint.reader import Checked, shortened, type_name
+from intaglio.exporters.float_graph.products import code_type, constant, is_constant, producer, shape
+from intaglio.exporters.lint.reader import Checked, shortened
 from intaglio.exporters.lint.rule import Problems, rule
-from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
-from intaglio.pipeline.runs.registry import find_runtime
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -140,8 +136,9 @@ def _values(graph: Checked) -> Iterator[tuple[ir.Node | None, ir.Value]]:
         "normalized channel by channel, with a relative error of 0.57"
     ),
     fix=(
-        "write it in other operators: group normalization as Reshape, InstanceNormalization and Reshape; pads for an "
-        "output_shape; the square, absolute value or logarithm for a sum over no axis"
+        "write constant axes; convert old opsets; write it in other operators: group normalization as Reshape, "
+        "InstanceNormalization and Reshape; pads for an output_shape; the square, absolute value or logarithm for a "
+        "sum over no axis"
     ),
 )
 def check_form(graph: Checked, target: Target) -> Problems:
@@ -195,6 +192,40 @@ def _reduction_of_truths(node: ir.Node) -> str | None:
     return f"{node.op_type} of booleans" if x is not None and x.dtype is not None and x.dtype.name == "BOOL" else None
 
 
+def _computed_axes(node: ir.Node) -> str | None:
+    op, value = node.op_type, node.inputs[1] if len(node.inputs) > 1 else None
+    if value is None or not (op in ("Squeeze", "Unsqueeze") or op.startswith("Reduce")) or is_constant(value):
+        return None
+    shapes, pending, seen = ("Shape", "Size"), [value], set[object]()
+    while pending:  # the sizes of a tensor can be known when the engine is built
+        current = pending.pop()
+        made = producer(current)
+        if made is None and constant(current) is None:
+            return f"{op} over axes that the graph computes from its inputs"
+        if made is not None and made not in seen and made.op_type not in shapes:
+            seen.add(made)
+            pending += [each for each in made.inputs if each is not None]
+    return None
+
+
+def _old_broadcast(node: ir.Node) -> str | None:
+    opset = 7 if node.graph is None else node.graph.opset_imports.get("", 7)
+    old = opset < 7 and node.op_type in (
+        "Add",
+        "And",
+        "Div",
+        "Equal",
+        "Greater",
+        "Less",
+        "Mul",
+        "Or",
+        "Pow",
+        "PRelu",
+        "Sub",
+    )
+    return f"{node.op_type} of opset {opset}: the target broadcasts as opset 7 does" if old else None
+
+
 def _rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
@@ -206,6 +237,8 @@ FORMS: Mapping[str, Callable[[ir.Node], str | None]] = {
     "flat-group-norm": _flat_group_norm,
     "vector-by-batch": _vector_by_batch,
     "reduction-of-truths": _reduction_of_truths,
+    "computed-axes": _computed_axes,
+    "old-broadcast": _old_broadcast,
 }
 """Functions that describe what a target does with a node, by the name of the form in `limits.forms`.
 
@@ -309,35 +342,6 @@ def check_code_type(graph: Checked, target: Target) -> Problems:
             continue  # reported for the node that makes the codes
         if (found := code_type(node)) not in known and found not in ("unknown", "INT32"):  # INT32: a bias
             yield node, f"codes of type {found}, but {target.name} reads {', '.join(target.limits.code_types)}"
-
-
-@rule(
-    "loads",
-    "error",
-    why="what the installed ONNX Runtime says when it makes a session of the graph, with zeros for weights",
-    fix="cast to float32 or float16 in front of it, or export it as operators that the runtime has",
-    when="no errors",
-)
-def check_loads(graph: Checked, target: Target) -> Problems:
-    """Graphs that ONNX Runtime does not load, such as operators without a kernel for their types."""
-    if not isinstance(find_runtime(target.runtime), OnnxRuntime):
-        return
-    complaint = ask("loads", graph.proto).complaint
-    if complaint is None:
-        return
-    missing = _NO_KERNEL.search(complaint)
-    if missing is None:
-        yield None, f"ONNX Runtime does not load it: {complaint.partition(' : FAIL : ')[2] or complaint}"
-        return
-    if target.provider != "CPUExecutionProvider":  # another provider may have this kernel
-        return
-    op, made = missing.groups()
-    node = next((n for n in graph.of_type(op) if any(value.name == made for value in n.outputs)), None)
-    types = ", ".join(type_name(value) for value in (() if node is None else node.inputs))
-    yield node, f"{target.name} has no kernel for {op} of {types or 'these types'}"
-
-
-_NO_KERNEL = re.compile(r"Could not find an implementation for (\S+?)\(\d+\) node with name '(.*?)'")
 
 
 @cache

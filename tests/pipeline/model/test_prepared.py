@@ -5,7 +5,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.layers import layer_table
-from intaglio.pipeline.model.prepared import plain_weights_, unquantizable
+from intaglio.pipeline.model.prepared import ordinary_, plain_weights_, unquantizable
 from intaglio.pipeline.model.ref import ModelRef
 
 
@@ -37,6 +37,35 @@ def test_a_computed_weight_becomes_a_parameter_with_the_value_it_has(make):
     assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
     assert not layer._forward_pre_hooks
     assert torch.equal(layer(x), expected)
+
+
+def as_attribute(layer: nn.Linear) -> None:
+    weight = layer.weight.data
+    del layer.weight
+    layer.weight = weight
+
+
+def as_buffer(layer: nn.Linear) -> None:
+    weight = layer.weight.data
+    del layer.weight
+    layer.register_buffer("weight", weight)
+
+
+def in_inference_mode(layer: nn.Linear) -> None:
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(layer.weight * 2)
+
+
+@pytest.mark.parametrize("hold", [as_attribute, as_buffer, in_inference_mode])
+def test_a_weight_that_is_no_ordinary_parameter_becomes_one(hold):
+    layer, x = nn.Linear(8, 8), torch.randn(3, 8)
+    hold(layer)
+    with torch.inference_mode():
+        expected = layer(x).tolist()
+    ordinary_(layer)
+    assert sorted(dict(layer.named_parameters())) == ["bias", "weight"]
+    layer.weight.requires_grad_()
+    assert layer(x).tolist() == expected
 
 
 FACTORY = """
@@ -87,8 +116,10 @@ def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
             "grouped": nn.Conv2d(4, 4, 1, groups=2),
             "mirrored": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "own": Scaled(4, 4),
+            "empty": nn.LazyLinear(0),
         }
     )
+    model["empty"](torch.zeros(1, 4))
     assert [layer.name for layer in layer_table(model)] == ["linear", "conv", "line"]
     assert unquantizable(model) == {
         "volume": "a Conv3d with padding_mode circular",
@@ -97,4 +128,5 @@ def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
         "grouped": "a grouped Conv2d",
         "mirrored": "a Conv2d with padding_mode reflect",
         "own": "a Scaled has a forward of its own",
+        "empty": "a Linear without weights",
     }

@@ -137,6 +137,26 @@ def test_inputs_are_on_the_cpu_in_float32():
             "DenoiserModel(torch.nn.ReLU(), DDIMScheduler(), (3,), shared={'x': torch.tensor(float('nan'))})",
             "x has NaN",
         ),
+        (
+            "DenoiserModel(torch.nn.LazyLinear(2), DDIMScheduler(), (2,))",
+            "the module is a LazyLinear that has no weights yet: call the module once",
+        ),
+        (
+            "DenoiserModel(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(2)), DDIMScheduler(), (2,))",
+            "the module is a TopLevelTracedModule of TorchScript",
+        ),
+        (
+            "DenoiserModel(torch.ao.nn.quantized.dynamic.Linear(2, 2), DDIMScheduler(), (2,))",
+            "the module is a Linear, quantized by torch already",
+        ),
+        (
+            "DenoiserModel(type('N', (torch.nn.Module,), {'forward': lambda self, *a: 0})(), DDIMScheduler(), (2,))",
+            r"forward of N names no argument \(\*a\): give sample_name and timestep_name",
+        ),
+        (
+            "DenoiserModel(type('N', (torch.nn.Module,), {'forward': lambda s, x, t, /: 0})(), DDIMScheduler(), (2,))",
+            "N takes x, t by position alone",
+        ),
         ("torch.nn.ReLU()", "returned a ReLU, not an intaglio DenoiserModel"),
         ("1 / 0", "net.py:make raised ZeroDivisionError: division by zero"),
         ("exit(3)", "net.py:make raised SystemExit: 3"),
