@@ -116,7 +116,7 @@ def find_departures(
             found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
         calls[name] += 1
         again = in_shape_of(y, left[min(calls[name], len(left)) - 1])  # the exporter merges equal calls into one
-        return again if again.shape == y.shape else y
+        return again.clone() if again.shape == y.shape else y  # the model may change it, and the next layer reads it
 
     there = {name: layer for name, layer in layers.items() if name in graph.nodes}
     with torch.no_grad(), after_calls(there, take_over):

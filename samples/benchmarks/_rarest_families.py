@@ -1,0 +1,453 @@
+"""Tiny denoisers of more classes of diffusers, for `families.py --all` alone: those with unusual calls.
+
+Each function is a model factory, as those of tiny_families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import diffusers
+import torch
+from _other_families import HEADS, TEXT, _rotary, _wan_like, _whole_mask
+from tiny_families import ROWS, _flow, _flux_ids, _grid, _make, _mask, _noise, _rows
+
+from intaglio.pipeline.model.denoiser import DenoiserModel
+
+
+def hidream() -> DenoiserModel:
+    """The hidden states of the language model's layers have the layers before the rows."""
+    module = _make(
+        lambda: diffusers.HiDreamImageTransformer2DModel(
+            **HEADS,
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[32, 48],
+            text_emb_dim=64,
+            num_routed_experts=2,
+            axes_dims_rope=(8, 12, 12),
+            max_resolution=(8, 8),
+            llama_layers=[0, 1],
+            force_inference_output=True,
+        )
+    )
+    given = {
+        "encoder_hidden_states_t5": _rows(5, 32),
+        "encoder_hidden_states_llama3": _rows(2, 5, 48, seed=2),
+        "pooled_embeds": _rows(64, seed=3),
+    }
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=given)
+
+
+def kandinsky3() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.Kandinsky3UNet(
+            time_embedding_dim=64,
+            groups=4,
+            attention_head_dim=16,
+            layers_per_block=2,
+            block_out_channels=(16, 32, 32, 32),
+            cross_attention_dim=32,
+            encoder_hid_dim=32,
+        )
+    )
+    given = {TEXT: _rows(5, 32), "encoder_attention_mask": _mask(5)}
+    return DenoiserModel(module, _noise(), (4, 16, 16), conditions=given)
+
+
+def framepack() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=64,
+            pooled_projection_dim=64,
+            rope_axes_dim=(8, 12, 12),
+            has_image_proj=True,
+            image_proj_dim=32,
+            has_clean_x_embedder=True,
+        )
+    )
+    given = {
+        TEXT: _rows(5, 64),
+        "encoder_attention_mask": _mask(5),
+        "pooled_projections": _rows(64, seed=2),
+        "image_embeds": _rows(3, 32, seed=3),
+        "guidance": torch.full((ROWS,), 6000.0),
+        "latents_clean": _rows(4, 2, 8, 8, seed=4),
+        "latents_history_2x": _rows(4, 2, 8, 8, seed=5),
+        "latents_history_4x": _rows(4, 4, 8, 8, seed=6),
+    }
+    shared = {
+        "indices_latents": torch.arange(9, 11),
+        "indices_latents_clean": torch.tensor([0, 8]),
+        "indices_latents_history_2x": torch.arange(6, 8),
+        "indices_latents_history_4x": torch.arange(2, 6),
+    }
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions=given, shared=shared)
+
+
+def i2vgen() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.I2VGenXLUNet(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+    )
+    given = {
+        "fps": torch.full((ROWS,), 16),
+        "image_latents": _rows(4, 2, 8, 8, seed=2),
+        "image_embeddings": _rows(32, seed=3),
+        TEXT: _rows(5, 32),
+    }
+    return DenoiserModel(module, _noise(), (4, 2, 8, 8), conditions=given)
+
+
+def stable_audio3() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.StableAudio3DiTModel(
+            io_channels=16,
+            embed_dim=64,
+            depth=1,
+            num_heads=2,
+            cond_token_dim=32,
+            global_cond_dim=32,
+            local_add_cond_dim=0,
+            timestep_features_dim=32,
+            num_memory_tokens=4,
+        )
+    )
+    given = {TEXT: _rows(5, 32), "global_hidden_states": _rows(32, seed=2), "encoder_attention_mask": _mask(5)}
+    return DenoiserModel(module, _flow(), (16, 16), conditions=given, timestep_scale=1e-3)
+
+
+def ideogram4() -> DenoiserModel:
+    """Five text tokens, then 4 x 4 of the image, in one sequence."""
+    module = _make(
+        lambda: diffusers.Ideogram4Transformer2DModel(
+            **HEADS,
+            in_channels=16,
+            num_layers=1,
+            intermediate_size=128,
+            adaln_dim=32,
+            llm_features_dim=32,
+            mrope_section=(8, 4, 4),
+        )
+    )
+    text, image = 5, 16
+    kinds = torch.tensor([3] * text + [2] * image).expand(ROWS, -1)
+    places = torch.cat([torch.arange(text)[:, None].repeat(1, 3).float(), torch.nn.functional.pad(_grid(4, 4), (1, 0))])
+    given = {
+        TEXT: _rows(text + image, 32),
+        "position_ids": places.long().expand(ROWS, -1, -1),
+        "segment_ids": torch.ones(ROWS, text + image, dtype=torch.int64),
+        "indicator": kinds,
+    }
+    return DenoiserModel(module, _flow(), (text + image, 16), conditions=given, timestep_scale=1e-3)
+
+
+def cosmos() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.CosmosTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=32,
+            adaln_lora_dim=16,
+            max_size=(4, 16, 16),
+            concat_padding_mask=False,  # True needs torchvision
+        )
+    )
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions={TEXT: _rows(5, 32)}, constants={"fps": 24})
+
+
+def joy_image() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.JoyImageEditTransformer3DModel(
+            in_channels=4,
+            hidden_size=64,
+            num_attention_heads=2,
+            text_dim=32,
+            num_layers=1,
+            rope_dim_list=[8, 12, 12],
+        )
+    )
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions={TEXT: _rows(5, 32)})
+
+
+def kandinsky6() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.Kandinsky6Transformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=64,
+            in_text_dim2=32,
+            time_dim=32,
+            model_dim=64,
+            ff_dim=128,
+            num_text_blocks=1,
+            num_visual_blocks=1,
+            axes_dims=(8, 12, 12),
+            visual_cond=False,
+            model_dim_a=64,
+            time_dim_a=32,
+            ff_dim_a=128,
+            axes_dims_a=(32,),
+            in_audio_dim=8,
+            out_audio_dim=8,
+        )
+    )
+    places = {f"visual_rope_pos.{axis}": torch.arange(size) for axis, size in enumerate((2, 4, 4))}
+    given = {TEXT: _rows(5, 64), "pooled_projections": _rows(32), "audio_hidden_states": _rows(6, 8, seed=2)}
+    return DenoiserModel(module, _flow(), (2, 8, 8, 4), conditions=given, shared=places)
+
+
+def kandinsky6_sr() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.Kandinsky6SRTransformer3DModel(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            time_dim=32,
+            model_dim=64,
+            ff_dim=128,
+            num_visual_blocks=1,
+            axes_dims=(8, 12, 12),
+        )
+    )
+    return DenoiserModel(module, _flow(), (2, 8, 8, 9))  # noise, a picture of lower resolution, and a mask
+
+
+def nucleus_moe() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.NucleusMoEImageTransformer2DModel(
+            **HEADS,
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            num_key_value_heads=1,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+            mlp_ratio=2.0,
+            dense_moe_strategy="all_moe",
+            num_experts=2,
+            moe_intermediate_dim=32,
+            capacity_factors=1.0,
+        )
+    )
+    given = {TEXT: _rows(5, 64), "encoder_hidden_states_mask": _whole_mask(5).bool()}
+    constants = {"img_shapes": [(1, 4, 4)]}
+    return DenoiserModel(module, _flow(), (16, 16), conditions=given, constants=constants, timestep_scale=1e-3)
+
+
+def ace_step() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.AceStepTransformer1DModel(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            in_channels=24,
+            audio_acoustic_hidden_dim=8,
+            encoder_hidden_size=32,
+            sliding_window=4,
+        )
+    )
+    given = {TEXT: _rows(5, 32), "context_latents": _rows(16, 16, seed=2), "timestep_r": torch.full((ROWS,), 0.5)}
+    return DenoiserModel(module, _flow(), (16, 8), conditions=given, timestep_scale=1e-3)
+
+
+def anyflow() -> DenoiserModel:
+    made = _wan_like("AnyFlowTransformer3DModel")
+    given = {TEXT: _rows(5, 64), "r_timestep": torch.zeros(ROWS)}
+    return DenoiserModel(made.module, _flow(), (2, 16, 8, 8), conditions=given)
+
+
+def bria_fibo() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.BriaFiboTransformer2DModel(
+            **HEADS,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            joint_attention_dim=64,
+            axes_dims_rope=(8, 12, 12),
+            text_encoder_dim=32,
+        )
+    )
+    layers = {f"text_encoder_layers.[{i}]": _rows(5, 32, seed=i) for i in range(2)}
+    given = {TEXT: _rows(5, 64), **layers}
+    return DenoiserModel(module, _flow(), (16, 16), conditions=given, shared=_flux_ids(5, 4, 4))
+
+
+def consisid() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.ConsisIDTransformer3DModel(
+            **HEADS,
+            in_channels=8,
+            out_channels=4,
+            time_embed_dim=32,
+            text_embed_dim=64,
+            num_layers=2,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=5,
+            max_text_seq_length=6,
+            use_rotary_positional_embeddings=True,
+            is_train_face=True,
+            cross_attn_dim_head=16,
+            cross_attn_num_heads=2,
+            LFE_id_dim=16,
+            LFE_vit_dim=16,
+            LFE_depth=5,
+            LFE_dim_head=8,
+            LFE_num_heads=2,
+            LFE_num_id_token=2,
+            LFE_num_querie=4,
+            LFE_output_dim=42,
+            LFE_ff_mult=1,
+        )
+    )
+    faces = {f"id_vit_hidden.[{i}]": _rows(4, 16, seed=i) for i in range(5)}
+    given = {TEXT: _rows(6, 64), "id_cond": _rows(16, seed=7), **faces}
+    return DenoiserModel(module, _noise(), (2, 8, 8, 8), conditions=given, shared=_rotary(32, 32))
+
+
+def dreamlite() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.DreamLiteUNetModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+            up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteCrossAttnNoSelfAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=16,
+            norm_num_groups=8,
+            ff_mult=2,
+            addition_embed_type="time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=32,
+        )
+    )
+    given = {TEXT: _rows(5, 32), "added_cond_kwargs.time_ids": _rows(2).abs()}
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=given)
+
+
+def wan_animate() -> DenoiserModel:
+    made = _wan_like(
+        "WanAnimateTransformer3DModel",
+        in_channels=20,
+        latent_channels=8,
+        out_channels=8,
+        image_dim=32,
+        added_kv_proj_dim=64,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+        motion_encoder_size=16,
+        motion_style_dim=16,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=32,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=1,
+    )
+    given = {
+        TEXT: _rows(5, 64),
+        "encoder_hidden_states_image": _rows(4, 32, seed=2),
+        "pose_hidden_states": _rows(8, 2, 8, 8, seed=3),
+        "face_pixel_values": _rows(3, 5, 16, 16, seed=4),
+    }
+    return DenoiserModel(made.module, _flow(), (20, 3, 8, 8), conditions=given)
+
+
+def t5_film() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.T5FilmDecoder(
+            input_dims=16, targets_length=16, d_model=32, num_layers=1, num_heads=2, d_kv=16, d_ff=64
+        )
+    )
+    given = {"encodings_and_masks.[0].0": _rows(5, 32), "encodings_and_masks.[0].1": _mask(5)}
+    return DenoiserModel(
+        module,
+        _noise(),
+        (16, 16),
+        conditions=given,
+        timestep_scale=1e-3,
+        sample_name="decoder_input_tokens",
+        timestep_name="decoder_noise_time",
+    )
+
+
+def pixart_alpha() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.Transformer2DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=8,
+            num_layers=1,
+            cross_attention_dim=64,
+            sample_size=8,
+            patch_size=2,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            caption_channels=32,
+            use_additional_conditions=False,
+        )
+    )
+    given = {TEXT: _rows(5, 32), "encoder_attention_mask": _mask(5)}
+    constants = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    return DenoiserModel(module, _noise(), (4, 8, 8), conditions=given, constants=constants)
+
+
+def minimax_music3() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.MiniMaxMusic3Transformer1DModel(
+            **HEADS, in_channels=16, condition_dim=32, num_layers=1, ff_inner_dim=128, rotary_dim=16
+        )
+    )
+    return DenoiserModel(module, _flow(), (16, 16), conditions={TEXT: _rows(16, 32)}, timestep_scale=1e-3)
+
+
+RAREST: Mapping[str, Callable[[], DenoiserModel]] = {
+    made.__name__: made
+    for made in (
+        hidream,
+        kandinsky3,
+        framepack,
+        i2vgen,
+        stable_audio3,
+        ideogram4,
+        cosmos,
+        joy_image,
+        kandinsky6,
+        kandinsky6_sr,
+        nucleus_moe,
+        ace_step,
+        anyflow,
+        bria_fibo,
+        consisid,
+        dreamlite,
+        wan_animate,
+        t5_film,
+        pixart_alpha,
+        minimax_music3,
+    )
+}
