@@ -72,7 +72,8 @@ class CallInputs:
         }
         found = {self._flat.get(plain_name(name), name): value for name, value in flatten(whole)}
         return {
-            name: self._grouped(name, value) if name in self._form.repeats else value for name, value in found.items()
+            name: self._grouped(name, value) if name in self._form.repeats else self._rows_first(name, value)
+            for name, value in found.items()
         }
 
     def _stacked(self, name: str, value: object) -> object:
@@ -82,6 +83,11 @@ class CallInputs:
         if len(shapes := {tuple(row.shape) for row in value}) > 1:
             raise CallError(f"{self._place(name)} has rows of the shapes {sorted(shapes)}: give rows of one shape")
         return torch.stack(list(value))
+
+    def _rows_first(self, name: str, value: object) -> object:
+        """Return rows on another axis, such as (L, R, ...), as (R, L, ...)."""
+        axis = self._form.row_axes.get(name, 0)
+        return value.movedim(axis, 0) if isinstance(value, torch.Tensor) and value.dim() > axis > 0 else value
 
     def _grouped(self, name: str, value: object) -> object:
         """Return rows (R k, ...) as (R, k, ...)."""

@@ -163,8 +163,13 @@ def capture(
         usual = error
     decide = deciding_inputs(compute, calls.with_rows(calls.usual, 1))
     if varying := [name for name in decide if name not in calls.recorded]:
-        if any(calls.usual[name].is_floating_point() for name in varying):
-            raise usual
+        if floats := [name for name in varying if calls.usual[name].is_floating_point()]:
+            raise StepFailed(
+                *usual.problems,
+                f"{decide[floats[0]]}: the model reads values that it computes from {', '.join(floats)}, and chooses"
+                " sizes or branches by them, as experts do that take a varying number of tokens: a graph cannot, so"
+                " change this code, such as to compute all experts for all tokens",
+            ) from usual
         raise StepFailed(
             *usual.problems,
             f"{', '.join(varying)}: the values decide what the model computes, and differ between the recorded rows or"

@@ -6,7 +6,9 @@ the sizes of the inputs alone. If the mask is the same in all calls, it can be a
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,24 +32,25 @@ _BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MASKS = (torch.bool, torch.uint8)
 
 
-def deciding_inputs(compute: Callable[[Inputs], object], inputs: Inputs) -> tuple[str, ...]:
-    """Return the names of the inputs whose values `compute` reads to choose sizes or branches, in order.
+def deciding_inputs(compute: Callable[[Inputs], object], inputs: Inputs) -> dict[str, str]:
+    """Return the inputs whose values `compute` reads to choose sizes or branches, in order, with the first such place.
 
-    `compute` is called once. A value that is computed from an input counts as that input.
+    A place is a file's name, a line and a function. `compute` is called once. A value that is computed from an input
+    counts as that input.
     """
     fresh = {name: value.clone() for name, value in inputs.items()}
     with torch.no_grad(), _Origins(fresh) as mode:
         compute(fresh)
-    return tuple(name for name in inputs if name in mode.found)
+    return {name: mode.found[name] for name in inputs if name in mode.found}
 
 
 class _Origins(TorchFunctionMode):
-    """Follow the inputs of a call through its tensors; `found` are the names of those whose values are read."""
+    """Follow the inputs of a call through its tensors; `found` has those whose values are read, and the first place."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.origins: MutableMapping[torch.Tensor, frozenset[str]] = WeakTensorKeyDictionary()
-        self.found: set[str] = set()
+        self.found: dict[str, str] = {}
         for name, value in inputs.items():
             self.origins[value] = frozenset((name,))
 
@@ -59,10 +62,9 @@ class _Origins(TorchFunctionMode):
         with _ValuesRead() as seen:
             made = func(*args, **kwargs)
         if getattr(func, "__name__", "") in READS:
-            self.found |= self._names(given)
+            self._note(given)
         elif seen.read:
-            read = [value for value in given if any(value is each for each in seen.read)]
-            self.found |= self._names(read or given)
+            self._note([value for value in given if any(value is each for each in seen.read)] or given)
         if not (names := self._names(given)):
             return made
         changed = given[:1] if _changes_first(func) else []
@@ -70,6 +72,11 @@ class _Origins(TorchFunctionMode):
         for value in (*_tensors(made), *changed, *bases):
             self.origins[value] = names | self.origins.get(value, frozenset())
         return made
+
+    def _note(self, values: Iterable[torch.Tensor]) -> None:
+        """Note that the model's code reads these values here."""
+        for name in self._names(values) - self.found.keys():
+            self.found[name] = _caller()
 
     def _names(self, values: Iterable[torch.Tensor]) -> frozenset[str]:
         return frozenset[str]().union(*(self.origins.get(value, frozenset()) for value in values))
@@ -160,6 +167,17 @@ class Fixed(TorchFunctionMode):
         return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
 
 
+def _caller() -> str:
+    """Return the file, line and function of the innermost code outside torch and this module."""
+    frames = (
+        frame
+        for frame in reversed(traceback.extract_stack())
+        if frame.filename != __file__ and "torch" not in Path(frame.filename).parts
+    )
+    frame = next(frames)
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+
+
 def _changes_first(func: Any) -> bool:
     """Return True for a function that changes its first tensor, such as `add_`."""
     name = getattr(func, "__name__", "")
@@ -167,4 +185,9 @@ def _changes_first(func: Any) -> bool:
 
 
 def _tensors(values: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    """Yield all tensors in nested values, the ends of slices too."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, slice):
+            yield from _tensors((leaf.start, leaf.stop, leaf.step))

@@ -143,6 +143,8 @@ def _recorded(model: DenoiserModel, call: Inputs, other: Inputs | None) -> dict[
 
     alike = {}
     for name, rows in model.conditions.items():
+        if name == model.names.timestep:  # its condition has factors
+            continue
         if all(bool((each == rows[:1]).all()) for each in (rows, model.null.get(name, rows))):
             alike[name] = rows[:1]
     return {

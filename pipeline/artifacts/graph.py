@@ -187,9 +187,9 @@ class Engine(_EngineFacts):
 
 def step_index(graph: Graph, inputs: Inputs) -> int:
     """Return the step whose timestep is nearest to the call's; 0 for a graph without timesteps."""
-    from intaglio.pipeline.model.step_clock import StepClock
+    from intaglio.pipeline.model.step_clock import StepClock, number
 
-    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))
+    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(number(inputs[graph.timestep]))
 
 
 def as_array(value: torch.Tensor) -> NDArray[np.generic]:

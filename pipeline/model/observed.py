@@ -16,6 +16,7 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import fields_of, first_output
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
+from intaglio.pipeline.model.step_clock import number
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +36,14 @@ class SeenCall:
 class SeenStep:
     """Calls of a denoiser before one step of the scheduler, and the step's timestep.
 
-    `state` are the samples (R, ...) that enter the scheduler's first step, None at later steps. Both are None if the
-    pipeline did not step its scheduler.
+    `state` are the samples (R, ...) that enter the scheduler's first step, and `given` is the prediction that it gets
+    there; None at later steps. All are None if the pipeline did not step its scheduler.
     """
 
     calls: list[SeenCall]
     timestep: float | None = None
     state: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,15 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound.append(_copied(signature.bind(*args, **kwargs).arguments))
 
-    def stepped(timestep: Any, state: Any) -> None:
+    def stepped(timestep: Any, state: Any, output: Any) -> None:
         nonlocal others
         others += not pending
         if pending:
-            first = state.detach().clone() if isinstance(state, torch.Tensor) and not steps else None
-            steps.append(SeenStep(list(pending), number(timestep), first))
+            first, given = (
+                value.detach().clone() if isinstance(value, torch.Tensor) and not steps else None
+                for value in (state, output)
+            )
+            steps.append(SeenStep(list(pending), number(timestep), first, given))
             pending.clear()
 
     with (
@@ -152,8 +157,8 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Collect the float arguments of `set_timesteps`, and call `stepped` with the timestep and samples of each step.
+def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+    """Collect the float arguments of `set_timesteps`; call `stepped` with each step's timestep, samples and prediction.
 
     The scheduler gets a subclass of its class meanwhile: a copy that the pipeline makes is not watched.
     """
@@ -169,7 +174,7 @@ def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any,
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original.step).bind(self, *args, **kwargs).arguments
         if self is scheduler and "timestep" in given and "sample" in given:
-            stepped(given["timestep"], given["sample"])
+            stepped(given["timestep"], given["sample"], given.get("model_output"))
         return original.step(self, *args, **kwargs)
 
     methods: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "__module__": original.__module__}
@@ -178,10 +183,3 @@ def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any,
         yield
     finally:
         scheduler.__class__ = original
-
-
-def number(timestep: Any) -> float:
-    """Return the first number of a timestep: a tensor or a number."""
-    import torch
-
-    return float(torch.as_tensor(timestep).reshape(-1)[0])

@@ -50,6 +50,9 @@ class Recording:
     timestep_offset: float = 0.0
     times: tuple[float, ...] = ()
     start: torch.Tensor | None = None
+    output_scale: float = 1.0
+    sample_name: str | None = None
+    timestep_name: str | None = None
 
     def given_to(self, model: DenoiserModel) -> DenoiserModel:
         """Return the model with the recorded inputs in place of its own."""
@@ -67,6 +70,9 @@ class Recording:
             timestep_offset=self.timestep_offset,
             times=self.times,
             start=self.start,
+            output_scale=self.output_scale,
+            sample_name=self.sample_name or model.sample_name,
+            timestep_name=self.timestep_name or model.timestep_name,
         )
 
     def save(self, path: Path) -> None:
@@ -116,6 +122,9 @@ class Recording:
             settings.timestep_offset,
             settings.times,
             start,
+            settings.output_scale,
+            settings.sample_name,
+            settings.timestep_name,
         )
 
     @staticmethod
@@ -138,6 +147,9 @@ class _Settings(BaseModel):
     steps: dict[str, tuple[float, ...]] = {}
     timestep_offset: float = 0.0
     times: tuple[float, ...] = ()
+    output_scale: float = 1.0
+    sample_name: str | None = None
+    timestep_name: str | None = None
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
@@ -197,6 +209,9 @@ def record(
         timestep_offset=offset,
         times=own,
         start=start,
+        output_scale=layout.output_scale(seen),
+        sample_name=layout.sample,
+        timestep_name=layout.timestep,
     )
 
 

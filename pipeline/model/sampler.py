@@ -137,10 +137,14 @@ class Sampler:
             inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
         conditions = {name: self._now(name, value, t) for name, value in start.conditions.items()}
         rest = conditions.pop(self.names.sample, None)
+        factors = conditions.pop(self.names.timestep or "", None)
+        if self.names.timestep is not None and factors is not None:
+            inputs[self.names.timestep] = timesteps_of(inputs[self.names.timestep], factors)
         inputs |= conditions
         if self.guidance != 1.0:
             null = {name: self._now(name, value, t) for name, value in start.null.items()}
             null_rest = null.pop(self.names.sample, rest)
+            null.pop(self.names.timestep or "", None)
             inputs = {name: torch.cat([value, null.get(name, value)]) for name, value in inputs.items()}
             rest = rest if rest is None or null_rest is None else torch.cat([rest, null_rest])
         if self._part is not None and rest is not None:
@@ -161,7 +165,8 @@ class Sampler:
     def _read(self, output: torch.Tensor) -> torch.Tensor:
         """Return the part of outputs (R, ...) that the scheduler reads."""
         read = self.model.read(output)
-        return read if self._variance else self.state(read)
+        read = read if self._variance else self.state(read)
+        return read if self.model.output_scale == 1.0 else read * self.model.output_scale
 
     @property
     def rows_per_sample(self) -> int:
@@ -237,6 +242,11 @@ class Sampler:
         *_, samples = self.drive(denoise, start)
         assert isinstance(samples, torch.Tensor)  # `drive` ends with the samples
         return samples
+
+
+def timesteps_of(t: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return one timestep for each frame or token, (R, ...), from those of the rows (R,) and their factors (R, ...)."""
+    return (t.reshape(-1, *[1] * (factors.ndim - 1)) * factors).to(t.dtype)
 
 
 class OneCall:

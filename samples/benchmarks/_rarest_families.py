@@ -29,13 +29,13 @@ def hidream() -> DenoiserModel:
             num_routed_experts=2,
             axes_dims_rope=(8, 12, 12),
             max_resolution=(8, 8),
-            llama_layers=[0, 1],
+            llama_layers=[0, 2],
             force_inference_output=True,
         )
     )
     given = {
         "encoder_hidden_states_t5": _rows(5, 32),
-        "encoder_hidden_states_llama3": _rows(2, 5, 48, seed=2),
+        "encoder_hidden_states_llama3": _rows(3, 5, 48, seed=2),
         "pooled_embeds": _rows(64, seed=3),
     }
     return DenoiserModel(module, _flow(), (4, 8, 8), conditions=given)
@@ -248,6 +248,10 @@ def nucleus_moe() -> DenoiserModel:
             capacity_factors=1.0,
         )
     )
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if "experts" in name:  # which the class does not initialize
+                weight.normal_(std=0.1)
     given = {TEXT: _rows(5, 64), "encoder_hidden_states_mask": _whole_mask(5).bool()}
     constants = {"img_shapes": [(1, 4, 4)]}
     return DenoiserModel(module, _flow(), (16, 16), conditions=given, constants=constants, timestep_scale=1e-3)
@@ -273,8 +277,9 @@ def ace_step() -> DenoiserModel:
 
 
 def anyflow() -> DenoiserModel:
+    """One timestep for each frame."""
     made = _wan_like("AnyFlowTransformer3DModel")
-    given = {TEXT: _rows(5, 64), "r_timestep": torch.zeros(ROWS)}
+    given = {TEXT: _rows(5, 64), "timestep": torch.ones(ROWS, 2), "r_timestep": torch.zeros(ROWS, 2)}
     return DenoiserModel(made.module, _flow(), (2, 16, 8, 8), conditions=given)
 
 
@@ -367,7 +372,7 @@ def wan_animate() -> DenoiserModel:
         inject_face_latents_blocks=1,
     )
     given = {
-        TEXT: _rows(5, 64),
+        TEXT: _rows(512, 64),  # what comes before them is the image
         "encoder_hidden_states_image": _rows(4, 32, seed=2),
         "pose_hidden_states": _rows(8, 2, 8, 8, seed=3),
         "face_pixel_values": _rows(3, 5, 16, 16, seed=4),

@@ -181,7 +181,8 @@ def test_a_model_that_reads_its_sample_is_refused_as_torch_does(tmp_path):
         def text(self, sample, text, mask):
             return text[:, : 1 + int(sample.mean() > 0)].mean(1, keepdim=True)
 
-    with pytest.raises(StepFailed, match=r"^torch cannot export the toy called with sample \(2, 4, 6\)"):
+    message = r"(?s)torch cannot export the toy called with sample \(2, 4, 6\).*test_capture.py:\d+ in text: the model"
+    with pytest.raises(StepFailed, match=message):
         export(Reads().eval(), tmp_path, {"mask": KEPT})
 
 
@@ -193,7 +194,8 @@ def test_inputs_whose_values_decide_are_found():
         held[0] = sizes[0]
         x = inputs["x"][inputs["choice"]] * inputs["scale"]
         x = torch.cat([x, inputs["few"].repeat_interleave(inputs["counts"])])
-        return x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
+        x = x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
+        return x[: inputs["length"]]
 
     inputs = {
         "x": torch.ones(4),
@@ -204,8 +206,11 @@ def test_inputs_whose_values_decide_are_found():
         "places": torch.tensor([0, 1]),
         "few": torch.ones(2),
         "counts": torch.tensor([2, 1]),
+        "length": torch.tensor(1),
     }
-    assert deciding_inputs(compute, inputs) == ("mask", "choice", "sizes", "counts")
+    found = deciding_inputs(compute, inputs)
+    assert tuple(found) == ("mask", "choice", "sizes", "counts", "length")
+    assert all(place.startswith("test_capture.py:") and place.endswith(" in compute") for place in found.values())
 
 
 @pytest.mark.parametrize("difference", ["nodes", "weights"])
