@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from intaglio.exporters.float_graph.by_row import ROWS, merged
 from intaglio.exporters.float_graph.complex_pairs import with_pairs
 from intaglio.exporters.float_graph.deciding import Fixed, deciding_inputs
+from intaglio.exporters.float_graph.of_weights import with_values_of_weights
 from intaglio.exporters.float_graph.spelled import Spelled
 from intaglio.pipeline.errors import IntaglioError, StepFailed
 
@@ -98,14 +99,15 @@ def shapes(inputs: Inputs) -> str:
 class _Called(nn.Module):
     """Call as a module with the arguments `names`; inputs in `fixed` have these values.
 
-    Complex arguments are given as pairs of real numbers.
+    The model may read values that depend on `fixed` and on new tensors alone; with None, on no tensor. Complex arguments
+    are given as pairs of real numbers.
     """
 
-    def __init__(self, module: nn.Module, compute: Compute, calls: Calls, fixed: Inputs) -> None:
+    def __init__(self, module: nn.Module, compute: Compute, calls: Calls, fixed: Inputs | None) -> None:
         super().__init__()
         self.module = module
-        self.compute, self.fixed = compute, fixed
-        self.names = [name for name in calls.usual if name not in fixed]
+        self.compute, self.fixed, self.reads = compute, fixed or {}, fixed is not None
+        self.names = [name for name in calls.usual if name not in self.fixed]
         self.with_rows = [name for name in self.names if name not in calls.shared]
         self.complex = frozenset(name for name in self.names if calls.usual[name].is_complex())
 
@@ -123,7 +125,7 @@ class _Called(nn.Module):
     def computed(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         """Call the module, with fixed inputs if any."""
         given = {n: torch.view_as_complex(value) if n in self.complex else value for n, value in inputs.items()}
-        with Fixed(self.fixed.values()) if self.fixed else contextlib.nullcontext(), Spelled():
+        with Fixed(self.fixed.values()) if self.reads else contextlib.nullcontext(), Spelled():
             return self.compute({**given, **self.fixed})
 
 
@@ -149,7 +151,7 @@ def capture(
 ) -> tuple[ir.Model, Inputs]:
     """Run torch's exporter on one call with its dynamic axes, without simplification.
 
-    If the usual way fails, complex numbers become pairs, and inputs whose values decide what the model computes become
+    If the usual way fails, complex numbers become pairs, values of weights alone become constants, and inputs whose values decide what the model computes become
     constants if they are the same in all recorded rows; they are returned, by name. If that fails too, the model is
     traced with one row. Raises StepFailed.
     """
@@ -197,7 +199,7 @@ class _Export:
 
     def usual(self) -> ir.Model:
         """Export as torch does by itself, with symbols for the dynamic axes. Raises StepFailed."""
-        called = self._module({})
+        called = self._module(None)
         with self._blamed():
             made = self._converted(called, called, called.given(self.calls.traced), self._axes(called))
         return self._checked(made, called)
@@ -209,7 +211,7 @@ class _Export:
             made = self._converted(self._program(called, self.calls.traced, self._axes(called)), called)
         return self._checked(made, called)
 
-    def _module(self, fixed: Inputs) -> _Called:
+    def _module(self, fixed: Inputs | None) -> _Called:
         return _Called(self.module, self.compute, self.calls, fixed).eval()
 
     def _axes(self, called: _Called) -> Any:
@@ -236,7 +238,7 @@ class _Export:
         oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         with oblivious:  # as torch.onnx.export itself does
             program = torch.export.export(called, called.given(call), dynamic_shapes=axes, strict=False)
-        return with_pairs(program)
+        return with_pairs(with_values_of_weights(program))
 
     def _converted(
         self,
