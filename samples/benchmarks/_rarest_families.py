@@ -370,6 +370,7 @@ def wan_animate() -> DenoiserModel:
         face_encoder_hidden_dim=32,
         face_encoder_num_heads=2,
         inject_face_latents_blocks=1,
+        motion_encoder_batch_size=64,  # all frames of all rows: fewer make a loop whose length the rows decide
     )
     given = {
         TEXT: _rows(512, 64),  # what comes before them is the image

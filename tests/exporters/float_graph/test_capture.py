@@ -81,6 +81,15 @@ class Repeated(Toy):
         return tokens.square().mean(1, keepdim=True) + float(places.tolist()[0])
 
 
+class Made(Toy):
+    """Reads the values of a tensor that it makes, and turns by the orthogonal part of a weight."""
+
+    def text(self, sample, text, mask):
+        first, second = self.other(text).split(torch.full((2,), 2).add(torch.tensor([0, 1])).tolist(), dim=1)
+        turned = torch.linalg.qr(self.layer.weight + 1e-3)[0]
+        return (first.mean(1, keepdim=True) * second.mean(1, keepdim=True)) @ turned
+
+
 class Turned(Toy):
     """Turns pairs of channels by complex numbers."""
 
@@ -124,6 +133,7 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Counted, ["mask"]),
         (Built, ["mask"]),
         (Repeated, ["mask"]),
+        (Made, []),
         (Turned, []),
         (Padded, []),
     ],
