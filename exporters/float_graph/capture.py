@@ -290,7 +290,9 @@ def _rename_other_values(model: ir.Model) -> None:
 def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: Sequence[str]) -> None:
     """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
+    # a size of 0 or more may have no finite end in torch's range
+    single = {str(s): r.lower for s, r in program.range_constraints.items() if r.lower == r.upper and r.lower.is_finite}
+    limits = {symbol: (int(size), True) for symbol, size in single.items()}
     constant = []
     for name, user_input in zip(names, program.graph_signature.user_inputs, strict=True):
         for axis in calls.dynamic_axes(name):

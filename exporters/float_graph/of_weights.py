@@ -53,9 +53,8 @@ class _Values:
         self._known: set[Node] = set()
         for node in program.graph.nodes:
             inputs = node.all_input_nodes
-            if node.op == "call_function" and inputs and all(each in self._known for each in inputs):
-                self._known.add(node)
-            elif node.op == "placeholder" and node.name in self._targets:
+            computed = node.op == "call_function" and inputs and all(each in self._known for each in inputs)
+            if computed or (node.op == "placeholder" and node.name in self._targets):
                 self._known.add(node)
 
     def known(self, node: Node) -> bool:

@@ -44,9 +44,9 @@ class DenoiserModel:
     timesteps (T,) in the denoiser's scale; a call takes the nearest. A condition with the timestep's own name holds
     factors (M, ...) of the timestep, for denoisers that take one timestep for each frame or token.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale` plus `timestep_offset`. The scheduler reads outputs times `output_scale`, -1 for a
-    pipeline that turns them round. `form` is found by a call if it is None. `schedule`:
-    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
+    scheduler's times `timestep_scale` plus `timestep_offset`. The scheduler reads outputs times `output_scale`: -1 for
+    a pipeline that negates them. `form` is found by a call if it is None. `schedule`: further arguments of the
+    scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
     `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
     them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
     """

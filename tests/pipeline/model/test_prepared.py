@@ -85,6 +85,7 @@ def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
             "own_line": OwnLine(4, 4, 1),
             "back": nn.ConvTranspose2d(4, 4, 1),
             "grouped": nn.Conv2d(4, 4, 1, groups=2),
+            "depthwise": nn.Conv2d(4, 4, 1, groups=4),
             "mirrored": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "own": Scaled(4, 4),
         }
@@ -93,8 +94,9 @@ def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
     assert unquantizable(model) == {
         "volume": "a Conv3d with padding_mode circular",
         "own_line": "a OwnLine has a forward of its own",
-        "back": "a ConvTranspose2d",
-        "grouped": "a grouped Conv2d",
+        "back": "a transposed convolution (ConvTranspose2d)",
+        "grouped": "a Conv2d with 2 groups",
+        "depthwise": "a depthwise Conv2d",
         "mirrored": "a Conv2d with padding_mode reflect",
         "own": "a Scaled has a forward of its own",
     }
