@@ -99,8 +99,8 @@ def shapes(inputs: Inputs) -> str:
 class _Called(nn.Module):
     """Call as a module with the arguments `names`; inputs in `fixed` have these values.
 
-    The model may read values that depend on `fixed` and on new tensors alone; with None, on no tensor. Complex arguments
-    are given as pairs of real numbers.
+    The model may read values that depend on `fixed` and on new tensors alone; with None, on no tensor. Complex
+    arguments are given as pairs of real numbers.
     """
 
     def __init__(self, module: nn.Module, compute: Compute, calls: Calls, fixed: Inputs | None) -> None:
@@ -151,9 +151,9 @@ def capture(
 ) -> tuple[ir.Model, Inputs]:
     """Run torch's exporter on one call with its dynamic axes, without simplification.
 
-    If the usual way fails, complex numbers become pairs, values of weights alone become constants, and inputs whose values decide what the model computes become
-    constants if they are the same in all recorded rows; they are returned, by name. If that fails too, the model is
-    traced with one row. Raises StepFailed.
+    If the usual way fails, complex numbers become pairs, values of weights alone become constants, and so do inputs
+    whose values decide what the model computes, if they are the same in all recorded rows; these inputs are returned,
+    by name. If that fails too, the model is traced with one row. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
     # models may keep tables from their first call: if torch traced that call, the tables would have no values

@@ -74,8 +74,8 @@ class CallForm:
     `repeats[name]` is the number of rows (R, k, ...) that the module takes as (R k, ...), such as texts once a frame.
     `row_axes[name]` is the axis of the module's argument along which its rows lie, where that is not the first: (L, R,
     ...) for 1. `apart` are inputs that the module takes as a list with one tensor for each row. With `lists`, numbered
-    inputs are the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's is not.
-    `fields` are the names of the module's outputs.
+    inputs are the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's
+    is not. `fields` are the names of the module's outputs.
     """
 
     part: Part | None = None
