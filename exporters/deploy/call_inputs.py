@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec, fixed_tensor
 from intaglio.pipeline.errors import CallError, IntaglioError
 from intaglio.pipeline.model.arguments import flatten, plain_name
-from intaglio.pipeline.model.call_form import CallForm
+from intaglio.pipeline.model.call_form import CallForm, alike, of_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -71,10 +71,14 @@ class CallInputs:
             name: self._stacked(name, value) if name in self._form.apart else value for name, value in given.items()
         }
         found = {self._flat.get(plain_name(name), name): value for name, value in flatten(whole)}
-        return {
-            name: self._grouped(name, value) if name in self._form.repeats else self._rows_first(name, value)
-            for name, value in found.items()
-        }
+        return {name: self._as_compiled(name, value) for name, value in found.items()}
+
+    def _as_compiled(self, name: str, value: object) -> object:
+        """Return an argument with its rows on the first axis, and a list of rows with as many items as compiled."""
+        if name in self._form.row_lists and alike(value):
+            compiled: Any = self._compiled_with.get(name)
+            return of_rows(value, len(compiled))
+        return self._grouped(name, value) if name in self._form.repeats else self._rows_first(name, value)
 
     def _stacked(self, name: str, value: object) -> object:
         """Return the rows of a list as one tensor (R, ...)."""

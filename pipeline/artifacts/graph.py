@@ -27,7 +27,7 @@ STEP_INPUT = "step"
 
 NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
-MAY_LACK = ("scaled", "constants", "form", "variance", "row_axes", "component", "multiples")
+MAY_LACK = ("scaled", "constants", "form", "variance", "row_axes", "row_lists", "component", "multiples")
 """Fields of graph.json that are left out, or were not there in folders of earlier releases."""
 
 

@@ -33,7 +33,7 @@ def denoise_with(module: nn.Module, model: DenoiserModel, *, whole: bool = False
     form = model.form or CallForm()
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        output = first_output(form.call(module, inputs, model.constants))
+        output = first_output(form.call(module, inputs, model.constants, inputs[model.names.sample].shape[0]))
         return output if whole else model.read(output)
 
     return denoise

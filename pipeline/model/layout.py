@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.arguments import flatten, nest
-from intaglio.pipeline.model.call_form import CallForm, Part, ends, first_output
+from intaglio.pipeline.model.call_form import CallForm, Part, alike, ends, first_output, of_rows
 from intaglio.pipeline.model.inputs import TIMESTEPS
 from intaglio.pipeline.model.step_clock import number
 
@@ -174,13 +174,16 @@ class Layout:
             if tensors[n].ndim > 2 and tensors[n].shape[1] == shape[0]
         }
         unsure |= second if len(unsure | second) <= MOST_UNSURE else {}
-        for count in range(len(unsure) + 1) if 0 < len(unsure) <= MOST_UNSURE else ():
-            for names in itertools.combinations(unsure, count):
-                repeats = {name: unsure[name] for name in names if unsure[name]}
-                form = replace(self.form, repeats=repeats, row_axes={n: 1 for n in names if n not in repeats})
-                made = replace(self, form=form, shared=frozenset(shared - {*names}))
-                if made._twice(denoiser, flat, shape[0], call.output):
-                    return made
+        unsure = unsure if len(unsure) <= MOST_UNSURE else {}
+        lists = tuple(n for n, v in self.others(call) if n not in tensors and alike(v) and len(v) == shape[0])
+        chosen = [names for count in range(len(unsure) + 1) for names in itertools.combinations(unsure, count)]
+        for listed, names in itertools.product(((), lists) if lists else ((),), chosen if unsure or lists else ()):
+            repeats = {name: unsure[name] for name in names if unsure[name]}
+            axes = {name: 1 for name in names if name not in repeats}
+            form = replace(self.form, repeats=repeats, row_axes=axes, row_lists=listed)
+            made = replace(self, form=form, shared=frozenset(shared - {*names}))
+            if made._twice(denoiser, flat, shape[0], call.output):
+                return made
         return replace(self, shared=frozenset(shared))
 
     def _twice(self, denoiser: nn.Module, flat: Mapping[str, Any], rows: int, expected: torch.Tensor) -> bool:
@@ -190,6 +193,8 @@ class Layout:
         def doubled(name: str, value: Any) -> Any:
             if name in self.form.row_axes:
                 return torch.cat([value, value], self.form.row_axes[name])
+            if name in self.form.row_lists:
+                return of_rows(value, 2 * rows)
             if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in self.shared or len(value) % rows:
                 return value
             return torch.cat([value, value])

@@ -432,6 +432,123 @@ def minimax_music3() -> DenoiserModel:
     return DenoiserModel(module, _flow(), (16, 16), conditions={TEXT: _rows(16, 32)}, timestep_scale=1e-3)
 
 
+def helios() -> DenoiserModel:
+    """Histories of three lengths come before the frames that are drawn."""
+    module = _make(
+        lambda: diffusers.HeliosTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=1,
+            rope_dim=(8, 12, 12),
+        )
+    )
+    given = {
+        TEXT: _rows(5, 32),
+        "indices_hidden_states": torch.arange(9, 11).expand(ROWS, -1),
+        "indices_latents_history_short": torch.arange(7, 9).expand(ROWS, -1),
+        "indices_latents_history_mid": torch.arange(5, 7).expand(ROWS, -1),
+        "indices_latents_history_long": torch.arange(1, 5).expand(ROWS, -1),
+        "latents_history_short": _rows(4, 2, 8, 8, seed=2),
+        "latents_history_mid": _rows(4, 2, 8, 8, seed=3),
+        "latents_history_long": _rows(4, 4, 8, 8, seed=4),
+    }
+    return DenoiserModel(module, _flow(), (4, 2, 8, 8), conditions=given)
+
+
+def bria_fibo2() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.BriaFibo2Transformer2DModel(
+            in_channels=4,
+            dim=64,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            cap_feat_dim=32,
+            injection_layer_ids=(0,),
+            perceiver_num_layers=1,
+            min_num_gist_tokens=2,
+            max_num_gist_tokens=4,
+            gist_step=2,
+            gist_min_text_len=2,
+            gist_max_text_len=8,
+            axes_dims=(8, 12, 12),
+            axes_lens=(16, 16, 16),
+        )
+    )
+    given = {TEXT: _rows(2, 5, 32), "encoder_attention_mask": _whole_mask(5).bool()}
+    return DenoiserModel(module, _flow(), (4, 8, 8), conditions=given, timestep_scale=1e-3)
+
+
+def sana_wm() -> DenoiserModel:
+    """One timestep for each frame, and a camera."""
+    module = _make(
+        lambda: diffusers.SanaWMTransformer3DModel(
+            in_channels=4,
+            num_layers=2,
+            hidden_size=64,
+            num_attention_heads=2,
+            softmax_every_n=2,
+            linear_head_dim=32,
+            chunk_plucker_channels=6,
+            chunk_plucker_post_attn_blocks=1,
+            caption_channels=32,
+            mlp_ratio=1.0,
+            image_size=64,
+        )
+    )
+    given = {
+        TEXT: _rows(1, 5, 32),
+        "encoder_attention_mask": _mask(5),
+        "timestep": torch.ones(ROWS, 1, 2),
+        "chunk_plucker": _rows(6, 2, 4, 4, seed=2),
+        "camera_conditions": torch.cat([torch.eye(4).flatten().expand(ROWS, 2, 16), torch.ones(ROWS, 2, 4)], -1),
+    }
+    return DenoiserModel(module, _flow(), (4, 2, 4, 4), conditions=given)
+
+
+def sana_wm_refiner() -> DenoiserModel:
+    """One timestep for each token."""
+    module = _make(
+        lambda: diffusers.SanaWMLTX2RefinerTransformer3DModel(
+            **HEADS,
+            in_channels=16,
+            out_channels=16,
+            cross_attention_dim=64,
+            audio_in_channels=16,
+            audio_out_channels=16,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=16,
+            audio_cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=64,
+        )
+    )
+    angles = torch.arange(8)[:, None] * torch.logspace(0, -2, 32).repeat_interleave(2)
+    given = {TEXT: _rows(5, 64), "encoder_attention_mask": _mask(5), "timestep": torch.ones(ROWS, 8)}
+    shared = {"video_rotary_emb.0": angles.cos()[None], "video_rotary_emb.1": angles.sin()[None]}
+    return DenoiserModel(module, _flow(), (8, 16), conditions=given, shared=shared)
+
+
+def joy_image_plus() -> DenoiserModel:
+    module = _make(
+        lambda: diffusers.JoyImageEditPlusTransformer3DModel(
+            in_channels=4,
+            hidden_size=64,
+            num_attention_heads=2,
+            text_dim=32,
+            num_layers=1,
+            rope_dim_list=[8, 12, 12],
+        )
+    )
+    given = {TEXT: _rows(5, 32), "encoder_hidden_states_mask": _whole_mask(5)}
+    constants = {"shape_list": [[(1, 2, 2), (1, 2, 2)]]}
+    return DenoiserModel(module, _flow(), (8, 4, 1, 2, 2), conditions=given, constants=constants)
+
+
 RAREST: Mapping[str, Callable[[], DenoiserModel]] = {
     made.__name__: made
     for made in (
@@ -455,5 +572,10 @@ RAREST: Mapping[str, Callable[[], DenoiserModel]] = {
         t5_film,
         pixart_alpha,
         minimax_music3,
+        helios,
+        bria_fibo2,
+        sana_wm,
+        sana_wm_refiner,
+        joy_image_plus,
     )
 }

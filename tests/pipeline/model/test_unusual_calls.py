@@ -1,7 +1,8 @@
 """A pipeline whose denoiser is called in an unusual way is recorded, and its graph takes the same calls.
 
 The sample is the second argument, the hidden states of a language model have their layers before their rows, there is
-one timestep for each frame, the first of which is given, and the scheduler gets the negated output.
+one timestep for each frame, the first of which is given, a list has one size for each row, and the scheduler gets the
+negated output.
 """
 
 import logging
@@ -26,7 +27,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import CallError
 from intaglio.pipeline.formats.schemes import W8A8_STEP
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.call_form import formed
+from intaglio.pipeline.model.call_form import CallForm, formed
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.denoiser import DenoiserModel
@@ -45,11 +46,12 @@ class Unusual(nn.Module):
         torch.manual_seed(0)
         self.layer, self.text, self.time = nn.Linear(6, 6), nn.Linear(8, 6), nn.Linear(1, 6)
 
-    def forward(self, states, noisy, timesteps=None, return_dict=True):
+    def forward(self, states, noisy, timesteps=None, sizes=None, return_dict=True):
         texts = sum(self.text(states[k]).view(len(noisy), -1, 6).mean(1, keepdim=True) for k in (0, 2))
         moved = self.layer(noisy)
         moved += texts  # into the output of the layer
-        return (moved + self.time(timesteps[..., None].float() / 1000),)
+        scales = torch.stack([torch.full((1, 1), sizes[row] / 8) for row in range(len(noisy))])
+        return (moved * scales + self.time(timesteps[..., None].float() / 1000),)
 
 
 class Pipeline:
@@ -63,7 +65,7 @@ class Pipeline:
         for t in self.scheduler.timesteps:
             times = t * torch.ones(len(latents), FRAMES)
             times[:, 0] = 0
-            (found,) = self.transformer(states, latents, timesteps=times, return_dict=False)
+            (found,) = self.transformer(states, latents, timesteps=times, sizes=[8] * len(latents), return_dict=False)
             latents = self.scheduler.step(-found, t, latents).prev_sample
         return latents
 
@@ -88,7 +90,7 @@ def test_the_sampler_repeats_the_pipeline(recording, tmp_path):
     model = model_of(Recording.load(tmp_path / "c.safetensors"))
     assert (model.names.sample, model.names.timestep, model.output_scale) == ("noisy", "timesteps", -1.0)
     assert model.form is not None
-    assert model.form.row_axes == {"states": 1}
+    assert (model.form.row_axes, model.form.row_lists) == ({"states": 1}, ("sizes",))
     assert torch.equal(model.conditions["states"], given(2)["states"].transpose(0, 1))
     assert torch.equal(model.conditions["timesteps"], torch.tensor([0.0, 1, 1, 1]).expand(2, 4))
     start = Start(given(2)["latents"], dict(model.conditions), {})
@@ -96,9 +98,20 @@ def test_the_sampler_repeats_the_pipeline(recording, tmp_path):
     torch.testing.assert_close(found, Pipeline(Unusual())(**given(2)))
 
 
-def test_rows_on_the_second_axis_are_found_by_calls(recording):
-    model = replace(model_of(recording), form=None)
-    assert formed(model, STEPS).form == recording.form
+@pytest.mark.parametrize("name", ["states", "sizes"])
+def test_rows_on_the_second_axis_and_lists_of_rows_are_found_by_calls(recording, name):
+    module, model = Unusual(), replace(model_of(recording), form=None)
+    if name == "states":
+        model = replace(model, module=module, constants={"sizes": [8] * 6})
+        assert formed(model, STEPS).form == CallForm(row_axes={"states": 1})
+    else:
+        first = {**model.conditions, "states": model.conditions["states"][:, [0, 0, 2]].flatten(1, 2)[:, :15]}
+        module.forward = lambda states, noisy, timesteps, sizes: Unusual.forward(  # type: ignore[method-assign]
+            module, states.view(-1, 3, 5, 8).transpose(0, 1), noisy, timesteps, sizes
+        )
+        model = replace(model, module=module, conditions=first)
+        model = replace(model, constants={"sizes": [8]})
+        assert formed(model, STEPS).form == CallForm(row_lists=("sizes",))
 
 
 def test_the_graph_draws_the_same_in_the_pipeline(recording, tmp_path):
@@ -127,7 +140,9 @@ def make():
     pipe.transformer = intaglio.load(tmp_path / "float", threads=1)
     torch.testing.assert_close(pipe(**given(3)), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(CallError, match=r"noisy has 2 at axis 0, but the graph accepts 3"):
-        pipe.transformer(given(2)["states"].transpose(0, 1), given(2)["latents"], timesteps=torch.ones(2, FRAMES))
+        pipe.transformer(
+            given(2)["states"].transpose(0, 1), given(2)["latents"], timesteps=torch.ones(2, FRAMES), sizes=[8] * 2
+        )
     # the layer's output is compared as it was before the model added to it
     planned = with_plan(start | graph, lambda _: W8A8_STEP)
     made = run_pass(ExportQdq(), planned, tmp_path / "qdq")[GRAPH]
