@@ -40,6 +40,9 @@ def with_pairs(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
         return program
     program = program.run_decompositions({})  # no operator changes a tensor in place
     _Pairs(program).rewrite()
+    for node in program.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):  # pairs are in another order in memory
+            node.target = aten.reshape.default
     program.graph_module.recompile()
     return program
 

@@ -91,7 +91,8 @@ def run_layer(
 def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
     """Return the type of the layer's input: float32 or float16."""
     model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
-    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
+    graph_values = (*model.graph.inputs, *model.graph.initializers.values())  # a layer may read a constant
+    values = (*graph_values, *(value for node in model.graph for value in node.outputs))
     dtype = next(value.dtype for value in values if value.name == name)
     assert dtype is not None  # the exporter writes graphs with all types
     return dtype.numpy()
