@@ -117,6 +117,8 @@ class Layout:
         given, output = seen.steps[0].given, seen.first.output
         if given is None or len(seen.steps[0].calls) > 1:
             return 1.0
+        if [size for size in output.shape if size > 1] == [size for size in given.shape if size > 1]:
+            given = given.reshape(output.shape)  # one frame, which the scheduler's samples do not count
         if output.shape != given.shape:
             part = self.form.part
             output = output if part is None or output.shape[part.axis + 1] <= part.size else part.of(output)
