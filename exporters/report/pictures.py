@@ -270,8 +270,10 @@ def png(image: Image) -> bytes:
 
 def _check_steps(model: DenoiserModel, steps: int) -> None:
     """Raise RecipeError if the model's scheduler refuses this number of steps."""
+    from intaglio.pipeline.model.scheduler import set_schedule
+
     try:
-        model.scheduler.set_timesteps(steps, **model.schedule)
+        set_schedule(model.scheduler, steps, model.schedule)
     except Exception as e:  # each scheduler has its own
         kind = type(model.scheduler).__name__
         raise RecipeError(f"--steps {steps}: {kind}, the model's scheduler, refuses this number of steps: {e}") from e

@@ -262,8 +262,10 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
 
 def _possible(sampling: Sampling, model: DenoiserModel) -> Sampling:
     """Return the sampling with its steps limited to those that the model's scheduler makes."""
+    from intaglio.pipeline.model.scheduler import set_schedule
+
     scheduler = copy.deepcopy(model.scheduler)
-    scheduler.set_timesteps(sampling.steps, **model.schedule)
+    set_schedule(scheduler, sampling.steps, model.schedule)
     made = len(scheduler.timesteps)
     return replace(sampling, steps=made, said_by=type(scheduler).__name__) if made < sampling.steps else sampling
 

@@ -169,13 +169,13 @@ def _with_variance(model: DenoiserModel, steps: int) -> DenoiserModel:
     """Return the model with `variance` in place of a cut of its output's channels, if its scheduler reads them."""
     import torch
 
-    from intaglio.pipeline.model.scheduler import reads_variance
+    from intaglio.pipeline.model.scheduler import reads_variance, set_schedule
 
     form = model.form
     if form is None or form.cut is None or form.cut[0] != 0:
         return model
     scheduler = copy.deepcopy(model.scheduler)
-    scheduler.set_timesteps(max(steps, 2), **model.schedule)  # the last step draws nothing
+    set_schedule(scheduler, max(steps, 2), model.schedule)  # the last step draws nothing
     like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
     return replace(model, form=replace(form, cut=None, variance=True)) if reads_variance(scheduler, like) else model
 

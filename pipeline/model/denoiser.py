@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.model.scheduler import Scheduler
+    from intaglio.pipeline.model.scheduler import Schedule, Scheduler
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class DenoiserModel:
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
     scheduler's times `timestep_scale` plus `timestep_offset`. The scheduler reads outputs times `output_scale`: -1 for
     a pipeline that negates them. `form` is found by a call if it is None. `schedule`: further arguments of the
-    scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
+    scheduler's `set_timesteps`, such as `mu`, or `sigmas` for some number of steps. Axes whose size differs in `other`
+    are dynamic.
     `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
     them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
     """
@@ -62,7 +63,7 @@ class DenoiserModel:
     sample_name: str | None = None
     timestep_name: str | None = None
     timestep_scale: float = 1.0
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     other: SecondSize | None = None
     form: CallForm | None = None
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

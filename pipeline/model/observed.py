@@ -5,6 +5,7 @@ Shapes: R rows of one call.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,6 +22,8 @@ from intaglio.pipeline.model.step_clock import number
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from intaglio.pipeline.model.scheduler import Schedule
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class SeenStep:
 
 @dataclass(frozen=True)
 class Observation:
-    """Record of one run of a pipeline: its steps, and the float arguments of `set_timesteps`, such as `mu`.
+    """Record of one run of a pipeline: its steps, and the arguments of `set_timesteps`, such as `mu` and `sigmas`.
 
     `others` counts the scheduler's steps at which the denoiser was not called.
     """
 
     steps: list[SeenStep]
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     others: int = 0
 
     @property
@@ -112,7 +115,7 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     pending: list[SeenCall] = []
     steps: list[SeenStep] = []
-    schedule: dict[str, float] = {}
+    schedule: dict[str, float | tuple[float, ...]] = {}
     others = 0
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -157,17 +160,29 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any, Any, Any], None]) -> Iterator[None]:
+def _watched(
+    scheduler: Any, schedule: dict[str, float | tuple[float, ...]], stepped: Callable[[Any, Any, Any], None]
+) -> Iterator[None]:
     """Collect the float arguments of `set_timesteps`; call `stepped` with each step's timestep, samples and prediction.
 
-    The scheduler gets a subclass of its class meanwhile: a copy that the pipeline makes is not watched.
+    A list `sigmas` is collected where it changes the timesteps. The scheduler gets a subclass of its class meanwhile: a
+    copy that the pipeline makes is not watched.
     """
+    import torch
+
     original: Any = type(scheduler)
 
     @wraps(original.set_timesteps)  # pipelines look at its signature
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is scheduler:
             schedule.update({n: v for n, v in kwargs.items() if isinstance(v, float)})
+            if kwargs.get("sigmas") is not None:
+                changed = copy.deepcopy(self), copy.deepcopy(self)
+                original.set_timesteps(changed[0], *args, **kwargs)
+                floats = {n: v for n, v in schedule.items() if n != "sigmas"}
+                original.set_timesteps(changed[1], len(kwargs["sigmas"]), **floats)
+                if not torch.equal(*(each.timesteps.float() for each in changed)):
+                    schedule["sigmas"] = tuple(float(sigma) for sigma in kwargs["sigmas"])
         return original.set_timesteps(self, *args, **kwargs)
 
     @wraps(original.step)

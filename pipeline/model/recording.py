@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from intaglio.pipeline.model.scheduler import Schedule
+
 TUPLE, DICT = "()", "{}"
 """Keys of tuples, and of dicts whose keys are no texts, in the constants of a file."""
 START = "start."
@@ -40,7 +42,7 @@ class Recording:
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     null: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -141,7 +143,7 @@ class _Settings(BaseModel):
 
     sample_shape: tuple[int, ...]
     timestep_scale: float
-    schedule: dict[str, float]
+    schedule: dict[str, float | tuple[float, ...]]
     constants: dict[str, object]
     form: CallForm | None = None
     steps: dict[str, tuple[float, ...]] = {}

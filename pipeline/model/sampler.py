@@ -11,7 +11,7 @@ import torch
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping
+from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping, set_schedule
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
@@ -71,7 +71,7 @@ class Sampler:
             self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
-        self.model.scheduler.set_timesteps(steps, **model.schedule)
+        set_schedule(self.model.scheduler, steps, model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
         self._stepping = find_stepping(model.scheduler, like, steps)
         self._own = self._own_steps()
@@ -212,7 +212,7 @@ class Sampler:
     def _scheduler(self, noise: torch.Tensor) -> SeededScheduler:
         """Return the model's scheduler at its first step, for samples that begin with this noise (B, ...)."""
         fresh = copy.deepcopy(self.model.scheduler)
-        fresh.set_timesteps(self.steps, **self.model.schedule)
+        set_schedule(fresh, self.steps, self.model.schedule)
         return SeededScheduler(fresh, noise, self._stepping, self._own)
 
     @torch.no_grad()

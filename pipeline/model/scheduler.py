@@ -8,14 +8,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from intaglio.pipeline.errors import RecipeError
+
+Schedule: TypeAlias = Mapping[str, float | tuple[float, ...]]
+"""Arguments of `set_timesteps` beside the number of steps, by name."""
 
 
 class Scheduler(Protocol):
@@ -28,6 +32,22 @@ class Scheduler(Protocol):
 
     def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
         """Return a value whose `prev_sample` is the sample after one step."""
+
+
+def set_schedule(scheduler: Any, steps: int, schedule: Schedule) -> None:
+    """Set a scheduler's timesteps. Lists of `schedule`, such as `sigmas`, are resampled to the number of steps.
+
+    A list has values at the places i / n of its n steps, and ends with 0, which the scheduler adds by itself.
+    """
+    given = {name: _resampled(value, steps) if isinstance(value, tuple) else value for name, value in schedule.items()}
+    scheduler.set_timesteps(steps, **given)
+
+
+def _resampled(values: tuple[float, ...], steps: int) -> list[float]:
+    """Return as many values as steps, linear between the given ones."""
+    count = len(values)
+    places = np.arange(steps) / steps
+    return [float(value) for value in np.interp(places, np.arange(count + 1) / count, [*values, 0.0])]
 
 
 def check_scheduler(scheduler: object) -> None:
