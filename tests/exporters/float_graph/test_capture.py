@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from quantizing import rel_l2
 from torch import nn
 
+from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes
 from intaglio.exporters.float_graph.by_row import merged
 from intaglio.exporters.float_graph.capture import Calls
 from intaglio.exporters.float_graph.deciding import deciding_inputs
@@ -221,6 +223,18 @@ def test_inputs_whose_values_decide_are_found():
     found = deciding_inputs(compute, inputs)
     assert tuple(found) == ("mask", "choice", "sizes", "counts", "length")
     assert all(place.startswith("test_capture.py:") and place.endswith(" in compute") for place in found.values())
+
+
+def test_a_sequence_of_tensors_has_no_magnitude(tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[4, 2] x) => (float[4, 2] y)
+    <int64 size = {8}, int64 first = {0}> {
+        pieces = SplitToSequence <axis: int = 0> (x, size)  y = SequenceAt (pieces, first)
+    }"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "model.onnx")
+    x = torch.arange(8.0).view(4, 2)
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert find_magnitudes(tmp_path / "model.onnx", [Expected("", {"x": x}, {"y": x})], 1e-6) == {"y": 7.0}
 
 
 @pytest.mark.parametrize("difference", ["nodes", "weights"])
