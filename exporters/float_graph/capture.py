@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -125,8 +126,12 @@ class _Called(nn.Module):
     def computed(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         """Call the module, with fixed inputs if any."""
         given = {n: torch.view_as_complex(value) if n in self.complex else value for n, value in inputs.items()}
-        with Fixed(self.fixed.values()) if self.reads else contextlib.nullcontext(), Spelled():
+        with Fixed(self.fixed.values(), self.zero_of(inputs)) if self.reads else contextlib.nullcontext(), Spelled():
             return self.compute({**given, **self.fixed})
+
+    def zero_of(self, inputs: Inputs) -> torch.Tensor | None:
+        """Return the zero that new tensors get, None for none."""
+        return None
 
 
 class _ByRow(_Called):
@@ -144,6 +149,14 @@ class _ByRow(_Called):
         rows = {name: inputs[name] for name in self.with_rows}
         made: tuple[torch.Tensor, ...] = torch.func.vmap(one_row, in_dims=(dict.fromkeys(rows, 0),))(rows)
         return made
+
+
+class _ByRowWritten(_ByRow):
+    """Call by rows as a module that writes what it computes from a row into new tensors."""
+
+    def zero_of(self, inputs: Inputs) -> torch.Tensor | None:
+        """Return a zero that depends on the row."""
+        return inputs[next(n for n in self.with_rows if inputs[n].is_floating_point())].flatten()[0] * 0
 
 
 def capture(
@@ -179,7 +192,7 @@ def capture(
         ) from usual
     fixed = {name: calls.recorded[name] for name in decide}
     ways = [task.any_rows] if fixed.keys() <= calls.shared else []  # an axis of constant rows would be constant
-    ways += [task.row_by_row] if calls.one_size else []
+    ways += [task.row_by_row, partial(task.row_by_row, kind=_ByRowWritten)] if calls.one_size else []
     for way in ways:
         with contextlib.suppress(StepFailed):  # the usual way failed first, and its error is the one to show
             return way(fixed), fixed
@@ -223,9 +236,9 @@ class _Export:
         _check_dynamic(made.exported_program, self.calls, called.names)
         return made.model
 
-    def row_by_row(self, fixed: Inputs) -> ir.Model:
+    def row_by_row(self, fixed: Inputs, kind: type[_ByRow] = _ByRow) -> ir.Model:
         """Export one row, for two numbers of rows, and merge the graphs. Raises StepFailed."""
-        called = _ByRow(self.module, self.compute, self.calls, fixed).eval()
+        called = kind(self.module, self.compute, self.calls, fixed).eval()
         # other backends of attention have no rule for many rows, and are called once for each
         with self._blamed(), sdpa_kernel(SDPBackend.MATH):
             two, three = (

@@ -105,10 +105,13 @@ class Fixed(TorchFunctionMode):
     """Compute at once what depends on constants alone, while torch traces the rest, so that its values can be read.
 
     `known` are the values of tensors: of constants and what is computed from them, and of new tensors such as zeros.
+    With `zero`, a scalar of the row that torch extends to all rows, new tensors become tensors of that row: the model
+    may then write what it computes into them.
     """
 
-    def __init__(self, constants: Iterable[torch.Tensor]) -> None:
+    def __init__(self, constants: Iterable[torch.Tensor], zero: torch.Tensor | None = None) -> None:
         super().__init__()
+        self.zero = zero
         self.known: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
         for value in constants:
             self.known[value] = value
@@ -127,12 +130,16 @@ class Fixed(TorchFunctionMode):
             return func(*args, **kwargs)  # a new tensor, which is traced too
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], self._places(args[1]), *args[2:])
+        if func is torch.Tensor.__setitem__ and self._written(*args):
+            return None
         if func in _REPEATS and (repeated := self._repeated(*args, **kwargs)) is not None:
             return repeated
         made = func(*args, **kwargs)
         if func in NEW and not given and not symbolic:
             with _disable_current_modes():
-                self.known[made] = func(*args, **kwargs)
+                value = func(*args, **kwargs)
+            made = self._of_row(made)
+            self.known[made] = value
         for value in changed:
             self.known.pop(value, None)
         return made
@@ -142,9 +149,30 @@ class Fixed(TorchFunctionMode):
         values = tree_map_only(torch.Tensor, lambda value: self.known[value], (args, kwargs))
         with _disable_current_modes():
             made = func(*values[0], **values[1])
-        for value in _tensors(made):
-            self.known[value] = value
-        return made
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            one = self._of_row(value)
+            self.known[one] = value
+            return one
+
+        return tree_map_only(torch.Tensor, noted, made)
+
+    def _written(self, x: torch.Tensor, index: object, value: object) -> bool:
+        """Write one value into all places of a mask that is not known. Return False for any other index or value."""
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.bool or index in self.known or not index.dim():
+            return False
+        if isinstance(value, torch.Tensor) and value.dim() > x.dim() - index.dim():
+            return False
+        chosen = value.to(x.dtype) if isinstance(value, torch.Tensor) else torch.full_like(x, value)  # type: ignore[arg-type]  # a number
+        x.copy_(torch.where(index.reshape(*index.shape, *[1] * (x.dim() - index.dim())), chosen, x))
+        self.known.pop(x, None)
+        return True
+
+    def _of_row(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as one of the row: with the row's zero added to it."""
+        if self.zero is None:
+            return value
+        return value | (self.zero != 0) if value.dtype == torch.bool else value + self.zero.to(value.dtype)
 
     def _repeated(
         self, x: torch.Tensor, repeats: object = None, dim: int | None = None, **_: object

@@ -83,6 +83,20 @@ class Repeated(Toy):
         return tokens.square().mean(1, keepdim=True) + float(places.tolist()[0])
 
 
+class Written(Toy):
+    """Writes what it computes from a row into a new tensor, and a number into places that depend on values."""
+
+    def text(self, sample, text, mask):
+        rows = []
+        for row in self.other(text):
+            held = torch.zeros(6, 6)
+            held[:5] = row
+            held[held < 0] = 0.25
+            rows.append(held.mean(0, keepdim=True))
+        assert len(mask[mask]) == 3 * len(text)
+        return torch.stack(rows)
+
+
 class Made(Toy):
     """Reads the values of a tensor that it makes, and turns by the orthogonal part of a weight."""
 
@@ -136,6 +150,7 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Built, ["mask"]),
         (Repeated, ["mask"]),
         (Made, []),
+        (Written, ["mask"]),
         (Turned, []),
         (Padded, []),
     ],
