@@ -30,7 +30,7 @@ class BalanceLayers(Pass):
     """
 
     name: ClassVar[str] = "balance"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     random: ClassVar[bool] = True

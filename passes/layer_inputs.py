@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.model.hooks import before_calls
+from intaglio.pipeline.model.hooks import Copies, before_calls
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 def layer_inputs(layers: Mapping[str, nn.Module], denoise: Denoise, call: Inputs) -> dict[str, list[torch.Tensor]]:
     """Return the inputs of each layer in one call of the denoiser, by layer name, in the order of first calls.
 
-    Layers that are not called are missing from the result.
+    Layers that are not called are missing from the result. Layers that read one tensor have one copy of it, which the
+    denoiser does not change.
     """
     seen: dict[str, list[torch.Tensor]] = {}
-    with before_calls(layers, lambda name, args: seen.setdefault(name, []).append(args[0])), torch.no_grad():
+    copies = Copies()
+
+    def note(name: str, args: tuple[torch.Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(copies.of(args[0]))
+
+    with before_calls(layers, note), torch.no_grad():
         denoise(call)
     return seen
 
@@ -43,22 +49,23 @@ class SameInputs:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._groups: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
         self._of: dict[str, int] = {}  # group of a layer
         self._count = 0
 
     def note(self, name: str, x: torch.Tensor) -> None:
         """Record that the layer is called with x, which must stay alive until its last reader is called."""
-        tensor, group = self._groups.get(id(x), (None, 0))
-        if tensor is None or tensor() is not x:  # a new tensor can have the id of one that is gone
+        tensor, version, group = self._groups.get(id(x), (None, 0, 0))
+        # a new tensor can have the id of one that is gone, and a model may change a tensor between two readers
+        if tensor is None or tensor() is not x or version != x._version:
             group, self._count = self._count, self._count + 1
         own = self._of.setdefault(name, group)
         if own != group:
             merged, gone = min(own, group), max(own, group)
             self._of = {n: merged if g == gone else g for n, g in self._of.items()}
-            self._groups = {key: (t, merged if g == gone else g) for key, (t, g) in self._groups.items()}
+            self._groups = {key: (t, v, merged if g == gone else g) for key, (t, v, g) in self._groups.items()}
             group = merged
-        self._groups[id(x)] = weakref.ref(x), group
+        self._groups[id(x)] = weakref.ref(x), x._version, group
 
     @property
     def readers(self) -> list[tuple[str, ...]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph, TensorSpec, fixed_tensor
 from intaglio.pipeline.errors import CallError, IntaglioError
 from intaglio.pipeline.model.arguments import flatten, plain_name
-from intaglio.pipeline.model.call_form import CallForm
+from intaglio.pipeline.model.call_form import CallForm, alike, of_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -71,9 +71,14 @@ class CallInputs:
             name: self._stacked(name, value) if name in self._form.apart else value for name, value in given.items()
         }
         found = {self._flat.get(plain_name(name), name): value for name, value in flatten(whole)}
-        return {
-            name: self._grouped(name, value) if name in self._form.repeats else value for name, value in found.items()
-        }
+        return {name: self._as_compiled(name, value) for name, value in found.items()}
+
+    def _as_compiled(self, name: str, value: object) -> object:
+        """Return an argument with its rows on the first axis, and a list of rows with as many items as compiled."""
+        if name in self._form.row_lists and alike(value):
+            compiled: Any = self._compiled_with.get(name)
+            return of_rows(value, len(compiled))
+        return self._grouped(name, value) if name in self._form.repeats else self._rows_first(name, value)
 
     def _stacked(self, name: str, value: object) -> object:
         """Return the rows of a list as one tensor (R, ...)."""
@@ -82,6 +87,11 @@ class CallInputs:
         if len(shapes := {tuple(row.shape) for row in value}) > 1:
             raise CallError(f"{self._place(name)} has rows of the shapes {sorted(shapes)}: give rows of one shape")
         return torch.stack(list(value))
+
+    def _rows_first(self, name: str, value: object) -> object:
+        """Return rows on another axis, such as (L, R, ...), as (R, L, ...)."""
+        axis = self._form.row_axes.get(name, 0)
+        return value.movedim(axis, 0) if isinstance(value, torch.Tensor) and value.dim() > axis > 0 else value
 
     def _grouped(self, name: str, value: object) -> object:
         """Return rows (R k, ...) as (R, k, ...)."""

@@ -24,6 +24,7 @@ from intaglio.pipeline.files import printable
 from intaglio.pipeline.model.arguments import flatten
 from intaglio.pipeline.model.call_form import CallForm
 from intaglio.pipeline.model.model_files import ModelSize
+from intaglio.pipeline.model.step_clock import number
 from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import files_below
 
@@ -89,8 +90,8 @@ class CompiledDenoiser(Standin):
         timesteps = self.graph.timesteps
         if len(timesteps) == 1:
             return
-        timestep = float(given[0])
-        if (given != given[0]).any():
+        timestep = number(given)
+        if any(number(row) != timestep for row in given):
             raise CallError("rows at different timesteps: layers have one scale for all rows of a call")
         last, first = min(timesteps), max(timesteps)
         apart = (first - last) / (len(timesteps) - 1)

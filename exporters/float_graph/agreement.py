@@ -91,7 +91,7 @@ def _check(call: Expected, found: Iterable[NDArray[np.float32]], tolerance: floa
 def _write_with_ends(path: Path, beside: Path) -> list[str]:
     """Write the graph with the extremes of each floating-point value as further outputs; return the values' names."""
     model = read_model(path)
-    made = [(node, v) for node in model.graph for v in node.outputs if v.dtype == ir.DataType.FLOAT]
+    made = [(node, v) for node in model.graph for v in node.outputs if v.type == ir.TensorType(ir.DataType.FLOAT)]
     for node, value in made:  # both extremes, not the magnitude: Abs would first copy the value, which may be large
         ends = [ir.node(op, [value], {"keepdims": 0}, name=f"{value.name}/{op}") for op in ("ReduceMax", "ReduceMin")]
         for end in ends:

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from intaglio.exporters.float_graph.by_row import ROWS, merged
 from intaglio.exporters.float_graph.complex_pairs import with_pairs
 from intaglio.exporters.float_graph.deciding import Fixed, deciding_inputs
+from intaglio.exporters.float_graph.of_weights import with_values_of_weights
 from intaglio.exporters.float_graph.spelled import Spelled
 from intaglio.pipeline.errors import IntaglioError, StepFailed
 
@@ -98,14 +100,15 @@ def shapes(inputs: Inputs) -> str:
 class _Called(nn.Module):
     """Call as a module with the arguments `names`; inputs in `fixed` have these values.
 
-    Complex arguments are given as pairs of real numbers.
+    The model may read values that depend on `fixed` and on new tensors alone; with None, on no tensor. Complex
+    arguments are given as pairs of real numbers.
     """
 
-    def __init__(self, module: nn.Module, compute: Compute, calls: Calls, fixed: Inputs) -> None:
+    def __init__(self, module: nn.Module, compute: Compute, calls: Calls, fixed: Inputs | None) -> None:
         super().__init__()
         self.module = module
-        self.compute, self.fixed = compute, fixed
-        self.names = [name for name in calls.usual if name not in fixed]
+        self.compute, self.fixed, self.reads = compute, fixed or {}, fixed is not None
+        self.names = [name for name in calls.usual if name not in self.fixed]
         self.with_rows = [name for name in self.names if name not in calls.shared]
         self.complex = frozenset(name for name in self.names if calls.usual[name].is_complex())
 
@@ -123,8 +126,12 @@ class _Called(nn.Module):
     def computed(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         """Call the module, with fixed inputs if any."""
         given = {n: torch.view_as_complex(value) if n in self.complex else value for n, value in inputs.items()}
-        with Fixed(self.fixed.values()) if self.fixed else contextlib.nullcontext(), Spelled():
+        with Fixed(self.fixed.values(), self.zero_of(inputs)) if self.reads else contextlib.nullcontext(), Spelled():
             return self.compute({**given, **self.fixed})
+
+    def zero_of(self, inputs: Inputs) -> torch.Tensor | None:
+        """Return the zero that new tensors get, None for none."""
+        return None
 
 
 class _ByRow(_Called):
@@ -144,14 +151,22 @@ class _ByRow(_Called):
         return made
 
 
+class _ByRowWritten(_ByRow):
+    """Call by rows as a module that writes what it computes from a row into new tensors."""
+
+    def zero_of(self, inputs: Inputs) -> torch.Tensor | None:
+        """Return a zero that depends on the row."""
+        return inputs[next(n for n in self.with_rows if inputs[n].is_floating_point())].flatten()[0] * 0
+
+
 def capture(
     module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], opset: int, called: str
 ) -> tuple[ir.Model, Inputs]:
     """Run torch's exporter on one call with its dynamic axes, without simplification.
 
-    If the usual way fails, complex numbers become pairs, and inputs whose values decide what the model computes become
-    constants if they are the same in all recorded rows; they are returned, by name. If that fails too, the model is
-    traced with one row. Raises StepFailed.
+    If the usual way fails, complex numbers become pairs, values of weights alone become constants, and so do inputs
+    whose values decide what the model computes, if they are the same in all recorded rows; these inputs are returned,
+    by name. If that fails too, the model is traced with one row. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
     # models may keep tables from their first call: if torch traced that call, the tables would have no values
@@ -163,8 +178,13 @@ def capture(
         usual = error
     decide = deciding_inputs(compute, calls.with_rows(calls.usual, 1))
     if varying := [name for name in decide if name not in calls.recorded]:
-        if any(calls.usual[name].is_floating_point() for name in varying):
-            raise usual
+        if floats := [name for name in varying if calls.usual[name].is_floating_point()]:
+            raise StepFailed(
+                *usual.problems,
+                f"{decide[floats[0]]}: the model reads values that it computes from {', '.join(floats)}, and chooses"
+                " sizes or branches by them, as experts do that take a varying number of tokens: a graph cannot, so"
+                " change this code, such as to compute all experts for all tokens",
+            ) from usual
         raise StepFailed(
             *usual.problems,
             f"{', '.join(varying)}: the values decide what the model computes, and differ between the recorded rows or"
@@ -172,7 +192,7 @@ def capture(
         ) from usual
     fixed = {name: calls.recorded[name] for name in decide}
     ways = [task.any_rows] if fixed.keys() <= calls.shared else []  # an axis of constant rows would be constant
-    ways += [task.row_by_row] if calls.one_size else []
+    ways += [task.row_by_row, partial(task.row_by_row, kind=_ByRowWritten)] if calls.one_size else []
     for way in ways:
         with contextlib.suppress(StepFailed):  # the usual way failed first, and its error is the one to show
             return way(fixed), fixed
@@ -192,7 +212,7 @@ class _Export:
 
     def usual(self) -> ir.Model:
         """Export as torch does by itself, with symbols for the dynamic axes. Raises StepFailed."""
-        called = self._module({})
+        called = self._module(None)
         with self._blamed():
             made = self._converted(called, called, called.given(self.calls.traced), self._axes(called))
         return self._checked(made, called)
@@ -204,7 +224,7 @@ class _Export:
             made = self._converted(self._program(called, self.calls.traced, self._axes(called)), called)
         return self._checked(made, called)
 
-    def _module(self, fixed: Inputs) -> _Called:
+    def _module(self, fixed: Inputs | None) -> _Called:
         return _Called(self.module, self.compute, self.calls, fixed).eval()
 
     def _axes(self, called: _Called) -> Any:
@@ -216,9 +236,9 @@ class _Export:
         _check_dynamic(made.exported_program, self.calls, called.names)
         return made.model
 
-    def row_by_row(self, fixed: Inputs) -> ir.Model:
+    def row_by_row(self, fixed: Inputs, kind: type[_ByRow] = _ByRow) -> ir.Model:
         """Export one row, for two numbers of rows, and merge the graphs. Raises StepFailed."""
-        called = _ByRow(self.module, self.compute, self.calls, fixed).eval()
+        called = kind(self.module, self.compute, self.calls, fixed).eval()
         # other backends of attention have no rule for many rows, and are called once for each
         with self._blamed(), sdpa_kernel(SDPBackend.MATH):
             two, three = (
@@ -231,7 +251,7 @@ class _Export:
         oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         with oblivious:  # as torch.onnx.export itself does
             program = torch.export.export(called, called.given(call), dynamic_shapes=axes, strict=False)
-        return with_pairs(program)
+        return with_pairs(with_values_of_weights(program))
 
     def _converted(
         self,
@@ -283,7 +303,9 @@ def _rename_other_values(model: ir.Model) -> None:
 def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: Sequence[str]) -> None:
     """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    limits = {str(symbol): (int(r.lower), r.lower == r.upper) for symbol, r in program.range_constraints.items()}
+    # a size of 0 or more may have no finite end in torch's range
+    single = {str(s): r.lower for s, r in program.range_constraints.items() if r.lower == r.upper and r.lower.is_finite}
+    limits = {symbol: (int(size), True) for symbol, size in single.items()}
     constant = []
     for name, user_input in zip(names, program.graph_signature.user_inputs, strict=True):
         for axis in calls.dynamic_axes(name):

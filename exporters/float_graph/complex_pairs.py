@@ -25,6 +25,8 @@ MOVES = frozenset(
     )
 )
 """Operators of ATen that do the same to both parts of complex numbers."""
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+"""Operators that need numbers in an order of memory that pairs may not have."""
 ZEROS = frozenset({"empty", "empty_like", "new_empty", "new_zeros", "zeros", "zeros_like"})
 SIZES = {"size": 2, "shape": 2, "repeats": 1}
 """Arguments with one number for each axis, and that of the axis of the two parts."""
@@ -40,6 +42,9 @@ def with_pairs(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
         return program
     program = program.run_decompositions({})  # no operator changes a tensor in place
     _Pairs(program).rewrite()
+    for node in program.graph.nodes:
+        if node.target in VIEWS:
+            node.target = aten.reshape.default
     program.graph_module.recompile()
     return program
 
@@ -103,6 +108,7 @@ class _Pairs:
 
     def _call(self, operation: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node for an operator, with the metadata of the node that is rewritten."""
+        operation = aten.reshape.default if operation in VIEWS else operation
         new: Node = self.graph.call_function(operation, args, kwargs)
         new.meta = dict(self.at.meta)
         values = map_arg((args, kwargs), lambda node: node.meta["val"])

@@ -6,7 +6,9 @@ the sizes of the inputs alone. If the mask is the same in all calls, it can be a
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,24 +32,25 @@ _BY_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _MASKS = (torch.bool, torch.uint8)
 
 
-def deciding_inputs(compute: Callable[[Inputs], object], inputs: Inputs) -> tuple[str, ...]:
-    """Return the names of the inputs whose values `compute` reads to choose sizes or branches, in order.
+def deciding_inputs(compute: Callable[[Inputs], object], inputs: Inputs) -> dict[str, str]:
+    """Return the inputs whose values `compute` reads to choose sizes or branches, in order, with the first such place.
 
-    `compute` is called once. A value that is computed from an input counts as that input.
+    A place is a file's name, a line and a function. `compute` is called once. A value that is computed from an input
+    counts as that input.
     """
     fresh = {name: value.clone() for name, value in inputs.items()}
     with torch.no_grad(), _Origins(fresh) as mode:
         compute(fresh)
-    return tuple(name for name in inputs if name in mode.found)
+    return {name: mode.found[name] for name in inputs if name in mode.found}
 
 
 class _Origins(TorchFunctionMode):
-    """Follow the inputs of a call through its tensors; `found` are the names of those whose values are read."""
+    """Follow the inputs of a call through its tensors; `found` has those whose values are read, and the first place."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.origins: MutableMapping[torch.Tensor, frozenset[str]] = WeakTensorKeyDictionary()
-        self.found: set[str] = set()
+        self.found: dict[str, str] = {}
         for name, value in inputs.items():
             self.origins[value] = frozenset((name,))
 
@@ -59,10 +62,9 @@ class _Origins(TorchFunctionMode):
         with _ValuesRead() as seen:
             made = func(*args, **kwargs)
         if getattr(func, "__name__", "") in READS:
-            self.found |= self._names(given)
+            self._note(given)
         elif seen.read:
-            read = [value for value in given if any(value is each for each in seen.read)]
-            self.found |= self._names(read or given)
+            self._note([value for value in given if any(value is each for each in seen.read)] or given)
         if not (names := self._names(given)):
             return made
         changed = given[:1] if _changes_first(func) else []
@@ -70,6 +72,11 @@ class _Origins(TorchFunctionMode):
         for value in (*_tensors(made), *changed, *bases):
             self.origins[value] = names | self.origins.get(value, frozenset())
         return made
+
+    def _note(self, values: Iterable[torch.Tensor]) -> None:
+        """Note that the model's code reads these values here."""
+        for name in self._names(values) - self.found.keys():
+            self.found[name] = _caller()
 
     def _names(self, values: Iterable[torch.Tensor]) -> frozenset[str]:
         return frozenset[str]().union(*(self.origins.get(value, frozenset()) for value in values))
@@ -98,10 +105,13 @@ class Fixed(TorchFunctionMode):
     """Compute at once what depends on constants alone, while torch traces the rest, so that its values can be read.
 
     `known` are the values of tensors: of constants and what is computed from them, and of new tensors such as zeros.
+    With `zero`, a scalar of the row that torch extends to all rows, new tensors become tensors of that row: the model
+    may then write what it computes into them.
     """
 
-    def __init__(self, constants: Iterable[torch.Tensor]) -> None:
+    def __init__(self, constants: Iterable[torch.Tensor], zero: torch.Tensor | None = None) -> None:
         super().__init__()
+        self.zero = zero
         self.known: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
         for value in constants:
             self.known[value] = value
@@ -120,12 +130,16 @@ class Fixed(TorchFunctionMode):
             return func(*args, **kwargs)  # a new tensor, which is traced too
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], self._places(args[1]), *args[2:])
+        if func is torch.Tensor.__setitem__ and self._written(*args):
+            return None
         if func in _REPEATS and (repeated := self._repeated(*args, **kwargs)) is not None:
             return repeated
         made = func(*args, **kwargs)
         if func in NEW and not given and not symbolic:
             with _disable_current_modes():
-                self.known[made] = func(*args, **kwargs)
+                value = func(*args, **kwargs)
+            made = self._of_row(made)
+            self.known[made] = value
         for value in changed:
             self.known.pop(value, None)
         return made
@@ -135,9 +149,30 @@ class Fixed(TorchFunctionMode):
         values = tree_map_only(torch.Tensor, lambda value: self.known[value], (args, kwargs))
         with _disable_current_modes():
             made = func(*values[0], **values[1])
-        for value in _tensors(made):
-            self.known[value] = value
-        return made
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            one = self._of_row(value)
+            self.known[one] = value
+            return one
+
+        return tree_map_only(torch.Tensor, noted, made)
+
+    def _written(self, x: torch.Tensor, index: object, value: object) -> bool:
+        """Write one value into all places of a mask that is not known. Return False for any other index or value."""
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.bool or index in self.known or not index.dim():
+            return False
+        if isinstance(value, torch.Tensor) and value.dim() > x.dim() - index.dim():
+            return False
+        chosen = value.to(x.dtype) if isinstance(value, torch.Tensor) else torch.full_like(x, value)  # type: ignore[arg-type]  # a number
+        x.copy_(torch.where(index.reshape(*index.shape, *[1] * (x.dim() - index.dim())), chosen, x))
+        self.known.pop(x, None)
+        return True
+
+    def _of_row(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as one of the row: with the row's zero added to it."""
+        if self.zero is None:
+            return value
+        return value | (self.zero != 0) if value.dtype == torch.bool else value + self.zero.to(value.dtype)
 
     def _repeated(
         self, x: torch.Tensor, repeats: object = None, dim: int | None = None, **_: object
@@ -160,6 +195,17 @@ class Fixed(TorchFunctionMode):
         return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
 
 
+def _caller() -> str:
+    """Return the file, line and function of the innermost code outside torch and this module."""
+    frames = (
+        frame
+        for frame in reversed(traceback.extract_stack())
+        if frame.filename != __file__ and "torch" not in Path(frame.filename).parts
+    )
+    frame = next(frames)
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
+
+
 def _changes_first(func: Any) -> bool:
     """Return True for a function that changes its first tensor, such as `add_`."""
     name = getattr(func, "__name__", "")
@@ -167,4 +213,9 @@ def _changes_first(func: Any) -> bool:
 
 
 def _tensors(values: object) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    """Yield all tensors in nested values, the ends of slices too."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, slice):
+            yield from _tensors((leaf.start, leaf.stop, leaf.step))

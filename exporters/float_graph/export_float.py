@@ -46,7 +46,7 @@ class ExportFloat(Pass):
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 8
+    version: ClassVar[int] = 9
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -143,6 +143,8 @@ def _recorded(model: DenoiserModel, call: Inputs, other: Inputs | None) -> dict[
 
     alike = {}
     for name, rows in model.conditions.items():
+        if name == model.names.timestep:  # its condition has factors
+            continue
         if all(bool((each == rows[:1]).all()) for each in (rows, model.null.get(name, rows))):
             alike[name] = rows[:1]
     return {

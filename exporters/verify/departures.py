@@ -83,7 +83,7 @@ def _ends_of_layers(graph: Graph) -> tuple[dict[str, str], dict[str, list[str]]]
         if node.op_type == "Cast" and any(a.name == "to" and a.i == TensorProto.FLOAT for a in node.attribute):
             casts[node.input[0]] = node.output[0]
         layer = next((p.value for p in node.metadata_props if p.key == LAYER_KEY), "")
-        if layer in graph.nodes:
+        if layer in graph.nodes and node.op_type != "Reshape":  # one before a later call has the first call's name
             last.setdefault(layer, {})[node.name.partition("/")[0]] = node.output[0]
     entries = {name: casts.get(x, x) for name, (x, _) in graph.nodes.items()}
     return entries, {name: list(calls.values()) for name, calls in last.items()}
@@ -116,7 +116,7 @@ def find_departures(
             found[name] = Departure(rel_l2(entered, ends.entering(name, x)), own)
         calls[name] += 1
         again = in_shape_of(y, left[min(calls[name], len(left)) - 1])  # the exporter merges equal calls into one
-        return again if again.shape == y.shape else y
+        return again.clone() if again.shape == y.shape else y  # the model may change it, and the next layer reads it
 
     there = {name: layer for name, layer in layers.items() if name in graph.nodes}
     with torch.no_grad(), after_calls(there, take_over):

@@ -64,9 +64,10 @@ def run_layer(
 
     The codes have the form that `layer_model` describes.
 
-    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C). Where the
-    graph takes more tokens, as in a graph that was traced row by row, the last token of x is repeated, and what the
-    layer makes of the repeated ones is left out.
+    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C), and the
+    number of tokens in a row too: a model may leave out masked tokens in a call with one row alone. Where the graph
+    takes more tokens, as in a graph that was traced row by row, the last token of x is repeated, and what the layer
+    makes of the repeated ones is left out.
     """
     import numpy as np
 
@@ -74,7 +75,8 @@ def run_layer(
     inputs, outputs = ([value.name for value in values] for values in (model.graph.input, model.graph.output))
     sizes = [axis.dim_value or -1 for axis in model.graph.input[0].type.tensor_type.shape.dim]
     shape, more = x.shape, 0
-    if len(sizes) != x.ndim and sizes.count(-1) <= 1:
+    tokens_differ = len(sizes) == x.ndim == 3 and sizes[1] not in (-1, shape[1]) and sizes[-1] == shape[-1]
+    if (len(sizes) != x.ndim or tokens_differ) and sizes.count(-1) <= 1:
         tokens, in_a_row = x.reshape(-1, shape[-1]), math.prod(size for size in sizes[:-1] if size > 0)
         more = -len(tokens) % in_a_row if sizes[-1] == shape[-1] else 0
         x = (np.concatenate([tokens, tokens[-1:].repeat(more, 0)]) if more else x).reshape(sizes)
@@ -89,7 +91,8 @@ def run_layer(
 def entry_type(graph: Graph, layer: str) -> np.dtype[np.generic]:
     """Return the type of the layer's input: float32 or float16."""
     model, name = _loaded(graph.path, graph.path.stat().st_mtime_ns), graph.nodes[layer][0]
-    values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
+    graph_values = (*model.graph.inputs, *model.graph.initializers.values())  # a layer may read a constant
+    values = (*graph_values, *(value for node in model.graph for value in node.outputs))
     dtype = next(value.dtype for value in values if value.name == name)
     assert dtype is not None  # the exporter writes graphs with all types
     return dtype.numpy()

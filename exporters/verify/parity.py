@@ -16,7 +16,7 @@ from intaglio.exporters.verify.layer_run import entry_type, run_layer
 from intaglio.pipeline.artifacts.verification import DepartureFigures, LayerParity
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.calls import clocked, denoise_with, step_of
-from intaglio.pipeline.model.hooks import after_calls
+from intaglio.pipeline.model.hooks import Copies, after_calls
 from intaglio.pipeline.simulation.layer import QuantizedLayer
 from intaglio.pipeline.simulation.model import simulate
 
@@ -74,9 +74,11 @@ class Comparison:
         A layer that is called several times is compared at its first call, whose input and output the graph names.
         """
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        copies = Copies()  # the model may add to an output, or to an input that it no longer needs
 
         def note(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            seen.setdefault(name, (args[0].detach(), output.detach()))
+            if name not in seen:
+                seen[name] = copies.of(args[0]), output.detach().clone()
 
         with after_calls(self.layers, note):
             self.simulated(call)

@@ -56,7 +56,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
@@ -300,13 +300,14 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
     from intaglio.pipeline.formats.layer import admitted_schemes, illegal
     from intaglio.pipeline.formats.schemes import FLOAT
     from intaglio.pipeline.model.layers import layer_table
+    from intaglio.pipeline.model.prepared import unquantizable
 
     table = {layer.name: layer for layer in layer_table(module)}
-    found = {}
+    found, other = {}, unquantizable(module)
     for name, child in module.named_modules():
         if name in quantized or (name not in table and not isinstance(child, _ConvNd)):
             continue
-        found[name] = f"a {type(child).__name__} of its form cannot be quantized"
+        found[name] = f"{other.get(name, f'a {type(child).__name__} of its form')} cannot be quantized"
         if name in table:
             schemes = [s for s in admitted_schemes(table[name]) if s != FLOAT]
             reasons = [illegal(table[name], scheme, target) for scheme in schemes]

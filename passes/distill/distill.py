@@ -52,7 +52,7 @@ class Distill(DistillOptions, Pass):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True

@@ -300,8 +300,12 @@ def _first_call(
 
 @contextlib.contextmanager
 def outputs_of(blocks: Mapping[str, nn.Module], found: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """Fill `found` with the tensors that the blocks return."""
-    with after_calls(blocks, lambda name, _, output: found.__setitem__(name, tensors(output))):
+    """Fill `found` with the tensors that the blocks return, as they are before the model changes them."""
+
+    def note(name: str, _: tuple[object, ...], output: object) -> None:
+        found[name] = [each.clone() for each in tensors(output)]
+
+    with after_calls(blocks, note):
         yield
 
 

@@ -72,7 +72,7 @@ class MeasureSensitivity(Pass):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({PLAN})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY})

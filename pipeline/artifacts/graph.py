@@ -27,7 +27,7 @@ STEP_INPUT = "step"
 
 NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
-MAY_LACK = ("scaled", "constants", "form", "variance", "component", "multiples")
+MAY_LACK = ("scaled", "constants", "form", "variance", "row_axes", "row_lists", "component", "multiples")
 """Fields of graph.json that are left out, or were not there in folders of earlier releases."""
 
 
@@ -187,9 +187,9 @@ class Engine(_EngineFacts):
 
 def step_index(graph: Graph, inputs: Inputs) -> int:
     """Return the step whose timestep is nearest to the call's; 0 for a graph without timesteps."""
-    from intaglio.pipeline.model.step_clock import StepClock
+    from intaglio.pipeline.model.step_clock import StepClock, number
 
-    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(float(inputs[graph.timestep][0]))
+    return 0 if graph.timestep is None else StepClock(graph.timesteps).index(number(inputs[graph.timestep]))
 
 
 def as_array(value: torch.Tensor) -> NDArray[np.generic]:

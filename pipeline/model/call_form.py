@@ -71,9 +71,11 @@ class CallForm:
     which the scheduler reads outputs there, None if they have no more than the state. With `variance`, the scheduler
     reads as many channels again behind those of the state: a learned variance.
     `repeats[name]` is the number of rows (R, k, ...) that the module takes as (R k, ...), such as texts once a frame.
-    `apart` are inputs that the module takes as a list with one tensor for each row. With `lists`, numbered inputs are
-    the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's is not.
-    `fields` are the names of the module's outputs.
+    `row_axes[name]` is the axis of the module's argument along which its rows lie, where that is not the first: (L, R,
+    ...) for 1. `apart` are inputs that the module takes as a list with one tensor for each row. With `lists`, numbered
+    inputs are the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's
+    is not. `row_lists` are constants that are lists with one item for each row, all of them equal. `fields` are the
+    names of the module's outputs.
     """
 
     part: Part | None = None
@@ -84,16 +86,31 @@ class CallForm:
     float_timestep: bool = False
     fields: tuple[str, ...] = ("sample",)
     variance: Annotated[bool, OPTIONAL] = False
+    row_axes: Annotated[Mapping[str, int], OPTIONAL] = field(default_factory=dict)
+    row_lists: Annotated[tuple[str, ...], OPTIONAL] = ()
 
-    def call(self, module: nn.Module, inputs: Inputs, constants: Mapping[str, object]) -> Any:
-        """Return the module's own output for the inputs of R rows by flat name."""
+    def call(self, module: nn.Module, inputs: Inputs, constants: Mapping[str, object], rows: int) -> Any:
+        """Return the module's own output for the inputs of R = `rows` rows by flat name."""
         given: dict[str, object] = {}
+        constants = {n: of_rows(value, rows) if n in self.row_lists else value for n, value in constants.items()}
         for name, value in inputs.items():
             if name in self.apart:
                 given[name] = list(value.unbind())
+            elif name in self.row_axes:
+                given[name] = value.movedim(0, self.row_axes[name])
             else:
                 given[name] = value.flatten(0, 1) if name in self.repeats else value
         return module(**nest({**given, **constants}, list if self.lists else tuple))
+
+
+def of_rows(items: Any, rows: int) -> Any:
+    """Return a list or tuple with one item for each row, from one with an item for each row of another call."""
+    return type(items)([items[0]] * rows)
+
+
+def alike(value: object) -> bool:
+    """Return True for a list or a tuple with items that are all equal."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(each == value[0] for each in value)
 
 
 def first_output(output: Any) -> torch.Tensor:
@@ -172,6 +189,7 @@ def _variants(model: DenoiserModel) -> Iterator[DenoiserModel]:
     numbered = any(part.isdecimal() for name in _flat_names(model) for part in name.split(".")[1:])
     counts = sorted({size for size in model.sample_shape[1:] if size > 1}) if model.conditions else []
     apart = (model.names.sample, *model.conditions)
+    second = [name for name, rows in model.conditions.items() if rows.ndim > 2 and name != model.names.sample]
     ways = itertools.product(
         (False, True),
         (False, True) if numbered else (False,),
@@ -182,10 +200,19 @@ def _variants(model: DenoiserModel) -> Iterator[DenoiserModel]:
         CallForm(float_timestep=floating, lists=lists, apart=rows, repeats=_all(model, count))
         for floating, lists, count, rows in ways
     ]
-    for form in sorted(forms, key=lambda f: f.lists + f.float_timestep + bool(f.repeats) + 2 * bool(f.apart)):
+    forms += [CallForm(float_timestep=floating, row_axes={name: 1}) for name in second for floating in (False, True)]
+    if lists := tuple(name for name, value in model.constants.items() if alike(value)):
+        forms += [CallForm(float_timestep=floating, row_lists=lists) for floating in (False, True)]
+    for form in sorted(forms, key=_changes):
         other = model.other and replace(model.other, conditions=_repeated(model.other.conditions, form.repeats))
         conditions, null = _repeated(model.conditions, form.repeats), _repeated(model.null, form.repeats)
         yield replace(model, form=form, conditions=conditions, null=null, other=other)
+
+
+def _changes(form: CallForm) -> int:
+    """Return how far a form is from the plain one."""
+    other = bool(form.apart) + bool(form.row_axes) + bool(form.row_lists)
+    return form.lists + form.float_timestep + bool(form.repeats) + 2 * other
 
 
 def _flat_names(model: DenoiserModel) -> tuple[str, ...]:
@@ -209,7 +236,7 @@ def _tried(model: DenoiserModel, steps: int) -> CallForm | None:
     assert form is not None  # `_variants` set it
     try:
         with torch.no_grad():
-            raw = form.call(model.module, _inputs(model, steps), model.constants)
+            raw = form.call(model.module, _inputs(model, steps), model.constants, TRIED_ROWS)
             output = first_output(raw)
     except Exception:  # whatever a module raises: the run's first call reports it
         return None

@@ -15,7 +15,8 @@ from intaglio.pipeline.files import one_line
 from intaglio.pipeline.model.call_form import CallForm, first_output
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.inputs import missing_inputs, unmet
-from intaglio.pipeline.model.sampler import Sampler
+from intaglio.pipeline.model.sampler import Sampler, timesteps_of
+from intaglio.pipeline.model.step_clock import number
 from intaglio.pipeline.model.types import Denoise, Inputs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def denoise_with(module: nn.Module, model: DenoiserModel, *, whole: bool = False
     form = model.form or CallForm()
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        output = first_output(form.call(module, inputs, model.constants))
+        output = first_output(form.call(module, inputs, model.constants, inputs[model.names.sample].shape[0]))
         return output if whole else model.read(output)
 
     return denoise
@@ -51,7 +52,7 @@ def on_device(denoise: Denoise, device: str) -> Denoise:
 
 def step_of(clock: StepClock, inputs: Inputs, timestep_name: str | None) -> int:
     """Return the step of the clock that is nearest to a call's timestep; a model without timesteps has one step."""
-    return 0 if timestep_name is None else clock.index(float(inputs[timestep_name].reshape(-1)[0]))
+    return 0 if timestep_name is None else clock.index(number(inputs[timestep_name]))
 
 
 def clocked(denoise: Denoise, clock: StepClock, timestep_name: str | None) -> Denoise:
@@ -77,6 +78,8 @@ def other_call(model: DenoiserModel, call: Inputs) -> dict[str, torch.Tensor] | 
         if name == model.names.sample:  # what is joined to samples is noise, as they are
             continue
         changed[name] = tensor[torch.arange(rows) % len(tensor)]
+        if name == model.names.timestep:
+            changed[name] = timesteps_of(torch.full((rows,), number(call[name])).to(call[name].dtype), changed[name])
     return changed | dict(other.shared)
 
 

@@ -18,6 +18,7 @@ from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
+from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
 from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.layers import layer_table
@@ -241,6 +242,7 @@ class Checkpoint:
         usual, other = recorded.get("conditions"), recorded.get("other_size")
         made = self._call_factory() if self.entry else self._open_folder(usual, weights, stored)
         plain_weights_(made.module)
+        dense_experts_(made.module)
         if not weights:
             made.module.to("meta")
         for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):

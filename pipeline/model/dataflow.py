@@ -43,6 +43,8 @@ def _storage(tensor: torch.Tensor) -> StorageWeakRef:
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's has no types
     """Record every operation, and every read of a weight outside the module that holds it."""
 
+    supports_higher_order_operators = True  # such as flex_attention, which is one operation here
+
     def __init__(self, holders: Mapping[int, frozenset[nn.Module]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self.operations: list[_Operation] = []
@@ -64,7 +66,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's ha
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         reads, writes = self.numbers((args, kwargs)), self.numbers(result)
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             writes |= reads
         self.operations.append(_Operation(reads, writes))
         inside = self.running[-1] if self.running else None

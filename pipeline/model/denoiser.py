@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from intaglio.pipeline.model.scheduler import Scheduler
+    from intaglio.pipeline.model.scheduler import Schedule, Scheduler
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,13 @@ class DenoiserModel:
     of a call have in common, such as position tables. `constants`: arguments that are no tensors.
     A condition with the sample's own name is what is joined to the part of the sample that the scheduler moves, such as
     a mask; without it, noise is joined. `steps`: conditions that differ from step to step, (M, T, ...), and their
-    timesteps (T,) in the denoiser's scale; a call takes the nearest.
+    timesteps (T,) in the denoiser's scale; a call takes the nearest. A condition with the timestep's own name holds
+    factors (M, ...) of the timestep, for denoisers that take one timestep for each frame or token.
     `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale` plus `timestep_offset`. `form` is found by a call if it is None. `schedule`:
-    further arguments of the scheduler's `set_timesteps`, such as `mu`. Axes whose size differs in `other` are dynamic.
+    scheduler's times `timestep_scale` plus `timestep_offset`. The scheduler reads outputs times `output_scale`: -1 for
+    a pipeline that negates them. `form` is found by a call if it is None. `schedule`: further arguments of the
+    scheduler's `set_timesteps`, such as `mu`, or `sigmas` for some number of steps. Axes whose size differs in `other`
+    are dynamic.
     `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
     them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
     """
@@ -60,13 +63,14 @@ class DenoiserModel:
     sample_name: str | None = None
     timestep_name: str | None = None
     timestep_scale: float = 1.0
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     other: SecondSize | None = None
     form: CallForm | None = None
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     timestep_offset: float = 0.0
     times: tuple[float, ...] = ()
     start: torch.Tensor | None = None
+    output_scale: float = 1.0
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}

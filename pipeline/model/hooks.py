@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+
+
+class Copies:
+    """Copies of tensors that a model may change later, one for each tensor as it is: its readers share a copy."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a copy of the tensor's present values, without gradient."""
+        source, version, copy = self._known.get(id(x), (None, 0, None))
+        if copy is None or source is None or source() is not x or version != x._version:
+            copy = x.detach().clone()
+            self._known[id(x)] = weakref.ref(x), x._version, copy
+        return copy
 
 
 @contextlib.contextmanager

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.denoiser import DenoiserModel
 
 
+TIMESTEPS = ("timestep", "timesteps")
+"""Names of the argument with the timestep in diffusers."""
+
+
 @dataclass(frozen=True)
 class InputNames:
     """Argument names of a denoiser: the sample, the timestep if any, and arguments left as None."""
@@ -27,7 +31,7 @@ class InputNames:
 def input_names(model: DenoiserModel) -> InputNames:
     """Return the argument names of a denoiser.
 
-    The timestep is the argument `timestep`, or else the only required argument that has no value.
+    The timestep is the argument `timestep` or `timesteps`, or else the only required argument that has no value.
 
     Raises RecipeError for arguments that are required and not given.
     """
@@ -53,7 +57,7 @@ def input_names(model: DenoiserModel) -> InputNames:
     )
     given = {sample, *(name.partition(".")[0] for name in flat)}
     missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
-    timestep = model.timestep_name or ("timestep" if "timestep" in named else None)
+    timestep = model.timestep_name or next((name for name in TIMESTEPS if name in named), None)
     if timestep is None and len(missing) == 1:
         timestep = missing[0]
     if left := [name for name in missing if name != timestep]:

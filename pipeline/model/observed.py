@@ -5,6 +5,7 @@ Shapes: R rows of one call.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,10 +17,13 @@ from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import fields_of, first_output
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS
+from intaglio.pipeline.model.step_clock import number
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from intaglio.pipeline.model.scheduler import Schedule
 
 
 @dataclass(frozen=True)
@@ -35,24 +39,25 @@ class SeenCall:
 class SeenStep:
     """Calls of a denoiser before one step of the scheduler, and the step's timestep.
 
-    `state` are the samples (R, ...) that enter the scheduler's first step, None at later steps. Both are None if the
-    pipeline did not step its scheduler.
+    `state` are the samples (R, ...) that enter the scheduler's first step, and `given` is the prediction that it gets
+    there; None at later steps. All are None if the pipeline did not step its scheduler.
     """
 
     calls: list[SeenCall]
     timestep: float | None = None
     state: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Record of one run of a pipeline: its steps, and the float arguments of `set_timesteps`, such as `mu`.
+    """Record of one run of a pipeline: its steps, and the arguments of `set_timesteps`, such as `mu` and `sigmas`.
 
     `others` counts the scheduler's steps at which the denoiser was not called.
     """
 
     steps: list[SeenStep]
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     others: int = 0
 
     @property
@@ -110,7 +115,7 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     pending: list[SeenCall] = []
     steps: list[SeenStep] = []
-    schedule: dict[str, float] = {}
+    schedule: dict[str, float | tuple[float, ...]] = {}
     others = 0
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -123,12 +128,15 @@ def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observat
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound.append(_copied(signature.bind(*args, **kwargs).arguments))
 
-    def stepped(timestep: Any, state: Any) -> None:
+    def stepped(timestep: Any, state: Any, output: Any) -> None:
         nonlocal others
         others += not pending
         if pending:
-            first = state.detach().clone() if isinstance(state, torch.Tensor) and not steps else None
-            steps.append(SeenStep(list(pending), number(timestep), first))
+            first, given = (
+                value.detach().clone() if isinstance(value, torch.Tensor) and not steps else None
+                for value in (state, output)
+            )
+            steps.append(SeenStep(list(pending), number(timestep), first, given))
             pending.clear()
 
     with (
@@ -152,24 +160,36 @@ def _copied(value: Any) -> Any:
 
 
 @contextmanager
-def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Collect the float arguments of `set_timesteps`, and call `stepped` with the timestep and samples of each step.
+def _watched(
+    scheduler: Any, schedule: dict[str, float | tuple[float, ...]], stepped: Callable[[Any, Any, Any], None]
+) -> Iterator[None]:
+    """Collect the float arguments of `set_timesteps`; call `stepped` with each step's timestep, samples and prediction.
 
-    The scheduler gets a subclass of its class meanwhile: a copy that the pipeline makes is not watched.
+    A list `sigmas` is collected where it changes the timesteps. The scheduler gets a subclass of its class meanwhile: a
+    copy that the pipeline makes is not watched.
     """
+    import torch
+
     original: Any = type(scheduler)
 
     @wraps(original.set_timesteps)  # pipelines look at its signature
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self is scheduler:
             schedule.update({n: v for n, v in kwargs.items() if isinstance(v, float)})
+            if kwargs.get("sigmas") is not None:
+                changed = copy.deepcopy(self), copy.deepcopy(self)
+                original.set_timesteps(changed[0], *args, **kwargs)
+                floats = {n: v for n, v in schedule.items() if n != "sigmas"}
+                original.set_timesteps(changed[1], len(kwargs["sigmas"]), **floats)
+                if not torch.equal(*(each.timesteps.float() for each in changed)):
+                    schedule["sigmas"] = tuple(float(sigma) for sigma in kwargs["sigmas"])
         return original.set_timesteps(self, *args, **kwargs)
 
     @wraps(original.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original.step).bind(self, *args, **kwargs).arguments
         if self is scheduler and "timestep" in given and "sample" in given:
-            stepped(given["timestep"], given["sample"])
+            stepped(given["timestep"], given["sample"], given.get("model_output"))
         return original.step(self, *args, **kwargs)
 
     methods: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step, "__module__": original.__module__}
@@ -178,10 +198,3 @@ def _watched(scheduler: Any, schedule: dict[str, float], stepped: Callable[[Any,
         yield
     finally:
         scheduler.__class__ = original
-
-
-def number(timestep: Any) -> float:
-    """Return the first number of a timestep: a tensor or a number."""
-    import torch
-
-    return float(torch.as_tensor(timestep).reshape(-1)[0])

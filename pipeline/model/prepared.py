@@ -99,9 +99,10 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
                 if layer.padding_mode != "zeros":
                     found[name] = f"a {kind} with padding_mode {layer.padding_mode}"
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-                found[name] = f"a grouped {kind}"
+                alone = layer.groups == layer.in_channels
+                found[name] = f"a depthwise {kind}" if alone else f"a {kind} with {layer.groups} groups"
             case _ConvNd():
-                found[name] = f"a {kind}"
+                found[name] = f"a transposed convolution ({kind})"
             case nn.MultiheadAttention():
                 found[name] = "a MultiheadAttention computes its projections by itself"
             case nn.Bilinear() | nn.RNNBase() | nn.RNNCellBase():

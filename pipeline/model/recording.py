@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from intaglio.pipeline.model.scheduler import Schedule
+
 TUPLE, DICT = "()", "{}"
 """Keys of tuples, and of dicts whose keys are no texts, in the constants of a file."""
 START = "start."
@@ -40,7 +42,7 @@ class Recording:
 
     sample_shape: tuple[int, ...]
     timestep_scale: float = 1.0
-    schedule: Mapping[str, float] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=dict)
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     null: Mapping[str, torch.Tensor] = field(default_factory=dict)
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -50,6 +52,9 @@ class Recording:
     timestep_offset: float = 0.0
     times: tuple[float, ...] = ()
     start: torch.Tensor | None = None
+    output_scale: float = 1.0
+    sample_name: str | None = None
+    timestep_name: str | None = None
 
     def given_to(self, model: DenoiserModel) -> DenoiserModel:
         """Return the model with the recorded inputs in place of its own."""
@@ -67,6 +72,9 @@ class Recording:
             timestep_offset=self.timestep_offset,
             times=self.times,
             start=self.start,
+            output_scale=self.output_scale,
+            sample_name=self.sample_name or model.sample_name,
+            timestep_name=self.timestep_name or model.timestep_name,
         )
 
     def save(self, path: Path) -> None:
@@ -116,6 +124,9 @@ class Recording:
             settings.timestep_offset,
             settings.times,
             start,
+            settings.output_scale,
+            settings.sample_name,
+            settings.timestep_name,
         )
 
     @staticmethod
@@ -132,12 +143,15 @@ class _Settings(BaseModel):
 
     sample_shape: tuple[int, ...]
     timestep_scale: float
-    schedule: dict[str, float]
+    schedule: dict[str, float | tuple[float, ...]]
     constants: dict[str, object]
     form: CallForm | None = None
     steps: dict[str, tuple[float, ...]] = {}
     timestep_offset: float = 0.0
     times: tuple[float, ...] = ()
+    output_scale: float = 1.0
+    sample_name: str | None = None
+    timestep_name: str | None = None
 
 
 def _settings(metadata: Mapping[str, str], path: Path) -> _Settings:
@@ -197,6 +211,9 @@ def record(
         timestep_offset=offset,
         times=own,
         start=start,
+        output_scale=layout.output_scale(seen),
+        sample_name=layout.sample,
+        timestep_name=layout.timestep,
     )
 
 

@@ -10,7 +10,14 @@ import torch
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.scheduler import SeededScheduler, check_scheduler, find_stepping, scheduled, timesteps
+from intaglio.pipeline.model.scheduler import (
+    SeededScheduler,
+    check_scheduler,
+    find_stepping,
+    scheduled,
+    set_schedule,
+    timesteps,
+)
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
@@ -71,7 +78,7 @@ class Sampler:
             self._null = {CLASS_LABELS: torch.tensor([model.classes])}
         self.guidance = guidance if self._null else 1.0
         self._ready = scheduled(model.scheduler, steps, model.schedule)
-        model.scheduler.set_timesteps(steps, **model.schedule)
+        set_schedule(model.scheduler, steps, model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
         self._stepping = find_stepping(self._ready, like, steps)
         self._own = self._own_steps()
@@ -142,10 +149,14 @@ class Sampler:
             inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
         conditions = {name: self._now(name, value, t) for name, value in start.conditions.items()}
         rest = conditions.pop(self.names.sample, None)
+        factors = conditions.pop(self.names.timestep or "", None)
+        if self.names.timestep is not None and factors is not None:
+            inputs[self.names.timestep] = timesteps_of(inputs[self.names.timestep], factors)
         inputs |= conditions
         if self.guidance != 1.0:
             null = {name: self._now(name, value, t) for name, value in start.null.items()}
             null_rest = null.pop(self.names.sample, rest)
+            null.pop(self.names.timestep or "", None)
             inputs = {name: torch.cat([value, null.get(name, value)]) for name, value in inputs.items()}
             rest = rest if rest is None or null_rest is None else torch.cat([rest, null_rest])
         if self._part is not None and rest is not None:
@@ -166,7 +177,8 @@ class Sampler:
     def _read(self, output: torch.Tensor) -> torch.Tensor:
         """Return the part of outputs (R, ...) that the scheduler reads."""
         read = self.model.read(output)
-        return read if self._variance else self.state(read)
+        read = read if self._variance else self.state(read)
+        return read if self.model.output_scale == 1.0 else read * self.model.output_scale
 
     @property
     def rows_per_sample(self) -> int:
@@ -241,6 +253,11 @@ class Sampler:
         *_, samples = self.drive(denoise, start)
         assert isinstance(samples, torch.Tensor)  # `drive` ends with the samples
         return samples
+
+
+def timesteps_of(t: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return one timestep for each frame or token, (R, ...), from those of the rows (R,) and their factors (R, ...)."""
+    return (t.reshape(-1, *[1] * (factors.ndim - 1)) * factors).to(t.dtype)
 
 
 class OneCall:

@@ -12,13 +12,16 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import one_line
+
+Schedule: TypeAlias = Mapping[str, float | tuple[float, ...]]
+"""Arguments of `set_timesteps` beside the number of steps, by name."""
 
 
 class Scheduler(Protocol):
@@ -33,6 +36,22 @@ class Scheduler(Protocol):
         """Return a value whose `prev_sample` is the sample after one step."""
 
 
+def set_schedule(scheduler: Any, steps: int, schedule: Schedule) -> None:
+    """Set a scheduler's timesteps. Lists of `schedule`, such as `sigmas`, are resampled to the number of steps.
+
+    A list has values at the places i / n of its n steps, and ends with 0, which the scheduler adds by itself.
+    """
+    given = {name: _resampled(value, steps) if isinstance(value, tuple) else value for name, value in schedule.items()}
+    scheduler.set_timesteps(steps, **given)
+
+
+def _resampled(values: tuple[float, ...], steps: int) -> list[float]:
+    """Return as many values as steps, linear between the given ones."""
+    count = len(values)
+    places = np.arange(steps) / steps
+    return [float(value) for value in np.interp(places, np.arange(count + 1) / count, [*values, 0.0])]
+
+
 def check_scheduler(scheduler: object) -> None:
     """Raise RecipeError if an object lacks a method of `Scheduler`."""
     lacking = [name for name in ("set_timesteps", "step") if not callable(getattr(scheduler, name, None))]
@@ -42,7 +61,7 @@ def check_scheduler(scheduler: object) -> None:
         raise RecipeError(f"model: the scheduler {kind} has no {' and no '.join(lacking)}: a scheduler has {needed}")
 
 
-def scheduled(scheduler: Scheduler, steps: int, schedule: Mapping[str, float]) -> Any:
+def scheduled(scheduler: Scheduler, steps: int, schedule: Schedule) -> Any:
     """Return a copy of a scheduler that has the timesteps of a schedule with this number of steps.
 
     Raises RecipeError if the scheduler cannot be copied, refuses the schedule, or makes no timesteps.
@@ -56,7 +75,7 @@ def scheduled(scheduler: Scheduler, steps: int, schedule: Mapping[str, float]) -
             " files or tensors with gradients in it"
         ) from e
     try:
-        made.set_timesteps(steps, **schedule)
+        set_schedule(made, steps, schedule)
         found = timesteps(made)
     except Exception as e:  # each scheduler has its own
         raise RecipeError(

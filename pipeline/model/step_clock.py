@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class StepClock:
@@ -44,3 +45,14 @@ class StepClock:
             yield
         finally:
             self._step = before
+
+
+def number(timestep: Any) -> float:
+    """Return the timestep of a call: a number, or a tensor's value of the largest magnitude.
+
+    A denoiser that takes one timestep for each frame or token gets 0 for those that are given.
+    """
+    import torch
+
+    values = torch.as_tensor(timestep).reshape(-1)
+    return float(values[values.abs().argmax()])

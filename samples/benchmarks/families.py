@@ -1,20 +1,20 @@
 """Does every family compile? Tiny denoisers with random weights through the whole compiler, in W8A8 and balanced W4A8.
 
     python samples/benchmarks/families.py [flux sd3 ...] [--json]
-    python samples/benchmarks/families.py --all [--list]    # every denoiser class of diffusers, in W8A8
+    python samples/benchmarks/families.py --all [hidream ...] [--list]    # every denoiser class of diffusers, in W8A8
 
 For each: the float graph against torch; every quantized layer of the graph alone against its simulation, in the forms
 for ONNX Runtime and for TensorRT-RTX; the whole graph against the whole simulation; all of it at a second size where
 the family has one. Then TensorRT-RTX builds the engine, and says how many products it executes on integers.
 
 With `--all`, each line is a denoiser class that diffusers exports: what its tiny models gave for ONNX Runtime, or the
-reason why there is nothing. `--list` runs nothing.
+reason why there is nothing. `--list` runs nothing; families that are named are run alone.
 """
 
 import inspect
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,8 +22,10 @@ from typing import Annotated
 import diffusers
 import torch
 import typer
+from _clip_families import CLIPS
 from _other_families import OTHERS
 from _rare_families import RARE
+from _rarest_families import RAREST
 from pydantic import Field
 from rich.progress import track
 from tiny_families import FAMILIES, NEWER
@@ -44,8 +46,24 @@ PLANS = {"w8a8": ("w8a8_token", "w8a8_step"), "w4a8": ("w4a8_token", "w4a8_step"
 ORT, RTX = "onnxruntime-cpu", "tensorrt-rtx"
 STEPS = 2
 """Steps of the sampler."""
-ALL = {**FAMILIES, **NEWER, **OTHERS, **RARE}
+ALL = {**FAMILIES, **NEWER, **OTHERS, **RARE, **RAREST, **CLIPS}
 EVERY: Mapping[str, Sequence[str]] = dict.fromkeys(PLANS, (ORT, RTX))
+
+
+PACKED = "it takes one sequence for all rows, with tables of where each token is"
+NO_FAMILY = {
+    "AnyFlowFARTransformer3DModel": "it keeps keys and values of earlier frames from call to call",
+    "Cosmos3OmniTransformer": PACKED,
+    "DreamLiteTransformer2DModel": "part of DreamLiteUNetModel",
+    "MiniMaxH3Transformer3DModel": PACKED,
+    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it takes no timestep",
+    "MotionAdapter": "weights for a UNet: it cannot be called",
+    "RFD4ProteinaTransformer": "two schedulers move two samples at once",
+    "TransformerTemporalModel": "part of UNets: it takes no timestep of its own",
+    "UVit2DModel": "its samples are tokens of a codebook: no noise is added to them",
+    "WanAnimate2Transformer3DModel": "it keeps keys and values of earlier frames from call to call",
+}
+"""Classes of diffusers that are no denoisers here, and the reason."""
 
 
 class Uniform(Pass):
@@ -176,8 +194,11 @@ def denoiser_classes() -> dict[str, type[torch.nn.Module]]:
     return found
 
 
-def every_class(store: Store, *, run: bool) -> Iterator[str]:
-    """Yield the table of all denoiser classes line by line. Without `run`, families are named and not compiled."""
+def every_class(store: Store, only: Collection[str], *, run: bool) -> Iterator[str]:
+    """Yield the table of all denoiser classes line by line. Without `run`, families are named and not compiled.
+
+    The table has the families in `only` alone; all classes if it is empty.
+    """
     classes, families = denoiser_classes(), dict[str, list[str]]()
     for family, make in ALL.items():
         kinds = (type(part).__name__ for part in make().module.modules())
@@ -185,10 +206,13 @@ def every_class(store: Store, *, run: bool) -> Iterator[str]:
             families.setdefault(kind, []).append(family)
     yield "| class | family | result |\n|---|---|---|"
     for name, kind in classes.items():
-        if name not in families:
+        if name not in families and not only:
             taken = list(inspect.signature(kind.forward).parameters)[1:5]
-            yield f"| {name} | | not tried: no tiny model here; it is called with {', '.join(taken)}, ... |"
+            untried = f"not tried: no tiny model here; it is called with {', '.join(taken)}, ..."
+            yield f"| {name} | | {NO_FAMILY.get(name, untried)} |"
         for family in families.get(name, ()):
+            if only and family not in only:
+                continue
             yield f"| {name} | {family} | {outcome(family, store) if run else ''} |"
 
 
@@ -211,7 +235,7 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if everything:
-            for line in every_class(Store(Path(folder)), run=not listed):
+            for line in every_class(Store(Path(folder)), families or (), run=not listed):
                 print(line, flush=True)
             return
         store = Store(Path(folder))

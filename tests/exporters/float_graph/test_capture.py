@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from quantizing import rel_l2
 from torch import nn
 
+from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes
 from intaglio.exporters.float_graph.by_row import merged
 from intaglio.exporters.float_graph.capture import Calls
 from intaglio.exporters.float_graph.deciding import deciding_inputs
@@ -81,6 +83,29 @@ class Repeated(Toy):
         return tokens.square().mean(1, keepdim=True) + float(places.tolist()[0])
 
 
+class Written(Toy):
+    """Writes what it computes from a row into a new tensor, and a number into places that depend on values."""
+
+    def text(self, sample, text, mask):
+        rows = []
+        for row in self.other(text):
+            held = torch.zeros(6, 6)
+            held[:5] = row
+            held[held < 0] = 0.25
+            rows.append(held.mean(0, keepdim=True))
+        assert len(mask[mask]) == 3 * len(text)
+        return torch.stack(rows)
+
+
+class Made(Toy):
+    """Reads the values of a tensor that it makes, and turns by the orthogonal part of a weight."""
+
+    def text(self, sample, text, mask):
+        first, second = self.other(text).split(torch.full((2,), 2).add(torch.tensor([0, 1])).tolist(), dim=1)
+        turned = torch.linalg.qr(self.layer.weight + 1e-3)[0]
+        return (first.mean(1, keepdim=True) * second.mean(1, keepdim=True)) @ turned
+
+
 class Turned(Toy):
     """Turns pairs of channels by complex numbers."""
 
@@ -124,6 +149,8 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Counted, ["mask"]),
         (Built, ["mask"]),
         (Repeated, ["mask"]),
+        (Made, []),
+        (Written, ["mask"]),
         (Turned, []),
         (Padded, []),
     ],
@@ -181,7 +208,8 @@ def test_a_model_that_reads_its_sample_is_refused_as_torch_does(tmp_path):
         def text(self, sample, text, mask):
             return text[:, : 1 + int(sample.mean() > 0)].mean(1, keepdim=True)
 
-    with pytest.raises(StepFailed, match=r"^torch cannot export the toy called with sample \(2, 4, 6\)"):
+    message = r"(?s)torch cannot export the toy called with sample \(2, 4, 6\).*test_capture.py:\d+ in text: the model"
+    with pytest.raises(StepFailed, match=message):
         export(Reads().eval(), tmp_path, {"mask": KEPT})
 
 
@@ -193,7 +221,8 @@ def test_inputs_whose_values_decide_are_found():
         held[0] = sizes[0]
         x = inputs["x"][inputs["choice"]] * inputs["scale"]
         x = torch.cat([x, inputs["few"].repeat_interleave(inputs["counts"])])
-        return x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
+        x = x[:length] + held.tolist()[0] + inputs["x"][inputs["places"]].sum()
+        return x[: inputs["length"]]
 
     inputs = {
         "x": torch.ones(4),
@@ -204,8 +233,23 @@ def test_inputs_whose_values_decide_are_found():
         "places": torch.tensor([0, 1]),
         "few": torch.ones(2),
         "counts": torch.tensor([2, 1]),
+        "length": torch.tensor(1),
     }
-    assert deciding_inputs(compute, inputs) == ("mask", "choice", "sizes", "counts")
+    found = deciding_inputs(compute, inputs)
+    assert tuple(found) == ("mask", "choice", "sizes", "counts", "length")
+    assert all(place.startswith("test_capture.py:") and place.endswith(" in compute") for place in found.values())
+
+
+def test_a_sequence_of_tensors_has_no_magnitude(tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 21]> g (float[4, 2] x) => (float[4, 2] y)
+    <int64 size = {8}, int64 first = {0}> {
+        pieces = SplitToSequence <axis: int = 0> (x, size)  y = SequenceAt (pieces, first)
+    }"""
+    ir.save(ir.from_onnx_text(text), tmp_path / "model.onnx")
+    x = torch.arange(8.0).view(4, 2)
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert find_magnitudes(tmp_path / "model.onnx", [Expected("", {"x": x}, {"y": x})], 1e-6) == {"y": 7.0}
 
 
 @pytest.mark.parametrize("difference", ["nodes", "weights"])

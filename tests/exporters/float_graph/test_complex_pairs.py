@@ -33,6 +33,9 @@ FORMS = {
     "parts": lambda x, t: z(x).real * (z(x) * t).imag,
     "magnitude": lambda x, t: (z(x) * t).abs(),
     "views": lambda x, t: torch.view_as_real(z(x).reshape(6, -1).unsqueeze(-1).transpose(-1, -2).flatten(-2)),
+    "turned and back": lambda x, t: torch.view_as_real(
+        (z(x).transpose(0, 1) * z(x).transpose(0, 1)).transpose(0, 1).view(2, -1)
+    ),
     "axes": lambda x, t: torch.view_as_real(z(x).permute(2, 0, 1).squeeze(-1)[..., 1:].expand(2, 2, 2)),
     "pieces": lambda x, t: torch.view_as_real(torch.cat([*t.split([1, 1], -1), *t.chunk(2, -1)], -1)) + x[0, 0, 0, 0],
     "rows of a table": lambda x, t: torch.view_as_real(z(x) * t[torch.tensor([2, 0, 2])]),

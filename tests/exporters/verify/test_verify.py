@@ -168,7 +168,7 @@ def test_layers_in_float_have_a_reason():
     )
     assert layers_in_float(module, {"quantized"}, load_target("onnxruntime-cpu")) == {
         "plain": "the plan leaves it in float",
-        "grouped": "a Conv2d of its form cannot be quantized",
+        "grouped": "a Conv2d with 8 groups cannot be quantized",
         "narrow": "the plan leaves it in float",
     }
 

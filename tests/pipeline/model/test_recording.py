@@ -62,7 +62,8 @@ def test_rows_are_told_from_what_they_share(recording):
 
 def test_how_the_scheduler_was_set_is_known(recording):
     assert recording.timestep_scale == pytest.approx(1e-3)  # Flux takes its timestep in [0, 1]
-    assert list(recording.schedule) == ["mu"]
+    assert list(recording.schedule) == ["mu", "sigmas"]
+    assert recording.schedule["sigmas"] == pytest.approx((1.0, 0.5))
 
 
 def test_the_file_gives_back_what_was_recorded(recording, tmp_path):
@@ -109,7 +110,7 @@ def test_the_denoiser_computes_what_it_did_in_the_pipeline(recording):
     model = recording.given_to(flux())
     sampler = Sampler(model, 2, 1.0)
     x = latents
-    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.5], **recording.schedule)
+    pipe.scheduler.set_timesteps(**recording.schedule)
     with torch.no_grad():
         for t in pipe.scheduler.timesteps:
             start = sampler.start(ROWS, torch.Generator())
@@ -148,7 +149,7 @@ def test_a_file_of_conditions_that_is_not_there_is_one_clear_error(tmp_path):
         ({"sample_shape": []}, r"\(\) is no shape of a sample"),
         ({"sample_shape": "x"}, "sample_shape: Input should be a valid tuple"),
         ({"timestep_scale": float("nan")}, "timestep_scale: Input should be a finite number"),
-        ({"schedule": {"mu": "x"}}, "schedule.mu: Input should be a valid number"),
+        ({"schedule": {"mu": "x"}}, "schedule.mu.float: Input should be a valid number"),
         ({"constants": 1}, "constants: Input should be a valid dictionary"),
     ],
 )
