@@ -12,11 +12,12 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 from intaglio.exporters.float_graph.onnx_file import graphs, nbytes, tensors
@@ -33,6 +34,10 @@ A graph of 300 layers and 1.5 MB takes 7 s to load on a CPU of 2017, and 1 s on 
 """
 MEGABYTES, TIMES = 256, 16
 """Megabytes that one question may take, and further ones as a multiple of the model's size without weights."""
+MAPPED: Mapping[Question, int] = {"standard": 0, "types": 0, "loads": 2, "parses": 2}
+"""How many times the file of zeros is mapped for a question, which counts as memory before anything is read."""
+LIBRARIES_MB, WATCH_SECONDS = 1024, 0.05
+"""Megabytes of memory for the libraries themselves, and seconds between two looks at the memory of the process."""
 IDLE_SECONDS = 5
 """Seconds without a question after which the process ends, with the exit code 0."""
 MOST_STARTS = 3
@@ -59,7 +64,9 @@ def ask(question: Question, proto: onnx.ModelProto) -> Answer:
 
     content = _without_weights(proto, apart=question == "parses").SerializeToString()
     seconds, megabytes = SECONDS + SECONDS_PER_MB * len(content) / 1e6, MEGABYTES + TIMES * len(content) // 1_000_000
-    found = _PROCESS.ask({"question": question, "seconds": seconds, "megabytes": megabytes}, content)
+    mapped = MAPPED[question] * sum(nbytes(t) or 0 for t in tensors(proto) if _is_external(t)) // 1_000_000
+    limits = {"seconds": seconds, "megabytes": megabytes, "mapped": mapped}
+    found = _PROCESS.ask({"question": question, **limits}, content)
     if found is None:
         return Answer(f"it takes more than {seconds:.0f} s or {megabytes} MB to find out what its values are")
     complaint, inferred = found
@@ -82,13 +89,17 @@ def _without_weights(proto: onnx.ModelProto, *, apart: bool) -> onnx.ModelProto:
     bare.CopyFrom(proto)
     place = 0
     for tensor in tensors(bare):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if _is_external(tensor):
             del tensor.external_data[:]
             size = nbytes(tensor) or 0
             for key, value in {"location": _WEIGHTS, "offset": place, "length": size}.items():
                 tensor.external_data.add(key=key, value=str(value))
             place += -(-size // 64) * 64 if apart else 0
     return bare
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == tensor.EXTERNAL
 
 
 _WEIGHTS = "weights"
@@ -112,7 +123,9 @@ class _Process:
                 assert running.stdout is not None
                 with suppress(BrokenPipeError):  # then its exit code says why it ended
                     _write(running.stdin, header, content)
-                if (found := _read(running.stdout)) is not None:
+                with _watched(running, LIBRARIES_MB + header["megabytes"]):
+                    found = _read(running.stdout)
+                if found is not None:
                     return found[0]["complaint"], found[1]
                 idle = running.wait() == 0  # it ended without questions just before this one arrived
                 self._end()
@@ -148,6 +161,27 @@ class _Process:
 _PROCESS = _Process()
 
 
+@contextmanager
+def _watched(process: subprocess.Popen[bytes], megabytes: int) -> Iterator[None]:
+    """Kill the process if it takes more memory than this; mapped files that nobody reads take none. On Linux only."""
+    resident, done = Path(f"/proc/{process.pid}/statm"), Event()
+
+    def watch() -> None:
+        most = megabytes * 1_000_000 // os.sysconf("SC_PAGE_SIZE")
+        with suppress(OSError, IndexError):  # the process has ended
+            while not done.wait(WATCH_SECONDS):
+                if int(resident.read_text().split()[1]) > most:
+                    process.kill()
+
+    watcher = Thread(target=watch, daemon=True)
+    if sys.platform == "linux":
+        watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def _write(stream: IO[bytes], header: dict[str, Any], content: bytes) -> None:
     stream.write(json.dumps({**header, "size": len(content)}).encode() + b"\n" + content)
     stream.flush()
@@ -175,7 +209,7 @@ def serve() -> None:
             return
         header, content = found
         _import_libraries(header["question"])
-        _limit(header["seconds"], header["megabytes"])
+        _limit(header["seconds"], header["megabytes"] + header["mapped"])
         complaint, inferred = _answer(header["question"], content)
         _write(answers, {"complaint": complaint}, inferred)
 
@@ -234,11 +268,9 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
 
 def _write_weights(proto: onnx.ModelProto) -> None:
     """Write a sparse file of zeros that holds all external tensors."""
-    import onnx
-
     ends = [0]
     for tensor in tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if _is_external(tensor):
             place = {entry.key: entry.value for entry in tensor.external_data}
             ends.append(int(place["offset"]) + int(place["length"]))
     with open(_WEIGHTS, "wb") as file:
