@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.capture import Calls
     from intaglio.pipeline.artifacts.trajectory import Trajectory
+    from intaglio.pipeline.model.cost import ModelCost
     from intaglio.pipeline.model.denoiser import DenoiserModel
     from intaglio.pipeline.model.types import Inputs
 
@@ -63,6 +64,10 @@ class ExportFloat(Pass):
         """Check the opset. Raises TargetError if the target does not read it."""
         if self.opset > target.opset_max:
             raise TargetError(f"opset {self.opset}, but {target.name} reads up to {target.opset_max}")
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Return the number of rows on which the graph is run."""
+        return RANGE_ROWS * min(RANGE_STEPS, model.steps) + 1
 
     def stored_bytes(self, parameters: int) -> int:
         """Return the bytes of the weights in float32."""

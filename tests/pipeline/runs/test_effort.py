@@ -67,10 +67,10 @@ def test_steps_that_read_the_target_count_for_each_target(recipe, tmp_path):
 
     cost = ModelCost(layers=10, steps=2, rows_per_sample=2, seconds_per_row=1.0)
     steps = recipe.with_option("distill", ("updates",), 0).with_option("verify", ("samples",), 5)
-    calibrated, verified = 2 * 3 * 2, 3 * 2 * 5 * 2
+    once, verified = 2 * 3 * 2 + (2 * 4 + 1), 3 * 2 * 5 * 2  # calibrated and exported
     for targets in (recipe.targets[:1], recipe.targets):
         chains = bind(steps.model_copy(update={"targets": targets}), base=tmp_path)
-        rows, count = calibrated + len(targets) * verified, len(targets)
+        rows, count = once + len(targets) * verified, len(targets)
         assert estimated_s(chains, cost, 0) == pytest.approx(1.6 * rows + START_S + 10 * A_LAYER_S * count)
 
 
