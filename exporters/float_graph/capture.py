@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from onnxscript import opset21 as op21
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -268,6 +269,7 @@ class _Export:
             input_names=called.names,
             output_names=list(self.outputs),
             dynamic_shapes=axes,
+            custom_translation_table={torch.ops.prims.view_of.default: _same},
             verbose=False,
             optimize=False,
         )
@@ -286,6 +288,11 @@ class _Export:
         except Exception as e:  # the model's own code runs, and raises any exception
             called = f"{self.called} called with {shapes(self.calls.traced)}"
             raise StepFailed(f"torch cannot export {called}: {_first_cause(e)}") from e
+
+
+def _same(x: Any) -> Any:
+    """Return the operator of ONNX for a view of a whole tensor."""
+    return op21.Identity(x)
 
 
 def _rename_other_values(model: ir.Model) -> None:
