@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from onnxscript import opset21 as op21
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -291,8 +290,8 @@ class _Export:
 
 
 def _same(x: Any) -> Any:
-    """Return the operator of ONNX for a view of a whole tensor."""
-    return op21.Identity(x)
+    """Return a view of a whole tensor: the tensor. An Identity would come between a layer's product and its bias."""
+    return x
 
 
 def _rename_other_values(model: ir.Model) -> None:
