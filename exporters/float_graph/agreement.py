@@ -44,7 +44,7 @@ def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) ->
     """Run the graph on calls. Raise StepFailed if an output differs from torch's by more than the tolerance."""
     with lean_session(path) as session:
         for call in expected:
-            _check(call, _run(session, call.inputs), tolerance)
+            _check(call, _run(session, call), tolerance)
 
 
 def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> dict[str, float]:
@@ -59,18 +59,20 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
     with lean_session(beside) as session:
         beside.unlink()
         for call in calls:
-            found = _run(session, call.inputs)
+            found = _run(session, call)
             _check(call, found[: len(call.outputs)], tolerance)
             ends = np.array(found[len(call.outputs) :], np.float32)
             amax = np.maximum(amax, np.abs(ends).reshape(-1, 2).max(1))
     return {name: float(f"{largest:.2e}") for name, largest in zip(names, amax, strict=True)}
 
 
-def _run(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[NDArray[np.float32]]:
-    """Return all outputs for a call; the graph may read only some of the call's inputs."""
-    found: list[NDArray[np.float32]] = session.run(
-        None, {each.name: as_array(inputs[each.name]) for each in session.get_inputs()}
-    )
+def _run(session: onnxruntime.InferenceSession, call: Expected) -> list[NDArray[np.float32]]:
+    """Return all outputs for a call; the graph may read only some of the call's inputs. Raises StepFailed."""
+    feed = {each.name: as_array(call.inputs[each.name]) for each in session.get_inputs()}
+    try:
+        found: list[NDArray[np.float32]] = session.run(None, feed)
+    except Exception as e:  # ONNX Runtime has several
+        raise StepFailed(f"{call.where}: the exported graph cannot be run, as it is not the model's: {e}") from e
     return found
 
 

@@ -268,6 +268,7 @@ class _Export:
             input_names=called.names,
             output_names=list(self.outputs),
             dynamic_shapes=axes,
+            custom_translation_table={torch.ops.prims.view_of.default: _same},
             verbose=False,
             optimize=False,
         )
@@ -286,6 +287,11 @@ class _Export:
         except Exception as e:  # the model's own code runs, and raises any exception
             called = f"{self.called} called with {shapes(self.calls.traced)}"
             raise StepFailed(f"torch cannot export {called}: {_first_cause(e)}") from e
+
+
+def _same(x: Any) -> Any:
+    """Return a view of a whole tensor: the tensor. An Identity would come between a layer's product and its bias."""
+    return x
 
 
 def _rename_other_values(model: ir.Model) -> None:
