@@ -58,7 +58,8 @@ def _formats(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
     schemes, outputs = _schemes(found.targets), _rounds_outputs(found)
     conv = _with_outputs(schemes["conv"]) if outputs else []
     if effort.screened is None:
-        names = [schemes["linear"][0], *(conv[:1] or schemes["conv"][:1])]
+        rounded = conv and all(load_target(name).conv_output == "int8" for name in found.targets)
+        names = [schemes["linear"][0], *conv[:1], *([] if rounded else schemes["conv"][:1])]
         yield f"uniform: {{schemes: [{', '.join(names)}]}}", "no choice of formats: that takes more time"
         return
     measured = {**schemes, "conv": [*schemes["conv"], *conv]}

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import save_folder, tiny_dit
+from tiny import save_folder, tiny_dit, tiny_unet
 
 from intaglio.exporters.starter.effort import EFFORTS, choose_effort, seconds_of
 from intaglio.exporters.starter.starter import look_at, recipe_text
@@ -74,3 +74,14 @@ def test_without_weights_no_call_is_timed(tmp_path):
         file.unlink()
     with pytest.raises(RecipeError, match="--minutes: without weights no call can be timed: add them"):
         look_at(str(tmp_path / "dit"), ("onnxruntime-vnni",), tmp_path, minutes=5)
+
+
+def test_without_a_choice_of_formats_convolutions_are_on_integers_in_every_target(tmp_path):
+    save_folder(tiny_unet(), tmp_path / "unet")
+    for targets, schemes in (
+        (("onnxruntime-vnni",), "[w8a8_token, w8a8o8_step]"),
+        (("tensorrt-rtx",), "[w8a8_token, w8a8_step]"),
+        (("onnxruntime-vnni", "tensorrt-rtx"), "[w8a8_token, w8a8o8_step, w8a8_step]"),
+    ):
+        found = look_at(str(tmp_path / "unet"), targets, tmp_path, minutes=0)
+        assert f"uniform: {{schemes: {schemes}}}" in recipe_text(found)
