@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
@@ -96,6 +96,15 @@ def check_sample_shape(shape: object, origin: str) -> None:
         raise RecipeError(
             f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers:"
             " give a smaller sample"
+        )
+
+
+def check_other_size(size: Sequence[int], usual: Sequence[int]) -> None:
+    """Raise RecipeError if a recipe's second size is not the shape of a sample with as many axes as the usual one."""
+    check_sample_shape(size, "other_size")
+    if len(size) != len(usual):
+        raise RecipeError(
+            f"model.other_size: {list(size)} has {len(size)} axes, but a sample {list(usual)} has {len(usual)}"
         )
 
 
