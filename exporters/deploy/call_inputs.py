@@ -114,7 +114,9 @@ class CallInputs:
         if sample in found and not found[sample].is_floating_point():
             raise CallError(f"{self._place(sample)} is of {found[sample].dtype}: give floating-point numbers")
         if timestep in found and len(specs[timestep].shape) == 1:
-            found[timestep] = self._for_rows(found[timestep], found.get(sample))
+            rows = found.get(sample)
+            if rows is None or rows.dim() == len(specs[sample].shape):
+                found[timestep] = self._for_rows(found[timestep], rows)
         check_shapes({name: specs[name] for name in found}, found, self._name)
         self._check_multiples(found)
         for name, size in self._tables.items():

@@ -167,6 +167,9 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
     """Return one line for each problem, up to a limit: `budget.size: Input should be a valid number (got 'much')`."""
     problems = []
     found = error.errors(include_url=False)
+    # a list that is short only because its items are wrong
+    wrong = {detail["loc"][:-1] for detail in found}
+    found = [detail for detail in found if detail["type"] != "too_short" or detail["loc"] not in wrong]
     for detail in found[:LISTED_PROBLEMS]:
         place = ".".join(printable(part)[:80] for part in detail["loc"])
         if detail["type"] == "extra_forbidden":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import JsonValue
 
 from intaglio.pipeline.errors import RecipeError, StoreError
-from intaglio.pipeline.files import checked_file, printable, read_json_object, read_typed, write_typed
+from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.call_form import formed
@@ -37,7 +37,7 @@ from intaglio.pipeline.model.model_files import (
     single_file_cure,
 )
 from intaglio.pipeline.model.prepared import plain_weights_
-from intaglio.pipeline.model.received import call_factory, check_sample_shape
+from intaglio.pipeline.model.received import call_copied_factory, call_factory, check_other_size, check_sample_shape
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS, ModelRef
 
 if TYPE_CHECKING:
@@ -77,6 +77,13 @@ class Checkpoint:
     @classmethod
     def resolve(cls, ref: ModelRef, base: Path) -> Checkpoint:
         """Find the model that a recipe in `base` names. Raises RecipeError if it does not exist or is no model."""
+        try:
+            return cls._resolved(ref, base)
+        except (OSError, RuntimeError) as e:  # a name too long, no permission, links in a circle
+            raise RecipeError(f"model: {one_line(ref.path)[:200]} cannot be read: {one_line(e.args[-1])[:200]}") from e
+
+    @classmethod
+    def _resolved(cls, ref: ModelRef, base: Path) -> Checkpoint:
         from intaglio.pipeline.model.recording import Recording
 
         named = {"conditions": ref.conditions, "other_size": ref.other_size}
@@ -252,6 +259,7 @@ class Checkpoint:
         if other is not None:
             made = replace(made, other=SecondSize(other.sample_shape, other.conditions, other.shared))
         elif isinstance(self.ref.other_size, tuple):
+            check_other_size(self.ref.other_size, made.sample_shape)
             made = replace(made, other=SecondSize(self.ref.other_size))
         _ = made.names  # reports missing inputs now, before anything runs
         return formed(made, self.ref.sampling_steps)
@@ -357,17 +365,8 @@ class Checkpoint:
 
     def _call_factory(self) -> DenoiserModel:
         file, _, name = self.entry.partition(":")
-        try:
-            return call_factory(self.root / file, name)
-        except RecipeError as error:
-            if self.ref.path != STORED or str(self.root) not in str(error):
-                raise
-            copied = Path(file).with_suffix(".safetensors")
-            raise RecipeError(
-                *error.problems,
-                f"model: a run reads a copy of {file}, beside which only {copied} is copied: let {file} name other"
-                " files and folders by absolute paths",
-            ) from error
+        call = call_copied_factory if self.ref.path == STORED else call_factory
+        return call(self.root / file, name)
 
 
 def _places(ref: ModelRef) -> tuple[str, ...]:

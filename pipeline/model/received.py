@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.machinery import SourceFileLoader
@@ -54,6 +54,23 @@ def call_factory(file: Path, name: str) -> DenoiserModel:
     return as_computed(made, entry)
 
 
+def call_copied_factory(file: Path, name: str) -> DenoiserModel:
+    """Return what `call_factory` returns, from a copy of the user's file. Raises RecipeError.
+
+    If the function misses files beside the copy, the error says how to name them.
+    """
+    try:
+        return call_factory(file, name)
+    except RecipeError as error:
+        if str(file.parent) not in str(error):
+            raise
+        raise RecipeError(
+            *error.problems,
+            f"model: a run reads a copy of {file.name}, beside which only {file.stem}.safetensors is copied: let"
+            f" {file.name} name other files and folders by absolute paths",
+        ) from error
+
+
 def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
     """Return the model as it is computed: without wrappers, adapters fused, in evaluation mode, float32, on the CPU.
 
@@ -96,6 +113,15 @@ def check_sample_shape(shape: object, origin: str) -> None:
         raise RecipeError(
             f"model: {origin}: a sample of the shape {printable(shape)[:100]} has more than {MOST_SAMPLE:,} numbers:"
             " give a smaller sample"
+        )
+
+
+def check_other_size(size: Sequence[int], usual: Sequence[int]) -> None:
+    """Raise RecipeError if a recipe's second size is not the shape of a sample with as many axes as the usual one."""
+    check_sample_shape(size, "other_size")
+    if len(size) != len(usual):
+        raise RecipeError(
+            f"model.other_size: {list(size)} has {len(size)} axes, but a sample {list(usual)} has {len(usual)}"
         )
 
 

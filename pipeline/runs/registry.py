@@ -148,6 +148,8 @@ def _from_name(name: str) -> PassSource:
 
 
 def _import(module_name: str, reference: str) -> ModuleType:
+    if "/" in module_name or module_name.startswith("."):
+        raise RecipeError(f"{reference}: {module_name} is no Python file and no module: write ./file.py:Class")
     try:
         return importlib.import_module(module_name)
     except IntaglioError:

@@ -93,6 +93,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> CompiledDenoiser:
         ({"x": torch.tensor(1.0)}, r"x has the shape \(\), but the graph accepts \(batch, 2, width\)"),
         ({name: value[:0] for name, value in USUAL.items()}, "x has 0 at axis 0, but the graph accepts 1 or more"),
         ({"x": USUAL["x"][:, :, :0]}, "x has 0 at axis 2, but the graph accepts 1 or more"),
+        ({"x": USUAL["x"][None]}, r"x has the shape \(1, .*\), but the graph accepts \(batch, 2, width\)"),
         ({"timestep": torch.tensor([1, 1, 1])}, "timestep has 3 values for 2 rows: give 1 or 2"),
         ({"timestep": 1.5}, r"timestep has 1\.5, which torch\.int64 cannot hold"),
         ({"timestep": NAN}, "timestep has the index nan, but the table has the indices 0 to 6"),

@@ -74,6 +74,12 @@ def test_options_of_a_pass_are_guessed_at_any_depth() -> None:
     )
 
 
+def test_a_list_with_a_wrong_item_is_not_called_too_short_as_well() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse("{model: m, targets: [1], steps: [[]]}")
+    assert len(caught.value.problems) == 2
+
+
 @pytest.mark.parametrize("text", ["", "just words", "{a: ["])
 def test_what_is_no_recipe_is_a_recipe_error(text: str) -> None:
     with pytest.raises(RecipeError, match=r"recipe: "):

@@ -196,3 +196,25 @@ def test_what_a_factory_prints_is_no_result(tmp_path: Path, capsys):
     )
     Checkpoint.resolve(ModelRef(path="./net.py:make"), tmp_path).empty()
     assert capsys.readouterr() == ("", "read\nmade\n")
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ({"other_size": (3, 8)}, r"model.other_size: \[3, 8\] has 2 axes, but a sample \[3, 8, 8\] has 3"),
+        ({"other_size": (3, 0, 8)}, r"other_size: \(3, 0, 8\) is no shape of a sample: give positive whole numbers"),
+        ({"path": "a" * 5000}, "model: a{200} cannot be read: File name too long"),
+        ({"path": "loop/x"}, "model: loop/x cannot be read|no folder loop/x"),
+        ({"path": "./loop.py:make"}, r"model: ./loop.py:make cannot be read|no file ./loop.py"),
+    ],
+)
+def test_what_cannot_be_in_a_recipe_is_one_clear_error(ref, message, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom diffusers import DDIMScheduler\nfrom intaglio import DenoiserModel\n"
+        "def make():\n    module = torch.nn.Conv2d(3, 3, 1)\n"
+        "    return DenoiserModel(module, DDIMScheduler(), (3, 8, 8), sample_name='input')\n"
+    )
+    for name in ("loop", "loop.py"):
+        (tmp_path / name).symlink_to(name)
+    with pytest.raises(RecipeError, match=message):
+        Checkpoint.resolve(ModelRef(**{"path": "./net.py:make", **ref}), tmp_path).open()

@@ -95,6 +95,7 @@ def test_what_is_no_runtime_is_said(value: str, message: str, monkeypatch: pytes
         ("asign", RecipeError, "no pass 'asign': did you mean 'assign'"),
         ("toys:Apend", RecipeError, "no class 'Apend': did you mean 'Append'"),
         ("no.such.module:Append", RecipeError, "cannot import no.such.module: ModuleNotFoundError"),
+        ("./folder:A", RecipeError, r"\./folder is no Python file and no module: write \./file\.py:Class"),
         ("./none.py:A", RecipeError, r"no file .*none\.py: paths are relative to the recipe"),
         ("./broken.py:A", RecipeError, r"broken\.py: cannot be imported: NameError"),
         ("toys:NotAPass", ContractError, "NotAPass is not a subclass of"),
