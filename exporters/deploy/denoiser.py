@@ -71,6 +71,7 @@ class CompiledDenoiser(Standin):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         """Call the denoiser like the original. Raises CallError for inputs that the graph was not compiled for."""
+        self.check_unchanged()
         graph, called = self.graph, self._call_inputs
         given = called.arguments(args, kwargs)
         whole = given.pop("return_dict", True)

@@ -82,7 +82,14 @@ class Standin(nn.Module):
         own["_original"], own["_name"], own["_compiled"], own["training"] = original, name, compiled, False
         if original is not None:
             freeze(original, name, compiled)
+            own["_tables_as_made"] = [(place, table, table._version) for place, table in _tables(original, name)]
             own["_modules"] = original._modules
+
+    def check_unchanged(self) -> None:
+        """Raise CallError if a table that can be read, such as that of positions, was changed in place."""
+        for place, table, version in self.__dict__.get("_tables_as_made", ()):
+            if table._version != version:
+                raise CallError(f"{place} was changed after loading, without effect on the compiled model: {ADVICE}")
 
     def __getattr__(self, name: str) -> Any:
         original = self.__dict__.get("_original")
@@ -217,6 +224,14 @@ def freeze(root: nn.Module, name: str, compiled: str) -> None:
         tables["_place"], tables["_compiled"] = place, compiled
         kind: Any = type(module)
         object.__setattr__(module, "__class__", _frozen(kind))
+
+
+def _tables(root: nn.Module, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the place and the values of every buffer that a frozen model keeps."""
+    for path, module in root.named_modules():
+        for key in module._non_persistent_buffers_set:
+            if (table := module._buffers.get(key)) is not None and not table.is_inference():
+                yield f"{name}.{path}.{key}".strip("."), table
 
 
 class _Fixed(dict[Any, Any]):

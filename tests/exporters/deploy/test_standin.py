@@ -12,6 +12,7 @@ from tiny_pipelines import sd_unet
 from torch import nn
 
 from intaglio.exporters.deploy.denoiser import CompiledDenoiser
+from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec
 from intaglio.pipeline.errors import CallError
 
@@ -141,3 +142,21 @@ def test_it_is_read_as_the_original(unet):
     assert not hasattr(unet, "no_such_attribute")
     assert hasattr(unet, "add_adapter")
     assert not list(unet.parameters())
+
+
+def test_a_table_of_positions_that_is_changed_in_place_is_an_error_of_the_next_call():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.register_buffer("table", torch.ones(3), persistent=False)
+
+    original = Positions()
+    standin = Standin(original)
+    standin.check_unchanged()
+    assert original.inner.table.tolist() == [1.0, 1.0, 1.0]
+    original.inner.table.zero_()
+    with pytest.raises(
+        CallError, match=r"inner\.table was changed after loading, without effect on the compiled model"
+    ):
+        standin.check_unchanged()
