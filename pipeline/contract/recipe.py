@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Self, TypeAlias, get_args
 
@@ -104,9 +104,12 @@ class Recipe(BaseModel):
         """
         written = read_yaml(text, source)
         try:
-            return cls.model_validate(written)
+            recipe = cls.model_validate(written)
         except ValidationError as error:
             raise RecipeError(*(f"{source}: {problem}" for problem in validation_problems(error, cls))) from error
+        if problems := [*truths_as_numbers(written, recipe.model_dump())]:
+            raise RecipeError(*(f"{source}: {problem}" for problem in problems))
+        return recipe
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -184,6 +187,18 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
     if len(found) > LISTED_PROBLEMS:
         problems.append(f"and {len(found) - LISTED_PROBLEMS} more")
     return tuple(problems)
+
+
+def truths_as_numbers(written: object, read: object, place: str = "") -> Iterator[str]:
+    """Yield a line for each true or false that was read as a number, as Python takes one for the other."""
+    if isinstance(written, bool) and type(read) in (int, float):
+        yield f"{place}: Input should be a number (got {str(written).lower()})"
+    elif isinstance(written, Mapping) and isinstance(read, Mapping):
+        for name in (name for name in written if name in read):
+            yield from truths_as_numbers(written[name], read[name], f"{place}.{name}".lstrip("."))
+    elif isinstance(written, Sequence) and isinstance(read, Sequence) and not isinstance(written, str):
+        for position, (a, b) in enumerate(zip(written, read, strict=False)):
+            yield from truths_as_numbers(a, b, f"{place}.{position}")
 
 
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> set[str]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.contract.recipe import Recipe, Step, validation_problems
+from intaglio.pipeline.contract.recipe import Recipe, Step, truths_as_numbers, validation_problems
 from intaglio.pipeline.entry_points import RUNTIMES
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.target import Target, load_target
@@ -110,6 +110,8 @@ def _bind_step(step: Step, base: Path) -> BoundStep:
         configured = source.pass_class.model_validate(dict(step.options), context={"base": base})
     except ValidationError as error:
         raise RecipeError(*validation_problems(error, source.pass_class)) from error
+    if problems := [*truths_as_numbers(step.options, configured.model_dump())]:
+        raise RecipeError(*problems)
     return BoundStep(step.name, configured, source.origin, source.source_sha256)
 
 

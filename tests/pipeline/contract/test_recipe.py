@@ -80,6 +80,25 @@ def test_a_list_with_a_wrong_item_is_not_called_too_short_as_well() -> None:
     assert len(caught.value.problems) == 2
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "problem"),
+    [
+        ("{path: m, sampling_steps: true}", "", "recipe: model.sampling_steps: Input should be a number (got true)"),
+        (
+            "{path: m, loras: [{path: l, scale: no}]}",
+            "",
+            "recipe: model.loras.0.scale: Input should be a number (got false)",
+        ),
+        ("m", "assign: {budget: {size: yes}}", "assign: budget.size: Input should be a number (got true)"),
+        ("m", "sensitivity: {rows: on}", "sensitivity: rows: Input should be a number (got true)"),
+    ],
+)
+def test_true_and_false_are_no_numbers(model: str, options: str, problem: str) -> None:
+    text = f"{{model: {model}, targets: [onnxruntime-cpu], steps: [calibrate, {{{options}}}]}}"
+    with pytest.raises(RecipeError, match=re.escape(problem)):
+        bind(Recipe.parse(text if options else text.replace(", {}", "")))
+
+
 @pytest.mark.parametrize("text", ["", "just words", "{a: ["])
 def test_what_is_no_recipe_is_a_recipe_error(text: str) -> None:
     with pytest.raises(RecipeError, match=r"recipe: "):
