@@ -35,7 +35,7 @@ A graph of 300 layers and 1.5 MB takes 7 s to load on a CPU of 2017, and 1 s on 
 MEGABYTES, TIMES = 256, 16
 """Megabytes that one question may take, and further ones as a multiple of the model's size without weights."""
 MAPPED: Mapping[Question, int] = {"standard": 0, "types": 0, "loads": 2, "parses": 2}
-"""How many times the file of zeros is mapped for a question, which counts as memory before anything is read."""
+"""Number of times that the file of zeros is mapped for a question; a map counts as memory before anything is read."""
 LIBRARIES_MB, WATCH_SECONDS = 1024, 0.05
 """Megabytes of memory for the libraries themselves, and seconds between two looks at the memory of the process."""
 IDLE_SECONDS = 5
