@@ -24,11 +24,17 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_table_of_functions() -> Iterator[None]:
-    """torch makes its table of ONNX functions anew for every export, which takes longer than to export a tiny model."""
+    """torch makes its table of ONNX functions anew for every export, which takes longer than to export a tiny model.
+
+    It also looks up the thousands of its operators that it can decompose.
+    """
+    import torch._export.utils
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        found = functools.cache(torch._export.utils._materialize_cpp_cia_ops)
+        patch.setattr(torch._export.utils, "_materialize_cpp_cia_ops", found)
         yield
 
 

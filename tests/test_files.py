@@ -45,7 +45,6 @@ PERMITTED = {
     "pipeline/formats/target.py:_parse": PACKAGE,
     "passes/imports/torch_file.py:check_torch_file": "a stream of a file that was checked",
     "passes/imports/torch_file.py:load_torch_file": "a stream of a file that was checked",
-    "exporters/lint/inference.py:watch": "a file of /proc",
     "exporters/runtimes/tensorrt/kit_scripts/build.py:main": DEVICE,
     "exporters/runtimes/tensorrt/kit_scripts/run.py:_check": DEVICE,
     "exporters/runtimes/tensorrt/kit_scripts/run.py:main": DEVICE,

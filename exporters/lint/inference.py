@@ -163,19 +163,19 @@ _PROCESS = _Process()
 
 @contextmanager
 def _watched(process: subprocess.Popen[bytes], megabytes: int) -> Iterator[None]:
-    """Kill the process if it takes more memory than this; mapped files that nobody reads take none. On Linux only."""
-    resident, done = Path(f"/proc/{process.pid}/statm"), Event()
+    """Kill the process if it takes more memory than this; mapped files that nobody reads take none."""
+    import psutil
+
+    done = Event()
 
     def watch() -> None:
-        most = megabytes * 1_000_000 // os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, IndexError):  # the process has ended
+        with suppress(psutil.Error):  # the process has ended
+            watched = psutil.Process(process.pid)
             while not done.wait(WATCH_SECONDS):
-                if int(resident.read_text().split()[1]) > most:
+                if watched.memory_info().rss > megabytes * 1_000_000:
                     process.kill()
 
-    watcher = Thread(target=watch, daemon=True)
-    if sys.platform == "linux":
-        watcher.start()
+    Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:

@@ -43,7 +43,6 @@ def test_large_weights_are_mapped_and_count_as_no_memory():
     assert inference.ask("loads", large).complaint is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is watched on Linux only")
 def test_a_process_that_takes_more_memory_than_it_may_is_killed():
     code = "import time; held = b'x' * 300_000_000; time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code]) as process, inference._watched(process, 100):
