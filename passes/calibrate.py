@@ -186,14 +186,13 @@ def _check_repeats(denoise: Denoise, trajectory: Trajectory, rows: Sequence[int]
     """
     import torch
 
-    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float((a - b).norm() / b.norm().clamp_min(1e-12))
+    from intaglio.pipeline.numerics.quality import rel_l2
 
     call, recorded = trajectory.call(0, rows), trajectory.outputs[0][rows]
     with torch.no_grad():
-        if (found := apart(denoise(call), recorded)) <= REPEATED:
+        if (found := rel_l2(denoise(call), recorded)) <= REPEATED:
             return
-        again = apart(denoise(call), denoise(call))
+        again = rel_l2(denoise(call), denoise(call))
     why = (
         f"two calls with the same inputs differ by {again:.1e}, relative L2: it draws random numbers or keeps a state"
         " between calls"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.pipeline.model.hooks import Copies, before_calls
+from intaglio.pipeline.model.hooks import Copies, PerTensor, before_calls
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,23 +48,22 @@ class SameInputs:
     """
 
     def __init__(self) -> None:
-        self._groups: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+        self._reader: PerTensor[str] = PerTensor()  # a layer that read the tensor
         self._of: dict[str, int] = {}  # group of a layer
         self._count = 0
 
     def note(self, name: str, x: torch.Tensor) -> None:
         """Record that the layer is called with x, which must stay alive until its last reader is called."""
-        tensor, version, group = self._groups.get(id(x), (None, 0, 0))
-        # a new tensor can have the id of one that is gone, and a model may change a tensor between two readers
-        if tensor is None or tensor() is not x or version != x._version:
+        reader = self._reader.get(x)
+        if reader is None:
             group, self._count = self._count, self._count + 1
+        else:
+            group = self._of[reader]
         own = self._of.setdefault(name, group)
         if own != group:
             merged, gone = min(own, group), max(own, group)
             self._of = {n: merged if g == gone else g for n, g in self._of.items()}
-            self._groups = {key: (t, v, merged if g == gone else g) for key, (t, v, g) in self._groups.items()}
-            group = merged
-        self._groups[id(x)] = weakref.ref(x), x._version, group
+        self._reader.set(x, name)
 
     @property
     def readers(self) -> list[tuple[str, ...]]:

@@ -310,16 +310,16 @@ def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: S
     """Raise StepFailed for every axis that was to be dynamic and is a constant: the ONNX graph does not show it."""
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     # a size of 0 or more may have no finite end in torch's range
-    single = {str(s): r.lower for s, r in program.range_constraints.items() if r.lower == r.upper and r.lower.is_finite}
-    limits = {symbol: (int(size), True) for symbol, size in single.items()}
+    limits = program.range_constraints.items()
+    single = {str(symbol): int(r.lower) for symbol, r in limits if r.lower == r.upper and r.lower.is_finite}
     constant = []
     for name, user_input in zip(names, program.graph_signature.user_inputs, strict=True):
         for axis in calls.dynamic_axes(name):
             size = str(values[user_input].shape[axis])  # a number, also where a symbol has become a constant
-            least, only = (int(size), True) if size.isdecimal() else limits.get(size, (0, False))
-            if only:
+            only = int(size) if size.isdecimal() else single.get(size)
+            if only is not None:
                 constant.append(
-                    f"{name}: the size of axis {axis} is fixed at {least}, because the model computes a constant from"
+                    f"{name}: the size of axis {axis} is fixed at {only}, because the model computes a constant from"
                     " it, such as a position table: use one size only, or make that constant an input of the model"
                 )
     if constant:

@@ -297,8 +297,20 @@ def _external(file: str, offset: int, length: int) -> bytes:
     """Return the fields of a tensor that say where its data is."""
     import onnx
 
-    tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
-    for key, value in {"location": file, "offset": offset, "length": length}.items():
-        tensor.external_data.add(key=key, value=str(value))
+    tensor = onnx.TensorProto()
+    place_outside(tensor, file, offset, length)
     fields: bytes = tensor.SerializeToString()
     return fields
+
+
+def is_outside(tensor: onnx.TensorProto) -> bool:
+    """Return True if a tensor's data is in a file of its own."""
+    return tensor.data_location == tensor.EXTERNAL
+
+
+def place_outside(tensor: onnx.TensorProto, file: str, offset: int, length: int) -> None:
+    """Say that a tensor's data is in this file: `length` bytes from `offset` on."""
+    tensor.data_location = tensor.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in {"location": file, "offset": offset, "length": length}.items():
+        tensor.external_data.add(key=key, value=str(value))

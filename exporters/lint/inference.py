@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from threading import Event, Lock, Thread
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
-from intaglio.exporters.float_graph.onnx_file import graphs, nbytes, tensors
+from intaglio.exporters.float_graph.onnx_file import graphs, is_outside, nbytes, place_outside, tensors
 from intaglio.exporters.runtimes.tensorrt.parsing import parse
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def ask(question: Question, proto: onnx.ModelProto) -> Answer:
 
     content = _without_weights(proto, apart=question == "parses").SerializeToString()
     seconds, megabytes = SECONDS + SECONDS_PER_MB * len(content) / 1e6, MEGABYTES + TIMES * len(content) // 1_000_000
-    mapped = MAPPED[question] * sum(nbytes(t) or 0 for t in tensors(proto) if _is_external(t)) // 1_000_000
+    mapped = MAPPED[question] * sum(nbytes(t) or 0 for t in tensors(proto) if is_outside(t)) // 1_000_000
     limits = {"seconds": seconds, "megabytes": megabytes, "mapped": mapped}
     found = _PROCESS.ask({"question": question, **limits}, content)
     if found is None:
@@ -89,17 +89,11 @@ def _without_weights(proto: onnx.ModelProto, *, apart: bool) -> onnx.ModelProto:
     bare.CopyFrom(proto)
     place = 0
     for tensor in tensors(bare):
-        if _is_external(tensor):
-            del tensor.external_data[:]
+        if is_outside(tensor):
             size = nbytes(tensor) or 0
-            for key, value in {"location": _WEIGHTS, "offset": place, "length": size}.items():
-                tensor.external_data.add(key=key, value=str(value))
+            place_outside(tensor, _WEIGHTS, place, size)
             place += -(-size // 64) * 64 if apart else 0
     return bare
-
-
-def _is_external(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_location == tensor.EXTERNAL
 
 
 _WEIGHTS = "weights"
@@ -268,13 +262,11 @@ def _answer(question: Question, content: bytes) -> tuple[str | None, bytes]:
 
 def _write_weights(proto: onnx.ModelProto) -> None:
     """Write a sparse file of zeros that holds all external tensors."""
-    ends = [0]
-    for tensor in tensors(proto):
-        if _is_external(tensor):
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            ends.append(int(place["offset"]) + int(place["length"]))
+    from onnx.external_data_helper import ExternalDataInfo
+
+    places = [ExternalDataInfo(tensor) for tensor in tensors(proto) if is_outside(tensor)]
     with open(_WEIGHTS, "wb") as file:
-        file.truncate(max(ends))
+        file.truncate(max(((place.offset or 0) + (place.length or 0) for place in places), default=0))
 
 
 def _check(content: bytes) -> None:

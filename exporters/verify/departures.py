@@ -16,6 +16,7 @@ from intaglio.exporters.float_graph.sites import LAYER_KEY
 from intaglio.pipeline.artifacts.verification import Departure
 from intaglio.pipeline.model.hooks import after_calls
 from intaglio.pipeline.model.types import Denoise, Inputs, Values
+from intaglio.pipeline.numerics.quality import rel_l2
 from intaglio.pipeline.simulation.layer import channel_axis
 
 if TYPE_CHECKING:
@@ -128,11 +129,3 @@ def in_shape_of(reference: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Return a value of the graph in the shape that it has in the simulation, whose rows may be on other axes."""
     same_channels = value.shape[-1:] == reference.shape[-1:] and value.numel() == reference.numel()
     return value.reshape(reference.shape) if same_channels else value
-
-
-def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return |y - y_ref| / |y_ref|; infinite if the shapes differ."""
-    y, reference = y.detach(), reference.detach()
-    if y.shape != reference.shape:
-        return math.inf
-    return float((y - reference).norm() / reference.norm().clamp_min(1e-12))

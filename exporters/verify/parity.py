@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from intaglio.exporters.runtimes.calls import graph_denoise, graph_values
-from intaglio.exporters.verify.departures import LayersInGraph, find_departures, in_shape_of, rel_l2, value_names
+from intaglio.exporters.verify.departures import LayersInGraph, find_departures, in_shape_of, value_names
 from intaglio.exporters.verify.layer_run import entry_type, run_layer
 from intaglio.pipeline.artifacts.verification import DepartureFigures, LayerParity
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.model.calls import clocked, denoise_with, step_of
 from intaglio.pipeline.model.hooks import Copies, after_calls
+from intaglio.pipeline.numerics.quality import rel_l2
 from intaglio.pipeline.simulation.layer import QuantizedLayer
 from intaglio.pipeline.simulation.model import simulate
 

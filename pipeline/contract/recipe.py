@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Self, TypeAlias, get_args
+from typing import Annotated, Self, TypeAlias, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from intaglio.pipeline.files import printable, read_text
 from intaglio.pipeline.model.ref import ModelRef
 
 MOST_TARGETS, MOST_STEPS = 100, 1000
+M = TypeVar("M", bound=BaseModel)
 LISTED_PROBLEMS = 50
 """Largest number of problems of one recipe that a message lists."""
 
@@ -104,12 +105,9 @@ class Recipe(BaseModel):
         """
         written = read_yaml(text, source)
         try:
-            recipe = cls.model_validate(written)
-        except ValidationError as error:
-            raise RecipeError(*(f"{source}: {problem}" for problem in validation_problems(error, cls))) from error
-        if problems := [*truths_as_numbers(written, recipe.model_dump())]:
-            raise RecipeError(*(f"{source}: {problem}" for problem in problems))
-        return recipe
+            return validated(cls, written)
+        except RecipeError as error:
+            raise RecipeError(*(f"{source}: {problem}" for problem in error.problems)) from error
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -189,16 +187,28 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> tuple
     return tuple(problems)
 
 
-def truths_as_numbers(written: object, read: object, place: str = "") -> Iterator[str]:
+def validated(kind: type[M], written: object, context: Mapping[str, object] | None = None) -> M:
+    """Return a model from what is written in a recipe. Raises RecipeError with every problem, in one line each."""
+    try:
+        read = kind.model_validate(written, context=context)
+    except ValidationError as error:
+        raise RecipeError(*validation_problems(error, kind)) from error
+    if problems := [*_truths_as_numbers(written, read.model_dump())]:
+        raise RecipeError(*problems)
+    return read
+
+
+def _truths_as_numbers(written: object, read: object, place: str = "") -> Iterator[str]:
     """Yield a line for each true or false that was read as a number, as Python takes one for the other."""
     if isinstance(written, bool) and type(read) in (int, float):
         yield f"{place}: Input should be a number (got {str(written).lower()})"
     elif isinstance(written, Mapping) and isinstance(read, Mapping):
-        for name in (name for name in written if name in read):
-            yield from truths_as_numbers(written[name], read[name], f"{place}.{name}".lstrip("."))
+        for name in written:
+            if name in read:
+                yield from _truths_as_numbers(written[name], read[name], f"{place}.{name}".lstrip("."))
     elif isinstance(written, Sequence) and isinstance(read, Sequence) and not isinstance(written, str):
         for position, (a, b) in enumerate(zip(written, read, strict=False)):
-            yield from truths_as_numbers(a, b, f"{place}.{position}")
+            yield from _truths_as_numbers(a, b, f"{place}.{position}")
 
 
 def _options(model: type[BaseModel], path: Iterable[int | str]) -> set[str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from intaglio.pipeline.numerics.quality import rel_l2
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -63,9 +65,7 @@ def _dense_form(part: nn.Module) -> Callable[[Any, torch.Tensor], torch.Tensor] 
             expected, dense = part(x), form(part, x)
     except Exception:  # whatever a module raises that is called in another way
         return None
-    if expected.shape != dense.shape or (expected - dense).norm() > SAME * expected.norm():
-        return None
-    return form
+    return form if rel_l2(dense, expected) <= SAME else None
 
 
 @cache

@@ -6,25 +6,45 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+V = TypeVar("V")
+
+
+class PerTensor(Generic[V]):
+    """Table with a value for each tensor as it is: none for a tensor that was changed since. Keeps no tensor."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, V]] = {}
+
+    def get(self, x: torch.Tensor) -> V | None:
+        """Return the value of a tensor, None for a tensor without one."""
+        known = self._known.get(id(x))
+        if known is None or known[0]() is not x or known[1] != x._version:  # a new tensor can have the id of an old one
+            return None
+        return known[2]
+
+    def set(self, x: torch.Tensor, value: V) -> None:
+        """Give a tensor, as it is now, a value."""
+        self._known[id(x)] = weakref.ref(x), x._version, value
 
 
 class Copies:
     """Copies of tensors that a model may change later, one for each tensor as it is: its readers share a copy."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._made: PerTensor[torch.Tensor] = PerTensor()
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """Return a copy of the tensor's present values, without gradient."""
-        source, version, copy = self._known.get(id(x), (None, 0, None))
-        if copy is None or source is None or source() is not x or version != x._version:
+        copy = self._made.get(x)
+        if copy is None:
             copy = x.detach().clone()
-            self._known[id(x)] = weakref.ref(x), x._version, copy
+            self._made.set(x, copy)
         return copy
 
 

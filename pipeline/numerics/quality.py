@@ -121,3 +121,11 @@ def largest_error(samples: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
 def standard_error(value_B: torch.Tensor) -> float | None:
     """Return the standard error of the mean of B values, in their unit; None for one value."""
     return float(value_B.std() / len(value_B) ** 0.5) if len(value_B) > 1 else None
+
+
+def rel_l2(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return |y - y_ref| / |y_ref|; infinite if the shapes differ."""
+    y, reference = y.detach(), reference.detach()
+    if y.shape != reference.shape:
+        return math.inf
+    return float((y - reference).norm() / reference.norm().clamp_min(1e-12))

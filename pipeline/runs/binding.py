@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.pass_base import Pass
-from intaglio.pipeline.contract.recipe import Recipe, Step, truths_as_numbers, validation_problems
+from intaglio.pipeline.contract.recipe import Recipe, Step, validated
 from intaglio.pipeline.entry_points import RUNTIMES
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.formats.target import Target, load_target
@@ -106,12 +104,7 @@ def _wired(steps: Iterable[BoundStep], given: Iterable[AnyKey], target: Target) 
 
 def _bind_step(step: Step, base: Path) -> BoundStep:
     source = find_pass(step.uses, base)
-    try:
-        configured = source.pass_class.model_validate(dict(step.options), context={"base": base})
-    except ValidationError as error:
-        raise RecipeError(*validation_problems(error, source.pass_class)) from error
-    if problems := [*truths_as_numbers(step.options, configured.model_dump())]:
-        raise RecipeError(*problems)
+    configured = validated(source.pass_class, dict(step.options), {"base": base})
     return BoundStep(step.name, configured, source.origin, source.source_sha256)
 
 

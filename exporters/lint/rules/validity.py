@@ -210,20 +210,11 @@ def _computed_axes(node: ir.Node) -> str | None:
 
 def _old_broadcast(node: ir.Node) -> str | None:
     opset = 7 if node.graph is None else node.graph.opset_imports.get("", 7)
-    old = opset < 7 and node.op_type in (
-        "Add",
-        "And",
-        "Div",
-        "Equal",
-        "Greater",
-        "Less",
-        "Mul",
-        "Or",
-        "Pow",
-        "PRelu",
-        "Sub",
-    )
+    old = opset < 7 and node.op_type in _BROADCASTING
     return f"{node.op_type} of opset {opset}: the target broadcasts as opset 7 does" if old else None
+
+
+_BROADCASTING = frozenset(["Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow", "PRelu", "Sub"])
 
 
 def _rank(value: ir.Value | None) -> int | None:

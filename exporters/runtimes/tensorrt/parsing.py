@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from intaglio.exporters.float_graph.onnx_file import graphs, is_outside, place_outside
+
 if TYPE_CHECKING:
     import onnx
 
@@ -30,9 +32,7 @@ def parse(model: onnx.ModelProto, ones: Path) -> str | None:
         for tensor in _scales(model):
             place = file.tell()
             file.write(_ones(tensor))
-            del tensor.external_data[:]
-            for key, value in {"location": ones.name, "offset": place, "length": file.tell() - place}.items():
-                tensor.external_data.add(key=key, value=str(value))
+            place_outside(tensor, ones.name, place, file.tell() - place)
     logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -44,10 +44,6 @@ def parse(model: onnx.ModelProto, ones: Path) -> str | None:
 
 def _scales(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield the scales of QuantizeLinear and DequantizeLinear that are external tensors."""
-    import onnx
-
-    from intaglio.exporters.float_graph.onnx_file import graphs
-
     found = list(graphs(model))
     names = {
         node.input[1]
@@ -63,7 +59,7 @@ def _scales(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         if node.op_type == "Constant" and node.output[0] in names
         for attribute in node.attribute
     ]
-    yield from (tensor for tensor in held if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    yield from filter(is_outside, held)
 
 
 def _ones(tensor: onnx.TensorProto) -> bytes:
