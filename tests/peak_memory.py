@@ -1,10 +1,6 @@
 """Measures the peak memory of one step, or of one run of a session, in a process that has freed nothing before.
 
-    python tests/peak_memory.py distill|merge|export-float|export-qdq FOLDER     the artifacts of two models, in `small`
-                                                                                 and `large`
-    python tests/peak_memory.py lean MODEL
-
-It imports only what is measured.
+Each function is called in a process of its own, and imports only what is measured.
 """
 
 import json
@@ -108,17 +104,13 @@ def run(step: str, folder: Path) -> None:
 def print_peaks(step: str, folder: Path) -> None:
     """Print how far the step takes this process beyond where it is after the same step on a tiny model.
 
-    Two numbers of bytes: with the files that are mapped, and only of what is allocated, which is sampled.
+    Two numbers of bytes: with the files that are mapped, and only of what is allocated, which is sampled. Freed memory
+    goes back at once, so that what a step holds is counted and what it held before is not. The folder has the artifacts
+    of both models, in `small` and `large`.
     """
-    run(step, folder / "small")
-    forget_peak()
-    before = resident_bytes("VmRSS")
-    allocated = allocated_by(lambda: run(step, folder / "large"))
-    print(resident_bytes("VmHWM") - before, allocated)
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "lean":
-        print_lean_peak(Path(sys.argv[2]))
-    else:
-        print_peaks(sys.argv[1], Path(sys.argv[2]))
+    with giving_back():
+        run(step, folder / "small")
+        forget_peak()
+        before = resident_bytes("VmRSS")
+        allocated = allocated_by(lambda: run(step, folder / "large"))
+        print(resident_bytes("VmHWM") - before, allocated)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from tiny import save_folder, tiny_dit, tiny_unet
 
-from intaglio import Recipe, bind
+from intaglio import Recipe, Store, bind, compile
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ONE_CPU = {
@@ -42,11 +42,26 @@ STEPS = """
 - export-qdq
 - lint
 """
+Made = dict[str, dict[str, dict[str, object]]]
+"""Target -> step -> its version, and the digest of each artifact that it made."""
 MODELS = {"dit": tiny_dit, "unet": tiny_unet}
 TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
 
 
-def save_recipe(folder: Path, model: str) -> Recipe:
+def saved(folder: Path, model: str) -> str:
+    """Save the model; return a digest of its weights, of an output and of the gradient of the first weight."""
+    module = MODELS[model]()
+    save_folder(module, folder / "model")
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    output = module(x, torch.tensor([500, 20]), class_labels=torch.tensor([1, 3])).sample
+    weights = list(module.parameters())
+    (gradient,) = torch.autograd.grad(output.square().sum(), weights[:1])
+    numbers = b"".join(each.detach().numpy().tobytes() for each in (*weights, output, gradient))
+    return hashlib.sha256(numbers).hexdigest()
+
+
+def made(folder: Path) -> Made:
+    """What the recipe makes of the model in the folder."""
     recipe = Recipe.model_validate(
         {
             "model": {"path": "model", "sampling_steps": 2, "guidance": 2.0},
@@ -54,64 +69,55 @@ def save_recipe(folder: Path, model: str) -> Recipe:
             "steps": yaml.safe_load(STEPS),
         }
     )
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    return recipe
-
-
-def save_model(folder: str, model: str) -> None:
-    """Save the model, and print a digest of its weights, of an output and of the gradient of the first weight."""
-    module = MODELS[model]()
-    save_folder(module, Path(folder))
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    output = module(x, torch.tensor([500, 20]), class_labels=torch.tensor([1, 3])).sample
-    weights = list(module.parameters())
-    (gradient,) = torch.autograd.grad(output.square().sum(), weights[:1])
-    numbers = b"".join(each.detach().numpy().tobytes() for each in (*weights, output, gradient))
-    print(hashlib.sha256(numbers).hexdigest())
-
-
-def on_one_cpu(*command: str | Path, folder: Path) -> str:
-    """Run Python with what all processors compute alike, and return what it prints."""
-    environment = {**os.environ, **ONE_CPU, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def made(folder: Path, model: str) -> dict[str, dict[str, dict[str, object]]]:
-    """Target -> step -> its version, and the digest of each artifact that it made."""
-    recipe = save_recipe(folder, model)
-    on_one_cpu("-m", "intaglio", "run", "recipe.yaml", "--store", "store", "--out", "out", folder=folder)
-    found = {}
-    for chain in bind(recipe, base=folder):
-        versions = {step.name: type(step.configured).version for step in chain.steps}
-        steps = json.loads((folder / "out" / chain.target.name / "manifest.json").read_text())["steps"]
-        found[chain.target.name] = {
-            each["step"]: {"version": versions[each["step"]], **each["outputs"]} for each in steps
+    done = compile(recipe, Store(folder / "store"), base=folder)
+    return {
+        chain.target.name: {
+            step.name: {"version": type(step.configured).version, **run.outputs}
+            for step, run in zip(chain.steps, done[chain.target.name].runs, strict=True)
         }
-    return found
+        for chain in bind(recipe, base=folder)
+    }
+
+
+def on_one_cpu(model: str, folder: Path, *expected: str) -> tuple[str, Made]:
+    """Return the numbers of the model and what is made of it with what all processors compute alike.
+
+    Nothing is made where the numbers are not the expected ones.
+    """
+    environment = {**os.environ, **ONE_CPU, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, model, str(folder), *expected]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    numbers, found = json.loads((folder / "found.json").read_text())
+    return numbers, found
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_equal_inputs_give_equal_artifacts_or_the_version_of_the_pass_has_risen(model: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    if on_one_cpu(__file__, tmp_path / "model", model, folder=tmp_path) != golden["numbers"][model]:
+    numbers, found = on_one_cpu(model, tmp_path, golden["numbers"][model])
+    if numbers != golden["numbers"][model]:
         pytest.skip("torch computes other numbers on this processor than on the one that wrote golden.json")
-    assert made(tmp_path, model) == golden[model]
+    assert found == golden[model]
 
 
 def write() -> None:
     """Write golden.json anew."""
-    found: dict[str, object] = {}
-    numbers = {}
+    found = {}
     for model in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            numbers[model] = on_one_cpu(__file__, Path(folder, "model"), model, folder=Path(folder))
-            found[model] = made(Path(folder), model)
-    GOLDEN.write_text(json.dumps({"numbers": numbers, **found}, indent=1) + "\n", encoding="utf-8")
+            found[model] = on_one_cpu(model, Path(folder))
+    numbers = {model: each[0] for model, each in found.items()}
+    golden = {"numbers": numbers, **{model: each[1] for model, each in found.items()}}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
+
+
+def write_one(model: str, path: str, *expected: str) -> None:
+    """Write the numbers of the model and what is made of it, in this process."""
+    numbers = saved(Path(path), model)
+    found = made(Path(path)) if not expected or numbers in expected else {}
+    Path(path, "found.json").write_text(json.dumps([numbers, found]))
 
 
 if __name__ == "__main__":
-    save_model(*sys.argv[1:]) if sys.argv[1:] else write()
+    write_one(*sys.argv[1:]) if sys.argv[1:] else write()

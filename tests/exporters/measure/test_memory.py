@@ -1,10 +1,7 @@
 """A step needs little more memory than the weights it reads, so that full-size models compile on a common machine."""
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -24,7 +21,6 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.contract.artifact import AnyKey
 from intaglio.pipeline.contract.context import Context
-from intaglio.pipeline.files import MIB
 from intaglio.pipeline.formats.schemes import W8A8_STEP, W8A8_TOKEN
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
@@ -63,11 +59,8 @@ def test_a_step_holds_a_few_layers_whatever_the_size_of_the_model(tmp_path: Path
     save(tiny_dit(), tmp_path / "small")
     save(module := wide_dit(), tmp_path / "large")
     sizes = [4 * parameter.numel() for parameter in module.parameters()]
-    # freed memory goes back at once, so that what a step holds is counted and what it held before is not
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_MMAP_THRESHOLD_": str(MIB)}
     for step, beside in BESIDE.items():  # each in a process of its own, on what the steps before it made
-        command = [sys.executable, peak_memory.__file__, step, tmp_path]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True, env=here).stdout
+        printed = printed_forked(peak_memory.print_peaks, step, tmp_path, out=tmp_path / step)
         with_files, allocated = map(int, printed.split())
         allowed = beside + LAYERS * max(sizes)
         assert allowed < 0.6 * sum(sizes)
