@@ -1,15 +1,17 @@
 # make demo   compile the sample model with 8 bits, and with 8 and 4 bits, and compare both
-# make test   lint, type check and test
+# make test   lint, type check and test, without the tests that are marked as long
+# make test-all   the same with all tests
 # make docs   the reference of the Python API, build/docs/index.html
 # make sbom   the wheel, and what it is made of as CycloneDX, dist/intaglio.cdx.json
 # make audit  known vulnerabilities of the pinned versions, asked of PyPI
 PYTHON ?= python3
 BIN := .venv/bin
+MARKED := not long
 # what is imported is compiled then: most of what is installed never is. Once, and not in every process anew
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo test types suite docs sbom audit
+.PHONY: demo test test-all types suite docs sbom audit
 
 demo: .venv/.base
 	$(BIN)/intaglio run samples/demo.yaml --set assign.budget.size=1 --out build/demo-w8a8
@@ -21,12 +23,15 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(MAKE) --no-print-directory -j 2 types suite
 
+test-all:
+	$(MAKE) --no-print-directory test MARKED=
+
 types:
 	$(BIN)/mypy
 
 suite:
 	# one thread each: of two processes on two cores, threads would wait for each other
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "$(MARKED)"
 
 docs: .venv/.dev
 	$(BIN)/python .ci/reference.py build/docs

@@ -65,6 +65,7 @@ steps:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux limits what a process allocates")
 def test_a_model_is_calibrated_and_rounded_in_less_memory_than_its_weights_take(tmp_path: Path):
     models = {"small": tiny_dit(), "large": wide_dit()}

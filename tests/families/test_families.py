@@ -10,7 +10,16 @@ from tiny_families import FAMILIES
 from intaglio import Store
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+KINDS = ("unet", "policy_unet", "pixart", "ltx")
+"""A family of each kind: convolutions in two and in one dimensions, a transformer for pictures, and one for clips."""
+
+
+def marked() -> list[object]:
+    """Name every family; those that are not in KINDS are long tests."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("family", marked())
 def test_family(family: str, tmp_path: Path):
     """The passes themselves raise where a layer leaves its simulation by more than 1e-4, or codes by more than ties."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: no engine can be built")

@@ -63,6 +63,7 @@ SEEDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reader", SEEDS)
 def test_no_file_raises_anything_but_the_clear_error(reader: str, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris is not installed")

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from intaglio.pipeline.artifacts.keys import PLAN, VERIFICATION
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -29,6 +31,7 @@ def test_it_is_small_and_says_nothing_of_the_machine_that_ran_it():
     assert not re.findall(r"[\s\"'(](?:/\w|[A-Z]:\\\\).*", text)
 
 
+@pytest.mark.long
 def test_it_runs_and_shows_what_it_says(tmp_path, monkeypatch, capsys):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/models").symlink_to(SAMPLES / "models", target_is_directory=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import peak_memory
+import pytest
 import torch
 from forked import printed_forked
 from harness import Artifacts, run_pass
@@ -55,6 +56,7 @@ def save(module: torch.nn.Module, folder: Path) -> None:
         artifacts[key].save(folder / key.name)
 
 
+@pytest.mark.long
 def test_a_step_holds_a_few_layers_whatever_the_size_of_the_model(tmp_path: Path):
     save(tiny_dit(), tmp_path / "small")
     save(module := wide_dit(), tmp_path / "large")
