@@ -9,7 +9,6 @@ from tiny_families import FAMILIES
 
 from intaglio import Store
 
-
 KINDS = ("unet", "policy_unet", "pixart", "ltx")
 """A family of each kind: convolutions in two and in one dimensions, a transformer for pictures, and one for clips."""
 

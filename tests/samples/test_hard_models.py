@@ -22,7 +22,9 @@ W8A16 = (
 )
 
 
-@pytest.mark.parametrize(("name", "layers"), [("emoji-mixer", 34), pytest.param("emoji-jump", 73, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("emoji-mixer", 34), pytest.param("emoji-jump", 73, marks=pytest.mark.long)]
+)
 def test_a_hard_model_compiles_with_8_bit_weights_and_draws_as_in_full_precision(name, layers, tmp_path):
     recipe = Recipe(model=MODELS[name], targets=("onnxruntime-cpu",), steps=W8A16)
     done = compile(recipe, Store(tmp_path), base=SAMPLES)["onnxruntime-cpu"]
