@@ -45,6 +45,8 @@ MOST_NUMBER_DIGITS = 4300
 """Largest number of digits of a whole number, as in Python itself."""
 MOST_HEADER = 16 * MIB
 """Largest size in bytes of a safetensors header: names, types, places of its tensors, and metadata."""
+LFS = b"version https://git-lfs"
+"""First bytes of the file that Git leaves in the place of a large one, if Git LFS is not installed."""
 LISTED_PLACES = 3
 """Largest number of places in a damaged file that a message lists."""
 DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -207,8 +209,12 @@ def open_safetensors(
 
     descriptor, _ = _opened(path, None, inside, error)
     with os.fdopen(descriptor, "rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    if header > MOST_HEADER:
+        first = stream.read(len(LFS))
+    if first == LFS:
+        raise error(
+            f"{printable(path)}: is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder"
+        )
+    if (header := int.from_bytes(first[:8], "little")) > MOST_HEADER:
         reason = f"its header would have {header} bytes: at most {MOST_HEADER} are read"
         raise error(f"{printable(path)}: is not a safetensors file: {reason}")
     try:

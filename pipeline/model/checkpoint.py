@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +16,10 @@ from intaglio.pipeline.files import checked_file, one_line, printable, read_json
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.call_form import formed
+from intaglio.pipeline.model.configuration import check_float, class_count, sample_shape
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
-from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.lora import find_lora, fuse_lora_
 from intaglio.pipeline.model.model_files import (
@@ -127,6 +126,8 @@ class Checkpoint:
             raise RecipeError(f"model: {ref.path} {no_denoiser(folder)}")
         if denoiser == folder / "." and (advice := other_model(found.name)) is not None:
             raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
+        check_float(found.config(), denoiser / "config.json")
+        _ = found._diffusers_class()  # reports an unknown class
         weights = found._weights
         if weights is not None:
             _ = weights.size  # reports damaged files and outside links now, with the user's path
@@ -273,13 +274,19 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.empty().parameters())
 
     def empty(self) -> nn.Module:
-        """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
+        """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does.
+
+        The shapes and the types of a folder's weights are compared with the denoiser's.
+        """
         if self.entry:
             return plain_weights_(self._call_factory().module)
         from intaglio.pipeline.model.empty_model import empty_model
+        from intaglio.pipeline.model.stored_weights import check_fit
 
-        kind = self._diffusers_class()
-        return plain_weights_(empty_model(kind, self.config(), self._size, self._called))
+        empty = empty_model(self._diffusers_class(), self.config(), self._size, self._called)
+        if self._weights is not None:
+            check_fit(empty, self._weights, self._called)
+        return plain_weights_(empty)
 
     @property
     def is_large(self) -> bool:
@@ -306,7 +313,7 @@ class Checkpoint:
         """Return the diffusers class of the denoiser."""
         import diffusers
 
-        return class_of(self.name, diffusers.ModelMixin)
+        return class_of(self.config()["_class_name"], diffusers.ModelMixin)
 
     @property
     def _called(self) -> str:
@@ -322,9 +329,9 @@ class Checkpoint:
 
     def _open_folder(self, recording: Recording | None, weights: bool, stored: bool | None) -> DenoiserModel:
         module: Any = self._weighed(stored) if weights else self.empty()
-        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
+        shape = sample_shape(module.config) if recording is None else recording.sample_shape
         check_sample_shape(shape, self._called)
-        return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
+        return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), class_count(module))
 
     def _weighed(self, stored: bool | None) -> Any:
         """Return the denoiser with all its weights. Raises RecipeError if some are missing or not in safetensors."""
@@ -339,7 +346,7 @@ class Checkpoint:
         empty = self.empty()  # raises if the model would be much larger than its weights
         if stored is None:
             stored = self.is_large
-        if stored and "quantization_config" not in self.config() and fill_(empty, weights):
+        if stored and fill_(empty, weights):
             return empty
         settings = {"use_safetensors": True, "torch_dtype": torch.float32, "local_files_only": True}
         with blamed(self._called, {str(folder): self._place(folder)}):
@@ -372,28 +379,3 @@ class Checkpoint:
 def _places(ref: ModelRef) -> tuple[str, ...]:
     """Return the names of folders that may hold the denoiser, the preferred first."""
     return DENOISER_FOLDERS if ref.subfolder is None else (ref.subfolder,)
-
-
-def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
-    """Return the sample shape in a configuration; `received.check_sample_shape` checks it."""
-    size = config.get("sample_size")
-    if size is None:
-        raise MissingInputs(
-            "model: its configuration has no sample_size: name a file of intaglio.record in `conditions`"
-        )
-    return (config.get("in_channels"), *(size if isinstance(size, list | tuple) else (size, size)))
-
-
-def _class_count(module: Any) -> int | None:  # a model of diffusers
-    """Return the number of classes, the null class not counted.
-
-    A DiT adds one class for it, a UNet counts it among its class embeddings.
-    """
-    config = module.config
-    if "class_labels" not in inspect.signature(module.forward).parameters:
-        return None
-    if config.get("num_embeds_ada_norm") is not None:
-        return int(config["num_embeds_ada_norm"])
-    if config.get("num_class_embeds") is not None:
-        return int(config["num_class_embeds"]) - 1
-    return None

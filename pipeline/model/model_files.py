@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -38,6 +39,15 @@ MOST_SETTING = 10**5
 """Largest whole number in a scheduler's settings: a scheduler keeps tables of that length."""
 
 
+class TensorPlace(NamedTuple):
+    """One tensor of a model's files, as the header of its file declares it; `dtype` in safetensors' words."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class ModelSize(NamedTuple):
     """Number of tensors of a model, and number of values in all of them."""
 
@@ -56,23 +66,42 @@ class Weights:
     variant: str | None
     """`fp16` if the folder holds only weights saved under that variant; None for plain weights."""
     inside: Path
+    shards: Mapping[str, str] | None = None
+    """File of every tensor, as the index declares it; None without an index."""
 
     @cached_property
-    def places(self) -> tuple[tuple[str, Path, tuple[int, ...]], ...]:
-        """Return the name, the file and the shape of every tensor, as the headers declare them.
+    def places(self) -> tuple[TensorPlace, ...]:
+        """Return every tensor of the model; with an index, only those that it names: diffusers reads no others.
 
-        Raises RecipeError for a file that is no safetensors file, and for a link that leads out of the model.
+        Raises RecipeError for a file that is no safetensors file, for a link that leads out of the model, for a tensor
+        that two files hold, and for one that is not in the file that the index names.
         """
-        found = []
-        for name in self.files:
-            with open_safetensors(self.folder / name, inside=self.inside) as file:
-                found += [(key, self.folder / name, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118  # no dict
-        return tuple(found)
+        found: dict[str, TensorPlace] = {}
+        for file in (self.folder / name for name in self.files):
+            with open_safetensors(file, inside=self.inside) as opened:
+                for name in opened.keys():  # noqa: SIM118  # no dict
+                    if name in found:
+                        raise RecipeError(
+                            f"{printable(self.folder)}: both {found[name].file.name} and {file.name} hold"
+                            f" {printable(name)}: they are not of one model: download the model again"
+                        )
+                    part = opened.get_slice(name)
+                    found[name] = TensorPlace(name, file, tuple(part.get_shape()), part.get_dtype())
+        if self.shards is None:
+            return tuple(found.values())
+        lost = [name for name, file in self.shards.items() if name not in found or found[name].file.name != file]
+        if lost:
+            raise RecipeError(
+                f"{printable(self.folder / str(self.index))}: {len(lost)} of {len(self.shards)} tensors are not in the"
+                f" files that it names, such as {printable(lost[0])}, which is not in"
+                f" {printable(self.shards[lost[0]])}: download the model again"
+            )
+        return tuple(place for name, place in found.items() if name in self.shards)
 
     @property
     def size(self) -> ModelSize:
         """Return the size that the headers declare. Raises RecipeError as `places` does."""
-        return ModelSize(len(self.places), sum(math.prod(shape) for _, _, shape in self.places))
+        return ModelSize(len(self.places), sum(math.prod(place.shape) for place in self.places))
 
     def copy(self, to: Path) -> None:
         """Copy the weights under their plain names: without a variant in the name of the index or of the only file.
@@ -121,9 +150,10 @@ def find_weights(folder: Path, inside: Path, stems: Collection[str] = (STEM,)) -
             )
         variant = "" if "" in found else next(iter(found))
         name = found[variant]
-        indexed = name.endswith(".json")
-        files = _shards(folder / name, inside) if indexed else (name,)
-        return Weights(folder, stem, name if indexed else None, files, variant or None, inside)
+        if not name.endswith(".json"):
+            return Weights(folder, stem, None, (name,), variant or None, inside)
+        shards = _shards(folder / name, inside)
+        return Weights(folder, stem, name, tuple(sorted({*shards.values()})), variant or None, inside, shards)
     return None
 
 
@@ -135,16 +165,21 @@ def _variant(name: str, stem: str) -> str | None:
     return None if found is None else found["file"] or found["index"] or ""
 
 
-def _shards(index: Path, inside: Path) -> tuple[str, ...]:
-    """Return the files that an index names. Raises RecipeError if it names none, or one in another folder."""
+def _shards(index: Path, inside: Path) -> Mapping[str, str]:
+    """Return the file of every tensor that an index names.
+
+    Raises RecipeError if the index names none, or a file that is not beside it.
+    """
     placed = read_json_object(index, inside=inside).get("weight_map")
-    names = sorted({str(name) for name in placed.values()}) if isinstance(placed, dict) else []
-    if not names:
+    shards = {name: str(file) for name, file in placed.items()} if isinstance(placed, dict) else {}
+    if not shards:
         raise RecipeError(f"{printable(index)}: has no weight_map that names the files of the weights")
-    for name in names:
+    for name in sorted({*shards.values()}):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise RecipeError(f"{printable(index)}: names {printable(name)!r}, which is no safetensors file beside it")
-    return tuple(names)
+        if not os.path.lexists(index.parent / name):
+            raise RecipeError(f"{printable(index)}: names {name}, which is not beside it: download the model again")
+    return shards
 
 
 def pickled(folder: Path) -> list[str]:
@@ -202,7 +237,10 @@ def class_of(name: object, kind: type) -> Any:
 
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise RecipeError(f"model: diffusers {diffusers.__version__} has no {kind.__name__} {printable(name)}")
+        raise RecipeError(
+            f"model: diffusers {diffusers.__version__} has no {kind.__name__} {one_line(name)[:80]}, which the model's"
+            " configuration names as its _class_name: install the version of diffusers that wrote the model"
+        )
     return found
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from intaglio.pipeline.files import MIB
+from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.files import MIB, printable
 from intaglio.pipeline.stored_tensors import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
@@ -16,6 +17,36 @@ if TYPE_CHECKING:
 
 LEAST_BYTES = MIB
 """Size in bytes, in float32, from which on a tensor stays in its file: smaller ones, such as biases, are kept."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+"""Types of weights that are read, as safetensors names them."""
+
+
+def check_fit(module: nn.Module, weights: Weights, origin: str) -> None:
+    """Raise RecipeError, which names `origin`, if a weight has another shape than the module, or is no float.
+
+    Weights under another name are not compared: diffusers may know how to convert them.
+    """
+    state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
+    common = [(place, state[place.name]) for place in weights.places if place.name in state]
+    other = [(place, tuple(tensor.shape)) for place, tensor in common if place.shape != tuple(tensor.shape)]
+    whole = [place for place, tensor in common if tensor.is_floating_point() and place.dtype not in FLOATS]
+    problems = []
+    if other:
+        place, shape = other[0]
+        problems.append(
+            f"model: {origin}: {len(other)} of {len(common)} weights have another shape than its config.json makes,"
+            f" such as {printable(place.name)}: {place.shape} in {place.file.name}, {shape} by the configuration: the"
+            " two do not belong together: download the model again"
+        )
+    if whole:
+        problems.append(
+            f"model: {origin}: {len(whole)} of {len(common)} weights are no floats, such as"
+            f" {printable(whole[0].name)}: {whole[0].dtype} in {whole[0].file.name}: they are codes of a quantized"
+            " model: name the full-precision model that was quantized"
+        )
+    if problems:
+        raise RecipeError(*problems)
 
 
 def fill_(module: nn.Module, weights: Weights) -> bool:
@@ -25,11 +56,11 @@ def fill_(module: nn.Module, weights: Weights) -> bool:
     same name and in the same shape: then only diffusers knows how to convert them.
     """
     state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
-    shapes = {name: shape for name, _, shape in weights.places}
+    shapes = {place.name: place.shape for place in weights.places}
     shared = len({id(tensor) for tensor in state.values()}) < len(state)
-    if shared or len(shapes) < len(weights.places) or any(shapes.get(n) != tuple(t.shape) for n, t in state.items()):
+    if shared or any(shapes.get(name) != tuple(tensor.shape) for name, tensor in state.items()):
         return False
-    for name, path, _ in weights.places:
+    for name, path, _, _ in weights.places:
         if name not in state:
             continue
         owner, _, key = name.rpartition(".")
