@@ -1,4 +1,4 @@
-"""A model's folder whose index, shards, configuration and weights do not belong together is one clear error."""
+"""Attack folders of models whose index, shards, configuration and weights do not belong together."""
 
 import json
 from collections.abc import Callable
