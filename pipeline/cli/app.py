@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from intaglio.pipeline.cli.console import duration, print_json, print_table
+from intaglio.pipeline.cli.console import STDOUT, duration, open_standard_streams, print_json, print_table
 from intaglio.pipeline.cli.explain import Explanation, explain, explain_pass, names_by_kind
 from intaglio.pipeline.cli.options import (
     DEFAULT_STORE,
@@ -116,11 +116,15 @@ def main() -> None:
     # Threads of torch that wait for others release their core. By default they spin: beside another job, a call of a
     # model took ten times as long. Torch reads this variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    open_standard_streams()
     try:
         app()
     except IntaglioError as error:
         say(f"intaglio: {_told(error)[0]}", error=True)
         raise SystemExit(error.exit_code) from error
+    except OSError as error:  # the help cannot be printed
+        say(f"intaglio: {error.filename or STDOUT}: {error.strerror}", error=True)
+        raise SystemExit(1) from error
 
 
 @app.callback()

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 
-from intaglio.pipeline.cli.console import duration, print_table
+from intaglio.pipeline.cli.console import duration, print_table, printing
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.known import known_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
@@ -21,7 +21,12 @@ def say(text: str, *, end: str = "\n", error: bool = False) -> None:
 
     Names and messages may come from untrusted files: every command prints through here or through `print_table`.
     """
-    print("\n".join(map(printable, text.split("\n"))), end=end, file=sys.stderr if error else sys.stdout)
+    lines = "\n".join(map(printable, text.split("\n")))
+    if error:
+        print(lines, end=end, file=sys.stderr)
+        return
+    with printing():
+        print(lines, end=end)
 
 
 def shortened(problem: str) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from intaglio.pipeline.errors import MissingExtra, RecipeError, StepFailed
 from intaglio.pipeline.files import open_safetensors, parse_json, printable
-from intaglio.pipeline.model.lora_formats import canonical, converted, fitting, refuse_other_kinds
+from intaglio.pipeline.model.lora_formats import LONGEST_NAME, canonical, converted, fitting, refuse_other_kinds
 from intaglio.pipeline.model.model_files import boundary
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 TEXT_ENCODER = re.compile(r"text_encoder(_\d+)?\.|lora_te\d?_")
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """Types that are read, as torch and as safetensors name them."""
+WHOLE = ("I8", "I16", "I32", "I64", "U8")
+"""Types of whole numbers, as which trainers may write an alpha."""
 PLAIN = re.compile(r"\^?[\w.]+")
 """Pattern of an alpha's key: the end of a layer's name, or, after ^, the whole name."""
-LONGEST_NAME = 120
-"""Largest number of characters of a name that a message prints."""
 ADAPTER = "lora"
 TOLERANCE = 1e-5
 """Relative tolerance of the fused weight, for r roundings in float32."""
@@ -65,6 +65,8 @@ def find_lora(given: str, base: Path) -> Path:
             keys = sorted(file.keys())
     except RecipeError as e:
         raise RecipeError(f"model.loras: {e} (no other kind is read)") from e
+    if not keys:
+        raise RecipeError(f"model.loras: {given} holds no tensors: download it again")
     others = [key for key in keys if TEXT_ENCODER.match(key)]
     if len(others) == len(keys):
         raise RecipeError(f"model.loras: none of {len(keys)} keys in {given} belongs to a denoiser: {_some(keys)}")
@@ -114,7 +116,7 @@ def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping
     with open_safetensors(file, framework="pt") as opened:
         names = [key for key in opened.keys() if not TEXT_ENCODER.match(key)]  # noqa: SIM118  # no dict
         refuse_other_kinds(names, label)
-        keys, held = canonical(names, layers), opened
+        keys, held = canonical(names, layers, label), opened
         prefix, fits = fitting(keys.keys(), layers)
         if unfit := sorted(keys.keys() - fits.keys()):
             made = None
@@ -131,6 +133,12 @@ def _updates(module: nn.Module, file: Path, scale: float, label: str) -> Mapping
         if problems := [f"{label}: {p}" for name, found in slices.items() if (p := _misfit(name, found, layers[name]))]:
             raise RecipeError(*problems)
         settings = _settings(opened.metadata() or {}, prefix, label)
+        plain = [name for name, found in parts.items() if "magnitude_vector" not in found]
+        if settings.get("use_dora") is True and plain:
+            raise RecipeError(
+                f"{label}: is a DoRA by its metadata (use_dora), but has no magnitudes for {len(plain)} of {len(parts)}"
+                f" layers: {_some(plain)}: the file is not whole: download it again"
+            )
         return {
             name: _update({part: held.get_tensor(key) for part, key in found.items()}, scale, settings, name, label)
             for name, found in parts.items()
@@ -230,7 +238,10 @@ def _misfit(name: str, found: Mapping[str, Any], layer: nn.Module) -> str | None
         return f"{math.prod(magnitude)} magnitudes do not fit {name}, whose weight is {shape}"
     if math.prod(shapes.get("alpha", ())) != 1:
         return f"{math.prod(shapes['alpha'])} alphas for {name}, which has one"
-    kinds = sorted({each.get_dtype() for each in found.values()} - set(FLOATS.values()))
+    kinds = sorted(
+        {each.get_dtype() for part, each in found.items() if part != "alpha" or each.get_dtype() not in WHOLE}
+        - set(FLOATS.values())
+    )
     return (
         f"{name} has tensors of the type {', '.join(kinds)}: only {', '.join(FLOATS.values())} are read"
         if kinds

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.files import DAMAGE
+from intaglio.pipeline.files import DAMAGE, printable
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+LONGEST_NAME = 120
+"""Largest number of characters of a name that a message prints."""
 PREFIXES = ("", "transformer.", "unet.", "diffusion_model.")
 """Prefixes that diffusers and ComfyUI write before the names of a denoiser's modules."""
 KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|alpha)")
@@ -61,20 +63,27 @@ def refuse_other_kinds(keys: Sequence[str], label: str) -> None:
         )
 
 
-def canonical(keys: Sequence[str], layers: Collection[str]) -> Mapping[str, str]:
-    """Return the keys of the file under the names that peft uses."""
+def canonical(keys: Sequence[str], layers: Collection[str], label: str) -> Mapping[str, str]:
+    """Return the keys of the file under the names that peft uses.
+
+    Raises RecipeError, which begins with `label`, if two keys become the same name.
+    """
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     flat = {name.replace(".", "_"): name for name in layers}
-    named = {}
+    named: dict[str, str] = {}
     for key in keys:
         kohya = KOHYA.fullmatch(key)
-        if kohya is not None and kohya["module"] in flat:
-            named[f"{flat[kohya['module']]}.{KOHYA_PARTS[kohya['part']]}"] = key
-        else:
-            named[key] = key
-    renamed: Mapping[str, str] = convert_unet_state_dict_to_peft(named)  # UNets may be spelt `to_q.lora.down`
-    return renamed
+        known = kohya is not None and kohya["module"] in flat
+        name = f"{flat[kohya['module']]}.{KOHYA_PARTS[kohya['part']]}" if kohya is not None and known else key
+        for each in convert_unet_state_dict_to_peft({name: key}):  # UNets may be spelt `to_q.lora.down`
+            if each in named:
+                raise RecipeError(
+                    f"{label}: {printable(named[each])[:LONGEST_NAME]} and {printable(key)[:LONGEST_NAME]} are the same"
+                    " weight under two names: remove one of them"
+                )
+            named[each] = key
+    return named
 
 
 def fitting(keys: Collection[str], layers: Collection[str]) -> tuple[str, Mapping[str, tuple[str, str]]]:
