@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from intaglio.pipeline.model.arguments import flatten
 from intaglio.pipeline.model.call_form import CallForm
 from intaglio.pipeline.model.model_files import ModelSize
 from intaglio.pipeline.model.step_clock import number
+from intaglio.pipeline.runs.manifest import MANIFEST, Manifest
 from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import files_below
 
@@ -117,13 +118,28 @@ def load(
     `backend`: name of an installed runtime: onnxruntime, a plug-in's runtime, or tensorrt or tensorrt-rtx, which run
     the folder's engine.plan on torch's current GPU and stream without a copy; those two have not run on a GPU yet.
     `threads`: threads of ONNX Runtime, 0 for one on each core; `providers`: execution providers besides the CPU's.
-    Raises RecipeError if the folder holds nothing that the backend executes, TargetError if an engine cannot run here.
+    Raises RecipeError if the folder holds nothing that the backend executes, or if its graph was changed since the run
+    that wrote its manifest; TargetError if an engine cannot run here.
     """
     root, device = Path(folder), device_of(backend)
     if not (root / "graph.json").is_file() or not (root / "model.onnx").is_file():
         raise RecipeError(f"{root}: no graph.json and model.onnx: give the folder of a target that a run has written")
+    check_delivered(root, ("graph.json", "model.onnx", "model.onnx.data"))
     graph = Graph.load(root)
     return CompiledDenoiser(graph, open_call(graph, backend, threads, providers), device).eval()
+
+
+def check_delivered(folder: Path, names: Collection[str]) -> None:
+    """Raise RecipeError, which lists the files of these names that are missing or differ from the folder's manifest.
+
+    A name that the manifest does not have is not checked, and neither is a folder without a manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = Manifest.read(folder)
+    own = "if you changed it yourself, remove it from manifest.json"
+    if problems := list(manifest.damage(folder, manifest.files.keys() - {*names})):
+        raise RecipeError(*(f"{printable(folder)}: {each}: run the recipe again; {own}" for each in problems))
 
 
 def device_of(backend: str) -> torch.device:

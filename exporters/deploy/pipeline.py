@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from intaglio.exporters.deploy.call_inputs import CallInputs
-from intaglio.exporters.deploy.denoiser import defaults, device_of, load, open_call, size_bound
+from intaglio.exporters.deploy.denoiser import check_delivered, defaults, device_of, load, open_call, size_bound
 from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.graph import Graph, Interface
@@ -22,6 +22,7 @@ from intaglio.pipeline.model.arguments import flatten, nest
 from intaglio.pipeline.model.model_files import blamed
 from intaglio.pipeline.model.pipeline_folder import INDEX, METHODS, PipelineFolder, is_generator, output_class
 from intaglio.pipeline.runs.registry import find_runtime
+from intaglio.pipeline.runs.store import files_below
 
 if TYPE_CHECKING:
     from intaglio.pipeline.model.types import Values
@@ -120,6 +121,8 @@ def load_pipeline(
     home = device_of(backend)
     if not (root / "pipeline" / INDEX).is_file():
         raise RecipeError(f"{root}: no pipeline/{INDEX}: compile a whole pipeline with the step `components`")
+    below = files_below(root / "pipeline")
+    check_delivered(root, [file.relative_to(root).as_posix() for file in below if file.name != "engine.plan"])
     compiled = Components(root / "pipeline")
     settings, there = PipelineFolder(compiled.root), compiled.compiled
     made: dict[str, Any] = dict.fromkeys(settings.absent())
