@@ -1,6 +1,7 @@
 """Read YAML from any author in bounded time and memory."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ LONGEST_NUMBER = 100
 """Largest number of characters in a number."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
+_OTHER_BASE = re.compile(r"[-+]?(0[0-7_]*[0-7]_*|.*:.*)")
+"""Numbers to base 8 or 60 in YAML, which look like decimal numbers and times."""
 _MERGE = "tag:yaml.org,2002:merge"
 """The key << takes over what another mapping has."""
 
@@ -118,6 +121,12 @@ class _Values:
             value = _SCALARS[tag](node)
         except (ArithmeticError, ConstructorError, LookupError, ValueError) as e:
             raise self._error(f"{printable(text)[:80]} is no {tag}", node, place) from e
+        if tag in ("int", "float") and _OTHER_BASE.fullmatch(text):
+            base = 60 if ":" in text else 8
+            why = (
+                f"{printable(text)} is the number {value} to base {base} in YAML: write {value}, or put text in quotes"
+            )
+            raise self._error(why, node, place)
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
             raise self._error(f"the number {text} does not fit in 64 bits", node, place)
         if isinstance(value, float) and not math.isfinite(value):

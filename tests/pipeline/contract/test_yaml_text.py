@@ -71,8 +71,20 @@ def test_merged_mappings_are_read_under_what_is_beside_them() -> None:
 
 
 def test_numbers_are_those_of_yaml() -> None:
-    found = read_yaml("[1:30, 0x1F, 017, 0b11, 1_000, 1.5e+3, yes, ~, 1e3, '5']", "s")
-    assert found == [90, 31, 15, 3, 1000, 1500.0, True, None, "1e3", "5"]
+    found = read_yaml("[0x1F, 0, -0, 0_, 0b11, 1_000, 1.5e+3, 0.5, yes, ~, 1e3, '5', '010', '1:30']", "s")
+    assert found == [31, 0, 0, 0, 3, 1000, 1500.0, 0.5, True, None, "1e3", "5", "010", "1:30"]
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "base"),
+    [("010", "8", 8), ("-0_17", "-15", 8), ("00", "0", 8), ("1:30", "90", 60), ("-1:30.5", "-90.5", 60)],
+)
+def test_a_number_that_looks_like_another_one_is_refused(written: str, value: str, base: int) -> None:
+    message = (
+        rf"seed: {written} is the number {value} to base {base} in YAML: write {value}, or .* \(line 1, column 7\)"
+    )
+    with pytest.raises(RecipeError, match=message):
+        read_yaml(f"seed: {written}", "s")
 
 
 @pytest.mark.parametrize(
