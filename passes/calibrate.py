@@ -105,6 +105,7 @@ class Calibrate(Pass):
         with ctx.progress("calibrate", len(sampler.timesteps)) as advance, after_calls(modules, seen.note):
             for call in sampler.drive(denoise, start):
                 if isinstance(call, Call):
+                    seen.check_float32()
                     _check_output(call, sampler, seen)
                     calls.append(_rounded(call, sampler) if self.precision == "float16" else call)
                     seen.end_of_call()

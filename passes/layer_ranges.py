@@ -13,6 +13,7 @@ from torch import nn
 
 from intaglio.passes.layer_inputs import SameInputs
 from intaglio.pipeline.artifacts.workload import Unreached, Workload
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.dataflow import NEVER_CALLED, NO_EFFECT, WEIGHT_READ, follow
 from intaglio.pipeline.model.layer_types import Conv
 from intaglio.pipeline.numerics.step_tables import where_known
@@ -59,10 +60,13 @@ class LayerRanges:
         self._calls: list[_Call] = []
         self._rows: dict[str, int] = {}
         self._readers = SameInputs()
+        self._other_types: dict[str, torch.dtype] = {}
 
     def note(self, name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """Record one call of a layer."""
         module, now, x = self._modules[name], self._now, args[0]
+        if output.dtype != torch.float32:
+            self._other_types[name] = output.dtype
         if not self._calls:
             self._readers.note(name, x)
         now.rows[name] = now.rows.get(name, 0) + output.numel() // self._layers[name].n
@@ -75,6 +79,17 @@ class LayerRanges:
                 product = product - of_channels(module, module.bias.detach())
             amax_N = output_amax(product.abs(), module, self._processes)
             now.output[name] = torch.maximum(now.output.get(name, amax_N), amax_N)
+
+    def check_float32(self) -> None:
+        """Raise RecipeError if layers computed in another type than float32: a graph cannot."""
+        if not self._other_types:
+            return
+        name, dtype = next(iter(self._other_types.items()))
+        raise RecipeError(
+            f"{len(self._other_types)} of {len(self._layers)} layers, the first is {name}, compute in"
+            f" {str(dtype).removeprefix('torch.')}, and a graph is made from layers in float32: remove torch.autocast"
+            " and casts of inputs and weights from the model's forward"
+        )
 
     def end_of_call(self) -> None:
         """End the current call of the model; later notes belong to its next call."""

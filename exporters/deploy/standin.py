@@ -18,6 +18,7 @@ from intaglio.pipeline.errors import CallError
 
 ADVICE = "a compiled model cannot be changed: change the original, and compile it again"
 ADAPTER_ADVICE = "name LoRAs in the recipe, model.loras; put any other adapter into the original, and compile it again"
+PICKLE_ADVICE = "call intaglio.load with its folder in each process"
 HARMLESS = (
     "compile",
     "compile_repeated_blocks",
@@ -118,6 +119,10 @@ class Standin(nn.Module):
         """Device of outputs."""
         raise NotImplementedError
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield one parameter without elements: callers read the device and the type of a model from its first."""
+        yield _shown(torch.empty(0, dtype=self.dtype, device=self.device), self._called("parameters"))  # type: ignore[misc]  # it is a parameter
+
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield nothing: the weights are not here."""
         return iter(())
@@ -187,6 +192,14 @@ class Standin(nn.Module):
     def __deepcopy__(self, memo: object) -> Self:
         """Return itself, as it cannot be changed."""
         return self
+
+    def __copy__(self) -> Self:
+        """Return itself, as it cannot be changed."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Raise CallError: a session of a runtime belongs to its process."""
+        raise CallError(f"{self._called('pickle')}: a compiled model is not pickled: {PICKLE_ADVICE}")
 
     def cache_context(self, name: str, **_: Any) -> contextlib.AbstractContextManager[None]:
         """Return a context without effect: no cache can be enabled, but pipelines open one around every call."""
@@ -296,7 +309,11 @@ def _frozen(kind: Any) -> Any:
     def harmless(self: Any, *_: Any, **__: Any) -> None:
         """Do nothing: a runtime computes in its own way."""
 
+    def reduce(self: Any, protocol: object) -> NoReturn:
+        raise CallError(f"{self._place}: a part of a compiled model is not pickled or copied: {PICKLE_ADVICE}")
+
     changed: dict[str, Any] = {
+        "__reduce_ex__": reduce,
         "__setattr__": set_attribute,
         "__delattr__": delete_attribute,
         "__module__": kind.__module__,

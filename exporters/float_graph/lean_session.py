@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.files import one_line
 from intaglio.pipeline.machine import giving_back
 
 
@@ -25,7 +29,8 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     """Open a graph on the CPU with little memory: weights stay in their file, and freed memory is returned.
 
     The products of the graph have to be in float; their weights may be codes. The session is slow: weights have no
-    special layout for kernels, and blocks of memory are mapped one by one.
+    special layout for kernels, and blocks of memory are mapped one by one. Raises StepFailed for an operator that ONNX
+    Runtime does not have in these types.
     """
     options = exact_options()
     # the next level changes the layout of convolutions' weights
@@ -36,4 +41,11 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
     options.enable_mem_reuse = False  # memory that is to be reused later is not released before
     with giving_back():
-        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except (NoKernel, InvalidGraph) as error:
+            raise StepFailed(
+                f"ONNX Runtime cannot execute the exported graph: {one_line(error)}: correct what the model does there;"
+                " it may cast to another type than float32"
+            ) from error
+        yield session

@@ -23,6 +23,7 @@ from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
 from intaglio.exporters.float_graph.turned import TurnedWeights
 from intaglio.pipeline.artifacts.graph import Graph, Interface, TensorSpec, fixed_constant
 from intaglio.pipeline.errors import StepFailed
+from intaglio.pipeline.files import one_line
 from intaglio.pipeline.model.layers import layer_table
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write_graph(
     sites = find_sites(exported.graph)
     _check_weights(module, sites)
     ir.save(exported, path, external_data="model.onnx.data")
-    onnx.checker.check_model(path, full_check=True)
+    _check_valid(path, called)
     # onnxscript's rules keep the graph that they last looked at, and its weights are torch's own
     for weight in (*weights, *exported.graph.initializers.values()):
         weight.const_value = None
@@ -60,6 +61,17 @@ def write_graph(
     ends = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
     interface = Interface(constants={name: fixed_constant(value) for name, value in fixed.items()})
     return Graph(path, *ends, nodes=nodes, timestep=None, sizes=calls.sizes(axes), interface=interface)
+
+
+def _check_valid(path: Path, called: str) -> None:
+    """Raise StepFailed if the graph is no valid ONNX, such as a convolution in bfloat16."""
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise StepFailed(
+            f"torch exports {called} as a graph that is not valid ONNX: {one_line(error)}: correct what the model does"
+            " there; it may cast to another type than float32"
+        ) from error
 
 
 def tensor_specs(values: Sequence[ir.Value]) -> dict[str, TensorSpec]:

@@ -1,6 +1,8 @@
 """A compiled denoiser is read like the model that it replaces, and refuses every change that would have no effect."""
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import onnx
 import onnx.parser
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import sd_unet
 from torch import nn
 
@@ -52,7 +55,15 @@ def cached(unet: Any) -> None:
     apply_pyramid_attention_broadcast(unet, config)
 
 
+def with_adapters(unet: Any) -> None:
+    inject_adapter_in_model(LoraConfig(target_modules=["to_q"], r=1), unet)
+
+
 CHANGES = {
+    "adapters of peft": (with_adapters, r"attn1\.to_q cannot be set in a compiled model"),
+    "pickle": (pickle.dumps, "a compiled model is not pickled: call intaglio.load with its folder in each process"),
+    "torch.save": (lambda n: torch.save(n, io.BytesIO()), "a compiled model is not pickled"),
+    "a part": (lambda n: pickle.dumps(n.up_blocks[0]), r"up_blocks\.0: a part of a compiled model is not pickled"),
     "attention processors": (lambda n: n.set_attn_processor(object()), "attn1.processor cannot be set"),
     "default processors": (lambda n: n.set_default_attn_processor(), "attn1.processor cannot be set"),
     "processors that are read": (lambda n: n.attn_processors, "attention of a compiled model cannot be changed"),
@@ -141,7 +152,7 @@ def test_it_is_read_as_the_original(unet):
     assert unet.config.cross_attention_dim == original.config.cross_attention_dim == 64
     assert not hasattr(unet, "no_such_attribute")
     assert hasattr(unet, "add_adapter")
-    assert not list(unet.parameters())
+    assert [each.numel() for each in unet.parameters()] == [0]
 
 
 def test_a_table_of_positions_that_is_changed_in_place_is_an_error_of_the_next_call():
@@ -160,3 +171,11 @@ def test_a_table_of_positions_that_is_changed_in_place_is_an_error_of_the_next_c
         CallError, match=r"inner\.table was changed after loading, without effect on the compiled model"
     ):
         standin.check_unchanged()
+
+
+def test_the_type_and_the_device_are_read_from_the_first_parameter(unet: CompiledDenoiser) -> None:
+    first = next(unet.parameters())
+    assert (first.dtype, first.device, first.numel()) == (torch.float32, unet.device, 0)
+    with pytest.raises(CallError, match="parameters can neither be read nor changed"):
+        first.add_(1)
+    assert copy.copy(unet) is unet
