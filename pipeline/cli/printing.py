@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 from intaglio.pipeline.cli.console import duration, print_table, printing
 from intaglio.pipeline.files import printable
@@ -22,11 +23,8 @@ def say(text: str, *, end: str = "\n", error: bool = False) -> None:
     Names and messages may come from untrusted files: every command prints through here or through `print_table`.
     """
     lines = "\n".join(map(printable, text.split("\n")))
-    if error:
-        print(lines, end=end, file=sys.stderr)
-        return
-    with printing():
-        print(lines, end=end)
+    with nullcontext() if error else printing():
+        print(lines, end=end, file=sys.stderr if error else sys.stdout)
 
 
 def shortened(problem: str) -> str:
