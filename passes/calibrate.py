@@ -35,7 +35,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True

@@ -134,7 +134,7 @@ def next_steps(found: Found, recipe: str) -> Iterator[str]:
     except IntaglioError as error:
         yield from error.problems
     if found.assumed_threads is not None:
-        yield f"the recipe is for about {found.minutes:g} minutes of work: for more or less, give `intaglio init --minutes`"
+        yield f"the recipe is for about {found.minutes:g} minutes: for more or less, give `intaglio init --minutes`"
     yield f"intaglio plan {recipe}    # how long it will take"
     yield f"intaglio run {recipe}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,6 @@ from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
-from intaglio.pipeline.model.inputs import MissingInputs
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.lora import find_lora, fuse_lora_
 from intaglio.pipeline.model.model_files import (
@@ -37,7 +35,14 @@ from intaglio.pipeline.model.model_files import (
     single_file_cure,
 )
 from intaglio.pipeline.model.prepared import plain_weights_
-from intaglio.pipeline.model.received import call_copied_factory, call_factory, check_other_size, check_sample_shape
+from intaglio.pipeline.model.received import (
+    call_copied_factory,
+    call_factory,
+    check_other_size,
+    check_sample_shape,
+    class_count,
+    configured_shape,
+)
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS, ModelRef
 
 if TYPE_CHECKING:
@@ -243,6 +248,7 @@ class Checkpoint:
         is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
         if the recipe leaves out something that the denoiser needs.
         """
+        from intaglio.pipeline.model.attention import split_attention_
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
@@ -254,6 +260,7 @@ class Checkpoint:
             made.module.to("meta")
         for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
             fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
+        split_attention_(made.module)
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:
@@ -274,12 +281,17 @@ class Checkpoint:
 
     def empty(self) -> nn.Module:
         """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
-        if self.entry:
-            return plain_weights_(self._call_factory().module)
+        from intaglio.pipeline.model.attention import split_attention_
+
+        module = plain_weights_(self._call_factory().module) if self.entry else self._unfilled()
+        split_attention_(module)
+        return module
+
+    def _unfilled(self) -> nn.Module:
+        """Return a folder's denoiser as its class makes it, without weights."""
         from intaglio.pipeline.model.empty_model import empty_model
 
-        kind = self._diffusers_class()
-        return plain_weights_(empty_model(kind, self.config(), self._size, self._called))
+        return plain_weights_(empty_model(self._diffusers_class(), self.config(), self._size, self._called))
 
     @property
     def is_large(self) -> bool:
@@ -322,9 +334,9 @@ class Checkpoint:
 
     def _open_folder(self, recording: Recording | None, weights: bool, stored: bool | None) -> DenoiserModel:
         module: Any = self._weighed(stored) if weights else self.empty()
-        shape = _sample_shape(module.config) if recording is None else recording.sample_shape
+        shape = configured_shape(module.config) if recording is None else recording.sample_shape
         check_sample_shape(shape, self._called)
-        return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), _class_count(module))
+        return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), class_count(module))
 
     def _weighed(self, stored: bool | None) -> Any:
         """Return the denoiser with all its weights. Raises RecipeError if some are missing or not in safetensors."""
@@ -336,7 +348,7 @@ class Checkpoint:
         assert folder is not None  # `resolve` checked it
         if weights is None:
             raise self._no_weights(pickled(folder))
-        empty = self.empty()  # raises if the model would be much larger than its weights
+        empty = self._unfilled()  # raises if the model would be much larger than its weights
         if stored is None:
             stored = self.is_large
         if stored and "quantization_config" not in self.config() and fill_(empty, weights):
@@ -372,28 +384,3 @@ class Checkpoint:
 def _places(ref: ModelRef) -> tuple[str, ...]:
     """Return the names of folders that may hold the denoiser, the preferred first."""
     return DENOISER_FOLDERS if ref.subfolder is None else (ref.subfolder,)
-
-
-def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
-    """Return the sample shape in a configuration; `received.check_sample_shape` checks it."""
-    size = config.get("sample_size")
-    if size is None:
-        raise MissingInputs(
-            "model: its configuration has no sample_size: name a file of intaglio.record in `conditions`"
-        )
-    return (config.get("in_channels"), *(size if isinstance(size, list | tuple) else (size, size)))
-
-
-def _class_count(module: Any) -> int | None:  # a model of diffusers
-    """Return the number of classes, the null class not counted.
-
-    A DiT adds one class for it, a UNet counts it among its class embeddings.
-    """
-    config = module.config
-    if "class_labels" not in inspect.signature(module.forward).parameters:
-        return None
-    if config.get("num_embeds_ada_norm") is not None:
-        return int(config["num_embeds_ada_norm"])
-    if config.get("num_class_embeds") is not None:
-        return int(config["num_class_embeds"]) - 1
-    return None

@@ -87,6 +87,8 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
+    from intaglio.pipeline.model.attention import SplitAttention
+
     found = {}
     for name, layer in module.named_modules():
         kind = type(layer).__name__
@@ -103,8 +105,8 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
                 found[name] = f"a depthwise {kind}" if alone else f"a {kind} with {layer.groups} groups"
             case _ConvNd():
                 found[name] = f"a transposed convolution ({kind})"
-            case nn.MultiheadAttention():
-                found[name] = "a MultiheadAttention computes its projections by itself"
+            case nn.MultiheadAttention() if not isinstance(layer, SplitAttention):
+                found[name] = f"a {kind} computes its projections by itself"
             case nn.Bilinear() | nn.RNNBase() | nn.RNNCellBase():
                 found[name] = f"a {kind}"
     return found
