@@ -34,7 +34,7 @@ from intaglio.pipeline.model.model_files import (
     pickled,
     single_file_cure,
 )
-from intaglio.pipeline.model.prepared import plain_weights_
+from intaglio.pipeline.model.prepared import plain_weights_, split_
 from intaglio.pipeline.model.received import (
     call_copied_factory,
     call_factory,
@@ -248,7 +248,6 @@ class Checkpoint:
         is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
         if the recipe leaves out something that the denoiser needs.
         """
-        from intaglio.pipeline.model.attention import split_attention_
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
@@ -260,7 +259,7 @@ class Checkpoint:
             made.module.to("meta")
         for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
             fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
-        split_attention_(made.module)
+        split_(made.module)
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:
@@ -281,10 +280,8 @@ class Checkpoint:
 
     def empty(self) -> nn.Module:
         """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
-        from intaglio.pipeline.model.attention import split_attention_
-
         module = plain_weights_(self._call_factory().module) if self.entry else self._unfilled()
-        split_attention_(module)
+        split_(module)
         return module
 
     def _unfilled(self) -> nn.Module:

@@ -66,6 +66,15 @@ def ordinary_(module: Module) -> Module:
     return module
 
 
+def split_(module: nn.Module) -> None:
+    """Give modules of torch that compute more than one step a layer to quantize for each product. Changes `module`."""
+    from intaglio.pipeline.model.attention import split_attention_
+    from intaglio.pipeline.model.padding import split_padding_
+
+    split_attention_(module)
+    split_padding_(module)
+
+
 def own_forward(layer: nn.Module) -> bool:
     """Return True if a Linear or a convolution overrides torch's `forward`, in its class or in itself."""
     from torch import nn
