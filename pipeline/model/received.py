@@ -76,6 +76,8 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
 
     Raises RecipeError, which names `entry`, if that is not possible, and for inputs that are no tensors.
     """
+    from intaglio.pipeline.model.own_layers import plain_layers_
+
     with blamed(entry):
         module = _merged(_unwrapped(made.module, entry), entry).eval()
         _check_kind(module, entry)
@@ -85,6 +87,7 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
                 " values: load the model without offloading"
             )
         ordinary_(module).to("cpu").float()
+        plain_layers_(module)
     check_sample_shape(made.sample_shape, entry)
     return replace(
         made,
