@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from intaglio.passes.layer_ranges import LayerRanges
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.formats.layer import Layer
-    from intaglio.pipeline.model.sampler import Call, Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Call, Sampler
     from intaglio.pipeline.model.types import Denoise
 
 

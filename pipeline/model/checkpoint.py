@@ -16,7 +16,6 @@ from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
-from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
@@ -243,6 +242,7 @@ class Checkpoint:
         is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
         if the recipe leaves out something that the denoiser needs.
         """
+        from intaglio.pipeline.model.form_search import formed
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import CallForm
-from intaglio.pipeline.model.inputs import InputNames, input_names
+from intaglio.pipeline.model.inputs import CLASS_LABELS, InputNames, input_names
 
 if TYPE_CHECKING:
     import torch
@@ -111,4 +111,6 @@ class DenoiserModel:
     @cached_property
     def names(self) -> InputNames:
         """Return the names of the denoiser's arguments. Raises RecipeError if a required one is missing."""
-        return input_names(self)
+        classes = () if self.classes is None else (CLASS_LABELS,)
+        values = (*self.conditions, *self.shared, *self.constants, *classes)
+        return input_names(self.module, values, self.sample_name, self.timestep_name)
