@@ -60,29 +60,28 @@ class Part:
 
 @dataclass(frozen=True)
 class CallForm:
-    """Form of a denoiser's calls and outputs.
-
-    `part` is what the scheduler moves of the sample, None for all of it. `cut` is an axis of one sample and the size to
-    which the scheduler reads outputs there, None if they have no more than the state. With `variance`, the scheduler
-    reads as many channels again behind those of the state: a learned variance.
-    `repeats[name]` is the number of rows (R, k, ...) that the module takes as (R k, ...), such as texts once a frame.
-    `row_axes[name]` is the axis of the module's argument along which its rows lie, where that is not the first: (L, R,
-    ...) for 1. `apart` are inputs that the module takes as a list with one tensor for each row. With `lists`, numbered
-    inputs are the items of lists, not of tuples. `float_timestep`: the timestep is floating point where the scheduler's
-    is not. `row_lists` are constants that are lists with one item for each row, all of them equal. `fields` are the
-    names of the module's outputs.
-    """
+    """Form of a denoiser's calls and outputs."""
 
     part: Part | None = None
+    """Part of the sample that the scheduler moves; None for all of it."""
     cut: tuple[int, int] | None = None
+    """Axis of one sample, and the size to which the scheduler reads outputs there; None if it reads whole outputs."""
     repeats: Mapping[str, int] = field(default_factory=dict)
+    """Number k of rows (R, k, ...) that the module takes as (R k, ...), by input, such as texts once a frame."""
     apart: tuple[str, ...] = ()
+    """Inputs that the module takes as a list with one tensor for each row."""
     lists: bool = False
+    """True if numbered inputs are the items of lists, and not of tuples."""
     float_timestep: bool = False
+    """True if the module takes a floating-point timestep where the scheduler's is a whole number."""
     fields: tuple[str, ...] = ("sample",)
+    """Names of the module's outputs."""
     variance: Annotated[bool, OPTIONAL] = False
+    """True if the scheduler reads a learned variance: as many channels again, behind those of the state."""
     row_axes: Annotated[Mapping[str, int], OPTIONAL] = field(default_factory=dict)
+    """Axis of the module's argument along which its rows lie, where that is not the first: 1 for (L, R, ...)."""
     row_lists: Annotated[tuple[str, ...], OPTIONAL] = ()
+    """Constants that are lists with one item for each row, all of them equal."""
 
     def call(self, module: nn.Module, inputs: Inputs, constants: Mapping[str, object], rows: int) -> Any:
         """Return the module's own output for the inputs of R = `rows` rows by flat name."""
@@ -135,10 +134,10 @@ def fields_of(output: Any) -> tuple[str, ...]:
 
 
 def ends(sample: Sequence[int], output: Sequence[int]) -> tuple[Part | None, tuple[int, int] | None]:
-    """Return what moves of one sample, and where outputs are cut, from the shapes of one sample and one output.
+    """Return the part of a sample that moves, and where outputs are cut, from the shapes of one sample and one output.
 
-    An output that is smaller along one axis is that of the sample's first channels. An output that is larger along one
-    axis is cut there.
+    If the output is smaller along one axis, the scheduler moves as many entries, the first ones of the sample there. If
+    it is larger along one axis, it is cut there.
     """
     if len(sample) != len(output):
         return None, None

@@ -34,7 +34,7 @@ class Start:
 
 
 class CallRows:
-    """Makes the rows of a model's calls: those of the conditions and, with guidance, those without them."""
+    """Makes the inputs of a model's calls: rows with conditions and, with guidance, then the rows without them."""
 
     def __init__(self, model: DenoiserModel, guidance: float) -> None:
         self.model, self.names = model, model.names

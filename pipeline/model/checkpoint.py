@@ -238,9 +238,9 @@ class Checkpoint:
         """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.
 
         Without `weights`, the denoiser is on torch's meta device and no weights are read. `stored`: larger weights of a
-        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. If it
-        is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
-        if the recipe leaves out something that the denoiser needs.
+        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. None:
+        they stay there if all weights in float32 would take more than the share FEW of the machine's memory. Raises
+        RecipeError if the recipe leaves out something that the denoiser needs.
         """
         from intaglio.pipeline.model.form_search import formed
         from intaglio.pipeline.model.recording import Recording
@@ -283,7 +283,7 @@ class Checkpoint:
 
     @property
     def is_large(self) -> bool:
-        """Return True if a folder's weights in float32 take more than FEW of the machine's memory.
+        """Return True if a folder's weights in float32 take more than the share FEW of the machine's memory.
 
         Raises RecipeError for weights that cannot be read.
         """
@@ -387,7 +387,7 @@ def _sample_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
 def _class_count(module: Any) -> int | None:  # a model of diffusers
     """Return the number of classes, the null class not counted.
 
-    A DiT adds one class for it, a UNet counts it among its class embeddings.
+    The configuration of a DiT leaves the null class out; that of a UNet counts it.
     """
     config = module.config
     if "class_labels" not in inspect.signature(module.forward).parameters:
