@@ -52,7 +52,7 @@ class Found:
     cost: ModelCost | None
     """Cost of a call; None if it cannot be counted without weights."""
     minutes: float | None = None
-    """Minutes in which a run of the recipe should end. If they are set and the cost is known, the cost was timed."""
+    """Time in which a run of the recipe should end; if it is set, the cost, where it is known, was measured."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
     partners: tuple[str, ...] = ()
