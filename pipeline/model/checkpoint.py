@@ -15,7 +15,6 @@ from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
-from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
@@ -244,10 +243,11 @@ class Checkpoint:
         """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.
 
         Without `weights`, the denoiser is on torch's meta device and no weights are read. `stored`: larger weights of a
-        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. If it
-        is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
-        if the recipe leaves out something that the denoiser needs.
+        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. None:
+        they stay there if all weights in float32 would take more than the share FEW of the machine's memory. Raises
+        RecipeError if the recipe leaves out something that the denoiser needs.
         """
+        from intaglio.pipeline.model.form_search import formed
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
@@ -292,7 +292,7 @@ class Checkpoint:
 
     @property
     def is_large(self) -> bool:
-        """Return True if a folder's weights in float32 take more than FEW of the machine's memory.
+        """Return True if a folder's weights in float32 take more than the share FEW of the machine's memory.
 
         Raises RecipeError for weights that cannot be read.
         """

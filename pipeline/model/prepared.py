@@ -92,7 +92,7 @@ def own_forward(layer: nn.Module) -> bool:
 
 
 def unquantizable(module: nn.Module) -> dict[str, str]:
-    """Return the reason, by name, for each layer with weights that cannot be quantized."""
+    """Return, by name of the layer, the reason why a layer with weights cannot be quantized."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 

@@ -257,7 +257,7 @@ def configured_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
 def class_count(module: Any) -> int | None:  # a model of diffusers
     """Return the number of classes, the null class not counted.
 
-    A DiT adds one class for it, a UNet counts it among its class embeddings.
+    The configuration of a DiT leaves the null class out; that of a UNet counts it.
     """
     config = module.config
     if "class_labels" not in inspect.signature(module.forward).parameters:
