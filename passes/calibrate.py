@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from intaglio.passes.layer_ranges import LayerRanges
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.formats.layer import Layer
-    from intaglio.pipeline.model.sampler import Call, Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Call, Sampler
     from intaglio.pipeline.model.types import Denoise
 
 
@@ -35,7 +36,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True
@@ -177,13 +178,13 @@ def _check_output(call: Call, sampler: Sampler, seen: LayerRanges) -> None:
 
 
 REPEATED = 1e-2
-"""Relative L2 distance up to which two outputs count as equal; other numbers of rows change the order of sums."""
+"""Relative L2 distance up to which two outputs count as equal: the order of sums depends on the number of rows."""
 
 
 def _check_repeats(denoise: Denoise, trajectory: Trajectory, rows: Sequence[int]) -> None:
-    """Raise RecipeError if the model returns something else for some rows of its first call.
+    """Raise RecipeError if the model computes some rows of its first call otherwise when they are called again.
 
-    A graph computes each row alone, and the same each time.
+    A graph computes each row alone, and returns the same each time.
     """
     import torch
 

@@ -27,9 +27,11 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.sampler import CLASS_LABELS, Sampler, Start
+from intaglio.pipeline.model.inputs import CLASS_LABELS
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.types import Inputs
 
 SIZE = 32

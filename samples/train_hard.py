@@ -29,10 +29,12 @@ from rich.progress import track
 from safetensors.torch import save_file
 from train_emoji import read_emoji, save_grid
 
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel
+from intaglio.pipeline.model.inputs import CLASS_LABELS
 from intaglio.pipeline.model.received import call_factory
-from intaglio.pipeline.model.sampler import CLASS_LABELS, Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 
 MODELS = Path(__file__).parent / "models"
 SIZE, SMALL = 24, 20

@@ -20,9 +20,10 @@ import typer
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel
-from intaglio.pipeline.model.sampler import Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 
 MODEL = Path(__file__).parent / "models" / "policy"
 TASK = runpy.run_path(str(MODEL / "policy.py"))

@@ -1,6 +1,7 @@
 """A compiled folder as a run leaves it, of one linear layer that has a scale for each denoising step."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +74,10 @@ def delivered(folder: Path) -> Path:
     }
     Manifest(files=files, seed=0, start={}, steps=(), versions={}).write(folder)
     return folder
+
+
+def unpacked(archive: Path) -> Path:
+    """The kit's folder, in the test's own."""
+    with tarfile.open(archive) as packed:
+        packed.extractall(filter="data")
+    return next(path for path in Path.cwd().iterdir() if (path / "SHA256SUMS").is_file())

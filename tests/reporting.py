@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from intaglio.exporters.report.report import WriteReport
 from intaglio.pipeline.artifacts.findings import Finding, Findings
 from intaglio.pipeline.artifacts.front import Point
 from intaglio.pipeline.artifacts.graph import Engine, Graph, TensorSpec
@@ -19,6 +20,7 @@ from intaglio.pipeline.artifacts.keys import (
     MODEL,
     PLAN,
     PROVENANCE,
+    REPORT,
     SENSITIVITY,
     TARGET,
     VERIFICATION,
@@ -27,8 +29,9 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.provenance import Provenance
 from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
-from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Verification, VerificationFigures
-from intaglio.pipeline.contract.artifact import AnyKey, Artifact
+from intaglio.pipeline.artifacts.verification import Latency, LayerParity, Report, Verification, VerificationFigures
+from intaglio.pipeline.contract.artifact import AnyKey, Artifact, State
+from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.recipe import Recipe
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.formats.layer import Layer
@@ -165,3 +168,9 @@ def artifacts(root: Path) -> dict[AnyKey, Artifact]:
 def points(*losses: float) -> tuple[Point, ...]:
     schemes = {layer.name: scheme.name for layer, scheme in zip(LAYERS, SCHEMES, strict=True)}
     return tuple(Point({"size": 0.3 + 0.1 * i, "latency": 0.5}, loss, schemes) for i, loss in enumerate(losses))
+
+
+def write(made: dict[AnyKey, Artifact], **options: int) -> Report:
+    report = WriteReport(**options).run(State(made, reader="report"), Context(Path()))[REPORT]
+    assert isinstance(report, Report)
+    return report

@@ -61,7 +61,7 @@ def saved(folder: Path, model: str) -> str:
 
 
 def made(folder: Path) -> Made:
-    """What the recipe makes of the model in the folder."""
+    """Return what the recipe makes of the model in the folder."""
     recipe = Recipe.model_validate(
         {
             "model": {"path": "model", "sampling_steps": 2, "guidance": 2.0},

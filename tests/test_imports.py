@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,6 +64,41 @@ def test_imports_among_folders_make_no_circle() -> None:
         imported.setdefault(own, set()).update({_folder(name) for name in names if name[:1] and name[0] in FOLDERS})
     assert len(imported) > 30
     TopologicalSorter({own: names - {own} for own, names in imported.items()}).prepare()  # raises CycleError
+
+
+def test_imports_among_modules_make_no_circle() -> None:
+    """Imports for types alone and those inside functions count too."""
+    modules = {_module(path): path for path in SOURCES}
+    imported = {name: _modules_of(path, modules.keys()) - {name} for name, path in modules.items()}
+    assert sum(map(len, imported.values())) > len(modules)
+    TopologicalSorter(imported).prepare()  # raises CycleError
+
+
+def test_a_module_of_a_name_is_found_in_an_import_for_types_and_in_one_inside_a_function(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        "if TYPE_CHECKING:\n    from intaglio.pipeline.errors import RecipeError\n"
+        "def f():\n    from intaglio.pipeline import files\n    import torch\n"
+    )
+    known = {"intaglio.pipeline", "intaglio.pipeline.errors", "intaglio.pipeline.files"}
+    assert _modules_of(tmp_path / "a.py", known) == known - {"intaglio.pipeline"}
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("intaglio", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def _modules_of(path: Path, known: Collection[str]) -> set[str]:
+    """The known modules that a file imports; a package counts where something of its own is imported."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(module), names=names):
+                whole = {f"{module}.{alias.name}" for alias in names}
+                found |= {name if name in known else module for name in whole}
+    return found & set(known)
 
 
 def _folder(name: tuple[str, ...]) -> tuple[str, ...]:

@@ -28,19 +28,20 @@ if TYPE_CHECKING:
 
 Question: TypeAlias = Literal["standard", "types", "loads", "parses"]
 SECONDS, SECONDS_PER_MB = 5.0, 15.0
-"""CPU seconds for one question, and more seconds per MB of the model without its weights.
+"""CPU seconds that one question may take: a fixed number, and a number for each MB of the model without its weights.
 
 A graph of 300 layers and 1.5 MB takes 7 s to load on a CPU of 2017, and 1 s on one of 2024.
 """
 MEGABYTES, TIMES = 256, 16
-"""Megabytes that one question may take, and further ones as a multiple of the model's size without weights."""
+"""Memory that one question may take: megabytes, and a multiple of the model's size without its weights."""
 MAPPED: Mapping[Question, int] = {"standard": 0, "types": 0, "loads": 2, "parses": 2}
-"""Number of times that the file of zeros is mapped for a question; a map counts as memory before anything is read."""
+"""Number of times that a question maps the file of zeros, which then counts as memory though nothing is read yet."""
 LIBRARIES_MB, WATCH_SECONDS = 1024, 0.05
 """Megabytes of memory for the libraries themselves, and seconds between two looks at the memory of the process."""
 IDLE_SECONDS = 5
 """Seconds without a question after which the process ends, with the exit code 0."""
 MOST_STARTS = 3
+"""Number of processes that are started for one question: a process may end, idle, just before it reads the question."""
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,18 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.publish import made_from
 from intaglio.pipeline.runs.registry import find_runtime
+from intaglio.pipeline.runs.runtime import Runtime
 from intaglio.pipeline.runs.store import Store
 
 if TYPE_CHECKING:
     from intaglio.exporters.measure.engine_process import Loaded, Spent
+    from intaglio.pipeline.model.cost import ModelCost
 
 
 class MeasureLatency(Pass):
     """Measure the median time of one call of the float32 and of the compiled graph, by turns.
 
-    The target's runtime opens both graphs; graphs for TensorRT are opened in ONNX Runtime.
+    The target's runtime executes both graphs.
     """
 
     name: ClassVar[str] = "benchmark"
@@ -46,6 +48,15 @@ class MeasureLatency(Pass):
         ge=0,
         description="threads of ONNX Runtime, 0 for all cores: with more than one, other jobs disturb the ratio",
     )
+
+    @classmethod
+    def applies(cls, target: Target) -> bool:
+        """Return True for runtimes that execute the graph itself: an engine is timed on its device."""
+        return find_runtime(target.runtime).executes == Runtime.executes
+
+    def forward_rows(self, model: ModelCost) -> int:
+        """Return the rows of all calls of both graphs."""
+        return 2 * (self.rounds + 1) * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Time both graphs by turns, and take the medians."""

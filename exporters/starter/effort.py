@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,27 @@ def _efforts() -> Iterator[Effort]:
 
 EFFORTS = tuple(_efforts())
 """Efforts from the largest to the smallest."""
+
+
+USUAL_MINUTES = 30.0
+"""Most minutes that a recipe without --minutes takes, estimated by CORE_OPERATIONS, if less work is possible."""
+CORE_OPERATIONS = 5e10
+"""Operations in a second of one core of a CPU, which are assumed where no call is timed."""
+
+
+def limited(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Found:
+    """Return the facts with a limit of USUAL_MINUTES, if the usual recipe would take longer on this machine's cores.
+
+    No call is timed for it. With a GPU, and for a limit that the user gave, the facts stay as they are.
+    """
+    import torch
+
+    if found.cost is None or found.minutes is not None or torch.cuda.is_available():
+        return found
+    threads = torch.get_num_threads()
+    cost = replace(found.cost, seconds_per_row=found.cost.operations_per_row / (CORE_OPERATIONS * threads))
+    slow = replace(found, cost=cost, minutes=USUAL_MINUTES, assumed_threads=threads)
+    return slow if seconds_of(slow, rows(choose_effort(found, rows))) > 60 * USUAL_MINUTES else found
 
 
 def choose_effort(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Effort:

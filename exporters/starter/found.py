@@ -52,7 +52,9 @@ class Found:
     cost: ModelCost | None
     """Cost of a call; None if it cannot be counted without weights."""
     minutes: float | None = None
-    """Time in which a run of the recipe should end; if it is set, the cost, where it is known, was measured."""
+    """Time in which a run of the recipe should end; if it is set, the time of a call is known or assumed."""
+    assumed_threads: int | None = None
+    """Threads for which the time of a call was assumed; None if it was measured."""
     has_weights: bool = True
     """False if the model can be inspected but, without weights, not compiled."""
     partners: tuple[str, ...] = ()

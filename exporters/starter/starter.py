@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from intaglio.exporters.starter.effort import EFFORTS, Effort, choose_effort, seconds_of
+from intaglio.exporters.starter.effort import EFFORTS, Effort, choose_effort, limited, seconds_of
 from intaglio.exporters.starter.found import Found, Sampling
 from intaglio.exporters.starter.steps import INT8, amounts_of, steps_of
 from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
@@ -81,7 +81,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
     layers = layer_table(module)
     if not layers:
         raise RecipeError(f"model: {model} has neither Linear nor ConvNd layers: there is nothing to quantize")
-    return Found(
+    found = Found(
         path=path,
         kind=type(module).__name__,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -100,6 +100,7 @@ def look_at(model: str, targets: tuple[str, ...], base: Path, minutes: float | N
         has_weights=checkpoint.has_weights,
         partners=_partners(checkpoint),
     )
+    return limited(found, partial(amounts_of, found))
 
 
 def recipe_text(found: Found, *, schema: bool = False, name: str = "recipe.yaml") -> str:
@@ -132,6 +133,8 @@ def next_steps(found: Found, recipe: str) -> Iterator[str]:
         bind(Recipe.parse(recipe_text(found)), base=Path(recipe).parent)
     except IntaglioError as error:
         yield from error.problems
+    if found.assumed_threads is not None:
+        yield f"the recipe is for about {found.minutes:g} minutes: for more or less, give `intaglio init --minutes`"
     yield f"intaglio plan {recipe}    # how long it will take"
     yield f"intaglio run {recipe}"
 
@@ -187,7 +190,11 @@ def _about_time(found: Found, effort: Effort) -> Iterator[str]:
     if found.minutes is None:
         return
     seconds = seconds_of(found, amounts_of(found, effort))
-    yield f"Estimated time on this machine: {_minutes(seconds)}; asked for: {found.minutes:g} minutes."
+    if found.assumed_threads is None:
+        yield f"Estimated time on this machine: {_minutes(seconds)}; asked for: {found.minutes:g} minutes."
+    else:
+        yield f"Estimated time with {found.assumed_threads} CPU threads: {_minutes(seconds)}. No call was timed for"
+        yield f"it: `intaglio init --minutes` does. Without this option, the limit is {found.minutes:g} minutes."
     if seconds > 60 * found.minutes:
         yield "This is the least that a recipe can do."
     for more in reversed(EFFORTS[: EFFORTS.index(effort)]):

@@ -49,7 +49,7 @@ def steps_of(found: Found, effort: Effort) -> Iterator[tuple[str, str]]:
     steps = dict.fromkeys(step for name, runtime in runtimes().items() if name in needed for step in runtime.steps)
     yield from ((step, "") for step in steps)
     yield f"verify: {{samples: {verified(found, effort.verified)}}}", ""
-    yield "benchmark: {rows: 2}", ""
+    yield ("benchmark: {rows: 2}" if effort.screened else "benchmark: {rows: 2, rounds: 5}"), ""
     yield "report", ""
 
 

@@ -73,9 +73,9 @@ def value_names(graph: Graph) -> tuple[str, ...]:
 def _ends_of_layers(graph: Graph) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Return the value that each layer reads as its input, and the outputs of its calls.
 
-    The input is the output of a Cast to float32 if the graph has one. A runtime may compute a value in float32, round
-    it to float16 for those who ask for it, and leave out this rounding in front of such a Cast. A rounding before that
-    of the codes would move some inputs to neighbouring codes, which are far apart in 4 bits. Names of a call's nodes
+    If a Cast to float32 precedes the layer, its output is the input. The value in front of it is in float16, but a
+    runtime may compute it in float32, hand this to the Cast, and round it only for the callers that ask for the value.
+    This rounding would move some inputs to neighbouring codes, which are far apart in 4 bits. Names of a call's nodes
     begin with `layer`, `layer@1` and so on.
     """
     casts: dict[str, str] = {}

@@ -64,10 +64,9 @@ def run_layer(
 
     The codes have the form that `layer_model` describes.
 
-    The axes of x before its channels may be others than those of the graph, such as (B S, C) for (B, S, C), and the
-    number of tokens in a row too: a model may leave out masked tokens in a call with one row alone. Where the graph
-    takes more tokens, as in a graph that was traced row by row, the last token of x is repeated, and what the layer
-    makes of the repeated ones is left out.
+    The axes of x before its channels may differ from those of the graph, such as (B S, C) for (B, S, C). x may also
+    have fewer tokens than the graph takes, which was traced row by row: a model may leave out masked tokens in a call
+    of one row. Then the last token of x is repeated, and the outputs of the repeated tokens are left out.
     """
     import numpy as np
 

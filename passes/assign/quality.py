@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
     from intaglio.pipeline.contract.artifact import State
     from intaglio.pipeline.contract.context import Context
-    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
 SLACK = 0.02

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
     from intaglio.pipeline.artifacts.sensitivity import Sensitivity
     from intaglio.pipeline.contract.context import Context
-    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
 OUTPUTS_DB = 20

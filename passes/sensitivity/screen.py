@@ -19,7 +19,8 @@ from intaglio.pipeline.model.hooks import after_calls, before_calls
 
 if TYPE_CHECKING:
     from intaglio.passes.sensitivity.rounded import RoundedLayers
-    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise, Inputs
 
 Forms = Mapping[str, Mapping[str, Form]]

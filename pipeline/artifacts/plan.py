@@ -15,15 +15,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from intaglio.pipeline.errors import ContractError, RecipeError, TargetError
 from intaglio.pipeline.files import OPTIONAL, printable, read_typed, write_typed
+from intaglio.pipeline.formats.known import InputFormat, WeightFormat
 from intaglio.pipeline.formats.layer import Layer, illegal
-from intaglio.pipeline.formats.schemes import (
-    FLOAT,
-    InputFormat,
-    LayerScheme,
-    OutputFormat,
-    RoundedWeight,
-    WeightFormat,
-)
+from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, OutputFormat, RoundedWeight
 
 if TYPE_CHECKING:
     from intaglio.pipeline.formats.target import Target

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
 
 from intaglio.pipeline.files import OPTIONAL, damage_of, load_tensors, open_safetensors, read_typed, write_typed
+from intaglio.pipeline.formats.known import StoredScheme
 from intaglio.pipeline.formats.layer_tables import NO_TABLES, LayerTables
 from intaglio.pipeline.formats.schemes import LayerScheme, RoundedWeight
 
@@ -221,7 +222,7 @@ class _LayerFacts:
     """One layer in quantized.json: `shape` is that of its codes, `rotated` the block size of its balance."""
 
     shape: tuple[int, ...]
-    scheme: LayerScheme
+    scheme: StoredScheme
     rotated: Annotated[int | None, OPTIONAL] = None
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from intaglio.pipeline.files import read_typed, write_typed
+from intaglio.pipeline.formats.known import StoredScheme
 from intaglio.pipeline.formats.layer import Layer
-from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.numerics.quality import SampleRange
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class _Table:
     buckets: tuple[tuple[int, int], ...]
     weights: tuple[float, ...]
     layers: tuple[Layer, ...]
-    schemes: Mapping[str, Mapping[str, LayerScheme]]
+    schemes: Mapping[str, Mapping[str, StoredScheme]]
     error: Mapping[str, Mapping[str, tuple[float, ...]]]
     drift: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     stderr: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)

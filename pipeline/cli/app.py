@@ -148,7 +148,7 @@ def run_command(
     _log_to_terminal()
     changed = changed_recipe(recipe, set_, insert)
     if minutes is not None:
-        changed = _in_time(changed, minutes, recipe.parent)
+        changed = _in_time(changed, minutes, recipe.parent, Store(store))
     folder = Path("build") / recipe.stem if out is None else out
     events: list[StepEvent] = []
 
@@ -169,12 +169,12 @@ def run_command(
             say(f"{target}: WARNING: {warning}")
 
 
-def _in_time(recipe: Recipe, minutes: float, base: Path) -> Recipe:
+def _in_time(recipe: Recipe, minutes: float, base: Path, store: Store) -> Recipe:
     """Return the recipe with amounts that end in time, and say what was chosen; all processes run the same one."""
     from intaglio.pipeline.runs.effort import choose_effort
 
     every = processes()
-    choice = every.agree(choose_effort(recipe, minutes, base) if every.first else None)
+    choice = every.agree(choose_effort(recipe, minutes, base, store) if every.first else None)
     assert choice is not None  # the first process has made it
     for line in choice.lines():
         logging.getLogger(__name__).info("%s", line)

@@ -1,6 +1,6 @@
-"""List all schemes by name.
+"""List all schemes by name, and read from JSON the schemes whose formats are among theirs.
 
-Options of passes and commands accept these names; saved plans accept the formats of these schemes.
+Options of passes and commands accept the names; files of artifacts accept the formats.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, SerializeAsAny, ValidationError, WithJsonSchema
 
 from intaglio.pipeline.errors import did_you_mean
+from intaglio.pipeline.files import damaged_places, printable
 from intaglio.pipeline.formats.fp8 import fp8_schemes
+from intaglio.pipeline.formats.inputs import Float, RoundedInput
 from intaglio.pipeline.formats.nvfp4 import nvfp4_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, int_schemes
+from intaglio.pipeline.formats.weights import RoundedWeight
 
 Family: TypeAlias = Callable[[int], Iterator[LayerScheme]]
 """Function that yields schemes for a group size in input features."""
@@ -56,3 +59,44 @@ SchemeName: TypeAlias = Annotated[
     str, AfterValidator(_known_name), WithJsonSchema({"type": "string", "enum": list(scheme_names())})
 ]
 """Name of a known scheme."""
+
+
+def _weight(written: object) -> object:
+    """Return the weight format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
+    return _format(written, "weight")
+
+
+def _input(written: object) -> object:
+    """Return the input format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
+    return _format(written, "input")
+
+
+def _format(written: object, part: Literal["weight", "input"]) -> object:
+    if isinstance(written, Float | RoundedWeight | RoundedInput):
+        return written
+    if not isinstance(written, dict):
+        raise ValueError(f"no {part} format: {printable(written)!r}")
+    known = [getattr(scheme, part) for scheme in known_schemes().values()]
+    formats = {form.kind: type(form) for form in known}
+    if (kind := written.get("kind")) not in formats:
+        raise ValueError(f"no {part} format of kind {printable(kind)!r}: {', '.join(formats)}")
+    try:
+        return formats[kind].model_validate(written, strict=True)
+    except ValidationError as e:
+        raise ValueError(f"{kind}: {damaged_places(e)}") from e
+
+
+def _scheme(written: object) -> object:
+    """Return what JSON says of a scheme, with its weight and its input as formats. Raises ValueError as they do."""
+    if not isinstance(written, dict):
+        return written
+    parts: tuple[Literal["weight", "input"], ...] = ("weight", "input")
+    return {**written, **{part: _format(written[part], part) for part in parts if part in written}}
+
+
+WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weight), SerializeAsAny()]
+"""Weight format that is read from JSON by its `kind`."""
+InputFormat: TypeAlias = Annotated[Float | RoundedInput, BeforeValidator(_input), SerializeAsAny()]
+"""Input format that is read from JSON by its `kind`."""
+StoredScheme: TypeAlias = Annotated[LayerScheme, BeforeValidator(_scheme)]
+"""Scheme that is read from JSON by the `kind` of its formats."""

@@ -6,11 +6,10 @@ The name of a scheme is derived from its value, and no name is parsed: `known.py
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, TypeAlias, assert_never
+from typing import assert_never
 
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic import InstanceOf, SerializeAsAny
 
-from intaglio.pipeline.files import damaged_places, printable
 from intaglio.pipeline.formats.inputs import (
     Float,
     IntInput,
@@ -33,7 +32,6 @@ __all__ = [
     "W8A8_TOKEN",
     "W8A16",
     "Float",
-    "InputFormat",
     "IntInput",
     "IntOutput",
     "IntWeight",
@@ -47,7 +45,6 @@ __all__ = [
     "RoundedWeight",
     "Static",
     "TwoLevel",
-    "WeightFormat",
     "int_schemes",
     "w4a4_step",
     "w4a4_token",
@@ -60,40 +57,14 @@ __all__ = [
 ]
 
 
-def _weight(written: object) -> object:
-    """Return the weight format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
-    return _format(written, "weight")
-
-
-def _input(written: object) -> object:
-    """Return the input format that JSON describes by its `kind`. Raises ValueError if there is no such format."""
-    return _format(written, "input")
-
-
-def _format(written: object, part: Literal["weight", "input"]) -> object:
-    if not isinstance(written, dict):
-        return written
-    from intaglio.pipeline.formats.known import known_schemes  # known.py imports this module
-
-    known = [getattr(scheme, part) for scheme in known_schemes().values()]
-    formats = {form.kind: type(form) for form in known}
-    if (kind := written.get("kind")) not in formats:
-        raise ValueError(f"no {part} format of kind {printable(kind)!r}: {', '.join(formats)}")
-    try:
-        return formats[kind].model_validate(written, strict=True)
-    except ValidationError as e:
-        raise ValueError(f"{kind}: {damaged_places(e)}") from e
-
-
-WeightFormat: TypeAlias = Annotated[Float | RoundedWeight, BeforeValidator(_weight), SerializeAsAny()]
-InputFormat: TypeAlias = Annotated[Float | RoundedInput, BeforeValidator(_input), SerializeAsAny()]
-
-
 class LayerScheme(Value):
-    """Formats of one layer: of its weight, of its input, and of its product before the bias."""
+    """Formats of one layer: of its weight, of its input, and of its product before the bias.
 
-    weight: WeightFormat
-    input: InputFormat
+    `StoredScheme` in `known.py` reads a scheme from JSON.
+    """
+
+    weight: SerializeAsAny[InstanceOf[Float] | InstanceOf[RoundedWeight]]
+    input: SerializeAsAny[InstanceOf[Float] | InstanceOf[RoundedInput]]
     output: OutputFormat = Float()
 
     @property

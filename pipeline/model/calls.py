@@ -13,9 +13,10 @@ import torch
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import one_line
 from intaglio.pipeline.model.call_form import CallForm, first_output
+from intaglio.pipeline.model.call_rows import timesteps_of
 from intaglio.pipeline.model.denoiser import DenoiserModel
 from intaglio.pipeline.model.inputs import missing_inputs, unmet
-from intaglio.pipeline.model.sampler import Sampler, timesteps_of
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import number
 from intaglio.pipeline.model.types import Denoise, Inputs
 

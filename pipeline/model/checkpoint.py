@@ -15,8 +15,7 @@ from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
-from intaglio.pipeline.model.call_form import formed
-from intaglio.pipeline.model.configuration import check_float, class_count, sample_shape
+from intaglio.pipeline.model.configuration import check_float
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
@@ -35,8 +34,15 @@ from intaglio.pipeline.model.model_files import (
     pickled,
     single_file_cure,
 )
-from intaglio.pipeline.model.prepared import plain_weights_
-from intaglio.pipeline.model.received import call_copied_factory, call_factory, check_other_size, check_sample_shape
+from intaglio.pipeline.model.prepared import plain_weights_, split_
+from intaglio.pipeline.model.received import (
+    call_copied_factory,
+    call_factory,
+    check_other_size,
+    check_sample_shape,
+    class_count,
+    configured_shape,
+)
 from intaglio.pipeline.model.ref import DENOISER_FOLDERS, ModelRef
 
 if TYPE_CHECKING:
@@ -240,10 +246,11 @@ class Checkpoint:
         """Return the denoiser in float32 and evaluation mode, its LoRAs fused, and how it is sampled.
 
         Without `weights`, the denoiser is on torch's meta device and no weights are read. `stored`: larger weights of a
-        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. If it
-        is None, they stay there where all weights would take more than FEW of the machine's memory. Raises RecipeError
-        if the recipe leaves out something that the denoiser needs.
+        folder stay in their files, and are read each time that they are used; they cannot be trained or changed. None:
+        they stay there if all weights in float32 would take more than the share FEW of the machine's memory. Raises
+        RecipeError if the recipe leaves out something that the denoiser needs.
         """
+        from intaglio.pipeline.model.form_search import formed
         from intaglio.pipeline.model.recording import Recording
 
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
@@ -255,6 +262,7 @@ class Checkpoint:
             made.module.to("meta")
         for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
             fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
+        split_(made.module)
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:
@@ -274,12 +282,16 @@ class Checkpoint:
         return sum(parameter.numel() for parameter in self.empty().parameters())
 
     def empty(self) -> nn.Module:
-        """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does.
+        """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
+        module = plain_weights_(self._call_factory().module) if self.entry else self._unfilled()
+        split_(module)
+        return module
 
-        The shapes and the types of a folder's weights are compared with the denoiser's.
+    def _unfilled(self) -> nn.Module:
+        """Return a folder's denoiser as its class makes it, without weights.
+
+        Raises RecipeError if the files hold weights of other shapes or types than the denoiser's.
         """
-        if self.entry:
-            return plain_weights_(self._call_factory().module)
         from intaglio.pipeline.model.empty_model import empty_model
         from intaglio.pipeline.model.stored_weights import check_fit
 
@@ -290,7 +302,7 @@ class Checkpoint:
 
     @property
     def is_large(self) -> bool:
-        """Return True if a folder's weights in float32 take more than FEW of the machine's memory.
+        """Return True if a folder's weights in float32 take more than the share FEW of the machine's memory.
 
         Raises RecipeError for weights that cannot be read.
         """
@@ -329,7 +341,7 @@ class Checkpoint:
 
     def _open_folder(self, recording: Recording | None, weights: bool, stored: bool | None) -> DenoiserModel:
         module: Any = self._weighed(stored) if weights else self.empty()
-        shape = sample_shape(module.config) if recording is None else recording.sample_shape
+        shape = configured_shape(module.config) if recording is None else recording.sample_shape
         check_sample_shape(shape, self._called)
         return DenoiserModel(module.eval(), self._scheduler(), tuple(shape), class_count(module))
 
@@ -343,7 +355,7 @@ class Checkpoint:
         assert folder is not None  # `resolve` checked it
         if weights is None:
             raise self._no_weights(pickled(folder))
-        empty = self.empty()  # raises if the model would be much larger than its weights
+        empty = self._unfilled()  # raises if the model would be much larger than its weights
         if stored is None:
             stored = self.is_large
         if stored and fill_(empty, weights):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.model.call_form import CallForm
-from intaglio.pipeline.model.inputs import InputNames, input_names
+from intaglio.pipeline.model.inputs import CLASS_LABELS, InputNames, input_names
 
 if TYPE_CHECKING:
     import torch
@@ -31,46 +31,60 @@ class SecondSize:
 class DenoiserModel:
     """Result of a model factory: a denoiser that is a plain nn.Module, and how to sample it.
 
-    `module(sample, timestep, ...)` returns the predicted noise, or a tuple or an output that begins with it.
-    `sample_shape` is one sample without its batch axis. `classes` counts the classes, the null class not among them.
-
-    Further inputs are named by their path in the arguments: `added_cond_kwargs.text_embeds`; items of a tuple
-    `image_rotary_emb.0`, of a list `image_embeds.[0]`.
-    `conditions`: tensors of M rows each; for a sample, the same row of all of them is drawn. `null`: the rows that
-    guidance uses instead, M or one; a condition that is not in `null` is used for both. `shared`: tensors that the rows
-    of a call have in common, such as position tables. `constants`: arguments that are no tensors.
-    A condition with the sample's own name is what is joined to the part of the sample that the scheduler moves, such as
-    a mask; without it, noise is joined. `steps`: conditions that differ from step to step, (M, T, ...), and their
-    timesteps (T,) in the denoiser's scale; a call takes the nearest. A condition with the timestep's own name holds
-    factors (M, ...) of the timestep, for denoisers that take one timestep for each frame or token.
-    `sample_name` and `timestep_name` are found in the signature where they are not given; the timestep is the
-    scheduler's times `timestep_scale` plus `timestep_offset`. The scheduler reads outputs times `output_scale`: -1 for
-    a pipeline that negates them. `form` is found by a call if it is None. `schedule`: further arguments of the
-    scheduler's `set_timesteps`, such as `mu`, or `sigmas` for some number of steps. Axes whose size differs in `other`
-    are dynamic.
-    `times`: the scheduler's timesteps at which this denoiser is called, where another one denoises before or after
-    them; () for all. `start`: samples (M, ...) at the first of them, with the rows of the conditions; None for noise.
+    Inputs besides sample and timestep are named by their path in the arguments: `added_cond_kwargs.text_embeds`; items
+    of a tuple `image_rotary_emb.0`, of a list `image_embeds.[0]`.
+    Shapes: M rows of conditions, T timesteps.
     """
 
     module: nn.Module
+    """Denoiser: `module(sample, timestep, ...)` returns the prediction, or a tuple or an output that begins with it."""
     scheduler: Scheduler
+    """Scheduler of diffusers, or an object with its methods."""
     sample_shape: tuple[int, ...]
+    """Shape of one sample, without the batch axis."""
     classes: int | None = None
+    """Number of classes, without the null class; None for a denoiser that takes no class."""
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of M rows each. For each sample one row number is drawn, the same for all conditions.
+
+    A condition with the sample's name is joined to the part of the sample that the scheduler moves, such as a mask;
+    without it, noise is joined. A condition with the timestep's name holds factors (M, ...) of the timestep, for
+    denoisers that take one timestep for each frame or token.
+    """
     null: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Rows that guidance uses in place of the conditions, M or one. Conditions that are not here are used for both."""
     shared: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that all rows of a call have in common, such as position tables."""
     constants: Mapping[str, object] = field(default_factory=dict)
+    """Arguments that are no tensors."""
     sample_name: str | None = None
+    """Name of the sample's argument; None: the first argument of `forward`."""
     timestep_name: str | None = None
+    """Name of the timestep's argument; None: it is found in the signature of `forward`."""
     timestep_scale: float = 1.0
+    """The denoiser's timestep is the scheduler's times this factor, plus `timestep_offset`."""
     schedule: Schedule = field(default_factory=dict)
+    """Further arguments of the scheduler's `set_timesteps`, such as `mu`, or `sigmas` for some number of steps."""
     other: SecondSize | None = None
+    """Second size: axes whose size differs there are dynamic."""
     form: CallForm | None = None
+    """Form of the calls; None: it is found by calling the module."""
     steps: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Timesteps (T,), in the denoiser's scale, of the conditions (M, T, ...) that differ from step to step.
+
+    A call takes the nearest.
+    """
     timestep_offset: float = 0.0
+    """Number that is added to the timestep after `timestep_scale`."""
     times: tuple[float, ...] = ()
+    """Timesteps of the scheduler at which this denoiser is called, if another one denoises before or after them.
+
+    () for all.
+    """
     start: torch.Tensor | None = None
+    """Samples (M, ...) at the first timestep, with the rows of the conditions; None for noise."""
     output_scale: float = 1.0
+    """Factor on outputs before the scheduler reads them: -1 for a pipeline that negates them."""
 
     def __post_init__(self) -> None:
         counts = {name: len(rows) for name, rows in self.conditions.items()}
@@ -111,4 +125,6 @@ class DenoiserModel:
     @cached_property
     def names(self) -> InputNames:
         """Return the names of the denoiser's arguments. Raises RecipeError if a required one is missing."""
-        return input_names(self)
+        classes = () if self.classes is None else (CLASS_LABELS,)
+        values = (*self.conditions, *self.shared, *self.constants, *classes)
+        return input_names(self.module, values, self.sample_name, self.timestep_name)

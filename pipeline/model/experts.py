@@ -24,7 +24,7 @@ def dense_experts_(module: nn.Module) -> tuple[str, ...]:
 
     A mixture has a list `experts` and a gate that returns the indices and weights (R S, K) of each token's experts, and
     perhaps `shared_experts` for all tokens. The first module of a class is called with noise in both forms: only where
-    they agree does the class get the dense form. On the meta device, which holds no values, the form is taken as it is.
+    they agree does the class get the dense form. On the meta device, which holds no values, nothing is compared.
     """
     found: dict[type, Callable[[Any, torch.Tensor], torch.Tensor] | None] = {}
     named = []

@@ -16,7 +16,7 @@ V = TypeVar("V")
 
 
 class PerTensor(Generic[V]):
-    """Table with a value for each tensor as it is: none for a tensor that was changed since. Keeps no tensor."""
+    """Table of values by tensor. A tensor that was changed after its value was set has none. Keeps no tensor alive."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, V]] = {}
@@ -29,12 +29,12 @@ class PerTensor(Generic[V]):
         return known[2]
 
     def set(self, x: torch.Tensor, value: V) -> None:
-        """Give a tensor, as it is now, a value."""
+        """Set the value of a tensor, which holds until the tensor is changed."""
         self._known[id(x)] = weakref.ref(x), x._version, value
 
 
 class Copies:
-    """Copies of tensors that a model may change later, one for each tensor as it is: its readers share a copy."""
+    """Copies of tensors that a model may change later. Readers share one copy of a tensor until it is changed."""
 
     def __init__(self) -> None:
         self._made: PerTensor[torch.Tensor] = PerTensor()

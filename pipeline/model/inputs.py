@@ -5,18 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from intaglio.pipeline.errors import RecipeError
 
 if TYPE_CHECKING:
-    from intaglio.pipeline.model.denoiser import DenoiserModel
+    from torch import nn
 
 
 TIMESTEPS = ("timestep", "timesteps")
 """Names of the argument with the timestep in diffusers."""
+CLASS_LABELS = "class_labels"
+"""Name of the condition of a class-conditional model."""
 
 
 @dataclass(frozen=True)
@@ -28,36 +30,33 @@ class InputNames:
     absent: tuple[str, ...]
 
 
-def input_names(model: DenoiserModel) -> InputNames:
-    """Return the argument names of a denoiser.
+def input_names(
+    module: nn.Module, values: Iterable[str], sample_name: str | None = None, timestep_name: str | None = None
+) -> InputNames:
+    """Return the argument names of a denoiser that gets `values`, inputs by flat name, beside sample and timestep.
 
-    The timestep is the argument `timestep` or `timesteps`, or else the only required argument that has no value.
+    Names that are None are found: the sample is the first argument; the timestep is the argument `timestep` or
+    `timesteps`, or else the only required argument that has no value.
 
     Raises RecipeError for arguments that are required and not given.
     """
-    parameters = inspect.signature(model.module.forward).parameters
+    parameters = inspect.signature(module.forward).parameters
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    kind = type(model.module).__name__
+    kind = type(module).__name__
     if by_place := [n for n, p in named.items() if p.kind is p.POSITIONAL_ONLY]:
         raise RecipeError(
             f"model: {kind} takes {', '.join(by_place)} by position alone, and inputs are given by name: remove the /"
             " from its forward"
         )
-    if not named and (model.sample_name is None or model.timestep_name is None):
+    if not named and (sample_name is None or timestep_name is None):
         raise RecipeError(
             f"model: forward of {kind} names no argument ({', '.join(map(str, parameters.values())) or 'none'}): give"
             " sample_name and timestep_name in the DenoiserModel, or write a forward with named arguments"
         )
-    sample = model.sample_name or next((n for n in named if n != (model.timestep_name or "timestep")), "")
-    flat = (
-        *model.conditions,
-        *model.shared,
-        *model.constants,
-        *(("class_labels",) if model.classes is not None else ()),
-    )
-    given = {sample, *(name.partition(".")[0] for name in flat)}
+    sample = sample_name or next((n for n in named if n != (timestep_name or "timestep")), "")
+    given = {sample, *(name.partition(".")[0] for name in values)}
     missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
-    timestep = model.timestep_name or next((name for name in TIMESTEPS if name in named), None)
+    timestep = timestep_name or next((name for name in TIMESTEPS if name in named), None)
     if timestep is None and len(missing) == 1:
         timestep = missing[0]
     if left := [name for name in missing if name != timestep]:

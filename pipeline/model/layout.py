@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 SAMPLES = ("hidden_states", "sample")
 """Names of the argument with the noisy sample in diffusers."""
 SAME_OUTPUT, SAME_TIMESTEP = 1e-2, 1e-2
-"""Relative distances up to which tensors or the outputs of a repeated call, and timesteps, count as equal."""
+"""Relative distances up to which two outputs or tensors count as equal, and two timesteps."""
 MOST_UNSURE = 4
-"""Largest number of inputs that are tried as rows of which each sample has several."""
+"""Largest number of inputs of which only calls can tell where their rows are: one call for each choice among them."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _part(x: torch.Tensor, state: torch.Tensor | None, output: torch.Tensor) -> 
 
 
 def _sample_name(given: Mapping[str, Any], state: torch.Tensor | None) -> str:
-    """Return the argument that is the scheduler's state, up to a factor; the first if none is."""
+    """Return the argument that is the scheduler's state times a factor, or the first argument if there is none."""
     if state is not None:
         like = {n: v for n, v in given.items() if _is_tensor(v) and v.shape == state.shape and v.is_floating_point()}
         unit = state.float() / state.float().norm().clamp_min(1e-12)
@@ -257,7 +257,7 @@ def _is_number(value: Any, rows: int) -> bool:
 
 
 def _is_rows(value: Any, sample: Any) -> bool:
-    """Return True if a value is a list of as many tensors as the samples, which are a list too."""
+    """Return True if the value and the samples are both lists, with as many tensors as samples."""
     if not isinstance(value, list | tuple) or not isinstance(sample, list | tuple) or len(value) != len(sample):
         return False
     return bool(value) and all(map(_is_tensor, value))

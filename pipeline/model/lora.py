@@ -296,7 +296,7 @@ def _fuse_alike_(module: nn.Module, updates: Mapping[str, Update], label: str) -
 
 
 def _fuse_stored_(module: nn.Module, updates: Mapping[str, Update], label: str) -> bool:
-    """Fuse updates of weights that stay in their files each time that a weight is read; return if one is changed."""
+    """Fuse updates into weights that stay in their files, at each reading. Returns True if a weight is changed."""
     import torch
 
     from intaglio.pipeline.stored_tensors import StoredTensor

@@ -104,7 +104,7 @@ def find_denoiser(pipe: Any, call: Mapping[str, Any], name: str | None = None) -
 
 
 class _Stepped(BaseException):
-    """The scheduler's first step, at which a run ends that is only to find the denoiser."""
+    """Ends a run at the scheduler's first step, if it only has to find the denoiser."""
 
 
 def observe(pipe: Any, denoiser: nn.Module, call: Mapping[str, Any]) -> Observation:
@@ -165,8 +165,8 @@ def _watched(
 ) -> Iterator[None]:
     """Collect the float arguments of `set_timesteps`; call `stepped` with each step's timestep, samples and prediction.
 
-    A list `sigmas` is collected where it changes the timesteps. The scheduler gets a subclass of its class meanwhile: a
-    copy that the pipeline makes is not watched.
+    A list `sigmas` is collected where it changes the timesteps. While the scheduler is watched, its class is a subclass
+    of its own. A copy of the scheduler that the pipeline makes is not watched.
     """
     import torch
 

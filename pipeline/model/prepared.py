@@ -66,6 +66,15 @@ def ordinary_(module: Module) -> Module:
     return module
 
 
+def split_(module: nn.Module) -> None:
+    """Give modules of torch that compute more than one step a layer to quantize for each product. Changes `module`."""
+    from intaglio.pipeline.model.attention import split_attention_
+    from intaglio.pipeline.model.padding import split_padding_
+
+    split_attention_(module)
+    split_padding_(module)
+
+
 def own_forward(layer: nn.Module) -> bool:
     """Return True if a Linear or a convolution overrides torch's `forward`, in its class or in itself."""
     from torch import nn
@@ -83,9 +92,11 @@ def own_forward(layer: nn.Module) -> bool:
 
 
 def unquantizable(module: nn.Module) -> dict[str, str]:
-    """Return the reason, by name, for each layer with weights that cannot be quantized."""
+    """Return, by name of the layer, the reason why a layer with weights cannot be quantized."""
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
+
+    from intaglio.pipeline.model.attention import SplitAttention
 
     found = {}
     for name, layer in module.named_modules():
@@ -103,8 +114,8 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
                 found[name] = f"a depthwise {kind}" if alone else f"a {kind} with {layer.groups} groups"
             case _ConvNd():
                 found[name] = f"a transposed convolution ({kind})"
-            case nn.MultiheadAttention():
-                found[name] = "a MultiheadAttention computes its projections by itself"
+            case nn.MultiheadAttention() if not isinstance(layer, SplitAttention):
+                found[name] = f"a {kind} computes its projections by itself"
             case nn.Bilinear() | nn.RNNBase() | nn.RNNCellBase():
                 found[name] = f"a {kind}"
     return found

@@ -76,6 +76,8 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
 
     Raises RecipeError, which names `entry`, if that is not possible, and for inputs that are no tensors.
     """
+    from intaglio.pipeline.model.own_layers import plain_layers_
+
     with blamed(entry):
         module = _merged(_unwrapped(made.module, entry), entry).eval()
         _check_kind(module, entry)
@@ -85,6 +87,7 @@ def as_computed(made: DenoiserModel, entry: str) -> DenoiserModel:
                 " values: load the model without offloading"
             )
         ordinary_(module).to("cpu").float()
+        plain_layers_(module)
     check_sample_shape(made.sample_shape, entry)
     return replace(
         made,
@@ -237,3 +240,30 @@ def _plain_size(other: SecondSize, entry: str) -> SecondSize:
         conditions=_plain(other.conditions, entry),
         shared=_plain(other.shared, entry),
     )
+
+
+def configured_shape(config: Any) -> tuple[int, ...]:  # a diffusers FrozenDict
+    """Return the sample shape in a configuration; `check_sample_shape` checks it. Raises MissingInputs without one."""
+    from intaglio.pipeline.model.inputs import MissingInputs
+
+    size = config.get("sample_size")
+    if size is None:
+        raise MissingInputs(
+            "model: its configuration has no sample_size: name a file of intaglio.record in `conditions`"
+        )
+    return (config.get("in_channels"), *(size if isinstance(size, list | tuple) else (size, size)))
+
+
+def class_count(module: Any) -> int | None:  # a model of diffusers
+    """Return the number of classes, the null class not counted.
+
+    The configuration of a DiT leaves the null class out; that of a UNet counts it.
+    """
+    config = module.config
+    if "class_labels" not in inspect.signature(module.forward).parameters:
+        return None
+    if config.get("num_embeds_ada_norm") is not None:
+        return int(config["num_embeds_ada_norm"])
+    if config.get("num_class_embeds") is not None:
+        return int(config["num_class_embeds"]) - 1
+    return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TUPLE, DICT = "()", "{}"
 """Keys of tuples, and of dicts whose keys are no texts, in the constants of a file."""
 START = "start."
-"""Name of the tensor of a file with the samples at the denoiser's first step; no input has a name that ends so."""
+"""Name, in a file, of the samples at the denoiser's first step. No name of an input ends with a dot."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ def record(
     `denoiser` names the pipeline's component that is recorded; without it, this is the transformer or the UNet. Where
     two denoisers share the steps, each is recorded alone: at its own timesteps, from the samples that it begins with.
 
-    Switch guidance off in both calls. A tensor with as many rows as the sample is a condition, unless `shared` names
-    it, and so are values that the denoiser takes several times for each row; any other tensor is shared by all rows.
+    Switch guidance off in both calls. A tensor with as many rows as the sample, or with several for each row of the
+    sample, is a condition, unless `shared` names it. All rows share any other tensor.
     Conditions that differ from step to step are kept for each step, other inputs are those of the first step. If the
     scheduler moves only a part of the denoiser's sample, the rest is a condition with the sample's name. Raises
     RecipeError for a pipeline without a denoiser or a scheduler, for a call that fails, and for inputs that cannot be
@@ -307,7 +307,7 @@ def _others(
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Return the tensors that all rows share, and the constants, of the first call.
 
-    None is a constant only in a list, where it has its place, and for `required` arguments.
+    A None is kept only as an item of a list, and for `required` arguments.
     """
     import torch
 

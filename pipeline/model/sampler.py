@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.call_form import formed
+from intaglio.pipeline.model.call_rows import CallRows, Start
 from intaglio.pipeline.model.denoiser import DenoiserModel
+from intaglio.pipeline.model.form_search import formed
 from intaglio.pipeline.model.scheduler import (
     SeededScheduler,
     check_scheduler,
@@ -18,7 +19,6 @@ from intaglio.pipeline.model.scheduler import (
     set_schedule,
     timesteps,
 )
-from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.model.types import Denoise, Inputs
 
 SMALL = 1e-2
@@ -27,9 +27,6 @@ SMALL = 1e-2
 
 SAME_TIMESTEP = 1e-3
 """Distance up to which recorded timesteps are those of the schedule, relative to the largest."""
-
-CLASS_LABELS = "class_labels"
-"""Name of the condition of a class-conditional model."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +38,7 @@ class Call:
     output: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Start:
-    """Start of trajectories: noise (B, ...), drawn conditions (B, ...) by name, and the null rows for guidance.
-
-    The noise has the shape of what the scheduler moves; a condition with the sample's name is joined to it.
-    """
-
-    noise: torch.Tensor
-    conditions: Inputs
-    null: Inputs
-
-    def part(self, samples: slice) -> Start:
-        """Return some of the trajectories."""
-        conditions, null = ({n: rows[samples] for n, rows in each.items()} for each in (self.conditions, self.null))
-        return Start(self.noise[samples], conditions, null)
-
-
-class Sampler:
+class Sampler(CallRows):
     """Runs a model's scheduler around any implementation of its denoiser: torch, simulated or deployed.
 
     It is deterministic: the same start and the same `denoise` give the same samples, even if the scheduler adds noise
@@ -67,16 +47,9 @@ class Sampler:
 
     def __init__(self, model: DenoiserModel, steps: int, guidance: float) -> None:
         check_scheduler(model.scheduler)
-        self.model, self.steps = formed(model, steps), steps
-        model = self.model
-        self.names = model.names
-        self._part = None if model.form is None else model.form.part
+        super().__init__(formed(model, steps), guidance)
+        model, self.steps = self.model, steps
         self._variance = model.form is not None and model.form.variance
-        self._conditions, self._null = model.conditions, model.null
-        if model.classes is not None and not model.conditions:
-            self._conditions = {CLASS_LABELS: torch.arange(model.classes)}
-            self._null = {CLASS_LABELS: torch.tensor([model.classes])}
-        self.guidance = guidance if self._null else 1.0
         self._ready = scheduled(model.scheduler, steps, model.schedule)
         set_schedule(model.scheduler, steps, model.schedule)
         like = torch.randn(1, *model.state_shape, generator=torch.Generator().manual_seed(0))
@@ -107,67 +80,6 @@ class Sampler:
                 f" sampling_steps: {self.steps}: record with num_inference_steps={self.steps}"
             )
         return slice(first, first + len(own))
-
-    def _timestep(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the scheduler's timestep in the denoiser's scale."""
-        model = self.model
-        if model.form is not None and model.form.float_timestep:
-            t = t.float()
-        t = t if model.timestep_scale == 1.0 else t * model.timestep_scale
-        return t + model.timestep_offset if model.timestep_offset else t
-
-    @property
-    def condition_rows(self) -> int:
-        """Number of rows of conditions to draw from: classes or recorded rows; 0 without conditions."""
-        recorded = self.model.start
-        return len(next(iter(self._conditions.values()), () if recorded is None else recorded))
-
-    def start(self, batch: int, generator: torch.Generator, rows: Sequence[int] = ()) -> Start:
-        """Draw noise and conditions for `batch` samples: random rows, or the given `rows` in turn.
-
-        A denoiser that begins with recorded samples gets those of the same rows in place of noise.
-        """
-        noise = torch.randn(batch, *self.model.state_shape, generator=generator)
-        conditions, null = {}, {}
-        if self.condition_rows:
-            if rows:
-                drawn = torch.tensor(rows)[torch.arange(batch) % len(rows)]
-            else:
-                drawn = torch.randint(self.condition_rows, (batch,), generator=generator)
-            conditions = {name: table[drawn] for name, table in self._conditions.items()}
-            null = {name: table[drawn if len(table) > 1 else drawn * 0] for name, table in self._null.items()}
-            noise = noise if self.model.start is None else self.model.start[drawn].reshape(noise.shape)
-        if self._part is not None and self.names.sample not in conditions:
-            shape = self._part.rest_shape(self.model.sample_shape)
-            conditions[self.names.sample] = torch.randn(batch, *shape, generator=generator)
-        return Start(noise, conditions, null)
-
-    def rows(self, x: torch.Tensor, t: torch.Tensor, start: Start) -> dict[str, torch.Tensor]:
-        """Return the inputs of one call for samples x (B, ...) at the scheduler's timestep t (a scalar)."""
-        inputs = {self.names.sample: x}
-        if self.names.timestep is not None:
-            inputs[self.names.timestep] = self._timestep(t).reshape(1).expand(len(x))
-        conditions = {name: self._now(name, value, t) for name, value in start.conditions.items()}
-        rest = conditions.pop(self.names.sample, None)
-        factors = conditions.pop(self.names.timestep or "", None)
-        if self.names.timestep is not None and factors is not None:
-            inputs[self.names.timestep] = timesteps_of(inputs[self.names.timestep], factors)
-        inputs |= conditions
-        if self.guidance != 1.0:
-            null = {name: self._now(name, value, t) for name, value in start.null.items()}
-            null_rest = null.pop(self.names.sample, rest)
-            null.pop(self.names.timestep or "", None)
-            inputs = {name: torch.cat([value, null.get(name, value)]) for name, value in inputs.items()}
-            rest = rest if rest is None or null_rest is None else torch.cat([rest, null_rest])
-        if self._part is not None and rest is not None:
-            inputs[self.names.sample] = self._part.joined(inputs[self.names.sample], rest)
-        return inputs | dict(self.model.shared)
-
-    def _now(self, name: str, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Return a condition (B, ...) at the scheduler's timestep t, from (B, T, ...) if it differs between steps."""
-        if name not in self.model.steps:
-            return rows
-        return rows[:, StepClock(self.model.steps[name]).index(float(self._timestep(t)))]
 
     def state(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of samples or outputs (R, ...) that the scheduler moves: all of it unless more is joined."""
@@ -253,11 +165,6 @@ class Sampler:
         *_, samples = self.drive(denoise, start)
         assert isinstance(samples, torch.Tensor)  # `drive` ends with the samples
         return samples
-
-
-def timesteps_of(t: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Return one timestep for each frame or token, (R, ...), from those of the rows (R,) and their factors (R, ...)."""
-    return (t.reshape(-1, *[1] * (factors.ndim - 1)) * factors).to(t.dtype)
 
 
 class OneCall:

@@ -50,7 +50,7 @@ class StepClock:
 def number(timestep: Any) -> float:
     """Return the timestep of a call: a number, or a tensor's value of the largest magnitude.
 
-    A denoiser that takes one timestep for each frame or token gets 0 for those that are given.
+    If a denoiser takes one timestep for each frame or token, that of a frame or token which is given, not drawn, is 0.
     """
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from intaglio.pipeline.runs.registry import find_pass
 if TYPE_CHECKING:
     from intaglio.pipeline.contract.artifact import AnyKey
     from intaglio.pipeline.model.cost import ModelCost
+    from intaglio.pipeline.runs.store import Store
 
 SIMULATED = 1.6
 """Time of a denoiser row in a step of a recipe, relative to one in full precision, on average."""
@@ -49,12 +51,16 @@ class Choice:
     taken: Effort
     more: Sequence[Effort]
     given: Amounts
+    repeated: bool = False
+    """An earlier run with the same time made this choice."""
 
     def lines(self) -> Iterator[str]:
         """Yield what was chosen, what the recipe gives, and what more time would change."""
         chosen = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
         yield f"estimated time on this machine: {self.taken.minutes} minutes, with {chosen or 'nothing left to choose'}"
-        if self.taken.seconds > 60 * self.minutes:
+        if self.repeated:
+            yield "an earlier run of this recipe with these minutes had these amounts: what it stored is used again"
+        elif self.taken.seconds > 60 * self.minutes:
             yield f"these are the smallest amounts, and take more than the {self.minutes:g} minutes asked for"
         if self.given:
             yield f"the recipe's own amounts stay: {', '.join(f'{name}={v}' for name, v in self.given.items())}"
@@ -63,11 +69,12 @@ class Choice:
             yield f"--minutes {effort.minutes} would take {', '.join(changed)}"
 
 
-def choose_effort(recipe: Recipe, minutes: float, base: Path) -> Choice:
+def choose_effort(recipe: Recipe, minutes: float, base: Path, store: Store | None = None) -> Choice:
     """Return the largest amounts with which a run of the recipe ends in this time, or the smallest ones.
 
-    A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays.
-    Steps that the store already has are not counted as done.
+    A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays. The
+    store keeps the choice, and the same recipe with the same minutes gets it again, however fast the machine is then:
+    so a run that was interrupted continues. Otherwise steps that the store already has are not counted as done.
     """
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost
@@ -81,15 +88,22 @@ def choose_effort(recipe: Recipe, minutes: float, base: Path) -> Choice:
     levels = range(max(1, *map(len, tables.values())))
     amounts = [_amounts(tables, given, level) for level in levels]
     checkpoint = Checkpoint.resolve(recipe.model, base)
-    cost = measure_cost(checkpoint)
+    cost, parameters = measure_cost(checkpoint), checkpoint.parameter_count()
     efforts: list[Effort] = []
     for each in amounts:
         changed = _changed(recipe, each)
-        seconds = estimated_s(bind(changed, base=base), cost, checkpoint.parameter_count())
+        seconds = estimated_s(bind(changed, base=base), cost, parameters)
         if not efforts or each != efforts[-1].amounts:
             efforts.append(Effort(changed, each, seconds))
-    place = next((i for i, each in enumerate(efforts) if each.seconds <= 60 * minutes), len(efforts) - 1)
-    return Choice(minutes, efforts[place], efforts[:place][::-1], given)
+    asked = json.dumps([recipe.to_yaml(), minutes, parameters])
+    earlier = None if store is None else store.choice(asked)
+    place = next((i for i, each in enumerate(efforts) if each.amounts == earlier), None)
+    repeated = place is not None
+    if place is None:
+        place = next((i for i, each in enumerate(efforts) if each.seconds <= 60 * minutes), len(efforts) - 1)
+        if store is not None:
+            store.choose(asked, efforts[place].amounts)
+    return Choice(minutes, efforts[place], efforts[:place][::-1], given, repeated)
 
 
 def other_steps_s(layers: int, parameters: int, targets: int) -> float:

@@ -5,27 +5,29 @@ runs/<key>.json                             written last, by rename: exists if a
 scratch/<key>/                              checkpoints of an unfinished step; removed on success
 staging/<key>/                              outputs before they are moved to objects/
 locks/<key>                                 held while a step runs
+chosen/<sha256 of what was asked>.json      amounts that were chosen for a run that has to end in time
 """
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 
 from intaglio.pipeline.contract.artifact import A, Artifact, Key
 from intaglio.pipeline.contract.run_record import DIGEST, RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
-from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes
+from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes, read_json_object
 from intaglio.pipeline.handed_over import handed_over
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,7 +43,7 @@ class Store:
         self.root = root
         self._verified: set[str] = set()
         try:
-            for folder in ("objects", "runs", "scratch", "staging", "locks"):
+            for folder in ("objects", "runs", "scratch", "staging", "locks", "chosen"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{root}: cannot be made a store ({error}): give another folder with --store") from error
@@ -153,6 +155,23 @@ class Store:
         except OSError as error:
             raise self._unwritable(f"the record of {record.step}", error) from error
         remove_tree(self.root / "scratch" / record.key)
+
+    def choice(self, asked: str) -> dict[str, object] | None:
+        """Return what was chosen when this was asked; None if it never was, or if the file is damaged."""
+        try:
+            return read_json_object(self._choice_path(asked), inside=self.root, error=StoreError)
+        except StoreError:
+            return None
+
+    def choose(self, asked: str, chosen: Mapping[str, JsonValue]) -> None:
+        """Keep what was chosen when this was asked. Raises StoreError as `put` does."""
+        try:
+            write_atomically(self._choice_path(asked), json.dumps(dict(chosen)) + "\n")
+        except OSError as error:
+            raise self._unwritable("the chosen amounts", error) from error
+
+    def _choice_path(self, asked: str) -> Path:
+        return self.root / "chosen" / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
 
     def scratch(self, key: str) -> Path:
         """Return the folder for checkpoints of an unfinished step, with the files of an earlier run of it."""

@@ -17,7 +17,8 @@ from intaglio.pipeline.artifacts.samples import Samples
 
 if TYPE_CHECKING:
     from intaglio.pipeline.contract.context import Context
-    from intaglio.pipeline.model.sampler import Sampler, Start
+    from intaglio.pipeline.model.call_rows import Start
+    from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
 CHOICE = "choice"

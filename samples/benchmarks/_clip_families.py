@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 import diffusers
 import torch
-from _other_families import HEADS, TEXT, _rotary, _wan_like
-from tiny_families import ROWS, _flow, _make, _mask, _noise, _rows
+from _family_pieces import HEADS, ROWS, _flow, _make, _mask, _noise, _rows
+from _other_families import TEXT, _rotary, _wan_like
 
 from intaglio.pipeline.model.denoiser import DenoiserModel
 

@@ -42,6 +42,8 @@ steps:
   - benchmark: {rounds: 2}
   - report
 """
+PYTHONPATH = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+"""The factories of tiny_families.py are in modules beside it."""
 TARGET = "onnxruntime-cpu"
 TIMED = ("benchmark", "report")
 """Steps whose results hold times."""
@@ -79,7 +81,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         return subprocess.Popen(
             [sys.executable, "-m", "intaglio", "run", self.recipe, "--store", self.store, "--out", self.out],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **environment},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

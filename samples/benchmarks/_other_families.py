@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 
 import diffusers
 import torch
-from tiny_families import ROWS, _flow, _flux_ids, _grid, _make, _noise, _rows
+from _family_pieces import HEADS, ROWS, _flow, _flux_ids, _grid, _make, _noise, _rows
 
 from intaglio.pipeline.model.denoiser import DenoiserModel
 
 TEXT = "encoder_hidden_states"
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
 
 
 def _rotary(places: int, width: int) -> Mapping[str, torch.Tensor]:

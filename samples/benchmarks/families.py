@@ -36,8 +36,8 @@ from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.pipeline.artifacts.keys import ENGINE, FLOAT_GRAPH, GRAPH, MODEL, PLAN, TARGET, TRAJECTORY, VERIFICATION
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.layer import illegal, structural_schemes
-from intaglio.pipeline.model.call_form import formed
 from intaglio.pipeline.model.calls import denoise_with, other_call
+from intaglio.pipeline.model.form_search import formed
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.runs.runner import CompiledTarget
 

@@ -19,20 +19,9 @@ from typing import Annotated, Any
 
 import typer
 from _efficientdm_report import strips
+from _efficientdm_variants import CALIBRATE, ENDS, MODELS, ROUNDED, ours
 from _rows import Figures, say, speak
-from efficientdm import (
-    CALIBRATE,
-    ENDS,
-    MODELS,
-    ROUNDED,
-    Bench,
-    difference,
-    ours,
-    peer_rows,
-    recovered,
-    reference,
-    variant,
-)
+from efficientdm import Bench, difference, peer_rows, recovered, reference, variant
 from full_size import alone, folder
 
 from intaglio import Recipe, Step

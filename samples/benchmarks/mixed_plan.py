@@ -25,9 +25,10 @@ from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.sensitivity import Sensitivity
 from intaglio.pipeline.artifacts.trajectory import Trajectory
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
-from intaglio.pipeline.model.sampler import Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics import quality
 from intaglio.pipeline.simulation.model import quantize_model

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 import intaglio
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.sampler import Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.numerics.quality import cosine_similarity, largest_error
 
 TRAINING = runpy.run_path(str(Path(__file__).parents[1] / "train_policy.py"))

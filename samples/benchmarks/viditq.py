@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from _efficientdm_variants import BALANCE, DISTILL
 from _rows import Figures, Rows, draw, full_precision, say, simulated, speak
 from _viditq_plans import WIDE, Ends, auto_quantized, given, uniform
-from efficientdm import BALANCE, DISTILL
 from full_size import alone, folder
 from sensitivity_speed import speeds
 

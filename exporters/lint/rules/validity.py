@@ -93,7 +93,7 @@ _USUAL = (0, 0.0, "none", "stretch")
 @rule(
     "type",
     "error",
-    why="the parser of TensorRT-RTX 1.7.1 refuses inputs and casts of it",
+    why="the parser of TensorRT-RTX 1.7.1 refuses inputs of such a type, and casts to it",
     fix="cast it to a type that the target has, or leave that part to the application",
 )
 def check_type(graph: Checked, target: Target) -> Problems:

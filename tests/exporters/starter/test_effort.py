@@ -1,12 +1,15 @@
 """A first recipe does as much as the given time allows."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import save_folder, tiny_dit, tiny_unet
 
-from intaglio.exporters.starter.effort import EFFORTS, choose_effort, seconds_of
+from intaglio.exporters.starter.effort import EFFORTS, Effort, choose_effort, limited, seconds_of
+from intaglio.exporters.starter.found import Found
 from intaglio.exporters.starter.starter import look_at, recipe_text
 from intaglio.exporters.starter.steps import amounts_of
 from intaglio.pipeline.contract.recipe import Recipe
@@ -30,6 +33,30 @@ def test_a_small_model_gets_everything_and_a_large_one_a_choice_of_formats_witho
     assert chosen(found, cost={"operations_per_row": 2e10})[0].updates == 0
     with_formats = [effort for effort in EFFORTS if effort.screened is not None]
     assert chosen(found, cost={"operations_per_row": 1e13})[0] == with_formats[-1]
+
+
+def test_without_minutes_a_large_model_gets_what_thirty_minutes_allow_on_the_cores_that_are_here(found, monkeypatch):
+    def large(operations: float) -> tuple[Found, Effort]:
+        made = limited(replace(found, cost=replace(found.cost, operations_per_row=operations)), amounts)
+        return made, choose_effort(made, amounts)
+
+    def amounts(effort: Effort) -> Iterator[tuple[str, int]]:
+        return amounts_of(found, effort)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    small, _ = large(1e9)
+    assert (small.minutes, small.assumed_threads) == (None, None)
+    assert "Estimated time" not in recipe_text(small)
+    limit, effort = large(2e11)  # 2 s a row
+    assert (limit.minutes, limit.assumed_threads, limit.cost.seconds_per_row) == (30, 2, 2)
+    assert effort.screened is None
+    assert seconds_of(limit, amounts(effort)) <= 30 * 60
+    text = recipe_text(limit)
+    assert "# Estimated time with 2 CPU threads: " in text
+    assert "# it: `intaglio init --minutes` does. Without this option, the limit is 30 minutes." in text
+    assert ": formats chosen layer by layer for a quality" in text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert large(2e11)[0].minutes is None
 
 
 def test_efforts_take_less_and_less(found):

@@ -20,11 +20,12 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.processes import Processes
 from intaglio.pipeline.formats.layer import structural_schemes
 from intaglio.pipeline.formats.schemes import FLOAT, W8A8_STEP, LayerScheme, with_shift
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import clocked, denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.model.ref import ModelRef
-from intaglio.pipeline.model.sampler import Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.simulation.model import simulate
 from intaglio.pipeline.simulation.references import draw_starts
 

@@ -9,11 +9,13 @@ import torch
 from joined_pipelines import ROWS, call_of, seeded
 
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model.call_form import CallForm, Part, formed
+from intaglio.pipeline.model.call_form import CallForm, Part
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import check_inputs, denoise_with
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
+from intaglio.pipeline.model.form_search import formed
 from intaglio.pipeline.model.recording import Recording, record
-from intaglio.pipeline.model.sampler import Call, Sampler, Start
+from intaglio.pipeline.model.sampler import Call, Sampler
 
 TEXTS = {"encoder_hidden_states": (ROWS, 8, 64)}
 FLUX = {"encoder_hidden_states": (ROWS, 5, 64), "pooled_projections": (ROWS, 64), "guidance": (ROWS,)}

@@ -27,13 +27,15 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.errors import CallError
 from intaglio.pipeline.formats.schemes import W8A8_STEP
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.model.call_form import CallForm, formed
+from intaglio.pipeline.model.call_form import CallForm
+from intaglio.pipeline.model.call_rows import Start
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.denoiser import DenoiserModel
+from intaglio.pipeline.model.form_search import formed
 from intaglio.pipeline.model.recording import Recording, record
 from intaglio.pipeline.model.ref import ModelRef
-from intaglio.pipeline.model.sampler import Sampler, Start
+from intaglio.pipeline.model.sampler import Sampler
 
 STEPS, FRAMES = 3, 4
 

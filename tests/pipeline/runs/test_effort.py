@@ -83,6 +83,25 @@ def test_a_recipe_that_gives_every_amount_leaves_nothing_to_choose(recipe, tmp_p
     assert second == "the recipe's own amounts stay: calibrate.samples=3, distill.updates=0, verify.samples=2"
 
 
+def test_the_same_recipe_and_minutes_get_the_same_choice_on_a_machine_that_is_slower_by_then(
+    recipe, tmp_path, store, monkeypatch
+):
+    more = choose_effort(recipe, 0, tmp_path).more[1]
+    minutes = more.seconds / 60 + 1e-9
+    first = choose_effort(recipe, minutes, tmp_path, store)
+    assert (first.taken.amounts, first.repeated) == (more.amounts, False)
+    quick = cost_module.measure_cost
+    monkeypatch.setattr(cost_module, "measure_cost", lambda model: replace(quick(model), seconds_per_row=1.0))
+    assert choose_effort(recipe, minutes, tmp_path).taken.amounts["verify.samples"] < more.amounts["verify.samples"]
+    again = choose_effort(recipe, minutes, tmp_path, store)
+    assert (again.taken.amounts, again.repeated) == (more.amounts, True)
+    assert "what it stored is used again" in [*again.lines()][1]
+    assert not choose_effort(recipe, minutes + 1, tmp_path, store).repeated
+    for file in (store.root / "chosen").iterdir():
+        file.write_text("[" * 100_000)
+    assert not choose_effort(recipe, minutes, tmp_path, store).repeated
+
+
 def test_the_command_runs_what_was_chosen(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(TEXT.replace("onnxruntime-cpu, onnxruntime-vnni", "onnxruntime-cpu"))
     result = CliRunner().invoke(app, ["run", "recipe.yaml", "--minutes", "0", "--out", "out"])
