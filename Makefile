@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MARKED := not long
-# what is imported is compiled then: most of what is installed never is. Once, and not in every process anew
+# Python compiles a module when it is first imported, and keeps the result: most of what is installed is never imported
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 

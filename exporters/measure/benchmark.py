@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class MeasureLatency(Pass):
-    """Measure the median time of one call of the float32 and of the compiled graph, by turns.
+    """Measure the median time of one call of the float32 and of the compiled graph, alternately.
 
     The target's runtime executes both graphs.
     """
@@ -59,7 +59,7 @@ class MeasureLatency(Pass):
         return 2 * (self.rounds + 1) * self.rows
 
     def run(self, state: State, ctx: Context) -> Outputs:
-        """Time both graphs by turns, and take the medians."""
+        """Time both graphs alternately, and take the medians."""
         from intaglio.exporters.runtimes.calls import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 

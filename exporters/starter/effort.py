@@ -51,7 +51,7 @@ class Effort:
 
 
 def _efforts() -> Iterator[Effort]:
-    """Yield the efforts of the passes, from the most to the least; those below its levels are without sensitivity."""
+    """Yield the efforts of the passes, the largest first; those beyond the last level of `sensitivity` leave it out."""
     tables = {name: find_pass(name, Path()).pass_class.efforts for name in STEPS}
     levels = max(map(len, tables.values()))
     for level in range(levels):
@@ -72,15 +72,15 @@ EFFORTS = tuple(_efforts())
 
 
 USUAL_MINUTES = 30.0
-"""Most minutes that a recipe without --minutes takes, estimated by CORE_OPERATIONS, if less work is possible."""
+"""Limit in minutes without --minutes. The time is estimated from CORE_OPERATIONS; the smallest recipe may exceed it."""
 CORE_OPERATIONS = 5e10
 """Operations in a second of one core of a CPU, which are assumed where no call is timed."""
 
 
 def limited(found: Found, rows: Callable[[Effort], Iterator[tuple[str, int]]]) -> Found:
-    """Return the facts with a limit of USUAL_MINUTES, if the usual recipe would take longer on this machine's cores.
+    """Return `found` with a limit of USUAL_MINUTES, if the usual recipe would take longer on this machine's cores.
 
-    No call is timed for it. With a GPU, and for a limit that the user gave, the facts stay as they are.
+    No call is timed for it. With a GPU, and with a limit that the user gave, it stays as it is.
     """
     import torch
 

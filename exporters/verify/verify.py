@@ -56,7 +56,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 13
+    version: ClassVar[int] = 14
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
@@ -161,7 +161,8 @@ class Verify(Pass):
             fp16_bytes=fp16_bytes,
         )
         _log(figures, in_float, len(both.layers), ctx)
-        warnings = (*self._unpredicted(figures, state), *self._low(figures.sqnr_db, target))
+        low = self._low(figures.sqnr_db, target, measured=SENSITIVITY in state)
+        warnings = (*self._unpredicted(figures, state), *low)
         result = Verification(figures, parity, departures, warnings, samples=samples)
         self._judge(result, both.in_half() if halves else (), halves=halves)
         for warning in warnings:
@@ -182,15 +183,18 @@ class Verify(Pass):
         found = f"the deployed samples have a PSNR of {figures.psnr_db:.1f} dB"
         return ("; ".join((f"{found}, where {predicted_db:.1f} dB were predicted", *worst)),)
 
-    def _low(self, sqnr_db: float, target: Target) -> tuple[str, ...]:
+    def _low(self, sqnr_db: float, target: Target, *, measured: bool) -> tuple[str, ...]:
         """Return a warning if the deployed samples are below the floor, which says what would raise their quality."""
         if sqnr_db >= self.floor_db:
             return ()
-        scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
+        cure = "let the steps sensitivity and assign choose formats: `intaglio init` writes them, with enough --minutes"
+        if measured:
+            scheme = "w8a16" if "w8a16" in target.formats["linear"] else "float"
+            where = "sensitivity.schemes and assign.schemes"
+            cure = f"allow more in assign.budget, list {scheme} in {where}, or set assign.budget.psnr"
         return (
             f"the deployed samples have an SQNR of {sqnr_db:.1f} dB, below the floor of {self.floor_db:g} dB"
-            " (verify.floor_db), so they differ much from the model's. To raise the quality, allow more in"
-            f" assign.budget, list {scheme} in sensitivity.schemes and assign.schemes, or set assign.budget.psnr",
+            f" (verify.floor_db), so they differ much from the model's. To raise the quality, {cure}",
         )
 
     def _judge(self, result: Verification, half: Collection[str] = (), *, halves: bool = False) -> None:

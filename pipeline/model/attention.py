@@ -24,7 +24,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 def split_attention_(module: nn.Module) -> tuple[str, ...]:
     """Give each MultiheadAttention layers for its projections. Changes `module`; returns the names of the attentions.
 
-    Subclasses stay as they are. Weights that are read from their file each time that they are used stay there.
+    Subclasses stay as they are. Stored weights (`StoredTensor`) are not read.
     """
     found = {name: part for name, part in module.named_modules() if type(part) is nn.MultiheadAttention}
     for part in found.values():
@@ -33,9 +33,9 @@ def split_attention_(module: nn.Module) -> tuple[str, ...]:
 
 
 class SplitAttention(nn.MultiheadAttention):
-    """A MultiheadAttention whose projections are linear layers. `split_attention_` makes it of torch's.
+    """A MultiheadAttention whose projections are linear layers. `split_attention_` makes it from one of torch.
 
-    It computes the same, and has the same attributes: the weights that torch's has are made of those of the layers.
+    It computes the same. `in_proj_weight` and similar attributes are computed from the weights of the layers.
     """
 
     q_proj: nn.Linear
@@ -43,8 +43,13 @@ class SplitAttention(nn.MultiheadAttention):
     v_proj: nn.Linear
 
     @property
-    def in_proj_weight(self) -> torch.Tensor:  # type: ignore[override]  # a parameter in torch's class
-        """The weights of all three layers, (E + E + E, E), for code that reads them in the place of a call."""
+    def in_proj_weight(self) -> torch.Tensor | None:  # type: ignore[override]  # a parameter in torch's class
+        """The weights of all three layers, (3 E, E), for code that reads them instead of calling the module.
+
+        None if the inputs have other widths than E, as in torch.
+        """
+        if not self.embed_dim == self.kdim == self.vdim:
+            return None
         return torch.cat([layer.weight.detach() for layer in self._layers()])
 
     @property
@@ -81,7 +86,7 @@ class SplitAttention(nn.MultiheadAttention):
         need_weights: bool = True,
         attn_mask: torch.Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,  # a hint that the mask is a causal one, which is given too
+        is_causal: bool = False,  # a hint: the mask, which is given too, is causal
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attention's output, (B, L, E), and its weights if they are needed. Masks are those of torch."""
         one_sample = query.dim() == 2
@@ -120,11 +125,11 @@ class SplitAttention(nn.MultiheadAttention):
             added = padded if added is None else added + padded
         if added is None:
             return None
-        return F.pad(added, (0, k.shape[2] - added.shape[-1]))  # what was appended to the keys is masked by none
+        return F.pad(added, (0, k.shape[2] - added.shape[-1]))  # no mask covers the keys that were appended
 
 
 def _added(mask: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a mask to add; a Boolean mask is True where nothing is attended to."""
+    """Return a mask to add; a Boolean mask is True at places that are not attended to."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

@@ -11,7 +11,7 @@ from intaglio.pipeline.files import one_line, printable
 
 
 def check_float(config: Mapping[str, Any], file: Path) -> None:
-    """Raise RecipeError, which names the file, for the configuration of a model that another library quantized.
+    """Raise RecipeError if another library quantized the model. The error names the file.
 
     Libraries that diffusers calls for such a model may read pickles, or load code.
     """
@@ -20,5 +20,5 @@ def check_float(config: Mapping[str, Any], file: Path) -> None:
     method = one_line(written.get("quant_method", "") if isinstance(written, Mapping) else written)[:80]
     raise RecipeError(
         f"model: {printable(file)}: its quantization_config says that {method or 'another library'} quantized the"
-        " weights: name the full-precision model that was quantized"
+        " weights: give the full-precision model in model.path"
     )

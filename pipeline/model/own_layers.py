@@ -1,4 +1,4 @@
-"""Replace layers of the user's own classes that compute what a layer of torch does by the layer of torch.
+"""Replace the user's own layer classes by layers of torch where both compute the same.
 
 Examples are a linear layer written as `x @ self.weight.T`, a convolution whose weight is standardized in each call, and
 layers whose weight is scaled to its number of inputs.
@@ -33,10 +33,11 @@ _SETTINGS = ("stride", "padding", "dilation", "groups")
 
 
 def plain_layers_(module: nn.Module) -> tuple[str, ...]:
-    """Replace own layers by those of torch, with the weights that they multiply by. Changes `module`; returns names.
+    """Replace own layers by those of torch that compute the same. Changes `module`; returns the names of these layers.
 
-    A layer has a weight and no modules, takes one tensor, and makes one product. It is called with noise, and replaced
-    if the layer of torch computes the same for other noise. Layers with hooks stay as they are.
+    An own layer has a weight and no modules, takes one tensor, and computes one matrix multiplication or convolution.
+    It is called with noise. The layer of torch gets the weight that was multiplied by, and takes the place of the own
+    layer if it computes the same for other noise. Layers with hooks stay as they are.
     """
     found = []
     for name, part in module.named_modules():
@@ -60,7 +61,7 @@ def _may_be_layer(part: nn.Module) -> bool:
 
 
 def _takes_one(part: nn.Module) -> bool:
-    """Return True if `forward` has one parameter beside the module: calls with others would fail after the exchange."""
+    """Return True if `forward` has one parameter besides `self`: calls with more would fail after the replacement."""
     parameters = list(inspect.signature(type(part).forward).parameters.values())
     return len(parameters) == 2 and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -105,7 +106,7 @@ def _shapes(part: nn.Module) -> Iterator[Sequence[int]]:
 
 
 class _Products(TorchFunctionMode):
-    """Notes the products that torch is called for, with their arguments."""
+    """Notes the products that are computed with torch, and their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,13 +121,13 @@ class _Products(TorchFunctionMode):
 
 
 def _candidates(seen: Sequence[Any], of_zeros: torch.Tensor) -> Iterator[LayerModule]:
-    """Yield layers of torch with the weight of the only product, if it is one, and the bias that zeros show."""
+    """If there was one product, yield layers of torch with its weight, and with the output for zeros as their bias."""
     if len(seen) != 1:
         return
     func, args, given = seen[0]
     if func in _CONVOLVE:
         how = dict(zip(_SETTINGS, args[3:], strict=False)) | {name: given[name] for name in _SETTINGS if name in given}
-        bias = of_zeros.flatten(1)[:, of_zeros[0].numel() // 2]  # in the middle: zeros are around it
+        bias = of_zeros.flatten(1)[:, of_zeros[0].numel() // 2]  # in the middle, away from the padding
         yield _convolution(args[1], bias, how)
         return
     operands = args[1] if func is torch.einsum and isinstance(args[1], list | tuple) else args

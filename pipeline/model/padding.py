@@ -1,4 +1,4 @@
-"""Give convolutions that pad in another way than with equal zeros a convolution without padding of their own.
+"""Split a convolution with unusual padding into the padding and a convolution without padding.
 
 The graph pads the tensor in front of such a convolution, so its input is the padded tensor.
 """
@@ -15,7 +15,7 @@ from intaglio.pipeline.model.layer_types import Conv
 
 
 class PaddedConv(nn.Module):
-    """The padding of a convolution, and the convolution. `split_padding_` makes it of torch's."""
+    """The padding of a convolution, and the convolution. `split_padding_` makes it from a convolution of torch."""
 
     conv: Conv
     padding_mode: str
@@ -23,7 +23,7 @@ class PaddedConv(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight of the convolution, for code that reads it in the place of a call."""
+        """The weight of the convolution, for code that reads it instead of calling the module."""
         return self.conv.weight
 
     @property
@@ -43,10 +43,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def split_padding_(module: nn.Module) -> tuple[str, ...]:
-    """Split convolutions whose padding is not made of equal zeros on both sides. Changes `module`; returns their names.
+    """Split convolutions unless both sides are padded with equally many zeros. Changes `module`; returns their names.
 
-    They pad with values of the tensor (`padding_mode` circular, reflect or replicate), or with `padding="same"` around
-    a kernel of an even size. Subclasses stay as they are, and so do grouped convolutions, which are not quantized.
+    Such convolutions pad with values of the tensor (`padding_mode` circular, reflect or replicate), or with
+    `padding="same"` around a kernel of an even size. Subclasses stay as they are, and so do grouped convolutions, which
+    are not quantized.
     """
     found = {name: part for name, part in module.named_modules() if type(part) in CONVOLUTIONS and _is_split(part)}
     for part in found.values():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SIMULATED = 1.6
 """Time of a denoiser row in a step of a recipe, relative to one in full precision, on average."""
 A_LAYER_S, A_PARAMETER_S, START_S = 0.25, 1.2e-7, 20.0
-"""Seconds of the steps that make no calls: for each layer, each parameter, and each recipe, for one target."""
+"""Seconds of the steps that make no calls: per layer and per parameter for each target, and once for the recipe."""
 
 Amounts: TypeAlias = Mapping[str, JsonValue]
 """Value of each option that was chosen or given, by `step.option`."""
@@ -45,7 +45,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Choice:
-    """The effort that was taken, those that take more time, the least first, and the amounts that the recipe gives."""
+    """The effort that was taken, the larger ones, the shortest first, and the amounts that the recipe gives."""
 
     minutes: float
     taken: Effort
@@ -59,7 +59,7 @@ class Choice:
         chosen = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
         yield f"estimated time on this machine: {self.taken.minutes} minutes, with {chosen or 'nothing left to choose'}"
         if self.repeated:
-            yield "an earlier run of this recipe with these minutes had these amounts: what it stored is used again"
+            yield "an earlier run of this recipe with these minutes used these amounts: its stored steps are used again"
         elif self.taken.seconds > 60 * self.minutes:
             yield f"these are the smallest amounts, and take more than the {self.minutes:g} minutes asked for"
         if self.given:
@@ -73,8 +73,8 @@ def choose_effort(recipe: Recipe, minutes: float, base: Path, store: Store | Non
     """Return the largest amounts with which a run of the recipe ends in this time, or the smallest ones.
 
     A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays. The
-    store keeps the choice, and the same recipe with the same minutes gets it again, however fast the machine is then:
-    so a run that was interrupted continues. Otherwise steps that the store already has are not counted as done.
+    store keeps the choice, and the same recipe with the same minutes gets it again, even if the
+    machine is faster or slower then: so an interrupted run continues. The estimate counts steps that are in the store.
     """
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost
@@ -112,7 +112,7 @@ def other_steps_s(layers: int, parameters: int, targets: int) -> float:
 
 
 def estimated_s(chains: Iterable[Chain], cost: ModelCost, parameters: int) -> float:
-    """Return the estimated seconds of a run; `cost` is a timed one. Steps that read no target run once for all."""
+    """Return the estimated seconds of a run, with a timed `cost`. Steps that read no target run once for all."""
     from intaglio.pipeline.artifacts.keys import TARGET
 
     rows: dict[tuple[str, str], int] = {}
@@ -133,7 +133,7 @@ def at_level(table: Sequence[Mapping[str, JsonValue]], level: int) -> Mapping[st
 
 
 def _amounts(tables: Mapping[str, Sequence[Mapping[str, JsonValue]]], given: Amounts, level: int) -> Amounts:
-    """Return the amounts of a level that the recipe does not give; a step without this level has its last one."""
+    """Return the amounts of a level that the recipe does not give; a step with fewer levels has its last one."""
     found = {
         f"{step}.{option}": value
         for step, table in tables.items()

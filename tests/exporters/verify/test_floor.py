@@ -30,10 +30,16 @@ steps:
   - report
 """
 FOUR_BITS = "uniform.schemes=[w4a4_token, w4a4_step]"
-WARNING = (
+FOUND = (
     "the deployed samples have an SQNR of 4.5 dB, below the floor of 20 dB (verify.floor_db), so they differ much"
-    " from the model's. To raise the quality, allow more in assign.budget, list w8a16 in sensitivity.schemes and"
-    " assign.schemes, or set assign.budget.psnr"
+    " from the model's. To raise the quality, "
+)
+WARNING = (
+    f"{FOUND}let the steps sensitivity and assign choose formats: `intaglio init` writes them, with enough --minutes"
+)
+MEASURED = (
+    f"{FOUND}allow more in assign.budget, list w8a16 in sensitivity.schemes and assign.schemes, or set"
+    " assign.budget.psnr"
 )
 
 
@@ -81,6 +87,12 @@ def test_the_verification_keeps_the_warning(runs: Runs) -> None:
     assert runs.verification("fine").figures.sqnr_db > 20
 
 
+def test_where_formats_were_measured_the_advice_is_about_the_choice(runs: Runs) -> None:
+    amounts = ("--set", "sensitivity.buckets=1", "--set", "sensitivity.rows=2", "--set", "sensitivity.samples=2")
+    runs.run("measured", "--set", FOUR_BITS, "--insert", "after:calibrate=sensitivity", *amounts)
+    assert runs.verification("measured").warnings == (MEASURED,)
+
+
 def test_the_summary_ends_with_the_warning_also_where_every_step_is_in_the_store(runs: Runs) -> None:
     again = runs.run("bad", "--set", FOUR_BITS)
     assert again.stdout.splitlines()[1:] == [f"onnxruntime-cpu: WARNING: {WARNING}"]
@@ -115,6 +127,6 @@ def test_the_recipe_says_another_floor(runs: Runs) -> None:
 
 @pytest.mark.parametrize(("target", "scheme"), [("onnxruntime-cpu", "w8a16"), ("tensorrt-10.3-orin", "float")])
 def test_the_advice_names_a_scheme_that_the_target_executes(target: str, scheme: str) -> None:
-    (warning,) = Verify()._low(19.9, load_target(target))
+    (warning,) = Verify()._low(19.9, load_target(target), measured=True)
     assert f"list {scheme} in sensitivity.schemes and assign.schemes" in warning
-    assert Verify()._low(20.0, load_target(target)) == ()
+    assert Verify()._low(20.0, load_target(target), measured=True) == ()

@@ -92,7 +92,7 @@ def test_weights_that_are_no_floats_are_an_error(dtype: torch.dtype, named: str,
 def test_a_model_that_another_library_quantized_is_refused_before_that_library_is_called(written, named, folder):
     change(folder / "config.json", lambda config: config.update(quantization_config=written))
     with pytest.raises(
-        RecipeError, match=rf"config\.json: its quantization_config says that {named} quantized .*: name"
+        RecipeError, match=rf"config\.json: its quantization_config says that {named} quantized .*: give"
     ):
         resolved(folder)
 

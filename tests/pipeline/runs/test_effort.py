@@ -95,7 +95,7 @@ def test_the_same_recipe_and_minutes_get_the_same_choice_on_a_machine_that_is_sl
     assert choose_effort(recipe, minutes, tmp_path).taken.amounts["verify.samples"] < more.amounts["verify.samples"]
     again = choose_effort(recipe, minutes, tmp_path, store)
     assert (again.taken.amounts, again.repeated) == (more.amounts, True)
-    assert "what it stored is used again" in [*again.lines()][1]
+    assert "its stored steps are used again" in [*again.lines()][1]
     assert not choose_effort(recipe, minutes + 1, tmp_path, store).repeated
     for file in (store.root / "chosen").iterdir():
         file.write_text("[" * 100_000)
