@@ -57,6 +57,7 @@ PERMITTED = {
     "exporters/components/pictures.py:_picture": "the bytes of a file that was read",
     "exporters/deploy/kit.py:_content": PACKAGE,
     "exporters/deploy/kit.py:_is_kit": "a stream of a file that was checked",
+    "pipeline/model/model_files.py:is_listed": "a file of diffusers",
     "pipeline/cli/console.py:open_standard_streams": "/dev/null in the place of a closed stream",
     "exporters/deploy/kit.py:_rendered": PACKAGE,
     "exporters/deploy/kit.py:_write_archive": "writes the archive",

@@ -137,7 +137,7 @@ def load_pipeline(
         else:
             original = _without_weights(settings.component_class(name), compiled.root / name)
             runtime = find_runtime(load_target(there[name].target).runtime)
-            own = runtime.name if runtime.executes == "model.onnx" else backend
+            own = runtime.name if runtime.runs_graph else backend
             methods = {}
             for method, kind in there[name].returns.items():
                 graph = Graph.load(compiled.root / name / method)

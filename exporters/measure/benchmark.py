@@ -22,7 +22,6 @@ from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.formats.target import Target
 from intaglio.pipeline.runs.publish import made_from
 from intaglio.pipeline.runs.registry import find_runtime
-from intaglio.pipeline.runs.runtime import Runtime
 from intaglio.pipeline.runs.store import Store
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class MeasureLatency(Pass):
     @classmethod
     def applies(cls, target: Target) -> bool:
         """Return True for runtimes that execute the graph itself: an engine is timed on its device."""
-        return find_runtime(target.runtime).executes == Runtime.executes
+        return find_runtime(target.runtime).runs_graph
 
     def forward_rows(self, model: ModelCost) -> int:
         """Return the rows of all calls of both graphs."""

@@ -127,7 +127,7 @@ class WriteReport(Pass):
             sizes=_sizes(state[GRAPH], engine, measured),
             latency=latency,
             latencies=() if latency is None else _latencies(latency),
-            runs_engine=find_runtime(engine.runtime).executes != state[GRAPH].path.name,
+            runs_engine=not find_runtime(engine.runtime).runs_graph,
             versions={name: find_version(name) or "not installed" for name in self.needs},
         )
         ctx.log.info("report of %d layers, %s", len(plan.layers), figures.size(len(html.encode())))

@@ -147,8 +147,9 @@ def run_command(
     """Run a recipe. After an interruption, run the same command again to continue."""
     _log_to_terminal()
     changed = changed_recipe(recipe, set_, insert)
+    kept = Store(store)
     if minutes is not None:
-        changed = _in_time(changed, minutes, recipe.parent, Store(store))
+        changed = _in_time(changed, minutes, recipe.parent, kept)
     folder = Path("build") / recipe.stem if out is None else out
     events: list[StepEvent] = []
 
@@ -156,7 +157,7 @@ def run_command(
         events.append(event)
         _log_step(event)
 
-    compiled = compile(changed, Store(store), out=folder, on_step=tell, base=recipe.parent)
+    compiled = compile(changed, kept, out=folder, on_step=tell, base=recipe.parent)
     if not processes().first:
         return
     found = {target: _results(target, result, events) for target, result in compiled.items()}

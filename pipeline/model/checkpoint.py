@@ -29,6 +29,7 @@ from intaglio.pipeline.model.model_files import (
     check_settings,
     class_of,
     find_weights,
+    is_listed,
     no_denoiser,
     other_model,
     pickled,
@@ -133,7 +134,8 @@ class Checkpoint:
         if denoiser == folder / "." and (advice := other_model(found.name)) is not None:
             raise RecipeError(f"model: {ref.path} is a {printable(found.name)}, which is no denoiser: {advice}")
         check_float(found.config(), denoiser / "config.json")
-        _ = found._diffusers_class()  # reports an unknown class
+        if not is_listed(found.config()["_class_name"]):
+            _ = found._diffusers_class()  # reports a class that is no model
         weights = found._weights
         if weights is not None:
             _ = weights.size  # reports damaged files and outside links now, with the user's path

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from errno import ENOSPC
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,6 +243,14 @@ def class_of(name: object, kind: type) -> Any:
             " configuration names as its _class_name: install the version of diffusers that wrote the model"
         )
     return found
+
+
+def is_listed(name: object) -> bool:
+    """Return True if diffusers lists a model of this name. It is not imported for it, which takes seconds."""
+    found = find_spec("diffusers")
+    if found is None or found.origin is None:
+        return False
+    return f'"{name}"' in Path(found.origin).with_name("models").joinpath("__init__.py").read_text(encoding="utf-8")
 
 
 def other_model(name: str) -> str | None:

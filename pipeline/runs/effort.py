@@ -73,8 +73,8 @@ def choose_effort(recipe: Recipe, minutes: float, base: Path, store: Store | Non
     """Return the largest amounts with which a run of the recipe ends in this time, or the smallest ones.
 
     A call of the model is timed for it. Amounts are those of `Pass.efforts`; an option that the recipe gives stays. The
-    store keeps the choice, and the same recipe with the same minutes gets it again, even if the
-    machine is faster or slower then: so an interrupted run continues. The estimate counts steps that are in the store.
+    store keeps the choice, and the same recipe with the same minutes gets it again, even if the machine is faster or
+    slower then: so an interrupted run continues. The estimate counts steps that are in the store.
     """
     from intaglio.pipeline.model.checkpoint import Checkpoint
     from intaglio.pipeline.model.cost import measure_cost

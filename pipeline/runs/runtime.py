@@ -53,6 +53,11 @@ class Runtime(ABC):
     platform: ClassVar[str | None] = None
     """Platform in the configuration of Triton Inference Server; None if Triton does not serve this file."""
 
+    @property
+    def runs_graph(self) -> bool:
+        """True if the runtime executes the graph itself, and no engine that is built of it."""
+        return self.executes == Runtime.executes
+
     @abstractmethod
     def lowerings(self) -> Iterable[object]:
         """Return the rows of the runtime's table: one `Lowering` for each kind of layer and scheme.

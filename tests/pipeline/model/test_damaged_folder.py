@@ -1,6 +1,9 @@
 """Attack folders of models whose index, shards, configuration and weights do not belong together."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +104,21 @@ def test_a_class_that_diffusers_does_not_have_is_found_before_weights_are_copied
     change(folder / "config.json", lambda config: config.update(_class_name="DiTPipeline"))
     with pytest.raises(RecipeError, match=r"has no ModelMixin DiTPipeline, .* _class_name: install the version"):
         resolved(folder)
+
+
+def test_diffusers_is_not_imported_to_know_its_models(folder: Path) -> None:
+    lines = (
+        "import sys; from pathlib import Path",
+        "from intaglio.pipeline.model.checkpoint import Checkpoint",
+        "from intaglio.pipeline.model.ref import ModelRef",
+        f"Checkpoint.resolve(ModelRef(path={str(folder.parent)!r}), Path())",
+        "print('diffusers' in sys.modules)",
+    )
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], env=here, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(folder: Path) -> None:
