@@ -57,16 +57,22 @@ class Choice:
     def lines(self) -> Iterator[str]:
         """Yield what was chosen, what the recipe gives, and what more time would change."""
         chosen = " ".join(f"--set {name}={value}" for name, value in self.taken.amounts.items())
-        yield f"estimated time on this machine: {self.taken.minutes} minutes, with {chosen or 'nothing left to choose'}"
+        amounts = f"with {chosen}" if chosen else "with the recipe's own amounts"
+        yield f"estimated time on this machine: {_in_minutes(self.taken.minutes)}, {amounts}"
         if self.repeated:
-            yield "an earlier run of this recipe with these minutes used these amounts: its stored steps are used again"
+            yield "an earlier run with the same --minutes chose these amounts, so its stored steps are used again"
         elif self.taken.seconds > 60 * self.minutes:
-            yield f"these are the smallest amounts, and take more than the {self.minutes:g} minutes asked for"
+            yield f"these are the smallest amounts; they take longer than the {_in_minutes(self.minutes)} of --minutes"
         if self.given:
-            yield f"the recipe's own amounts stay: {', '.join(f'{name}={v}' for name, v in self.given.items())}"
+            given = ", ".join(f"{name}={value}" for name, value in self.given.items())
+            yield f"amounts that the recipe gives are not changed: {given}"
         for effort in self.more:
             changed = [f"{n}={v}" for n, v in effort.amounts.items() if v != self.taken.amounts[n]]
-            yield f"--minutes {effort.minutes} would take {', '.join(changed)}"
+            yield f"with --minutes {effort.minutes}, the run would use {', '.join(changed)}"
+
+
+def _in_minutes(number: float) -> str:
+    return f"{number:g} minute{'' if number == 1 else 's'}"
 
 
 def choose_effort(recipe: Recipe, minutes: float, base: Path, store: Store | None = None) -> Choice:

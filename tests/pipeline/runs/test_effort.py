@@ -55,11 +55,13 @@ def test_the_largest_amounts_that_end_in_time_are_chosen_and_given_ones_stay(rec
 def test_the_lines_say_what_was_chosen_what_stays_and_what_more_time_buys(recipe, tmp_path):
     least = choose_effort(recipe, 0, tmp_path)
     first, too_long, given, *more = least.lines()
-    assert first.endswith(" minutes, with --set distill.updates=0 --set verify.samples=1")
-    assert too_long == "these are the smallest amounts, and take more than the 0 minutes asked for"
-    assert given == "the recipe's own amounts stay: calibrate.samples=3"
-    assert more[0] == f"--minutes {least.more[0].minutes} would take verify.samples=2"
-    assert more[-1] == f"--minutes {least.more[-1].minutes} would take distill.updates=120, verify.samples=32"
+    assert first.endswith(" with --set distill.updates=0 --set verify.samples=1")
+    assert too_long == "these are the smallest amounts; they take longer than the 0 minutes of --minutes"
+    assert given == "amounts that the recipe gives are not changed: calibrate.samples=3"
+    assert more[0] == f"with --minutes {least.more[0].minutes}, the run would use verify.samples=2"
+    assert (
+        more[-1] == f"with --minutes {least.more[-1].minutes}, the run would use distill.updates=120, verify.samples=32"
+    )
 
 
 def test_steps_that_read_the_target_count_for_each_target(recipe, tmp_path):
@@ -79,8 +81,11 @@ def test_a_recipe_that_gives_every_amount_leaves_nothing_to_choose(recipe, tmp_p
     choice = choose_effort(given, 5, tmp_path)
     assert (choice.taken.recipe, choice.more) == (given, [])
     first, second = choice.lines()
-    assert first.endswith(" minutes, with nothing left to choose")
-    assert second == "the recipe's own amounts stay: calibrate.samples=3, distill.updates=0, verify.samples=2"
+    assert first.endswith(", with the recipe's own amounts")
+    assert (
+        second
+        == "amounts that the recipe gives are not changed: calibrate.samples=3, distill.updates=0, verify.samples=2"
+    )
 
 
 def test_the_same_recipe_and_minutes_get_the_same_choice_on_a_machine_that_is_slower_by_then(
