@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,11 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 def check_fit(module: nn.Module, weights: Weights, origin: str) -> None:
-    """Raise RecipeError, which names `origin`, if a weight has another shape than the module, or is no float.
+    """Raise RecipeError, which names `origin`, if the files are not those of the module.
 
-    Weights under another name are not compared: diffusers may know how to convert them.
+    That is so if a weight has another shape than the module's, if it is no float, or if it belongs to a block after
+    the last one of the module. Other weights whose names the module lacks are not compared: diffusers may know how to
+    convert them.
     """
     state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
     common = [(place, state[place.name]) for place in weights.places if place.name in state]
@@ -45,8 +48,30 @@ def check_fit(module: nn.Module, weights: Weights, origin: str) -> None:
             f" {printable(whole[0].name)}: {whole[0].dtype} in {whole[0].file.name}: they are codes of a quantized"
             " model: name the full-precision model that was quantized"
         )
+    if blocks := _blocks_beyond(module, (place.name for place in weights.places if place.name not in state)):
+        name, (made, stored) = min(blocks.items())
+        problems.append(
+            f"model: {origin}: its config.json makes {made} blocks in {printable(name)}, and the files have weights of"
+            f" {stored}: the two do not belong together: download the model again, or save the smaller model with"
+            " save_pretrained"
+        )
     if problems:
         raise RecipeError(*problems)
+
+
+def _blocks_beyond(module: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return each list of modules of which `names` has later entries -> its length, and the length by the names."""
+    beyond: dict[str, tuple[int, int]] = {}
+    for name in names:
+        parent, parts = module, name.split(".")
+        for depth, part in enumerate(parts):
+            if isinstance(parent, nn.ModuleList) and part.isdecimal() and int(part) >= len(parent):
+                listed, number = ".".join(parts[:depth]), int(part) + 1
+                beyond[listed] = len(parent), max(number, beyond.get(listed, (0, 0))[1])
+            if (child := parent._modules.get(part)) is None:
+                break
+            parent = child
+    return beyond
 
 
 def fill_(module: nn.Module, weights: Weights) -> bool:

@@ -79,6 +79,12 @@ def test_weights_of_another_shape_than_the_configuration_are_named_with_both_sha
         resolved(folder).layers()
 
 
+def test_weights_of_more_blocks_than_the_configuration_makes_are_an_error_and_not_left_out(folder: Path) -> None:
+    change(folder / "config.json", lambda config: config.update(num_layers=1))
+    with pytest.raises(RecipeError, match=r"config\.json makes 1 blocks in transformer_blocks, .* of 2: the two"):
+        resolved(folder).layers()
+
+
 @pytest.mark.parametrize(("dtype", "named"), [(torch.int8, "I8"), (torch.bool, "BOOL")])
 def test_weights_that_are_no_floats_are_an_error(dtype: torch.dtype, named: str, folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
