@@ -166,16 +166,22 @@ def capture(
 
     If the usual way fails, complex numbers become pairs, values of weights alone become constants, and so do inputs
     whose values decide what the model computes, if they are the same in all recorded rows; these inputs are returned,
-    by name. If that fails too, the model is traced with one row. Raises StepFailed.
+    by name. If that fails too, the model is traced with one row. Fourier transforms become products with matrices
+    where that can be exported. Raises StepFailed.
     """
     task = _Export(module, compute, calls, outputs, opset, called)
     # models may keep tables from their first call: if torch traced that call, the tables would have no values
     with torch.no_grad():
         compute(calls.usual)
     try:
-        return task.usual(), {}
+        made = task.usual()
     except StepFailed as error:
         usual = error
+    else:
+        if any(node.op_type in TRANSFORMS for node in made.graph):
+            with contextlib.suppress(StepFailed):  # the graph with these operators is right, only TensorRT refuses it
+                return task.any_rows({}), {}
+        return made, {}
     decide = deciding_inputs(compute, calls.with_rows(calls.usual, 1))
     if varying := [name for name in decide if name not in calls.recorded]:
         if floats := [name for name in varying if calls.usual[name].is_floating_point()]:
@@ -343,6 +349,9 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*usual)
 
+
+TRANSFORMS = frozenset({"DFT", "STFT"})
+"""Operators of ONNX that TensorRT lacks, and which products with matrices can replace."""
 
 _COLLECTIONS = (50_000, 20, 20)
 """New objects before a collection of the youngest, and collections of each generation before one of the next."""

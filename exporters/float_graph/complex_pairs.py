@@ -6,12 +6,16 @@ A complex tensor (...,) becomes a real tensor (..., 2), as `torch.view_as_real` 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
+from intaglio.exporters.float_graph.fourier import FOURIER
 from intaglio.pipeline.errors import StepFailed
 
 aten = torch.ops.aten
@@ -27,6 +31,13 @@ MOVES = frozenset(
 """Operators of ATen that do the same to both parts of complex numbers."""
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 """Operators that need numbers in an order of memory that pairs may not have."""
+TRANSFORMS = (
+    *(getattr(aten, name).default for name in dir(aten) if name.startswith("fft_")),
+    *(aten.stft.default, aten.stft.center, aten.istft.default),
+)
+"""Fourier transforms, which torch computes by those of FOURIER."""
+PRODUCTS = (aten.einsum.default, aten.matmul.default)
+"""Products that torch computes by others."""
 ZEROS = frozenset({"empty", "empty_like", "new_empty", "new_zeros", "zeros", "zeros_like"})
 SIZES = {"size": 2, "shape": 2, "repeats": 1}
 """Arguments with one number for each axis, and that of the axis of the two parts."""
@@ -40,13 +51,21 @@ def with_pairs(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     """
     if not any(_is_complex(node) for node in program.graph.nodes):
         return program
-    program = program.run_decompositions({})  # no operator changes a tensor in place
+    known = torch.export.default_decompositions()
+    composed = {each: known[each] for each in TRANSFORMS} | {each: partial(_composed, known[each]) for each in PRODUCTS}
+    program = program.run_decompositions({**composed, **FOURIER})  # this also replaces operators that work in place
     _Pairs(program).rewrite()
     for node in program.graph.nodes:
         if node.target in VIEWS:
             node.target = aten.reshape.default
     program.graph_module.recompile()
     return program
+
+
+def _composed(by_others: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compute an operator by others if a number is complex. Operators of real numbers stay as they are."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    return by_others(*args, **kwargs) if any(each.is_complex() for each in tensors) else NotImplemented
 
 
 def _is_complex(value: object) -> bool:
@@ -101,7 +120,9 @@ class _Pairs:
         """Make a constant a pair."""
         for held in (self.program.constants, self.program.state_dict):
             if target in held:
-                held[target] = torch.view_as_real(held[target].detach().resolve_conj()).contiguous()
+                pair = torch.view_as_real(held[target].detach().resolve_conj()).contiguous()
+                trained = isinstance(held[target], torch.nn.Parameter)
+                held[target] = torch.nn.Parameter(pair, requires_grad=False) if trained else pair
                 node.meta["val"] = torch.view_as_real(node.meta["val"])
                 return node
         raise StepFailed(f"torch cannot export the model: its input {node.name} is complex")
@@ -161,11 +182,15 @@ class _Pairs:
                 real, imaginary = self._parts(args[0])
                 return self._joined(real, self._call(aten.neg.default, imaginary))
             case "mul":
-                return self._product(*args[:2])
+                return self._product(node.target, *args[:2])
+            case "bmm" | "mm":
+                return self._matrix_product(node.target, *args[:2])
             case "div" if not self._complex(args[1]):
                 return self._call(node.target, self._pair(args[0]), self._beside(args[1]))
             case "add" | "sub" if all(isinstance(arg, Node) for arg in args):
                 return self._call(node.target, *map(self._pair, args), **node.kwargs)
+            case "constant_pad_nd" if not any(args[2:]):
+                return self._call(node.target, self._pair(args[0]), [0, 0, *args[1]])
             case "gather":
                 index = self._beside(args[2])
                 both = self._call(aten.expand.default, index, [*args[2].meta["val"].shape, 2])
@@ -190,15 +215,19 @@ class _Pairs:
         """Return a real operand with an axis for the two parts; a number stays a number."""
         return self._call(aten.unsqueeze.default, value, -1) if isinstance(value, Node) else value
 
-    def _product(self, a: Any, b: Any) -> Node:
+    def _product(self, operation: Any, a: Any, b: Any) -> Node:
         """Return (a_r b_r - a_i b_i, a_r b_i + a_i b_r), or the product of a pair and a real factor."""
         if not (self._complex(a) and self._complex(b)):
             pair, factor = (a, b) if self._complex(a) else (b, a)
             if isinstance(factor, complex):
                 raise StepFailed("torch cannot export the model: it multiplies by a complex number")
             return self._call(aten.mul.Tensor, self._pair(pair), self._beside(factor))
+        return self._matrix_product(operation, a, b)
+
+    def _matrix_product(self, operation: Any, a: Any, b: Any) -> Node:
+        """Return the pair of a product of complex numbers: `operation` multiplies two real tensors."""
         (ar, ai), (br, bi) = self._parts(a), self._parts(b)
-        rr, ii, ri, ir = (self._call(aten.mul.Tensor, x, y) for x, y in ((ar, br), (ai, bi), (ar, bi), (ai, br)))
+        rr, ii, ri, ir = (self._call(operation, x, y) for x, y in ((ar, br), (ai, bi), (ar, bi), (ai, br)))
         return self._joined(self._call(aten.sub.Tensor, rr, ii), self._call(aten.add.Tensor, ri, ir))
 
     def _converted(self, node: Node) -> Node:

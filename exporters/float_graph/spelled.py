@@ -32,7 +32,20 @@ def padded(
     return torch.stack([of_full_length(each) for each in sequences], dim=0 if batch_first else 1)
 
 
-SPELLED: Mapping[Any, Callable[..., torch.Tensor]] = {torch._C._nn.pad_sequence: padded}
+def distances(x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: str | None = None) -> torch.Tensor:
+    """Return the distances (..., P, R) of points x1 (..., P, K) and x2 (..., R, K) in the p-norm, as `torch.cdist`."""
+    apart = (x1.unsqueeze(-2) - x2.unsqueeze(-3)).abs()
+    if p == 2:
+        return (apart * apart).sum(-1).sqrt()
+    if p in (0, float("inf")):
+        return apart.amax(-1) if p else (apart != 0).to(apart.dtype).sum(-1)
+    return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
+
+
+SPELLED: Mapping[Any, Callable[..., torch.Tensor]] = {
+    torch._C._nn.pad_sequence: padded,
+    torch.cdist: distances,
+}
 """Functions of torch, and what replaces them."""
 
 

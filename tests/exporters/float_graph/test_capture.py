@@ -13,7 +13,7 @@ from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes
 from intaglio.exporters.float_graph.by_row import merged
 from intaglio.exporters.float_graph.capture import Calls
 from intaglio.exporters.float_graph.deciding import deciding_inputs
-from intaglio.exporters.float_graph.spelled import padded
+from intaglio.exporters.float_graph.spelled import distances, padded
 from intaglio.exporters.float_graph.torch_export import write_graph
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
@@ -129,6 +129,30 @@ class Padded(Turned):
         return torch.view_as_real(turned).flatten(2).mean(1, keepdim=True)
 
 
+class Filtered(Turned):
+    """Multiplies the frequencies of the texts by complex numbers, and mixes them along the tokens."""
+
+    def text(self, sample, text, mask):
+        spectrum = torch.fft.rfft(self.other(text), dim=1, norm="ortho")
+        held = torch.zeros_like(spectrum)
+        held[:, :2] = torch.einsum("bkc,cd->bkd", spectrum[:, :2], torch.cat([self.turns[:6]] * 2, dim=1))
+        return torch.fft.irfft(held, n=5, dim=1, norm="ortho").mean(1, keepdim=True)
+
+
+class Mixed(Toy):
+    """Keeps the real part of a Fourier transform along tokens and channels."""
+
+    def text(self, sample, text, mask):
+        return torch.fft.fft2(self.other(text)).real[:, :1]
+
+
+class Near(Toy):
+    """Weights tokens by their distances."""
+
+    def text(self, sample, text, mask):
+        return torch.softmax(-torch.cdist(sample, text), -1) @ self.other(text)
+
+
 def call(rows: int) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(rows)
     sample, text = (torch.randn(rows, tokens, 6, generator=rng) for tokens in (4, 5))
@@ -153,6 +177,9 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Written, ["mask"]),
         (Turned, []),
         (Padded, []),
+        (Filtered, []),
+        (Mixed, []),
+        (Near, []),
     ],
 )
 def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, tmp_path, capfd):
@@ -162,6 +189,7 @@ def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, t
     assert set(graph.inputs) == {"sample", "text", "mask"} - set(fixed)
     assert {spec.shape[0] for spec in (*graph.inputs.values(), *graph.outputs.values())} == {"batch"}
     assert set(graph.nodes) == {"layer", "other"}
+    assert not {"DFT", "STFT"} & {node.op_type for node in onnx.load(graph.path, load_external_data=False).graph.node}
     if fixed:
         torch.testing.assert_close(fixed_tensor(graph.interface.constants["mask"]), KEPT)
     denoise = graph_denoise(graph, OnnxRuntime())
@@ -193,6 +221,12 @@ def test_padding_is_that_of_torch(side, batch_first):
     torch.testing.assert_close(
         padded(rows, batch_first, 0.5, side), nn.utils.rnn.pad_sequence(rows, batch_first, 0.5, side), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 2.0, 3.0, float("inf")])
+def test_distances_are_those_of_torch(p):
+    a, b = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3).expand(2, 3, 3)
+    torch.testing.assert_close(distances(a, b, p), torch.cdist(a, b, p))
 
 
 def test_values_that_decide_and_differ_between_rows_are_named(tmp_path, capfd):

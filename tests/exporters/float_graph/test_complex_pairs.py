@@ -41,6 +41,12 @@ FORMS = {
     "rows of a table": lambda x, t: torch.view_as_real(z(x) * t[torch.tensor([2, 0, 2])]),
     "gathered": lambda x, t: torch.view_as_real(t.gather(0, (x[0, :, :, 0] > 0).long())),
     "written": lambda x, t: torch.view_as_real(written(z(x))),
+    "products of matrices": lambda x, t: torch.view_as_real(torch.einsum("bij,ik->bkj", z(x), t) @ t.mT),
+    "real spectrum": lambda x, t: torch.view_as_real(torch.fft.rfft2(x, dim=(1, 3), norm="ortho")),
+    "spectrum": lambda x, t: torch.view_as_real(torch.fft.fftn(z(x), dim=(0, 1)) + torch.fft.fft(x[..., 0])),
+    "inverse spectrum": lambda x, t: torch.view_as_real(torch.fft.ifft2(z(x), norm="forward")),
+    "even signal": lambda x, t: torch.fft.irfft2(z(x), s=(5, 2), dim=(1, 2)),
+    "odd signal": lambda x, t: torch.fft.irfft(z(x), n=3, dim=1),
     "sums": lambda x, t: torch.view_as_real(z(x).sum(-1) + torch.stack([t, t], -1).mean(-1).unbind(-1)[0]),
 }
 
