@@ -1,4 +1,4 @@
-"""Rewrite nodes of torch's exporter that follow torch's rules instead of ONNX's."""
+"""Rewrite nodes of torch's exporter that follow torch's rules instead of ONNX's, or part a product from its bias."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def repair(graph: ir.Graph) -> None:
                 _keep_long_axes(graph, node)
             case "Where" if node.outputs[0].dtype == ir.DataType.BOOL:
                 _choose_by_logic(graph, node)
+            case "Add":
+                _add_before_reshape(graph, node)
 
 
 def _keep_long_axes(graph: ir.Graph, node: ir.Node) -> None:
@@ -52,6 +54,40 @@ def _choose_by_logic(graph: ir.Graph, node: ir.Node) -> None:
     graph.insert_before(node, [first, negated, second, either])
     ir.convenience.replace_all_uses_with(old, either.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _add_before_reshape(graph: ir.Graph, node: ir.Node) -> None:
+    """Add a bias to the product itself, and not to a Reshape of it that keeps the last axis, the bias' own."""
+    for reshaped, bias in (node.inputs, node.inputs[::-1]):
+        reshape = _only_for(reshaped, "Reshape")
+        product = None if reshape is None else _only_for(reshape.inputs[0], "MatMul")
+        if reshape is None or product is None or bias is None or not bias.is_initializer():
+            continue
+        old, widths = (
+            product.outputs[0],
+            {_last_size(value) for value in (product.outputs[0], reshape.outputs[0], bias)},
+        )
+        if len(widths) > 1 or None in widths or bias.shape is None or len(bias.shape) != 1:
+            continue
+        added = ir.node("Add", [old, bias], name=node.name)
+        added.metadata_props.update(node.metadata_props)
+        added.outputs[0].type, added.outputs[0].shape = old.type, old.shape
+        graph.insert_before(reshape, added)
+        reshape.replace_input_with(0, added.outputs[0])
+        ir.convenience.replace_all_uses_with(node.outputs[0], reshape.outputs[0], replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+        return
+
+
+def _only_for(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """Return the node that computes a value for one other node, if it is of this kind."""
+    node = None if value is None or value.is_graph_output() or len(value.uses()) != 1 else value.producer()
+    return node if node is not None and node.op_type == kind else None
+
+
+def _last_size(value: ir.Value) -> int | None:
+    size = value.shape[-1] if value.shape else None
+    return size if isinstance(size, int) else None
 
 
 def transposed_keys() -> pattern.RewriteRule:

@@ -13,6 +13,7 @@ from intaglio.exporters.float_graph.agreement import Expected, find_magnitudes
 from intaglio.exporters.float_graph.by_row import merged
 from intaglio.exporters.float_graph.capture import Calls
 from intaglio.exporters.float_graph.deciding import deciding_inputs
+from intaglio.exporters.float_graph.sites import find_sites
 from intaglio.exporters.float_graph.spelled import distances, padded
 from intaglio.exporters.float_graph.torch_export import write_graph
 from intaglio.exporters.runtimes.calls import graph_denoise
@@ -146,6 +147,13 @@ class Mixed(Toy):
         return torch.fft.fft2(self.other(text)).real[:, :1]
 
 
+class Strided(Padded):
+    """Applies a layer to values whose channels are not next to each other in memory."""
+
+    def text(self, sample, text, mask):
+        return super().text(sample, self.other(text.mT.contiguous().mT), mask)
+
+
 class Near(Toy):
     """Weights tokens by their distances."""
 
@@ -180,6 +188,7 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Filtered, []),
         (Mixed, []),
         (Near, []),
+        (Strided, []),
     ],
 )
 def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, tmp_path, capfd):
@@ -189,6 +198,7 @@ def test_the_graph_computes_what_torch_does_at_any_number_of_rows(kind, fixed, t
     assert set(graph.inputs) == {"sample", "text", "mask"} - set(fixed)
     assert {spec.shape[0] for spec in (*graph.inputs.values(), *graph.outputs.values())} == {"batch"}
     assert set(graph.nodes) == {"layer", "other"}
+    assert all(site.bias is not None for sites in find_sites(ir.load(graph.path).graph).values() for site in sites)
     assert not {"DFT", "STFT"} & {node.op_type for node in onnx.load(graph.path, load_external_data=False).graph.node}
     if fixed:
         torch.testing.assert_close(fixed_tensor(graph.interface.constants["mask"]), KEPT)
