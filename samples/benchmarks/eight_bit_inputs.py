@@ -25,6 +25,7 @@ from intaglio import Step
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.cost import bit_operations
+from intaglio.pipeline.formats.layer import admitted_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.sampler import Sampler
@@ -38,7 +39,6 @@ MEASURED: Mapping[str, Any] = {
     "rows": 2,
     "buckets": 1,
     "samples": 4,
-    "schemes": SCHEMES,
     "groups": GROUPS,
     "drift_below_db": -100,  # all layers are predicted: whole trajectories would take longer than the training
 }
@@ -52,6 +52,12 @@ def shares(plan: QuantPlan, rows: Mapping[str, float]) -> tuple[float, float]:
     size = sum(x.size_bytes(schemes[x.name]) for x in layers) / sum(x.size_bytes(FLOAT) for x in layers)
     done = sum(bit_operations(x, schemes[x.name], rows[x.name]) for x in layers)
     return size, done / sum(bit_operations(x, FLOAT, rows[x.name]) for x in layers)
+
+
+def possible(plan: QuantPlan) -> dict[str, list[str]]:
+    """The schemes of each kind of layer that the shape of some layer admits."""
+    admitted = {(x.op, scheme.name) for x in plan.layers for scheme in admitted_schemes(x, GROUPS)}
+    return {op: found for op, names in SCHEMES.items() if (found := [name for name in names if (op, name) in admitted])}
 
 
 def exact(bench: Bench) -> torch.Tensor:
@@ -85,9 +91,10 @@ def evaluate(bench: Bench, more: float, updates: int, seed: int) -> Figures:
     rows = uniform[WORKLOAD].rows
     size, bops = shares(uniform[PLAN], rows)
     budget = {"size": round(size, 5) + ROUNDING, "bops": round(bops * more, 6)}
+    schemes = possible(uniform[PLAN])
     choose = (
-        Step(uses="sensitivity", options=dict(MEASURED)),
-        Step(uses="assign", options={"schemes": SCHEMES, "budget": budget, "front": 0}),
+        Step(uses="sensitivity", options={**MEASURED, "schemes": schemes}),
+        Step(uses="assign", options={"schemes": schemes, "budget": budget, "front": 0}),
     )
     found, full = {}, exact(bench)
     for count in dict.fromkeys((0, updates)):
