@@ -5,6 +5,11 @@ import torch
 from _efficientdm_training import time_ratios
 from _image_distance import feature_distance, kid, psnr_db
 from efficientdm import recovered
+from eight_bit_inputs import shares
+
+from intaglio.pipeline.artifacts.plan import QuantPlan
+from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.formats.schemes import w4a4_token, w4a8_token
 
 
 def test_recovered_is_one_at_the_error_of_eight_bits_and_none_without_a_gain() -> None:
@@ -52,3 +57,12 @@ def test_a_training_that_never_gets_to_where_ours_begins_gives_a_bound() -> None
     assert (never["ratio"], never["ratio_is_bound"]) == (100 / 30, True)
     prepared = time_ratios(OURS, 30.0, [(0, 0.0, 0.9), (20, 100.0, 0.7)], 50.0)
     assert prepared["ratio"] == 150 / 30
+
+
+def test_eight_bit_inputs_take_no_bytes_and_their_rows_count_twice() -> None:
+    layers = [Layer(name=name, op="linear", shape=(64, 64), bias=True) for name in "ab"]
+    four = QuantPlan(layers, {"a": w4a4_token(32), "b": w4a4_token(32)})
+    mixed = QuantPlan(layers, {"a": w4a4_token(32), "b": w4a8_token(32)})
+    # 2688 bytes of 8320: 64 * 64 * 4.25 bits, and scales and bias in float32
+    assert shares(four, {"a": 10, "b": 30}) == pytest.approx((2688 / 8320, 16 / 256))
+    assert shares(mixed, {"a": 10, "b": 30}) == pytest.approx((2688 / 8320, (10 * 16 + 30 * 32) / (40 * 256)))
