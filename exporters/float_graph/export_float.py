@@ -100,7 +100,7 @@ class ExportFloat(Pass):
         call = _with_floating_timestep(model, call)
         other = other_call(model, call)
         calls = Calls(call, other, frozenset(trajectory.shared), _recorded(model, call, other))
-        expected = _expected(model, calls)
+        expected = _expected(model, calls, trajectory)
         denoise = denoise_with(model.module, model, whole=True)
         graph = write_graph(
             ctx.scratch / "model.onnx",
@@ -175,20 +175,30 @@ def _interface(model: DenoiserModel) -> Interface:
     return Interface(kind if config else "", config, arguments, model.names.sample, dict(model.constants), form)
 
 
-def _expected(model: DenoiserModel, calls: Calls) -> list[Expected]:
+def _expected(model: DenoiserModel, calls: Calls, trajectory: Trajectory) -> list[Expected]:
     """Return torch's whole outputs where the trajectory has only the part that the scheduler reads, or another size.
 
-    Raises StepFailed if torch fails at the other size.
+    Raises StepFailed if the model does not compute what was recorded, or if torch fails at the other size.
     """
     import torch
 
-    from intaglio.exporters.float_graph.agreement import Expected
+    from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, Expected
     from intaglio.exporters.float_graph.capture import shapes
     from intaglio.pipeline.model.calls import denoise_with
+    from intaglio.pipeline.numerics.quality import rel_l2
 
     denoise, expected = denoise_with(model.module, model, whole=True), []
     with torch.no_grad():
         usual = denoise(calls.usual)
+        recorded = trajectory.outputs[0][:2]
+        read = usual[:, *(slice(size) for size in recorded.shape[1:])]
+        if (error := rel_l2(read, recorded)) > HALF_TOLERANCE:
+            raise StepFailed(
+                f"the model's outputs for {len(recorded)} recorded rows differ by {error:.1e}, relative L2"
+                f" ({HALF_TOLERANCE:.0e} allowed), from those that `calibrate` recorded: its factory returns other"
+                " weights each time, where torch.manual_seed helps, or the rows of a call affect each other, as with"
+                " statistics of a batch"
+            )
         if model.read(usual).shape != usual.shape:
             expected.append(Expected("with its whole output", calls.usual, {OUTPUT: usual}))
         if calls.other is not None:

@@ -14,12 +14,16 @@ ROWS = 3
 
 
 def _make(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model with weights that let every branch be seen: those that start at zero get noise."""
+    """The model with weights that let every branch be seen: those that start at zero, or with no values, get noise."""
     torch.manual_seed(0)
-    module = build()
+    torch.use_deterministic_algorithms(True)  # memory without values, such as that of torch.empty, is NaN
+    try:
+        module = build()
+    finally:
+        torch.use_deterministic_algorithms(False)
     with torch.no_grad():
         for parameter in module.parameters():
-            if not parameter.any():
+            if parameter.isnan().any() or not parameter.any():
                 parameter.normal_(std=0.02)
     return module.eval()
 
