@@ -105,8 +105,8 @@ class Verify(Pass):
     predicted_db_tolerance: float = Field(
         1.5,
         gt=0,
-        description="PSNR in dB by which deployed samples may be worse than predicted without a warning; twice the"
-        " standard error of this difference is allowed too, as prediction and verification draw different samples",
+        description="PSNR in dB by which deployed samples may be worse than predicted without a warning, or twice the"
+        " standard error of this difference if that is more: prediction and verification draw different samples",
     )
     bisect: bool = Field(
         False,
