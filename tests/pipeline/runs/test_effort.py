@@ -1,5 +1,6 @@
 """A run with --minutes computes as much as ends in time, and what the recipe says stays."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from intaglio.pipeline.model.cost import ModelCost
 from intaglio.pipeline.runs.effort import A_LAYER_S, START_S, choose_effort, estimated_s
 from intaglio.pipeline.runs.manifest import Manifest
 
+ESTIMATED = r"estimated time on this machine: (1 minute|[2-9] minutes|\d\d+ minutes)"
 TEXT = """
 model: {path: model, sampling_steps: 2, guidance: 2.0}
 targets: [onnxruntime-cpu, onnxruntime-vnni]
@@ -55,7 +57,7 @@ def test_the_largest_amounts_that_end_in_time_are_chosen_and_given_ones_stay(rec
 def test_the_lines_say_what_was_chosen_what_stays_and_what_more_time_buys(recipe, tmp_path):
     least = choose_effort(recipe, 0, tmp_path)
     first, too_long, given, *more = least.lines()
-    assert first.endswith(" with --set distill.updates=0 --set verify.samples=1")
+    assert re.fullmatch(rf"{ESTIMATED}, with --set distill\.updates=0 --set verify\.samples=1", first)
     assert too_long == "these are the smallest amounts; they take longer than the 0 minutes of --minutes"
     assert given == "amounts that the recipe gives are not changed: calibrate.samples=3"
     assert more[0] == f"with --minutes {least.more[0].minutes}, the run would use verify.samples=2"
@@ -81,7 +83,7 @@ def test_a_recipe_that_gives_every_amount_leaves_nothing_to_choose(recipe, tmp_p
     choice = choose_effort(given, 5, tmp_path)
     assert (choice.taken.recipe, choice.more) == (given, [])
     first, second = choice.lines()
-    assert first.endswith(", with the recipe's own amounts")
+    assert re.fullmatch(f"{ESTIMATED}, with the recipe's own amounts", first)
     assert (
         second
         == "amounts that the recipe gives are not changed: calibrate.samples=3, distill.updates=0, verify.samples=2"
