@@ -127,7 +127,11 @@ def measure(
 
 def variant(bench: Bench, plan: str, steps: Sequence[Step], seed: int, *, first: bool) -> Figures:
     """One of ours: compiled, and measured in the simulation of its integers."""
-    done = bench.compiled(bench.planned(seed, plan, *steps, Step(uses="merge")))
+    return quality(bench, bench.compiled(bench.planned(seed, plan, *steps, Step(uses="merge"))), first=first)
+
+
+def quality(bench: Bench, done: CompiledTarget, *, first: bool) -> Figures:
+    """All figures of a compiled plan, in the simulation of its integers."""
     held, full = bench.held_out(), reference(bench)
 
     def make(place: Path) -> Figures:

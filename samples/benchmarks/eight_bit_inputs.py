@@ -5,7 +5,7 @@
 The plan of `efficientdm.py` is W4A4 with W8A8 in the first and the last layer. The other plan has at most its bytes,
 and at most `--more` times its bit operations, which `assign` spends where the measured sensitivity is largest. Both are
 balanced, start from GPTQ codes and are trained with equal options. The output error and PSNR are to full precision, on
-noise that no training saw. Results of steps are kept in --work.
+noise that no training saw. Results are kept in --work.
 """
 
 import json
@@ -14,21 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from _efficientdm_variants import CALIBRATE, GROUPS, MODELS, UPDATES, ours
-from _rows import Figures, draw, simulated, speak
-from efficientdm import Bench
+from _rows import Figures, speak
+from efficientdm import Bench, quality
 from full_size import folder
 
 from intaglio import Step
-from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.artifacts.keys import PLAN, WORKLOAD
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.cost import bit_operations
 from intaglio.pipeline.formats.layer import admitted_schemes
 from intaglio.pipeline.formats.schemes import FLOAT
-from intaglio.pipeline.model.calls import denoise_with
-from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.runs.runner import CompiledTarget
 
 SCHEMES = {
@@ -60,29 +57,11 @@ def possible(plan: QuantPlan) -> dict[str, list[str]]:
     return {op: found for op, names in SCHEMES.items() if (found := [name for name in names if (op, name) in admitted])}
 
 
-def exact(bench: Bench) -> torch.Tensor:
-    """Samples of full precision."""
-    held = bench.held_out()
-    model, ref = held[MODEL].open(), held[MODEL].ref
-    return draw(denoise_with(model.module, model), Sampler(model, ref.sampling_steps, ref.guidance), bench.samples)
-
-
-def figures(bench: Bench, done: CompiledTarget, rows: Mapping[str, float], full: torch.Tensor) -> Figures:
-    """Quality of one plan in the simulation of its integers, and its cost."""
-    from _efficientdm_training import output_error
-    from _image_distance import psnr_db
-
-    denoise, sampler = simulated(done)
-    psnr = psnr_db(draw(denoise, sampler, bench.samples), full)
+def figures(bench: Bench, done: CompiledTarget, rows: Mapping[str, float]) -> Figures:
+    """Quality of one plan, and its cost."""
     size, bops = shares(done[PLAN], rows)
-    return {
-        "output_mse": output_error(denoise, sampler, bench.held_out()[TRAJECTORY]),
-        "psnr_db": float(psnr.mean()),
-        "psnr_db_min": float(psnr.min()),
-        "size": size,
-        "bops": bops,
-        "schemes": dict(Counter(scheme.name for scheme in done[PLAN].schemes.values())),
-    }
+    schemes = dict(Counter(scheme.name for scheme in done[PLAN].schemes.values()))
+    return {**quality(bench, done, first=False), "size": size, "bops": bops, "schemes": schemes}
 
 
 def evaluate(bench: Bench, more: float, updates: int, seed: int) -> Figures:
@@ -96,7 +75,7 @@ def evaluate(bench: Bench, more: float, updates: int, seed: int) -> Figures:
         Step(uses="sensitivity", options={**MEASURED, "schemes": schemes}),
         Step(uses="assign", options={"schemes": schemes, "budget": budget, "front": 0}),
     )
-    found, full = {}, exact(bench)
+    found = {}
     for count in dict.fromkeys((0, updates)):
         last = (*ours(bench.model, updates=count), Step(uses="merge"))
         recipes = {
@@ -104,7 +83,7 @@ def evaluate(bench: Bench, more: float, updates: int, seed: int) -> Figures:
             "with 8-bit inputs": bench.recipe(seed, CALIBRATE, *choose, *last),
         }
         for name, recipe in recipes.items():
-            found[f"{name}, {count} updates"] = figures(bench, bench.compiled(recipe), rows, full)
+            found[f"{name}, {count} updates"] = figures(bench, bench.compiled(recipe), rows)
     return found
 
 
