@@ -182,9 +182,9 @@ class _Pairs:
                 real, imaginary = self._parts(args[0])
                 return self._joined(real, self._call(aten.neg.default, imaginary))
             case "mul":
-                return self._product(node.target, *args[:2])
+                return self._product(*args[:2])
             case "bmm" | "mm":
-                return self._matrix_product(node.target, *args[:2])
+                return self._product_of_pairs(node.target, *args[:2])
             case "div" if not self._complex(args[1]):
                 return self._call(node.target, self._pair(args[0]), self._beside(args[1]))
             case "add" | "sub" if all(isinstance(arg, Node) for arg in args):
@@ -215,17 +215,17 @@ class _Pairs:
         """Return a real operand with an axis for the two parts; a number stays a number."""
         return self._call(aten.unsqueeze.default, value, -1) if isinstance(value, Node) else value
 
-    def _product(self, operation: Any, a: Any, b: Any) -> Node:
-        """Return (a_r b_r - a_i b_i, a_r b_i + a_i b_r), or the product of a pair and a real factor."""
+    def _product(self, a: Any, b: Any) -> Node:
+        """Return the product of two pairs, or of a pair and a real factor."""
         if not (self._complex(a) and self._complex(b)):
             pair, factor = (a, b) if self._complex(a) else (b, a)
             if isinstance(factor, complex):
                 raise StepFailed("torch cannot export the model: it multiplies by a complex number")
             return self._call(aten.mul.Tensor, self._pair(pair), self._beside(factor))
-        return self._matrix_product(operation, a, b)
+        return self._product_of_pairs(aten.mul.Tensor, a, b)
 
-    def _matrix_product(self, operation: Any, a: Any, b: Any) -> Node:
-        """Return the pair of a product of complex numbers: `operation` multiplies two real tensors."""
+    def _product_of_pairs(self, operation: Any, a: Any, b: Any) -> Node:
+        """Return (a_r b_r - a_i b_i, a_r b_i + a_i b_r), where `operation` multiplies two real tensors."""
         (ar, ai), (br, bi) = self._parts(a), self._parts(b)
         rr, ii, ri, ir = (self._call(operation, x, y) for x, y in ((ar, br), (ai, bi), (ar, bi), (ai, br)))
         return self._joined(self._call(aten.sub.Tensor, rr, ii), self._call(aten.add.Tensor, ri, ir))

@@ -46,7 +46,7 @@ def to_real(x: torch.Tensor, axes: Sequence[int], norm: int, last: int) -> torch
     found, count = x, _constant(last)
     for axis in axes[:-1]:
         found = _turned(found, axis, forward=False)
-    cos, sin = _turns(x.real, _size(x, axes[-1]), count, period=count)
+    cos, sin = _turns(x.real, _size(x, axes[-1]), count)
     # a frequency k between 0 and N / 2 also stands for N - k, whose number is the conjugate
     twice = 2 - (2 * torch.arange(len(cos)) % count == 0).to(cos.dtype)[:, None]
     real = _times(found.real, axes[-1], cos * twice) - _times(found.imag, axes[-1], sin * twice)
@@ -70,9 +70,9 @@ def _turned(x: torch.Tensor, axis: int, forward: bool) -> torch.Tensor:
     return torch.complex(real, _times(x.real, axis, sin) + _times(x.imag, axis, cos))
 
 
-def _turns(like: torch.Tensor, rows: int, columns: int, period: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin of 2 pi n k / period, (rows, columns): `period` is the larger of both unless it is given."""
-    period = period or max(rows, columns)
+def _turns(like: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin of 2 pi n k / N, (rows, columns): N is the larger of both, the other may count fewer."""
+    period = max(rows, columns)
     products = torch.arange(rows)[:, None] * torch.arange(columns) % period  # exact, where angles would be rounded
     angles = products.to(torch.float64) * (2 * math.pi / period)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
