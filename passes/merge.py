@@ -48,7 +48,7 @@ class MergeAdapters(Pass):
         0, ge=0, le=99, description="further entries between two timesteps, for samplers that call at other timesteps"
     )
 
-    def stored_bytes(self, parameters: int) -> int:
+    def stored_bytes(self, parameters: int, in_files: int) -> int:
         """Return the bytes of 8-bit codes; those of fewer bits take fewer."""
         return parameters
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from intaglio.exporters.float_graph.lean_session import lean_session
+from intaglio.exporters.float_graph.lean_session import NONE, lean_session
 from intaglio.exporters.float_graph.onnx_file import read_model
 from intaglio.pipeline.artifacts.graph import as_array
 from intaglio.pipeline.errors import StepFailed
@@ -18,10 +18,12 @@ from intaglio.pipeline.numerics.quality import rel_l2
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import onnxruntime
     from numpy.typing import NDArray
 
+    from intaglio.exporters.float_graph.in_parts import Session
     from intaglio.pipeline.model.types import Inputs
+
+    Weights: TypeAlias = Mapping[str, NDArray[np.float32]]
 
 TOLERANCE = 1e-4
 """Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph has far more."""
@@ -41,14 +43,19 @@ class Expected(NamedTuple):
     first: bool = False
 
 
-def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float) -> None:
-    """Run the graph on calls. Raise StepFailed if an output differs from torch's by more than the tolerance."""
-    with lean_session(path) as session:
+def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float, weights: Weights = NONE) -> None:
+    """Run the graph on calls. Raise StepFailed if an output differs from torch's by more than the tolerance.
+
+    `weights` are those that the graph's files leave out, here and in `find_magnitudes`.
+    """
+    with lean_session(path, weights) as session:
         for call in expected:
             _check(call, _run(session, call), tolerance)
 
 
-def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> dict[str, float]:
+def find_magnitudes(
+    path: Path, calls: Iterable[Expected], tolerance: float, weights: Weights = NONE
+) -> dict[str, float]:
     """Return the largest magnitude of each floating-point value in these calls, by name.
 
     Magnitudes have three digits: the order of a sum changes further digits, and with them the digest of the artifact.
@@ -57,7 +64,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
     beside = path.with_name("ranges.onnx")  # in the same folder, so that it finds the weights
     names = _write_with_ends(path, beside)
     amax = np.zeros(len(names), np.float32)
-    with lean_session(beside) as session:
+    with lean_session(beside, weights) as session:
         beside.unlink()
         for call in calls:
             found = _run(session, call)
@@ -67,7 +74,7 @@ def find_magnitudes(path: Path, calls: Iterable[Expected], tolerance: float) -> 
     return {name: float(f"{largest:.2e}") for name, largest in zip(names, amax, strict=True)}
 
 
-def _run(session: onnxruntime.InferenceSession, call: Expected) -> list[NDArray[np.float32]]:
+def _run(session: Session, call: Expected) -> list[NDArray[np.float32]]:
     """Return all outputs for a call; the graph may read only some of the call's inputs. Raises StepFailed."""
     feed = {each.name: as_array(call.inputs[each.name]) for each in session.get_inputs()}
     try:

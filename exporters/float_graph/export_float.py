@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.float_graph.agreement import Expected
     from intaglio.exporters.float_graph.capture import Calls
+    from intaglio.exporters.float_graph.own_weights import ModelWeights
     from intaglio.pipeline.artifacts.trajectory import Trajectory
     from intaglio.pipeline.model.cost import ModelCost
     from intaglio.pipeline.model.denoiser import DenoiserModel
@@ -44,10 +45,12 @@ class ExportFloat(Pass):
     """Export a graph that computes the same as torch for any number of rows.
 
     Axes whose size differs in the model's other call are dynamic too. The metadata of a layer's nodes name the layer.
+    Weights of 1 GiB or more that stay in the model's own files are left out of the graph's: readers of the graph read
+    them there, and the comparison with torch runs the graph in parts.
     """
 
     name: ClassVar[str] = "export-float"
-    version: ClassVar[int] = 10
+    version: ClassVar[int] = 11
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH})
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxscript", "onnx-ir")
@@ -69,21 +72,25 @@ class ExportFloat(Pass):
         """Return the number of rows on which the graph is run."""
         return RANGE_ROWS * min(RANGE_STEPS, model.steps) + 1
 
-    def stored_bytes(self, parameters: int) -> int:
-        """Return the bytes of the weights in float32."""
-        return 4 * parameters
+    def stored_bytes(self, parameters: int, in_files: int) -> int:
+        """Return the bytes in float32 of the weights that the graph does not leave to the model's own files."""
+        from intaglio.exporters.float_graph.own_weights import LARGE_BYTES
+
+        return 4 * (parameters - in_files if 4 * in_files >= LARGE_BYTES else parameters)
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Export the graph. Raises StepFailed if the graph differs from torch."""
         from intaglio.exporters.float_graph.agreement import HALF_TOLERANCE, TOLERANCE, check_outputs
         from intaglio.exporters.float_graph.multiples import find_multiples
+        from intaglio.exporters.float_graph.own_weights import ModelWeights
 
         graph, expected = self._write_graph(state, ctx)
         gc.collect()  # the wrapped module is part of a reference cycle
+        weights = ModelWeights(graph, state[MODEL])
         tolerance = HALF_TOLERANCE if state[TRAJECTORY].half else TOLERANCE
-        amax = _magnitudes(graph, state[TRAJECTORY], tolerance, ctx)
-        check_outputs(graph.path, expected, tolerance)
-        multiples = find_multiples(graph, _call_of(graph, state[TRAJECTORY], 0, [0])) if graph.sizes else {}
+        amax = _magnitudes(graph, state[TRAJECTORY], tolerance, weights, ctx)
+        check_outputs(graph.path, expected, tolerance, weights)
+        multiples = find_multiples(graph, _call_of(graph, state[TRAJECTORY], 0, [0]), weights) if graph.sizes else {}
         return {FLOAT_GRAPH: replace(graph, amax=amax, multiples=multiples)}
 
     def _write_graph(self, state: State, ctx: Context) -> tuple[Graph, list[Expected]]:
@@ -110,6 +117,7 @@ class ExportFloat(Pass):
             (OUTPUT,),
             opset=self.opset,
             called="the denoiser",
+            whole=False,
         )
         if absent := [layer.name for layer in layer_table(model.module) if layer.name not in graph.nodes]:
             for line in in_float_lines(dict.fromkeys(absent, NOT_IN_GRAPH)):
@@ -210,7 +218,9 @@ def _expected(model: DenoiserModel, calls: Calls, trajectory: Trajectory) -> lis
     return expected
 
 
-def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Context) -> dict[str, float]:
+def _magnitudes(
+    graph: Graph, trajectory: Trajectory, tolerance: float, weights: ModelWeights, ctx: Context
+) -> dict[str, float]:
     """Return the magnitudes that `find_magnitudes` finds in some rows of some recorded calls, by name."""
     import numpy as np
 
@@ -230,7 +240,7 @@ def _magnitudes(graph: Graph, trajectory: Trajectory, tolerance: float, ctx: Con
                 yield Expected(where, call, {OUTPUT: trajectory.outputs[step][some]}, first=True)
                 advance()
 
-        return find_magnitudes(graph.path, calls(), tolerance)
+        return find_magnitudes(graph.path, calls(), tolerance, weights)
 
 
 def _call_of(graph: Graph, trajectory: Trajectory, step: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:

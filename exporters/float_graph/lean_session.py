@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
+from intaglio.exporters.float_graph.in_parts import PartsSession, Session
 from intaglio.pipeline.errors import StepFailed
 from intaglio.pipeline.files import one_line
 from intaglio.pipeline.machine import giving_back
@@ -24,13 +28,18 @@ def exact_options() -> onnxruntime.SessionOptions:
     return options
 
 
+NONE: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+"""The weights of a graph that leaves none out."""
+
+
 @contextmanager
-def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
+def lean_session(path: Path, weights: Mapping[str, NDArray[np.float32]] = NONE) -> Iterator[Session]:
     """Open a graph on the CPU with little memory: weights stay in their file, and freed memory is returned.
 
-    The products of the graph have to be in float; their weights may be codes. The session is slow: weights have no
-    special layout for kernels, and blocks of memory are mapped one by one. Raises StepFailed for an operator that ONNX
-    Runtime does not have in these types.
+    `weights` are those that the graph's files leave out, by name; then the graph is run in parts. The products of the
+    graph have to be in float; their weights may be codes. The session is slow: weights have no special layout for
+    kernels, and blocks of memory are mapped one by one. Raises StepFailed for an operator that ONNX Runtime does not
+    have in these types.
     """
     options = exact_options()
     # the next level changes the layout of convolutions' weights
@@ -40,9 +49,13 @@ def lean_session(path: Path) -> Iterator[onnxruntime.InferenceSession]:
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # the arena doubles when it grows, and releases nothing
     options.enable_mem_reuse = False  # memory that is to be reused later is not released before
+
+    def opened(file: Path) -> onnxruntime.InferenceSession:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
     with giving_back():
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = PartsSession(path, weights, opened) if weights else opened(path)
         except (NoKernel, InvalidGraph) as error:
             raise StepFailed(
                 f"ONNX Runtime cannot execute the exported graph: {one_line(error)}: correct what the model does there;"

@@ -6,32 +6,34 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.exporters.float_graph.lean_session import lean_session
+from intaglio.exporters.float_graph.lean_session import NONE, lean_session
 from intaglio.pipeline.artifacts.graph import as_array
 
 if TYPE_CHECKING:
-    import onnxruntime
+    import numpy as np
+    from numpy.typing import NDArray
 
+    from intaglio.exporters.float_graph.in_parts import Session
     from intaglio.pipeline.artifacts.graph import Graph
     from intaglio.pipeline.model.types import Inputs
 
 
-def find_multiples(graph: Graph, call: Inputs) -> dict[str, int]:
+def find_multiples(graph: Graph, call: Inputs, weights: Mapping[str, NDArray[np.float32]] = NONE) -> dict[str, int]:
     """Return the numbers above 1 that divide every accepted size of the sample's dynamic axes, by name of the axis.
 
     `call` has one row at the usual sizes. Both exported sizes are multiples of such a number d, so the graph is called
     with d more than the usual size, from the smallest d on. An axis is left out if no such call succeeds: then another
-    input has to change its size together with it.
+    input has to change its size together with it. `weights` are those that the graph's files leave out.
     """
     name = graph.interface.sample
     shape = graph.inputs[name].shape if name in graph.inputs else ()
     found = {}
-    with lean_session(graph.path) as session:
+    with lean_session(graph.path, weights) as session:
         for place, axis in enumerate(shape):
             if isinstance(axis, str) and axis in graph.sizes:
                 divisors = _divisors(math.gcd(*graph.sizes[axis]))
@@ -44,7 +46,7 @@ def _divisors(number: int) -> Iterator[int]:
     return (d for d in range(1, number + 1) if number % d == 0)
 
 
-def _accepts(session: onnxruntime.InferenceSession, graph: Graph, call: Inputs, place: int, more: int) -> bool:
+def _accepts(session: Session, graph: Graph, call: Inputs, place: int, more: int) -> bool:
     """Return True if the graph takes samples with `more` entries along an axis, and returns as many more."""
     sample = graph.interface.sample
     axis, wanted = graph.inputs[sample].shape[place], [*call[sample].shape]

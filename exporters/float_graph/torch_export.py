@@ -18,6 +18,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
 from intaglio.exporters.float_graph.capture import Calls, Compute, capture, silent
+from intaglio.exporters.float_graph.own_weights import leave_out, own_weights
 from intaglio.exporters.float_graph.repair import repair, transposed_keys
 from intaglio.exporters.float_graph.sites import LAYER_KEY, Site, find_sites
 from intaglio.exporters.float_graph.turned import TurnedWeights
@@ -35,16 +36,25 @@ PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def write_graph(
-    path: Path, module: nn.Module, compute: Compute, calls: Calls, outputs: Sequence[str], *, opset: int, called: str
+    path: Path,
+    module: nn.Module,
+    compute: Compute,
+    calls: Calls,
+    outputs: Sequence[str],
+    *,
+    opset: int,
+    called: str,
+    whole: bool = True,
 ) -> Graph:
     """Export `module`, as `compute` calls it, as a float32 graph in files of its own.
 
     `called` is the name of the module in error messages. The graph has these outputs and the dynamic axes of `calls`.
     The metadata of every node of a layer has the layer's name. Inputs that are constants of the graph, because their
-    values decide what is computed, are constants of its interface. Raises StepFailed.
+    values decide what is computed, are constants of its interface. Unless `whole`, the files leave out the weights of a
+    large module that stay in its own files. Raises StepFailed.
     """
     exported, fixed = capture(module, compute, calls, outputs, opset, called)
-    weights = list(exported.graph.initializers.values())
+    constants = list(exported.graph.initializers.values())
     _name_calls(exported, module)
     repair(exported.graph)
     _simplify(exported)
@@ -52,15 +62,18 @@ def write_graph(
     _keep_layer_names(exported, frozenset(layer.name for layer in layer_table(module)), axes)
     sites = find_sites(exported.graph)
     _check_weights(module, sites)
+    nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
+    ends = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
+    weights = {} if whole else own_weights(exported.graph, module)
+    leave_out(exported.graph, weights)
     ir.save(exported, path, external_data="model.onnx.data")
     _check_valid(path, called)
     # onnxscript's rules keep the graph that they last looked at, and its weights are torch's own
-    for weight in (*weights, *exported.graph.initializers.values()):
-        weight.const_value = None
-    nodes = {name: (str(s[0].x.name), str(s[0].y.name)) for name, s in sites.items()}
-    ends = tensor_specs(exported.graph.inputs), tensor_specs(exported.graph.outputs)
+    for constant in (*constants, *exported.graph.initializers.values()):
+        constant.const_value = None
     interface = Interface(constants={name: fixed_constant(value) for name, value in fixed.items()})
-    return Graph(path, *ends, nodes=nodes, timestep=None, sizes=calls.sizes(axes), interface=interface)
+    sizes = calls.sizes(axes)
+    return Graph(path, *ends, nodes=nodes, timestep=None, sizes=sizes, interface=interface, weights=weights)
 
 
 def _check_valid(path: Path, called: str) -> None:

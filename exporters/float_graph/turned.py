@@ -10,15 +10,34 @@ LARGE = 1 << 13
 """Number of elements from which on a folded constant is read again when it is needed."""
 
 
+class Turned(ir.LazyTensor):
+    """A constant whose axes are in another order; it is transposed each time that it is read."""
+
+    def __init__(self, constant: ir.TensorProtocol, order: tuple[int, ...], name: str) -> None:
+        """Make the constant of this name from another one and the order of its axes."""
+        sizes = constant.shape.numpy()
+        super().__init__(self._read, constant.dtype, ir.Shape([sizes[axis] for axis in order]), name=name)
+        self.constant, self.order = constant, order
+
+    def _read(self) -> ir.TensorProtocol:
+        return ir.Tensor(self.constant.numpy().transpose(self.order), name=self.name)
+
+
+def origin(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, tuple[int, ...]]:
+    """Return the constant behind all transposes of a tensor, and the order in which the tensor has its axes."""
+    order = tuple(range(len(tensor.shape)))
+    while isinstance(tensor, Turned):
+        order = tuple(tensor.order[axis] for axis in order)
+        tensor = tensor.constant
+    return tensor, order
+
+
 class _Folded(NamedTuple):
     """A transpose that is about to be folded: its result's name, the constant, and the order of its axes."""
 
     name: str
     constant: ir.TensorProtocol
     order: tuple[int, ...]
-
-    def read(self) -> ir.TensorProtocol:
-        return ir.Tensor(self.constant.numpy().transpose(self.order), name=self.name)
 
 
 class TurnedWeights:
@@ -44,8 +63,5 @@ class TurnedWeights:
     def release(self) -> None:
         """Release the weight that was transposed last, if its node was folded."""
         last, self._last = self._last, None
-        if last is None or (made := self._graph.initializers.get(last.name)) is None:
-            return
-        folded = made.const_value
-        assert folded is not None  # the optimizer gave it a value
-        made.const_value = ir.LazyTensor(last.read, folded.dtype, ir.Shape(folded.shape.numpy()), name=last.name)
+        if last is not None and (made := self._graph.initializers.get(last.name)) is not None:
+            made.const_value = Turned(last.constant, last.order, last.name)

@@ -38,6 +38,7 @@ class MeasureLatency(Pass):
     name: ClassVar[str] = "benchmark"
     version: ClassVar[int] = 2
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, GRAPH, TARGET, TRAJECTORY})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({LATENCY})
 
     rows: int = Field(8, ge=1, description="rows of the call that is timed")
@@ -57,19 +58,29 @@ class MeasureLatency(Pass):
         """Return the rows of all calls of both graphs."""
         return 2 * (self.rounds + 1) * self.rows
 
+    def stored_bytes(self, parameters: int, in_files: int) -> int:
+        """Return the bytes in float32 of a large model's weights, which the float graph needs while it is timed."""
+        from intaglio.exporters.float_graph.own_weights import LARGE_BYTES
+
+        return 4 * parameters if 4 * in_files >= LARGE_BYTES else 0
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Time both graphs alternately, and take the medians."""
+        from intaglio.exporters.float_graph.own_weights import whole_graph
         from intaglio.exporters.runtimes.calls import graph_denoise
         from intaglio.pipeline.artifacts.verification import Latency
 
-        runtime = find_runtime(state[TARGET].runtime)
-        both = {
-            "float32": graph_denoise(state[FLOAT_GRAPH], runtime, threads=self.threads),
-            "compiled": graph_denoise(state[GRAPH], runtime, threads=self.threads),
-        }
-        trajectory = state[TRAJECTORY]
+        runtime, trajectory = find_runtime(state[TARGET].runtime), state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
-        with ctx.progress("latency", self.rounds + 1) as advance:
+        model = state[MODEL] if MODEL in state else None  # noqa: SIM401 - State.get raises
+        with (
+            whole_graph(state[FLOAT_GRAPH], model, ctx.scratch / "float32") as whole,
+            ctx.progress("latency", self.rounds + 1) as advance,
+        ):
+            both = {
+                "float32": graph_denoise(whole, runtime, threads=self.threads),
+                "compiled": graph_denoise(state[GRAPH], runtime, threads=self.threads),
+            }
             seconds = spent({name: partial(denoise, call) for name, denoise in both.items()}, self.rounds, advance)
         float_ms, compiled_ms = (1e3 * seconds[name] for name in ("float32", "compiled"))
         ctx.log.info("%d rows: %.1f ms float32, %.1f ms compiled", self.rows, float_ms, compiled_ms)
@@ -85,16 +96,19 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
     same for all. Graphs for TensorRT run as they are written, without ONNX Runtime's fusions. Raises RecipeError if the
     store lacks what is needed, TargetError for a graph that the runtime refuses.
     """
+    from intaglio.exporters.float_graph.own_weights import whole_graph
     from intaglio.exporters.measure.engine_process import EngineProcess, Setting
 
     model, target = made_from(folder, store, MODEL), made_from(folder, store, TARGET)
-    graphs = {"float32": made_from(folder, store, FLOAT_GRAPH), "compiled": Graph.load(folder)}
     steps, left_out = model.ref.sampling_steps, {}
 
     def engine(graph: Graph) -> EngineProcess:
         return EngineProcess(Setting(graph.path.parent, rows, threads, target.provider, target.runtime))
 
     with ExitStack() as stack:
+        lean = made_from(folder, store, FLOAT_GRAPH)
+        full = stack.enter_context(whole_graph(lean, model, ctx.scratch / "float32"))
+        graphs = {"float32": full, "compiled": Graph.load(folder)}
         engines = {name: stack.enter_context(engine(graph)) for name, graph in graphs.items()}
         provider = engines["compiled"].loaded.provider
         if not engines["compiled"].loaded.half:
@@ -108,7 +122,7 @@ def bench(folder: Path, store: Store, ctx: Context, *, rounds: int, rows: int, t
                 for name, running in engines.items():
                     spent[name].append(running.call(steps))
                     advance()
-    figures = {name: _figures(graphs[name], engines[name].loaded, spent[name]) for name in engines}
+        figures = {name: _figures(graphs[name], engines[name].loaded, spent[name]) for name in engines}
     whole, compiled = figures["float32"].peak_bytes, figures["compiled"].peak_bytes
     return Bench(
         target=target.name,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from intaglio.pipeline.artifacts.graph import NOT_IN_GRAPH, STEP_INPUT
-from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, PLAN, QUANTIZED, TARGET
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, PLAN, QUANTIZED, TARGET
 from intaglio.pipeline.artifacts.plan import in_float_lines
 from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from intaglio.pipeline.artifacts.plan import QuantPlan
     from intaglio.pipeline.artifacts.quantized import Quantized
     from intaglio.pipeline.formats.target import Target
+    from intaglio.pipeline.model.checkpoint import Checkpoint
 
 
 class ExportQdq(Pass):
@@ -38,10 +39,11 @@ class ExportQdq(Pass):
     name: ClassVar[str] = "export-qdq"
     version: ClassVar[int] = 7
     requires: ClassVar[frozenset[AnyKey]] = frozenset({FLOAT_GRAPH, QUANTIZED, PLAN, TARGET})
+    wants: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({GRAPH, PLAN})
     needs: ClassVar[tuple[str, ...]] = ("onnx", "onnx-ir")
 
-    def stored_bytes(self, parameters: int) -> int:
+    def stored_bytes(self, parameters: int, in_files: int) -> int:
         """Return the bytes of 8-bit codes; those of fewer bits take fewer."""
         return parameters
 
@@ -53,7 +55,8 @@ class ExportQdq(Pass):
         plan, quantized = state[PLAN].left_in_float(absent), state[QUANTIZED].only(float_graph.nodes)
         plan.check(target)
         _check_same(plan, quantized)
-        graph = write_lowered(ctx.scratch / "model.onnx", float_graph, quantized, target)
+        model = state[MODEL] if MODEL in state else None  # noqa: SIM401 - State.get raises
+        graph = write_lowered(ctx.scratch / "model.onnx", float_graph, quantized, target, model)
         ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(plan.layers), target.name)
         for line in in_float_lines(absent):
             ctx.log.info("%s", line)
@@ -64,22 +67,25 @@ class ExportQdq(Pass):
         return {GRAPH: graph, PLAN: plan}
 
 
-def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target) -> Graph:
+def write_lowered(
+    path: Path, graph: Graph, quantized: Quantized, target: Target, source: Checkpoint | None = None
+) -> Graph:
     """Write a copy of the float graph in which these layers have rounded weights and inputs, as their schemes say.
 
-    Layers that the graph does not contain are skipped. Raises TargetError for an opset that the target does not read.
+    Layers that the graph does not contain are skipped. `source` is the model whose weights the graph leaves out, if it
+    leaves out any. Raises TargetError for an opset that the target does not read.
     """
     import onnx
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    from intaglio.exporters.float_graph.onnx_file import read_model
+    from intaglio.exporters.float_graph.own_weights import read_whole
     from intaglio.exporters.float_graph.torch_export import tensor_specs
     from intaglio.exporters.qdq.folding import fold_scales
     from intaglio.exporters.qdq.group_norm import spell_out_group_norm
     from intaglio.exporters.qdq.half import type_half
 
-    model = read_model(graph.path)
+    model = read_whole(graph, source)
     if (opset := model.opset_imports[""]) > target.opset_max:
         raise TargetError(f"the float graph has opset {opset}, but {target.name} reads up to {target.opset_max}")
     spell_out_group_norm(model.graph, target)
@@ -105,6 +111,7 @@ def write_lowered(path: Path, graph: Graph, quantized: Quantized, target: Target
         nodes={name: nodes[name] for name in sorted(nodes)},
         amax=amax,
         scaled=scaled,
+        weights={},
     )
 
 

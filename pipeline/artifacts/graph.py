@@ -27,7 +27,7 @@ STEP_INPUT = "step"
 
 NOT_IN_GRAPH = "the exported graph does not compute it"
 """Reason to stay in float for a layer that torch's exporter dropped or replaced by a constant."""
-MAY_LACK = ("scaled", "constants", "form", "variance", "row_axes", "row_lists", "component", "multiples")
+MAY_LACK = ("scaled", "constants", "form", "variance", "row_axes", "row_lists", "component", "multiples", "weights")
 """Fields of graph.json that are left out, or were not there in folders of earlier releases."""
 
 
@@ -89,6 +89,17 @@ class ScaledBy(NamedTuple):
     start: int
 
 
+class OwnWeight(NamedTuple):
+    """A constant of a graph that is a weight of the model: the parameter's name in its module, and where it belongs.
+
+    `axes` is the order in which the constant has the parameter's axes, and `place` its place among all constants.
+    """
+
+    parameter: str
+    axes: tuple[int, ...]
+    place: int
+
+
 @dataclass(frozen=True)
 class _File:
     """The place of a graph's file. A base class, so that `path` stands first among the fields of `Graph`."""
@@ -110,6 +121,7 @@ class _GraphFacts:
     interface: Interface = field(default_factory=Interface)
     scaled: Mapping[str, ScaledBy] = field(default_factory=dict)
     multiples: Annotated[Mapping[str, int], OPTIONAL] = field(default_factory=dict)
+    weights: Annotated[Mapping[str, OwnWeight], OPTIONAL] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,8 @@ class Graph(_GraphFacts, _File):
     `amax` is the largest magnitude of each floating-point value in the recorded calls, by name, where it was recorded.
     `scaled` are inputs and outputs of layers, by value name, into which channel scales of a later layer are folded.
     `multiples` gives, for dynamic axes of the sample, the number above 1 that the network divides their size by.
+    `weights` gives, by name, the constants that the files leave out because they are the model's own weights; the file
+    has inputs in their place, so only a reader that has the model can run the graph.
     """
 
     def save(self, root: Path) -> None:

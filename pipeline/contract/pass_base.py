@@ -85,8 +85,11 @@ class Pass(BaseModel, ABC):
         """
         return False
 
-    def stored_bytes(self, parameters: int) -> int:
-        """Return about how many bytes the outputs take in the store, for a denoiser of so many parameters; 0 if few."""
+    def stored_bytes(self, parameters: int, in_files: int) -> int:
+        """Return about how many bytes the step writes to the disk, for a denoiser of so many parameters; 0 if few.
+
+        `in_files` is the number of those that stay in the model's own files, and are read one weight at a time.
+        """
         return 0
 
     def plugins(self) -> Iterable[tuple[str, str]]:

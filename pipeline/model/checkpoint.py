@@ -17,10 +17,9 @@ from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.configuration import check_float
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
-from intaglio.pipeline.model.experts import dense_experts_
 from intaglio.pipeline.model.hub import download
 from intaglio.pipeline.model.layers import layer_table
-from intaglio.pipeline.model.lora import find_lora, fuse_lora_
+from intaglio.pipeline.model.lora import find_lora
 from intaglio.pipeline.model.model_files import (
     ModelSize,
     Weights,
@@ -35,7 +34,7 @@ from intaglio.pipeline.model.model_files import (
     pickled,
     single_file_cure,
 )
-from intaglio.pipeline.model.prepared import plain_weights_, split_
+from intaglio.pipeline.model.prepared import plain_weights_, prepare_, split_
 from intaglio.pipeline.model.received import (
     call_copied_factory,
     call_factory,
@@ -44,7 +43,7 @@ from intaglio.pipeline.model.received import (
     class_count,
     configured_shape,
 )
-from intaglio.pipeline.model.ref import DENOISER_FOLDERS, ModelRef
+from intaglio.pipeline.model.ref import ModelRef
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +103,7 @@ class Checkpoint:
     @classmethod
     def _find(cls, ref: ModelRef, base: Path) -> Checkpoint:
         if ref.path.startswith("hub:"):
-            return cls._of_folder(download(ref.path, _places(ref)), ref)
+            return cls._of_folder(download(ref.path, ref.folders), ref)
         file, colon, _ = ref.path.partition(":")
         if colon and file.endswith(".py"):
             path = (base / file).resolve()
@@ -152,7 +151,7 @@ class Checkpoint:
 
     @cached_property
     def _denoiser_folder(self) -> Path | None:
-        for name in _places(self.ref):
+        for name in self.ref.folders:
             config = self.root / name / "config.json"
             if (config.is_file() or config.is_symlink()) and "_class_name" in self._read(config):
                 return self.root / name
@@ -211,12 +210,10 @@ class Checkpoint:
             shutil.copyfile(checked_file(path), files / f"{role}.safetensors")
         named: dict[str, object] = {role: f"{role}.safetensors" for role in self.recordings}
         if self.loras:
-            named["loras"] = [
-                {"path": f"lora.{position}.safetensors", "scale": lora.scale}
-                for position, lora in enumerate(self.ref.loras)
-            ]
-            for position, path in enumerate(self.loras):
-                shutil.copyfile(checked_file(path), files / f"lora.{position}.safetensors")
+            copies = [f"lora.{position}.safetensors" for position in range(len(self.loras))]
+            named["loras"] = [{"path": n, "scale": lora.scale} for n, lora in zip(copies, self.ref.loras, strict=True)]
+            for copy, path in zip(copies, self.loras, strict=True):
+                shutil.copyfile(checked_file(path), files / copy)
         ref = self.ref.model_dump(mode="json", exclude={"path", "loras"}) | named
         write_typed(root / "checkpoint.json", _CheckpointFacts(ref, self.entry), _CheckpointFacts)
 
@@ -258,13 +255,7 @@ class Checkpoint:
         recorded = {role: Recording.load(path) for role, path in self.recordings.items()}
         usual, other = recorded.get("conditions"), recorded.get("other_size")
         made = self._call_factory() if self.entry else self._open_folder(usual, weights, stored)
-        plain_weights_(made.module)
-        dense_experts_(made.module)
-        if not weights:
-            made.module.to("meta")
-        for position, (lora, path) in enumerate(zip(self.ref.loras, self.loras, strict=True) if weights else ()):
-            fuse_lora_(made.module, path, lora.scale, f"model.loras[{position}]")
-        split_(made.module)
+        prepare_(made.module, self._scaled_loras, weights=weights)
         if usual is not None:
             made = usual.given_to(made)
         if other is not None:
@@ -275,6 +266,16 @@ class Checkpoint:
         _ = made.names  # reports missing inputs now, before anything runs
         return formed(made, self.ref.sampling_steps)
 
+    def stored_module(self) -> nn.Module:
+        """Return the module of a folder as `open(stored=True)` does, but call nothing. Raises RecipeError likewise."""
+        module: nn.Module = self._weighed(stored=True).eval()
+        prepare_(module, self._scaled_loras)
+        return module
+
+    @property
+    def _scaled_loras(self) -> tuple[tuple[Path, float], ...]:
+        return tuple((path, lora.scale) for lora, path in zip(self.ref.loras, self.loras, strict=True))
+
     def layers(self) -> tuple[Layer, ...]:
         """Return the layer table, without reading a folder's weights. Raises RecipeError as `open` does."""
         return layer_table(self.empty())
@@ -282,6 +283,13 @@ class Checkpoint:
     def parameter_count(self) -> int:
         """Return the number of parameters of the denoiser. Reads and raises what `layers` does."""
         return sum(parameter.numel() for parameter in self.empty().parameters())
+
+    @cached_property
+    def stored_count(self) -> int:
+        """Number of parameters that stay in the model's files with `open(stored=True)`."""
+        from intaglio.pipeline.model.stored_weights import stored_count
+
+        return 0 if self.entry or self._weights is None else stored_count(self._unfilled(), self._weights)
 
     def empty(self) -> nn.Module:
         """Return the denoiser, without weights if it is in a folder. Raises RecipeError as `open` does."""
@@ -388,8 +396,3 @@ class Checkpoint:
         file, _, name = self.entry.partition(":")
         call = call_copied_factory if self.ref.path == STORED else call_factory
         return call(self.root / file, name)
-
-
-def _places(ref: ModelRef) -> tuple[str, ...]:
-    """Return the names of folders that may hold the denoiser, the preferred first."""
-    return DENOISER_FOLDERS if ref.subfolder is None else (ref.subfolder,)

@@ -5,9 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     from torch import nn
 
     Module = TypeVar("Module", bound=nn.Module)
+
+
+def prepare_(module: nn.Module, loras: Iterable[tuple[Path, float]], *, weights: bool = True) -> None:
+    """Bring a model into the form that the compiler works on, with its LoRAs fused, each a file and its scale.
+
+    Without `weights`, the module is moved to torch's meta device and no LoRA is read. Changes `module`. Raises
+    RecipeError and StepFailed as `fuse_lora_` does.
+    """
+    from intaglio.pipeline.model.experts import dense_experts_
+    from intaglio.pipeline.model.lora import fuse_lora_
+
+    plain_weights_(module)
+    dense_experts_(module)
+    if not weights:
+        module.to("meta")
+    for position, (path, scale) in enumerate(loras if weights else ()):
+        fuse_lora_(module, path, scale, f"model.loras[{position}]")
+    split_(module)
 
 
 def plain_weights_(module: Module) -> Module:

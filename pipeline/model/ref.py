@@ -45,3 +45,8 @@ class ModelRef(BaseModel):
     loras: tuple[LoraRef, ...] = Field(
         (), description="style LoRAs, fused into the denoiser's weights in this order before anything is measured"
     )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Names of folders that may hold the denoiser, the preferred first."""
+        return DENOISER_FOLDERS if self.subfolder is None else (self.subfolder,)

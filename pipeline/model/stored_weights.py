@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,9 +81,7 @@ def fill_(module: nn.Module, weights: Weights) -> bool:
     same name and in the same shape: then only diffusers knows how to convert them.
     """
     state: dict[str, torch.Tensor] = module.state_dict(keep_vars=True)
-    shapes = {place.name: place.shape for place in weights.places}
-    shared = len({id(tensor) for tensor in state.values()}) < len(state)
-    if shared or any(shapes.get(name) != tuple(tensor.shape) for name, tensor in state.items()):
+    if not _matches(state, weights):
         return False
     for name, path, _, _ in weights.places:
         if name not in state:
@@ -99,6 +97,24 @@ def fill_(module: nn.Module, weights: Weights) -> bool:
     return True
 
 
+def stored_count(module: nn.Module, weights: Weights) -> int:
+    """Return how many parameters of a module on the meta device `fill_` leaves in their files."""
+    if not _matches(module.state_dict(keep_vars=True), weights):
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters() if _stays(parameter))
+
+
+def _matches(state: Mapping[str, torch.Tensor], weights: Weights) -> bool:
+    """Return True if the files have exactly one tensor for each of these, under the same name and in the same shape."""
+    shapes = {place.name: place.shape for place in weights.places}
+    shared = len({id(tensor) for tensor in state.values()}) < len(state)
+    return not shared and all(shapes.get(name) == tuple(tensor.shape) for name, tensor in state.items())
+
+
+def _stays(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and 4 * tensor.numel() >= LEAST_BYTES
+
+
 def _placed(empty: torch.Tensor, path: Path, name: str, inside: Path) -> torch.Tensor:
     """Return the tensor of a file that takes the place of an empty one."""
 
@@ -106,6 +122,6 @@ def _placed(empty: torch.Tensor, path: Path, name: str, inside: Path) -> torch.T
         tensor = read_tensor(path, name, inside=inside)
         return tensor.float() if tensor.is_floating_point() else tensor
 
-    if empty.is_floating_point() and 4 * empty.numel() >= LEAST_BYTES:
+    if _stays(empty):
         return StoredTensor(empty.shape, torch.float32, read)
     return read()

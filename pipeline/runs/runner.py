@@ -103,7 +103,7 @@ class PlannedStep:
     estimate_bytes: int | None = None
     """Estimated memory in bytes for the model's weights; only for a step that never ran."""
     disk_bytes: int | None = None
-    """Bytes of its outputs in the store: of that run, or estimated from the number of weights."""
+    """Bytes of its outputs in the store in that run, or of all that it writes, estimated from the number of weights."""
 
 
 def compile(
@@ -377,7 +377,7 @@ def _estimated(
         rows = None if cost is None else configured.forward_rows(cost)
         seconds = None if rows is None or cost is None else rows * cost.seconds_per_row
         held = estimated_bytes(configured, sizes, large=large)
-        stored = configured.stored_bytes(sum(sizes)) or None
+        stored = configured.stored_bytes(sum(sizes), model.stored_count) or None
         return replace(step, estimate_s=seconds, estimate_bytes=held, disk_bytes=stored)
 
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}

@@ -9,14 +9,16 @@ what it allocates (RssAnon, every 20 ms), which has to fit the machine, and with
 system drops when it needs the memory. `torch.onnx.export` alone is the yardstick of export-float.
 """
 
+import itertools
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
@@ -225,12 +227,17 @@ def alone(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Figures:
-    """Return what `work` returns, and the peaks of this process's memory."""
-    anon, done = [0], threading.Event()
+    """Return what `work` returns, and the peaks of this process's memory and of the store in `args`, if any."""
+    anon, disk, done = [0], [0], threading.Event()
+    stores = [each / "store" for each in args if isinstance(each, Path)]
 
     def watch() -> None:
-        while not done.wait(0.02):
+        for turn in itertools.count():
             anon[0] = max(anon[0], resident_bytes("RssAnon"))
+            if turn % 20 == 0:
+                disk[0] = max(disk[0], sum(map(bytes_below, stores)))
+            if done.wait(0.02):
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -239,7 +246,18 @@ def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Fi
     finally:
         done.set()
         watcher.join()
-    return {**found, "anon_bytes": anon[0], "peak_bytes": resident_bytes("VmHWM")}
+    memory: Figures = {"anon_bytes": anon[0], "peak_bytes": resident_bytes("VmHWM")}
+    return {**found, **memory, "most_disk_bytes": disk[0], "disk_bytes": sum(map(bytes_below, stores))}
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder, some of which another thread may be removing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).lstat().st_size
+    return total
 
 
 def spent(began: float) -> Figures:
@@ -371,7 +389,8 @@ def line(row: Figures, model_bytes: float) -> str:
     if "seconds" in row:
         text += (
             f" {row['seconds']:7.1f} s, {row['cpu_seconds']:6.1f} s of CPU, allocated {row['anon_bytes'] / 1e9:5.2f} GB"
-            f" = {row['anon_bytes'] / model_bytes:.2f} of the model, with files {row['peak_bytes'] / 1e9:5.2f} GB"
+            f" = {row['anon_bytes'] / model_bytes:.2f} of the model, with files {row['peak_bytes'] / 1e9:5.2f} GB,"
+            f" disk at most {row['most_disk_bytes'] / 1e9:5.2f} GB, then {row['disk_bytes'] / 1e9:5.2f} GB"
         )
     else:
         text += " was in the store"
