@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 
-PART_BYTES = 1 << 28
+PART_BYTES = 1 << 26
 """Size in bytes of the weights from which on a part ends."""
 
 

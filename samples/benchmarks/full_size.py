@@ -239,24 +239,22 @@ def watched(work: Callable[P, Figures], *args: P.args, **kwargs: P.kwargs) -> Fi
             if done.wait(0.02):
                 return
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    (watcher := threading.Thread(target=watch)).start()
     try:
         found = work(*args, **kwargs)
     finally:
         done.set()
         watcher.join()
-    memory: Figures = {"anon_bytes": anon[0], "peak_bytes": resident_bytes("VmHWM")}
-    return {**found, **memory, "most_disk_bytes": disk[0], "disk_bytes": sum(map(bytes_below, stores))}
+    found |= {"most_disk_bytes": disk[0], "disk_bytes": sum(map(bytes_below, stores))}
+    return {**found, "anon_bytes": anon[0], "peak_bytes": resident_bytes("VmHWM")}
 
 
 def bytes_below(folder: Path) -> int:
-    """Bytes of all files below a folder, some of which another thread may be removing."""
+    """Bytes of all files below a folder; another thread may be removing some of them."""
     total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += Path(place, name).lstat().st_size
+    for file in (Path(place, name) for place, _, names in os.walk(folder) for name in names):
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size
     return total
 
 

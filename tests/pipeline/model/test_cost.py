@@ -4,8 +4,9 @@ import pytest
 from tiny import save_folder, tiny_dit
 
 from intaglio import Recipe, Store, compile
+from intaglio.exporters.float_graph import own_weights
 from intaglio.pipeline.errors import RecipeError
-from intaglio.pipeline.model import checkpoint
+from intaglio.pipeline.model import checkpoint, stored_weights
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.cost import measure_cost
 from intaglio.pipeline.model.ref import ModelRef
@@ -75,6 +76,10 @@ def test_a_plan_says_the_memory_and_the_disk_of_each_step(store: Store, tmp_path
         "merge": count, "export-float": 4 * count, "export-qdq": count,
     }  # fmt: skip
     assert stored["calibrate"] is None
+    monkeypatch.setattr(own_weights, "LARGE_BYTES", 1)
+    assert figures("disk_bytes")["export-float"] == 4 * count  # all weights are small, and none stays in its file
+    monkeypatch.setattr(stored_weights, "LEAST_BYTES", 4 * max(sizes))
+    assert figures("disk_bytes")["export-float"] == 4 * (count - sum(size for size in sizes if size == max(sizes)))
     first = recipe.model_copy(update={"steps": recipe.steps[:1]})
     outputs = compile(first, store, base=tmp_path)["onnxruntime-cpu"].runs[0].outputs.values()
     files = [file for digest in outputs for file in store.object_folder(digest).iterdir()]
