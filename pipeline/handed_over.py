@@ -1,16 +1,19 @@
-"""Move files into the store instead of copying them where nobody else has them: the scratch files of a step.
+"""Move or copy files into the store so that no large file is on the disk twice while it is stored.
 
-A large graph would otherwise be on the disk twice while it is stored. Files anywhere else may be the user's. They are
-copied, never linked: the store makes its files read-only, and a link would do that to the user's file too.
+The scratch files of a step are moved, because nobody else has them. Files anywhere else may be the user's. They are
+copied, never linked: the store makes its files read-only, and a link would do that to the user's file too. Weights are
+copied only when the store is known to lack them.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from errno import ENOSPC
 from pathlib import Path
 
 _owned: ContextVar[Path | None] = ContextVar("_owned", default=None)
+_put_off: ContextVar[dict[Path, Path] | None] = ContextVar("_put_off", default=None)
 
 
 @contextmanager
@@ -32,3 +35,34 @@ def place_file(source: Path, to: Path) -> None:
                 source.replace(to)
                 return
     shutil.copyfile(source, to)
+
+
+@contextmanager
+def copies_put_off() -> Iterator[dict[Path, Path]]:
+    """Let `copy_weights` write empty files, and yield the file of the user that each of them stands for."""
+    copies: dict[Path, Path] = {}
+    token = _put_off.set(copies)
+    try:
+        yield copies
+    finally:
+        _put_off.reset(token)
+
+
+def copy_weights(files: Iterable[tuple[Path, Path]]) -> None:
+    """Copy files, each given with the place of its copy, or put that off. Raises OSError if they do not fit the disk.
+
+    Nothing is written then.
+    """
+    copies, put_off = list(files), _put_off.get()
+    if put_off is not None:
+        for source, to in copies:
+            to.touch()
+            put_off[to] = source.resolve()
+        return
+    if not copies:
+        return
+    needed, place = sum(source.stat().st_size for source, _ in copies), copies[0][1].parent
+    if needed > (free := shutil.disk_usage(place).free):
+        raise OSError(ENOSPC, f"the weights have {needed:,} bytes, and {free:,} are free", str(place))
+    for source, to in copies:
+        shutil.copyfile(source, to)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import onnx
 
-from intaglio.exporters.float_graph.onnx_file import all_nodes
+from intaglio.exporters.float_graph.onnx_file import MOST_BYTES, all_nodes
+from intaglio.pipeline.files import read_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,7 +71,7 @@ class PartsSession:
 
     def __init__(self, path: Path, weights: Arrays, opened: Callable[[Path], onnxruntime.InferenceSession]) -> None:
         """Open the parts. Each is a small file for a moment, beside the graph. Raises what `opened` raises."""
-        model = onnx.load(path, load_external_data=False)
+        model = onnx.ModelProto.FromString(read_bytes(path, most=MOST_BYTES))
         self._weights = weights
         self._inputs = [value for value in model.graph.input if value.name not in weights]
         self._outputs = [value.name for value in model.graph.output]

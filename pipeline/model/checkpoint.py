@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from intaglio.pipeline.errors import RecipeError, StoreError
 from intaglio.pipeline.files import checked_file, one_line, printable, read_json_object, read_typed, write_typed
 from intaglio.pipeline.formats.layer import Layer
+from intaglio.pipeline.handed_over import copy_weights
 from intaglio.pipeline.machine import machine_bytes
 from intaglio.pipeline.model.configuration import check_float
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
@@ -203,7 +204,7 @@ class Checkpoint:
             shutil.copyfile(checked_file(self.root / name), files / name)
             weights = (self.root / name).with_suffix(".safetensors")
             if weights.is_file():
-                shutil.copyfile(checked_file(weights), files / weights.name)
+                copy_weights([(checked_file(weights), files / weights.name)])
         else:
             self._save_folder(files)
         for role, path in self.recordings.items():

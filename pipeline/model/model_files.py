@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from errno import ENOSPC
 from fnmatch import fnmatch
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from intaglio.pipeline.errors import IntaglioError, RecipeError
 from intaglio.pipeline.files import MIB, checked_file, one_line, open_safetensors, printable, read_json_object
+from intaglio.pipeline.handed_over import copy_weights
 
 STEM = "diffusion_pytorch_model"
 """File name that diffusers gives to the weights of a model."""
@@ -109,15 +109,11 @@ class Weights:
 
         Raises OSError, before anything is written, if the disk has too little room.
         """
-        needed = sum((self.folder / name).stat().st_size for name in self.files)
-        if needed > (free := shutil.disk_usage(to).free):
-            raise OSError(ENOSPC, f"the weights have {needed:,} bytes, and {free:,} are free", str(to))
+        plain = {name: f"{self.stem}.safetensors" if self.index is None else name for name in self.files}
+        copy_weights((checked_file(self.folder / name, inside=self.inside), to / plain[name]) for name in self.files)
         if self.index is not None:
             source = checked_file(self.folder / self.index, inside=self.inside)
             shutil.copyfile(source, to / f"{self.stem}.safetensors.index.json")
-        for name in self.files:
-            plain = f"{self.stem}.safetensors" if self.index is None else name
-            shutil.copyfile(checked_file(self.folder / name, inside=self.inside), to / plain)
 
 
 def boundary(folder: Path) -> Path:

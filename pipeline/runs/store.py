@@ -19,6 +19,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
@@ -28,10 +29,12 @@ from intaglio.pipeline.contract.artifact import A, Artifact, Key
 from intaglio.pipeline.contract.run_record import DIGEST, RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
 from intaglio.pipeline.files import MOST_JSON, open_stream, printable, read_bytes, read_json_object
-from intaglio.pipeline.handed_over import handed_over
+from intaglio.pipeline.handed_over import copies_put_off, copy_weights, handed_over
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """System errors that more free space resolves."""
+NO_COPIES: Mapping[Path, Path] = MappingProxyType({})
+"""The copies of a folder that is complete."""
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ class Store:
     def put(self, artifact: Artifact, *, staging: str) -> str:
         """Save the artifact and return its digest. The caller holds the lock of the same name as `staging`.
 
-        Files that a graph has in the scratch folder of this name are moved, all others are copied.
+        Files that a graph has in the scratch folder of this name are moved, all others are copied. Weights that the
+        store has already are not copied again.
 
         Raises StoreError, and leaves nothing behind, if the disk cannot be written; ContractError if the artifact saves
         links, pipes or devices.
@@ -60,8 +64,11 @@ class Store:
         try:
             remove_tree(folder)
             folder.mkdir()
-            with handed_over(self.root / "scratch" / staging):
+            with handed_over(self.root / "scratch" / staging), copies_put_off() as copies:
                 artifact.save(folder)
+            if copies and self.object_folder(digest := tree_digest(folder, copies)).is_dir():
+                return digest
+            copy_weights((source, to) for to, source in copies.items())
             digest = self._moved(folder, type(artifact).__name__)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(f"a {type(artifact).__name__}", error) from error
@@ -217,15 +224,17 @@ class Store:
         return self.root / "runs" / f"{key}.json"
 
 
-def tree_digest(root: Path) -> str:
+def tree_digest(root: Path, copies: Mapping[Path, Path] = NO_COPIES) -> str:
     """Return the sha256 over one line per file, sorted by path: `<sha256> <size> <path>`. Empty folders do not count.
 
-    Links, pipes and devices have a line that no regular file can have, so an object with one never counts as complete.
+    `copies` has, for files that are still empty, the file that is to be copied there. Links, pipes and devices have a
+    line that no regular file can have, so an object with one never counts as complete.
     """
     lines = {}
     for path in entries_below(root)[1]:
-        name, found = path.relative_to(root).as_posix(), path.lstat()
-        about = f"{file_digest(path)} {found.st_size}" if stat.S_ISREG(found.st_mode) else "- -"
+        content = copies.get(path, path)
+        name, found = path.relative_to(root).as_posix(), content.lstat()
+        about = f"{file_digest(content)} {found.st_size}" if stat.S_ISREG(found.st_mode) else "- -"
         lines[name] = f"{about} {name.replace(chr(92), chr(92) * 2).replace(chr(10), chr(92) + 'n')}\n"
     text = "".join(lines[name] for name in sorted(lines))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -141,7 +141,7 @@ def test_a_killed_step_goes_on_with_a_disk_that_does_not_take_all_weights(both: 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with full_disk(ROOM), pytest.raises(OSError, match="problem writing|File too large"):
+    with full_disk(ROOM), pytest.raises(OSError, match=r"problem writing|File too large"):
         export(both.whole["tensorrt-rtx"], tmp_path / "whole")
     with leaving_out(), full_disk(ROOM):
         with monkeypatch.context() as patched:

@@ -17,7 +17,7 @@ from intaglio import Store, compile
 from intaglio.pipeline.contract.artifact import Artifact
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import ContractError, StoreError
-from intaglio.pipeline.handed_over import place_file
+from intaglio.pipeline.handed_over import copy_weights, place_file
 from intaglio.pipeline.runs.store import file_digest, remove_tree, tree_digest, write_atomically
 
 
@@ -95,6 +95,37 @@ def test_a_file_of_the_user_is_copied_and_stays_as_it_is(store: Store, tmp_path:
         assert path.read_text() == "large"
         remove_tree(stored.parent)
     assert users.stat().st_mode == mode
+
+
+class Weighed(Numbers):
+    """Two weight files that are links to one file, as in the hub's cache."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__([])
+        self.file = file
+
+    def save(self, root: Path) -> None:
+        copy_weights((self.file, root / name) for name in ("first", "second"))
+
+
+def test_weights_that_the_store_has_are_not_copied_again(store: Store, tmp_path: Path) -> None:
+    blob, link = tmp_path / "blob", tmp_path / "link"
+    blob.write_bytes(bytes(4096))
+    link.symlink_to(blob)
+    digest = store.put(Weighed(link), staging="a")
+    assert [(store.open(digest) / name).read_bytes() for name in ("first", "second")] == [bytes(4096)] * 2
+    with full_disk(5):
+        assert store.put(Weighed(link), staging="a") == digest
+    (folder := tmp_path / "saved").mkdir()
+    Weighed(blob).save(folder)
+    assert tree_digest(folder) == digest
+    blob.write_bytes(b"other" * 4096)
+    with full_disk(5), pytest.raises(StoreError, match="cannot be written"):
+        store.put(Weighed(link), staging="a")
+    assert not list((store.root / "staging").iterdir())
+    other = store.put(Weighed(link), staging="a")
+    assert other != digest
+    assert (store.open(other) / "second").read_bytes() == blob.read_bytes() == b"other" * 4096
 
 
 def test_a_damaged_record_is_named(store: Store) -> None:
