@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 def graph_denoise(graph: Graph, runtime: Runtime, *, threads: int = 0) -> Denoise:
-    """Return the graph as a denoiser: its first output for a call's inputs, as `opened_call` has it."""
+    """Return the graph as a denoiser: its first output for a call's inputs, as `opened_call` has it.
+
+    Raises RecipeError for a graph that leaves its weights out, and as `opened_call` does.
+    """
+    if graph.weights:
+        raise RecipeError(
+            f"{printable(graph.path)}: leaves {len(graph.weights)} weights to the model's own files, so it cannot be"
+            " called: `own_weights.whole_graph` writes it with them"
+        )
     call = opened_call(graph, runtime.open(graph, threads=threads))
     output = next(iter(graph.outputs))
     return lambda inputs: call(inputs)[output]

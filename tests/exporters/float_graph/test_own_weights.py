@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from harness import Artifacts, full_disk, run_pass
+from loras import written
 from quantizing import rel_l2
 from tiny import save_folder, tiny_dit, tiny_unet
 
@@ -34,7 +35,7 @@ from intaglio.pipeline.runs.store import remove_tree
 
 MODELS = {"dit": (tiny_dit, "[onnxruntime-cpu, tensorrt-rtx]"), "unet": (tiny_unet, "[tensorrt-rtx]")}
 RECIPE = """
-model: {path: model, sampling_steps: 2, guidance: 2.0}
+model: {path: model, sampling_steps: 2, guidance: 2.0, loras: [{path: lora.safetensors, scale: 0.5}]}
 steps:
 - calibrate: {samples: 1}
 - uniform: {schemes: [w4a8_token, w8a8_token, w8a8o8_step]}
@@ -82,6 +83,7 @@ def compiled(folder: Path, store: str, targets: str) -> dict[str, CompiledTarget
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder, (make, targets) = tmp_path_factory.mktemp("both"), MODELS[request.param]
     shards(make(), folder / "model")
+    written(make(), folder)
     whole = compiled(folder, "whole", targets)
     with leaving_out():
         return Both(whole, compiled(folder, "left", targets))
@@ -164,6 +166,8 @@ def test_a_weight_that_is_read_wrongly_is_found_by_the_comparison_with_torch(bot
 @on_the_dit
 def test_a_graph_without_its_weights_says_what_it_needs(both: Both, tmp_path: Path) -> None:
     graph = both.left["tensorrt-rtx"][FLOAT_GRAPH]
+    with pytest.raises(RecipeError, match=rf"leaves {len(graph.weights)} weights to the model's own files"):
+        graph_denoise(graph, OnnxRuntime())
     with pytest.raises(ContractError, match="leaves its weights to the model: give MODEL"):
         ModelWeights(graph, None)
     other = save_folder(tiny_unet(), tmp_path)
