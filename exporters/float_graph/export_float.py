@@ -23,6 +23,7 @@ from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.errors import StepFailed, TargetError
 from intaglio.pipeline.formats.target import Target
+from intaglio.pipeline.machine import giving_back
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,8 @@ class ExportFloat(Pass):
         from intaglio.pipeline.model.calls import denoise_with, other_call
         from intaglio.pipeline.model.layers import layer_table
 
-        model, trajectory = state[MODEL].open(stored=True), state[TRAJECTORY]
+        with giving_back():  # as `ModelWeights` does
+            model, trajectory = state[MODEL].open(stored=True), state[TRAJECTORY]
         recorded = trajectory.call(0, slice(2))  # a wider call takes minutes in a full-size model, and adds nothing
         call = {n: recorded[n] for n in in_order(recorded, inspect.signature(model.module.forward).parameters)}
         call = _with_floating_timestep(model, call)

@@ -19,6 +19,7 @@ from intaglio.exporters.float_graph.turned import origin
 from intaglio.pipeline.artifacts.graph import OwnWeight
 from intaglio.pipeline.errors import ContractError, RecipeError
 from intaglio.pipeline.handed_over import handed_over
+from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.store import remove_tree
 from intaglio.pipeline.stored_tensors import StoredTensor
 
@@ -70,7 +71,8 @@ class ModelWeights(Mapping[str, "NDArray[np.float32]"]):
             return
         if model is None:
             raise ContractError("the float graph leaves its weights to the model: give MODEL too")
-        self._tensors = _tensors(model.stored_module())
+        with giving_back():  # else the C library keeps the room that each weight of the empty model had for a moment
+            self._tensors = _tensors(model.stored_module())
         for weight in self._weights.values():
             if weight.parameter not in self._tensors:
                 raise RecipeError(
