@@ -15,6 +15,7 @@ from tiny import save_folder, tiny_dit, wide_dit
 
 from intaglio.exporters.float_graph.agreement import TOLERANCE
 from intaglio.exporters.float_graph.export_float import _magnitudes
+from intaglio.exporters.float_graph.own_weights import ModelWeights
 from intaglio.passes.calibrate import Calibrate
 from intaglio.pipeline.artifacts.graph import Graph, TensorSpec
 from intaglio.pipeline.artifacts.keys import MODEL, PLAN, TARGET, TRAJECTORY
@@ -119,4 +120,6 @@ def record_chain(count: int, value_bytes: int, folder: Path) -> None:
         (0.0,), {"sample": sample}, sample, {}, {}, {}, {}, {}, {}, samples=SampleRange(-1.0, 1.0, 0.25)
     )
     chain = Graph(folder / "chain.onnx", {"sample": TensorSpec("float32", ("batch", value_bytes // 4))}, {}, ())
-    _magnitudes(chain, trajectory, TOLERANCE, Context(folder, None, logging.getLogger("chain")))
+    _magnitudes(
+        chain, trajectory, TOLERANCE, ModelWeights(chain, None), Context(folder, None, logging.getLogger("chain"))
+    )
