@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 
 ENOUGH_ROWS = 16
 """Number of rows from which on the range of a call is used without extrapolation."""
-CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-"""Shares of the largest magnitude of an output at which it may be clipped."""
 
 
 @dataclass
 class _Call:
     """One call of the model, by layer name: range of the input, outputs of convolutions without bias, and rows.
 
-    `output` has, for each channel, the magnitude up to which 8-bit codes have the least squared error, (N,).
+    `output` has the largest magnitude of each channel, (N,).
     """
 
     low: dict[str, float] = field(default_factory=dict)
@@ -156,26 +154,14 @@ def _expected_largest(largest_R: torch.Tensor, processes: int) -> torch.Tensor:
 
 
 def output_amax(magnitude: torch.Tensor, layer: Conv, processes: int = 1) -> torch.Tensor:
-    """Return the magnitude of each channel up to which 8-bit codes have the least squared error, (N,).
+    """Return the largest magnitude of each channel that ENOUGH_ROWS rows would have, (N,).
 
-    `magnitude` is that of a convolution's output without its bias, (R, N, ...), or (N, ...) of one row. The candidates
-    are CLIPPED shares of the largest magnitude that ENOUGH_ROWS rows would have. The error of a candidate c is that of
-    rounding, (c / 127)^2 / 12 for each value, and that of clipping.
+    `magnitude` is that of a convolution's output without its bias, (R, N, ...), or (N, ...) of one row. A smaller
+    range with clipped values often has a smaller squared error here, but further samples have larger values, and they
+    lose more by clipping than all samples gain by finer codes.
     """
     batched = magnitude if magnitude.dim() == layer.weight.dim() else magnitude[None]
-    magnitude_RNP = batched.flatten(2)
-    largest_N = _expected_largest(magnitude_RNP.amax(2), processes)
-    values = magnitude_RNP.numel() / len(largest_N)
-    amax_CN = torch.tensor(CLIPPED, device=largest_N.device)[:, None] * largest_N
-    # few values are beyond the least candidate, and no others are clipped
-    place_V3 = (magnitude_RNP > amax_CN[-1][:, None]).nonzero()
-    beyond_V, channel_V = magnitude_RNP[place_V3.unbind(1)], place_V3[:, 1]
-    errors = [
-        (values * (amax_N / 127) ** 2 / 12).index_add(0, channel_V, (beyond_V - amax_N[channel_V]).relu().square())
-        for amax_N in amax_CN
-    ]
-    best_N = torch.stack(errors).argmin(0)
-    return amax_CN.gather(0, best_N[None])[0]
+    return _expected_largest(batched.flatten(2).amax(2), processes)
 
 
 def unreached_layers(

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
 SLACK = 0.02
 """A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
-SLACK_BELOW = 0.1
-"""SLACK for a search below the wanted quality.
-
-Near their best quality, plans are worse than predicted, so more time and bytes are allowed."""
 ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
@@ -114,7 +110,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     factor = wanted.factor
     found: list[_Tried] = []
     for left in reversed(range(ROUNDS)):
-        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, wanted.slack)
+        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, SLACK)
         if chosen is None:
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
@@ -151,11 +147,10 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
 
 
 class _Wanted(NamedTuple):
-    """The quality to look for in dB, the first factor on predicted losses, and the SLACK in time and bytes."""
+    """The quality to look for in dB, and the first factor on predicted losses."""
 
     psnr_db: float
     factor: float
-    slack: float
 
     def kept_by(self, tried: Sequence[_Tried]) -> list[_Tried]:
         """Return the plans that have this quality."""
@@ -169,18 +164,18 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
-        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)), SLACK)
+        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)))
     best = _tried(problem, table, problem.least(lambda option: _precision(option) == 0), drawing, ctx)
     reach_db = reachable_db(plain.psnr_db, best.psnr_db)
     if reach_db >= aim.psnr_db:
-        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)), SLACK)
+        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)))
     ctx.log.info(
         "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of %.1f dB",
         plain.psnr_db,
         reach_db,
         aim.psnr_db,
     )
-    return _Wanted(reach_db, max(1.0, best.factor(problem, table)), SLACK_BELOW)
+    return _Wanted(reach_db, max(1.0, best.factor(problem, table)))
 
 
 def _precision(option: Option) -> int:

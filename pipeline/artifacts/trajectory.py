@@ -28,8 +28,8 @@ class Trajectory:
 
     `conditions` (R, ...) are inputs that are the same at every step, `shared` those that the rows have in common.
     `amax` is the largest input magnitude of each layer at each step, (T,) by layer name; `output_amax` is the
-    magnitude, (T, N), at which each channel of a convolution's output without the bias is clipped; `low` and `high` are
-    the smallest and the largest value of each layer's input. If a layer is called several times in one step, its range
+    largest magnitude, (T, N), of each channel of a convolution's output without the bias; `low` and `high` are the
+    smallest and the largest value of each layer's input. If a layer is called several times in one step, its range
     covers all these calls. Layers that these calls do not use are in none of these mappings.
     `samples` is the range of the final samples; every later pass uses it as the peak of PSNR.
     `half`: files store inputs and outputs in float16, but only tensors that float16 holds exactly.
