@@ -81,8 +81,9 @@ def bench_command(
     """Measure speed, size and memory of a compiled graph, beside full precision in the same run."""
     from intaglio.exporters.measure.benchmark import bench
 
-    with tempfile.TemporaryDirectory() as scratch:
-        found = bench(folder, Store(store), Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
+    opened = Store(store)
+    with tempfile.TemporaryDirectory(dir=opened.root / "scratch") as scratch:  # large models need the store's room
+        found = bench(folder, opened, Context(Path(scratch)), rounds=rounds, rows=rows, threads=threads)
         if as_json:
             print_json(found.model_dump(mode="json"))
         else:

@@ -22,9 +22,10 @@ from intaglio.exporters.float_graph import agreement, in_parts, own_weights
 from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.exporters.float_graph.own_weights import ModelWeights, whole_graph
 from intaglio.exporters.float_graph.turned import Turned, origin
+from intaglio.exporters.measure.benchmark import MeasureLatency
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
-from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, MODEL, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, GRAPH, LATENCY, MODEL, TARGET, TRAJECTORY
 from intaglio.pipeline.errors import ContractError, RecipeError, StepFailed
 from intaglio.pipeline.model import stored_weights
 from intaglio.pipeline.model.calls import denoise_with
@@ -130,6 +131,19 @@ def test_a_graph_that_asks_for_its_weights_is_the_whole_graph_and_computes_what_
     with whole_graph(whole[FLOAT_GRAPH], None, tmp_path / "asked") as graph:
         assert graph.path == whole[FLOAT_GRAPH].path
     assert list(tmp_path.iterdir()) == []
+
+
+@on_the_dit
+def test_the_float_graph_is_timed_with_its_weights_which_are_removed_afterwards(both: Both, tmp_path: Path) -> None:
+    left, step = both.left["onnxruntime-cpu"], MeasureLatency(rows=2, rounds=1)
+    artifacts = {key: left[key] for key in (FLOAT_GRAPH, GRAPH, TARGET, TRAJECTORY, MODEL)}
+    with leaving_out():
+        assert run_pass(step, artifacts, tmp_path / "scratch")[LATENCY].float32_ms > 0
+        assert step.stored_bytes(100, 50) == 400
+    assert step.stored_bytes(100, 50) == 0
+    assert list((tmp_path / "scratch").iterdir()) == []
+    with pytest.raises(ContractError, match="give MODEL"):
+        run_pass(step, {key: value for key, value in artifacts.items() if key != MODEL}, tmp_path / "scratch")
 
 
 @on_the_dit
