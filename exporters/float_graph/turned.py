@@ -10,25 +10,28 @@ LARGE = 1 << 13
 """Number of elements from which on a folded constant is read again when it is needed."""
 
 
-class Turned(ir.LazyTensor):
-    """A constant whose axes are in another order; it is transposed each time that it is read."""
+TURNED = "turned"
+"""Key in a tensor's own data of the constant that it is read from, and of the order of its axes."""
 
-    def __init__(self, constant: ir.TensorProtocol, order: tuple[int, ...], name: str) -> None:
-        """Make the constant of this name from another one and the order of its axes."""
-        sizes = constant.shape.numpy()
-        super().__init__(self._read, constant.dtype, ir.Shape([sizes[axis] for axis in order]), name=name)
-        self.constant, self.order = constant, order
 
-    def _read(self) -> ir.TensorProtocol:
-        return ir.Tensor(self.constant.numpy().transpose(self.order), name=self.name)
+def turned(constant: ir.TensorProtocol, order: tuple[int, ...], name: str) -> ir.TensorProtocol:
+    """Return a constant with its axes in another order, under a name; it is transposed each time that it is read."""
+
+    def read() -> ir.TensorProtocol:
+        return ir.Tensor(constant.numpy().transpose(order), name=name)
+
+    sizes = constant.shape.numpy()
+    made = ir.LazyTensor(read, constant.dtype, ir.Shape([sizes[axis] for axis in order]), name=name)
+    made.meta[TURNED] = constant, order
+    return made
 
 
 def origin(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, tuple[int, ...]]:
     """Return the constant behind all transposes of a tensor, and the order in which the tensor has its axes."""
     order = tuple(range(len(tensor.shape)))
-    while isinstance(tensor, Turned):
-        order = tuple(tensor.order[axis] for axis in order)
-        tensor = tensor.constant
+    while TURNED in tensor.meta:
+        tensor, inner = tensor.meta[TURNED]
+        order = tuple(inner[axis] for axis in order)
     return tensor, order
 
 
@@ -64,4 +67,4 @@ class TurnedWeights:
         """Release the weight that was transposed last, if its node was folded."""
         last, self._last = self._last, None
         if last is not None and (made := self._graph.initializers.get(last.name)) is not None:
-            made.const_value = Turned(last.constant, last.order, last.name)
+            made.const_value = turned(last.constant, last.order, last.name)

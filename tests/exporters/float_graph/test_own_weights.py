@@ -21,7 +21,7 @@ from intaglio import Recipe, Store, compile
 from intaglio.exporters.float_graph import agreement, in_parts, own_weights
 from intaglio.exporters.float_graph.export_float import ExportFloat
 from intaglio.exporters.float_graph.own_weights import ModelWeights, whole_graph
-from intaglio.exporters.float_graph.turned import Turned, origin
+from intaglio.exporters.float_graph.turned import origin, turned
 from intaglio.exporters.measure.benchmark import MeasureLatency
 from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
@@ -191,7 +191,7 @@ def test_a_graph_without_its_weights_says_what_it_needs(both: Both, tmp_path: Pa
 
 def test_the_origin_of_a_constant_that_was_transposed_twice_is_the_weight() -> None:
     weight = ir.Tensor(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
-    twice = Turned(Turned(weight, (1, 0, 2), "once"), (2, 0, 1), "twice")
+    twice = turned(turned(weight, (1, 0, 2), "once"), (2, 0, 1), "twice")
     constant, axes = origin(twice)
     assert constant is weight
     assert tuple(twice.shape) == (4, 3, 2)
