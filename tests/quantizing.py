@@ -25,6 +25,17 @@ from intaglio.pipeline.simulation.model import quantize_model, simulate
 HALF_TOLERANCE = 1e-3
 """Relative L2 error of a layer in float16: its weight, product, sum and bias are rounded, by 2^-11 / sqrt(3) each."""
 
+TO_GRAPH = """
+steps:
+- calibrate: {samples: 1}
+- uniform: {schemes: [w4a8_token, w8a8_token, w8a8o8_step]}
+- distill: {updates: 0}
+- merge
+- export-float
+- export-qdq
+"""
+"""Steps of a recipe that lead to a quantized graph without training."""
+
 Seen = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 

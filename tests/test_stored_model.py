@@ -8,6 +8,7 @@ from pathlib import Path
 import peak_memory
 import pytest
 from forked import printed_forked
+from quantizing import TO_GRAPH
 from tiny import save_folder, tiny_dit, wide_dit
 
 from intaglio import Recipe, Store, compile
@@ -15,17 +16,10 @@ from intaglio.pipeline.model import checkpoint, stored_weights
 from intaglio.pipeline.simulation.layer import QuantizedLayer
 from intaglio.pipeline.stored_tensors import StoredTensor
 
-RECIPE = """
-model: {path: model, sampling_steps: 2, guidance: 2.0}
+RECIPE = f"""
+model: {{path: model, sampling_steps: 2, guidance: 2.0}}
 targets: [onnxruntime-cpu]
-steps:
-- calibrate: {samples: 1}
-- uniform: {schemes: [w4a8_token, w8a8_token, w8a8o8_step]}
-- distill: {updates: 0}
-- merge
-- export-float
-- export-qdq
-- verify: {samples: 1}
+{TO_GRAPH}- verify: {{samples: 1}}
 """
 
 

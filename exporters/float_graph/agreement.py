@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from intaglio.exporters.float_graph.lean_session import NONE, lean_session
+from intaglio.exporters.float_graph.lean_session import NO_WEIGHTS, Weights, lean_session
 from intaglio.exporters.float_graph.onnx_file import read_model
 from intaglio.pipeline.artifacts.graph import as_array
 from intaglio.pipeline.errors import StepFailed
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from intaglio.exporters.float_graph.in_parts import Session
     from intaglio.pipeline.model.types import Inputs
-
-    Weights: TypeAlias = Mapping[str, NDArray[np.float32]]
 
 TOLERANCE = 1e-4
 """Relative L2 error allowed for a whole network, from the order of its float32 sums; a wrong graph has far more."""
@@ -43,7 +41,7 @@ class Expected(NamedTuple):
     first: bool = False
 
 
-def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float, weights: Weights = NONE) -> None:
+def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float, weights: Weights = NO_WEIGHTS) -> None:
     """Run the graph on calls. Raise StepFailed if an output differs from torch's by more than the tolerance.
 
     `weights` are those that the graph's files leave out, here and in `find_magnitudes`.
@@ -54,7 +52,7 @@ def check_outputs(path: Path, expected: Iterable[Expected], tolerance: float, we
 
 
 def find_magnitudes(
-    path: Path, calls: Iterable[Expected], tolerance: float, weights: Weights = NONE
+    path: Path, calls: Iterable[Expected], tolerance: float, weights: Weights = NO_WEIGHTS
 ) -> dict[str, float]:
     """Return the largest magnitude of each floating-point value in these calls, by name.
 

@@ -75,9 +75,9 @@ class ExportFloat(Pass):
 
     def stored_bytes(self, parameters: int, in_files: int) -> int:
         """Return the bytes in float32 of the weights that the graph does not leave to the model's own files."""
-        from intaglio.exporters.float_graph.own_weights import LARGE_BYTES
+        from intaglio.exporters.float_graph.own_weights import left_out
 
-        return 4 * (parameters - in_files if 4 * in_files >= LARGE_BYTES else parameters)
+        return 4 * (parameters - left_out(in_files))
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Export the graph. Raises StepFailed if the graph differs from torch."""

@@ -123,9 +123,11 @@ def _pieces(graph: onnx.GraphProto, weights: Collection[str]) -> Iterator[_Piece
             elif name in before and name not in piece.reads:
                 piece.reads.append(name)
         made |= dict.fromkeys(name for name in node.output if name)
-        across = [name for name in made if last_use.get(name, -1) > place]
         ends = place + 1 == len(uses)
-        if ends or (size >= PART_BYTES and all(name in typed and typed[name].elem_type for name in across)):
+        if not ends and size < PART_BYTES:
+            continue
+        across = [name for name in made if last_use.get(name, -1) > place]
+        if ends or all(name in typed and typed[name].elem_type for name in across):
             piece.outputs = across
             if across:  # else nothing reads what the nodes make
                 yield piece

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -28,12 +29,14 @@ def exact_options() -> onnxruntime.SessionOptions:
     return options
 
 
-NONE: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+Weights: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""The weights that a graph's files leave out, by name."""
+NO_WEIGHTS: Weights = MappingProxyType({})
 """The weights of a graph that leaves none out."""
 
 
 @contextmanager
-def lean_session(path: Path, weights: Mapping[str, NDArray[np.float32]] = NONE) -> Iterator[Session]:
+def lean_session(path: Path, weights: Weights = NO_WEIGHTS) -> Iterator[Session]:
     """Open a graph on the CPU with little memory: weights stay in their file, and freed memory is returned.
 
     `weights` are those that the graph's files leave out, by name; then the graph is run in parts. The products of the

@@ -6,24 +6,21 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from intaglio.exporters.float_graph.lean_session import NONE, lean_session
+from intaglio.exporters.float_graph.lean_session import NO_WEIGHTS, Weights, lean_session
 from intaglio.pipeline.artifacts.graph import as_array
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from intaglio.exporters.float_graph.in_parts import Session
     from intaglio.pipeline.artifacts.graph import Graph
     from intaglio.pipeline.model.types import Inputs
 
 
-def find_multiples(graph: Graph, call: Inputs, weights: Mapping[str, NDArray[np.float32]] = NONE) -> dict[str, int]:
+def find_multiples(graph: Graph, call: Inputs, weights: Weights = NO_WEIGHTS) -> dict[str, int]:
     """Return the numbers above 1 that divide every accepted size of the sample's dynamic axes, by name of the axis.
 
     `call` has one row at the usual sizes. Both exported sizes are multiples of such a number d, so the graph is called

@@ -26,7 +26,6 @@ from intaglio.pipeline.stored_tensors import StoredTensor
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -37,18 +36,24 @@ LARGE_BYTES = 1 << 30
 """Size in bytes, in float32, of all weights that stay in the model's files, from which on the graph leaves them out."""
 
 
+def left_out(in_files: int) -> int:
+    """Return how many parameters the graph leaves out, of so many that stay in the model's files: all or none."""
+    return in_files if 4 * in_files >= LARGE_BYTES else 0
+
+
 def own_weights(graph: ir.Graph, module: nn.Module) -> dict[str, OwnWeight]:
     """Return the constants that are weights which stay in the module's files, by name; none if they are not large."""
-    names = {id(tensor): name for name, tensor in _tensors(module).items() if isinstance(tensor, StoredTensor)}
-    found, size = {}, 0
+    state = module.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in state.items() if isinstance(tensor, StoredTensor)}
+    found, count = {}, 0
     for place, (name, value) in enumerate(graph.initializers.items()):
         assert value.const_value is not None  # the exporter gave it a value
         constant, axes = origin(value.const_value)
         parameter = names.get(id(getattr(constant, "raw", None)))
         if parameter is not None:
             found[name] = OwnWeight(parameter, axes, place)
-            size += constant.nbytes
-    return found if size >= LARGE_BYTES else {}
+            count += constant.size
+    return found if left_out(count) else {}
 
 
 def leave_out(graph: ir.Graph, weights: Mapping[str, OwnWeight]) -> None:
@@ -72,7 +77,7 @@ class ModelWeights(Mapping[str, "NDArray[np.float32]"]):
         if model is None:
             raise ContractError("the float graph leaves its weights to the model: give MODEL too")
         with giving_back():  # else the C library keeps the room that each weight of the empty model had for a moment
-            self._tensors = _tensors(model.stored_module())
+            self._tensors = model.stored_module().state_dict(keep_vars=True)
         for weight in self._weights.values():
             if weight.parameter not in self._tensors:
                 raise RecipeError(
@@ -138,8 +143,3 @@ def whole_graph(graph: Graph, model: Checkpoint | None, folder: Path) -> Iterato
 
 def _tensor(weights: ModelWeights, name: str) -> ir.TensorProtocol:
     return ir.Tensor(weights[name], name=name)
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of a module, by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

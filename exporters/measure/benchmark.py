@@ -60,9 +60,9 @@ class MeasureLatency(Pass):
 
     def stored_bytes(self, parameters: int, in_files: int) -> int:
         """Return the bytes in float32 of a large model's weights, which the float graph needs while it is timed."""
-        from intaglio.exporters.float_graph.own_weights import LARGE_BYTES
+        from intaglio.exporters.float_graph.own_weights import left_out
 
-        return 4 * parameters if 4 * in_files >= LARGE_BYTES else 0
+        return 4 * parameters if left_out(in_files) else 0
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Time both graphs alternately, and take the medians."""
@@ -72,9 +72,8 @@ class MeasureLatency(Pass):
 
         runtime, trajectory = find_runtime(state[TARGET].runtime), state[TRAJECTORY]
         call = trajectory.call(len(trajectory.timesteps) // 2, slice(self.rows))
-        model = state[MODEL] if MODEL in state else None  # noqa: SIM401 - State.get raises
         with (
-            whole_graph(state[FLOAT_GRAPH], model, ctx.scratch / "float32") as whole,
+            whole_graph(state[FLOAT_GRAPH], state.find(MODEL), ctx.scratch / "float32") as whole,
             ctx.progress("latency", self.rounds + 1) as advance,
         ):
             both = {

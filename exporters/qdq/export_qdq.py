@@ -55,8 +55,7 @@ class ExportQdq(Pass):
         plan, quantized = state[PLAN].left_in_float(absent), state[QUANTIZED].only(float_graph.nodes)
         plan.check(target)
         _check_same(plan, quantized)
-        model = state[MODEL] if MODEL in state else None  # noqa: SIM401 - State.get raises
-        graph = write_lowered(ctx.scratch / "model.onnx", float_graph, quantized, target, model)
+        graph = write_lowered(ctx.scratch / "model.onnx", float_graph, quantized, target, state.find(MODEL))
         ctx.log.info("wrote %d of %d layers for %s", len(graph.nodes), len(plan.layers), target.name)
         for line in in_float_lines(absent):
             ctx.log.info("%s", line)

@@ -86,12 +86,12 @@ class WriteReport(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Write all measurements. A figure that was not measured is a dash on the page, and null in metrics."""
         model, target, plan = state[MODEL], state[TARGET], state[PLAN]
-        verification = state[VERIFICATION] if VERIFICATION in state else None  # noqa: SIM401 - State.get raises
+        verification = state.find(VERIFICATION)
         drawn = {} if verification is None else verification.samples
         parity = {} if verification is None else verification.layers
         measured = None if verification is None else verification.figures
         warnings = () if verification is None else verification.warnings
-        latency = state[LATENCY] if LATENCY in state else None  # noqa: SIM401 - State.get raises
+        latency = state.find(LATENCY)
         engine = state[ENGINE] if ENGINE in state else Engine(target.runtime, "not built yet", None, None)
         metrics = {"model": model.name, "target": target.name} | collect_metrics(
             plan, state[GRAPH], engine, measured, latency
@@ -122,7 +122,7 @@ class WriteReport(Pass):
             samples=_comparison(drawn, self.samples),
             strip=None if measured is None else figures.strip(*_decibels(drawn, measured.psnr_peak)),
             parity_shares=figures.log_shares({name: layer.rel_l2 for name, layer in parity.items()}),
-            lint=state[LINT] if LINT in state else None,  # noqa: SIM401 - State.get raises
+            lint=state.find(LINT),
             origin=_origin(state[PROVENANCE]) if PROVENANCE in state else None,
             sizes=_sizes(state[GRAPH], engine, measured),
             latency=latency,

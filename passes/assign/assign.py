@@ -157,8 +157,8 @@ class AssignPrecision(Pass):
     def run(self, state: State, ctx: Context) -> Outputs:
         """Choose the fastest plan that keeps `budget.psnr`; without it, the one with the least predicted error."""
         table, target = state[SENSITIVITY], state[TARGET]
-        workload = state[WORKLOAD] if WORKLOAD in state else None  # noqa: SIM401 - State.get raises
-        times = state[LAYER_TIMES] if LAYER_TIMES in state else None  # noqa: SIM401
+        workload = state.find(WORKLOAD)
+        times = state.find(LAYER_TIMES)
         problem = self._problem(table, workload, times, target, ctx)
         limits = dict(self.budget.limits)
         others = {name: limit for name, limit in limits.items() if name != "size"}

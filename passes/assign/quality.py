@@ -167,15 +167,15 @@ def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | 
         return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)))
     best = _tried(problem, table, problem.least(lambda option: _precision(option) == 0), drawing, ctx)
     reach_db = reachable_db(plain.psnr_db, best.psnr_db)
-    if reach_db >= aim.psnr_db:
-        return _Wanted(aim.psnr_db, max(1.0, best.factor(problem, table)))
-    ctx.log.info(
-        "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of %.1f dB",
-        plain.psnr_db,
-        reach_db,
-        aim.psnr_db,
-    )
-    return _Wanted(reach_db, max(1.0, best.factor(problem, table)))
+    if reach_db < aim.psnr_db:
+        ctx.log.info(
+            "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of"
+            " %.1f dB",
+            plain.psnr_db,
+            reach_db,
+            aim.psnr_db,
+        )
+    return _Wanted(min(reach_db, aim.psnr_db), max(1.0, best.factor(problem, table)))
 
 
 def _precision(option: Option) -> int:

@@ -64,6 +64,10 @@ class State(Mapping[AnyKey, Artifact]):
         assert isinstance(artifact, key.type)  # the store loaded it with key.type.load
         return artifact
 
+    def find(self, key: Key[A]) -> A | None:
+        """Return the artifact, or None if no earlier step provides it. `get` raises, as every unknown key does."""
+        return self[key] if key in self else None  # noqa: SIM401
+
     def __contains__(self, key: object) -> bool:
         return key in self._artifacts
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness import Artifacts, full_disk, run_pass
 from loras import written
-from quantizing import rel_l2
+from quantizing import TO_GRAPH, rel_l2
 from tiny import save_folder, tiny_dit, tiny_unet
 
 from intaglio import Recipe, Store, compile
@@ -35,16 +35,9 @@ from intaglio.pipeline.runs.runner import CompiledTarget
 from intaglio.pipeline.runs.store import remove_tree
 
 MODELS = {"dit": (tiny_dit, "[onnxruntime-cpu, tensorrt-rtx]"), "unet": (tiny_unet, "[tensorrt-rtx]")}
-RECIPE = """
-model: {path: model, sampling_steps: 2, guidance: 2.0, loras: [{path: lora.safetensors, scale: 0.5}]}
-steps:
-- calibrate: {samples: 1}
-- uniform: {schemes: [w4a8_token, w8a8_token, w8a8o8_step]}
-- distill: {updates: 0}
-- merge
-- export-float
-- export-qdq
-"""
+RECIPE = f"""
+model: {{path: model, sampling_steps: 2, guidance: 2.0, loras: [{{path: lora.safetensors, scale: 0.5}}]}}
+{TO_GRAPH}"""
 ROOM = 500_000
 """Bytes that a file may have: less than the weights of the models take in float32, and more than anything else."""
 
