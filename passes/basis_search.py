@@ -67,9 +67,10 @@ def candidates(
     """
     axis = _axis_of(parts)
     x_C = torch.stack([_largest(part, axis) for inputs in x for part in inputs]).amax(0)
-    w_C = torch.stack([_largest(layer.get_parameter("weight").detach(), 1) for layer, _ in parts.values()]).amax(0)
+    weights = [layer.weight.detach() for layer, _ in parts.values()]
     channels = len(x_C)
-    rotated = math.gcd(channels, 1 << (block.bit_length() - 1))
+    w_C = torch.stack([_largest(_by_channel(w, channels), 0) for w in weights]).amax(0)
+    rotated = math.gcd(*(w.shape[1] for w in weights), 1 << (block.bit_length() - 1))
     flat = torch.ones(channels)
     for exponent in (None, *exponents):
         scale = flat if exponent is None else w_C ** (1 - exponent) / x_C**exponent
@@ -178,14 +179,24 @@ def _axis_of(parts: Parts) -> int:
     return channel_axis(layer)
 
 
+def _by_channel(w: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return a weight (N, C / groups, ...) with its input channels first, (C, N / groups, ...)."""
+    return w.reshape(channels // w.shape[1], -1, *w.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
 def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:
     """Return the largest magnitude of each channel, at least 1e-5: a channel that is never used has a finite scale."""
     return values.abs().movedim(axis, 0).flatten(1).amax(1).clamp_min(1e-5)
 
 
 def branch_of(layer: LayerModule, scheme: LayerScheme, basis: Balance | None, rank: int) -> Branch | None:
-    """Return the branch of a weight in its basis; None for a weight of more than FEW_BITS bits, or a small one."""
+    """Return the branch of a weight in its basis, or None.
+
+    A weight has none if it has more than FEW_BITS bits, is small, or belongs to a convolution in groups.
+    """
     if not rank or scheme.weight_bits > FEW_BITS or min(layer.weight.flatten(1).shape) < 4 * rank:
+        return None
+    if getattr(layer, "groups", 1) > 1:
         return None
     w = layer.weight if basis is None else basis.weight(layer.weight)
     return Branch.of(w.flatten(1), rank)

@@ -36,7 +36,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({TRAJECTORY, WORKLOAD})
     random: ClassVar[bool] = True

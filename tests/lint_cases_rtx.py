@@ -126,7 +126,8 @@ LEGAL = [
     Case("convolution w8a8, filters stored flat", IN + "v0 = DequantizeLinear <axis = 0> (c8_flat, s_n) "
          "v = Reshape (v0, oihw) " + CONVOLUTION, counts=ONE, **IMAGE),
     Case("depthwise convolution w8a8", IN + "v = DequantizeLinear <axis = 0> (dw8, s_in) "
-         "y = Conv <group = 16, pads = [1, 1, 1, 1]> (d, v)", x=IMAGE["x"], y="float[1,16,8,8] y", counts=ONE),
+         "y = Conv <group = 16, pads = [1, 1, 1, 1]> (d, v)", x=IMAGE["x"], y="float[1,16,8,8] y", counts=ONE,
+         warnings=("channels",)),
     Case("convolution w4a16", "v = DequantizeLinear <axis = 0> (c4, s_n) " + CONVOLUTION.replace("d,", "x,"),
          counts=FLOATING, **IMAGE),
     Case("convolution w4a16 in groups, flat", "v0 = DequantizeLinear <axis = 1, block_size = 16> (c4_flat, s_cg) "

@@ -42,7 +42,7 @@ def input_shape(layer: Layer, rows: int) -> tuple[int, ...]:
         sides.append(max(1, int(rest ** (1 / axes) + 1e-9)) if axes > 1 else rest)
         rest = -(-rest // sides[-1])
     grown = [0 if layer.padded else size - 1 for size in kernel]
-    return 1, layer.shape[1], *map(sum, zip(sides, grown, strict=True))
+    return 1, layer.channels, *map(sum, zip(sides, grown, strict=True))
 
 
 def single_layer(folder: Path, layer: Layer, rows: int, scheme: LayerScheme, target: Target) -> Graph:
@@ -81,7 +81,7 @@ def _float_graph(folder: Path, layer: Layer, shape: tuple[int, ...], weight: tor
     else:
         pads = [size // 2 if layer.padded else 0 for size in layer.shape[2:]]
         ends = [X, "weight", *(["bias"] if layer.bias else [])], [Y]
-        nodes = [helper.make_node("Conv", *ends, pads=[*pads, *pads], kernel_shape=layer.shape[2:])]
+        nodes = [helper.make_node("Conv", *ends, pads=[*pads, *pads], kernel_shape=layer.shape[2:], group=layer.groups)]
     for node in nodes:
         node.name = f"{layer.name}/{node.op_type}"
         node.metadata_props.add(key=LAYER_KEY, value=layer.name)

@@ -29,8 +29,8 @@ class Budget(BaseModel):
     psnr: float | None = Field(
         None,
         gt=0,
-        description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs, without"
-        " channel scales, reach only a lower PSNR, assign may look for less: at most 1.5 dB above what they reach",
+        description="mean PSNR in dB that the final samples must keep. If 8-bit weights with float inputs reach less"
+        " than 3 dB more, assign looks for what they reach: with channel scales and 3 dB to spare, or without scales",
     )
     activation: float | None = Field(
         None,

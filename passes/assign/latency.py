@@ -48,7 +48,7 @@ def timed_s(times: LayerTimes, rows: float, layer: Layer, scheme: LayerScheme, b
         )
     # a rotation multiplies each block by a matrix: for each number, as many multiplications as the block has channels
     passes = 0 if block is None else max(1, block / 4)
-    return known[scheme.name] + passes * times.element_s * rows * layer.shape[1]
+    return known[scheme.name] + passes * times.element_s * rows * layer.channels
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,9 @@ def reachable_db(plain_db: float, best_db: float) -> float:
     """Return the highest PSNR in dB that can be asked for, judged by two plans with 8-bit weights and float inputs.
 
     `plain_db`, `best_db`: the PSNR of the samples with 8-bit weights and float inputs, without a change of basis and in
-    the best bases. The result is the smaller of `plain_db` + NEAR_DB and `best_db` - REST_DB, but at least `plain_db`.
-    Predictions may be wrong by NEAR_DB.
+    the best bases. The result is `best_db` - REST_DB, but at least `plain_db`.
     """
-    return max(plain_db, min(plain_db + NEAR_DB, best_db - REST_DB))
+    return max(plain_db, best_db - REST_DB)
 
 
 class Choice(NamedTuple):
@@ -99,9 +98,10 @@ class _Tried(NamedTuple):
 def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Context) -> Choice:
     """Return the fastest plan with the wanted quality within the limits.
 
-    If no tried plan has this quality, return the tried plan with the highest PSNR. Samples are drawn with each plan. If
-    they are worse than predicted, samples are also drawn with single layers rounded, those of largest predicted loss,
-    and the losses of these layers are corrected. The ratio of measured to predicted error that remains is a factor on
+    Samples are drawn with each plan. Others differ from them, so the plan has to be better than asked by the standard
+    error of their PSNR. If no tried plan is, return the tried plan with the highest PSNR. If the samples are worse than
+    predicted, samples are also drawn with single layers rounded, those of largest predicted loss, and the losses of
+    these layers are corrected. The ratio of measured to predicted error that remains is a factor on
     the next prediction. The search ends with a plan that is about as good as wanted, or that is better and no faster
     than an earlier one.
     """
@@ -128,9 +128,9 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     good = wanted.kept_by(found)
     quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
     best = max(quick or found, key=lambda each: each.psnr_db)
-    if not good:
+    if best.psnr_db < wanted.asked_db - SHORT_DB:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
-        ctx.log.warning(asked, wanted.psnr_db, best.psnr_db)
+        ctx.log.warning(asked, wanted.asked_db, best.psnr_db)
     return Choice(best.chosen, problem, best.factor(problem, table), best.error_db)
 
 
@@ -147,35 +147,42 @@ def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawi
 
 
 class _Wanted(NamedTuple):
-    """The quality to look for in dB, and the first factor on predicted losses."""
+    """The quality that was asked for and the one to look for, both in dB, and the first factor on predicted losses."""
 
+    asked_db: float
     psnr_db: float
     factor: float
 
+    @classmethod
+    def above(cls, asked_db: float, drawn: _Tried, problem: Problem, table: Sensitivity) -> _Wanted:
+        """Look for a plan that is better than asked by the standard error of the drawn samples' PSNR."""
+        return cls(asked_db, asked_db + (drawn.error_db or 0.0), max(1.0, drawn.factor(problem, table)))
+
     def kept_by(self, tried: Sequence[_Tried]) -> list[_Tried]:
-        """Return the plans that have this quality."""
+        """Return the plans that have the quality to look for."""
         return [each for each in tried if each.psnr_db >= self.psnr_db - SHORT_DB]
 
 
 def _wanted(problem: Problem, table: Sensitivity, aim: Aim, drawing: _Drawing | None, ctx: Context) -> _Wanted:
-    """Return the quality to look for: the wanted one, or a lower one that 8-bit weights with float inputs reach.
+    """Return the quality to look for: the asked one, or a lower one that 8-bit weights with float inputs reach.
 
     `reachable_db` computes the lower one.
     """
     plain = _tried(problem, table, problem.first(_precision), drawing, ctx)
     if plain.psnr_db >= aim.psnr_db + REST_DB:
-        return _Wanted(aim.psnr_db, max(1.0, plain.factor(problem, table)))
+        return _Wanted.above(aim.psnr_db, plain, problem, table)
     best = _tried(problem, table, problem.least(lambda option: _precision(option) == 0), drawing, ctx)
     reach_db = reachable_db(plain.psnr_db, best.psnr_db)
     if reach_db < aim.psnr_db:
         ctx.log.info(
-            "8-bit weights with float inputs reach only %.1f dB: assign looks for a plan with %.1f dB in place of"
-            " %.1f dB",
-            plain.psnr_db,
+            "8-bit weights with float inputs reach %.1f dB, and rounded inputs may cost %.0f dB: assign looks for"
+            " %.1f dB in place of %.1f dB",
+            max(plain.psnr_db, best.psnr_db),
+            REST_DB,
             reach_db,
             aim.psnr_db,
         )
-    return _Wanted(min(reach_db, aim.psnr_db), max(1.0, best.factor(problem, table)))
+    return _Wanted.above(min(reach_db, aim.psnr_db), best, problem, table)
 
 
 def _precision(option: Option) -> int:

@@ -1,6 +1,7 @@
 """Round a weight so that the error of the layer's output, not that of the weight, is smallest.
 
-Shapes: N out features, K in features, G scales per row, M rows of the input (tokens, or output pixels).
+Shapes: N out features, K in features of one output, G scales per row, M rows of the input (tokens, or output pixels),
+P groups of a convolution, 1 for other layers.
 """
 
 from __future__ import annotations
@@ -17,24 +18,34 @@ DAMPING = 0.01
 
 
 def second_moment(layer: LayerModule, x: torch.Tensor) -> torch.Tensor:
-    """Return sum x x^T over the rows that multiply the weight, (K, K) float64: half the Hessian of the output error."""
-    rows_MK = (x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else _patches(layer, x)).double()
-    return rows_MK.T @ rows_MK
+    """Return sum x x^T over the rows that multiply the weight, for each group of a convolution.
+
+    It has the shape (P, K, K), in float64, and is half the Hessian of the error of the group's outputs.
+    """
+    rows_PMK = (x.reshape(1, -1, x.shape[-1]) if isinstance(layer, nn.Linear) else _patches(layer, x)).double()
+    return rows_PMK.mT @ rows_PMK
 
 
 def _patches(layer: Conv, x: torch.Tensor) -> torch.Tensor:
-    """Return the input that each output pixel of a convolution reads, (M, K)."""
+    """Return the input that each output pixel of a convolution reads, (P, M, K)."""
     x = functional.pad(x, layer._reversed_padding_repeated_twice)
     for axis, (size, step, dilation) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
     ):
         x = x.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
     places = len(layer.stride)
-    return x.movedim(1, places + 1).flatten(places + 1).flatten(0, places)
+    rows = x.movedim(1, places + 1).flatten(places + 1).flatten(0, places)
+    return rows.reshape(len(rows), layer.groups, -1).transpose(0, 1)
 
 
-def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
-    """Round a weight to codes (N, K), int8, on the grid of the scales.
+def gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment_PKK: torch.Tensor) -> torch.Tensor:
+    """Round a weight to codes (N, K), int8, on the grid of the scales, with the `second_moment` of its input."""
+    parts = zip(w_NK.chunk(len(moment_PKK)), scale_NG.chunk(len(moment_PKK)), moment_PKK, strict=True)
+    return torch.cat([_gptq(w, scale, grid, moment) for w, scale, moment in parts])
+
+
+def _gptq(w_NK: torch.Tensor, scale_NG: torch.Tensor, grid: rounding.Grid, moment_KK: torch.Tensor) -> torch.Tensor:
+    """Round the weight of one group.
 
     Columns are rounded one after the other, beginning with the input feature of largest energy. The columns that follow
     compensate the error of each, as far as their inputs are correlated (GPTQ, Frantar et al. 2023, Algorithm 1).

@@ -98,7 +98,7 @@ class _Parts:
         if padded.dim() < layer.weight.dim():
             padded, g = padded[None], g[None]
         by_weight = _BY_WEIGHT[len(layer.stride)]
-        return by_weight(padded, layer.weight.shape, g, layer.stride, 0, layer.dilation)
+        return by_weight(padded, layer.weight.shape, g, layer.stride, 0, layer.dilation, layer.groups)
 
     def _of_input(self, form: Form) -> float:
         layer = self.rounded.layer(self.name, form)

@@ -69,13 +69,16 @@ class QuantPlan:
         if named != planned:
             missing, unknown = sorted(named - planned), sorted(planned - named)
             raise ContractError(f"a plan names every layer once: missing {missing}, unknown {unknown}")
-        channels = {n.name: n.shape[1] for n in self.layers if isinstance(self.schemes[n.name].weight, RoundedWeight)}
+        rounded = {n.name: n for n in self.layers if isinstance(self.schemes[n.name].weight, RoundedWeight)}
+        channels = {name: layer.channels for name, layer in rounded.items()}
         if wrong := sorted(n for n, b in self.balances.items() if len(b.balance.scale_C) != channels.get(n)):
             raise ContractError(f"a balance is for a quantized layer, with a scale for each input channel: {wrong}")
-        weights = {n.name: (n.n, n.k) for n in self.layers if n.name in channels}
+        if wrong := sorted(n for n, b in self.balances.items() if rounded[n].shape[1] % b.balance.block):
+            raise ContractError(f"a balance rotates no channels of different groups of a convolution: {wrong}")
+        weights = {name: (layer.n, layer.k) for name, layer in rounded.items() if layer.groups == 1}
         shapes = {n: (len(b.up_NR), b.down_RK.shape[1]) for n, b in self.branches.items()}
         if wrong := sorted(n for n, shape in shapes.items() if shape != weights.get(n)):
-            raise ContractError(f"a branch is for a quantized layer, of its weight's shape: {wrong}")
+            raise ContractError(f"a branch is for a quantized layer without groups, of its weight's shape: {wrong}")
         if wrong := sorted(n for n in self.reasons if self.schemes.get(n) != FLOAT):
             raise ContractError(f"a reason to stay in float is for a layer in float: {wrong}")
 

@@ -1,6 +1,7 @@
 """Estimate the cost of a layer: a lower bound of its latency, its bit operations, and its activation bytes.
 
-Shapes: R rows (tokens, or output pixels of a convolution), N out features, K in features.
+Shapes: R rows (tokens, or output pixels of a convolution), N out features, K in features of one output, C channels
+of the input (K for a linear layer).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
     """Return the roofline max(bytes / bandwidth, operations / throughput), in seconds, of one call on R rows.
 
     It is a lower bound: every number is moved once, and kernel launches and cached data are ignored. The weight is read
-    as stored, x is (R, K) and y is (R, N). The input of a convolution with a kernel of k numbers is (R, K // k) in
-    memory: it has as many pixels as the output. A rounded input is multiplied as codes.
+    as stored, x is (R, C) and y is (R, N): the input of a convolution is assumed to have as many pixels as the output.
+    A rounded input is multiplied as codes.
     """
     moved_bytes = layer.size_bytes(scheme, FLOAT_BYTES) + activation_bytes(layer, scheme, rows)
     operations = 2 * rows * layer.n * layer.k
@@ -40,10 +41,9 @@ def latency_s(layer: Layer, scheme: LayerScheme, rows: int, device: Device) -> f
 
 def activation_bytes(layer: Layer, scheme: LayerScheme, rows: float) -> float:
     """Return the bytes of x and y: 2 for a float, 1 for a code of an integer or FP8, 4.5 / 8 for one of NVFP4."""
-    kernel = layer.k // layer.shape[1]
     x_bytes = FLOAT_BYTES if isinstance(scheme.input, Float) else scheme.input.bits_stored / 8
     y_bytes = FLOAT_BYTES if isinstance(scheme.output, Float) else 1
-    return rows * (layer.k // kernel * x_bytes + layer.n * y_bytes)
+    return rows * (layer.channels * x_bytes + layer.n * y_bytes)
 
 
 def bit_operations(layer: Layer, scheme: LayerScheme, rows: float) -> float:
@@ -59,7 +59,7 @@ def work(layer: Layer, scheme: LayerScheme, rows: float, block: int | None = Non
     for scaled channels (one more pass), more for a rotation. `in_codes` says if the target multiplies the codes of
     a rounded input, and not float values of them.
     """
-    elements = rows * layer.shape[1]
+    elements = rows * layer.channels
     passes = 0
     if not isinstance(scheme.input, Float):
         passes += 2 + scheme.by_token + scheme.shifted
@@ -75,6 +75,6 @@ def basis_s(layer: Layer, rows: float, block: int, device: Device) -> float:
     A channel scale counts as one pass over the input, although it is often folded into the preceding operator and then
     costs nothing. A rotation is a product of each block with a matrix.
     """
-    elements = rows * layer.shape[1]
+    elements = rows * layer.channels
     moved_s = 2 * FLOAT_BYTES * elements / (device.bandwidth_gb_s * 1e9)
     return moved_s + (0 if block == 1 else 2 * elements * block / (device.fp16_tflops * 1e12))

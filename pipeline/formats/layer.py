@@ -26,7 +26,7 @@ AxisSize: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 31)]
 class Layer(BaseModel):
     """Layer that can be quantized. `name` is its module path, `shape` the shape of its weight in torch.
 
-    `padded`: True for a convolution that pads its input with zeros.
+    `padded`: True for a convolution that pads its input with zeros. `groups` is that of a convolution.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +36,12 @@ class Layer(BaseModel):
     shape: tuple[AxisSize, ...] = Field(min_length=2)
     bias: bool
     padded: bool = False
+    groups: int = Field(1, ge=1)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the input; of a linear layer, number of its features."""
+        return self.shape[1] * self.groups
 
     @property
     def n(self) -> int:
@@ -91,14 +97,23 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for {layer.op} layers, not {scheme.name}{why}"
     if problem := _misfit(layer, scheme):
         return f"{layer.name}: {problem}"
-    multiple = target.limits.conv_channels_multiple
-    rounded = not isinstance(scheme.input, Float)
-    if layer.op == "conv" and rounded and (layer.n % multiple or layer.shape[1] % multiple):
-        channels = f"{layer.shape[1]} channels in and {layer.n} out"
-        return f"{layer.name}: {channels}, but {target.name} takes multiples of {multiple} where it rounds the input"
+    if layer.op == "conv" and not isinstance(scheme.input, Float) and (problem := _unfit_channels(layer, target)):
+        return f"{layer.name}: {problem}"
     size = scheme.group_size
     if size is not None and size not in target.group_sizes:
         return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
+    return None
+
+
+def _unfit_channels(layer: Layer, target: Target) -> str | None:
+    """Return why the target cannot multiply the codes of a convolution with these channels, or None."""
+    multiple, least, taken = target.limits.conv_channels_multiple, target.limits.conv_group_channels, layer.shape[1]
+    where = f"{target.name} takes {{}} where it rounds the input"
+    if layer.groups > 1 and (taken < least or taken % multiple):
+        limit = f"at least {least}" if taken < least else f"multiples of {multiple}"
+        return f"{layer.groups} groups of input channels have {taken} each, but {where.format(limit)}"
+    if taken % multiple or layer.n % multiple:
+        return f"{taken} channels in and {layer.n} out, but {where.format(f'multiples of {multiple}')}"
     return None
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def layer_table(module: nn.Module) -> tuple[Layer, ...]:
-    """List every Linear and every ungrouped Conv1d, Conv2d and Conv3d, in the model's order.
+    """List every Linear and every Conv1d, Conv2d and Conv3d, in the model's order.
 
     A module that is registered several times has its first name.
     `unquantizable` names the layers with weights that are not in the table.
@@ -21,19 +21,17 @@ def layer_table(module: nn.Module) -> tuple[Layer, ...]:
 
     layers = []
     for name, child in module.named_modules():
-        if own_forward(child) or (isinstance(child, nn.Linear) and not child.weight.numel()):
+        if own_forward(child):
             continue
         match child:
-            case nn.Linear():
+            case nn.Linear() if child.weight.numel():
                 layers.append(
                     Layer(name=name, op="linear", shape=tuple(child.weight.shape), bias=child.bias is not None)
                 )
             case (
-                nn.Conv1d(groups=1, padding_mode="zeros")
-                | nn.Conv2d(groups=1, padding_mode="zeros")
-                | nn.Conv3d(groups=1, padding_mode="zeros")
-            ):
+                nn.Conv1d(padding_mode="zeros") | nn.Conv2d(padding_mode="zeros") | nn.Conv3d(padding_mode="zeros")
+            ) if child.weight.numel():
                 padded = any(child._reversed_padding_repeated_twice)
                 shape, bias = tuple(child.weight.shape), child.bias is not None
-                layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded))
+                layers.append(Layer(name=name, op="conv", shape=shape, bias=bias, padded=padded, groups=child.groups))
     return tuple(layers)

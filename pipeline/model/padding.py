@@ -46,8 +46,7 @@ def split_padding_(module: nn.Module) -> tuple[str, ...]:
     """Split convolutions unless both sides are padded with equally many zeros. Changes `module`; returns their names.
 
     Such convolutions pad with values of the tensor (`padding_mode` circular, reflect or replicate), or with
-    `padding="same"` around a kernel of an even size. Subclasses stay as they are, and so do grouped convolutions, which
-    are not quantized.
+    `padding="same"` around a kernel of an even size. Subclasses stay as they are.
     """
     found = {name: part for name, part in module.named_modules() if type(part) in CONVOLUTIONS and _is_split(part)}
     for part in found.values():
@@ -58,14 +57,14 @@ def split_padding_(module: nn.Module) -> tuple[str, ...]:
 def _is_split(part: Any) -> bool:  # torch's classes do not tell the type of this attribute
     around: list[int] = part._reversed_padding_repeated_twice
     equal = around[::2] == around[1::2]
-    return part.groups == 1 and (part.padding_mode != "zeros" or not equal)
+    return part.padding_mode != "zeros" or not equal
 
 
 def _split_(part: Any) -> None:
     """Change torch's module into a PaddedConv, in its place."""
     weight, bias = part._parameters.pop("weight"), part._parameters.pop("bias")
     shape = part.in_channels, part.out_channels, part.kernel_size, part.stride
-    conv = type(part)(*shape, dilation=part.dilation, bias=bias is not None, device="meta")
+    conv = type(part)(*shape, dilation=part.dilation, groups=part.groups, bias=bias is not None, device="meta")
     conv.weight, conv.bias = weight, bias
     part.__class__ = PaddedConv
     part.register_module("conv", conv.train(part.training))

@@ -127,12 +127,9 @@ def unquantizable(module: nn.Module) -> dict[str, str]:
                 found[name] = f"a {kind} has a forward of its own"
             case nn.Linear() | _ConvNd() if layer.weight.numel() == 0:
                 found[name] = f"a {kind} without weights"
-            case nn.Conv1d(groups=1) | nn.Conv2d(groups=1) | nn.Conv3d(groups=1):
+            case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
                 if layer.padding_mode != "zeros":
                     found[name] = f"a {kind} with padding_mode {layer.padding_mode}"
-            case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-                alone = layer.groups == layer.in_channels
-                found[name] = f"a depthwise {kind}" if alone else f"a {kind} with {layer.groups} groups"
             case _ConvNd():
                 found[name] = f"a transposed convolution ({kind})"
             case nn.MultiheadAttention() if not isinstance(layer, SplitAttention):

@@ -53,8 +53,12 @@ class Balance:
         return self._rotate(x * self.scale_C.to(x).reshape(-1, *[1] * (-1 - axis)), axis)
 
     def weight(self, w: torch.Tensor) -> torch.Tensor:
-        """Return (w / d) H / block: w (N, C), or (N, C, kh, kw)."""
-        return self._rotate(w / self.scale_C.to(w).reshape(-1, *[1] * (w.dim() - 2)), 1 - w.dim()) / self.block
+        """Return (w / d) H / block: w (N, C), (N, C, kh, kw), or (N, C / groups, kh, kw) of a grouped convolution.
+
+        No block may contain channels of two groups.
+        """
+        scaled = self._in_groups(w) / self._scale_of(w)
+        return self._rotate(scaled, 1 - w.dim()).reshape(w.shape) / self.block
 
     def by_input(self, gradient: torch.Tensor, axis: int) -> torch.Tensor:
         """Return the gradient with respect to `input(x)`, given that with respect to x; `axis` of channels < 0."""
@@ -62,8 +66,17 @@ class Balance:
         return self._rotate(scaled, axis) / self.block
 
     def by_weight(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient with respect to `weight(w)`, (N, C) or (N, C, kh, kw), given that with respect to w."""
-        return self.input(gradient, 1 - gradient.dim())
+        """Return the gradient with respect to `weight(w)`, given that with respect to w; both have the shape of w."""
+        scaled = self._in_groups(gradient) * self._scale_of(gradient)
+        return self._rotate(scaled, 1 - gradient.dim()).reshape(gradient.shape)
+
+    def _in_groups(self, w: torch.Tensor) -> torch.Tensor:
+        """Return a weight (N, C / groups, ...) as (groups, N / groups, C / groups, ...)."""
+        return w.reshape(len(self.scale_C) // w.shape[1], -1, *w.shape[1:])
+
+    def _scale_of(self, w: torch.Tensor) -> torch.Tensor:
+        """Return d in the shape that broadcasts over a weight in groups: (groups, 1, C / groups, 1, ...)."""
+        return self.scale_C.to(w).reshape(-1, 1, w.shape[1], *[1] * (w.dim() - 2))
 
     def _rotate(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         if self.block == 1:

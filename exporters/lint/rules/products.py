@@ -81,13 +81,16 @@ def _harmless(node: ir.Node) -> bool:
 @rule(
     "channels",
     "warning",
-    why="TensorRT 8.6 found no kernel for 4 channels (NVIDIA/TensorRT issue 3638); multiples of 16 are safe",
+    why="TensorRT 8.6 found no kernel for 4 channels (NVIDIA/TensorRT issue 3638); multiples of 16 are safe;"
+    " TensorRT-RTX 1.7.1 adds zeros to groups of fewer than 4, so that a depthwise input has four times the size",
     fix="leave it in float",
 )
 def check_channels(graph: Checked, target: Target) -> Problems:
-    """8-bit convolutions whose numbers of channels are no multiples of those that kernels take."""
-    multiple = target.limits.conv_channels_multiple
+    """8-bit convolutions whose numbers of channels are no multiples of those that kernels take, or in small groups."""
+    multiple, least = target.limits.conv_channels_multiple, target.limits.conv_group_channels
     for product in graph.products:
         filters = shape(product.node.inputs[1]) if product.is_convolution else None
         if filters is not None and (filters[0] % multiple or filters[1] % multiple):
             yield product.node, f"8-bit filters of shape {list(filters)}, not of multiples of {multiple} channels"
+        elif filters is not None and filters[1] < least and product.node.attributes.get_int("group", 1) > 1:
+            yield product.node, f"8-bit filters of shape {list(filters)}, of fewer than {least} channels in each group"

@@ -30,19 +30,26 @@ def test_gptq_codes_lose_less_of_the_output_than_the_nearest_ones():
         return float((x @ (form.dequantize(codes, scale) - layer.weight).T).square().sum())
 
     assert error(found) < 0.5 * error(nearest)
+    twice = gptq(layer.weight.repeat(2, 1), scale.repeat(2, 1), form.grid, second_moment(layer, x).repeat(2, 1, 1))
+    assert torch.equal(twice, found.repeat(2, 1))
 
 
 @pytest.mark.parametrize(
-    ("kind", "padding", "dilation"),
-    [(torch.nn.Conv1d, 1, 1), (torch.nn.Conv2d, 1, 2), (torch.nn.Conv3d, "valid", 1)],
+    ("kind", "padding", "dilation", "groups"),
+    [
+        (torch.nn.Conv1d, 1, 1, 1),
+        (torch.nn.Conv2d, 1, 2, 1),
+        (torch.nn.Conv3d, "valid", 1, 1),
+        (torch.nn.Conv2d, 1, 1, 3),
+    ],
 )
-def test_the_second_moment_of_a_convolution_is_that_of_its_patches(kind, padding, dilation):
+def test_the_second_moment_of_a_convolution_is_that_of_its_patches(kind, padding, dilation, groups):
     generator = torch.Generator().manual_seed(0)
-    conv = kind(3, 5, 3, stride=2, padding=padding, dilation=dilation, bias=False)
+    conv = kind(3, 6, 3, stride=2, padding=padding, dilation=dilation, groups=groups, bias=False)
     x = torch.randn(2, 3, *[8] * len(conv.stride), generator=generator)
     moment = second_moment(conv, x)
-    w_NK = conv.weight.detach().flatten(1).double()
-    energy = (w_NK @ moment @ w_NK.T).diagonal().sum()
+    w_PNK = conv.weight.detach().reshape(groups, 6 // groups, -1).double()
+    energy = (w_PNK @ moment @ w_PNK.mT).diagonal(dim1=1, dim2=2).sum()
     assert float(energy) == pytest.approx(float(conv(x).detach().square().sum()), rel=1e-5)
 
 

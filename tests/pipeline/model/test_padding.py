@@ -15,12 +15,12 @@ SPLIT = {
     "reflect, along one axis": lambda: nn.Conv1d(2, 4, 5, padding=2, stride=2, padding_mode="reflect", bias=False),
     "replicate, along three axes": lambda: nn.Conv3d(2, 4, 3, padding=(1, 0, 2), padding_mode="replicate"),
     "same around an even kernel": lambda: nn.Conv2d(2, 4, (4, 3), padding="same", dilation=(1, 2)),
+    "circular, in groups": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="circular"),
     "circular without padding": lambda: nn.Conv2d(2, 4, 1, padding_mode="circular"),
 }
 WHOLE = {
     "zeros": lambda: nn.Conv2d(2, 4, 3, padding=1),
     "same around an odd kernel": lambda: nn.Conv2d(2, 4, 3, padding="same"),
-    "groups": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="circular"),
 }
 
 

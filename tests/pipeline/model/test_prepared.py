@@ -121,13 +121,12 @@ def test_layers_that_cannot_be_quantized_are_named_with_the_reason():
         }
     )
     model["empty"](torch.zeros(1, 4))
-    assert [layer.name for layer in layer_table(model)] == ["linear", "conv", "line"]
+    channels = {layer.name: (layer.channels, layer.groups) for layer in layer_table(model)}
+    assert channels == {"linear": (4, 1), "conv": (4, 1), "line": (4, 1), "grouped": (4, 2), "depthwise": (4, 4)}
     assert unquantizable(model) == {
         "volume": "a Conv3d with padding_mode circular",
         "own_line": "a OwnLine has a forward of its own",
         "back": "a transposed convolution (ConvTranspose2d)",
-        "grouped": "a Conv2d with 2 groups",
-        "depthwise": "a depthwise Conv2d",
         "mirrored": "a Conv2d with padding_mode reflect",
         "own": "a Scaled has a forward of its own",
         "empty": "a Linear without weights",

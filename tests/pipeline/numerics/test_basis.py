@@ -50,6 +50,18 @@ def test_a_balanced_convolution_computes_the_same_up_to_its_borders(block: int, 
     assert (y - expected).norm() < 1e-5 * expected.norm()  # float32 sums of values that cancel
 
 
+@pytest.mark.parametrize(("groups", "block"), [(2, 4), (24, 1)])
+def test_a_balanced_convolution_in_groups_computes_the_same(groups: int, block: int):
+    x, w = random(2, 24, 6, 5), random(48, 24 // groups, 3, 3, seed=1)
+    balance = Balance.rotated(scales(24), block, torch.Generator().manual_seed(2))
+    y = functional.conv2d(balance.input(x, -3), balance.weight(w), groups=groups)
+    expected = functional.conv2d(x, w, groups=groups)
+    assert (y - expected).norm() < 1e-5 * expected.norm()  # float32 sums of values that cancel
+    by_weight = random(*w.shape, seed=4)
+    change = (balance.weight(w) * balance.by_weight(by_weight)).sum()
+    torch.testing.assert_close(change, (w * by_weight).sum())  # a linear map, and the transposed inverse of it
+
+
 def test_a_rotation_alone_keeps_lengths_and_the_same_seed_gives_the_same():
     x = random(7, 64)
     one, same, other = (Balance.rotated(torch.ones(64), 64, torch.Generator().manual_seed(s)) for s in (3, 3, 4))
