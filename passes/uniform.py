@@ -12,7 +12,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.formats.known import SchemeName
-from intaglio.pipeline.formats.layer import GROUPS, Layer, admitted_schemes, illegal
+from intaglio.pipeline.formats.layer import GROUPS, Layer, admitted_schemes, unfit
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
 from intaglio.pipeline.formats.target import Target
 
@@ -60,9 +60,9 @@ class UniformPlan(Pass):
     def _choose(self, layer: Layer, wanted: tuple[SchemeName, ...], target: Target) -> tuple[LayerScheme, str | None]:
         """Return the layer's scheme, and the reason if it is float because no wanted scheme is possible."""
         admitted = {scheme.name: scheme for scheme in admitted_schemes(layer, self.groups)}
-        problems = [illegal(layer, admitted[name], target) for name in wanted if name in admitted]
+        problems = [unfit(layer, admitted[name], target) for name in wanted if name in admitted]
         for name in wanted:
-            if name in admitted and illegal(layer, admitted[name], target) is None:
+            if name in admitted and unfit(layer, admitted[name], target) is None:
                 return admitted[name], None
         why = next((problem.removeprefix(f"{layer.name}: ") for problem in problems if problem), None)
         return FLOAT, why or f"a {layer.op} of shape {list(layer.shape)} admits none of {', '.join(wanted)}"

@@ -326,7 +326,7 @@ def _round_weights(
     import torch
 
     from intaglio.pipeline.artifacts.quantized import QuantizedLayerData
-    from intaglio.pipeline.formats.layer import illegal, structural_schemes
+    from intaglio.pipeline.formats.layer import structural_schemes, unfit
     from intaglio.pipeline.formats.schemes import RoundedWeight
     from intaglio.pipeline.model.layers import layer_table
     from intaglio.pipeline.simulation.model import round_tables
@@ -336,7 +336,7 @@ def _round_weights(
         for layer in layer_table(module):
             *_, scheme = structural_schemes(layer, groups, (precision,))
             form, weight = scheme.weight, module.get_submodule(layer.name).get_parameter("weight")
-            if not isinstance(form, RoundedWeight) or illegal(layer, scheme, target) is not None:
+            if not isinstance(form, RoundedWeight) or unfit(layer, scheme, target) is not None:
                 continue
             w_NK = weight.flatten(1)
             scale_NG, _ = form.fit(w_NK)

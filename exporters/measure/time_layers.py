@@ -17,7 +17,7 @@ from intaglio.pipeline.contract.artifact import AnyKey, Outputs, State
 from intaglio.pipeline.contract.context import Context
 from intaglio.pipeline.contract.pass_base import Pass
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
-from intaglio.pipeline.formats.layer import Layer, illegal, structural_schemes
+from intaglio.pipeline.formats.layer import Layer, structural_schemes, unfit
 from intaglio.pipeline.formats.schemes import LayerScheme
 from intaglio.pipeline.formats.target import OpKind, Target, schemes_of_kind
 from intaglio.pipeline.runs.registry import find_runtime
@@ -101,7 +101,7 @@ class TimeLayers(Pass):
 
     def _schemes(self, layer: Layer, target: Target) -> Iterable[LayerScheme]:
         admitted = structural_schemes(layer, target.group_sizes, schemes_of_kind(self.schemes, layer.op))
-        return [scheme for scheme in admitted if illegal(layer, scheme, target) is None]
+        return [scheme for scheme in admitted if unfit(layer, scheme, target) is None]
 
 
 def element_time(runtime: Runtime) -> float:

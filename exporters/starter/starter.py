@@ -22,7 +22,7 @@ from intaglio.pipeline.cli.schema import FILE as SCHEMA_FILE
 from intaglio.pipeline.cli.schema import editor_line
 from intaglio.pipeline.contract.recipe import Recipe, beside
 from intaglio.pipeline.errors import IntaglioError, RecipeError
-from intaglio.pipeline.formats.layer import Layer, illegal, structural_schemes
+from intaglio.pipeline.formats.layer import Layer, structural_schemes, unfit
 from intaglio.pipeline.formats.schemes import FLOAT
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.checkpoint import Checkpoint
@@ -320,7 +320,7 @@ def _relative_size(layers: tuple[Layer, ...], target_name: str, names: tuple[str
     """Return the size relative to fp16 with the smallest possible scheme of each layer, rounded up a little."""
     target = load_target(target_name)
     smallest = (
-        min(s.size_bytes(scheme) for scheme in structural_schemes(s, names=names) if illegal(s, scheme, target) is None)
+        min(s.size_bytes(scheme) for scheme in structural_schemes(s, names=names) if unfit(s, scheme, target) is None)
         for s in layers
     )
     return math.ceil(100 * sum(smallest) / sum(layer.size_bytes(FLOAT) for layer in layers)) / 100

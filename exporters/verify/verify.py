@@ -301,7 +301,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
     """Return the reason, by layer name, for each linear layer and convolution that stays in float."""
     from torch.nn.modules.conv import _ConvNd
 
-    from intaglio.pipeline.formats.layer import admitted_schemes, illegal
+    from intaglio.pipeline.formats.layer import admitted_schemes, unfit
     from intaglio.pipeline.formats.schemes import FLOAT
     from intaglio.pipeline.model.layers import layer_table
     from intaglio.pipeline.model.prepared import unquantizable
@@ -314,7 +314,7 @@ def layers_in_float(module: nn.Module, quantized: Collection[str], target: Targe
         found[name] = f"{other.get(name, f'a {type(child).__name__} of its form')} cannot be quantized"
         if name in table:
             schemes = [s for s in admitted_schemes(table[name]) if s != FLOAT]
-            reasons = [illegal(table[name], scheme, target) for scheme in schemes]
+            reasons = [unfit(table[name], scheme, target) for scheme in schemes]
             refused = all(reasons) and (reasons[0] or "").removeprefix(f"{name}: ")
             found[name] = refused or "the plan leaves it in float"
     return found

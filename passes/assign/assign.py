@@ -22,7 +22,7 @@ from intaglio.pipeline.errors import RecipeError, TargetError, did_you_mean
 from intaglio.pipeline.files import read_typed
 from intaglio.pipeline.formats.cost import bit_operations, work
 from intaglio.pipeline.formats.known import USUAL_SCHEMES, SchemeName
-from intaglio.pipeline.formats.layer import Layer, illegal
+from intaglio.pipeline.formats.layer import Layer, unfit
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme, with_output
 from intaglio.pipeline.formats.target import OpKind, Target
 
@@ -303,7 +303,7 @@ class AssignPrecision(Pass):
         for name in allowed:
             for (scheme, basis), label in forms.items():
                 executed = self._executed(layer, scheme, target)
-                if scheme.name == name and illegal(layer, executed, target) is None:
+                if scheme.name == name and unfit(layer, executed, target) is None:
                     legal[forms.get((executed, basis), label)] = executed
         return _fast(layer, legal, target) or {FLOAT.name: FLOAT}
 
@@ -317,7 +317,7 @@ class AssignPrecision(Pass):
             allowed = [
                 self._executed(layer, measured[n], target) for n in self.schemes.get(layer.op, ()) if n in measured
             ]
-            problems = [problem for scheme in allowed if (problem := illegal(layer, scheme, target))]
+            problems = [problem for scheme in allowed if (problem := unfit(layer, scheme, target))]
             if layer.name in self.keep:
                 found[layer.name] = "assign.keep names it"
             elif not allowed:

@@ -97,24 +97,29 @@ def illegal(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
         return f"{layer.name}: {target.name} runs {', '.join(allowed)} for {layer.op} layers, not {scheme.name}{why}"
     if problem := _misfit(layer, scheme):
         return f"{layer.name}: {problem}"
-    if layer.op == "conv" and not isinstance(scheme.input, Float) and (problem := _unfit_channels(layer, target)):
-        return f"{layer.name}: {problem}"
+    multiple = target.limits.conv_channels_multiple
+    if _rounds_convolution(layer, scheme) and (layer.n % multiple or layer.shape[1] % multiple):
+        each = f" in each of {layer.groups} groups" if layer.groups > 1 else ""
+        channels = f"{layer.n} channels out, {layer.shape[1]} in{each}"
+        return f"{layer.name}: {channels}, but {target.name} takes multiples of {multiple} where it rounds the input"
     size = scheme.group_size
     if size is not None and size not in target.group_sizes:
         return f"{layer.name}: group size {size}, but {target.name} takes {', '.join(map(str, target.group_sizes))}"
     return None
 
 
-def _unfit_channels(layer: Layer, target: Target) -> str | None:
-    """Return why the target cannot multiply the codes of a convolution with these channels, or None."""
-    multiple, least, taken = target.limits.conv_channels_multiple, target.limits.conv_group_channels, layer.shape[1]
-    where = f"{target.name} takes {{}} where it rounds the input"
-    if layer.groups > 1 and (taken < least or taken % multiple):
-        limit = f"at least {least}" if taken < least else f"multiples of {multiple}"
-        return f"{layer.groups} groups of input channels have {taken} each, but {where.format(limit)}"
-    if taken % multiple or layer.n % multiple:
-        return f"{taken} channels in and {layer.n} out, but {where.format(f'multiples of {multiple}')}"
-    return None
+def unfit(layer: Layer, scheme: LayerScheme, target: Target) -> str | None:
+    """Return why a plan should not give the layer this scheme: it is illegal, or slower than float. None if it may."""
+    least = target.conv_group_channels
+    if _rounds_convolution(layer, scheme) and layer.groups > 1 and layer.shape[1] < least:
+        groups = f"{layer.groups} groups have {layer.shape[1]} input channels each"
+        return f"{layer.name}: {groups}, and with fewer than {least}, {target.name} is faster if it rounds no inputs"
+    return illegal(layer, scheme, target)
+
+
+def _rounds_convolution(layer: Layer, scheme: LayerScheme) -> bool:
+    """Return True for a convolution whose input is rounded."""
+    return layer.op == "conv" and not isinstance(scheme.input, Float)
 
 
 def _misfit(layer: Layer, scheme: LayerScheme) -> str | None:

@@ -156,11 +156,6 @@ class Limits(BaseModel):
         description="the graph must have multiples of this as the numbers of input and output channels of an 8-bit"
         " convolution",
     )
-    conv_group_channels: int = Field(
-        1,
-        ge=1,
-        description="the graph must have at least this many input channels in each group of an 8-bit convolution",
-    )
     shared_zero_points: bool = Field(True, description="the graph may have one zero point for several 8-bit weights")
     moves_int8: bool = Field(
         True, description="the graph may have int8 inputs that are reshaped, sliced or transposed, from opset 21 on"
@@ -204,6 +199,12 @@ class Target(BaseModel):
     conv_output: Literal["float", "int8"] = Field(
         "float",
         description="int8: the runtime computes a convolution on integers only if its output is rounded to 8 bits too",
+    )
+    conv_group_channels: int = Field(
+        1,
+        ge=1,
+        description="input channels in a group of a convolution from which on 8-bit inputs pay: smaller groups, such as"
+        " those of a depthwise convolution, are faster with float inputs",
     )
     compute_capability: str | None = Field(
         None,

@@ -87,7 +87,7 @@ def _harmless(node: ir.Node) -> bool:
 )
 def check_channels(graph: Checked, target: Target) -> Problems:
     """8-bit convolutions whose numbers of channels are no multiples of those that kernels take, or in small groups."""
-    multiple, least = target.limits.conv_channels_multiple, target.limits.conv_group_channels
+    multiple, least = target.limits.conv_channels_multiple, target.conv_group_channels
     for product in graph.products:
         filters = shape(product.node.inputs[1]) if product.is_convolution else None
         if filters is not None and (filters[0] % multiple or filters[1] % multiple):

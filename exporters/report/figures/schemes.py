@@ -8,7 +8,7 @@ from typing import assert_never
 
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.formats.known import scheme_names
-from intaglio.pipeline.formats.layer import admitted_schemes, illegal
+from intaglio.pipeline.formats.layer import admitted_schemes, unfit
 from intaglio.pipeline.formats.schemes import FLOAT, Float, IntInput, LayerScheme, RoundedInput, RoundedWeight
 from intaglio.pipeline.formats.target import Target
 
@@ -115,7 +115,7 @@ def float_rows(plan: QuantPlan, target: Target) -> tuple[tuple[str, tuple[str, .
         if plan.schemes[layer.name] != FLOAT:
             continue
         others = [scheme for scheme in admitted_schemes(layer) if scheme != FLOAT]
-        legal = any(illegal(layer, scheme, target) is None for scheme in others)
+        legal = any(unfit(layer, scheme, target) is None for scheme in others)
         reason = plan.reasons.get(
             layer.name,
             "the plan leaves it in float" if legal else f"{target.name} executes only float for a layer of this shape",

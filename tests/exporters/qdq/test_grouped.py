@@ -18,6 +18,7 @@ from intaglio.exporters.verify.verify import Verify
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.calibrate import Calibrate
 from intaglio.passes.distill.distill import Distill
+from intaglio.passes.imports.calibrated import QuantizeWithModelopt
 from intaglio.passes.merge import MergeAdapters
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
@@ -128,8 +129,16 @@ def test_tensorrt_multiplies_the_codes_of_groups_and_a_depthwise_convolution_sta
     with caplog.at_level("INFO"):
         made = planned(start, "w8a8_step", "tensorrt-rtx", tmp_path)
     assert made[PLAN].quantized == len(GROUPS) - 1
-    reason = "128 groups of input channels have 1 each, but tensorrt-rtx takes at least 4 where it rounds the input"
-    assert f"1 layer stays in float, {reason}: depthwise" in caplog.text
+    assert "128 groups have 1 input channels each, and with fewer than 4, tensorrt-rtx is faster if" in caplog.text
     made = written(made, tmp_path)
     engine = run_pass(BuildTensorRT(), made, tmp_path / "engine")[ENGINE]
     assert (engine.low_precision_products, engine.float_products) == (len(GROUPS) - 1, 1)
+
+
+def test_other_tools_may_round_depthwise_inputs_too(start, tmp_path):
+    made = start | {TARGET: load_target("onnxruntime-cpu")}
+    made |= run_pass(QuantizeWithModelopt(config="INT8_DEFAULT_CFG"), made, tmp_path / "modelopt")
+    assert {scheme.name for scheme in made[PLAN].schemes.values()} == {"w8a8_step"}
+    made |= run_pass(ExportQdq(), made, tmp_path / "qdq")
+    found = run_pass(Verify(samples=2, rows=2), made, tmp_path / "verify")[VERIFICATION]
+    assert max(found.layers[name].rel_l2 for name in GROUPS.keys() - {"grouped"}) < 1e-6

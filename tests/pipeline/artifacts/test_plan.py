@@ -80,7 +80,7 @@ def test_layers_that_are_refused_for_one_reason_are_named_in_one_line():
 def test_a_convolution_with_codes_has_the_channels_that_the_target_takes():
     first = Layer(name="conv_in", op="conv", shape=(32, 4, 3, 3), bias=True)
     plan = QuantPlan((first,), {"conv_in": W8A8_STEP})
-    with pytest.raises(TargetError, match="conv_in: 4 channels in and 32 out, but tensorrt-10 takes multiples of 16"):
+    with pytest.raises(TargetError, match="conv_in: 32 channels out, 4 in, but tensorrt-10 takes multiples of 16"):
         plan.check(load_target("tensorrt-10"))
     plan.check(load_target("tensorrt-rtx"))
     QuantPlan((first,), {"conv_in": FLOAT}).check(load_target("tensorrt-10"))
