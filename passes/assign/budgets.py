@@ -95,21 +95,22 @@ class Problem:
         assert chosen is not None  # there are no limits
         return chosen
 
-    def fastest(self, limits: Mapping[str, float], most_loss: float, slack: float) -> Chosen | None:
+    def fastest(self, limits: Mapping[str, float], most_loss: float, slower: float, slack: float) -> Chosen | None:
         """Return a fast and small plan within the limits whose loss is at most `most_loss`; None if there is none.
 
-        First the shortest time is found, then the least size at about this time. Among all plans that exceed both by
-        at most the share `slack`, the one with the least loss is returned.
+        First the shortest time is found, then the least size of all plans that exceed it by at most the share `slower`.
+        Among the plans that exceed this size by at most the share `slack` as well, the one with the least loss is
+        returned.
         """
         knapsack, time = self.knapsack, self.time
         lossy = replace(knapsack.with_cost("loss", knapsack.loss), gap=max(knapsack.gap, slack / 4))
         within = {**limits, "loss": most_loss}
         chosen: Chosen | None = None
-        for cost in (time, "size"):
+        for cost, share in ((time, slower), ("size", slack)):
             chosen = lossy.cheapest(cost, within)
             if chosen is None:
                 return None
-            least = float(lossy.costs[cost][chosen].sum()) * (1 + slack)
+            least = float(lossy.costs[cost][chosen].sum()) * (1 + share)
             within[cost] = min(within.get(cost, math.inf), least)
         return lossy.best(within)
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.sampler import Sampler
     from intaglio.pipeline.model.types import Denoise
 
+SLOWER = 0.05
+"""A plan may take this share more time if it has fewer bytes: the sum of the layers' times is no more exact."""
 SLACK = 0.02
-"""A plan may take this share more time, and this share more bytes, if its loss is then smaller."""
+"""A plan may have this share more bytes if its loss is smaller; of drawn plans, also this share more time."""
 ROUNDS = 4
 """Largest number of plans with rounded inputs for which samples are drawn."""
 ALONE = 6
@@ -110,7 +112,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     factor = wanted.factor
     found: list[_Tried] = []
     for left in reversed(range(ROUNDS)):
-        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, SLACK)
+        chosen = problem.fastest(aim.limits, table.samples.mse(wanted.psnr_db) / factor, SLOWER, SLACK)
         if chosen is None:
             chosen = problem.best(aim.limits)
         if any((chosen == each.chosen).all() for each in found):
