@@ -67,7 +67,7 @@ class ExportComponents(CallsWithPictures):
     """
 
     name: ClassVar[str] = "components"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PIPELINE, TARGET})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({COMPONENTS})
     random: ClassVar[bool] = True

@@ -119,6 +119,16 @@ def _content(argument: str, path: Path) -> bytes:
         raise RecipeError(*(f"{argument}: {problem}" for problem in error.problems)) from error
 
 
+def _eight_bits(image: Any) -> Any:  # images of Pillow
+    """Return gray values of 16 bits in 8 bits, which Pillow would cut off at 255 instead; other images as they are."""
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
 def _picture(argument: str, path: Path, content: bytes) -> Any:  # an image of Pillow
     """Return a picture in RGB, upright. Raises RecipeError for content that is no picture, or one too large."""
     from PIL import Image, ImageOps
@@ -130,7 +140,7 @@ def _picture(argument: str, path: Path, content: bytes) -> Any:  # an image of P
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             width, height = image.size
             if width * height <= MOST_PIXELS:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # Pillow raises any exception for a damaged file
         raise RecipeError(
             f"{place}: is no picture that can be read ({one_line(error)}): give a PNG, JPEG, WebP or BMP file"

@@ -71,14 +71,21 @@ def write_kit(folder: Path, out: Path | None = None, target: str | None = None) 
     place = target_folder(folder, target, MODULES, what="TensorRT", why="a kit is for TensorRT's targets")
     name = delivered_name(place)
     out = Path(f"{name}.tar.gz") if out is None else out
-    _check_out(out)
+    _check_out(out, place)
     _write_archive(out, name, _content(place, name))
     return out
 
 
-def _check_out(out: Path) -> None:
-    """Raise RecipeError if `out` exists and is no kit."""
+def _check_out(out: Path, place: Path) -> None:
+    """Raise RecipeError if `out` exists and is no kit, lies in the compiled folder `place`, or below a file."""
+    if out.resolve().is_relative_to(place.resolve()):
+        raise RecipeError(
+            f"{printable(out)}: lies in the compiled folder, which holds only what a run delivers: choose another --out"
+        )
     if not os.path.lexists(out):
+        above = next(each for each in out.absolute().parents if os.path.lexists(each))
+        if not above.is_dir():
+            raise RecipeError(f"{printable(out)}: {printable(above)} is no folder: choose another --out")
         return
     check_output(out)
     if out.stat().st_size and not _is_kit(out):

@@ -15,7 +15,7 @@ from intaglio.exporters.deploy.denoiser import check_delivered, defaults, device
 from intaglio.exporters.deploy.standin import Standin
 from intaglio.pipeline.artifacts.components import Components
 from intaglio.pipeline.artifacts.graph import Graph, Interface
-from intaglio.pipeline.errors import CallError, RecipeError
+from intaglio.pipeline.errors import CallError, RecipeError, did_you_mean
 from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.arguments import flatten, nest
@@ -114,8 +114,8 @@ def load_pipeline(
     of a sample; each takes the place that its recipe names in `model.subfolder`. `backend`, `threads`, `providers`: as
     in `load`; components compiled for ONNX Runtime run in it beside engines. `components`: replacements of the folder's
     own, such as another scheduler.
-    Raises RecipeError if the folder holds no pipeline, or nothing that the backend executes, or if a denoiser is
-    missing or given twice; TargetError if an engine does not run here.
+    Raises RecipeError if the folder holds no pipeline, or nothing that the backend executes, if a denoiser is missing
+    or given twice, or for a component that the pipeline does not have; TargetError if an engine does not run here.
     """
     root = Path(folder)
     home = device_of(backend)
@@ -125,6 +125,10 @@ def load_pipeline(
     check_delivered(root, [file.relative_to(root).as_posix() for file in below if file.name != "engine.plan"])
     compiled = Components(root / "pipeline")
     settings, there = PipelineFolder(compiled.root), compiled.compiled
+    whole = settings.kind()
+    taken = inspect.signature(whole).parameters
+    if unknown := [name for name in components if name not in taken]:
+        raise RecipeError(f"{whole.__name__} has no component {unknown[0]!r}{did_you_mean(unknown[0], taken)}")
     made: dict[str, Any] = dict.fromkeys(settings.absent())
     denoisers = _denoisers(settings, (root, *map(Path, more)), components)
     for name in settings.classes():
@@ -147,9 +151,7 @@ def load_pipeline(
                 inputs = CallInputs(graph, usual, f"{name}.{method}")
                 methods[method] = CompiledMethod(inputs, call, output, device_of(own), home)
             made[name] = CompiledComponent(name, original, methods).eval()
-    kind = settings.kind()
-    taken = inspect.signature(kind).parameters
-    pipe = kind(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
+    pipe = whole(**{n: v for n, v in (made | settings.settings()).items() if n in taken} | components)
     pipe.save_pretrained = _not_saved  # saving would leave out the compiled models
     return pipe
 

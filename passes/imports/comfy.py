@@ -60,7 +60,11 @@ def is_comfy(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
 
 def read_comfy(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], module: nn.Module) -> SavedWeights:
     """Read weights that ComfyUI saved. Raises RecipeError for formats that are not read, and names of other models."""
-    tensors = denoiser_only({**tensors, **_marks(metadata)})
+    marks = _marks(metadata)
+    twice = sorted(marks.keys() & tensors.keys())
+    if other := [name for name in twice if _form(name, marks[name]) != _form(name, tensors[name])]:
+        raise RecipeError(f"{some(other)}: describes another format than {METADATA} does: save the file again")
+    tensors = denoiser_only({**tensors, **marks})
     forms = {name.removesuffix(MARK): _form(name, value) for name, value in tensors.items() if name.endswith(MARK)}
     weights, problems, held = {}, defaultdict(list), {f"{name}{MARK}" for name in forms}
     for name, form in forms.items():

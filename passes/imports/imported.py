@@ -99,8 +99,17 @@ class ImportPass(Pass):
         trajectory: Trajectory,
         ctx: Context,
     ) -> Outputs:
-        """Return what `outputs_of` returns; `problems` are those of the file at `path`."""
+        """Return what `outputs_of` returns; `problems` are those of the file at `path`.
+
+        Raises RecipeError with the problems, or if no layer of the file is quantized.
+        """
         said = [f"{printable(self.path)}: {problem}" for problem in problems]
+        if not said and not found.taken:
+            reasons = "; ".join(f"{some(names)}: {reason}" for reason, names in found.in_float.items())
+            said.append(
+                f"{printable(self.path)}: none of its {len(layers)} layers is quantized ({reasons}): give the file that"
+                f" the quantizer wrote, or leave out the step {self.name}"
+            )
         return outputs_of(origin, layers, found, said, trajectory, ctx)
 
 

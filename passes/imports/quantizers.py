@@ -130,7 +130,7 @@ def _branch(layer: Layer, weight: Quantizer | None) -> Branch | None:
     if down is None and up is None:
         return None
     shapes = [None if factor is None else tuple(factor.shape) for factor in (down, up)]
-    rank = 0 if down is None else len(down)
+    rank = 0 if down is None or down.dim() == 0 else len(down)
     if down is None or up is None or layer.op != "linear" or shapes != [(rank, layer.k), (layer.n, rank)]:
         raise NotCarried(f"factors {shapes[0]} and {shapes[1]} of SVDQuant for a {layer.op} of shape {layer.shape}")
     halves = [as_float32("a factor of SVDQuant", factor).half().float().contiguous() for factor in (down, up)]

@@ -54,7 +54,8 @@ def checked(
     """Return codes and scales; the scales have the shape (N, 1) or (N, G).
 
     `block`: input features that share a scale, as the file says; None where it does not. Raises NotCarried for types,
-    shapes, blocks and codes that are not the layer's, and for scales that are not finite or not above zero.
+    shapes, blocks and codes that are not the layer's, and for scales that are not above zero or whose products with
+    codes are not finite.
     """
     import torch
 
@@ -71,6 +72,7 @@ def checked(
     scale_NG = as_float32("scales", scale).reshape(-1, count).expand(layer.n, count)
     if not (scale_NG > 0).all():
         raise NotCarried("scales that are not above zero")
+    _check_products(scale_NG, 2 ** (bits - 1), "scales")
     low, high = int(codes.amin()), int(codes.amax())
     if low < -(2 ** (bits - 1)) or high >= 2 ** (bits - 1):
         raise NotCarried(f"codes from {low} to {high}, which are not of {bits} bits")
@@ -107,7 +109,14 @@ def static(bits: int, scale: torch.Tensor | None) -> ImportedInput:
     width, found = _width(bits), as_float32("an input scale", scale).reshape(1)
     if found.item() <= 0:
         raise NotCarried(f"an input scale of {found.item():g}: it has to be above zero")
+    _check_products(found, _high(width), "an input scale")
     return ImportedInput(IntInput(bits=width, granularity=PerStep()), LayerTables(found * _high(width)))
+
+
+def _check_products(scale: torch.Tensor, code: int, what: str) -> None:
+    """Raise NotCarried if a scale times the largest code is beyond the range of float32."""
+    if not (scale * code).isfinite().all():
+        raise NotCarried(f"{what} of {float(scale.max()):g}: {code} times it is more than float32 holds")
 
 
 def _width(bits: int) -> Literal[4, 8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -107,7 +107,7 @@ class ImportWeights(ImportPass):
         return self._outputs(saved.origin, layers, found, problems, trajectory, ctx)
 
 
-def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool = False) -> SavedWeights:
+def read_weights(files: Sequence[Path], module: nn.Module, *, requantize: bool = False) -> SavedWeights:
     """Read the quantized weights of a module. Raises RecipeError for files that no supported library wrote.
 
     `requantize`: round weights of GGUF in Q8_0 again, to one scale for each output channel.
@@ -115,6 +115,7 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, object] = {}
+    place = files[0] if len(files) == 1 else files[0].parent
     for file in files:
         if file.suffix == _gguf.SUFFIX:
             return _gguf.read_gguf(file, module, requantize)
@@ -127,6 +128,16 @@ def read_weights(files: Iterable[Path], module: nn.Module, *, requantize: bool =
                 if name in tensors:
                     raise RecipeError(f"{printable(file)}: {some([name])} is in another file of the folder too")
                 tensors[name] = opened.get_tensor(name)
+    try:
+        return _read(tensors, metadata, config, module)
+    except RecipeError as error:
+        raise RecipeError(*(f"{printable(place)}: {problem}" for problem in error.problems)) from error
+
+
+def _read(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], config: Mapping[str, object], module: nn.Module
+) -> SavedWeights:
+    """Read the weights as the library does that wrote the files. Raises RecipeError, which does not name the files."""
     written = config.get("quantization_config")
     method = written.get("quant_method") if isinstance(written, dict) else None
     if isinstance(written, dict) and method == _compressed_tensors.METHOD:

@@ -180,6 +180,11 @@ def test_what_was_not_compiled_is_refused(sd):
         pipe.vae.decode()
 
 
+def test_a_component_that_the_pipeline_does_not_have_is_refused_by_name(sd):
+    with pytest.raises(RecipeError, match=r"StableDiffusionPipeline has no component 'vea': did you mean 'vae'\?"):
+        intaglio.load_pipeline(sd[2], threads=1, unet=sd[0].unet, vea=sd[0].vae)
+
+
 def test_a_compiled_component_refuses_what_it_would_not_compute(sd, tmp_path):
     pipe = intaglio.load_pipeline(sd[2], threads=1, unet=sd[0].unet)
     pipe.to("cpu").enable_attention_slicing()

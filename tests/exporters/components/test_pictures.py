@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import joined_pipelines as joined
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -116,3 +117,12 @@ def test_another_picture_is_another_step_and_prompts_are_texts(tmp_path):
     assert opened["prompt"] == "a sign that says photo.png"
     with pytest.raises(RecipeError, match=r"photo.png: its sha256 is \w+, not 0"):
         option(joined.picture(), pictures={"photo.png": "0"})
+
+
+def test_gray_values_of_16_bits_are_not_cut_off(tmp_path):
+    values = np.array([[0, 257, 1000], [32768, 65000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "photo.png")
+    step = bind(components({"image": "photo.png"}), base=tmp_path)[0].steps[0].configured
+    opened = step.opened(step.call)["image"]
+    assert opened.mode == "RGB"
+    assert np.asarray(opened)[..., 1].tolist() == [[0, 1, 4], [128, 253, 255]]

@@ -200,6 +200,26 @@ def test_a_kit_takes_the_place_of_an_earlier_kit_alone(kind, folder, archives, m
     assert written(out) == before
 
 
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        (
+            "compiled",
+            "k.tar.gz: lies in the compiled folder, which holds only what a run delivers: choose another --out",
+        ),
+        ("thesis", "thesis/new/k.tar.gz: .*/thesis is no folder: choose another --out"),
+    ],
+)
+def test_a_kit_is_not_written_where_it_would_do_harm_or_cannot_be(inside, message, folder, monkeypatch):
+    monkeypatch.setattr(kit, "_content", lambda folder, name: pytest.fail("it is refused before any work"))
+    Path("thesis").write_text("years of work")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(RecipeError, match=message):
+        kit.write_kit(folder, folder / "k.tar.gz" if inside == "compiled" else Path("thesis/new/k.tar.gz"))
+    assert sorted(folder.rglob("*")) == before
+    assert Path("thesis").read_text() == "years of work"
+
+
 def test_an_earlier_kit_and_an_empty_file_are_written_over(folder, archives):
     out = Path(shutil.copy(archives["tensorrt-rtx"], "kit.tar.gz"))
     expected = archives["tensorrt-10.3-orin"].read_bytes()

@@ -249,3 +249,18 @@ def test_names_that_diffusers_cannot_convert_are_an_error(dit, tmp_path):
             read_weights([tmp_path / "e.safetensors"], module)
     with pytest.raises(RecipeError, match=r"names are not those of the SD3Transformer2DModel, .* 'final_layer"):
         read_weights([tmp_path / "d.safetensors"], module)
+
+
+def test_two_descriptions_of_a_layer_have_to_be_the_same(dit, tmp_path):
+    tensors = checkpoint(dit[MODEL].open().module.state_dict(), [LAYER], 1)
+    same, other = ({"layers": {LAYER: {"format": "int8_tensorwise", **more}}} for more in ({}, {"convrot": True}))
+    assert LAYER in take(dit, tensors, tmp_path, _quantization_metadata=json.dumps(same))[QUANTIZED].layers
+    with pytest.raises(RecipeError, match=rf"c\.safetensors: {LAYER}\.comfy_quant: describes another format than _qu"):
+        take(dit, tensors, tmp_path, _quantization_metadata=json.dumps(other))
+
+
+def test_a_format_that_cannot_be_read_is_named_with_its_file(dit, tmp_path):
+    tensors = checkpoint(dit[MODEL].open().module.state_dict(), [LAYER], 1)
+    tensors.pop(f"{LAYER}.weight_scale")
+    with pytest.raises(RecipeError, match=rf"/c\.safetensors: {LAYER}: no weight_scale"):
+        take(dit, tensors, tmp_path)

@@ -205,6 +205,7 @@ NO_NUMBERS = {
     "codes in complex64: only int8": plain(torch.complex64),
     "scales with NaN or Inf": tensor("weight_scale", torch.full((64, 1), torch.nan)),
     "scales that are not above zero": tensor("weight_scale", torch.full((64, 1), -1.0)),
+    "scales of 1e.38: 128 times it is more than float32 holds": tensor("weight_scale", torch.full((64, 1), 1e38)),
     "scales in int8: only float16": tensor("weight_scale", torch.ones(64, 1, dtype=torch.int8)),
     r"zero points \(3,\) of its weights": tensor("weight_zero_point", torch.zeros(3, dtype=torch.int8)),
     r"weight_shape \[64, 32\] for a weight": tensor("weight_shape", torch.tensor([64, 32])),
@@ -217,6 +218,7 @@ NO_NUMBERS = {
     "output_scale: intaglio does not use": tensor("output_scale", torch.ones(1)),
     "an input scale with NaN or Inf": static_scale(torch.tensor([torch.inf])),
     "an input scale of 0: it has to be above zero": static_scale(torch.zeros(1)),
+    "an input scale of 3e.38: 127 times it is more than float32 holds": static_scale(torch.tensor([3e38])),
     r"static input scales \(2,\): only one": static_scale(torch.ones(2)),
     "codes from -1?[0-9]+ to 1?[0-9]+, which are not of 4 bits": setting("weights", num_bits=4),
     r"but blocks of 32": setting("weights", strategy="group", group_size=32),
@@ -232,10 +234,11 @@ def test_what_is_no_number_or_not_of_the_layers_type_and_shape_is_refused_by_nam
             NO_NUMBERS[why](config["quantization_config"], tensors, name)
         (tmp_path / "config.json").write_text(json.dumps(config))
         save_file(tensors, tmp_path / WEIGHTS)
-        with pytest.raises(RecipeError, match=f"{len(expected)} problems:") as raised:
+        with pytest.raises(RecipeError) as raised:
             take(dit, tmp_path)
         patterns = [f"{name}: .*{why}" for name, why in expected.items()]
         said = raised.value.problems
+        assert len(said) == len(expected), said
         assert [each for each in patterns if not any(re.search(each, one) for one in said)] == [], said
 
 

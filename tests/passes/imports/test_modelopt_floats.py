@@ -177,6 +177,7 @@ BUFFERS = {
     "NVFP4 weight scales": ("weight_quantizer._amax", torch.tensor(0.0)),
     "an input scale of 0": ("input_quantizer._amax", torch.tensor(0.0)),
     "factors .* of SVDQuant": ("weight_quantizer._svdquant_lora_a", torch.ones(2, 3)),
+    r"factors \(\) and .* of SVDQuant": ("weight_quantizer._svdquant_lora_a", torch.ones(())),
 }
 
 

@@ -1,5 +1,7 @@
 """The step `import-weights` refuses files of other tools by name, and its key covers all files that it reads."""
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,6 +9,7 @@ from quantized_files import WEIGHTS, take
 from safetensors.torch import save_file
 
 from intaglio.passes.imports.weights import ImportWeights
+from intaglio.pipeline.artifacts.keys import MODEL
 from intaglio.pipeline.errors import RecipeError
 
 
@@ -32,6 +35,19 @@ def test_files_of_others(dit, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(RecipeError, match="metadata is not torchao's, or tensors are missing: KeyError"):
         take(dit, tmp_path)
+
+
+def test_a_file_in_which_no_layer_is_quantized(dit, tmp_path):
+    tensors = dit[MODEL].open().module.state_dict()
+    said = rf"{WEIGHTS}: none of its \d+ layers is quantized \(.* and \d+ more: the file has its weight in float\)"
+    whole = {name: json.dumps({"_type": "Tensor"}) for name in tensors}
+    for metadata in (
+        {"_quantization_metadata": '{"layers": {}}'},
+        {"tensor_names": json.dumps(list(tensors)), **whole},
+    ):
+        save_file(tensors, tmp_path / WEIGHTS, metadata=metadata)
+        with pytest.raises(RecipeError, match=said):
+            take(dit, tmp_path / WEIGHTS)
 
 
 def test_all_its_files_are_part_of_the_key(tmp_path):
