@@ -18,7 +18,7 @@ from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import FEW_BITS, Float, LayerScheme
 from intaglio.pipeline.model.hooks import before_calls
 from intaglio.pipeline.model.step_clock import StepClock
-from intaglio.pipeline.numerics.basis import Balance, LayerBalance
+from intaglio.pipeline.numerics.basis import Balance, LayerBalance, in_groups
 from intaglio.pipeline.numerics.low_rank import Branch
 from intaglio.pipeline.numerics.quality import decibels
 from intaglio.pipeline.numerics.rounding import half_range
@@ -69,7 +69,7 @@ def candidates(
     x_C = torch.stack([_largest(part, axis) for inputs in x for part in inputs]).amax(0)
     weights = [layer.weight.detach() for layer, _ in parts.values()]
     channels = len(x_C)
-    w_C = torch.stack([_largest(_by_channel(w, channels), 0) for w in weights]).amax(0)
+    w_C = torch.stack([_largest(in_groups(w, channels).transpose(1, 2).flatten(0, 1), 0) for w in weights]).amax(0)
     rotated = math.gcd(*(w.shape[1] for w in weights), 1 << (block.bit_length() - 1))
     flat = torch.ones(channels)
     for exponent in (None, *exponents):
@@ -177,11 +177,6 @@ def _axis_of(parts: Parts) -> int:
     """Return the channel axis of the input that layers share."""
     layer, _ = next(iter(parts.values()))
     return channel_axis(layer)
-
-
-def _by_channel(w: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return a weight (N, C / groups, ...) with its input channels first, (C, N / groups, ...)."""
-    return w.reshape(channels // w.shape[1], -1, *w.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
 def _largest(values: torch.Tensor, axis: int) -> torch.Tensor:

@@ -2,19 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
-from harness import Artifacts
+from harness import Artifacts, run_pass
 
+from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.runtimes.onnxruntime.runtime import OnnxRuntime
 from intaglio.exporters.verify.departures import LayersInGraph
 from intaglio.exporters.verify.parity import compare_layer
+from intaglio.passes.distill.distill import Distill
+from intaglio.passes.merge import MergeAdapters
+from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.artifacts.graph import Graph
-from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TRAJECTORY
+from intaglio.pipeline.artifacts.keys import MODEL, PLAN, QUANTIZED, TARGET, TRAJECTORY
 from intaglio.pipeline.artifacts.plan import QuantPlan
 from intaglio.pipeline.artifacts.quantized import Quantized, QuantizedLayerData
 from intaglio.pipeline.formats.layer import Layer
 from intaglio.pipeline.formats.schemes import FLOAT, LayerScheme
+from intaglio.pipeline.formats.target import load_target
 from intaglio.pipeline.model.calls import denoise_with
 from intaglio.pipeline.model.layers import layer_table
 from intaglio.pipeline.model.step_clock import StepClock
@@ -37,6 +43,19 @@ steps:
 """Steps of a recipe that lead to a quantized graph without training."""
 
 Seen = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def planned(start: Artifacts, schemes: tuple[str, ...], target: str, folder: Path) -> Artifacts:
+    """`start` with the target and the plan of the step `uniform`."""
+    made = start | {TARGET: load_target(target)}
+    return made | run_pass(UniformPlan(schemes=schemes, groups=(32,)), made, folder / "plan")
+
+
+def written(made: Artifacts, folder: Path, **options) -> Artifacts:
+    """`made` with its graph for the target, without training unless `options` of `distill` say otherwise."""
+    made = made | run_pass(Distill(**{"updates": 0} | options), made, folder / "distill")
+    made |= run_pass(MergeAdapters(), made, folder / "merge")
+    return made | run_pass(ExportQdq(), made, folder / "qdq")
 
 
 def with_plan(

@@ -57,7 +57,7 @@ class Balance:
 
         No block may contain channels of two groups.
         """
-        scaled = self._in_groups(w) / self._scale_of(w)
+        scaled = in_groups(w, len(self.scale_C)) / self._scale_of(w)
         return self._rotate(scaled, 1 - w.dim()).reshape(w.shape) / self.block
 
     def by_input(self, gradient: torch.Tensor, axis: int) -> torch.Tensor:
@@ -67,12 +67,8 @@ class Balance:
 
     def by_weight(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient with respect to `weight(w)`, given that with respect to w; both have the shape of w."""
-        scaled = self._in_groups(gradient) * self._scale_of(gradient)
+        scaled = in_groups(gradient, len(self.scale_C)) * self._scale_of(gradient)
         return self._rotate(scaled, 1 - gradient.dim()).reshape(gradient.shape)
-
-    def _in_groups(self, w: torch.Tensor) -> torch.Tensor:
-        """Return a weight (N, C / groups, ...) as (groups, N / groups, C / groups, ...)."""
-        return w.reshape(len(self.scale_C) // w.shape[1], -1, *w.shape[1:])
 
     def _scale_of(self, w: torch.Tensor) -> torch.Tensor:
         """Return d in the shape that broadcasts over a weight in groups: (groups, 1, C / groups, 1, ...)."""
@@ -84,6 +80,11 @@ class Balance:
         last = x.movedim(axis, -1)
         rotated = last.reshape(*last.shape[:-1], -1, self.block) @ hadamard(self.block).to(x)
         return rotated.reshape(last.shape).movedim(-1, axis)
+
+
+def in_groups(w: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return a weight (N, C / groups, ...) as (groups, N / groups, C / groups, ...), for C input channels."""
+    return w.reshape(channels // w.shape[1], -1, *w.shape[1:])
 
 
 def hadamard(size: int) -> torch.Tensor:

@@ -207,7 +207,7 @@ def exported(name: str, network: PeerNetwork, place: Path) -> tuple[dict[str, Pa
 
     files, problems = {}, {}
     for label, write in {FLOAT32: in_float, **PEERS}.items():
-        path = network.float_graph if label == FLOAT32 else place / label / "model.onnx"
+        path = place / label / "model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         say(name, label)
         try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from harness import Artifacts, run_pass
+from quantizing import planned, written
 from torch import nn
 from torch.nn import functional
 
@@ -17,11 +18,8 @@ from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
 from intaglio.exporters.verify.verify import Verify
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill.distill import Distill
 from intaglio.passes.imports.calibrated import QuantizeWithModelopt
-from intaglio.passes.merge import MergeAdapters
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
-from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.artifacts.keys import (
     ENGINE,
     GRAPH,
@@ -72,17 +70,6 @@ def start(tmp_path_factory) -> Artifacts:
     return made | run_pass(ExportFloat(), made, folder / "export")
 
 
-def planned(start: Artifacts, scheme: str, target: str, folder: Path) -> Artifacts:
-    made = start | {TARGET: load_target(target)}
-    return made | run_pass(UniformPlan(schemes=(scheme,), groups=(32,)), made, folder / "plan")
-
-
-def written(made: Artifacts, folder: Path, **options) -> Artifacts:
-    made = made | run_pass(Distill(**{"updates": 0} | options), made, folder / "distill")
-    made |= run_pass(MergeAdapters(), made, folder / "merge")
-    return made | run_pass(ExportQdq(), made, folder / "qdq")
-
-
 def test_they_are_layers_with_their_groups(start):
     assert {layer.name.removesuffix(".conv"): layer.groups for layer in start[MODEL].layers()} == GROUPS
     assert start[WORKLOAD].rows["depthwise"] == start[WORKLOAD].rows["line"] == 64
@@ -90,14 +77,14 @@ def test_they_are_layers_with_their_groups(start):
 
 @pytest.mark.parametrize("scheme", ["w8a8_step", "w8a8so8_step", "w8a16"])
 def test_onnxruntime_computes_what_is_simulated(start, scheme, tmp_path):
-    made = written(planned(start, scheme, "onnxruntime-cpu", tmp_path), tmp_path)
+    made = written(planned(start, (scheme,), "onnxruntime-cpu", tmp_path), tmp_path)
     found = run_pass(Verify(samples=2, rows=2), made, tmp_path / "verify")[VERIFICATION]
     assert len(found.layers) == len(GROUPS) - (0 if scheme == "w8a16" else len(SMALL))
     assert max(layer.rel_l2 for layer in found.layers.values()) < 1e-6
 
 
 def test_onnxruntime_multiplies_the_codes_where_the_output_is_rounded_too(start, tmp_path):
-    made = written(planned(start, "w8a8o8_step", "onnxruntime-cpu", tmp_path), tmp_path)
+    made = written(planned(start, ("w8a8o8_step",), "onnxruntime-cpu", tmp_path), tmp_path)
     open_session(made[GRAPH].path, optimized=tmp_path / "optimized.onnx")
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     groups = [a.i for node in nodes if node.op_type == "QLinearConv" for a in node.attribute if a.name == "group"]
@@ -106,7 +93,7 @@ def test_onnxruntime_multiplies_the_codes_where_the_output_is_rounded_too(start,
 
 @pytest.mark.parametrize(("scheme", "count"), [("w4a8_step", 2), ("w8a8s_step", 3)])
 def test_groups_are_balanced_and_trained(start, scheme, count, tmp_path):
-    made = planned(start, scheme, "onnxruntime-cpu", tmp_path)
+    made = planned(start, (scheme,), "onnxruntime-cpu", tmp_path)
     made |= run_pass(BalanceLayers(steps=1, rows=2, gain_db=0.0, branch=2), made, tmp_path / "balance")
     assert made[PLAN].balances
     assert not set(made[PLAN].branches) - {"first", "last"}
@@ -127,7 +114,7 @@ def test_their_errors_are_predicted_in_every_basis(start, tmp_path):
 def test_tensorrt_multiplies_the_codes_of_groups_and_a_depthwise_convolution_stays_in_float(start, tmp_path, caplog):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     with caplog.at_level("INFO"):
-        made = planned(start, "w8a8_step", "tensorrt-rtx", tmp_path)
+        made = planned(start, ("w8a8_step",), "tensorrt-rtx", tmp_path)
     assert made[PLAN].quantized == len(GROUPS) - 1
     assert "128 groups have 1 input channels each, and with fewer than 4, tensorrt-rtx is faster if" in caplog.text
     made = written(made, tmp_path)

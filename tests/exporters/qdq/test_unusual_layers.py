@@ -7,19 +7,17 @@ import onnxruntime
 import pytest
 import torch
 from harness import Artifacts, run_pass
+from quantizing import planned, written
 from unusual import Unusual
 
 from intaglio.exporters.float_graph.export_float import ExportFloat
-from intaglio.exporters.qdq.export_qdq import ExportQdq
 from intaglio.exporters.report.figures import float_rows
 from intaglio.exporters.runtimes.tensorrt.build import BuildTensorRT
 from intaglio.exporters.verify.verify import Verify
 from intaglio.passes.assign.assign import AssignPrecision
 from intaglio.passes.balance import BalanceLayers
 from intaglio.passes.calibrate import Calibrate
-from intaglio.passes.distill.distill import Distill
 from intaglio.passes.layer_ranges import expected_ends
-from intaglio.passes.merge import MergeAdapters
 from intaglio.passes.sensitivity.measure import MeasureSensitivity
 from intaglio.passes.uniform import UniformPlan
 from intaglio.pipeline.artifacts.keys import (
@@ -62,17 +60,6 @@ def start(tmp_path_factory) -> Artifacts:
     made: Artifacts = {MODEL: Checkpoint.resolve(model, Path(__file__).parents[2])}
     made |= run_pass(Calibrate(samples=4), made, folder / "calibrate")
     return made | run_pass(ExportFloat(), made, folder / "export")
-
-
-def planned(start: Artifacts, schemes: tuple[str, ...], target: str, folder: Path) -> Artifacts:
-    made = start | {TARGET: load_target(target)}
-    return made | run_pass(UniformPlan(schemes=schemes, groups=(32,)), made, folder / "plan")
-
-
-def written(made: Artifacts, folder: Path, **options) -> Artifacts:
-    made = made | run_pass(Distill(**{"updates": 0} | options), made, folder / "distill")
-    made |= run_pass(MergeAdapters(), made, folder / "merge")
-    return made | run_pass(ExportQdq(), made, folder / "qdq")
 
 
 def check(made: Artifacts, folder: Path) -> None:
