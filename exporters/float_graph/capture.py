@@ -10,10 +10,14 @@ import gc
 import io
 import itertools
 import logging
+import re
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -333,10 +337,24 @@ def _check_dynamic(program: torch.export.ExportedProgram, calls: Calls, names: S
 
 
 def _first_cause(error: BaseException) -> str:
-    """Return the first cause of an error, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    """Return the first cause of an error in one line, with the operator of torch and the model's line if known."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = str(chain[-1]).strip()
+    first = f"{type(chain[-1]).__name__}: {text.splitlines()[0] if text else 'no message'}"
+    operators = re.findall(r"target=torch\.ops\.([\w.]+)", "\n".join(map(str, chain)))
+    operator = f", in the operator {operators[0]}" if operators else ""
+    return first + operator + next((place for each in reversed(chain) if (place := _model_line(each))), "")
+
+
+def _model_line(error: BaseException) -> str:
+    """Return the innermost line of code of neither torch, this package nor Python's library; nothing if none is."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _NOT_THE_MODEL:
+            return f", at {Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -349,6 +367,9 @@ def _rare_collections() -> Iterator[None]:
     finally:
         gc.set_threshold(*usual)
 
+
+_NOT_THE_MODEL = sys.stdlib_module_names | {"torch", "onnxscript", "onnx_ir", __name__.partition(".")[0]}
+"""Packages whose code is not that of the exported model."""
 
 TRANSFORMS = frozenset({"DFT", "STFT"})
 """Operators of ONNX that TensorRT lacks, and which products with matrices can replace."""

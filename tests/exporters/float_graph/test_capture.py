@@ -252,9 +252,21 @@ def test_a_model_that_reads_its_sample_is_refused_as_torch_does(tmp_path):
         def text(self, sample, text, mask):
             return text[:, : 1 + int(sample.mean() > 0)].mean(1, keepdim=True)
 
-    message = r"(?s)torch cannot export the toy called with sample \(2, 4, 6\).*test_capture.py:\d+ in text: the model"
+    at = r"test_capture.py:\d+ in text"
+    message = rf"(?s)torch cannot export the toy called with sample \(2, 4, 6\).*, at {at}\n.*{at}: the model reads"
     with pytest.raises(StepFailed, match=message):
         export(Reads().eval(), tmp_path, {"mask": KEPT})
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    class KernelsOfRows(Toy):
+        def text(self, sample, text, mask):
+            tokens = text.flatten(0, 1)
+            made = nn.functional.conv1d(tokens[None], tokens[:, :1, None], groups=tokens.shape[0])
+            return made.reshape(text.shape).mean(1, keepdim=True)
+
+    with pytest.raises(StepFailed, match=r"torch cannot export the toy .*, in the operator aten\.conv1d"):
+        export(KernelsOfRows().eval(), tmp_path, {"mask": KEPT})
 
 
 def test_inputs_whose_values_decide_are_found():
