@@ -1,4 +1,4 @@
-"""Replace functions of torch that the export of many rows or of complex numbers does not support by others."""
+"""Replace functions of torch that cannot be exported as they are called, such as for many rows, by others."""
 
 from __future__ import annotations
 
@@ -42,9 +42,28 @@ def distances(x1: torch.Tensor, x2: torch.Tensor, p: float = 2.0, compute_mode: 
     return apart.sum(-1) if p == 1 else apart.pow(p).sum(-1).pow(1 / p)
 
 
-SPELLED: Mapping[Any, Callable[..., torch.Tensor]] = {
+def by_int64(index: object) -> object:
+    """Return an index whose integer tensors are int64, as ONNX asks for; torch takes int32 too."""
+    if isinstance(index, torch.Tensor):
+        return index.long() if index.dtype == torch.int32 else index
+    return tuple(by_int64(each) for each in index) if isinstance(index, tuple) else index
+
+
+def item(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """Return x[index], with integers of int64."""
+    return x[by_int64(index)]  # type: ignore[index]  # any index that torch takes
+
+
+def set_item(x: torch.Tensor, index: Any, value: Any) -> None:
+    """Write x[index], with integers of int64."""
+    x[by_int64(index)] = value  # type: ignore[index]  # any index that torch takes
+
+
+SPELLED: Mapping[Any, Callable[..., torch.Tensor | None]] = {
     torch._C._nn.pad_sequence: padded,
     torch.cdist: distances,
+    torch.Tensor.__getitem__: item,
+    torch.Tensor.__setitem__: set_item,
 }
 """Functions of torch, and what replaces them."""
 

@@ -62,6 +62,16 @@ class Counted(Toy):
         return joined.sum(1, keepdim=True) / len(set(lengths))
 
 
+class Placed(Toy):
+    """Takes each row's last token, and writes it to the first place, by indices of 32 bits."""
+
+    def text(self, sample, text, mask):
+        rows, last = torch.arange(text.shape[0]), mask.sum(1).int() - 1
+        written = torch.zeros_like(text)
+        written[rows, last * 0] = self.other(text[rows, last])
+        return written[:, :1] + written[:, 0][rows.int()][:, None]
+
+
 class Built(Toy):
     """Builds a mask of its own, and decides by the values of another."""
 
@@ -179,6 +189,7 @@ def export(module: nn.Module, folder: Path, recorded: dict[str, torch.Tensor], *
         (Listed, []),
         (Picked, ["mask"]),
         (Counted, ["mask"]),
+        (Placed, []),
         (Built, ["mask"]),
         (Repeated, ["mask"]),
         (Made, []),
