@@ -3,8 +3,8 @@
     python tests/test_golden.py      # write golden.json anew, after the versions of the passes that changed were raised
 
 The digests are those of torch and MKL with the instructions that all processors have, and of one thread. Makers of
-processors may still differ in them: the numbers of a model are a digest too, and without these numbers no digest is
-compared.
+processors still differ in them: the maker and the numbers of a model are a digest too, and where it is another one, no
+digest is compared.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from platform import processor
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ TARGETS = ("onnxruntime-cpu", "tensorrt-rtx")
 
 
 def saved(folder: Path, model: str) -> str:
-    """Save the model; return a digest of its weights, of an output and of the gradient of the first weight."""
+    """Save the model; return a digest of its weights, an output, the gradient of the first weight, and the maker."""
     module = MODELS[model]()
     save_folder(module, folder / "model")
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -57,7 +58,14 @@ def saved(folder: Path, model: str) -> str:
     weights = list(module.parameters())
     (gradient,) = torch.autograd.grad(output.square().sum(), weights[:1])
     numbers = b"".join(each.detach().numpy().tobytes() for each in (*weights, output, gradient))
-    return hashlib.sha256(numbers).hexdigest()
+    return hashlib.sha256(numbers + maker().encode()).hexdigest()
+
+
+def maker() -> str:
+    """Return the maker of the processor as Linux names it, such as AuthenticAMD; elsewhere what Python knows of it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "") or processor()
 
 
 def made(folder: Path) -> Made:
