@@ -38,6 +38,11 @@ SHORT_DB = 0.25
 """A plan that is at most this much worse than wanted is accepted: the PSNR of other samples differs by more."""
 NEAR_DB = 1.5
 """A plan that is at most this much better than wanted is accepted; if it is better, a faster one is searched."""
+MORE_DB = 6.0
+MORE_BYTES = 1 / 8
+"""A plan with MORE_DB more quality may have this share more bytes, and the share SLACK more time.
+
+6 dB halve the error of the samples, as one bit more in each of eight does."""
 REST_DB = 3.0
 """Allowance for rounded inputs in dB.
 
@@ -81,7 +86,7 @@ def drawn_samples(count: int) -> int:
     from intaglio.pipeline.simulation.references import PART
 
     references_and_float_inputs, alone = 3, ALONE * min(count, FEWER * PART)
-    return (references_and_float_inputs + ROUNDS) * count + (ROUNDS - 1) * alone
+    return (references_and_float_inputs + ROUNDS + 1) * count + (ROUNDS - 1) * alone
 
 
 class _Tried(NamedTuple):
@@ -105,7 +110,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     predicted, samples are also drawn with single layers rounded, those of largest predicted loss, and the losses of
     these layers are corrected. The ratio of measured to predicted error that remains is a factor on
     the next prediction. The search ends with a plan that is about as good as wanted, or that is better and no faster
-    than an earlier one.
+    than an earlier one. A plan that is better by MORE_DB replaces it if it costs little more, see `_finer`.
     """
     drawing = _Drawing.of(table, aim.drawn, state, ctx)
     wanted = _wanted(problem, table, aim, drawing, ctx)
@@ -133,7 +138,27 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     if best.psnr_db < wanted.asked_db - SHORT_DB:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.asked_db, best.psnr_db)
+    else:
+        aim = replace(aim, psnr_db=wanted.psnr_db + MORE_DB)
+        best = _finer(best, aim, problem, table, drawing, ctx)
     return Choice(best.chosen, problem, best.factor(problem, table), best.error_db)
+
+
+def _finer(
+    best: _Tried, aim: Aim, problem: Problem, table: Sensitivity, drawing: _Drawing | None, ctx: Context
+) -> _Tried:
+    """Return a plan with about the quality of `aim` that costs little more time and bytes than `best`; else `best`."""
+    if best.psnr_db >= aim.psnr_db - NEAR_DB:
+        return best
+    within = dict(aim.limits)
+    for name, more in ((problem.time, SLACK), ("size", MORE_BYTES)):
+        most = float(problem.knapsack.costs[name][best.chosen].sum()) * (1 + more)
+        within[name] = min(most, aim.limits.get(name, math.inf))
+    chosen = problem.fastest(within, table.samples.mse(aim.psnr_db) / best.factor(problem, table), SLOWER, SLACK)
+    if chosen is None:
+        return best
+    finer = _tried(problem, table, chosen, drawing, ctx)
+    return finer if finer.psnr_db >= aim.psnr_db - NEAR_DB else best
 
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
