@@ -23,9 +23,16 @@ targets: [onnxruntime-cpu]
 """
 
 
-def test_stored_weights_give_the_artifacts_of_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+BLOCKS = "distill: {updates: 2, scope: block, samples: 2, drawn: 1, rank: 2, enough_db: 200}"
+"""Training of each block, which reads the weights of one block at a time."""
+
+
+@pytest.mark.parametrize("distill", ["distill: {updates: 0}", BLOCKS])
+def test_stored_weights_give_the_artifacts_of_weights_in_memory(
+    distill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     save_folder(tiny_dit(), tmp_path / "model")
-    recipe = Recipe.parse(RECIPE)
+    recipe = Recipe.parse(RECIPE.replace("distill: {updates: 0}", distill))
     codes: list[bool] = []
     set_codes = QuantizedLayer.set_codes
 

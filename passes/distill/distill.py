@@ -52,7 +52,7 @@ class Distill(DistillOptions, Pass):
     """
 
     name: ClassVar[str] = "distill"
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, PLAN, TRAJECTORY})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER})
     random: ClassVar[bool] = True
@@ -71,8 +71,8 @@ class Distill(DistillOptions, Pass):
         return round((3 + self.rollout) * self.updates * rows) + rolled + drawn
 
     def holds_weights(self) -> bool:
-        """Return True for a training."""
-        return self.updates > 0
+        """Return True for a training, unless it needs one block at a time."""
+        return self.updates > 0 and not self.by_block
 
     def run(self, state: State, ctx: Context) -> Outputs:
         """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
@@ -131,7 +131,7 @@ def train_blocks(task: Task, samples: DrawnSamples, before: float) -> Trained:
 
     `before` is the error of the samples at the start. Raises RecipeError if no block of the model has quantized layers.
     """
-    from intaglio.passes.distill.objective import BlockOutput, block_calls
+    from intaglio.passes.distill.blocks import BlockChain, BlockOutput
     from intaglio.passes.distill.trainer import Trainer
 
     parts = {b: {n: m for n, m in task.layers.items() if n.startswith(f"{b}.")} for b in task.blocks}
@@ -141,8 +141,10 @@ def train_blocks(task: Task, samples: DrawnSamples, before: float) -> Trained:
         )
     loss: list[float] = []
     trainers: list[Trainer] = []
-    for name, layers in parts.items():
-        if layers and (calls := block_calls(task, name)):
+    chain = BlockChain(task)
+    for name in chain.order:
+        layers, calls = parts[name], chain.calls(name)
+        if layers and calls:
             task.add_adapters(layers)
             objective = BlockOutput(task, task.blocks[name], calls)
             trainers.append(Trainer(task.options, layers, objective, objective.held_out_error, task.ctx, name))
@@ -151,6 +153,8 @@ def train_blocks(task: Task, samples: DrawnSamples, before: float) -> Trained:
             task.ctx.log.info("%s: held-out relative error %.3e -> %.3e", name, errors[0], min(errors.values()))
             for layer in layers.values():
                 layer.requires_grad_(False)
+        if calls:
+            chain.finish(name, calls)
     after = samples.error()
     if not after < before:
         for trainer in trainers:

@@ -1,4 +1,4 @@
-"""Define the objectives of a distillation: output errors, of the denoiser or of one block, against full precision.
+"""Define the objective of a distillation: the denoiser's output error against full precision.
 
 Shapes: T denoising steps, R rows of a call.
 """
@@ -201,101 +201,8 @@ class WholeOutput:
         with outputs_of(blocks, found), task.mixed():
             output = task.denoise(inputs)
         pairs = [(found[name], expected[name], weight * task.options.features / len(found)) for name in found]
-        whole = _error([task.sampler.guided(output.float())], [task.sampler.guided(target)], weight)
-        return [whole, *(_error(*pair) for pair in pairs)]
-
-
-class BlockOutput:
-    """Compare the output of one block, whose predecessors are quantized, with full precision's (BRECQ, Li 2021).
-
-    The backward pass needs the memory of this block alone. The block's calls are recorded once, before the training.
-    """
-
-    def __init__(self, task: Task, block: nn.Module, calls: Sequence[Sequence[BlockCall]]) -> None:
-        """Keep the recorded calls. `calls` has for each step the training calls, and the held-out call last."""
-        self.task, self.block, self.calls = task, block, calls
-
-    def prepare(self, update: int) -> None:
-        """Do nothing: all calls are already recorded."""
-
-    def errors(self, rng: np.random.Generator) -> Sequence[Error]:
-        """Return the loss terms of one update."""
-        step = int(rng.integers(len(self.calls)))
-        training = self.calls[step][:-1]
-        return self._compare(step, training[int(rng.integers(len(training)))])
-
-    @torch.no_grad()
-    def held_out_error(self) -> float:
-        """Return the relative squared error of the held-out call, the mean over every second step."""
-        calls = (self._compare(step, self.calls[step][-1]) for step in range(0, len(self.calls), 2))
-        losses = torch.stack([total_loss(errors, self.task.ctx.processes) for errors in calls])
-        self.task.ctx.processes.add([losses])
-        return float(losses.mean())
-
-    def _compare(self, step: int, call: BlockCall) -> Sequence[Error]:
-        with self.task.clock.at(step), self.task.mixed():
-            output = self.block(*call.args, **call.kwargs)
-        return [_error(tensors(output), call.expected)]
-
-
-class BlockCall(NamedTuple):
-    """Input of a block from quantized predecessors, and the block's output in the full-precision model."""
-
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
-    expected: Sequence[torch.Tensor]
-
-
-def block_calls(task: Task, name: str) -> list[list[BlockCall]]:
-    """Record the block's calls at each step, on this process's rows; the held-out call comes last.
-
-    Returns an empty list if the denoiser never calls the block.
-    """
-    block, training, size = task.blocks[name], task.training, task.size
-    samples = [training[i : i + size] for i in range(0, len(training) - size + 1, size)]
-    steps = []
-    with task.ctx.progress(f"calls of {name}", len(task.trajectory.timesteps)) as advance:
-        for step in range(len(task.trajectory.timesteps)):
-            inputs = [task.trajectory.call(step, task.own_rows(rows)) for rows in (*samples, task.split.held_out)]
-            with task.clock.at(step):
-                calls = [_block_call(task, block, each) for each in inputs]
-            known = [call for call in calls if call is not None]
-            if len(known) < len(calls):
-                return []
-            steps.append(known)
-            advance()
-    return steps
-
-
-def _block_call(task: Task, block: nn.Module, inputs: Inputs) -> BlockCall | None:
-    """Return the block's first call in a call of the denoiser; None if the denoiser never calls it."""
-    layers = task.layers.values()
-    with full_precision(layers):
-        teacher = _first_call(block, task.denoise, inputs)
-    student = _first_call(block, task.denoise, inputs)
-    if teacher is None or student is None:
-        return None
-    with torch.no_grad(), full_precision(layers):
-        return BlockCall(*student, tensors(block(*teacher[0], **teacher[1])))
-
-
-class _Reached(Exception):
-    """The block is called: the rest of the model need not be computed."""
-
-
-def _first_call(
-    block: nn.Module, denoise: Denoise, inputs: Inputs
-) -> tuple[tuple[object, ...], Mapping[str, object]] | None:
-    seen: list[tuple[tuple[object, ...], Mapping[str, object]]] = []
-
-    def stop(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        seen.append((args, kwargs))
-        raise _Reached
-
-    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
-    with hook, torch.no_grad(), contextlib.suppress(_Reached):
-        denoise(inputs)
-    return seen[0] if seen else None
+        whole = relative_error([task.sampler.guided(output.float())], [task.sampler.guided(target)], weight)
+        return [whole, *(relative_error(*pair) for pair in pairs)]
 
 
 @contextlib.contextmanager
@@ -317,7 +224,8 @@ def tensors(output: object) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
-def _error(output: Iterable[torch.Tensor], target: Iterable[torch.Tensor], weight: float = 1.0) -> Error:
+def relative_error(output: Iterable[torch.Tensor], target: Iterable[torch.Tensor], weight: float = 1.0) -> Error:
+    """Return the error of tensors, relative to the energy of their targets."""
     pairs = list(zip(output, target, strict=True))
     squared = torch.stack([(y.float() - reference).square().sum() for y, reference in pairs]).sum()
     energy = torch.stack([reference.square().sum() for _, reference in pairs]).sum()

@@ -70,6 +70,11 @@ class DistillOptions(BaseModel):
     )
 
     @property
+    def by_block(self) -> bool:
+        """True for a training that needs the weights of one block in memory, and no others."""
+        return self.updates > 0 and self.scope == "block" and self.start == "round" and self.base == "float"
+
+    @property
     def distance(self) -> float:
         """Maximum distance, in weight scales, between a starting weight and its starting code."""
         from intaglio.pipeline.numerics import rounding

@@ -21,6 +21,7 @@ from intaglio.pipeline.model.sampler import Sampler
 from intaglio.pipeline.model.step_clock import StepClock
 from intaglio.pipeline.numerics.basis import bases_of
 from intaglio.pipeline.simulation.model import full_precision, quantize_model
+from intaglio.pipeline.stored_tensors import StoredTensor
 
 if TYPE_CHECKING:
     from intaglio.passes.distill.options import DistillOptions
@@ -41,7 +42,8 @@ def begin(
     options: DistillOptions, checkpoint: Checkpoint, plan: QuantPlan, trajectory: Trajectory, ctx: Context
 ) -> tuple[Task, dict[str, torch.Tensor]]:
     """Return the quantized model at the start of the training, and the codes that `start_weights` returns."""
-    model = checkpoint.open(stored=not options.updates)  # without updates, each weight is read once, for its scales
+    # without updates, each weight is read once, for its scales; blocks are trained one at a time
+    model = checkpoint.open(stored=None if options.by_block else not options.updates)
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
     model.module.requires_grad_(False)
     clock = StepClock(trajectory.timesteps)
@@ -50,7 +52,7 @@ def begin(
     replaced = quantize_model(model.module, schemes, clock, tables, bases_of(plan.balances), plan.branches)
     model.module.to(ctx.device)
     for layer in replaced.values():
-        layer.cache.keeps = options.updates > 0
+        layer.cache.keeps = options.updates > 0 and not isinstance(layer.layer.weight, StoredTensor)
     layers = {name: layer for name, layer in replaced.items() if isinstance(layer.scheme.weight, RoundedWeight)}
     denoise = on_device(denoise_with(model.module, model), ctx.device)
     if layers and options.input_rate:

@@ -14,6 +14,7 @@ from intaglio.pipeline.artifacts.quantized import LayerAdapter
 from intaglio.pipeline.formats.layer_tables import LayerTables
 from intaglio.pipeline.formats.schemes import Float
 from intaglio.pipeline.numerics import rounding
+from intaglio.pipeline.stored_tensors import StoredTensor
 
 if TYPE_CHECKING:
     from intaglio.pipeline.simulation.layer import QuantizedLayer
@@ -67,12 +68,26 @@ def add_adapter(layer: QuantizedLayer, rank: int, generator: torch.Generator) ->
     The weight that the term is added to is fixed from now on.
     """
     trained = trained_weight(layer)
-    w_NK = layer.weight_rounding.base(layer.layer.weight).detach() if trained is None else trained.start_NK
+    w_NK = _own_weight(layer) if trained is None else trained.start_NK
     n, k = w_NK.shape
     bound = (3 / k) ** 0.5
     a = (torch.rand(rank, k, generator=generator) * 2 - 1) * bound
     device = layer.layer.weight.device
     layer.weight_rounding.trained = TrainedWeight(w_NK, a.to(device), torch.zeros(n, rank, device=device))
+
+
+def _own_weight(layer: QuantizedLayer) -> torch.Tensor:
+    """Return the model's own weight in the basis in which it is rounded, (N, K); it stays in its file if it does."""
+    grid, weight = layer.weight_rounding, layer.layer.weight
+
+    def read() -> torch.Tensor:
+        return grid.base(weight.read() if isinstance(weight, StoredTensor) else weight).detach()
+
+    return (
+        StoredTensor((len(weight), weight[0].numel()), torch.float32, read)
+        if isinstance(weight, StoredTensor)
+        else read()
+    )
 
 
 def start_from(layer: QuantizedLayer, codes_NK: torch.Tensor, distance: float) -> None:

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
 from intaglio.pipeline.model.blocks import find_units
+from intaglio.pipeline.model.hooks import copied, replayed
 
 if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.pipeline.model.types import Denoise, Inputs
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,7 +59,7 @@ def record(
     def end(_: nn.Module, __: object, output: object, name: str) -> None:
         recording.ended[name] = next(ticks)
         if name in kept:
-            recording.returned.setdefault(name, []).append(_copied(output))
+            recording.returned.setdefault(name, []).append(copied(output))
         if name == until:
             raise _Over
 
@@ -71,25 +70,6 @@ def record(
         with contextlib.suppress(_Over):
             recording.output = call()
     return recording
-
-
-@contextlib.contextmanager
-def replayed(module: nn.Module, returned: Mapping[str, Sequence[object]]) -> Iterator[None]:
-    """Make these modules return their recorded outputs, call by call, in the one call inside the context."""
-    changed: list[tuple[nn.Module, Callable[..., object] | None]] = []
-    try:
-        for name, outputs in returned.items():
-            part = module.get_submodule(name)
-            changed.append((part, vars(part).get("forward")))
-            calls = iter(outputs)
-            part.forward = lambda *_, calls=calls, **__: _copied(next(calls))
-        yield
-    finally:
-        for part, own in changed:
-            if own is None:
-                del part.forward  # the method of the class takes its place
-            else:
-                part.forward = own
 
 
 class Replay:
@@ -104,6 +84,7 @@ class Replay:
     def __init__(self, module: nn.Module, denoise: Denoise, inputs: Inputs, *, reuse: bool = True) -> None:
         """Make the recorded call. Without `reuse` every call computes the whole model."""
         self.module, self.denoise, self.inputs, self.reuse = module, denoise, inputs, reuse
+        self.modules = dict(module.named_modules())
         self.units = find_units(module)
         self.whole = record(module, partial(denoise, inputs), self.units if reuse else ())
         self._inner: dict[str, list[object]] = {}
@@ -126,7 +107,7 @@ class Replay:
             return
         kept = {inner for layer in known for inner in self._inside(name, layer)}
         before = self._before(min(known, key=self.whole.began.__getitem__), name)
-        with torch.no_grad(), replayed(self.module, before):
+        with torch.no_grad(), replayed(self.modules, before):
             again = record(self.module, partial(self.denoise, self.inputs), kept, None if check else name)
         exact = not check or torch.equal(again.output, self.output)
         self._unit, self._inner = (name, again.returned) if exact else ("", {})
@@ -141,7 +122,7 @@ class Replay:
         if not self._unit or layer not in self.whole.began:
             return self.denoise(self.inputs)
         inside = {name: self._inner[name] for name in self._inside(self._unit, layer) if name in self._inner}
-        with replayed(self.module, self._before(layer, self._unit) | inside):
+        with replayed(self.modules, self._before(layer, self._unit) | inside):
             return self.denoise(self.inputs)
 
     def _done(self, name: str, layer: str) -> bool:
@@ -163,8 +144,3 @@ class Replay:
                     yield from outermost(path, child)
 
         return list(outermost(unit, self.units[unit]))
-
-
-def _copied(output: T) -> T:
-    """Return the output with copies of its tensors: the model may write into a module's output later."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, output)  # type: ignore[no-any-return]  # torch's pytree has no types

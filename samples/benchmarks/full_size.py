@@ -3,10 +3,11 @@
     python samples/benchmarks/full_size.py [dit-xl pixart-xl ...] [--json]
 
 Weights and texts are random, so quality says nothing here; every layer is rounded to nearest, with the ranges of one
-call. Weights are in bfloat16, in shards of 2 GB that are made one after the other. Each step runs in a process of its
-own on what the store has from the steps before. Two peaks are its own, the interpreter and its libraries included: of
-what it allocates (RssAnon, every 20 ms), which has to fit the machine, and with the mapped files (VmHWM), which the
-system drops when it needs the memory. `torch.onnx.export` alone is the yardstick of export-float.
+call, unless --updates trains blocks on it. Weights are in bfloat16, in shards of 2 GB that are made one after the
+other. Each step runs in a process of its own on what the store has from the steps before. Two peaks are its own, the
+interpreter and its libraries included: of what it allocates (RssAnon, every 20 ms), which has to fit the machine, and
+with the mapped files (VmHWM), which the system drops when it needs the memory. `torch.onnx.export` alone is the
+yardstick of export-float.
 """
 
 import itertools
@@ -167,6 +168,7 @@ def main(
     models: Annotated[list[str] | None, typer.Argument(help=", ".join(MODELS))] = None,
     plans: Annotated[str, typer.Option(help="which plans, of w8a8 and w4a8")] = "w8a8,w4a8",
     targets: Annotated[str, typer.Option(help="for which targets")] = ",".join(TARGETS),
+    updates: Annotated[int, typer.Option(help="train each block with so many updates")] = 0,
     build: Annotated[bool, typer.Option(help="build TensorRT-RTX's engine too")] = False,
     yardstick: Annotated[bool, typer.Option(help="time torch.onnx.export alone too")] = True,
     work: Annotated[Path | None, typer.Option(help="a folder for checkpoints and store; kept, and used again")] = None,
@@ -181,7 +183,8 @@ def main(
                     f"{model}: {size / 1e9:.2f} GB in float32, made with {made['anon_bytes'] / 1e9:.2f} GB", flush=True
                 )
             rows = []
-            for row in measure(place / model, plans.split(","), targets.split(","), yardstick=yardstick, build=build):
+            wanted = plans.split(","), targets.split(","), updates
+            for row in measure(place / model, *wanted, yardstick=yardstick, build=build):
                 rows.append(row)
                 if not as_json:
                     print(line(row, size), flush=True)
@@ -199,8 +202,11 @@ def folder(work: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: bool, build: bool) -> Iterator[Figures]:
+def measure(
+    place: Path, plans: list[str], targets: list[str], updates: int, *, yardstick: bool, build: bool
+) -> Iterator[Figures]:
     """A row for each step, as it is done."""
+    trained = {"scope": "block", "samples": 1, "drawn": 1, "enough_db": 200} if updates else {}
     first = (Step(uses="calibrate", options={"samples": 1}), Step(uses="export-float"))
     for count in (1, 2):
         yield {"step": first[count - 1].name, **alone(watched, last_step, place, first[:count], targets[0])}
@@ -209,7 +215,7 @@ def measure(place: Path, plans: list[str], targets: list[str], *, yardstick: boo
     for plan in plans:
         rest = (
             Step(uses="uniform", options={"schemes": PLANS[plan]}),
-            Step(uses="distill", options={"updates": 0, "input_rate": 0}),
+            Step(uses="distill", options={"updates": updates, "input_rate": 0, **trained}),
             Step(uses="merge"),
             Step(uses="export-qdq"),
         )
