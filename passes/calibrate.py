@@ -42,7 +42,7 @@ class Calibrate(Pass):
     random: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers")
-    efforts = ({"samples": 16}, {"samples": 16}, {"samples": 8}, {"samples": 8}, {"samples": 4}, {"samples": 2})
+    efforts = ({"samples": 16}, {"samples": 16}, {"samples": 16}, {"samples": 8}, {"samples": 4}, {"samples": 2})
 
     samples: int = Field(32, ge=1, description="trajectories from noise")
     precision: Literal["float32", "float16"] = Field(

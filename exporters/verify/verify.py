@@ -62,7 +62,7 @@ class Verify(Pass):
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})
     random: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "onnxruntime-gpu", "onnxruntime")
-    efforts = ({"samples": 32}, {"samples": 32}, {"samples": 8}, {"samples": 8}, {"samples": 2}, {"samples": 1})
+    efforts = ({"samples": 32}, {"samples": 32}, {"samples": 16}, {"samples": 8}, {"samples": 2}, {"samples": 1})
 
     samples: int = Field(
         64,
