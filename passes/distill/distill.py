@@ -74,6 +74,10 @@ class Distill(DistillOptions, Pass):
         """Return True for a training, unless it needs one block at a time."""
         return self.updates > 0 and not self.by_block
 
+    def holds_blocks(self) -> bool:
+        """Return True for a training that needs one block at a time."""
+        return self.by_block
+
     def run(self, state: State, ctx: Context) -> Outputs:
         """Train adapters and scales. Raises RecipeError if there are more processes than samples to share."""
         from intaglio.passes.distill.drawn import DrawnSamples

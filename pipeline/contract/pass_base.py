@@ -85,6 +85,10 @@ class Pass(BaseModel, ABC):
         """
         return False
 
+    def holds_blocks(self) -> bool:
+        """Return True if the pass holds the weights of one block of the model at a time, such as to train them."""
+        return False
+
     def stored_bytes(self, parameters: int, in_files: int) -> int:
         """Return about how many bytes the step writes to the disk, for a denoiser of so many parameters; 0 if few.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.machine import machine_bytes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from intaglio.pipeline.contract.pass_base import Pass
     from intaglio.pipeline.model.checkpoint import Checkpoint
 
@@ -18,6 +20,8 @@ PER_PARAMETER = 4 * 1.2
 PER_LAYER = 4 * 4
 """Bytes per parameter of the largest tensor that a step holds where weights stay in their files: the tensor as it is
 read, and what is computed from it."""
+PER_BLOCK = 4 * 9
+"""Bytes per parameter of the largest block that a step holds which trains one block at a time."""
 INTERPRETER = 500_000_000
 """Bytes that Python needs with torch and ONNX Runtime."""
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -33,34 +37,58 @@ def least_stored_bytes(largest: int) -> int:
     return INTERPRETER + PER_LAYER * largest
 
 
-def estimated_bytes(step: Pass, sizes: Sequence[int], *, large: bool) -> int | None:
+class WeightSizes(NamedTuple):
+    """Numbers of values: of all weights, of the largest block and of the largest weight."""
+
+    whole: int
+    block: int
+    largest: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> WeightSizes:
+        """Count the weights of a module, which may be on the meta device."""
+        from intaglio.pipeline.model.blocks import find_blocks
+
+        def values(part: nn.Module) -> list[int]:
+            return [parameter.numel() for parameter in part.parameters()]
+
+        blocks = [sum(values(block)) for block in find_blocks(module).values()]
+        return cls(sum(values(module)), max(blocks, default=0), max(values(module), default=0))
+
+
+def held_bytes(step: Pass, sizes: WeightSizes) -> int:
+    """Return the least memory in bytes that a step needs for a model whose weights can stay in its files."""
+    if step.holds_weights():
+        return least_bytes(sizes.whole)
+    return max(least_stored_bytes(sizes.largest), INTERPRETER + PER_BLOCK * sizes.block * step.holds_blocks())
+
+
+def estimated_bytes(step: Pass, sizes: WeightSizes, *, large: bool) -> int | None:
     """Return about how much memory in bytes a step needs for a model's weights; None if it does not read the model.
 
-    `sizes`: the number of values of each weight. `large`: the weights stay in their files, except in steps that hold
-    them all.
+    `large`: the weights stay in their files, except in steps that hold them all.
     """
     from intaglio.pipeline.artifacts.keys import MODEL
 
     if MODEL not in step.requires:
         return None
-    if step.holds_weights():
-        return least_bytes(sum(sizes))
-    return least_stored_bytes(max(sizes, default=0)) if large else INTERPRETER + 4 * sum(sizes)
+    if large or step.holds_weights():
+        return held_bytes(step, sizes)
+    return INTERPRETER + 4 * sizes.whole
 
 
-def check_memory(model: Checkpoint, *, whole: bool) -> None:
-    """Raise RecipeError if the model needs more memory than the machine has.
+def check_memory(model: Checkpoint, steps: Iterable[Pass]) -> None:
+    """Raise RecipeError if the model needs more memory for these steps than the machine has.
 
-    `whole`: some step holds all weights. Otherwise those of a folder stay in their files; a factory makes them all.
+    Weights of a folder stay in their files, except in steps that hold them; a factory makes them all.
     """
-    sizes = [parameter.numel() for parameter in model.empty().parameters()]
-    parameters = sum(sizes)
-    least = least_bytes(parameters) if whole or model.entry else least_stored_bytes(max(sizes, default=0))
+    sizes = WeightSizes.of(model.empty())
+    least = least_bytes(sizes.whole) if model.entry else max(held_bytes(step, sizes) for step in steps)
     there = machine_bytes()
     if least > there:
         raise RecipeError(
-            f"the denoiser has {parameters:,} parameters, {4 * parameters / 1e9:.1f} GB in float32: compiling it takes"
-            f" at least {least / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB here: run it on a larger machine"
+            f"the denoiser has {sizes.whole:,} parameters, {4 * sizes.whole / 1e9:.1f} GB in float32: compiling it"
+            f" takes at least {least / 1e9:.1f} GB, and there are {there / 1e9:.1f} GB here: run it on a larger machine"
         )
 
 

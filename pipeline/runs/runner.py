@@ -24,7 +24,7 @@ from intaglio.pipeline.files import parse_json
 from intaglio.pipeline.machine import giving_back
 from intaglio.pipeline.runs.binding import BoundStep, Chain, bind, resolved
 from intaglio.pipeline.runs.kept import StoreKeep
-from intaglio.pipeline.runs.memory import check_memory, estimated_bytes, forget_peak, resident_bytes
+from intaglio.pipeline.runs.memory import WeightSizes, check_memory, estimated_bytes, forget_peak, resident_bytes
 from intaglio.pipeline.runs.publish import check_folders, publish
 from intaglio.pipeline.runs.registry import plugin_source
 from intaglio.pipeline.runs.store import Store
@@ -134,8 +134,8 @@ def compile(
             given = shared | _put({TARGET: chain.target}, store)
             outputs = dict(given)
             if start is None and store.find(run_key(chain.steps[0], given, recipe.seed)[0]) is None:
-                whole_model = any(step.configured.holds_weights() for step in chain.steps)
-                check_memory(artifacts[MODEL], whole=whole_model)  # type: ignore[arg-type]  # MODEL is a Checkpoint
+                passes = [step.configured for step in chain.steps]
+                check_memory(artifacts[MODEL], passes)  # type: ignore[arg-type]  # MODEL is a Checkpoint
             runs: list[RunRecord] = []
             for position, step in enumerate(chain.steps, start=1):
                 if PROVENANCE in step.requires:
@@ -368,7 +368,7 @@ def _estimated(
     if not unknown or not isinstance(model, Checkpoint) or (model.entry and not counted):  # a factory makes its weights
         return planned
     cost = measure_cost(model) if counted else None
-    sizes, large = [parameter.numel() for parameter in model.empty().parameters()], model.is_large
+    sizes, large = WeightSizes.of(model.empty()), model.is_large
 
     def estimated(step: PlannedStep) -> PlannedStep:
         if step.seconds is not None:
@@ -377,7 +377,7 @@ def _estimated(
         rows = None if cost is None else configured.forward_rows(cost)
         seconds = None if rows is None or cost is None else rows * cost.seconds_per_row
         held = estimated_bytes(configured, sizes, large=large)
-        stored = configured.stored_bytes(sum(sizes), model.stored_count) or None
+        stored = configured.stored_bytes(sizes.whole, model.stored_count) or None
         return replace(step, estimate_s=seconds, estimate_bytes=held, disk_bytes=stored)
 
     return {target: tuple(map(estimated, steps)) for target, steps in planned.items()}

@@ -10,6 +10,8 @@ from tiny import FACTORY, save_folder, tiny_dit
 from toys import START, toy_recipe
 
 from intaglio import Recipe, Store, compile
+from intaglio.passes.calibrate import Calibrate
+from intaglio.passes.distill.distill import Distill
 from intaglio.pipeline import machine
 from intaglio.pipeline.contract.run_record import RunRecord
 from intaglio.pipeline.errors import RecipeError
@@ -40,15 +42,31 @@ def test_a_model_that_does_not_fit_is_refused_before_any_step(store, tmp_path, m
         compile(trained, store, base=tmp_path)
 
 
+def test_a_training_of_blocks_holds_the_largest_block():
+    sizes = memory.WeightSizes.of(tiny_dit())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in tiny_dit().transformer_blocks]
+    assert sizes == (
+        sum(p.numel() for p in tiny_dit().parameters()),
+        max(blocks),
+        max(p.numel() for p in tiny_dit().parameters()),
+    )
+    by_block = Distill(updates=1, scope="block")
+    assert memory.held_bytes(by_block, sizes) == 500_000_000 + 36 * max(blocks)
+    assert memory.held_bytes(Distill(updates=0), sizes) == 500_000_000 + 16 * sizes.largest
+    for whole in ({}, {"start": "gptq"}, {"base": "grid"}):
+        step = Distill(updates=1, **({"scope": "block"} | whole if whole else {}))
+        assert memory.held_bytes(step, sizes) == 500_000_000 + int(4.8 * sizes.whole)
+
+
 def test_a_factory_makes_all_its_weights(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(FACTORY)
     model = Checkpoint.resolve(ModelRef(path="model.py:make", sampling_steps=1), tmp_path)
     monkeypatch.setattr(memory, "PER_PARAMETER", 1e9)
     monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(84) - 1)
     with pytest.raises(RecipeError, match=r"has 84 parameters"):
-        memory.check_memory(model, whole=False)
+        memory.check_memory(model, [Calibrate()])
     monkeypatch.setattr(memory, "machine_bytes", lambda: memory.least_bytes(84))
-    memory.check_memory(model, whole=False)
+    memory.check_memory(model, [Calibrate()])
 
 
 @pytest.mark.parametrize("text", ["123456789\n", "max\n"])
