@@ -97,7 +97,9 @@ class BlockChain:
             [_Run(step, task.own_rows(samples)) for samples in (*training, split.held_out)]
             for step in range(len(task.trajectory.timesteps))
         ]
-        self.order, self._last = self._readers(self.runs[0][-1])
+        self.order, self.last_reader = self._readers(self.runs[0][-1])
+        """Blocks in the order of their calls; and, for each that is called once, the last block that reads its output.
+        """
 
     def calls(self, name: str) -> list[list[BlockCall]]:
         """Return the block's calls at each step, on this process's rows; the held-out call comes last.
@@ -121,11 +123,11 @@ class BlockChain:
         later = self.order[self.order.index(name) + 1 :]
         for runs, step_calls in zip(self.runs, calls, strict=True):
             for run, call in zip(runs, step_calls, strict=True):
-                if name in self._last:
+                if name in self.last_reader:
                     with self.task.clock.at(run.step):
                         run.student[name] = [copied(self.task.blocks[name](*call.args, **call.kwargs))]
                 for outputs in (run.teacher, run.student):
-                    for done in [each for each in outputs if self._last[each] not in later]:
+                    for done in [each for each in outputs if self.last_reader[each] not in later]:
                         outputs[done] = _filled(outputs[done], 0.0)
 
     def _call(self, name: str, run: _Run) -> BlockCall | None:
@@ -146,7 +148,7 @@ class BlockChain:
             self._repeat(run, run.student)
         if not (given and returned):
             return None
-        if name in self._last:
+        if name in self.last_reader:
             run.teacher[name] = [copied(returned[0])]
         return BlockCall(*given[0], tensors(returned[0]))
 
