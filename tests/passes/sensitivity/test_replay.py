@@ -166,6 +166,6 @@ def test_replayed_modules_are_as_they_were_afterwards():
     module, inputs = plain()
     with torch.no_grad():
         recording = record(module, lambda: module(**inputs), {"blocks.0"})
-        with replayed(module, recording.returned):
+        with replayed(dict(module.named_modules()), recording.returned):
             module(x=torch.zeros(3, 8))
         assert torch.equal(module(**inputs), recording.output)

@@ -46,7 +46,7 @@ def test_the_largest_amounts_that_end_in_time_are_chosen_and_given_ones_stay(rec
     assert (every.more, every.given) == ([], {"calibrate.samples": 3})
     least = choose_effort(recipe, 0, tmp_path)
     assert least.taken.amounts == {"distill.updates": 0, "verify.samples": 1}
-    assert [each.amounts["verify.samples"] for each in least.more] == [2, 8, 32, 32]
+    assert [each.amounts["verify.samples"] for each in least.more] == [2, 8, 16, 32, 32]
     seconds = [least.taken.seconds, *(each.seconds for each in least.more)]
     assert seconds == sorted(set(seconds))
     for effort in least.more:
