@@ -79,15 +79,10 @@ def add_adapter(layer: QuantizedLayer, rank: int, generator: torch.Generator) ->
 def _own_weight(layer: QuantizedLayer) -> torch.Tensor:
     """Return the model's own weight in the basis in which it is rounded, (N, K); it stays in its file if it does."""
     grid, weight = layer.weight_rounding, layer.layer.weight
-
-    def read() -> torch.Tensor:
-        return grid.base(weight.read() if isinstance(weight, StoredTensor) else weight).detach()
-
-    return (
-        StoredTensor((len(weight), weight[0].numel()), torch.float32, read)
-        if isinstance(weight, StoredTensor)
-        else read()
-    )
+    if not isinstance(weight, StoredTensor):
+        return grid.base(weight).detach()
+    shape = len(weight), weight.numel() // len(weight)
+    return StoredTensor(shape, torch.float32, lambda: grid.base(weight.read()).detach())
 
 
 def start_from(layer: QuantizedLayer, codes_NK: torch.Tensor, distance: float) -> None:
