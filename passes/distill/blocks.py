@@ -9,13 +9,15 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from intaglio.passes.distill.objective import Error, relative_error, tensors, total_loss
-from intaglio.pipeline.model.hooks import after_calls, before_calls, copied, replayed
+from intaglio.pipeline.model.hooks import before_calls
+from intaglio.pipeline.model.recorded_call import record, replayed
 from intaglio.pipeline.simulation.model import full_precision
 
 if TYPE_CHECKING:
@@ -123,41 +125,39 @@ class BlockChain:
         later = self.order[self.order.index(name) + 1 :]
         for runs, step_calls in zip(self.runs, calls, strict=True):
             for run, call in zip(runs, step_calls, strict=True):
-                if name in self.last_reader:
+                if self.last_reader.get(name) in later:
                     with self.task.clock.at(run.step):
-                        run.student[name] = [copied(self.task.blocks[name](*call.args, **call.kwargs))]
+                        run.student[name] = [self.task.blocks[name](*call.args, **call.kwargs)]
+                elif name in self.last_reader:
+                    run.student[name] = run.teacher[name]  # nothing reads it
                 for outputs in (run.teacher, run.student):
                     for done in [each for each in outputs if self.last_reader[each] not in later]:
                         outputs[done] = _filled(outputs[done], 0.0)
 
     def _call(self, name: str, run: _Run) -> BlockCall | None:
         """Return the block's first call in a call of the denoiser; None if it has none."""
-        block, given, returned = self.task.blocks[name], list[_Arguments](), list[object]()
-
-        def end(_: str, __: tuple[Any, ...], output: object) -> None:
-            returned.append(output)
-            raise _Reached
+        block, given = self.task.blocks[name], list[_Arguments]()
 
         def begin(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             given.append((args, kwargs))
             raise _Reached
 
-        with full_precision(self.task.layers.values()), after_calls({name: block}, end):
-            self._repeat(run, run.teacher)
-        with block.register_forward_pre_hook(begin, with_kwargs=True):
+        with full_precision(self.task.layers.values()):
+            returned = record({name: block}, partial(self._repeat, run, run.teacher), {name}, until=name).returned
+        with block.register_forward_pre_hook(begin, with_kwargs=True), contextlib.suppress(_Reached):
             self._repeat(run, run.student)
         if not (given and returned):
             return None
         if name in self.last_reader:
-            run.teacher[name] = [copied(returned[0])]
-        return BlockCall(*given[0], tensors(returned[0]))
+            run.teacher |= returned
+        return BlockCall(*given[0], tensors(returned[name]))
 
     @torch.no_grad()
-    def _repeat(self, run: _Run, returned: Mapping[str, list[object]]) -> None:
-        """Repeat a call of the denoiser, until a hook raises `_Reached`, with these outputs of blocks."""
+    def _repeat(self, run: _Run, returned: Mapping[str, list[object]]) -> torch.Tensor:
+        """Repeat a call of the denoiser with these outputs of blocks."""
         task = self.task
-        with task.clock.at(run.step), replayed(task.blocks, returned), contextlib.suppress(_Reached):
-            task.denoise(task.trajectory.call(run.step, run.rows))
+        with task.clock.at(run.step), replayed(task.blocks, returned):
+            return task.denoise(task.trajectory.call(run.step, run.rows))
 
     def _readers(self, run: _Run) -> tuple[list[str], dict[str, str]]:
         """Return the blocks in the order of their calls, and the last one that reads each block's output.
@@ -165,18 +165,10 @@ class BlockChain:
         The latter are found by replaying the output of one block with NaN in it: as all others replay theirs, only
         blocks that read it are given NaN. Blocks that are called more than once have no entry.
         """
-        blocks, called = self.task.blocks, list[str]()
-        returned: dict[str, list[object]] = {}
-
-        def keep(name: str, _: tuple[Any, ...], output: object) -> None:
-            returned.setdefault(name, []).append(copied(output))
-
-        def note(name: str, _: tuple[Any, ...]) -> None:
-            called.append(name)
-
-        with full_precision(self.task.layers.values()), before_calls(blocks, note), after_calls(blocks, keep):
-            self._repeat(run, {})
-        order = list(dict.fromkeys(called))
+        blocks = self.task.blocks
+        with full_precision(self.task.layers.values()):
+            recording = record(blocks, partial(self._repeat, run, {}), blocks)
+        returned, order = recording.returned, sorted(recording.began, key=recording.began.__getitem__)
         once = {name: outputs for name, outputs in returned.items() if len(outputs) == 1}
         last = {}
         for name in once:

@@ -6,70 +6,19 @@ The model's own code runs as it is, so that residuals, skips and conditions need
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch.utils._pytree import tree_iter
 
 from intaglio.pipeline.model.blocks import find_units
-from intaglio.pipeline.model.hooks import copied, replayed
+from intaglio.pipeline.model.recorded_call import record, replayed
 
 if TYPE_CHECKING:
     from torch import nn
 
     from intaglio.pipeline.model.types import Denoise, Inputs
-
-
-@dataclass
-class RecordedCall:
-    """Record of one call: when each module first began and last ended, outputs of the kept modules, and the output."""
-
-    began: dict[str, int] = field(default_factory=dict)
-    ended: dict[str, int] = field(default_factory=dict)
-    returned: dict[str, list[object]] = field(default_factory=dict)
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def size_bytes(self) -> int:
-        """Size in bytes of the kept outputs."""
-        tensors = (leaf for leaf in tree_iter(self.returned) if isinstance(leaf, torch.Tensor))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class _Over(Exception):
-    """The last module to record has ended: the rest of the model need not be computed."""
-
-
-def record(
-    module: nn.Module, call: Callable[[], torch.Tensor], kept: Collection[str], until: str | None = None
-) -> RecordedCall:
-    """Record `call`, which calls the module; `kept` names the modules whose outputs are kept.
-
-    If `until` is given, the call stops when that module ends, and the recording has no output.
-    """
-    recording, ticks = RecordedCall(), itertools.count()
-
-    def begin(_: nn.Module, __: object, name: str) -> None:
-        recording.began.setdefault(name, next(ticks))
-
-    def end(_: nn.Module, __: object, output: object, name: str) -> None:
-        recording.ended[name] = next(ticks)
-        if name in kept:
-            recording.returned.setdefault(name, []).append(copied(output))
-        if name == until:
-            raise _Over
-
-    with contextlib.ExitStack() as hooks:
-        for name, part in module.named_modules():
-            hooks.enter_context(part.register_forward_pre_hook(partial(begin, name=name)))
-            hooks.enter_context(part.register_forward_hook(partial(end, name=name)))
-        with contextlib.suppress(_Over):
-            recording.output = call()
-    return recording
 
 
 class Replay:
@@ -86,7 +35,7 @@ class Replay:
         self.module, self.denoise, self.inputs, self.reuse = module, denoise, inputs, reuse
         self.modules = dict(module.named_modules())
         self.units = find_units(module)
-        self.whole = record(module, partial(denoise, inputs), self.units if reuse else ())
+        self.whole = record(self.modules, partial(denoise, inputs), self.units if reuse else ())
         self._inner: dict[str, list[object]] = {}
         self._unit = ""
 
@@ -108,7 +57,7 @@ class Replay:
         kept = {inner for layer in known for inner in self._inside(name, layer)}
         before = self._before(min(known, key=self.whole.began.__getitem__), name)
         with torch.no_grad(), replayed(self.modules, before):
-            again = record(self.module, partial(self.denoise, self.inputs), kept, None if check else name)
+            again = record(self.modules, partial(self.denoise, self.inputs), kept, None if check else name)
         exact = not check or torch.equal(again.output, self.output)
         self._unit, self._inner = (name, again.returned) if exact else ("", {})
         try:

@@ -1,10 +1,10 @@
-"""Watch modules while a model is called, or replay them. No hook outlives its `with`, whatever is raised inside."""
+"""Watch modules while a model is called. No hook outlives its `with`, whatever is raised inside."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-T = TypeVar("T")
 V = TypeVar("V")
 
 
@@ -83,33 +82,3 @@ def after_calls(modules: Mapping[str, nn.Module], note: Callable[[str, tuple[Any
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_hook(partial(hook, name=name), with_kwargs=True))
         yield
-
-
-@contextlib.contextmanager
-def replayed(modules: Mapping[str, nn.Module], returned: Mapping[str, Sequence[object]]) -> Iterator[None]:
-    """Make modules return recorded outputs, call by call, in the one call inside the context.
-
-    `returned` has the outputs of some of these modules, by name.
-    """
-    changed: list[tuple[nn.Module, Callable[..., object] | None]] = []
-    try:
-        for name, outputs in returned.items():
-            part = modules[name]
-            changed.append((part, vars(part).get("forward")))
-            calls = iter(outputs)
-            part.forward = lambda *_, calls=calls, **__: copied(next(calls))
-        yield
-    finally:
-        for part, own in changed:
-            if own is None:
-                del part.forward  # the method of the class takes its place
-            else:
-                part.forward = own
-
-
-def copied(output: T) -> T:
-    """Return the output with copies of its tensors: the model may write into a module's output later."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(torch.Tensor, torch.clone, output)  # type: ignore[no-any-return]  # torch's pytree has no types

@@ -60,7 +60,8 @@ def held_bytes(step: Pass, sizes: WeightSizes) -> int:
     """Return the least memory in bytes that a step needs for a model whose weights can stay in its files."""
     if step.holds_weights():
         return least_bytes(sizes.whole)
-    return max(least_stored_bytes(sizes.largest), INTERPRETER + PER_BLOCK * sizes.block * step.holds_blocks())
+    layer = least_stored_bytes(sizes.largest)
+    return max(layer, INTERPRETER + PER_BLOCK * sizes.block) if step.holds_blocks() else layer
 
 
 def estimated_bytes(step: Pass, sizes: WeightSizes, *, large: bool) -> int | None:

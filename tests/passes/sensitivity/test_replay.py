@@ -4,8 +4,9 @@ from tiny import tiny_dit, tiny_unet
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from intaglio.passes.sensitivity.replay import Replay, record, replayed
+from intaglio.passes.sensitivity.replay import Replay
 from intaglio.pipeline.model.layers import layer_table
+from intaglio.pipeline.model.recorded_call import record, replayed
 
 
 class Block(nn.Module):
@@ -165,7 +166,8 @@ def test_what_is_kept_is_of_the_size_of_blocks():
 def test_replayed_modules_are_as_they_were_afterwards():
     module, inputs = plain()
     with torch.no_grad():
-        recording = record(module, lambda: module(**inputs), {"blocks.0"})
-        with replayed(dict(module.named_modules()), recording.returned):
+        modules = dict(module.named_modules())
+        recording = record(modules, lambda: module(**inputs), {"blocks.0"})
+        with replayed(modules, recording.returned):
             module(x=torch.zeros(3, 8))
         assert torch.equal(module(**inputs), recording.output)

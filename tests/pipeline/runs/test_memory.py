@@ -53,8 +53,11 @@ def test_a_training_of_blocks_holds_the_largest_block():
     by_block = Distill(updates=1, scope="block")
     assert memory.held_bytes(by_block, sizes) == 500_000_000 + 36 * max(blocks)
     assert memory.held_bytes(Distill(updates=0), sizes) == 500_000_000 + 16 * sizes.largest
-    for whole in ({}, {"start": "gptq"}, {"base": "grid"}):
-        step = Distill(updates=1, **({"scope": "block"} | whole if whole else {}))
+    for step in (
+        Distill(updates=1),
+        Distill(updates=1, scope="block", start="gptq"),
+        Distill(updates=1, scope="block", base="grid"),
+    ):
         assert memory.held_bytes(step, sizes) == 500_000_000 + int(4.8 * sizes.whole)
 
 
