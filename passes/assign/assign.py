@@ -52,7 +52,7 @@ class AssignPrecision(Pass):
     """
 
     name: ClassVar[str] = "assign"
-    version: ClassVar[int] = 25
+    version: ClassVar[int] = 26
     requires: ClassVar[frozenset[AnyKey]] = frozenset({SENSITIVITY, TARGET})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({WORKLOAD, MODEL, TRAJECTORY, LAYER_TIMES})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({PLAN, FRONT})

@@ -47,6 +47,10 @@ REST_DB = 3.0
 """Allowance for rounded inputs in dB.
 
 If they add as much squared error as the weights, the PSNR falls by 3 dB."""
+SURE_DB = 0.75
+"""Standard error of the drawn samples' PSNR, in dB, above which as many samples are drawn again.
+
+They are drawn with the chosen plan alone: a prediction has to hold for samples other than those that chose the plan."""
 FEWER = 1
 """Number of parts (batches) of the samples that are drawn when one layer is rounded alone."""
 
@@ -85,17 +89,22 @@ def drawn_samples(count: int) -> int:
     """Return the number of samples that `choose` draws at most, if it draws `count` with each plan."""
     from intaglio.pipeline.simulation.references import PART
 
-    references_and_float_inputs, alone = 3, ALONE * min(count, FEWER * PART)
-    return (references_and_float_inputs + ROUNDS + 1) * count + (ROUNDS - 1) * alone
+    references_and_float_inputs, alone, again = 3, ALONE * min(count, FEWER * PART), 2
+    return (references_and_float_inputs + ROUNDS + 1 + again) * count + (ROUNDS - 1) * alone
 
 
 class _Tried(NamedTuple):
-    """A plan, the PSNR of its samples, its time relative to float, and the standard error of the PSNR if known."""
+    """A plan, its time relative to float, the mean PSNR of its samples, and that of each drawn sample, (B,), in dB."""
 
     chosen: Chosen
-    psnr_db: float
     time: float
-    error_db: float | None
+    psnr_db: float
+    psnr_B: torch.Tensor | None
+
+    @property
+    def error_db(self) -> float | None:
+        """Standard error of the mean PSNR; None if fewer than two samples were drawn."""
+        return None if self.psnr_B is None else standard_error(self.psnr_B)
 
     def factor(self, problem: Problem, table: Sensitivity) -> float:
         """Return the error of the samples relative to the loss that the problem predicts."""
@@ -135,12 +144,14 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     good = wanted.kept_by(found)
     quick = [each for each in good if each.time <= min(one.time for one in good) * (1 + SLACK)]
     best = max(quick or found, key=lambda each: each.psnr_db)
+    if best.psnr_db >= wanted.asked_db - SHORT_DB:
+        aim = replace(aim, psnr_db=wanted.psnr_db + MORE_DB)
+        best = _finer(best, aim, problem, table, drawing, ctx)
+    if drawing is not None and (best.error_db or 0.0) > SURE_DB:
+        best = _with_more_samples(best, problem, drawing, ctx)
     if best.psnr_db < wanted.asked_db - SHORT_DB:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.asked_db, best.psnr_db)
-    else:
-        aim = replace(aim, psnr_db=wanted.psnr_db + MORE_DB)
-        best = _finer(best, aim, problem, table, drawing, ctx)
     return Choice(best.chosen, problem, best.factor(problem, table), best.error_db)
 
 
@@ -163,14 +174,28 @@ def _finer(
 
 def _tried(problem: Problem, table: Sensitivity, chosen: Chosen, drawing: _Drawing | None, ctx: Context) -> _Tried:
     """Draw samples with a plan, and return their quality; without a model, return the predicted quality."""
-    psnr_db, error_db = table.samples.psnr_db(problem.loss(chosen)), None
-    ctx.log.info("tried a plan: predicted %.1f dB from single layers", psnr_db)
-    if drawing is not None:
-        psnr_B = drawing.psnr_db([problem.options[i] for i in chosen])
-        psnr_db, error_db = float(psnr_B.mean()), standard_error(psnr_B)
-        ctx.log.info("its drawn samples have %.1f dB%s", psnr_db, "" if error_db is None else f" +- {error_db:.1f}")
     time = float(problem.knapsack.costs[problem.time][chosen].sum())
-    return _Tried(chosen, psnr_db, time, error_db)
+    tried = _Tried(chosen, time, table.samples.psnr_db(problem.loss(chosen)), None)
+    ctx.log.info("tried a plan: predicted %.1f dB from single layers", tried.psnr_db)
+    return tried if drawing is None else _drawn(tried, drawing.psnr_db([problem.options[i] for i in chosen]), ctx)
+
+
+def _drawn(tried: _Tried, psnr_B: torch.Tensor, ctx: Context) -> _Tried:
+    """Return the plan with the PSNR of its drawn samples, which replaces the predicted one."""
+    drawn = tried._replace(psnr_db=float(psnr_B.mean()), psnr_B=psnr_B)
+    error = "" if drawn.error_db is None else f" +- {drawn.error_db:.1f}"
+    ctx.log.info("its %d drawn samples have %.1f dB%s", len(psnr_B), drawn.psnr_db, error)
+    return drawn
+
+
+def _with_more_samples(tried: _Tried, problem: Problem, drawing: _Drawing, ctx: Context) -> _Tried:
+    """Draw as many further samples with the plan, and return its quality over all its samples."""
+    import torch
+
+    assert tried.psnr_B is not None
+    further = drawing.further(len(tried.psnr_B))
+    psnr_B = further.psnr_db([problem.options[i] for i in tried.chosen])
+    return _drawn(tried, torch.cat([tried.psnr_B, psnr_B]), ctx)
 
 
 class _Wanted(NamedTuple):
@@ -252,6 +277,14 @@ class _Drawing:
         parts = draw_starts(sampler, samples, ctx, CHOICE)
         references = [full_precision_samples(sampler, denoise, part, ctx) for part in parts]
         return cls(sampler, rounded, denoise, parts, references, table.samples.peak, ctx)
+
+    def further(self, samples: int) -> _Drawing:
+        """Draw the samples of full precision from other starts, and return a drawing of these samples."""
+        from intaglio.pipeline.simulation.references import draw_starts, full_precision_samples
+
+        parts = draw_starts(self.sampler, samples, self.ctx, "prediction")
+        references = [full_precision_samples(self.sampler, self.denoise, part, self.ctx) for part in parts]
+        return replace(self, parts=parts, references=references)
 
     def psnr_db(self, options: Sequence[Option]) -> torch.Tensor:
         """Return the PSNR in dB of each sample, (B,), that is drawn with these options."""

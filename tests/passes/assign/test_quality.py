@@ -148,8 +148,13 @@ def test_errors_are_predicted_in_every_basis_and_kept(with_outlier, tmp_path):
         assert all(torch.equal(again.bases[basis][n].balance.scale_C, b.balance.scale_C) for n, b in layers.items())
 
 
-def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog):
-    """The plan of W8A8 and float inputs is drawn again by another way: all layers replaced in the model at once."""
+@pytest.mark.parametrize(("sure_db", "starts"), [(100.0, {"choice": 4}), (0.0, {"choice": 4, "prediction": 4})])
+def test_the_prediction_is_that_of_drawn_samples(sure_db, starts, with_outlier, tmp_path, monkeypatch):
+    """The plan of W8A8 and float inputs is drawn again by another way: all layers replaced in the model at once.
+
+    The prediction is from as many further samples too if its standard error is above SURE_DB.
+    """
+    from intaglio.passes.assign import quality
     from intaglio.pipeline.artifacts.keys import TRAJECTORY
     from intaglio.pipeline.contract.context import Context
     from intaglio.pipeline.model.calls import clocked, denoise_with
@@ -160,17 +165,20 @@ def test_the_prediction_is_that_of_drawn_samples(with_outlier, tmp_path, caplog)
     from intaglio.pipeline.simulation.references import draw_starts
 
     schemes = {"linear": ("w8a8_token", "w8a16"), "conv": ("w8a8_step", "w8a16")}
+    monkeypatch.setattr(quality, "SURE_DB", sure_db)
     step = AssignPrecision(budget=Budget(psnr=30), schemes=schemes, drawn=4, front=0)
     made = run_pass(step, with_outlier, tmp_path)
     plan, checkpoint, trajectory = made[PLAN], with_outlier[MODEL], with_outlier[TRAJECTORY]
     model = checkpoint.open()
     sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
-    (start,) = draw_starts(sampler, 4, Context(tmp_path, 0, None), "choice")
+    ctx = Context(tmp_path, 0, None)
+    parts = [part for label, count in starts.items() for part in draw_starts(sampler, count, ctx, label)]
     denoise, clock = denoise_with(model.module, model), StepClock(trajectory.timesteps)
-    reference = sampler.sample(denoise, start)
+    reference = torch.cat([sampler.sample(denoise, start) for start in parts])
     tables = trajectory.tables(plan.schemes, plan.balances)
     quantize_model(model.module, plan.schemes, clock, tables, bases_of(plan.balances))
-    samples = sampler.sample(clocked(denoise, clock, sampler.names.timestep), start)
+    clocked_denoise = clocked(denoise, clock, sampler.names.timestep)
+    samples = torch.cat([sampler.sample(clocked_denoise, start) for start in parts])
     peak = trajectory.samples.high - trajectory.samples.low
     errors = (samples - reference).flatten(1).square().mean(1)
     assert made[FRONT].psnr_db(made[FRONT].chosen) == pytest.approx(
@@ -184,5 +192,5 @@ def test_the_search_ends_where_no_plan_is_faster(with_outlier, tmp_path, caplog)
     step = AssignPrecision(budget=Budget(psnr=5), schemes=schemes, drawn=4, front=0)
     with caplog.at_level("INFO"):
         run_pass(step, with_outlier, tmp_path)
-    drawn = [line for line in caplog.messages if line.startswith("its drawn samples have")]
-    assert len(drawn) <= 1 + 2
+    drawn = [line for line in caplog.messages if line.startswith("its 4 drawn samples have")]
+    assert 1 <= len(drawn) <= 1 + 2
