@@ -9,6 +9,11 @@ from pathlib import Path
 _GROUPS = ("memory.max", "memory/memory.limit_in_bytes")
 _MMAP_THRESHOLD = -3
 """Number of M_MMAP_THRESHOLD in malloc.h: the size in bytes above which a block is mapped on its own."""
+_TRIM_THRESHOLD = -1
+"""Number of M_TRIM_THRESHOLD: the free bytes at the end of the heap above which they are returned.
+
+Setting one of the two fixes both, this one at 128 KiB: then the end of the heap is returned and mapped again for every
+result of a few hundred KiB, which takes longer than to compute it."""
 _giving_back = [0]
 """Number of blocks of `giving_back` that are open."""
 
@@ -53,6 +58,7 @@ def giving_back() -> Iterator[None]:
         return
     _giving_back[0] += 1
     mallopt(_MMAP_THRESHOLD, 1 << 20)
+    mallopt(_TRIM_THRESHOLD, 16 << 20)
     trim(0)
     try:
         yield
@@ -60,3 +66,4 @@ def giving_back() -> Iterator[None]:
         _giving_back[0] -= 1
         if not _giving_back[0]:
             mallopt(_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_TRIM_THRESHOLD, 64 << 20)
