@@ -92,6 +92,7 @@ def write_lowered(
     nodes = {c.site.layer: (str(c.site.x.name), str(c.site.y.name)) for c in reversed(calls)}
     ends = {str(end.name) for call in calls for end in (call.site.x, call.site.y)}
     scales = _rewrite(model.graph, calls, target)
+    model.graph.sort()  # a bias may be computed after the product, and is read where the product was
     _declare(model)
     scaled, factors = fold_scales(model.graph, scales, ends, symmetric=target.limits.symmetric)
     amax = {name: largest * factors.get(name, 1.0) for name, largest in graph.amax.items()}

@@ -2,6 +2,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -111,6 +112,32 @@ def test_the_whole_graph_runs_and_finds_its_step(written, simulation):
         assert rel_l2(denoise(call), written[TRAJECTORY].outputs[step]) < 0.1
     assert written[GRAPH].timesteps == written[TRAJECTORY].timesteps
     assert written[GRAPH].inputs["step"] == TensorSpec("int64", ())
+
+
+def test_a_bias_may_be_computed_after_the_product(dit, tmp_path):
+    """torch's `addmm` multiplies the bias by 1 behind the product; a large bias is not folded with it."""
+    planned = with_plan(dit, mixed)
+    model = onnx.load(planned[FLOAT_GRAPH].path)
+    nodes = model.graph.node
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = {node.output[0] for node in nodes if node.op_type == "MatMul"}
+    sums = [
+        node for node in nodes if node.op_type == "Add" and set(node.input) & weights and set(node.input) & products
+    ]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1), "one"))
+    for node in sums:
+        (bias,) = (place for place, name in enumerate(node.input) if name in weights)
+        once = onnx.helper.make_node("Mul", [node.input[bias], "one"], [f"{node.name}:bias"], name=f"{node.name}/Mul")
+        once.metadata_props.extend(node.metadata_props)
+        node.input[bias] = once.output[0]
+        nodes.insert(list(nodes).index(node), once)
+    onnx.save(model, tmp_path / "model.onnx")
+    changed: Artifacts = {FLOAT_GRAPH: replace(planned[FLOAT_GRAPH], path=tmp_path / "model.onnx")}
+    graphs = [write(planned | each, "onnxruntime-cpu", tmp_path / f"{len(each)}")[GRAPH] for each in ({}, changed)]
+    call = planned[TRAJECTORY].call(1)
+    plain, scaled = (graph_denoise(graph, OnnxRuntime(optimize=False))(call) for graph in graphs)
+    assert len(sums) > 10
+    assert torch.equal(plain, scaled)
 
 
 def test_tensorrt_rtx_executes_every_integer_layer_on_integers(planned, tmp_path):
