@@ -87,7 +87,7 @@ class AssignPrecision(Pass):
         16,
         ge=0,
         description="samples that are drawn with a plan for budget.psnr, to correct the prediction; 0: none. With the"
-        " chosen plan, twice as many are drawn if the standard error of their PSNR is above 0.75 dB",
+        " chosen plan, twice as many are drawn if its PSNR is not known well from them",
     )
     front: int = Field(16, ge=0, description="number of further sizes to plan for; plans that gain nothing are dropped")
     point: int | None = Field(

@@ -89,8 +89,9 @@ def drawn_samples(count: int) -> int:
     """Return the number of samples that `choose` draws at most, if it draws `count` with each plan."""
     from intaglio.pipeline.simulation.references import PART
 
-    references_and_float_inputs, alone, again = 3, ALONE * min(count, FEWER * PART), 2
-    return (references_and_float_inputs + ROUNDS + 1 + again) * count + (ROUNDS - 1) * alone
+    references, float_inputs, finer, further = 2, 2, 1, 1
+    alone = ALONE * min(count, FEWER * PART)
+    return (references + float_inputs + ROUNDS + finer + further) * count + (ROUNDS - 1) * alone
 
 
 class _Tried(NamedTuple):
@@ -147,8 +148,7 @@ def choose(problem: Problem, table: Sensitivity, aim: Aim, state: State, ctx: Co
     if best.psnr_db >= wanted.asked_db - SHORT_DB:
         aim = replace(aim, psnr_db=wanted.psnr_db + MORE_DB)
         best = _finer(best, aim, problem, table, drawing, ctx)
-    if drawing is not None and (best.error_db or 0.0) > SURE_DB:
-        best = _with_more_samples(best, problem, drawing, ctx)
+    best = _surer(best, problem, drawing, ctx)
     if best.psnr_db < wanted.asked_db - SHORT_DB:
         asked = "no plan that was tried within the budgets has %.1f dB: the best has %.1f dB"
         ctx.log.warning(asked, wanted.asked_db, best.psnr_db)
@@ -188,13 +188,13 @@ def _drawn(tried: _Tried, psnr_B: torch.Tensor, ctx: Context) -> _Tried:
     return drawn
 
 
-def _with_more_samples(tried: _Tried, problem: Problem, drawing: _Drawing, ctx: Context) -> _Tried:
-    """Draw as many further samples with the plan, and return its quality over all its samples."""
+def _surer(tried: _Tried, problem: Problem, drawing: _Drawing | None, ctx: Context) -> _Tried:
+    """Draw as many further samples if the plan's PSNR is not known to SURE_DB, and return its quality over all."""
+    if drawing is None or tried.psnr_B is None or (tried.error_db or 0.0) <= SURE_DB:
+        return tried
     import torch
 
-    assert tried.psnr_B is not None
-    further = drawing.further(len(tried.psnr_B))
-    psnr_B = further.psnr_db([problem.options[i] for i in tried.chosen])
+    psnr_B = drawing.of_starts("prediction", len(tried.psnr_B)).psnr_db([problem.options[i] for i in tried.chosen])
     return _drawn(tried, torch.cat([tried.psnr_B, psnr_B]), ctx)
 
 
@@ -267,22 +267,20 @@ class _Drawing:
         from intaglio.passes.sensitivity.rounded import RoundedLayers
         from intaglio.pipeline.model.calls import clocked, denoise_with
         from intaglio.pipeline.model.sampler import Sampler
-        from intaglio.pipeline.simulation.references import CHOICE, draw_starts, full_precision_samples
+        from intaglio.pipeline.simulation.references import CHOICE
 
         checkpoint = state[MODEL]
         model = checkpoint.open()
         sampler = Sampler(model, checkpoint.ref.sampling_steps, checkpoint.ref.guidance)
         rounded = RoundedLayers(model.module, state[TRAJECTORY], table.bases)
         denoise = clocked(denoise_with(model.module, model), rounded.clock, sampler.names.timestep)
-        parts = draw_starts(sampler, samples, ctx, CHOICE)
-        references = [full_precision_samples(sampler, denoise, part, ctx) for part in parts]
-        return cls(sampler, rounded, denoise, parts, references, table.samples.peak, ctx)
+        return cls(sampler, rounded, denoise, [], [], table.samples.peak, ctx).of_starts(CHOICE, samples)
 
-    def further(self, samples: int) -> _Drawing:
-        """Draw the samples of full precision from other starts, and return a drawing of these samples."""
+    def of_starts(self, label: str, samples: int) -> _Drawing:
+        """Draw the samples of full precision from the starts of this label, and return a drawing of these samples."""
         from intaglio.pipeline.simulation.references import draw_starts, full_precision_samples
 
-        parts = draw_starts(self.sampler, samples, self.ctx, "prediction")
+        parts = draw_starts(self.sampler, samples, self.ctx, label)
         references = [full_precision_samples(self.sampler, self.denoise, part, self.ctx) for part in parts]
         return replace(self, parts=parts, references=references)
 
