@@ -5,7 +5,7 @@ import joined_pipelines as joined
 import pytest
 import torch
 from harness import run_pass
-from joined_pipelines import call_of
+from joined_pipelines import GUIDED, call_of, null_of
 from quantizing import with_plan
 
 import intaglio
@@ -22,17 +22,6 @@ from intaglio.pipeline.model.ref import ModelRef
 from intaglio.pipeline.numerics import quality
 
 STEPS = 2
-GUIDED = {
-    joined.inpainting: {"guidance_scale": 4.0},
-    joined.instruct_pix2pix: {"guidance_scale": 4.0, "image_guidance_scale": 1.5},  # three calls' rows in one
-    joined.controlnet: {"guidance_scale": 4.0},
-    joined.t2i_adapter: {"guidance_scale": 4.0},
-    joined.animatediff: {"guidance_scale": 4.0},
-    joined.flux_control: {},
-    joined.flux_kontext: {},
-    joined.hunyuan_dit: {"guidance_scale": 2.0},
-    joined.kandinsky_decoder: {"guidance_scale": 2.0},
-}
 LEARNED_VARIANCE = (joined.hunyuan_dit, joined.kandinsky_decoder)
 
 
@@ -43,8 +32,7 @@ def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, t
     place = "transformer" if hasattr(pipe, "transformer") else "unet"
     getattr(pipe, place).save_pretrained(tmp_path / "model" / place)
     pipe.scheduler.save_pretrained(tmp_path / "model/scheduler")
-    null = {name.replace("negative_", ""): value for name, value in given.items() if name.startswith("negative_")}
-    record(pipe, call_of(given, STEPS), call_of(given | null, STEPS)).save(tmp_path / "c.safetensors")
+    record(pipe, call_of(given, STEPS), call_of(null_of(given), STEPS)).save(tmp_path / "c.safetensors")
     ref = ModelRef(path="model", conditions="c.safetensors", sampling_steps=STEPS, guidance=2.0)
     start = {MODEL: Checkpoint.resolve(ref, tmp_path), TARGET: load_target("onnxruntime-cpu")}
     start |= run_pass(Calibrate(samples=2), start, tmp_path / "calibrate")

@@ -1,6 +1,6 @@
 """Pipelines of diffusers around tiny denoisers whose calls are not sample, timestep and text alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
@@ -55,12 +55,22 @@ def unet(channels: int = 4, mid: str | None = None) -> Any:
     )
 
 
+def sd_scheduler() -> diffusers.DDIMScheduler:
+    """As in the checkpoints of Stable Diffusion."""
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def sd(kind: Any, module: Any, **parts: Any) -> Any:
     settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    ddim = diffusers.DDIMScheduler()
-    return kind(
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=module, scheduler=ddim, **settings, **parts
-    )
+    text = {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
+    return kind(vae=vae(), **text, unet=module, scheduler=sd_scheduler(), **settings, **parts)
 
 
 def inpainting() -> tuple[Any, dict[str, Any]]:
@@ -111,7 +121,7 @@ def animatediff() -> tuple[Any, dict[str, Any]]:
         tokenizer=clip_tokenizer(),
         unet=module,
         motion_adapter=None,
-        scheduler=diffusers.DDIMScheduler(),
+        scheduler=sd_scheduler(),
     )
     return pipe, {"num_frames": 3, "height": 8, "width": 8}
 
@@ -270,8 +280,28 @@ def kandinsky_decoder() -> tuple[Any, dict[str, Any]]:
     return pipe, {**given, "guidance_scale": 1.0}
 
 
+GUIDED: Mapping[Callable[[], tuple[Any, dict[str, Any]]], Mapping[str, float]] = {
+    inpainting: {"guidance_scale": 4.0},
+    instruct_pix2pix: {"guidance_scale": 4.0, "image_guidance_scale": 1.5},  # three calls' rows in one
+    controlnet: {"guidance_scale": 4.0},
+    t2i_adapter: {"guidance_scale": 4.0},
+    animatediff: {"guidance_scale": 4.0},
+    flux_control: {},
+    flux_kontext: {},
+    hunyuan_dit: {"guidance_scale": 2.0},
+    kandinsky_decoder: {"guidance_scale": 2.0},
+}
+"""The guidance that each pipeline is drawn with."""
+
+
 def call_of(given: dict[str, Any], steps: int = 3) -> dict[str, Any]:
     """A whole call, without guidance, that returns latents."""
     text = {} if {"prompt_embeds", "image_embeds"} & given.keys() else {"prompt": ["a", "b"], "guidance_scale": 1.0}
     draws = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(0)}
     return {**text, **given, **draws, "output_type": "latent"}
+
+
+def null_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with those of empty texts, `negative_...`, in place of the texts."""
+    empty = {name: value for name, value in given.items() if name.startswith("negative_")}
+    return given | {name.removeprefix("negative_"): value for name, value in empty.items()}
