@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import joined_pipelines
 import numpy as np
 import onnx
 import pytest
@@ -342,26 +341,6 @@ def test_a_pipeline_that_needs_a_picture_gets_one(sd, tmp_path):
     call = {"prompt": PROMPT, "image": pictures, "strength": 1.0, "num_inference_steps": STEPS, "output_type": "np"}
     found, expected = (each(**call, generator=torch.Generator().manual_seed(0)).images for each in (loaded, other))
     np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_a_pipeline_that_needs_a_picture_for_each_prompt_gets_them(tmp_path):
-    adapted, call = joined_pipelines.t2i_adapter()
-    adapted.save_pretrained(tmp_path / "model")
-    record(adapted, joined_pipelines.call_of(call, STEPS)).save(tmp_path / "conditions.safetensors")
-    ref = ModelRef(path="model", sampling_steps=STEPS, conditions="conditions.safetensors")
-    model = Checkpoint.resolve(ref, tmp_path)
-    artifacts = {MODEL: model, PIPELINE: PipelineFolder.around(model), TARGET: load_target("onnxruntime-cpu")}
-    made = run_pass(ExportComponents(), artifacts, tmp_path / "scratch")[COMPONENTS]
-    assert {*made.compiled} == {"text_encoder", "adapter", "vae"}
-
-
-def test_a_component_that_a_folder_does_not_have_is_no_missing_argument(tmp_path):
-    pipe, call = joined_pipelines.flux_kontext()
-    pipe.save_pretrained(tmp_path / "model")
-    record(pipe, joined_pipelines.call_of(call, STEPS)).save(tmp_path / "conditions.safetensors")
-    ref = ModelRef(path="model", sampling_steps=STEPS, conditions="conditions.safetensors")
-    folder = PipelineFolder.around(Checkpoint.resolve(ref, tmp_path))
-    assert folder.open(pipe.transformer, ()).text_encoder is None
 
 
 def test_a_black_picture_is_refused(sd, tmp_path):
