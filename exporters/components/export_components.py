@@ -177,7 +177,8 @@ class ExportComponents(CallsWithPictures):
                 said = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")[:500]
                 if not absent:
                     kind = printable(folder.index()["_class_name"])
-                    raise RecipeError(f"call: {kind} raised {said}: give what it needs in `call`") from error
+                    lacks = f" (the folder has no {', '.join(folder.absent())})" if folder.absent() else ""
+                    raise RecipeError(f"call: {kind} raised {said}{lacks}: give what it needs in `call`") from error
                 ctx.log.info("the pipeline needs %s, opened here but not compiled (%s)", ", ".join(absent), said)
         raise AssertionError  # the last one returns or raises
 
@@ -209,7 +210,7 @@ class ExportComponents(CallsWithPictures):
     def _record(
         self, pipe: Any, models: Mapping[str, nn.Module], call: Mapping[str, Any], steps: int, ctx: Context
     ) -> list[MethodCalls]:
-        """Return the calls of one run. If the pipeline fails without pictures, it gets default ones."""
+        """Return the calls of one run. If the pipeline fails without pictures, it gets one, or one for each prompt."""
         from intaglio.exporters.components.calls import picture_for, record_calls
 
         parameters = inspect.signature(pipe.__call__).parameters
@@ -232,9 +233,18 @@ class ExportComponents(CallsWithPictures):
             if not pictures:
                 raise
             ctx.log.info("the call uses a default picture for %s", ", ".join(pictures))
-        drawn = dict.fromkeys(pictures, picture_for(pipe)) | ({"strength": 1.0} if "strength" in parameters else {})
-        given |= {"generator": ctx.torch_rng("call")} if "generator" in usual.keys() & parameters.keys() else {}
-        return record_calls(pipe, models, drawn | given)
+        strength, picture = {"strength": 1.0} if "strength" in parameters else {}, picture_for(pipe)
+        failed: Exception | None = None
+        for drawn in (picture, [picture] * len(PROMPTS)):
+            given |= {"generator": ctx.torch_rng("call")} if "generator" in usual.keys() & parameters.keys() else {}
+            try:
+                return record_calls(pipe, models, strength | dict.fromkeys(pictures, drawn) | given)
+            except IntaglioError:
+                raise
+            except Exception as error:  # pipelines raise any exception for pictures of another number
+                failed = failed or error
+        assert failed is not None  # both attempts failed
+        raise failed
 
     def _graph(
         self,

@@ -170,13 +170,19 @@ class Verify(Pass):
         return {VERIFICATION: result}
 
     def _unpredicted(self, figures: VerificationFigures, state: State) -> tuple[str, ...]:
-        """Return a warning if samples are worse than `assign` predicted, which names the layers that lose most."""
+        """Return a warning if samples are worse than `assign` predicted, which names the layers that lose most.
+
+        An error of float arithmetic alone, as in a plan that leaves all layers in float, is none.
+        """
+        from intaglio.exporters.float_graph.agreement import TOLERANCE
         from intaglio.exporters.verify.advice import largest_losses
 
         predicted_db = figures.psnr_predicted_db
         by_chance = 2 * (figures.psnr_predicted_error_db or 0.0)
         allowed_db = max(self.predicted_db_tolerance, by_chance)
-        if predicted_db is None or figures.psnr_db >= predicted_db - allowed_db:
+        rounding = self.half_tolerance if state[TARGET].float_type == "float16" else TOLERANCE
+        exact = figures.sqnr_db >= -20 * math.log10(rounding)
+        if predicted_db is None or exact or figures.psnr_db >= predicted_db - allowed_db:
             return ()
         known = PLAN in state and SENSITIVITY in state and WORKLOAD in state
         worst = largest_losses(state[SENSITIVITY], state[PLAN], state[WORKLOAD], state[TARGET]) if known else []

@@ -6,9 +6,10 @@ Shapes: R rows of one call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
+from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import OPTIONAL
 from intaglio.pipeline.model.arguments import nest
 
@@ -107,29 +108,43 @@ def alike(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(each == value[0] for each in value)
 
 
-def first_output(output: Any) -> torch.Tensor:
+def first_output(output: Any, axes: int | None = None) -> torch.Tensor:
     """Return the first tensor (R, ...) of a module's output, from whatever holds it.
 
-    A list of equal shapes has one for each row; any other list is read as a tuple.
+    A list of equal shapes has one for each row, unless these have `axes` axes as the samples (R, ...) do; any other
+    list is read as a tuple. Raises RecipeError if the output does not begin with a tensor.
     """
     import torch
 
-    if isinstance(output, list) and len({getattr(each, "shape", None) for each in output}) > 1:
-        output = tuple(output)
+    def begins(held: Any) -> Any:
+        match held:
+            case list() if len(held) > 0 and all(isinstance(each, torch.Tensor) for each in held):
+                alike = len({each.shape for each in held}) == 1 and held[0].ndim != axes
+                return torch.stack(held) if alike else held[0]
+            case Mapping() if held:
+                return next(iter(held.values()))
+            case list() | tuple() if held:
+                return held[0]
+        if isinstance(held, Mapping | list | tuple):
+            return None
+        return next(iter(vars(held).values()), None) if is_dataclass(held) else getattr(held, "sample", None)
 
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()))
-    elif isinstance(output, tuple):
-        output = output[0]
-    elif not isinstance(output, torch.Tensor | list):
-        output = output.sample
-    found: torch.Tensor = torch.stack(output) if isinstance(output, list) else output
+    found = output
+    while not isinstance(found, torch.Tensor):
+        if found is None:
+            raise RecipeError(
+                f"model: the denoiser's output is a {type(output).__name__} that does not begin with a tensor: let its"
+                " forward return the prediction, or a tuple, dict or dataclass that begins with it"
+            )
+        found = begins(found)
     return found
 
 
 def fields_of(output: Any) -> tuple[str, ...]:
     """Return the names of a module's outputs; `sample` where they have none."""
     names = tuple(output) if isinstance(output, Mapping) else getattr(output, "_fields", ())
+    if not names and is_dataclass(output):
+        names = tuple(vars(output))
     return names or CallForm.fields
 
 

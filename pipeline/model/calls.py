@@ -6,6 +6,7 @@ Inputs that the rows share have no such axis.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from intaglio.pipeline.model.step_clock import StepClock
 
 
+OTHER_TYPE = re.compile(r"\b(Half|BFloat16|Double|half|bfloat16|double)\b")
+"""Types in messages of torch about operands of two types."""
+TO_FLOAT32 = ": its weights are made float32: remove casts to other floating-point types from its forward"
+
+
 def denoise_with(module: nn.Module, model: DenoiserModel, *, whole: bool = False) -> Denoise:
     """Return the denoiser as a function of flat named inputs.
 
@@ -34,7 +40,8 @@ def denoise_with(module: nn.Module, model: DenoiserModel, *, whole: bool = False
     form = model.form or CallForm()
 
     def denoise(inputs: Inputs) -> torch.Tensor:
-        output = first_output(form.call(module, inputs, model.constants, inputs[model.names.sample].shape[0]))
+        sample = inputs[model.names.sample]
+        output = first_output(form.call(module, inputs, model.constants, sample.shape[0]), sample.ndim)
         return output if whole else model.read(output)
 
     return denoise
@@ -106,4 +113,5 @@ def check_inputs(sampler: Sampler) -> None:
         if names := unmet(e, sampler.names.absent):
             raise missing_inputs(kind, names, f" (the call ended in {ended})") from e
         called = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
-        raise RecipeError(f"model: {kind} cannot be called with {called}: it ended in {ended}") from e
+        advice = TO_FLOAT32 if OTHER_TYPE.search(str(e)) else ""
+        raise RecipeError(f"model: {kind} cannot be called with {called}: it ended in {ended}{advice}") from e

@@ -92,7 +92,7 @@ def _tried(model: DenoiserModel, steps: int) -> CallForm | None:
     try:
         with torch.no_grad():
             raw = form.call(model.module, _inputs(model, steps), model.constants, TRIED_ROWS)
-            output = first_output(raw)
+            output = first_output(raw, len(model.sample_shape) + 1)
     except Exception:  # whatever a module raises: the run's first call reports it
         return None
     if model.names.timestep is None:

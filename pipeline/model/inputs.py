@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TIMESTEPS = ("timestep", "timesteps")
 """Names of the argument with the timestep in diffusers."""
+TIMES = (*TIMESTEPS, "t", "time", "times", "sigma", "sigmas")
+"""Names of a first argument that is a timestep, and not the sample."""
 CLASS_LABELS = "class_labels"
 """Name of the condition of a class-conditional model."""
 
@@ -35,8 +37,8 @@ def input_names(
 ) -> InputNames:
     """Return the argument names of a denoiser that gets `values`, inputs by flat name, beside sample and timestep.
 
-    Names that are None are found: the sample is the first argument; the timestep is the argument `timestep` or
-    `timesteps`, or else the only required argument that has no value.
+    Names that are None are found: the sample is the first argument that is not named like a timestep; the timestep is
+    the argument `timestep` or `timesteps`, or else the only required argument that has no value.
 
     Raises RecipeError for arguments that are required and not given.
     """
@@ -53,7 +55,8 @@ def input_names(
             f"model: forward of {kind} names no argument ({', '.join(map(str, parameters.values())) or 'none'}): give"
             " sample_name and timestep_name in the DenoiserModel, or write a forward with named arguments"
         )
-    sample = sample_name or next((n for n in named if n != (timestep_name or "timestep")), "")
+    others = [name for name in named if name != timestep_name]
+    sample = sample_name or next((name for name in others if name not in TIMES), next(iter(others), ""))
     given = {sample, *(name.partition(".")[0] for name in values)}
     missing = [n for n, p in named.items() if p.default is p.empty and n not in given]
     timestep = timestep_name or next((name for name in TIMESTEPS if name in named), None)

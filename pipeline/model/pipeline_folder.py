@@ -106,7 +106,7 @@ class PipelineFolder:
         """
         import torch
 
-        given = {**dict.fromkeys(self.denoisers, denoiser), **dict.fromkeys(without)}
+        given = {**dict.fromkeys(self.denoisers, denoiser), **dict.fromkeys((*self.absent(), *without))}
         pipe = self.kind().from_pretrained(
             self.root, **given, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
         )

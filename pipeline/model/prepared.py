@@ -64,15 +64,18 @@ def plain_weights_(module: Module) -> Module:
 
 
 def ordinary_(module: Module) -> Module:
-    """Make every weight and bias of a layer an ordinary parameter. Changes `module`.
+    """Make every weight and bias of a layer an ordinary parameter, to be computed in float32. Changes `module`.
 
-    They may be buffers or plain attributes. Tensors made in torch's inference mode are copied out of it.
+    They may be buffers or plain attributes. Tensors made in torch's inference mode are copied out of it. An attribute
+    that is a floating-point type, to which the module casts its inputs, becomes float32.
     """
     import torch
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
     for part in module.modules():
+        casts = [n for n, held in vars(part).items() if isinstance(held, torch.dtype) and held.is_floating_point]
+        vars(part).update(dict.fromkeys(casts, torch.float32))
         tensors: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for held in tensors:
             for name, tensor in held.items():

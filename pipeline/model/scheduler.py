@@ -247,7 +247,7 @@ def _previous(
         stepped = scheduler.step(**named, **drawn)
     else:
         stepped = scheduler.step(output, t, x, **drawn)
-    previous = stepped[0] if isinstance(stepped, tuple) and stepped else getattr(stepped, "prev_sample", stepped)
+    previous = stepped[0] if isinstance(stepped, tuple | list) and stepped else getattr(stepped, "prev_sample", stepped)
     if not isinstance(previous, torch.Tensor):
         kinds = f"{type(scheduler).__name__}.step returns a {type(stepped).__name__}"
         raise RecipeError(

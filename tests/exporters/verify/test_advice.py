@@ -1,6 +1,7 @@
 """The advice of `verify` for a plan that is worse than predicted."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from intaglio.pipeline.artifacts.quantized import Adapter, DrawnError
 from intaglio.pipeline.artifacts.verification import VerificationFigures
 from intaglio.pipeline.contract.artifact import State
 from intaglio.pipeline.formats.schemes import W8A8_TOKEN
+from intaglio.pipeline.formats.target import load_target
 
 
 def planned():
@@ -47,6 +49,14 @@ def test_samples_that_are_worse_than_predicted_are_a_warning():
     assert step._unpredicted(figures(38.6, None), state) == ()
     assert step._unpredicted(figures(36.0, 40.0, error_db=2.1), state) == ()  # 4 dB are less than two standard errors
     assert step._unpredicted(figures(36.0, 40.0, error_db=1.9), state)
+
+
+@pytest.mark.parametrize(("target", "rounding_db"), [("onnxruntime-cpu", 80.0), ("tensorrt-rtx", 48.0)])
+def test_an_error_of_float_arithmetic_is_not_worse_than_predicted(target, rounding_db):
+    """float32 is exact to 1e-4, float16 to 4e-3: 80 and 48 dB."""
+    state = State(planned() | {TARGET: load_target(target)}, reader="verify")
+    assert Verify()._unpredicted(replace(figures(60.0, 206.0), sqnr_db=rounding_db + 1), state) == ()
+    assert Verify()._unpredicted(replace(figures(60.0, 206.0), sqnr_db=rounding_db - 1), state)
 
 
 def test_predicted_and_deployed_psnr_are_of_different_samples_and_both_have_a_standard_error():

@@ -154,8 +154,9 @@ def test_names_of_sample_and_timestep_can_be_given_and_the_only_other_argument_i
 
     given = DenoiserModel(Swapped(), DDIMScheduler(), (3, 8, 8), sample_name="noisy", timestep_name="sigma")
     assert (given.names.sample, given.names.timestep) == ("noisy", "sigma")
-    found = DenoiserModel(Plain(), DDIMScheduler(), (3, 8, 8)).names
-    assert (found.sample, found.timestep) == ("noisy", "sigma")
+    for module in (Plain(), Swapped()):
+        found = DenoiserModel(module, DDIMScheduler(), (3, 8, 8)).names
+        assert (found.sample, found.timestep) == ("noisy", "sigma")
 
 
 def test_a_model_without_a_timestep_is_called_once():

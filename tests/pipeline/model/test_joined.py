@@ -1,6 +1,7 @@
 """Inputs that a pipeline joins to its samples, repeats for frames or changes from step to step are recorded as such."""
 
 import copy
+from dataclasses import dataclass
 
 import diffusers
 import joined_pipelines as joined
@@ -265,6 +266,44 @@ def test_an_output_is_its_first_field_whatever_its_name():
     assert model.form.fields == ("predicted", "other")
     output = denoise_with(model.module, model)({"sample": torch.zeros(1, 3, 4, 4), "timestep": torch.ones(1)})
     assert output.unique().tolist() == [1.0]
+
+
+@dataclass
+class Predicted:
+    noise: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    ("held", "fields"),
+    [
+        (lambda y: Predicted(y), ("noise", "other")),
+        (lambda y: ((y, y + 1), y), ("sample",)),
+        (lambda y: [y], ("sample",)),
+        (lambda y: [y, y + 1], ("sample",)),
+        (lambda y: [*y], ("sample",)),
+    ],
+    ids=["a dataclass", "a tuple in a tuple", "a list of one", "a list of as many as rows", "a list of rows"],
+)
+def test_the_prediction_is_found_in_whatever_holds_it(held, fields):
+    class Held(torch.nn.Module):
+        def forward(self, sample, timestep):
+            return held(2 * sample)
+
+    model = formed(DenoiserModel(Held(), diffusers.DDIMScheduler(), (3, 4, 4)), 2)
+    assert model.form.fields == fields
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(denoise_with(model.module, model)({"sample": x, "timestep": torch.ones(2)}), 2 * x)
+
+
+@pytest.mark.parametrize("held", [lambda y: (None, y), lambda y: "y", lambda y: Predicted(None), lambda y: []])
+def test_an_output_that_begins_with_no_tensor_is_one_clear_error(held):
+    class Held(torch.nn.Module):
+        def forward(self, sample, timestep):
+            return held(sample)
+
+    with pytest.raises(RecipeError, match=r"the denoiser's output is a \w+ that does not begin with a tensor: let its"):
+        check_inputs(Sampler(DenoiserModel(Held(), diffusers.DDIMScheduler(), (3, 4, 4)), 2, 1.0))
 
 
 class RowsApart(torch.nn.Module):

@@ -44,10 +44,10 @@ def samples(scheduler, times: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "form",
-    [lambda x: x, lambda x: (x, "state"), lambda x: SimpleNamespace(prev_sample=x)],
-    ids=["x", "tuple", "object"],
+    [lambda x: x, lambda x: (x, "state"), lambda x: [x], lambda x: SimpleNamespace(prev_sample=x)],
+    ids=["x", "tuple", "list", "object"],
 )
-def test_a_step_may_return_the_sample_a_tuple_or_an_object(form):
+def test_a_step_may_return_the_sample_a_tuple_a_list_or_an_object(form):
     assert torch.allclose(samples(Halving(form)), torch.tensor(0.25))
 
 

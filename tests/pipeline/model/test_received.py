@@ -10,10 +10,12 @@ from peft import LoKrConfig, LoraConfig, PromptTuningConfig, get_peft_model, inj
 from torch import nn
 
 from intaglio.pipeline.errors import RecipeError
+from intaglio.pipeline.model.calls import check_inputs
 from intaglio.pipeline.model.checkpoint import Checkpoint
 from intaglio.pipeline.model.denoiser import DenoiserModel, SecondSize
 from intaglio.pipeline.model.received import as_computed
 from intaglio.pipeline.model.ref import ModelRef
+from intaglio.pipeline.model.sampler import Sampler
 
 SHAPE = (4, 8, 8)
 
@@ -74,6 +76,27 @@ def test_half_precision_is_computed_in_float32(dtype):
     module = received(net().to(dtype)).module
     assert {each.dtype for each in module.parameters()} == {torch.float32}
     assert torch.equal(output(module), output(net().to(dtype).float().eval()))
+
+
+class Casting(nn.Module):
+    """Casts its inputs to a type that it keeps, or to one that its code names."""
+
+    def __init__(self, named: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dtype, self.named, self.layer = torch.float16, named, nn.Linear(8, 8).half()
+
+    def forward(self, sample, timestep):
+        return self.layer(sample.type(self.dtype if self.named is None else torch.bfloat16))
+
+
+def test_a_module_that_casts_to_a_type_that_it_keeps_casts_to_float32():
+    assert output(received(Casting()).module).dtype == torch.float32
+
+
+def test_a_cast_in_the_code_is_one_error_that_says_so():
+    model = received(Casting(torch.bfloat16))
+    with pytest.raises(RecipeError, match=r"its weights are made float32: remove casts to other floating-point types"):
+        check_inputs(Sampler(model, 2, 1.0))
 
 
 def lora(**options) -> LoraConfig:
