@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from intaglio.passes.imports.imported import ImportedInput, NotCarried, dtype_name, shown
+from intaglio.passes.imports.names import WEIGHT
 from intaglio.passes.imports.saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
@@ -89,14 +90,8 @@ def read_compressed_tensors(
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)[:3])
         said = printable("; ".join(wrong))[:300]
         raise RecipeError(f"config.json: its quantization_config is not one of {METHOD}: {said}") from error
-    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        name, _, part = key.rpartition(".")
-        if PARTS.fullmatch(part):
-            parts[name][part] = value
-    for name, found in parts.items():
-        if f"{name}.weight" in tensors:
-            found["weight"] = tensors[f"{name}.weight"]
+    groups = _Groups(config.config_groups.values(), config.ignore or ())
+    parts = _parts(tensors, groups, module)
     held = {f"{name}.{part}" for name, found in parts.items() for part in found}
     problems = []
     if config.transform_config:
@@ -107,19 +102,33 @@ def read_compressed_tensors(
         problems.append(f"sparsity_config: {shown(layout)} leaves out weights that are zero, which is not read")
     layouts = {config.format, *(group.format for group in config.config_groups.values())} - {None, *FORMATS}
     problems += [f"format: {shown(layout)} packs codes in another way" for layout in sorted(map(str, layouts))]
-    groups = _Groups(config.config_groups.values(), config.ignore or ())
-    kinds = dict(module.named_modules())
-    for key, value in tensors.items():
-        name, _, part = key.rpartition(".")
-        if part == "weight" and value.dim() > 1 and name in kinds.keys() - parts.keys():
-            if groups.aimed_at(name, kinds[name]) is not None:
-                parts[name]["weight"] = value  # refused below, as it has no scales
     return SavedWeights(
         f"{METHOD} {printable(config.version)[:20]}",
         {name: partial(_weight, found, groups, module) for name, found in parts.items()},
         {key: value for key, value in tensors.items() if key not in held},
         tuple(problems),
     )
+
+
+def _parts(
+    tensors: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Module
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each quantized layer; of one that groups aim at and that has no scales, the weight alone.
+
+    `_weight` refuses the latter.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        name, _, part = key.rpartition(".")
+        if PARTS.fullmatch(part):
+            parts[name][part] = value
+    modules = dict(module.named_modules())
+    weights = {key.removesuffix(WEIGHT): value for key, value in tensors.items() if key.endswith(WEIGHT)}
+    for name, value in weights.items():
+        alone = name not in parts and value.dim() > 1 and name in modules
+        if name in parts or (alone and groups.aimed_at(name, modules[name]) is not None):
+            parts[name]["weight"] = value
+    return parts
 
 
 def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Module, layer: Layer) -> Weight:
