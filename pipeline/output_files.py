@@ -14,9 +14,30 @@ from pathlib import Path
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
 
+DELIVERED = ("graph.json", "manifest.json")
+"""Files that every compiled folder has."""
+
+
+def check_outside(path: Path) -> None:
+    """Raise RecipeError if `path` lies in a compiled folder, or is one. Links are followed."""
+    try:
+        place = path.resolve()
+        around = (place, *place.parents)
+        inside = next((each for each in around if all((each / name).is_file() for name in DELIVERED)), None)
+    except (OSError, RuntimeError, ValueError):  # no possible name, or links in a circle: the writer reports it
+        return
+    if inside is not None:
+        raise RecipeError(
+            f"{printable(path)}: lies in the compiled folder {printable(inside)}, which holds only what a run delivers:"
+            " choose another --out"
+        )
+
 
 def check_output(path: Path) -> None:
-    """Raise RecipeError if `path` is a link, a folder, a pipe or a device, OSError if its folder does not exist."""
+    """Raise RecipeError if `path` is a link, a folder, a pipe, a device, or in a compiled folder.
+
+    Raises OSError if its folder does not exist.
+    """
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -27,6 +48,7 @@ def check_output(path: Path) -> None:
         raise RecipeError(f"{printable(path)}: is {kind_of(mode)}, and is not overwritten: choose another --out")
     if mode is None and not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    check_outside(path)
 
 
 def kind_of(mode: int) -> str:

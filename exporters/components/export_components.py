@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
 
@@ -225,6 +225,9 @@ class ExportComponents(CallsWithPictures):
         needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if missing := [name for name in needed if name not in (*given, *pictures)]:
             raise RecipeError(f"call: {type(pipe).__name__} requires {', '.join(missing)}: give it here")
+        if unknown := [name for name in given if not _takes(type(pipe).__call__, name)]:
+            near = did_you_mean(unknown[0], [name for name in parameters if name != "kwargs"])
+            raise RecipeError(f"call: {type(pipe).__name__} has no {printable(unknown[0])!r}{near}")
         try:
             return record_calls(pipe, models, given)
         except IntaglioError:
@@ -288,6 +291,24 @@ class ExportComponents(CallsWithPictures):
         lowered = write_lowered(work / "lowered" / "model.onnx", graph, there, target)
         check_outputs(lowered.path, expected, HALF_TOLERANCE if half else TOLERANCE)
         return lowered
+
+
+def _takes(function: Callable[..., object], name: str) -> bool:
+    """Return False for an argument that a function does not have, or that vanishes in its **kwargs.
+
+    Most functions read a few names of them, as texts in their source, and hand none on.
+    """
+    parameters = inspect.signature(function).parameters
+    rest = next((n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    if name in parameters and name != rest:
+        return True
+    if rest is None:
+        return False
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # it has no source
+        return True
+    return source.count(f"**{rest}") > 1 or f'"{name}"' in source
 
 
 def _class_of(output: Any) -> str:

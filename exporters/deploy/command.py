@@ -8,7 +8,11 @@ import typer
 from intaglio.pipeline.cli.console import print_json
 from intaglio.pipeline.cli.options import json_option
 from intaglio.pipeline.cli.printing import say
+from intaglio.pipeline.files import printable
 from intaglio.pipeline.formats.target import target_names
+
+MOST_VERSION = (1 << 63) - 1
+"""Largest version that Triton reads, as an int64."""
 
 
 def kit_command(
@@ -30,7 +34,7 @@ def _print_written(file: Path, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(file)})
     else:
-        say(str(file))
+        say(printable(file))
 
 
 def triton_command(
@@ -40,7 +44,7 @@ def triton_command(
         str | None, typer.Option(metavar="T", autocompletion=target_names, help="Target, if the run has several.")
     ] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model; default RECIPE-TARGET.")] = None,
-    version: Annotated[int, typer.Option(min=1, help="Version of the model.")] = 1,
+    version: Annotated[int, typer.Option(min=1, max=MOST_VERSION, help="Version of the model.")] = 1,
     vnni: Annotated[
         bool, typer.Option("--vnni", help="Write the faster 8-bit kernels of CPUs with VNNI, for a server that has it.")
     ] = False,

@@ -23,7 +23,7 @@ from intaglio.pipeline.artifacts.graph import STEP_INPUT, Graph
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import open_stream, printable
 from intaglio.pipeline.formats.target import load_target
-from intaglio.pipeline.output_files import check_output, whole_file
+from intaglio.pipeline.output_files import check_output, check_outside, whole_file
 from intaglio.pipeline.runs.manifest import target_name
 from intaglio.pipeline.runs.registry import find_runtime
 from intaglio.pipeline.runs.store import file_digest
@@ -70,18 +70,20 @@ def write_kit(folder: Path, out: Path | None = None, target: str | None = None) 
     """
     place = target_folder(folder, target, MODULES, what="TensorRT", why="a kit is for TensorRT's targets")
     name = delivered_name(place)
+    if not name.isprintable():
+        raise RecipeError(
+            f"{printable(place)}: its name, {printable(name)}, would name the folder in the archive, and has characters"
+            " that no tool prints: rename it"
+        )
     out = Path(f"{name}.tar.gz") if out is None else out
-    _check_out(out, place)
+    _check_out(out)
     _write_archive(out, name, _content(place, name))
     return out
 
 
-def _check_out(out: Path, place: Path) -> None:
-    """Raise RecipeError if `out` exists and is no kit, lies in the compiled folder `place`, or below a file."""
-    if out.resolve().is_relative_to(place.resolve()):
-        raise RecipeError(
-            f"{printable(out)}: lies in the compiled folder, which holds only what a run delivers: choose another --out"
-        )
+def _check_out(out: Path) -> None:
+    """Raise RecipeError if `out` exists and is no kit, or lies in a compiled folder or below a file."""
+    check_outside(out)
     if not os.path.lexists(out):
         above = next(each for each in out.absolute().parents if os.path.lexists(each))
         if not above.is_dir():
@@ -169,11 +171,12 @@ def _cases(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> list[Case]:
     """Compute calls at the first, the middle and the last step if layers have a scale for each, else one call."""
     import numpy as np
 
-    from intaglio.exporters.runtimes.calls import noise_feed
-    from intaglio.exporters.runtimes.onnxruntime.session import open_session
+    from intaglio.exporters.runtimes.calls import check_callable, noise_feed
+    from intaglio.exporters.runtimes.onnxruntime.session import graph_session
     from intaglio.exporters.runtimes.tensorrt.kit_scripts.run import compare
 
-    session = open_session(graph.path, optimize=False)
+    check_callable(graph)
+    session = graph_session(graph, optimize=False)
     names = [output.name for output in session.get_outputs()]
     last = len(graph.timesteps) - 1
     steps = sorted({0, last // 2, last}) if STEP_INPUT in graph.inputs and last > 0 else [0]

@@ -17,6 +17,7 @@ from intaglio.pipeline.artifacts.graph import STEP_INPUT, Engine, Graph, TensorS
 from intaglio.pipeline.errors import RecipeError, StoreError, TargetError
 from intaglio.pipeline.files import MIB, checked_file, read_text
 from intaglio.pipeline.formats.target import Target, load_target
+from intaglio.pipeline.output_files import check_outside
 from intaglio.pipeline.runs.manifest import target_name
 from intaglio.pipeline.runs.registry import find_runtime, runtimes
 
@@ -75,6 +76,8 @@ def write_model(
 
 
 def _check_place(model: Path, version: int, config: str) -> None:
+    """Raise RecipeError for a place in a compiled folder, and for a version or another model that exists."""
+    check_outside(model)
     if not os.path.lexists(model):
         return
     if model.is_symlink() or not model.is_dir():

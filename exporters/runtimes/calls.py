@@ -41,8 +41,7 @@ def opened_call(graph: Graph, opened: Opened) -> Values:
     """
     import torch
 
-    if problem := _no_call(graph):
-        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
+    check_callable(graph)
 
     def call(inputs: Inputs) -> dict[str, torch.Tensor]:
         found = opened.run(_feed(graph, inputs))
@@ -99,15 +98,17 @@ def noise_feed(
     return feed
 
 
-def _no_call(graph: Graph) -> str | None:
-    """Say what a graph lacks that a call of it needs."""
+def check_callable(graph: Graph) -> None:
+    """Raise RecipeError if a graph lacks what a call of it needs."""
+    problem = None
     if not graph.outputs:
-        return "outputs: there is none"
-    if STEP_INPUT in graph.inputs and not graph.timesteps:
-        return f"timesteps: there is none, but the graph has the input `{STEP_INPUT}`"
-    if STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
-        return f"timestep: {printable(graph.timestep)} is no input"
-    return None
+        problem = "outputs: there is none"
+    elif STEP_INPUT in graph.inputs and not graph.timesteps:
+        problem = f"timesteps: there is none, but the graph has the input `{STEP_INPUT}`"
+    elif STEP_INPUT in graph.inputs and graph.timestep is not None and graph.timestep not in graph.inputs:
+        problem = f"timestep: {printable(graph.timestep)} is no input"
+    if problem is not None:
+        raise RecipeError(f"{printable(graph.path.with_name('graph.json'))}: is damaged: {problem}")
 
 
 def _feed(graph: Graph, inputs: Inputs) -> dict[str, NDArray[np.generic]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from intaglio.passes.imports.imported import ImportedInput, NotCarried, dtype_name, shown
+from intaglio.passes.imports.names import WEIGHT
 from intaglio.passes.imports.saved_weights import SavedWeights, Weight, by_token, check_symmetric, checked, static
 from intaglio.pipeline.errors import RecipeError
 from intaglio.pipeline.files import printable
@@ -68,8 +69,10 @@ class _Config(BaseModel):
     model_config = ConfigDict(strict=True)
 
     config_groups: dict[str, _Group]
+    ignore: list[str] | None = None
     version: str = ""
     format: str | None = None
+    sparsity_config: dict[str, object] | None = None
     kv_cache_scheme: dict[str, object] | None = None
     transform_config: dict[str, object] | None = None
 
@@ -87,23 +90,18 @@ def read_compressed_tensors(
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors(include_url=False)[:3])
         said = printable("; ".join(wrong))[:300]
         raise RecipeError(f"config.json: its quantization_config is not one of {METHOD}: {said}") from error
-    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        name, _, part = key.rpartition(".")
-        if PARTS.fullmatch(part):
-            parts[name][part] = value
-    for name, found in parts.items():
-        if f"{name}.weight" in tensors:
-            found["weight"] = tensors[f"{name}.weight"]
+    groups = _Groups(config.config_groups.values(), config.ignore or ())
+    parts = _parts(tensors, groups, module)
     held = {f"{name}.{part}" for name, found in parts.items() for part in found}
     problems = []
     if config.transform_config:
         problems.append("transform_config: its rotations are not carried over")
     if config.kv_cache_scheme:
         problems.append("kv_cache_scheme: attention stays in float here")
+    if (layout := (config.sparsity_config or {}).get("format", "dense")) != "dense":
+        problems.append(f"sparsity_config: {shown(layout)} leaves out weights that are zero, which is not read")
     layouts = {config.format, *(group.format for group in config.config_groups.values())} - {None, *FORMATS}
     problems += [f"format: {shown(layout)} packs codes in another way" for layout in sorted(map(str, layouts))]
-    groups = _Groups(config.config_groups.values())
     return SavedWeights(
         f"{METHOD} {printable(config.version)[:20]}",
         {name: partial(_weight, found, groups, module) for name, found in parts.items()},
@@ -112,11 +110,38 @@ def read_compressed_tensors(
     )
 
 
+def _parts(
+    tensors: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Module
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each quantized layer; of one that groups aim at and that has no scales, the weight alone.
+
+    `_weight` refuses the latter.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        name, _, part = key.rpartition(".")
+        if PARTS.fullmatch(part):
+            parts[name][part] = value
+    modules = dict(module.named_modules())
+    weights = {key.removesuffix(WEIGHT): value for key, value in tensors.items() if key.endswith(WEIGHT)}
+    for name, value in weights.items():
+        alone = name not in parts and value.dim() > 1 and name in modules
+        if name in parts or (alone and groups.aimed_at(name, modules[name]) is not None):
+            parts[name]["weight"] = value
+    return parts
+
+
 def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Module, layer: Layer) -> Weight:
     group = groups.aimed_at(layer.name, module.get_submodule(layer.name))
     args = None if group is None else group.weights
     if group is None or args is None:
-        raise NotCarried("it has scales, and no group of config_groups rounds its weight")
+        raise NotCarried(
+            "it has scales, and no group of config_groups rounds its weight, or `ignore` names it"
+            if parts.keys() - {"weight"}
+            else "config_groups rounds its input, but not its weight: only both, or the weight alone, can be imported"
+        )
+    if args.dynamic:
+        raise NotCarried(f"weights in {args.form} whose scales are found when it is called (dynamic)")
     if group.output_activations is not None:
         raise NotCarried(f"outputs in {group.output_activations.form}: outputs stay in float here")
     if args.type != "int" or args.num_bits not in (4, 8):
@@ -133,7 +158,7 @@ def _weight(parts: Mapping[str, torch.Tensor], groups: _Groups, module: nn.Modul
         )
     scale = parts.get("weight_scale")
     if scale is None:
-        raise NotCarried("no weight_scale")
+        raise NotCarried("config_groups rounds its weight, and the file has no weight_scale of it")
     check_symmetric(parts.get("weight_zero_point"), scale, "weights")
     entering = _entering(group.input_activations, parts)
     read = READ | ({"input_scale", "input_zero_point"} if group.input_activations is not None else set())
@@ -190,9 +215,10 @@ def _entering(args: _Args | None, parts: Mapping[str, torch.Tensor]) -> Imported
 
 
 class _Groups:
-    """Groups of layers, found by their targets: a name, a pattern of names, or a class."""
+    """Groups of layers, found by their targets: a name, a pattern of names, or a class. `ignore` has targets too."""
 
-    def __init__(self, groups: Iterable[_Group]) -> None:
+    def __init__(self, groups: Iterable[_Group], ignore: Collection[str] = ()) -> None:
+        self.ignored = _Groups([_Group(targets=[*ignore])]) if ignore else None
         self.exact: dict[str, tuple[int, _Group]] = {}
         self.patterns: dict[str, _Group] = {}
         self.left = SECONDS
@@ -204,7 +230,12 @@ class _Groups:
                     self.exact.setdefault(target, (place, group))
 
     def aimed_at(self, name: str, layer: nn.Module) -> _Group | None:
-        """Return the group whose target fits a layer best: its name, then a pattern of it, then its class."""
+        """Return the group whose target fits a layer best: its name, then a pattern of it, then its class.
+
+        Returns None for a layer that no group or that `ignore` aims at.
+        """
+        if self.ignored is not None and self.ignored.aimed_at(name, layer) is not None:
+            return None
         if name in self.exact:
             return self.exact[name][1]
         for pattern, group in self.patterns.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -122,17 +122,32 @@ def _places(stream: BufferedReader) -> tuple[dict[str, _Place], int]:
             raise ValueError(f"it lists the tensor {printable(name)[:120]} twice")
         places[name] = header.place(name)
     start = -(-stream.tell() // alignment) * alignment
-    ends = (place.offset + place.size for place in places.values())
-    if max(sum(place.size for place in places.values()), *ends, 0) > size - start:
-        raise ValueError(f"its tensors need more bytes than the {max(size - start, 0)} that follow the header")
+    _check_offsets(places, alignment, size - start)
     return places, start
+
+
+def _check_offsets(places: Mapping[str, _Place], alignment: int, size: int) -> None:
+    """Raise ValueError unless the tensors lie behind one another in `size` bytes, each at a multiple of `alignment`."""
+    end = 0
+    for name, place in sorted(places.items(), key=lambda each: each[1].offset):
+        if place.offset % alignment or place.offset < end:
+            raise ValueError(
+                f"{printable(name)[:120]} is at byte {place.offset}, which is within another tensor or no multiple of"
+                f" {alignment}"
+            )
+        end = place.offset + place.size
+    if end > size:
+        raise ValueError(f"its tensors need more bytes than the {max(size, 0)} that follow the header")
 
 
 def _alignment(header: _Header, pairs: int) -> int:
     """Skip the metadata, and return the alignment in bytes that it gives for the tensors."""
-    alignment = 32
+    alignment, keys = 32, set[str]()
     for _ in range(pairs):
         key, kind = header.text(), header.number("I")
+        if key in keys:
+            raise ValueError(f"its metadata has {printable(key)[:120]} twice")
+        keys.add(key)
         value = header.value(kind)
         if key == "general.alignment":
             alignment = value if kind == UINT32 else 0

@@ -53,6 +53,7 @@ NAMED_LAYERS = 24
 """Largest number of layers that a line of the log names."""
 SPARSE = 256 * MIB
 """Size in bytes up to which a file may be sparse: real weights are never eight times smaller on disk."""
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """Types of tensors whose values need no scale, block or table."""
 
@@ -103,7 +104,9 @@ class ImportPass(Pass):
 
         Raises RecipeError with the problems, or if no layer of the file is quantized.
         """
-        said = [f"{printable(self.path)}: {problem}" for problem in problems]
+        said = [
+            f"{printable(self.path)}: {problem}" for problem in (*problems, *_range_problems(found.taken, trajectory))
+        ]
         if not said and not found.taken:
             reasons = "; ".join(f"{some(names)}: {reason}" for reason, names in found.in_float.items())
             said.append(
@@ -205,6 +208,29 @@ def outputs_of(
         ctx.log.info("%d layers stay in float, %s: %s", len(names), reason, some(names, NAMED_LAYERS))
     # one entry, as scales do not depend on the step
     return {PLAN: plan, QUANTIZED: Quantized(trajectory.timesteps[:1], dict(taken))}
+
+
+def _range_problems(taken: Mapping[str, QuantizedLayerData], trajectory: Trajectory) -> Iterator[str]:
+    """Yield a problem for each input that overflows in its basis, or whose static range rounds all of it to zero."""
+    from intaglio.pipeline.numerics.rounding import INPUT_HIGH
+
+    for name, data in taken.items():
+        largest, balance, amax_T = float(trajectory.amax[name].max()), data.balance, data.tables.amax_T
+        form = data.scheme.input
+        if balance is not None:
+            scale = float(balance.scale_C.abs().max())
+            if largest * scale * balance.block > FLOAT32_MAX:
+                yield (
+                    f"{printable(name)}: its input reaches {largest:.3g}, and its channel scales {scale:.3g}: the"
+                    " product is more than float32 holds"
+                )
+        elif isinstance(form, IntInput) and amax_T is not None:
+            step = float(amax_T.min()) / INPUT_HIGH[form.bits]
+            if 0 < largest < step / 2:
+                yield (
+                    f"{printable(name)}: its input reaches {largest:.3g}, and one code stands for {step:.3g}, so all"
+                    " of it is rounded to 0: calibrate the model again"
+                )
 
 
 def check_called(layer: Layer, trajectory: Trajectory) -> None:

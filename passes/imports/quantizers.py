@@ -109,8 +109,10 @@ def _balance(layer: Layer, entering: Quantizer | None) -> Balance | None:
     """Return the factors on the input, which apply even if its quantizer is off."""
     from intaglio.pipeline.numerics.basis import Balance
 
-    if entering is None or not entering.facts.get("_enable_pre_quant_scale", True):
+    if entering is None or (applied := entering.facts.get("_enable_pre_quant_scale", True)) is False:
         return None
+    if applied is not True:
+        raise NotCarried(f"_enable_pre_quant_scale is {shown(applied)}: True or False is expected")
     scale = entering.tensors.get("_pre_quant_scale")
     if scale is None:
         return None
@@ -169,6 +171,11 @@ def _codes(layer: Layer, w: torch.Tensor, quantizer: Quantizer) -> tuple[int, to
     if ((inverse_NG == 0) & (w_NGS.abs().amax(-1) > ZERO_AMAX)).any():
         raise NotCarried("weight scales of 0 for weights that are not 0")
     codes = torch.clamp((w_NGS * inverse_NG.unsqueeze(-1)).round(), low, high).to(torch.int8)
+    if w.any() and not codes.any():
+        raise NotCarried(
+            f"weight scales up to {float(amax_NG.max()):.3g} for weights up to {float(w.abs().max()):.3g}: all of them"
+            " are rounded to 0"
+        )
     return bits, codes.reshape(layer.n, layer.k), (amax_NG / high).clamp_min(SCALE_EPS)
 
 

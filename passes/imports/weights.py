@@ -65,7 +65,7 @@ class ImportWeights(ImportPass):
     @classmethod
     def files(cls, place: Path) -> list[Path]:
         """Return the files of tensors, and config.json where it is beside them. Raises RecipeError for others."""
-        if place.suffix == _gguf.SUFFIX:
+        if place.suffix.lower() == _gguf.SUFFIX:
             return [check_gguf(place)]
         found = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
         if not found:
@@ -117,7 +117,7 @@ def read_weights(files: Sequence[Path], module: nn.Module, *, requantize: bool =
     config: dict[str, object] = {}
     place = files[0] if len(files) == 1 else files[0].parent
     for file in files:
-        if file.suffix == _gguf.SUFFIX:
+        if file.suffix.lower() == _gguf.SUFFIX:
             return _gguf.read_gguf(file, module, requantize)
         if file.name == CONFIG:
             config = read_json_object(file)

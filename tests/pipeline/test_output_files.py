@@ -53,6 +53,19 @@ def test_the_old_file_stays_where_the_disk_is_full_or_the_writer_fails() -> None
     assert os.listdir() == ["out.json"]
 
 
+def test_no_file_is_written_into_a_compiled_folder() -> None:
+    inside = Path("build/onnxruntime-cpu/more")
+    inside.mkdir(parents=True)
+    (inside.parent / "graph.json").write_text("{}")
+    write_output(inside / "out.json", "text")
+    (inside.parent / "manifest.json").write_text("{}")
+    with pytest.raises(
+        RecipeError, match=r"out\.json: lies in the compiled folder .*build/onnxruntime-cpu, which holds"
+    ):
+        write_output(inside / "out.json", "other")
+    assert (inside / "out.json").read_text() == "text"
+
+
 @pytest.mark.parametrize("command", [["schema"], ["init", "model", "--force"]])
 def test_commands_refuse_a_link_before_they_work(command: list[str]) -> None:
     odd("link")

@@ -1,5 +1,6 @@
 """A kit holds the files that its manifest lists and cases that show an error; it replaces only an earlier kit."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from compiled import unpacked
+from compiled import delivered, unpacked
 from harness import run_pass
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -205,7 +206,7 @@ def test_a_kit_takes_the_place_of_an_earlier_kit_alone(kind, folder, archives, m
     [
         (
             "compiled",
-            "k.tar.gz: lies in the compiled folder, which holds only what a run delivers: choose another --out",
+            "k.tar.gz: lies in the compiled folder .*, which holds only what a run delivers: choose another --out",
         ),
         ("thesis", "thesis/new/k.tar.gz: .*/thesis is no folder: choose another --out"),
     ],
@@ -218,6 +219,29 @@ def test_a_kit_is_not_written_where_it_would_do_harm_or_cannot_be(inside, messag
         kit.write_kit(folder, folder / "k.tar.gz" if inside == "compiled" else Path("thesis/new/k.tar.gz"))
     assert sorted(folder.rglob("*")) == before
     assert Path("thesis").read_text() == "years of work"
+
+
+def test_a_name_that_no_tool_prints_is_refused_as_that_of_the_archive_s_folder(folder):
+    code, said = kit_command(str(folder), "--out", "line\nbreak.tar.gz")
+    assert (code, said) == (0, "line\\nbreak.tar.gz\n")
+    moved = folder.parent.rename(folder.parent.with_name("line\nbreak"))
+    with pytest.raises(RecipeError, match=r"line\\nbreak/.*: its name, .*, would name the folder .*: rename it"):
+        kit.write_kit(moved / folder.name)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"outputs": {}}, "outputs: there is none"),
+        ({"inputs": {}}, "its inputs are not those of the model.onnx beside it"),
+        ({"timestep": "other"}, "timestep: other is no input"),
+    ],
+)
+def test_a_graph_file_of_another_graph_is_refused_before_a_call(facts, message, folder):
+    graph = json.loads((folder / "graph.json").read_text())
+    (folder / "graph.json").write_text(json.dumps(graph | facts))
+    with pytest.raises(RecipeError, match=rf"graph\.json: .*{message}"):
+        kit.write_kit(delivered(folder))
 
 
 def test_an_earlier_kit_and_an_empty_file_are_written_over(folder, archives):

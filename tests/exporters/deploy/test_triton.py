@@ -304,3 +304,19 @@ def test_a_link_in_the_model_s_place_is_refused(cpu):
     with pytest.raises(RecipeError, match="exists and is no folder: choose another --name"):
         write_model(cpu, Path("repository"))
     assert list(Path("mine").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "repository", ["build/emoji/onnxruntime-cpu", "build/emoji/onnxruntime-cpu/new/models", "link"]
+)
+def test_a_repository_in_a_compiled_folder_is_refused(repository, cpu):
+    Path("link").symlink_to(cpu.absolute())
+    before = sorted(cpu.rglob("*"))
+    with pytest.raises(RecipeError, match=r"lies in the compiled folder .*: choose another --out"):
+        write_model(cpu, Path(repository))
+    assert sorted(cpu.rglob("*")) == before
+
+
+def test_a_version_beyond_the_server_s_numbers_is_refused(cpu):
+    assert command("build/emoji", "--out", "repository", "--version", str(1 << 63))[0] == 2
+    assert not Path("repository").exists()

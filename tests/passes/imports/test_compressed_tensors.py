@@ -153,6 +153,45 @@ def nothing(config, tensors, name):
     config["config_groups"][name]["weights"] = None
 
 
+def ignored(config, tensors, name):
+    config["ignore"] = [*config.get("ignore", []), name]
+
+
+def in_float(config, tensors, name):
+    """The weight is in float, though its group rounds it."""
+    for key in [key for key in tensors if key.startswith(f"{name}.weight_")]:
+        del tensors[key]
+    tensors[f"{name}.weight"] = torch.ones(tensors[f"{name}.weight"].shape)
+
+
+def rounded_input_alone(config, tensors, name):
+    nothing(config, tensors, name)
+    in_float(config, tensors, name)
+
+
+def test_groups_scales_and_ignore_have_to_agree(saved, dit, tmp_path):
+    cases = {
+        "or `ignore` names it": ignored,
+        "config_groups rounds its weight, and the file has no weight_scale of it": in_float,
+        "config_groups rounds its input, but not its weight": rounded_input_alone,
+        "scales are found when it is called": setting("weights", dynamic=True),
+    }
+    config, tensors = json.loads((saved / "config.json").read_text()), load_file(saved / WEIGHTS)
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.shape == (64, 64)]
+    config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask"}
+    expected = {"sparsity_config": "'sparse-24-bitmask' leaves out weights"}
+    for name, (why, change) in zip(layers, cases.items(), strict=False):
+        change(config["quantization_config"], tensors, name)
+        expected[name] = why
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(RecipeError) as raised:
+        take(dit, tmp_path)
+    said = raised.value.problems
+    assert len(expected) == 1 + len(cases)
+    assert [(n, why) for n, why in expected.items() if not any(f"{n}: " in each and why in each for each in said)] == []
+
+
 REFUSED = {
     "weights in float8 by channel: only integers of 4 or 8 bits": setting("weights", type="float"),
     "weights in int6 by channel: only integers": setting("weights", num_bits=6),

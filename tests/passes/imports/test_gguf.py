@@ -190,6 +190,14 @@ DAMAGED = {
     "comfy.gguf.orig_shape.a: tensors that are stored in another": gguf(
         ONE, *pair("comfy.gguf.orig_shape.a", 9, struct.pack("<IQI", 4, 1, 2))
     ),
+    "its metadata has x twice": gguf(ONE, pair("x", 4, bytes(4))[0] * 2, 2),
+    "b is at byte 0, which is within another tensor": gguf(
+        {"a": (F32, (8,), bytes(32)), "b": (F32, (8,), bytes(32))}
+    ).replace(struct.pack("<IQ", F32, 32), struct.pack("<IQ", F32, 0)),
+    "a is at byte 4, .* or no multiple of 32": gguf(ONE).replace(
+        struct.pack("<QIQ", 2, F32, 0), struct.pack("<QIQ", 2, F32, 4)
+    )
+    + bytes(8),
     "can't decode byte": gguf(ONE).replace(text("a"), struct.pack("<Q", 1) + b"\xff"),
 }
 
@@ -204,6 +212,11 @@ def test_damaged_files_are_refused_in_one_line_before_anything_is_read(why, tmp_
     assert time.process_time() - started < 2
     with pytest.raises(ValidationError, match="cannot be read as GGUF"):
         ImportWeights.model_validate({"path": "c.gguf"}, context={"base": tmp_path})
+
+
+def test_the_end_of_the_name_may_be_in_capitals(tmp_path):
+    (tmp_path / "c.GGUF").write_bytes(gguf(ONE))
+    assert ImportWeights.files(tmp_path / "c.GGUF") == [tmp_path / "c.GGUF"]
 
 
 def test_a_pipe_and_a_folder_are_no_files(tmp_path):

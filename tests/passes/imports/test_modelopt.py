@@ -161,6 +161,29 @@ REFUSED = {
     "never calibrated": buffer("input_quantizer._amax", torch.tensor(torch.nan)),
     "a pre_quant_scale .* in front of a linear": buffer("input_quantizer._pre_quant_scale", torch.ones(2)),
 }
+IMPOSSIBLE = {
+    "weight scales up to 1e.30 for weights up to .*: all of them are rounded to 0": buffer(
+        "weight_quantizer._amax", torch.full((64, 1), 1e30)
+    ),
+    "one code stands for 7.87e.27, so all of it is rounded to 0": buffer("input_quantizer._amax", torch.tensor(1e30)),
+    "its channel scales 3e.38: the product is more than float32": buffer(
+        "input_quantizer._pre_quant_scale", torch.full((64,), 3e38)
+    ),
+    "_enable_pre_quant_scale is 'no': True or False": setting("input", _enable_pre_quant_scale="no"),
+}
+
+
+def test_ranges_that_leave_nothing_of_a_layer_are_refused_by_name(saved, dit, tmp_path):
+    layers = [n.name for n in dit[MODEL].layers() if n.op == "linear" and n.shape == (64, 64)]
+    expected = list(zip(layers, IMPOSSIBLE, strict=False))
+    every = [(IMPOSSIBLE[why], name) for name, why in expected]
+    with pytest.raises(RecipeError, match=r"\d problems:") as raised:
+        take(dit, changed(saved, lambda *parts: [one(*parts, name) for one, name in every], tmp_path / "saved.pt"))
+    said = raised.value.problems
+    assert len(said) == len(IMPOSSIBLE), said
+    assert [n for n, why in expected if not any(re.search(f"saved.pt: {n}: .*{why}", each) for each in said)] == []
+
+
 LEFT_OVER = {
     "output_quantizer: neither weight nor input": setting("output", _disabled=False),
     "input_quantizer: its rotation is not carried over": setting("input", _rotate=True),
