@@ -67,15 +67,16 @@ def ordinary_(module: Module) -> Module:
     """Make every weight and bias of a layer an ordinary parameter, to be computed in float32. Changes `module`.
 
     They may be buffers or plain attributes. Tensors made in torch's inference mode are copied out of it. An attribute
-    that is a floating-point type, to which the module casts its inputs, becomes float32.
+    that is a shorter floating-point type, to which the module casts its inputs, becomes float32.
     """
     import torch
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
     for part in module.modules():
-        casts = [n for n, held in vars(part).items() if isinstance(held, torch.dtype) and held.is_floating_point]
-        vars(part).update(dict.fromkeys(casts, torch.float32))
+        types = {name: held for name, held in vars(part).items() if isinstance(held, torch.dtype)}
+        short = [name for name, held in types.items() if held.is_floating_point and held.itemsize < 4]
+        vars(part).update(dict.fromkeys(short, torch.float32))
         tensors: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
         for held in tensors:
             for name, tensor in held.items():
