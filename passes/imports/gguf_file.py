@@ -150,7 +150,9 @@ def _alignment(header: _Header, pairs: int) -> int:
         keys.add(key)
         value = header.value(kind)
         if key == "general.alignment":
-            alignment = value if kind == UINT32 else 0
+            if kind != UINT32:
+                raise ValueError(f"general.alignment has the type {kind}: {UINT32}, a UINT32, is expected")
+            alignment = value
         if key.startswith("comfy.gguf.orig_shape."):
             raise ValueError(f"{key}: tensors that are stored in another shape are not read")
     if not 0 < alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):

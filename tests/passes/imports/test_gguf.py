@@ -186,6 +186,7 @@ DAMAGED = {
     "a value of the type 9 in a list": gguf(ONE, *pair("x", 9, struct.pack("<IQIQ", 9, 1, 0, 1))),
     "more than 16777216 bytes before the tensors": gguf(ONE, *pair("x", 9, struct.pack("<IQ", 0, 1 << 62))),
     "its alignment is 0": gguf(ONE, *pair("general.alignment", 4, struct.pack("<I", 0))),
+    "general.alignment has the type 5: 4, a UINT32": gguf(ONE, *pair("general.alignment", 5, struct.pack("<i", 32))),
     "its alignment is 33": gguf(ONE, *pair("general.alignment", 4, struct.pack("<I", 33))),
     "comfy.gguf.orig_shape.a: tensors that are stored in another": gguf(
         ONE, *pair("comfy.gguf.orig_shape.a", 9, struct.pack("<IQI", 4, 1, 2))
