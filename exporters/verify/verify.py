@@ -56,7 +56,7 @@ class Verify(Pass):
     """
 
     name: ClassVar[str] = "verify"
-    version: ClassVar[int] = 14
+    version: ClassVar[int] = 15
     requires: ClassVar[frozenset[AnyKey]] = frozenset({MODEL, TARGET, TRAJECTORY, QUANTIZED, GRAPH})
     wants: ClassVar[frozenset[AnyKey]] = frozenset({ADAPTER, FRONT, PLAN, SENSITIVITY, WORKLOAD})
     provides: ClassVar[frozenset[AnyKey]] = frozenset({VERIFICATION})

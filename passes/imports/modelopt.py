@@ -44,7 +44,7 @@ class ImportModelopt(ImportPass):
     """
 
     name: ClassVar[str] = "import-modelopt"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     path: str = Field(description="a file of modelopt.torch.opt.save, beside the recipe")
     ignore: tuple[str, ...] = Field(

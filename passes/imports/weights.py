@@ -51,6 +51,7 @@ class ImportWeights(ImportPass):
     """
 
     name: ClassVar[str] = "import-weights"
+    version: ClassVar[int] = 2
 
     path: str = Field(
         description="the denoiser's folder, with config.json and safetensors, or one safetensors file, or one GGUF"
