@@ -16,11 +16,13 @@ from intaglio.pipeline.runs.runner import CompiledTarget
 BENCHMARKS = sorted(
     path.stem for path in (Path(__file__).parents[2] / "samples/benchmarks").glob("*.py") if path.stem[0] != "_"
 )
+FACTORIES = ("tiny_families", "tiny_pipelines", "joined_pipelines")
+"""Modules without a command."""
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_finds_what_it_imports(name: str) -> None:
-    assert callable(getattr(import_module(name), "main", None)) or name == "tiny_families"  # factories
+    assert callable(getattr(import_module(name), "main", None)) or name in FACTORIES
 
 
 def test_the_denoiser_classes_of_diffusers_are_listed_with_their_tiny_models() -> None:

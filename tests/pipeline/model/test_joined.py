@@ -84,7 +84,7 @@ def test_residuals_of_a_controlnet_are_those_of_each_step():
     pipe.set_progress_bar_config(disable=True)
     made = record(pipe, call_of(given))
     name = "mid_block_additional_residual"
-    assert made.steps[name] == (666.0, 333.0, 0.0)
+    assert made.steps[name] == (667.0, 334.0, 1.0)
     first, second, third = made.conditions[name].unbind(1)
     assert not torch.equal(first, second)
     sampler = Sampler(made.given_to(DenoiserModel(pipe.unet, pipe.scheduler, (4, 8, 8))), 3, 1.0)
