@@ -16,7 +16,7 @@ from _family_pieces import _flow
 from _other_families import cogview3 as cogview3_family
 from _other_families import lumina_next as lumina_next_family
 from _other_families import ovis_image as ovis_image_family
-from joined_pipelines import ROWS, sd_scheduler
+from joined_pipelines import ROWS, UNCHECKED, sd_scheduler
 from tiny_pipelines import pixart_transformer
 from torch import nn
 
@@ -60,8 +60,7 @@ MASK = "prompt_attention_mask"
 
 
 def sd15() -> Made:
-    settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = _pipe(diffusers.StableDiffusionPipeline, tiny.sd15().module, sd_scheduler(), **settings)
+    pipe = _pipe(diffusers.StableDiffusionPipeline, tiny.sd15().module, sd_scheduler(), **UNCHECKED)
     return pipe, {**_texts(5, 64), **_square(64), **OFF}
 
 

@@ -1,6 +1,7 @@
 """Pipelines of diffusers around tiny denoisers whose calls are not sample, timestep and text alone."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -67,10 +68,13 @@ def sd_scheduler() -> diffusers.DDIMScheduler:
     )
 
 
+UNCHECKED: Mapping[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+"""Arguments of pipelines that would look for forbidden pictures."""
+
+
 def sd(kind: Any, module: Any, **parts: Any) -> Any:
-    settings = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     text = {"text_encoder": clip(), "tokenizer": clip_tokenizer()}
-    return kind(vae=vae(), **text, unet=module, scheduler=sd_scheduler(), **settings, **parts)
+    return kind(vae=vae(), **text, unet=module, scheduler=sd_scheduler(), **UNCHECKED, **parts)
 
 
 def inpainting() -> tuple[Any, dict[str, Any]]:
@@ -226,9 +230,7 @@ def hunyuan_dit() -> tuple[Any, dict[str, Any]]:
             prediction_type="v_prediction",
             clip_sample=False,
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **UNCHECKED,
         **absent,
     )
     given = {}
@@ -305,3 +307,11 @@ def null_of(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments with those of empty texts, `negative_...`, in place of the texts."""
     empty = {name: value for name, value in given.items() if name.startswith("negative_")}
     return given | {name.removeprefix("negative_"): value for name, value in empty.items()}
+
+
+def save_denoiser(pipe: Any, folder: Path) -> str:
+    """Save the denoiser and the scheduler as in the pipeline's own folder, and return the denoiser's name there."""
+    place = "transformer" if hasattr(pipe, "transformer") else "unet"
+    getattr(pipe, place).save_pretrained(folder / place)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    return place

@@ -19,7 +19,7 @@ import diffusers
 import joined_pipelines
 import torch
 import typer
-from joined_pipelines import call_of, null_of
+from joined_pipelines import call_of, null_of, save_denoiser
 from rich.progress import track
 
 import intaglio
@@ -55,10 +55,8 @@ def measure(name: str, folder: Path) -> Row:
     make = PIPELINES[name]
     pipe, given = make()
     pipe.set_progress_bar_config(disable=True)
-    place = "transformer" if hasattr(pipe, "transformer") else "unet"
+    place = save_denoiser(pipe, folder / "model")
     denoiser = getattr(pipe, place)
-    denoiser.save_pretrained(folder / "model" / place)
-    pipe.scheduler.save_pretrained(folder / "model/scheduler")
     empty = any(name.startswith("negative_") for name in given)
     null = call_of(null_of(given), STEPS) if empty else None
     intaglio.record(pipe, call_of(given, STEPS), null).save(folder / "conditions.safetensors")

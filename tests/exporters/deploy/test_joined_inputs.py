@@ -5,7 +5,7 @@ import joined_pipelines as joined
 import pytest
 import torch
 from harness import run_pass
-from joined_pipelines import GUIDED, call_of, null_of
+from joined_pipelines import GUIDED, call_of, null_of, save_denoiser
 from quantizing import with_plan
 
 import intaglio
@@ -29,9 +29,7 @@ LEARNED_VARIANCE = (joined.hunyuan_dit, joined.kandinsky_decoder)
 def test_a_pipeline_draws_the_same_with_the_graph_in_its_denoisers_place(make, tmp_path):
     pipe, given = make()
     pipe.set_progress_bar_config(disable=True)
-    place = "transformer" if hasattr(pipe, "transformer") else "unet"
-    getattr(pipe, place).save_pretrained(tmp_path / "model" / place)
-    pipe.scheduler.save_pretrained(tmp_path / "model/scheduler")
+    place = save_denoiser(pipe, tmp_path / "model")
     record(pipe, call_of(given, STEPS), call_of(null_of(given), STEPS)).save(tmp_path / "c.safetensors")
     ref = ModelRef(path="model", conditions="c.safetensors", sampling_steps=STEPS, guidance=2.0)
     start = {MODEL: Checkpoint.resolve(ref, tmp_path), TARGET: load_target("onnxruntime-cpu")}
